@@ -1,0 +1,101 @@
+"""Measure speed and acceptance against plain decoding, in one interleaved run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from eagle.benchmark import Contestant, baselines, hardware, interleave, strongest, versions, with_engine
+from eagle.commands.options import (
+    add_data_options,
+    add_length_option,
+    add_model_options,
+    add_sampling_options,
+    load_model,
+    sampling_settings,
+)
+from eagle.commands.questions import read_questions
+from llava.files import atomic_write
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `msd bench`."""
+    add_model_options(parser)
+    add_data_options(parser)
+    add_length_option(parser)
+    add_sampling_options(parser)
+    parser.add_argument(
+        "--baseline-dtype", action="append", help="baselines in this dtype too; may be repeated (default: MSD's dtype)"
+    )
+    parser.add_argument("--warm-up", type=int, default=2, help="questions answered first, not counted (default: 2)")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the report here as JSON too")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints a table; writes the JSON report if asked."""
+    questions = read_questions(arguments.data, arguments.limit)
+    settings = {"max_new_tokens": arguments.max_new_tokens, **sampling_settings(arguments)}
+    model = load_model(arguments)
+    own = str(model.dtype).removeprefix("torch.")
+    others = [name for name in dict.fromkeys(arguments.baseline_dtype or []) if name != own]
+    plain = [model, *(load_model(arguments, need_draft=False, dtype=name) for name in others)]
+    msd = Contestant(f"MSD {own}", with_engine(model, True, settings))
+    rivals = baselines(plain, settings)
+    progress = tqdm(total=len(questions), desc="bench", unit="question", file=sys.stderr)
+    for _ in interleave([msd, *rivals], questions, arguments.warm_up):
+        progress.update()
+    progress.close()
+    report = make_report(msd, rivals, {**vars(arguments), "tree": vars(model.tree)}, hardware(model.device))
+    print_report(report, msd, rivals)
+    if arguments.out:
+        with atomic_write(arguments.out) as temporary:
+            temporary.write_text(json.dumps(report, indent=2, default=str) + "\n")
+    return 0
+
+
+def make_report(
+    msd: Contestant, rivals: list[Contestant], settings: dict[str, Any], machine: dict[str, Any]
+) -> dict[str, Any]:
+    """The JSON report; speed-up is against the strongest baseline of the same run."""
+    best, total = strongest(rivals), msd.total
+    return {
+        "speedup": total.tokens_per_second / best.total.tokens_per_second,
+        "tau": total.tau,
+        "tokens_per_second": {"msd": total.tokens_per_second, "baseline": best.total.tokens_per_second},
+        "baseline_name": best.name,
+        "baselines": {rival.name: rival.total.tokens_per_second for rival in rivals},
+        "phases_ms": {name: ms / max(total.cycles, 1) for name, ms in total.phases_ms.items() if name != "prefill"}
+        | {"prefill": total.phases_ms["prefill"] / total.requests},
+        "new_tokens": total.new_tokens,
+        "cycles": total.cycles,
+        "questions": total.requests,
+        "histogram": total.histogram,
+        "versions": versions(),
+        "hardware": machine,
+        "settings": settings,
+    }
+
+
+def print_report(report: dict[str, Any], msd: Contestant, rivals: list[Contestant]) -> None:
+    """The same as tables on the terminal."""
+    console = Console()
+    table = Table(title=f"{report['questions']} questions, {report['new_tokens']} new tokens")
+    for column in ("decoding", "tokens/s", "spread (IQR)", "τ", "speed-up"):
+        table.add_column(column, justify="left" if column == "decoding" else "right")
+    best = report["tokens_per_second"]["baseline"]
+    for contestant in [*rivals, msd]:
+        total = contestant.total
+        tau = f"{total.tau:.2f}" if total.cycles and contestant is msd else ""
+        speed = total.tokens_per_second
+        table.add_row(contestant.name, f"{speed:.1f}", f"{contestant.spread:.0%}", tau, f"{speed / best:.2f}x")
+    console.print(table)
+    phases = ", ".join(f"{name} {ms:.2f}" for name, ms in report["phases_ms"].items())
+    console.print(f"ms a cycle (prefill: a question): {phases}")
+    console.print(f"cycles by accepted drafted tokens: {report['histogram']}")

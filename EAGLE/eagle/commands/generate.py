@@ -1,0 +1,64 @@
+"""Answer one prompt, with or without pictures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from transformers import TextStreamer
+
+from eagle.commands.options import (
+    add_length_option,
+    add_model_options,
+    add_sampling_options,
+    load_model,
+    sampling_settings,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `msd generate`."""
+    add_model_options(parser)
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="may be repeated")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--raw-prompt", action="store_true", help="the prompt is complete as it stands; no template")
+    parser.add_argument("--system", help="system prompt in place of the template's own")
+    add_length_option(parser)
+    add_sampling_options(parser)
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the answer; may be repeated")
+    parser.add_argument("--no-msd", action="store_true", help="decode plainly with the base model")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and no stream")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Streams the answer, then one line of statistics; or one JSON object."""
+    model = load_model(arguments, need_draft=not arguments.no_msd)
+    target, prompt = model.target, arguments.prompt
+    if not arguments.raw_prompt:
+        prompt = target.chat_prompt(prompt, num_images=len(arguments.image), system=arguments.system)
+    inputs = target.prepare(prompt, arguments.image)
+    streamer = None if arguments.json else TextStreamer(target.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    output = model.generate(
+        **inputs,
+        use_msd=not arguments.no_msd,
+        max_new_tokens=arguments.max_new_tokens,
+        stop_strings=arguments.stop or None,
+        streamer=streamer,
+        **sampling_settings(arguments),
+    )
+    ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    stats = output.stats
+    if not arguments.json:
+        print(f"[{stats.new_tokens} tokens, {stats.cycles} cycles, τ {stats.tau:.2f}, {stats.seconds:.2f} s]")
+        return 0
+    report = {
+        "text": target.tokenizer.decode(ids, skip_special_tokens=True),
+        "token_ids": ids,
+        "new_tokens": stats.new_tokens,
+        "tau": stats.tau,
+        "cycles": stats.cycles,
+        "seconds": stats.seconds,
+        "accept_lengths": stats.accept_lengths,
+    }
+    print(json.dumps(report, ensure_ascii=False))
+    return 0

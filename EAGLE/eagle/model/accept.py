@@ -1,0 +1,61 @@
+"""Acceptance: which drafted path the target would have produced itself. Pure tensor functions.
+
+The target chooses one next token at every node of the tree: the arg-max, or a sample of its processed distribution.
+A drafted node is accepted if its token is the one chosen at its parent and its parent is accepted. The choice at the
+last accepted node is the bonus token.
+
+Lossless for sampling too: the draft's tree is a function of the prefix, so at each accepted node the emitted token is
+simply a sample of the target's own distribution there; whether it was also drafted decides only if the walk goes on.
+For a deterministic tree this accepts as often as the sibling-by-sibling rejection of EAGLE-2, whose acceptance
+probability is the same sum of target probabilities over the children.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eagle.model.tree import DraftTree
+
+
+class Accepted(NamedTuple):
+    """``path``: node indices from the root to the last accepted node, root included; ``tokens``: ids that this cycle
+    adds after the root: the accepted drafted ones, then the bonus token. ``len(tokens) == len(path)``."""
+
+    path: list[int]
+    tokens: list[int]
+
+
+def accept_all_at_once(tree: DraftTree, chosen: Tensor) -> Accepted:
+    """Acceptance from the target's choice at every node, ``chosen`` [N]. One copy to the host, no loop over nodes.
+
+    Worked example: tokens R a b c e, parents -1 0 0 1 2, chosen at the nodes a c e x y: a is chosen at R, c at a, so
+    the path is R a c; the choice at c is x: the cycle adds a c x.
+    """
+    match = tree.tokens == chosen[tree.parents]  # [N]; parents[0] = -1 wraps, and the root is certain anyway
+    match[0] = True
+    accepted = ~(tree.mask & ~match).any(dim=-1)  # [N]
+    host = torch.stack([accepted.long(), tree.tokens, chosen]).cpu().numpy()  # [3, N]
+    path = host[0].nonzero()[0].tolist()  # parents precede children, so ascending index is ascending depth
+    return Accepted(path, [*host[1][path[1:]].tolist(), int(host[2][path[-1]])])
+
+
+def accept_step_by_step(tree: DraftTree, choose: Callable[[int, list[int]], int]) -> Accepted:
+    """Acceptance where the target's choice at a node depends on the tokens before it (repetition penalty and such).
+
+    Args:
+        choose: called with a node index and the new tokens that lead to it (root not included), returns the choice.
+            Called for the nodes of the accepted path only.
+    """
+    tokens, parents = tree.tokens.tolist(), tree.parents.tolist()
+    children = {(parent, token): node for node, (parent, token) in enumerate(zip(parents, tokens, strict=True))}
+    path, added = [0], []
+    while True:
+        added.append(choose(path[-1], added))
+        child = children.get((path[-1], added[-1]))
+        if child is None:
+            return Accepted(path, added)
+        path.append(child)

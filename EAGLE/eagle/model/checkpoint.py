@@ -1,0 +1,115 @@
+"""Draft checkpoints: read the published layout strictly, write it atomically, never unpickle code."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from eagle.model.config import DraftConfig
+from eagle.model.draft import DraftModel
+from llava.errors import UserError
+from llava.files import atomic_write
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+HUB_KEYS = ("revision", "cache_dir", "local_files_only", "token")
+
+
+@contextmanager
+def hub_errors(what: str, name: str | Path) -> Iterator[None]:
+    """Turns "not a folder, and the hub did not give it" into one clear line."""
+    if Path(name).exists() or str(name).startswith((".", "/", "~")) or str(name).count("/") != 1:
+        raise UserError(f"{what} not found", where=name, fix="give a folder, or a hub name such as owner/model")
+    try:
+        yield
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{what} is no folder here, and the hub did not give it", where=name, fix=reason) from error
+
+
+def resolve_folder(name: str | Path, what: str, patterns: list[str], **hub: Any) -> Path:
+    """The local folder of a checkpoint: ``name`` itself, or a download of the hub repository of that name."""
+    if Path(name).is_dir():
+        return Path(name)
+    with hub_errors(what, name):
+        return Path(snapshot_download(str(name), allow_patterns=patterns, **hub))
+
+
+def read_tensors(folder: Path) -> tuple[dict[str, Tensor], Path]:
+    """All tensors of a one-file checkpoint, and the file. safetensors first, then a .bin without code."""
+    for name in WEIGHT_FILES:
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            if name.endswith(".safetensors"):
+                return load_file(path), path
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True), path
+        except (SafetensorError, RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
+            raise UserError(
+                f"cannot be read ({type(error).__name__})", where=path, fix="download or copy the file again"
+            ) from error
+    raise UserError("no weights", where=folder, fix=f"expected {' or '.join(WEIGHT_FILES)}")
+
+
+def load_draft(
+    name: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu", **hub: Any
+) -> DraftModel:
+    """Loads a draft from a folder or the hub.
+
+    Args:
+        dtype: a torch dtype, or "auto" for the checkpoint's own.
+        hub: ``revision``, ``cache_dir``, ``local_files_only``, ``token``.
+
+    Raises:
+        UserError: a file is missing or broken, or a tensor is missing, unexpected or of another shape.
+    """
+    folder = resolve_folder(name, "draft", ["config.json", *WEIGHT_FILES], **hub)
+    tensors, path = read_tensors(folder)
+    config = DraftConfig.from_json(folder, tensors=tensors)
+    with torch.device("meta"):
+        draft = DraftModel(config)
+    _check_tensors(tensors, draft.state_dict(), path)
+    draft.load_state_dict(tensors, assign=True)
+    draft.rotary = type(draft.rotary)(config.head_dim, config.rope_theta, config.mrope_section)
+    if dtype == "auto":
+        dtype = tensors["fc.weight"].dtype
+    return draft.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def _check_tensors(tensors: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> None:
+    """Raises one error that lists every tensor which is missing, unexpected or of another shape."""
+    problems = [f"missing {name}" for name in wanted if name not in tensors]
+    problems += [f"unexpected {name}" for name in tensors if name not in wanted]
+    problems += [
+        f"{name} is {list(tensor.shape)}, config.json says {list(wanted[name].shape)}"
+        for name, tensor in tensors.items()
+        if name in wanted and tensor.shape != wanted[name].shape
+    ]
+    if problems:
+        raise UserError(
+            "draft does not fit its config: " + "; ".join(problems), where=path, fix="is this an MSD draft?"
+        )
+
+
+def save_draft(draft: DraftModel, folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Writes ``config.json`` and ``model.safetensors`` in the published layout, each atomically."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.detach().to("cpu", dtype).contiguous() for name, t in draft.state_dict().items()}
+    with atomic_write(folder / "model.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    config = {**draft.config.to_dict(), "torch_dtype": str(dtype).removeprefix("torch.")}
+    with atomic_write(folder / "config.json") as temporary:
+        Path(temporary).write_text(json.dumps(config, indent=2) + "\n")
+    return folder

@@ -1,0 +1,191 @@
+"""The multimodal draft head: fusion, the decoupled image path and one decoder layer.
+
+Notation: target prefix ``x_1..x_L`` with hidden states ``h_1..h_L`` after the target's final norm. Row ``t`` of the
+draft's input predicts ``h_{t+1}``, from which the target's own ``lm_head`` predicts ``x_{t+2}``:
+
+==============================  ==========================================================
+next token ``x_{t+1}``          input row ``t``
+==============================  ==========================================================
+text                            ``fc([E(x_{t+1}) ; h_t])``
+image (decoupled)               the projected image feature of ``x_{t+1}``; no fc, no h_t
+==============================  ==========================================================
+
+Source: arXiv 2505.14260, section 3 (decoupled inputs), on the one-layer head of EAGLE (arXiv 2401.15077). There is no
+final norm. State-dict keys are those of the published checkpoints.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+
+from eagle.model.cache import KVCache
+from eagle.model.config import DraftConfig
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in float32 as the stock Llama and Qwen classes do."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [..., H] → [..., H]."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class Rotary(nn.Module):
+    """Rotary angles. With ``mrope_section``, three position rows are interleaved by section as Qwen2-VL does."""
+
+    inv_freq: Tensor
+
+    def __init__(self, head_dim: int, theta: float, mrope_section: tuple[int, ...] | None) -> None:
+        super().__init__()
+        self.head_dim, self.theta, self.mrope_section = head_dim, theta, mrope_section
+        self.register_buffer("inv_freq", self._frequencies(torch.device("cpu")), persistent=False)
+
+    def _frequencies(self, device: torch.device) -> Tensor:
+        steps = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device)
+        return 1.0 / self.theta ** (steps / self.head_dim)  # [D/2]
+
+    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``position_ids`` [B, S], or [3, B, S] for M-RoPE → cos and sin, [B, 1, S, D] each."""
+        if self.inv_freq.dtype != torch.float32:  # a module-wide .to(16 bit) must not coarsen the angles
+            self.inv_freq = self._frequencies(self.inv_freq.device)
+        angles = position_ids.unsqueeze(-1).float() * self.inv_freq  # [(3,) B, S, D/2]
+        if angles.dim() == 4:
+            sections = self.mrope_section or (angles.shape[-1],)
+            parts = angles.split(list(sections), dim=-1)
+            angles = torch.cat([part[row % 3] for row, part in enumerate(parts)], dim=-1)
+        angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)  # [B, 1, S, D]
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Applies rotary angles. ``x`` [B, heads, S, D]."""
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Grouped-query attention through `scaled_dot_product_attention`."""
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.groups = config.num_attention_heads // config.num_key_value_heads
+        wide, narrow = (n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        size, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(size, wide, bias=bias)
+        self.k_proj = nn.Linear(size, narrow, bias=bias)
+        self.v_proj = nn.Linear(size, narrow, bias=bias)
+        self.o_proj = nn.Linear(wide, size, bias=False)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, causal: bool, cache: KVCache | None
+    ) -> Tensor:
+        """``x`` [B, S, H] → [B, S, H]. ``mask`` [B or 1, 1, S, past + S], bool or additive."""
+        batch, rows, _ = x.shape
+        split = (batch, rows, -1, self.head_dim)
+        query, key, value = (p(x).view(split).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        query, key = rotate(query, *rope), rotate(key, *rope)  # [B, heads, S, D]
+        if cache is not None:
+            key, value = cache.update(key, value, 0)
+        if self.groups > 1:
+            key, value = (t.repeat_interleave(self.groups, dim=1) for t in (key, value))
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+        return self.o_proj(out.transpose(1, 2).reshape(batch, rows, -1))
+
+
+class MLP(nn.Module):
+    """Gated feed-forward."""
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [B, S, H] → [B, S, H]."""
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DraftLayer(nn.Module):
+    """One decoder layer; without ``input_layernorm`` in the LLaVA layout."""
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.input_layernorm = (
+            RMSNorm(config.hidden_size, config.rms_norm_eps) if config.input_layernorm else nn.Identity()
+        )
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, causal: bool, cache: KVCache | None
+    ) -> Tensor:
+        """``x`` [B, S, H] → [B, S, H]."""
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, causal, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class DraftModel(nn.Module):
+    """The draft head. Its state dict has exactly the keys of the published checkpoints."""
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=config.fc_bias)
+        self.layers = nn.ModuleList([DraftLayer(config)])
+        self.rotary = Rotary(config.head_dim, config.rope_theta, config.mrope_section)
+
+    @property
+    def device(self) -> torch.device:
+        return self.fc.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.fc.weight.dtype
+
+    def fuse(self, hidden: Tensor, next_embeds: Tensor, next_is_image: Tensor | None = None) -> Tensor:
+        """Input rows of the layer, as in the table above.
+
+        Args:
+            hidden: [B, S, H] target (or predicted) hidden state ``h_t``.
+            next_embeds: [B, S, H] ``E(x_{t+1})``, or the projected image feature where ``x_{t+1}`` is an image token.
+            next_is_image: [B, S] bool; None where there is no image row.
+        """
+        text = self.fc(torch.cat([next_embeds, hidden], dim=-1))  # [B, S, H]
+        if next_is_image is None:
+            return text
+        return torch.where(next_is_image.unsqueeze(-1), next_embeds, text)
+
+    def forward(
+        self,
+        x: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Predicted hidden states.
+
+        Args:
+            x: [B, S, H] rows of `fuse`.
+            position_ids: [B, S], or [3, B, S] for a draft with M-RoPE positions.
+            attention_mask: [B or 1, 1, S, past + S], bool (true = may look) or additive; None is plain causal, which
+                after cached rows is allowed for a single row only.
+            cache: rows seen before; this call's rows are appended.
+        """
+        rope = self.rotary(position_ids, x.dtype)
+        causal = attention_mask is None and x.shape[1] > 1
+        return self.layers[0](x, rope, attention_mask, causal, cache)

@@ -1,0 +1,208 @@
+"""`MSDModel`: a target and its draft, with the interface of a transformers model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
+from transformers.utils import ModelOutput
+
+from eagle.model.checkpoint import HUB_KEYS, load_draft
+from eagle.model.config import TreeConfig
+from eagle.model.decode import Decoder
+from eagle.model.draft import DraftModel
+from eagle.model.sampling import TokenChooser
+from eagle.model.stats import Stats
+from eagle.model.stopping import Stopper
+from eagle.model.targets import Target, load_target
+from llava.errors import UserError
+
+
+@dataclass
+class MSDOutput(ModelOutput):
+    """``sequences`` [1, S + n] prompt and new tokens; ``stats`` acceptance and time."""
+
+    sequences: Tensor = None
+    stats: Stats = None
+
+
+class MSDModel:
+    """Multimodal speculative decoding of one target with one draft. Same answers as the target alone.
+
+    Args:
+        target: the base model.
+        draft: its draft head; None decodes plainly.
+        tree: bounds of the draft tree; by default what suits the target's device.
+    """
+
+    def __init__(self, target: Target, draft: DraftModel | None = None, tree: TreeConfig | None = None) -> None:
+        self.target, self.draft, self.tree = target, draft, tree or TreeConfig.for_device(target.device)
+        if draft is not None:
+            check_pair(target, draft)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base: str | Path,
+        draft: str | Path | None = None,
+        *,
+        dtype: Any = "auto",
+        device_map: Any = None,
+        tree: TreeConfig | None = None,
+        draft_revision: str | None = None,
+        **kwargs: Any,
+    ) -> MSDModel:
+        """Loads a base model and its draft from folders or the hub.
+
+        Args:
+            base, draft: folder or hub name; without ``draft`` the model decodes plainly.
+            dtype: of both; "auto" is the base checkpoint's own.
+            device_map: as in transformers; the draft goes where the base's ``lm_head`` is.
+            draft_revision: hub revision of the draft (``revision`` is the base's).
+            kwargs: as `eagle.model.targets.load_target`.
+
+        Raises:
+            UserError: a checkpoint is missing or broken, or base and draft do not fit together.
+        """
+        target = load_target(base, dtype=dtype, device_map=device_map, **kwargs)
+        if draft is None:
+            return cls(target, None, tree)
+        hub = {key: kwargs[key] for key in HUB_KEYS if key in kwargs and key != "revision"}
+        if draft_revision is not None:
+            hub["revision"] = draft_revision
+        device = target.model.get_output_embeddings().weight.device
+        return cls(target, load_draft(draft, dtype=target.dtype, device=device, **hub), tree)
+
+    @property
+    def processor(self) -> Any:
+        return self.target.processor
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.target.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return self.target.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.target.dtype
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        *,
+        use_msd: bool = True,
+        tree: TreeConfig | None = None,
+        temperature: float | None = None,
+        do_sample: bool | None = None,
+        seed: int | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        stopping_criteria: Sequence[Any] | None = None,
+        streamer: Any = None,
+        **kwargs: Any,
+    ) -> MSDOutput:
+        """Generates as `target.model.generate` would, several tokens per forward.
+
+        Args:
+            input_ids: [1, S] with one id per image feature, and the processor's other outputs among ``kwargs``.
+            use_msd: False decodes plainly, in the same loop.
+            tree: bounds for this call only.
+            temperature: 0 is greedy. None of a setting means the checkpoint's generation config, as in transformers.
+            seed: makes sampling repeatable, apart from the global random state.
+            stop_strings: texts that end the answer.
+            streamer: a transformers streamer.
+            kwargs: model inputs, and any setting of transformers' `generate` for greedy search or sampling.
+
+        Raises:
+            UserError: the settings ask for beam search, or the batch is larger than one.
+        """
+        if temperature is not None and do_sample is None:
+            do_sample = temperature > 0
+        if do_sample:
+            kwargs["temperature"] = temperature
+        elif do_sample is False:
+            kwargs.update(temperature=None, top_p=None, top_k=None)
+        criteria = StoppingCriteriaList(stopping_criteria or [])
+        if stop_strings:
+            criteria.append(StopStringCriteria(self.tokenizer, stop_strings))
+        decode = partial(self._decode, use_msd=use_msd, tree=tree or self.tree, seed=seed, bound_streamer=streamer)
+        settings = {key: value for key, value in {**kwargs, "do_sample": do_sample}.items() if value is not None}
+        start = time.perf_counter()
+        output = self.target.model.generate(
+            input_ids=input_ids, stopping_criteria=criteria, custom_generate=decode, **settings
+        )
+        output.stats.seconds = time.perf_counter() - start
+        return output
+
+    def __call__(self, model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:
+        """For ``target.generate(**inputs, custom_generate=msd)``: returns the sequences."""
+        output = self._decode(model, input_ids, use_msd=True, tree=self.tree, seed=None, bound_streamer=None, **kwargs)
+        return output if kwargs["generation_config"].return_dict_in_generate else output.sequences
+
+    @torch.inference_mode()
+    def _decode(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        *,
+        use_msd: bool,
+        tree: TreeConfig,
+        seed: int | None,
+        bound_streamer: Any,
+        **model_inputs: Any,
+    ) -> MSDOutput:
+        """What transformers' `generate` calls after it has prepared inputs, processors and criteria."""
+        check_request(input_ids, generation_config)
+        if bound_streamer is not None:
+            bound_streamer.put(input_ids.cpu())
+        generator = None if seed is None else torch.Generator(device=self.device).manual_seed(seed)
+        decoder = Decoder(
+            self.target,
+            self.draft if use_msd else None,
+            {"input_ids": input_ids, **model_inputs},
+            TokenChooser(logits_processor, generation_config.do_sample, generator),
+            Stopper(stopping_criteria, input_ids),
+            tree,
+            bound_streamer,
+        )
+        tokens = torch.tensor([decoder.run()], dtype=input_ids.dtype, device=input_ids.device)
+        return MSDOutput(sequences=torch.cat([input_ids, tokens], dim=1), stats=decoder.stats)
+
+
+def check_request(input_ids: Tensor, settings: GenerationConfig) -> None:
+    """Refuses what speculative decoding cannot honour."""
+    if settings.num_beams > 1:
+        raise UserError(
+            f"num_beams={settings.num_beams}: MSD verifies one continuation, beam search keeps several",
+            fix="use num_beams=1, or the target's own generate",
+        )
+    if input_ids.shape[0] != 1:
+        raise UserError(
+            f"a batch of {input_ids.shape[0]} prompts",
+            fix="generate one prompt at a time; batches are not supported yet",
+        )
+
+
+def check_pair(target: Target, draft: DraftModel) -> None:
+    """Raises `UserError` unless the draft was made for a target of this shape."""
+    for what, base, own in (
+        ("hidden size", target.hidden_size, draft.config.hidden_size),
+        ("vocabulary", target.model.get_input_embeddings().num_embeddings, draft.config.vocab_size),
+    ):
+        if base != own:
+            raise UserError(
+                f"the draft does not fit the base model: {what} {own} in the draft, {base} in the base",
+                fix="use the draft that was trained for this base model",
+            )

@@ -1,0 +1,63 @@
+"""The target's choice of a next token: arg-max or a sample of its processed distribution.
+
+Processors are transformers' own, prepared by its `generate`, so temperature, top-k, top-p and all others mean exactly
+what they mean there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+from transformers.generation import logits_process as hf
+
+# Processors that look at one row of logits alone. All others may look at the tokens before it.
+ROW_WISE = tuple(
+    getattr(hf, name)
+    for name in (
+        "TemperatureLogitsWarper",
+        "TopKLogitsWarper",
+        "TopPLogitsWarper",
+        "MinPLogitsWarper",
+        "TypicalLogitsWarper",
+        "EpsilonLogitsWarper",
+        "EtaLogitsWarper",
+        "LogitNormalization",
+        "InfNanRemoveLogitsProcessor",
+    )
+    if hasattr(hf, name)
+)
+
+
+class TokenChooser:
+    """Chooses next tokens from raw target logits.
+
+    Args:
+        processors: prepared logits processors.
+        do_sample: sample, or take the arg-max of the processed scores.
+        generator: random state of this request; None uses the device's global one.
+    """
+
+    def __init__(
+        self, processors: LogitsProcessorList, do_sample: bool, generator: torch.Generator | None = None
+    ) -> None:
+        self.processors, self.do_sample, self.generator = processors, do_sample, generator
+        self.row_wise = all(type(processor) in ROW_WISE for processor in processors)
+
+    def choose(self, logits: Tensor, prefix: Tensor) -> Tensor:
+        """One token for each row.
+
+        Args:
+            logits: [N, V] raw.
+            prefix: [N, S] or [1, S] ids before the choice; read only by processors that are not row-wise.
+
+        Returns:
+            [N] ids.
+        """
+        if not self.do_sample and not self.processors:
+            return logits.argmax(dim=-1)
+        scores = logits.to(torch.float32, copy=True)  # [N, V]
+        scores = self.processors(prefix.expand(scores.shape[0], -1), scores)
+        if not self.do_sample:
+            return scores.argmax(dim=-1)
+        return torch.multinomial(scores.softmax(dim=-1), 1, generator=self.generator).squeeze(-1)

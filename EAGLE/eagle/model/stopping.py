@@ -1,0 +1,48 @@
+"""When an answer ends: exactly where transformers' `generate` would end it, though several tokens arrive at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from transformers import MaxLengthCriteria, StoppingCriteriaList
+from transformers.generation.stopping_criteria import EosTokenCriteria
+
+
+class Stopper:
+    """Cuts newly accepted tokens at the end of the answer.
+
+    Length and end tokens are plain integer checks; every other criterion is asked after each token, as `generate` does.
+
+    Args:
+        criteria: prepared stopping criteria.
+        prompt: [1, S] ids.
+    """
+
+    def __init__(self, criteria: Iterable, prompt: Tensor) -> None:
+        self._prompt = prompt
+        self._custom = StoppingCriteriaList()
+        self._ends: set[int] = set()
+        self.max_new_tokens = 2**31
+        for criterion in criteria:
+            if isinstance(criterion, MaxLengthCriteria):
+                self.max_new_tokens = min(self.max_new_tokens, criterion.max_length - prompt.shape[1])
+            elif isinstance(criterion, EosTokenCriteria):
+                self._ends.update(criterion.eos_token_id.flatten().tolist())
+            else:
+                self._custom.append(criterion)
+
+    def cut(self, before: list[int], added: list[int]) -> tuple[list[int], bool]:
+        """The part of ``added`` that belongs to the answer after the new tokens ``before``, and whether it is over."""
+        for count, token in enumerate(added, start=1):
+            length = len(before) + count
+            if token in self._ends or length >= self.max_new_tokens or self._custom_stop([*before, *added[:count]]):
+                return added[:count], True
+        return added, False
+
+    def _custom_stop(self, tokens: list[int]) -> bool:
+        if not self._custom:
+            return False
+        new = torch.tensor([tokens], dtype=self._prompt.dtype, device=self._prompt.device)
+        return bool(self._custom(torch.cat([self._prompt, new], dim=-1), None).all())

@@ -1,0 +1,47 @@
+"""Target families. To add one, write its adapter and name it in `FAMILIES`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+
+from eagle.model.checkpoint import HUB_KEYS, hub_errors
+from eagle.model.targets.base import Prefill, Target
+from eagle.model.targets.llava import LlavaTarget
+from llava.errors import UserError
+from llava.files import read_json
+
+FAMILIES: tuple[type[Target], ...] = (LlavaTarget,)
+
+__all__ = ["FAMILIES", "Prefill", "Target", "load_target"]
+
+
+def load_target(path: str | Path, dtype: Any = "auto", device_map: Any = None, **kwargs: Any) -> Target:
+    """Loads a base model of any supported family from a folder or the hub.
+
+    Args:
+        dtype: a torch dtype or its name, or "auto" for the checkpoint's own.
+        device_map: as in transformers.
+        kwargs: hub settings (``revision``, ``cache_dir``, ``local_files_only``, ``token``) and whatever else
+            transformers' ``from_pretrained`` takes, such as ``quantization_config``.
+
+    Raises:
+        UserError: nothing is there, or its ``model_type`` is none of ours.
+    """
+    hub = {key: kwargs[key] for key in HUB_KEYS if key in kwargs}
+    config = read_json(_config_file(path, **hub), "base model config")
+    model_type = config.get("model_type")
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family.load(str(path), dtype=dtype, device_map=device_map, **kwargs)
+    known = ", ".join(name for family in FAMILIES for name in family.model_types)
+    raise UserError(f"model_type '{model_type}' is not supported as base model", where=path, fix=f"supported: {known}")
+
+
+def _config_file(path: str | Path, **hub: Any) -> Path:
+    if Path(path).is_dir():
+        return Path(path) / "config.json"
+    with hub_errors("base model", path):
+        return Path(hf_hub_download(str(path), "config.json", **hub))
