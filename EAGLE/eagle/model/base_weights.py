@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
-from llava.errors import UserError
-from llava.files import read_json
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from eagle.model.checkpoint import hub_errors
+from llava.errors import UserError
+from llava.files import read_json
 
 EMBED_NAMES = (
     "model.embed_tokens.weight",  # liuhaotian, Qwen2-VL
@@ -76,7 +76,7 @@ def _finder(path: str | Path, **hub: Any) -> Finder:
         with hub_errors("base model", path):
             try:
                 return Path(hf_hub_download(str(path), name, **hub))
-            except EntryNotFoundError:
+            except RemoteEntryNotFoundError:
                 return None
 
     return fetch

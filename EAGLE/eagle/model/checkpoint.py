@@ -59,7 +59,7 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], Path]:
             raise UserError(
                 f"cannot be read ({type(error).__name__})", where=path, fix="download or copy the file again"
             ) from error
-    raise UserError("no weights", where=folder, fix=f"expected {' or '.join(WEIGHT_FILES)}")
+    raise UserError("no draft weights", where=folder, fix=f"expected {' or '.join(WEIGHT_FILES)}")
 
 
 def load_draft(

@@ -26,7 +26,7 @@ from eagle.model.config import DraftConfig
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, computed in float32 as the stock Llama and Qwen classes do."""
+    """Root-mean-square norm."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -35,9 +35,30 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., H] → [..., H]."""
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def share_storage(*layers: nn.Linear) -> nn.Linear:
+    """One linear layer that computes all of ``layers`` in one product.
+
+    The given layers become windows on its weights: no memory is added, and state dicts stay as they are.
+    """
+    bias = layers[0].bias is not None
+    fused = nn.utils.skip_init(
+        nn.Linear, layers[0].in_features, sum(layer.out_features for layer in layers), bias=bias,
+        device=layers[0].weight.device, dtype=layers[0].weight.dtype,
+    )  # fmt: skip
+    fused.requires_grad_(False)
+    start = 0
+    for layer in layers:
+        end = start + layer.out_features
+        fused.weight[start:end] = layer.weight
+        layer.weight.data = fused.weight.data[start:end]
+        if bias:
+            fused.bias[start:end] = layer.bias
+            layer.bias.data = fused.bias.data[start:end]
+        start = end
+    return fused
 
 
 class Rotary(nn.Module):
@@ -86,15 +107,24 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(size, narrow, bias=bias)
         self.v_proj = nn.Linear(size, narrow, bias=bias)
         self.o_proj = nn.Linear(wide, size, bias=False)
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.fused: list[nn.Linear] = []  # a list, so that it is no submodule and not in the state dict
+
+    def project(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of ``x`` [B, S, H], one after the other: [B, heads + 2 KV heads, S, D]."""
+        parts = self.fused or (self.q_proj, self.k_proj, self.v_proj)
+        joined = torch.cat([part(x) for part in parts], dim=-1) if len(parts) > 1 else parts[0](x)
+        return joined.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, causal: bool, cache: KVCache | None
     ) -> Tensor:
         """``x`` [B, S, H] → [B, S, H]. ``mask`` [B or 1, 1, S, past + S], bool or additive."""
         batch, rows, _ = x.shape
-        split = (batch, rows, -1, self.head_dim)
-        query, key, value = (p(x).view(split).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        query, key = rotate(query, *rope), rotate(key, *rope)  # [B, heads, S, D]
+        joined = self.project(x)
+        value = joined[:, self.heads + self.kv_heads :]  # [B, KV heads, S, D]
+        turned = rotate(joined[:, : self.heads + self.kv_heads], *rope)
+        query, key = turned[:, : self.heads], turned[:, self.heads :]
         if cache is not None:
             key, value = cache.update(key, value, 0)
         if self.groups > 1:
@@ -112,10 +142,15 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.act = ACT2FN[config.hidden_act]
+        self.fused: list[nn.Linear] = []
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [B, S, H] → [B, S, H]."""
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        if self.fused:
+            gate, up = self.fused[0](x).chunk(2, dim=-1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(self.act(gate) * up)
 
 
 class DraftLayer(nn.Module):
@@ -170,22 +205,31 @@ class DraftModel(nn.Module):
             return text
         return torch.where(next_is_image.unsqueeze(-1), next_embeds, text)
 
+    def prepare_for_decoding(self) -> DraftModel:
+        """Joins the projections that read the same input. Call it once, after loading; training does not need it."""
+        attention, mlp = self.layers[0].self_attn, self.layers[0].mlp
+        attention.fused = [share_storage(attention.q_proj, attention.k_proj, attention.v_proj)]
+        mlp.fused = [share_storage(mlp.gate_proj, mlp.up_proj)]
+        return self.eval().requires_grad_(False)
+
     def forward(
         self,
         x: Tensor,
-        position_ids: Tensor,
+        position_ids: Tensor | None,
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
+        rope: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Predicted hidden states.
 
         Args:
             x: [B, S, H] rows of `fuse`.
-            position_ids: [B, S], or [3, B, S] for a draft with M-RoPE positions.
+            position_ids: [B, S], or [3, B, S] for a draft with M-RoPE positions; not read where ``rope`` is given.
             attention_mask: [B or 1, 1, S, past + S], bool (true = may look) or additive; None is plain causal, which
                 after cached rows is allowed for a single row only.
             cache: rows seen before; this call's rows are appended.
+            rope: cosines and sines of the rows as `Rotary` gives them, where the caller has them ready.
         """
-        rope = self.rotary(position_ids, x.dtype)
+        rope = self.rotary(position_ids, x.dtype) if rope is None else rope
         causal = attention_mask is None and x.shape[1] > 1
         return self.layers[0](x, rope, attention_mask, causal, cache)

@@ -36,7 +36,7 @@ class Drafter:
         self.cache = KVCache([device], 1, config.num_key_value_heads, config.head_dim, rows, draft.dtype)
         self._masks = MaskBuffer(max(tree.top_k, extended), rows, draft.dtype, device)
         self._causal = torch.ones(extended, extended, dtype=torch.bool, device=device).tril()
-        self._positions = torch.arange(rows, device=device).unsqueeze(0)  # [1, rows]
+        self._cos, self._sin = draft.rotary(torch.arange(rows, device=device).unsqueeze(0), draft.dtype)  # [1, 1, rows, D]
         self._certain = 0
         self._last: Tensor  # [1, H] prediction after the last certain row
 
@@ -69,8 +69,7 @@ class Drafter:
 
     def _feed(self, rows: Tensor, mask: Tensor | None) -> None:
         count = rows.shape[1]
-        positions = self._positions[:, self._certain : self._certain + count]
-        self._last = self.draft(rows, positions, mask, self.cache)[:, -1]  # [1, H]
+        self._last = self.draft(rows, None, mask, self.cache, self._rope(self._certain, count))[:, -1]  # [1, H]
         self._certain += count
 
     def expand(self, tree: TreeConfig) -> Candidates:
@@ -102,6 +101,9 @@ class Drafter:
     def _step(self, tokens: Tensor, hidden: Tensor, sight: Tensor, position: int) -> Tensor:
         """One draft forward over the frontier: tokens [k], hidden [k, H] → predicted hidden states [k, H]."""
         rows = self.draft.fuse(hidden, self.draft.embed_tokens(tokens)).unsqueeze(0)  # [1, k, H]
-        positions = self._positions[:, position : position + 1].expand(1, tokens.shape[0])
         mask = self._masks.window(self._certain, sight)
-        return self.draft(rows, positions, mask, self.cache)[0]
+        return self.draft(rows, None, mask, self.cache, self._rope(position, 1))[0]
+
+    def _rope(self, start: int, count: int) -> tuple[Tensor, Tensor]:
+        """Rotary angles of ``count`` positions, [1, 1, count, D]; a single one serves a whole level."""
+        return self._cos[:, :, start : start + count], self._sin[:, :, start : start + count]

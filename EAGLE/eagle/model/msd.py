@@ -46,6 +46,7 @@ class MSDModel:
         self.target, self.draft, self.tree = target, draft, tree or TreeConfig.for_device(target.device)
         if draft is not None:
             check_pair(target, draft)
+            draft.prepare_for_decoding()
 
     @classmethod
     def from_pretrained(

@@ -1,0 +1,225 @@
+"""Generate training data: the target reads conversations, its hidden states are stored in shards.
+
+    python -m eagle.ge_data.allocation --outdir D --model_type llava_v15_t|llava_v15_v|qwen2_vl_t|qwen2_vl_v \\
+        --model BASE --image_data_path image_data --json_data_path FILE [--start A --end B] [--gpus 0,1,...]
+
+`_t` takes the rows without picture, `_v` those with one; they are shuffled, and [A, B) counts in the shuffled order
+(all by default). Killed at any moment and started again, it goes on: finished shards are not touched. Ranges of one
+corpus may be made one after the other in one folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from eagle.commands.options import DTYPES, positive
+from eagle.ge_data.annotations import Row, RowFile
+from eagle.ge_data.conversations import REASONS, image_names
+from eagle.ge_data.extract import Range, Selection
+from eagle.ge_data.folder import Settings, finished, locked, missing, write_skipped
+from eagle.ge_data.index import Index, gigabytes, load_index, sha256
+from eagle.ge_data.shards import ShardInfo, Source
+from eagle.ge_data.workers import Events, Job, run_here, run_workers
+from llava.errors import UserError, run_cli
+
+FAMILIES = {"llava_v15": "llava", "qwen2_vl": "qwen2_vl"}
+KINDS = {"t": "text", "v": "image"}
+MODEL_TYPES = tuple(f"{family}_{kind}" for family in FAMILIES for kind in KINDS)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="python -m eagle.ge_data.allocation", description=__doc__.splitlines()[0])
+    add = made.add_argument
+    add("--outdir", required=True, type=Path, help="folder of the shards; started again, it is completed")
+    add("--model_type", required=True, choices=MODEL_TYPES, help="family of --model; _t text, _v image rows")
+    add("--model", required=True, help="base model: folder or hub name")
+    add("--image_data_path", type=Path, default=Path("image_data"), help="where the rows' pictures lie")
+    add("--json_data_path", required=True, type=Path, help="annotation file, a JSON array of conversations")
+    add("--start", type=int, default=0, help="first row of the shuffled selection (default: 0)")
+    add("--end", type=int, help="row after the last one (default: all)")
+    add("--limit", type=positive, help="at most so many rows")
+    add("--gpus", help="one worker on each: 0,1,... or cpu (default: all GPUs, else this process's CPU)")
+    add("--dtype", choices=DTYPES, default="auto", help="dtype of the base model (default: the checkpoint's)")
+    add("--max-length", type=positive, default=2048, help="longest sequence; longer rows are cut (default: 2048)")
+    add("--seed", type=int, default=42, help="of the shuffle (default: 42)")
+    add("--shard-size", type=positive, default=64, help="rows of a shard (default: 64)")
+    add("--batch-tokens", type=positive, default=8192, help="most tokens of a forward, padded (default: 8192)")
+    return made
+
+
+def select(options: argparse.Namespace) -> tuple[Selection, Range]:
+    """The shuffled rows of the wanted kind, and the range of them that is wanted.
+
+    Raises:
+        UserError: the file cannot be read, no row is of that kind, the range is empty, or there is no folder of
+        pictures.
+    """
+    _, kind = options.model_type.rsplit("_", 1)
+    if kind == "v" and not options.image_data_path.is_dir():
+        raise UserError("no folder of pictures", options.image_data_path, "give --image_data_path")
+    rows = RowFile(options.json_data_path, wants_pictures if kind == "v" else wants_text)
+    if not len(rows):
+        raise UserError(f"no {KINDS[kind]} rows among the {rows.total} rows", options.json_data_path)
+    end = len(rows) if options.end is None else min(options.end, len(rows))
+    if options.limit is not None:
+        end = min(end, options.start + options.limit)
+    if not 0 <= options.start < end:
+        raise UserError(
+            f"rows {options.start} to {end} are none of the {len(rows)} {KINDS[kind]} rows",
+            fix="see --start, --end and --limit",
+        )
+    order = np.random.default_rng(options.seed).permutation(len(rows)).tolist()
+    return Selection(rows, order, options.image_data_path, options.max_length), (options.start, end)
+
+
+def wants_pictures(row: Row) -> bool:
+    """Whether a row belongs to the image half of the training data."""
+    return bool(image_names(row))
+
+
+def wants_text(row: Row) -> bool:
+    """Whether a row belongs to the text half of the training data."""
+    return not image_names(row)
+
+
+def devices(gpus: str | None) -> list[str]:
+    """``--gpus`` as device names; [] for this process's CPU.
+
+    Raises:
+        UserError: no such GPU.
+    """
+    count = torch.cuda.device_count()
+    if gpus is None:
+        return [f"cuda:{number}" for number in range(count)]
+    names = []
+    for part in gpus.split(","):
+        part = part.strip()
+        if part != "cpu" and not (part.isdecimal() and int(part) < count):
+            raise UserError(f"no GPU '{part}', there are {count}", fix="give numbers as in --gpus 0,1 or cpu")
+        names.append(part if part == "cpu" else f"cuda:{int(part)}")
+    return [] if names == ["cpu"] else names
+
+
+class Board:
+    """Keeps ``index.json`` up to date and shows how far the work is."""
+
+    def __init__(self, folder: Path, done: Sequence[ShardInfo], rows: int, waiting: int) -> None:
+        self.folder, self.shards = folder, list(done)
+        self.tokens, self._began, self._new_bytes, self._new_rows = 0, time.monotonic(), 0, 0
+        self._waiting = waiting
+        slow = 0.1 if sys.stderr.isatty() else 30
+        self.bar = tqdm(total=rows, initial=rows - waiting, unit="sample", mininterval=slow, smoothing=0.05)
+
+    def progress(self, rows: int, tokens: int) -> None:
+        """Rows were read."""
+        self.tokens += tokens
+        per_second = self.tokens / max(time.monotonic() - self._began, 1e-9)
+        disk = gigabytes(sum(shard.bytes for shard in self.shards))
+        if self._new_rows:
+            disk += f" of {gigabytes(self._expected())}"
+        self.bar.set_postfix_str(f"{per_second:.0f} tokens/s, {disk}", refresh=False)
+        self.bar.update(rows)
+
+    def shard(self, source: Source, info: ShardInfo) -> None:
+        """A shard is on disk."""
+        self.shards.append(info)
+        self._new_bytes += info.bytes
+        self._new_rows += info.end - info.start
+        Index.of(source, self.shards).save(self.folder)
+
+    def _expected(self) -> int:
+        """Bytes of the whole, as far as the new shards tell."""
+        before = sum(shard.bytes for shard in self.shards) - self._new_bytes
+        return before + self._new_bytes * self._waiting // self._new_rows
+
+
+def summary(index: Index, folder: Path, seconds: float) -> Table:
+    """What is in the folder now."""
+    table = Table(title=str(folder), show_header=False)
+    table.add_row("samples", f"{index.samples:,}")
+    table.add_row("tokens", f"{index.tokens:,}")
+    table.add_row("image tokens", f"{index.image_tokens:,}")
+    table.add_row("shards", f"{len(index.shards):,}")
+    table.add_row("disk", gigabytes(index.bytes))
+    for reason, count in sorted(index.skipped.items()):
+        table.add_row(f"skipped: {reason}", f"{count:,}  ({REASONS[reason]})")
+    table.add_row("time of this run", f"{seconds:.1f} s")
+    return table
+
+
+def run(options: argparse.Namespace, notify: Callable[[str], None]) -> int:
+    """Makes what is missing; returns the exit status, 1 if a worker failed by a defect.
+
+    Raises:
+        UserError: bad input, see the functions above.
+    """
+    began = time.monotonic()
+    workers = devices(options.gpus)
+    selection, (start, end) = select(options)
+    with locked(options.outdir):
+        settings = Settings(
+            model_type=options.model_type,
+            dtype=options.dtype,
+            max_length=options.max_length,
+            seed=options.seed,
+            data=options.json_data_path.name,
+            data_sha256=sha256(options.json_data_path),
+            rows=len(selection.rows),
+        )
+        settings.claim(options.outdir)
+        done = finished(options.outdir)
+        ranges = missing(start, end, options.shard_size, done)
+        status = work(options, selection, done, ranges, end - start, workers, notify) if ranges else 0
+        index = load_index(options.outdir)
+        write_skipped(options.outdir, index)
+    Console().print(summary(index, options.outdir, time.monotonic() - began))
+    if not index.samples:
+        raise UserError("every row was skipped", options.outdir, "skipped.jsonl tells why")
+    return status
+
+
+def work(
+    options: argparse.Namespace,
+    selection: Selection,
+    done: Sequence[ShardInfo],
+    ranges: Sequence[Range],
+    rows: int,
+    workers: Sequence[str],
+    notify: Callable[[str], None],
+) -> int:
+    """Hands the ranges to the workers. Raises the first UserError among their failures, after all have ended."""
+    source = load_index(options.outdir, strict=False).source if done else None
+    family = FAMILIES[options.model_type.rsplit("_", 1)[0]]
+    job = Job(options.model, family, options.dtype, selection, options.outdir, options.batch_tokens, source)
+    board = Board(options.outdir, done, rows, sum(last - first for first, last in ranges))
+    events = Events(board.progress, board.shard)
+    with board.bar:
+        if not workers:
+            run_here(job, ranges, events)
+            return 0
+        failures = run_workers(job, ranges, workers, events)
+    for failure in failures:
+        if failure.user:
+            raise UserError(failure.message, f"worker {failure.device}")
+        notify(f"error: worker {failure.device} failed: {failure.message}")
+    return 1 if failures else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    return run(parser().parse_args(argv), lambda line: print(line, file=sys.stderr))
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

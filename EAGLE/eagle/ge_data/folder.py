@@ -1,0 +1,115 @@
+"""The folder of a corpus while it is being made: one run at a time, one set of settings, nothing done twice."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from eagle.ge_data.index import INDEX, PATTERN, Index, ShardInfo, Skipped, load_index, read_about
+from llava.errors import UserError
+from llava.files import atomic_write, read_json
+
+SETTINGS = "settings.json"
+SKIPPED = "skipped.jsonl"
+LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the content of a corpus. Where pictures lie, which GPUs work and how large batches and shards are
+    does not.
+
+    ``data_sha256``: of the annotation file; ``rows``: length of the selection.
+    """
+
+    model_type: str
+    dtype: str
+    max_length: int
+    seed: int
+    data: str
+    data_sha256: str
+    rows: int
+
+    def claim(self, folder: Path) -> None:
+        """Writes ``settings.json``, or compares with the one that is there.
+
+        Raises:
+            UserError: the folder was begun with other settings, or holds shards without settings.
+        """
+        path, own = folder / SETTINGS, asdict(self)
+        if path.exists():
+            there = read_json(path, "settings of the corpus")
+            changed = [
+                f"{name} {there.get(name)!r} instead of {value!r}"
+                for name, value in own.items()
+                if name != "data" and there.get(name) != value
+            ]
+            if changed:
+                raise UserError(f"the folder was begun with {', '.join(changed)}", folder, "take another --outdir")
+        elif any(folder.glob(PATTERN)):
+            raise UserError(f"the folder has shards but no {SETTINGS}", folder, "take another --outdir")
+        else:
+            with atomic_write(path) as temporary:
+                temporary.write_text(json.dumps(own, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes the folder and holds it for this process; clears what a killed run left behind.
+
+    Raises:
+        UserError: another run writes here, or the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("a")
+    except OSError as error:
+        raise UserError(f"cannot write here ({error.strerror})", folder, "take another --outdir") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError("another run is writing to this folder", folder, "wait for it, or take another") from None
+        for stale in folder.glob(".*.tmp*"):
+            stale.unlink(missing_ok=True)
+        yield
+
+
+def finished(folder: Path) -> list[ShardInfo]:
+    """The whole shards of a folder; none in a new one."""
+    if not (folder / INDEX).exists() and not any(folder.glob(PATTERN)):
+        return []
+    return list(load_index(folder, strict=False).shards)
+
+
+def missing(start: int, end: int, shard_size: int, done: Sequence[ShardInfo]) -> list[tuple[int, int]]:
+    """The ranges of [start, end) that no shard answers for, cut at multiples of ``shard_size``.
+
+    >>> missing(0, 10, 4, [])
+    [(0, 4), (4, 8), (8, 10)]
+    """
+    gaps, at = [], start
+    for shard in sorted(done, key=lambda shard: shard.start):
+        gaps.append((at, min(shard.start, end)))
+        at = max(at, shard.end)
+    gaps.append((at, end))
+    pieces = []
+    for first, last in gaps:
+        while first < last:
+            cut = min(last, (first // shard_size + 1) * shard_size)
+            pieces.append((first, cut))
+            first = cut
+    return pieces
+
+
+def write_skipped(folder: Path, index: Index) -> None:
+    """Writes ``skipped.jsonl`` (row, id, reason) from the shards."""
+    with atomic_write(folder / SKIPPED) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for shard in index.shards:
+            if shard.skipped:
+                for row in read_about(folder / shard.file)["skipped"]:
+                    file.write(json.dumps(asdict(Skipped(**row))) + "\n")

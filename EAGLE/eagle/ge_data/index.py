@@ -1,0 +1,241 @@
+"""What a corpus holds: headers of its shards, and ``index.json`` that sums them up.
+
+A shard says itself what it holds, so the index can always be made again from the shards. Knows nothing of tensors'
+contents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from llava.errors import UserError
+from llava.files import atomic_write, read_json
+
+SCHEMA = 1
+INDEX = "index.json"
+PATTERN = "rows-*.safetensors"
+AGAIN = "delete it and run the allocation again"
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A row of the annotation file (``row``: its number there) that could not be used."""
+
+    row: int
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """What every shard of a corpus shares.
+
+    ``model``: hub name, or name of the folder. ``commit``: of the model, if known. ``dtype``: of the stored states.
+    ``fingerprint``: of a part of the model's weights, see `eagle.ge_data.extract.fingerprint`.
+    """
+
+    family: str
+    model: str
+    commit: str | None
+    dtype: str
+    hidden_size: int
+    vocab_size: int
+    image_token_id: int
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One shard in the index; ``skipped`` counts by reason; ``sha256`` is None until somebody has read the file for
+    it."""
+
+    file: str
+    start: int
+    end: int
+    samples: int
+    tokens: int
+    image_tokens: int
+    skipped: Mapping[str, int]
+    bytes: int
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Index(Source):
+    """A corpus: its source and its shards, in the order of the shuffled selection."""
+
+    shards: tuple[ShardInfo, ...] = ()
+
+    @classmethod
+    def of(cls, source: Source, shards: list[ShardInfo]) -> Index:
+        """The index of ``shards`` in any order."""
+        return cls(**_source_fields(source), shards=tuple(sorted(shards, key=lambda shard: shard.start)))
+
+    @property
+    def source(self) -> Source:
+        return Source(**_source_fields(self))
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def image_tokens(self) -> int:
+        return sum(shard.image_tokens for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        return sum(shard.bytes for shard in self.shards)
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Number of skipped rows by reason."""
+        total: Counter[str] = Counter()
+        for shard in self.shards:
+            total.update(shard.skipped)
+        return dict(total)
+
+    def save(self, folder: Path) -> None:
+        """Writes ``index.json`` atomically."""
+        names = ("samples", "tokens", "image_tokens", "skipped")
+        value = {
+            "schema": SCHEMA,
+            **_source_fields(self),
+            "counts": {name: getattr(self, name) for name in names},
+            "shards": [asdict(shard) for shard in self.shards],
+        }
+        with atomic_write(folder / INDEX) as temporary:
+            temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def load_index(folder: str | Path, strict: bool = True) -> Index:
+    """The index of a corpus: ``index.json``, completed by the shards that it does not list yet.
+
+    Args:
+        strict: a listed shard that is missing or has another size is an error; else it is left out, to be made again.
+
+    Raises:
+        UserError: no corpus here, a broken shard, another schema version, shards of different corpora.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError("no folder of shards", folder, "write it with python -m eagle.ge_data.allocation")
+    files = {path.name: path for path in folder.glob(PATTERN)}
+    source, listed = _read_index(folder / INDEX) if (folder / INDEX).exists() else (None, [])
+    if source is None and not files:
+        raise UserError("no shards in this folder", folder, "write them with python -m eagle.ge_data.allocation")
+    shards = [shard for shard in listed if _is_whole(folder / shard.file, shard, strict)]
+    for name in sorted(files.keys() - {shard.file for shard in listed}):
+        about = read_about(files[name])
+        found = Source(**about["source"])
+        if source is not None and found != source:
+            raise UserError("shard of another corpus", files[name], "keep one folder for each model and data set")
+        source = found
+        shards.append(shard_info(files[name], about, None))
+    assert source is not None
+    index = Index.of(source, shards)
+    for first, second in zip(index.shards, index.shards[1:], strict=False):
+        if first.end > second.start:
+            raise UserError("shards overlap", folder / second.file, f"one of it and {first.file} is too many")
+    return index
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """The header of a shard: ``source``, range, ``samples`` (row, id), ``skipped`` (row, id, reason), numbers of
+    tokens.
+
+    Raises:
+        UserError: the file is truncated or no shard of ours, or its schema version is another.
+    """
+    with open_shard(path) as file:
+        text = (file.metadata() or {}).get("msd")
+    if text is None:
+        raise UserError("not a shard of hidden states", path)
+    about = json.loads(text)
+    _check_schema(about.get("schema"), path)
+    return about
+
+
+def open_shard(path: Path) -> Any:
+    """`safe_open` with a UserError for a file that is truncated, missing or of another kind."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"shard is truncated or broken ({error})", path, AGAIN) from None
+
+
+def shard_info(path: Path, about: Mapping[str, Any], digest: str | None) -> ShardInfo:
+    """A shard's entry in the index, from its header and checksum."""
+    return ShardInfo(
+        file=path.name,
+        start=about["start"],
+        end=about["end"],
+        samples=len(about["samples"]),
+        tokens=about["tokens"],
+        image_tokens=about["image_tokens"],
+        skipped=dict(Counter(row["reason"] for row in about["skipped"])),
+        bytes=path.stat().st_size,
+        sha256=digest,
+    )
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def gigabytes(size: float) -> str:
+    """A size as text.
+
+    >>> gigabytes(1_234_000_000)
+    '1.23 GB'
+    """
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
+def _source_fields(source: Source) -> dict[str, Any]:
+    return {item.name: getattr(source, item.name) for item in fields(Source)}
+
+
+def _read_index(path: Path) -> tuple[Source, list[ShardInfo]]:
+    value = read_json(path, "index of the shards")
+    _check_schema(value.get("schema") if isinstance(value, dict) else None, path)
+    try:
+        source = Source(**{item.name: value[item.name] for item in fields(Source)})
+        return source, [ShardInfo(**shard) for shard in value["shards"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"index of the shards is incomplete ({error})", path, "delete it, the shards suffice") from None
+
+
+def _is_whole(path: Path, shard: ShardInfo, strict: bool) -> bool:
+    size = path.stat().st_size if path.exists() else None
+    if size == shard.bytes:
+        return True
+    if not strict:
+        return False
+    if size is None:
+        raise UserError("shard is missing", path, "run the allocation again, it makes what is missing")
+    raise UserError(f"shard is truncated or changed, {size} bytes instead of {shard.bytes}", path, AGAIN)
+
+
+def _check_schema(schema: Any, path: Path) -> None:
+    if schema != SCHEMA:
+        raise UserError(
+            f"shards of schema version {schema}, this program reads {SCHEMA}", path, "make the corpus again"
+        )

@@ -1,0 +1,105 @@
+"""Show what a corpus holds and check that it is whole.
+
+    python -m eagle.ge_data.inspect D [--model BASE] [--sample I]
+
+With a model, one sample is shown as text; only the tokenizer is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from eagle.ge_data.index import AGAIN, INDEX, Index, gigabytes, load_index, sha256
+from eagle.ge_data.shards import Sample, ShardDataset
+from eagle.ge_data.templates import TEMPLATES
+from llava.errors import UserError, run_cli
+
+BINS = 8
+BAR = 40
+
+
+def check(folder: Path, index: Index) -> int:
+    """Compares every shard with its checksum; returns how many had none in the index yet.
+
+    Raises:
+        UserError: a shard is not what was written.
+    """
+    without = 0
+    for shard in index.shards:
+        if shard.sha256 is None:
+            without += 1
+        elif sha256(folder / shard.file) != shard.sha256:
+            raise UserError("shard is not what was written, its checksum differs", folder / shard.file, AGAIN)
+    return without
+
+
+def histogram(lengths: Tensor) -> list[str]:
+    """Lines of a text histogram of lengths [N]."""
+    low, high = int(lengths.min()), int(lengths.max())
+    edges = torch.linspace(low, high + 1, min(BINS, high + 1 - low) + 1).round().long()
+    counts = torch.histogram(lengths.float(), edges.float()).hist.long()
+    most = int(counts.max())
+    return [
+        f"{int(first):>6} - {int(last) - 1:<6} {'█' * max(round(BAR * int(n) / most), int(n > 0)):<{BAR}} {int(n):,}"
+        for first, last, n in zip(edges, edges[1:], counts, strict=False)
+    ]
+
+
+def table(data: ShardDataset, without: int) -> Table:
+    """The corpus in numbers."""
+    meta, images = data.meta, data.image_lengths()
+    shown = Table(title=str(data.folder), show_header=False)
+    commit = f" at {meta.commit}" if meta.commit else ""
+    shown.add_row("model", f"{meta.model}{commit} ({meta.family}), hidden size {meta.hidden_size}, {meta.dtype}")
+    shown.add_row("samples", f"{meta.samples:,}, {float((images > 0).float().mean()):.0%} with a picture")
+    shown.add_row("tokens", f"{meta.tokens:,}, {meta.image_tokens / meta.tokens:.0%} of them image tokens")
+    shown.add_row("skipped", ", ".join(f"{count} {reason}" for reason, count in meta.skipped.items()) or "none")
+    shown.add_row("disk", f"{gigabytes(meta.bytes)} in {len(meta.shards)} shards")
+    shown.add_row("checksums", "all right" if not without else f"{without} not in {INDEX}, the others all right")
+    return shown
+
+
+def decoded(sample: Sample, family: str, model: str) -> Text:
+    """A sample's text: image tokens as a count, the assistant's tokens in green."""
+    tokenizer = TEMPLATES[family].load_processor(model).tokenizer
+    kinds = torch.where(sample.image_mask, 2, sample.loss_mask.long())
+    text = Text()
+    for part in torch.tensor_split(torch.arange(len(kinds)), (kinds.diff().nonzero().flatten() + 1).tolist()):
+        kind = int(kinds[part[0]])
+        if kind == 2:
+            text.append(f"[{len(part)} image tokens]", style="cyan")
+        else:
+            text.append(tokenizer.decode(sample.input_ids[part]), style="green" if kind else "")
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m eagle.ge_data.inspect", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="folder of the shards")
+    parser.add_argument("--model", help="base model: show a sample as text, the assistant's words in green")
+    parser.add_argument("--sample", type=int, default=0, help="which sample (default: 0)")
+    options = parser.parse_args(argv)
+    without = check(options.folder, load_index(options.folder))
+    data = ShardDataset(options.folder)
+    console = Console()
+    console.print(table(data, without))
+    console.print(Text("tokens a sample\n" + "\n".join(histogram(data.lengths()))))
+    if options.model is not None:
+        if not 0 <= options.sample < len(data):
+            raise UserError(f"no sample {options.sample}, there are {len(data)}", fix="see --sample")
+        console.print(decoded(data[options.sample], data.meta.family, options.model))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

@@ -1,0 +1,239 @@
+"""The corpus on disk: shards of hidden states.
+
+A folder holds ``rows-{start:08d}-{end:08d}.safetensors``, one file for each range ``[start, end)`` of the shuffled
+selection, and ``index.json``. A shard appears whole or not at all and is never changed afterwards.
+
+Tensors of a shard, samples one after the other (N samples, T tokens, I image tokens)::
+
+    lengths         [N]    int32   tokens of each sample
+    image_lengths   [N]    int32   image tokens of each sample
+    input_ids       [T]    int32   one id per image feature
+    loss_mask       [T]    uint8   1 on the assistant's tokens
+    image_mask      [T]    uint8   1 on image tokens
+    hidden          [T, H] 16 bit  the target's hidden states after its final norm
+    image_features  [I, H] 16 bit  projected features, as the target's language model reads them
+
+Embeddings of text tokens are not stored: the draft has the table. This module knows no model and no annotation file.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from eagle.ge_data.index import (
+    SCHEMA,
+    Index,
+    ShardInfo,
+    Skipped,
+    Source,
+    load_index,
+    open_shard,
+    read_about,
+    sha256,
+    shard_info,
+)
+from llava.errors import UserError
+from llava.files import atomic_write
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+OPEN_SHARDS = 16
+
+__all__ = ["DTYPES", "Index", "Sample", "ShardDataset", "ShardInfo", "Skipped", "Source", "shard_name", "write_shard"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation as the target saw it.
+
+    ``input_ids`` [S] int64; ``loss_mask``, ``image_mask`` [S] bool; ``hidden`` [S, H]; ``image_features`` [I, H] in
+    the order of the image tokens, I = image_mask.sum().
+    """
+
+    id: str
+    input_ids: Tensor
+    loss_mask: Tensor
+    image_mask: Tensor
+    hidden: Tensor
+    image_features: Tensor
+
+
+def shard_name(start: int, end: int) -> str:
+    """File name of the rows [start, end) of the selection."""
+    return f"rows-{start:08d}-{end:08d}.safetensors"
+
+
+def write_shard(
+    folder: Path,
+    start: int,
+    end: int,
+    samples: Sequence[tuple[int, Sample]],
+    skipped: Sequence[Skipped],
+    source: Source,
+) -> ShardInfo:
+    """Writes one shard atomically.
+
+    Args:
+        start, end: the range of the shuffled selection that the shard answers for.
+        samples: (row of the annotation file, sample); hidden states of any float dtype, stored as ``source.dtype``.
+        skipped: the rest of the range.
+
+    Returns:
+        The shard's entry in the index, with its checksum.
+
+    Raises:
+        UserError: the disk is full or fails.
+    """
+    items = [sample for _, sample in samples]
+    for sample in items:
+        _check_sample(sample, source)
+    states = DTYPES[source.dtype]
+    tensors = {
+        "lengths": torch.tensor([len(s.input_ids) for s in items], dtype=torch.int32),
+        "image_lengths": torch.tensor([len(s.image_features) for s in items], dtype=torch.int32),
+        "input_ids": _flat([s.input_ids for s in items], torch.int32),
+        "loss_mask": _flat([s.loss_mask for s in items], torch.uint8),
+        "image_mask": _flat([s.image_mask for s in items], torch.uint8),
+        "hidden": _flat([s.hidden for s in items], states, source.hidden_size),
+        "image_features": _flat([s.image_features for s in items], states, source.hidden_size),
+    }
+    about = {
+        "schema": SCHEMA,
+        "source": asdict(source),
+        "start": start,
+        "end": end,
+        "samples": [{"row": row, "id": sample.id} for row, sample in samples],
+        "skipped": [asdict(row) for row in skipped],
+        "tokens": len(tensors["input_ids"]),
+        "image_tokens": len(tensors["image_features"]),
+    }
+    path = folder / shard_name(start, end)
+    try:
+        with atomic_write(path) as temporary:
+            save_file(tensors, temporary, metadata={"msd": json.dumps(about)})
+            digest = sha256(temporary)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"shard cannot be written ({error})", path, "make room and start again") from None
+    return shard_info(path, about, digest)
+
+
+class ShardDataset:
+    """The samples of a corpus, read from disk when asked for.
+
+    Memory is bounded by the samples that are asked for: only ``OPEN_SHARDS`` files are kept open (mapped). Safe to
+    hand to worker processes. ``meta`` is the `Index` (``meta.hidden_size``, ``meta.family``, ``meta.samples``, ...).
+
+    Raises:
+        UserError: see `load_index`; also where the corpus has no samples.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.meta = load_index(self.folder)
+        if not self.meta.samples:
+            raise UserError("no samples in this folder, every row was skipped", self.folder, "see skipped.jsonl")
+        self._shards = [shard for shard in self.meta.shards if shard.samples]
+        self._ends = list(accumulate(shard.samples for shard in self._shards))
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Sample:
+        """Sample ``index``, in the order of the shuffled selection; states keep their stored dtype."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        number = bisect_right(self._ends, index)
+        before = self._ends[number - 1] if number else 0
+        return self._shard(number).sample(index - before)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[index] for index in range(len(self)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def lengths(self) -> Tensor:
+        """Tokens of each sample [len(self)] int64, without reading any state."""
+        return self._counts("lengths")
+
+    def image_lengths(self) -> Tensor:
+        """Image tokens of each sample [len(self)] int64, without reading any state."""
+        return self._counts("image_lengths")
+
+    def _counts(self, name: str) -> Tensor:
+        parts = []
+        for shard in self._shards:
+            with open_shard(self.folder / shard.file) as file:
+                parts.append(file.get_tensor(name).long())
+        return torch.cat(parts)
+
+    def _shard(self, number: int) -> _OpenShard:
+        if number in self._open:
+            self._open.move_to_end(number)
+        else:
+            self._open[number] = _OpenShard(self.folder / self._shards[number].file)
+            if len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)
+        return self._open[number]
+
+
+class _OpenShard:
+    """A mapped shard and where each of its samples begins."""
+
+    def __init__(self, path: Path) -> None:
+        self._ids = [sample["id"] for sample in read_about(path)["samples"]]
+        self._file = open_shard(path).__enter__()
+        self._tokens = _starts(self._file.get_tensor("lengths"))
+        self._images = _starts(self._file.get_tensor("image_lengths"))
+
+    def sample(self, index: int) -> Sample:
+        rows = slice(self._tokens[index], self._tokens[index + 1])
+        features = slice(self._images[index], self._images[index + 1])
+        return Sample(
+            id=self._ids[index],
+            input_ids=self._read("input_ids", rows).long(),
+            loss_mask=self._read("loss_mask", rows).bool(),
+            image_mask=self._read("image_mask", rows).bool(),
+            hidden=self._read("hidden", rows),
+            image_features=self._read("image_features", features),
+        )
+
+    def _read(self, name: str, rows: slice) -> Tensor:
+        return self._file.get_slice(name)[rows].clone()  # the clone lets go of the mapped pages
+
+
+def _starts(lengths: Tensor) -> list[int]:
+    return list(accumulate(lengths.tolist(), initial=0))
+
+
+def _flat(parts: Sequence[Tensor], dtype: torch.dtype, width: int | None = None) -> Tensor:
+    if not parts:
+        return torch.empty((0,) if width is None else (0, width), dtype=dtype)
+    return torch.cat([part.detach().to("cpu", dtype) for part in parts]).contiguous()
+
+
+def _check_sample(sample: Sample, source: Source) -> None:
+    """A sample of wrong shape is a defect of the program, so a ValueError."""
+    tokens, width = len(sample.input_ids), source.hidden_size
+    wanted = {
+        "loss_mask": (tokens,),
+        "image_mask": (tokens,),
+        "hidden": (tokens, width),
+        "image_features": (int(sample.image_mask.sum()), width),
+    }
+    for name, shape in wanted.items():
+        if tuple(getattr(sample, name).shape) != shape:
+            raise ValueError(f"sample {sample.id}: {name} is {tuple(getattr(sample, name).shape)}, expected {shape}")

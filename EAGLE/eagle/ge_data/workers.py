@@ -1,0 +1,162 @@
+"""One worker for each device: it loads the target once and makes shards of the ranges that it is handed.
+
+On a machine without GPU the work is done in this process. Otherwise each worker is a process of its own; a range goes
+to whichever worker asks next, and a worker that fails is named while the others finish.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eagle.ge_data.extract import Extractor, Range, Selection, source_of
+from eagle.ge_data.shards import ShardInfo, Source
+from eagle.ge_data.templates import template_of
+from eagle.model.targets import load_target
+from llava.errors import UserError
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker is told. ``family``: the one that --model_type means; ``source``: of shards that are
+    there."""
+
+    model: str
+    family: str
+    dtype: str
+    selection: Selection
+    folder: Path
+    batch_tokens: int
+    source: Source | None
+
+
+@dataclass(frozen=True)
+class Events:
+    """Called as work goes on: by rows and tokens, and with each shard that is on disk."""
+
+    progress: Callable[[int, int], None]
+    shard: Callable[[Source, ShardInfo], None]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A worker that stopped early. ``user``: bad input, not a defect."""
+
+    device: str
+    message: str
+    user: bool
+
+
+def run_here(job: Job, ranges: Sequence[Range], events: Events, device: str = "cpu") -> None:
+    """Does all the work in this process."""
+    extractor = _extractor(job, device)
+    for info in extractor.run(ranges, events.progress):
+        events.shard(extractor.source, info)
+
+
+def run_workers(job: Job, ranges: Sequence[Range], devices: Sequence[str], events: Events) -> list[Failure]:
+    """Does the work in one process for each device; returns the workers that failed, with their reasons.
+
+    What a failed worker had begun is left for the next run.
+    """
+    context = multiprocessing.get_context("spawn")
+    waiting = iter(ranges)
+    workers: dict[Connection, tuple[str, Any]] = {}
+    failures: list[Failure] = []
+    try:
+        for device in devices:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(job, device, theirs), name=f"ge_data {device}", daemon=True)
+            process.start()
+            theirs.close()
+            workers[ours] = (device, process)
+        while workers:
+            for connection in wait(list(workers)):
+                assert isinstance(connection, Connection)
+                device, process = workers[connection]
+                failure = _handle(connection, device, process, waiting, events)
+                if failure is None:
+                    continue
+                del workers[connection]
+                if failure.message:
+                    failures.append(failure)
+    finally:
+        for _, process in workers.values():
+            process.terminate()
+    return failures
+
+
+def _handle(
+    connection: Connection, device: str, process: Any, waiting: Iterator[Range], events: Events
+) -> Failure | None:
+    """Serves one message of a worker; a `Failure` when it is gone, with an empty message if all is well."""
+    try:
+        kind, *values = connection.recv()
+        if kind == "next":
+            connection.send(next(waiting, None))
+    except (EOFError, OSError):
+        process.join()
+        code = process.exitcode
+        return Failure(device, f"ended with status {code} and no word" if code else "", user=False)
+    if kind == "progress":
+        events.progress(*values)
+    elif kind == "shard":
+        events.shard(*values)
+    elif kind == "failure":
+        process.join()
+        return Failure(device, *values)
+    return None
+
+
+def _serve(job: Job, device: str, connection: Connection) -> None:
+    """A worker process: asks for ranges until there are none."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops us
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+    def ranges() -> Iterator[Range]:
+        while True:
+            connection.send(("next",))
+            span = connection.recv()
+            if span is None:
+                return
+            yield span
+
+    try:
+        extractor = _extractor(job, device)
+        for info in extractor.run(ranges(), lambda rows, tokens: connection.send(("progress", rows, tokens))):
+            connection.send(("shard", extractor.source, info))
+    except UserError as error:
+        connection.send(("failure", str(error), True))
+    except Exception:
+        connection.send(("failure", traceback.format_exc(), False))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _extractor(job: Job, device: str) -> Extractor:
+    if device != "cpu":
+        torch.cuda.set_device(device)
+    target = load_target(job.model, dtype=job.dtype, device_map={"": device})
+    if target.family != job.family:
+        raise UserError(f"--model_type means a model of family {job.family}, this is {target.family}", job.model)
+    source = source_of(target, job.model)
+    if job.source is not None and job.source != source:
+        raise UserError("the folder's shards are of another model", job.folder, "take another --outdir")
+    positions = getattr(target.config.get_text_config(), "max_position_embeddings", job.selection.max_length)
+    selection = replace(job.selection, max_length=min(positions, job.selection.max_length))
+    return Extractor(target, template_of(target), selection, job.folder, source, job.batch_tokens)

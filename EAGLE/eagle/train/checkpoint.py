@@ -1,0 +1,207 @@
+"""Checkpoints of a run, complete or absent, never half.
+
+::
+
+    CKPT/
+      step-00001200/   config.json, model.safetensors   the draft in the published layout
+                       provenance.json                  what made it
+                       progress.json, state/            everything that --resume needs
+      best/            the draft with the best simulated acceptance in validation
+      final/           the draft at the end
+      latest           name of the newest step folder
+      training.json, training.png, tensorboard/
+
+A folder is written under a temporary name and renamed when it is complete.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eagle.model.checkpoint import save_draft
+from eagle.train.engine import Engine
+from llava.errors import UserError
+from llava.files import atomic_write, read_json
+
+TEMPORARY, REPLACED = ".tmp-", ".old-"
+PACKAGES = ("msd-eagle", "msd-llava", "torch", "transformers", "deepspeed", "safetensors", "numpy")
+
+
+@dataclass
+class Progress:
+    """Where a run is: ``step`` optimizer steps done; ``best`` the best validation score; ``history`` all logged values;
+    ``run`` the settings that a resumed run must share."""
+
+    step: int = 0
+    best: float | None = None
+    history: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"steps": [], "validations": []})
+    run: dict[str, Any] = field(default_factory=dict)
+
+
+class CheckpointStore:
+    """The checkpoint folder of a run. Methods that take an engine are called by all its processes."""
+
+    def __init__(self, folder: str | Path, keep_last: int, provenance: Mapping[str, Any]) -> None:
+        self.folder, self.keep_last, self.provenance = Path(folder), keep_last, provenance
+
+    def step_folders(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
+
+    def recover(self) -> None:
+        """Removes what a killed run left unfinished. For the main process, before anything else."""
+        for path in self.folder.glob(f"{REPLACED}*"):
+            name = self.folder / path.name.removeprefix(REPLACED)
+            if name.exists():
+                shutil.rmtree(path)
+            else:
+                path.rename(name)
+        for path in self.folder.glob(f"{TEMPORARY}*"):
+            shutil.rmtree(path)
+
+    def refuse_to_overwrite(self) -> None:
+        """Raises `UserError` where a run has left checkpoints and ``--resume`` was not given."""
+        if self.step_folders() or (self.folder / "final").exists():
+            raise UserError(
+                "has checkpoints of an earlier run", where=self.folder, fix="add --resume, or give another --cpdir"
+            )
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint; None where there is none."""
+        pointer = self.folder / "latest"
+        if pointer.is_file():
+            named = self.folder / pointer.read_text(encoding="utf-8").strip()
+            if named.is_dir() and named.name.startswith("step-"):
+                return named
+        folders = self.step_folders()
+        return folders[-1] if folders else None
+
+    def save(self, engine: Engine, progress: Progress) -> None:
+        """Writes ``step-N``, points ``latest`` at it and removes all but the last ``keep_last``."""
+        name = f"step-{progress.step:08d}"
+        temporary = self._begin(engine, name)
+        engine.save(temporary / "state")
+        torch.save(_random_state(), temporary / "state" / f"random-{engine.rank:03d}.pt")
+        engine.barrier()
+        if engine.is_main:
+            write_json(temporary / "progress.json", asdict(progress))
+            self._finish(engine, temporary, name)
+            with atomic_write(self.folder / "latest") as pointer:
+                pointer.write_text(name + "\n", encoding="utf-8")
+            for old in self.step_folders()[: -self.keep_last]:
+                shutil.rmtree(old)
+        engine.barrier()
+
+    def save_draft(self, engine: Engine, name: str) -> None:
+        """Writes the draft alone, as ``best`` or ``final``."""
+        temporary = self._begin(engine, name)
+        if engine.is_main:
+            self._finish(engine, temporary, name)
+        engine.barrier()
+
+    def load(self, engine: Engine, folder: Path, run: Mapping[str, Any]) -> Progress:
+        """Restores ``engine`` from a step folder; ``run`` is compared with the interrupted run's.
+
+        Raises:
+            UserError: a setting that decides the loss curve differs; the message names it.
+        """
+        progress = Progress(**read_json(folder / "progress.json", "progress of the interrupted run"))
+        given = json.loads(json.dumps(run))
+        for key in {**given, **progress.run}:
+            if given.get(key) != progress.run.get(key):
+                raise UserError(
+                    f"the interrupted run had {key}={progress.run.get(key)}, this one has {given.get(key)}",
+                    where=folder,
+                    fix="resume with the same settings and data, or start in another --cpdir",
+                )
+        engine.load(folder / "state")
+        random = folder / "state" / f"random-{engine.rank:03d}.pt"
+        _set_random_state(torch.load(random, weights_only=True))
+        return progress
+
+    def _begin(self, engine: Engine, name: str) -> Path:
+        temporary = self.folder / f"{TEMPORARY}{name}"
+        if engine.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            (temporary / "state").mkdir(parents=True) if name.startswith("step-") else temporary.mkdir(parents=True)
+        engine.barrier()
+        return temporary
+
+    def _finish(self, engine: Engine, temporary: Path, name: str) -> None:
+        save_draft(engine.objective.draft, temporary)
+        write_json(temporary / "provenance.json", {**self.provenance, "date": now()})
+        replace_folder(temporary, self.folder / name)
+
+
+def replace_folder(temporary: Path, final: Path) -> None:
+    """Gives ``temporary`` the name ``final``. A kill in between leaves a state that `recover` puts right."""
+    old = final.with_name(REPLACED + final.name)
+    if final.exists():
+        final.rename(old)
+    temporary.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def describe_run(data: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What made a checkpoint: commit, versions, command line, data and settings."""
+    return {
+        "commit": _commit(),
+        "argv": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "data": dict(data),
+        "settings": dict(settings),
+    }
+
+
+def _commit() -> str | None:
+    """Commit of this source tree, with ``-dirty`` where it has changes; None outside a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _random_state() -> dict[str, Any]:
+    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

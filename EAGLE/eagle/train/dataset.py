@@ -1,0 +1,168 @@
+"""Batches of stored samples, aligned as the draft decodes.
+
+One sample has tokens ``x_0..x_{S-1}`` and, for each, the target's hidden state ``h`` after its final norm
+(``lm_head(h_t)`` predicts ``x_{t+1}``). Row ``t`` of the draft's input, ``t = 0..S-2``:
+
+===========================  =====================  ===========================================================
+what                         is                     where it comes from
+===========================  =====================  ===========================================================
+hidden state read            ``h_t`` (+ noise)      ``inputs[t]``
+next token read              ``x_{t+1}``            ``input_ids[t+1]``; its embedding is the base's
+next image feature           that of ``x_{t+1}``    ``image_features``, in order, where ``image_mask[t+1]``
+position                     ``t``                  plain numbers from 0, as in decoding
+hidden state to predict      ``h_{t+1}``            ``hidden[t+1]``
+token it predicts            ``x_{t+2}``            not read; the loss uses ``softmax(lm_head(h_{t+1}))``
+row counts in the loss       ``m_{t+1} & m_{t+2}``  ``m``: is an assistant token (``loss_mask``)
+===========================  =====================  ===========================================================
+
+A row counts if decoding drafts from it: it reads a token that the target has written and predicts another one. The
+first answer token ``x_a`` comes from the prefill; the first draft is made from row ``a-1``, which reads ``h_{a-1}`` and
+``x_a`` and predicts ``x_{a+1}``. Masking row t by its own ``m_t``, as published code does, leaves out just that row,
+the only one of a two-token answer, and trains two rows past the end. Row ``S-2`` predicts a token beyond the sample
+and never counts.
+
+Example: S = 7, m = 0 0 0 1 1 1 0 (prompt of three, answer of three, then the next question): rows 2 and 3 count; they
+read x_3 and x_4 and predict x_4 and x_5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from eagle.train.curriculum import Item
+from llava.errors import UserError
+
+if TYPE_CHECKING:
+    from eagle.ge_data.shards import Sample
+
+
+@dataclass
+class Batch:
+    """B samples padded on the right to S positions. Padding follows all real rows, so causal attention never sees it.
+
+    ``input_ids`` [B, S] (0 at image tokens and padding); ``image_mask`` [B, S]; ``image_features`` [I, H] of all
+    samples in order; ``hidden`` [B, S, H] true states; ``inputs`` [B, S, H] the same with noise; ``counts`` [B, S-1]
+    rows that count.
+    """
+
+    input_ids: Tensor
+    image_mask: Tensor
+    image_features: Tensor
+    hidden: Tensor
+    inputs: Tensor
+    counts: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+
+def rows_that_count(loss_mask: Tensor) -> Tensor:
+    """``loss_mask`` [S] → [S-1] bool; see the table above.
+
+    >>> rows_that_count(torch.tensor([0, 0, 0, 1, 1, 1, 0]).bool()).int().tolist()
+    [0, 0, 1, 1, 0, 0]
+    """
+    following = torch.cat([loss_mask[2:], loss_mask.new_zeros(1)])  # [S-1] m_{t+2}
+    return loss_mask[1:] & following
+
+
+def add_noise(hidden: Tensor, strength: float, seed: int) -> Tensor:
+    """``hidden`` [S, H] + (U - 0.5) * strength * 512 / S, U uniform on [0, 1) (the published recipe)."""
+    if strength == 0:
+        return hidden
+    uniform = torch.rand(hidden.shape, generator=torch.Generator().manual_seed(seed))
+    return (hidden.float() + (uniform - 0.5) * (strength * 512 / hidden.shape[0])).to(hidden.dtype)
+
+
+def collate(
+    samples: Sequence[Sample], vocab_size: int, max_length: int, noise: float = 0.0, seeds: Sequence[int] = ()
+) -> Batch:
+    """Pads samples into a `Batch`. ``noise`` is 0 in validation; ``seeds`` has one for each sample otherwise.
+
+    Raises:
+        UserError: a sample's parts disagree, or a token id is outside the vocabulary.
+    """
+    lengths = [min(sample.input_ids.shape[0], max_length) for sample in samples]
+    size, width = (len(samples), max(3, *lengths)), samples[0].hidden.shape[-1]
+    ids, image = torch.zeros(size, dtype=torch.long), torch.zeros(size, dtype=torch.bool)
+    counts = torch.zeros(size[0], size[1] - 1, dtype=torch.bool)
+    hidden = torch.zeros(*size, width, dtype=samples[0].hidden.dtype)
+    inputs = torch.zeros_like(hidden)
+    features = []
+    for row, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
+        check_sample(sample, vocab_size)
+        mask = sample.image_mask[:length]
+        ids[row, :length] = sample.input_ids[:length].masked_fill(mask, 0)
+        image[row, :length] = mask
+        if length > 1:
+            counts[row, : length - 1] = rows_that_count(sample.loss_mask[:length].bool())
+        hidden[row, :length] = sample.hidden[:length]
+        inputs[row, :length] = add_noise(sample.hidden[:length], noise, seeds[row] if noise else 0)
+        features.append(sample.image_features[: int(mask.sum())])
+    return Batch(ids, image, torch.cat(features), hidden, inputs, counts)
+
+
+def check_sample(sample: Sample, vocab_size: int) -> None:
+    """Raises `UserError` if the parts of a sample disagree."""
+    length, images = sample.input_ids.shape[0], int(sample.image_mask.sum())
+    for name, rows, expected in (
+        ("loss_mask", sample.loss_mask.shape[0], length),
+        ("image_mask", sample.image_mask.shape[0], length),
+        ("hidden", sample.hidden.shape[0], length),
+        ("image_features", sample.image_features.shape[0], images),
+    ):
+        if rows != expected:
+            raise UserError(f"{name} has {rows} rows, not {expected}", where=f"sample {sample.id}", fix="extract again")
+    text = sample.input_ids[~sample.image_mask]
+    if text.numel() and (int(text.max()) >= vocab_size or int(text.min()) < 0):
+        raise UserError(
+            f"token ids {int(text.min())}..{int(text.max())} in a vocabulary of {vocab_size}",
+            where=f"sample {sample.id}",
+            fix="is the data made with this base model?",
+        )
+
+
+class SampleSet(Protocol):
+    """Stored samples, as `eagle.ge_data.shards.ShardDataset`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+class Samples(Dataset):
+    """Samples of both data sets by `Item`. ``sources`` maps a source's name to (data set, usable indices)."""
+
+    def __init__(self, sources: Mapping[str, tuple[SampleSet, Sequence[int]]]) -> None:
+        self.sources = sources
+
+    def __getitem__(self, item: Item) -> tuple[Sample, int]:
+        data, indices = self.sources[item.source]
+        return data[indices[item.row]], item.noise_seed
+
+
+def _collate_pairs(pairs: Sequence[tuple[Sample, int]], vocab_size: int, max_length: int, noise: float) -> Batch:
+    samples, seeds = zip(*pairs, strict=True)
+    return collate(samples, vocab_size, max_length, noise, seeds)
+
+
+def batches(
+    samples: Samples,
+    pieces: Sequence[list[Item]],
+    *,
+    vocab_size: int,
+    max_length: int,
+    noise: float = 0.0,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """One `Batch` for each of ``pieces``, in order."""
+    join = partial(_collate_pairs, vocab_size=vocab_size, max_length=max_length, noise=noise)
+    return iter(DataLoader(samples, batch_sampler=pieces, collate_fn=join, num_workers=workers, pin_memory=pin_memory))

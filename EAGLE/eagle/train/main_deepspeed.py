@@ -1,0 +1,176 @@
+"""Trains a draft head on stored hidden states.
+
+    deepspeed --master_port 29504 --include localhost:0 main_deepspeed.py --deepspeed_config ds_config.json \\
+        --tmpdir_v DV --tmpdir_t DT --basepath BASE --cpdir CKPT --config llava_v15_7B_config.json [--resume]
+
+More processes: another ``--include``, or ``--num_gpus 8``; nothing else changes. ``python main_deepspeed.py ...``
+trains in one process without DeepSpeed. CKPT/final is the draft; `eagle.train.checkpoint` has the rest of CKPT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eagle.ge_data.shards import ShardDataset
+from eagle.model.base_weights import BaseTensors, load_base_tensors
+from eagle.model.checkpoint import load_draft
+from eagle.model.config import DraftConfig
+from eagle.model.draft import DraftModel
+from eagle.train.checkpoint import CheckpointStore, Progress, describe_run
+from eagle.train.curriculum import IMAGE, TEXT
+from eagle.train.engine import Engine, PlainEngine, read_deepspeed_config
+from eagle.train.objective import DraftObjective
+from eagle.train.schedule import BatchSizes, Schedule
+from eagle.train.settings import TrainConfig, add_setting_flags, override, read_config
+from eagle.train.tracking import TRACKERS, Tracker
+from eagle.train.trainer import Trainer, TrainingData
+from llava.errors import UserError, run_cli
+
+
+def main() -> None:
+    """Settings → data → base tensors → engine → resume → train."""
+    args = parse_args()
+    draft_config, config = read_config(args.config)
+    config = override(config, args)
+    deepspeed_config = read_deepspeed_config(args.deepspeed_config)
+    data = load_data(args, draft_config, config)
+    base = load_base_tensors(args.basepath)
+    rank, world = join_processes()
+    sizes = BatchSizes.from_deepspeed(deepspeed_config, world, where=args.deepspeed_config)
+    schedule = data.schedule(sizes, config)
+    store = open_store(args, data, config, main=rank == 0)
+    objective = build_objective(args, draft_config, base, config, main=rank == 0)
+    engine = build_engine(objective, config, deepspeed_config, sizes)
+    progress = restore(args, store, engine, schedule, config)
+    if engine.is_main:
+        print(schedule.describe(), flush=True)
+    total = min(config.max_steps or schedule.total_steps, schedule.total_steps)
+    tracker = Tracker(Path(args.cpdir), args.tracker, total, progress.step, asdict(config), engine.is_main)
+    trainer = Trainer(engine, data, schedule, config, store, tracker, progress)
+    complete = trainer.run()
+    tracker.finish(progress.history)
+    if engine.is_main:
+        where = Path(args.cpdir) / "final" if complete else store.latest()
+        print(f"{'trained' if complete else 'stopped; go on with --resume'}: {where}", flush=True)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--basepath", required=True, metavar="BASE", help="base model, folder or hub name")
+    parser.add_argument("--tmpdir_t", metavar="DT", help="hidden states of the text set (eagle.ge_data.allocation)")
+    parser.add_argument(
+        "--tmpdir_v", metavar="DV", help="hidden states of the image set; one of the two may be left out"
+    )
+    parser.add_argument("--cpdir", required=True, metavar="CKPT", help="folder of the checkpoints")
+    parser.add_argument(
+        "--config", required=True, help="draft's config.json with a 'train' section; a bare name may be a shipped one"
+    )
+    parser.add_argument("--deepspeed_config", required=True, help="batch sizes, precision, ZeRO (ds_config.json)")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in CKPT, if any")
+    parser.add_argument("--init", metavar="DRAFT", help="start from this draft's weights, folder or hub name")
+    parser.add_argument(
+        "--tracker", choices=TRACKERS, default="tensorboard", help="where values go (default %(default)s)"
+    )
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
+    add_setting_flags(parser)
+    return parser.parse_args(argv)
+
+
+def launched() -> bool:
+    """Whether a launcher (deepspeed, torchrun) started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def join_processes() -> tuple[int, int]:
+    """(rank, number of processes)."""
+    if not launched():
+        return 0, 1
+    from eagle.train import engine_deepspeed
+
+    return engine_deepspeed.join_processes()
+
+
+def load_data(args: argparse.Namespace, draft_config: DraftConfig, config: TrainConfig) -> TrainingData:
+    """The corpora that were given, split into training and validation."""
+    sets: dict[str, Any] = {}
+    for name, folder in ((TEXT, args.tmpdir_t), (IMAGE, args.tmpdir_v)):
+        if folder is None:
+            continue
+        sets[name] = ShardDataset(folder)
+        hidden = sets[name].meta.hidden_size
+        if hidden != draft_config.hidden_size:
+            raise UserError(
+                f"hidden states of size {hidden}, the draft config has {draft_config.hidden_size}",
+                where=folder,
+                fix="choose the config made for this base model",
+            )
+    if not sets:
+        raise UserError("no data", fix="give --tmpdir_t, --tmpdir_v or both")
+    return TrainingData.split(sets, config)
+
+
+def open_store(args: argparse.Namespace, data: TrainingData, config: TrainConfig, main: bool) -> CheckpointStore:
+    about = {
+        name: {"folder": str(samples.folder), "samples": len(samples), **asdict(samples.meta.source)}
+        for name, (samples, _, _) in data.sources.items()
+    }
+    store = CheckpointStore(args.cpdir, config.keep_last, describe_run(about, asdict(config)))
+    if main:
+        store.recover()
+    if not args.resume:
+        store.refuse_to_overwrite()
+    return store
+
+
+def build_objective(
+    args: argparse.Namespace, draft_config: DraftConfig, base: BaseTensors, config: TrainConfig, main: bool
+) -> DraftObjective:
+    """The draft with the base's embedding, new or from ``--init``. Its vocabulary is the base's."""
+    vocab = base.embed.shape[0]
+    if vocab != draft_config.vocab_size and main:
+        print(f"vocabulary: {vocab} as in the base model (the config says {draft_config.vocab_size})", flush=True)
+    if args.init:
+        draft = load_draft(args.init, dtype=torch.float32)
+    else:
+        torch.manual_seed(config.seed)
+        draft = DraftModel(replace(draft_config, vocab_size=vocab))
+    return DraftObjective(draft.train(), base, config)
+
+
+def build_engine(
+    objective: DraftObjective, config: TrainConfig, deepspeed_config: dict[str, Any], sizes: BatchSizes
+) -> Engine:
+    if not launched():
+        return PlainEngine(objective, config, deepspeed_config, sizes)
+    from eagle.train.engine_deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(objective, config, deepspeed_config, sizes)
+
+
+def restore(
+    args: argparse.Namespace, store: CheckpointStore, engine: Engine, schedule: Schedule, config: TrainConfig
+) -> Progress:
+    """Progress of the interrupted run with ``--resume``, else a new one."""
+    run = {**asdict(schedule.sizes), "text": schedule.text, "image": schedule.image, **config.fingerprint()}
+    folder = store.latest() if args.resume else None
+    if folder is None:
+        if args.resume and engine.is_main:
+            print(f"no checkpoint in {args.cpdir} yet: starting anew", flush=True)
+        return Progress(run=run)
+    progress = store.load(engine, folder, run)
+    if engine.is_main:
+        print(f"resumed after step {progress.step} from {folder}", flush=True)
+    return progress
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

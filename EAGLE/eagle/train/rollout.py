@@ -1,0 +1,88 @@
+"""The draft fed on its own outputs, at every position of a sample at once, as decoding feeds it.
+
+Step k = 1 reads true hidden states. At step k row t reads its own prediction of step k-1 in place of ``h_{t+k-1}``, the
+token ``x_{t+k}``, and sits at position t+k-1; it predicts ``h_{t+k}``. It attends to the true rows 0..t and to the rows
+drafted after them from the same root, which are row t of the steps 2..k: one causal block, then diagonals.
+
+Four rows at step 3 (columns: true rows | step 2 | step 3)::
+
+    1 . . . | 1 . . . | 1 . . .
+    1 1 . . | . 1 . . | . 1 . .
+    1 1 1 . | . . 1 . | . . 1 .
+    1 1 1 1 | . . . 1 | . . . 1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from eagle.model.draft import DraftModel
+
+
+class GrowingCache:
+    """Keys and values of all steps so far, with gradient; the interface of `KVCache.update`."""
+
+    def __init__(self) -> None:
+        self.rows: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key: Tensor, value: Tensor, layer: int = 0) -> tuple[Tensor, Tensor]:
+        """Appends [B, heads, R, head_dim]; returns all rows."""
+        if self.rows is not None:
+            key, value = (torch.cat(pair, dim=2) for pair in zip(self.rows, (key, value), strict=True))
+        self.rows = (key, value)
+        return self.rows
+
+
+def rollout_mask(rows: int, step: int, device: torch.device | str = "cpu") -> Tensor:
+    """[1, 1, R, step * R] bool, true where a row may look; see the picture above."""
+    causal = torch.ones(rows, rows, dtype=torch.bool, device=device).tril()
+    own = torch.eye(rows, dtype=torch.bool, device=device)
+    return torch.cat([causal, *[own] * (step - 1)], dim=1)[None, None]
+
+
+def ahead(x: Tensor, steps: int, rows: int) -> Tensor:
+    """Row t of the result is row ``t + steps`` of ``x`` [B, S, ...]; ``rows`` rows, zeros past the end.
+
+    >>> ahead(torch.tensor([[1, 2, 3, 4]]), 2, 3).tolist()
+    [[3, 4, 0]]
+    """
+    part = x[:, steps : steps + rows]
+    padding = [0, 0] * (x.dim() - 2) + [0, rows - part.shape[1]]
+    return F.pad(part, padding)
+
+
+def rollout_counts(counts: Tensor, step: int) -> Tensor:
+    """Rows [B, R] that count at ``step``: row t drafts ``x_{t+2}..x_{t+step+1}``, all within one answer.
+
+    >>> rollout_counts(torch.tensor([[False, True, True, True, False]]), 2).int().tolist()
+    [[0, 1, 1, 0, 0]]
+    """
+    result = counts
+    for later in range(1, step):
+        result = result & ahead(counts, later, counts.shape[1])
+    return result
+
+
+def predict_steps(
+    draft: DraftModel, inputs: Tensor, embeds: Tensor, image_mask: Tensor, steps: int
+) -> Iterator[tuple[int, Tensor]]:
+    """Yields (k, predicted [B, S-1, H]) for k = 1..steps; row t of ``predicted`` is the prediction of ``h_{t+k}``.
+
+    Args:
+        inputs: [B, S, H] true hidden states (with noise in training).
+        embeds: [B, S, H] embeddings of ``x_0..x_{S-1}``, image features at image tokens; ``image_mask`` [B, S].
+    """
+    rows = inputs.shape[1] - 1
+    cache: Any = GrowingCache() if steps > 1 else None
+    hidden = inputs[:, :rows]
+    start = torch.arange(rows, device=inputs.device).unsqueeze(0)  # [1, R]
+    for step in range(1, steps + 1):
+        x = draft.fuse(hidden, ahead(embeds, step, rows), ahead(image_mask, step, rows))  # [B, R, H]
+        mask = None if step == 1 else rollout_mask(rows, step, inputs.device)
+        hidden = draft(x, start + (step - 1), mask, cache)
+        yield step, hidden

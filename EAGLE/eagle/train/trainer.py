@@ -1,0 +1,162 @@
+"""The training loop: for each epoch its samples, for each step its batches, then log, validate and save when due."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from eagle.train.checkpoint import CheckpointStore, Progress
+from eagle.train.curriculum import IMAGE, TEXT, Item, epoch_items, image_probability, micro_batches, split_indices
+from eagle.train.dataset import Batch, Samples, batches
+from eagle.train.engine import METRICS, Engine
+from eagle.train.schedule import BatchSizes, Schedule
+from eagle.train.settings import TrainConfig
+from eagle.train.tracking import Tracker
+from eagle.train.validation import validate
+
+if TYPE_CHECKING:
+    from eagle.ge_data.shards import ShardDataset
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Both data sets, split: ``sources`` maps a name to (samples, training indices, validation indices)."""
+
+    sources: dict[str, tuple[ShardDataset, list[int], list[int]]]
+
+    @classmethod
+    def split(cls, sets: dict[str, ShardDataset], config: TrainConfig) -> TrainingData:
+        return cls({name: (data, *split_indices(len(data), config.validation_share, config.seed))
+                    for name, data in sets.items()})  # fmt: skip
+
+    def size(self, source: str) -> int:
+        """Training samples of a set, 0 where it is not given."""
+        return len(self.sources[source][1]) if source in self.sources else 0
+
+    def schedule(self, sizes: BatchSizes, config: TrainConfig) -> Schedule:
+        return Schedule.plan(sizes, self.size(TEXT), self.size(IMAGE), config)
+
+    @property
+    def training(self) -> Samples:
+        return Samples({name: (data, train) for name, (data, train, _) in self.sources.items()})
+
+    @property
+    def validation(self) -> Samples:
+        return Samples({name: (data, held_out) for name, (data, _, held_out) in self.sources.items()})
+
+
+class Trainer:
+    """Trains from ``progress.step`` to the end of the schedule, or to ``max_steps``."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        data: TrainingData,
+        schedule: Schedule,
+        config: TrainConfig,
+        store: CheckpointStore,
+        tracker: Tracker,
+        progress: Progress,
+    ) -> None:
+        self.engine, self.data, self.schedule, self.config = engine, data, schedule, config
+        self.store, self.tracker, self.progress = store, tracker, progress
+        self._sums: Tensor | None = None
+        self._since, self._started = 0, time.perf_counter()
+
+    def run(self) -> bool:
+        """Returns whether training is complete."""
+        progress, schedule = self.progress, self.schedule
+        limit = min(self.config.max_steps or schedule.total_steps, schedule.total_steps)
+        while progress.step < limit:
+            epoch = progress.step // schedule.steps_per_epoch
+            for step_batches in islice(self._epoch(epoch), limit - progress.step):
+                self._step(step_batches, epoch)
+        if progress.step < schedule.total_steps:
+            self._save_once()
+            return False
+        self.store.save_draft(self.engine, "final")
+        return True
+
+    def _epoch(self, epoch: int) -> Iterator[list[Batch]]:
+        """The micro-batches of each remaining step of ``epoch``."""
+        items = epoch_items(self.schedule, epoch, self.config.text_share, self.config.seed)
+        first_step = max(0, self.progress.step - epoch * self.schedule.steps_per_epoch)
+        pieces = micro_batches(items, self.schedule.sizes, self.engine.rank, first_step)
+        stream = self._load(self.data.training, pieces, noise=self.config.noise)
+        while step_batches := list(islice(stream, self.schedule.sizes.accumulation)):
+            yield step_batches
+
+    def _load(self, samples: Samples, pieces: Sequence[list[Item]], noise: float) -> Iterator[Batch]:
+        return batches(
+            samples,
+            pieces,
+            vocab_size=self.engine.objective.draft.config.vocab_size,
+            max_length=self.config.max_length,
+            noise=noise,
+            workers=self.config.workers,
+            pin_memory=self.engine.device.type == "cuda",
+        )
+
+    def _step(self, step_batches: list[Batch], epoch: int) -> None:
+        """One optimizer step and whatever is due after it."""
+        progress, schedule, config = self.progress, self.schedule, self.config
+        metrics = self.engine.step(step_batches, schedule.learning_rate(progress.step))
+        self._sums = metrics if self._sums is None else self._sums + metrics
+        progress.step += 1
+        self._since += 1
+        self.tracker.advance()
+        last = progress.step == schedule.total_steps
+        if progress.step % config.log_every == 0 or last:
+            self._log(epoch)
+        if last or progress.step % (config.validate_every or schedule.steps_per_epoch) == 0:
+            self._validate()
+        if last or progress.step % (config.save_every or schedule.steps_per_epoch) == 0:
+            self.store.save(self.engine, progress)
+
+    def _log(self, epoch: int) -> None:
+        """Means since the last log, over all processes."""
+        assert self._sums is not None
+        means = self.engine.mean(self._sums / self._since).tolist()
+        seconds = time.perf_counter() - self._started
+        text, image = self.schedule.text, self.schedule.image
+        share = image_probability(epoch, self.schedule.epochs, self.config.text_share)
+        values = {
+            **dict(zip(METRICS, means, strict=True)),
+            "learning_rate": self.schedule.learning_rate(self.progress.step - 1),
+            "image_probability": share if text and image else float(image > 0),
+            "samples_per_second": self._since * self.schedule.sizes.total / seconds,
+        }
+        self.progress.history["steps"].append({"step": self.progress.step, "epoch": epoch, **values})
+        self.tracker.log(self.progress.step, values)
+        self._sums, self._since, self._started = None, 0, time.perf_counter()
+
+    def _validate(self) -> None:
+        """Validates on each data set; keeps the draft with the best mean simulated tau as ``best``."""
+        results: dict[str, Any] = {}
+        samples, sizes = self.data.validation, self.schedule.sizes
+        for name, (_, _, held_out) in self.data.sources.items():
+            count = min(len(held_out), self.config.validation_limit)
+            if not count:
+                continue
+            own = [Item(name, index, 0) for index in range(self.engine.rank, count, sizes.world)]
+            pieces = [own[at : at + sizes.micro] for at in range(0, len(own), sizes.micro)]
+            results[name] = validate(self.engine, self._load(samples, pieces, noise=0.0))
+        if not results:
+            return
+        self.progress.history["validations"].append({"step": self.progress.step, "results": results})
+        self.tracker.log_validation(self.progress.step, results)
+        score = sum(values["tau"] for values in results.values()) / len(results)
+        if self.progress.best is None or score > self.progress.best:
+            self.progress.best = score
+            self.store.save_draft(self.engine, "best")
+
+    def _save_once(self) -> None:
+        """Saves where the run stops, unless that step has just been saved."""
+        latest = self.store.latest()
+        if latest is None or latest.name != f"step-{self.progress.step:08d}":
+            self.store.save(self.engine, self.progress)

@@ -1,0 +1,143 @@
+"""Validation: loss, accuracy and acceptance in simulated chain decoding.
+
+From every position of an answer the draft drafts ``depth`` tokens on its own outputs (`rollout.predict_steps`, which is
+how decoding feeds it). A drafted token is accepted if it is the target's greedy choice there, the arg-max of
+``lm_head(h)``, and all before it are. The samples' own tokens are fed: where an answer is the target's own greedy one,
+that is exactly decoding with a chain, otherwise a proxy. A tree accepts more than a chain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eagle.train.dataset import Batch
+from eagle.train.engine import Engine
+from eagle.train.loss import TOP, best_tokens
+from eagle.train.objective import DraftObjective
+from eagle.train.rollout import ahead, predict_steps, rollout_counts
+
+
+class Acceptance(NamedTuple):
+    """``accepted`` [B, R] drafted tokens accepted from each row on, 0 where the row does not count; ``reached`` [depth]
+    rows at which step k was tried with all before it accepted; ``matched`` [depth] of these accepted."""
+
+    accepted: Tensor
+    reached: Tensor
+    matched: Tensor
+
+
+def accepted_lengths(predictions: Iterable[tuple[int, Tensor]], greedy: Tensor, counts: Tensor) -> Acceptance:
+    """Accepted prefix from every row.
+
+    Args:
+        predictions: (k, tokens [B, R]) for k = 1, 2, ...: row t of step k is the draft's ``x_{t+k+1}``.
+        greedy: [B, R] row t is the target's choice after ``x_{t+1}``, that is for ``x_{t+2}``.
+        counts: [B, R] rows that decoding can draft from.
+    """
+    going = counts
+    accepted = torch.zeros_like(counts, dtype=torch.long)
+    reached, matched = [], []
+    for step, tokens in predictions:
+        tried = going & rollout_counts(counts, step)
+        going = tried & (tokens == ahead(greedy, step - 1, greedy.shape[1]))
+        accepted += going
+        reached.append(tried.sum())
+        matched.append(going.sum())
+    return Acceptance(accepted, torch.stack(reached), torch.stack(matched))
+
+
+def walk(accepted: list[int], counts: list[bool]) -> tuple[int, int]:
+    """Decodes one sample by its ``accepted`` lengths: (new tokens after each answer's first one, cycles).
+
+    A cycle at row t gives ``accepted[t] + 1`` tokens, the bonus token included, and goes on from the row behind them;
+    an answer ends where rows stop to count.
+
+    >>> walk([0, 2, 0, 0, 1, 0], [False, True, True, True, True, False])
+    (4, 2)
+    """
+    tokens, cycles, row = 0, 0, 0
+    while row < len(counts):
+        if not counts[row]:
+            row += 1
+            continue
+        end = row
+        while end < len(counts) and counts[end]:
+            end += 1
+        tokens += end - row
+        while row < end:
+            cycles += 1
+            row += accepted[row] + 1
+        row = max(row, end)
+    return tokens, cycles
+
+
+@torch.no_grad()
+def batch_sums(objective: DraftObjective, batch: Batch) -> Tensor:
+    """Sums of one batch, see `summary` for their order."""
+    config, counts = objective.config, batch.counts
+    rows = counts.shape[1]
+    target = batch.hidden[:, 1:]  # [B, R, H]
+    greedy = torch.full_like(counts, -1, dtype=torch.long)
+    greedy[counts] = best_tokens(target[counts], objective.head, config.head_chunk)
+    losses = []
+
+    def drafted_tokens() -> Iterable[tuple[int, Tensor]]:
+        inputs = batch.hidden.to(objective.dtype)
+        for step, predicted in predict_steps(
+            objective.draft, inputs, objective.embeds(batch), batch.image_mask, config.simulated_depth
+        ):
+            if step == 1:
+                losses.append(objective.loss(predicted, target, counts))
+            valid = rollout_counts(counts, step)
+            tokens = torch.full((counts.shape[0], rows), -2, dtype=torch.long, device=counts.device)
+            tokens[valid] = best_tokens(predicted[valid], objective.head, config.head_chunk)
+            yield step, tokens
+
+    result = accepted_lengths(drafted_tokens(), greedy, counts)
+    walks = [walk(a, c) for a, c in zip(result.accepted.tolist(), counts.tolist(), strict=True)]
+    (loss,) = losses
+    number = counts.sum()
+    parts = torch.stack([loss.total * number, loss.hidden * number, loss.token * number]).double()
+    counted = torch.tensor(walks, device=parts.device).sum(dim=0)  # [2] tokens, cycles
+    return torch.cat(
+        [number[None], parts, loss.hits, result.accepted.sum()[None], counted, result.reached, result.matched]
+    ).double()
+
+
+def summary(sums: Tensor, depth: int) -> dict[str, float | list[float]]:
+    """Validation's values from its sums.
+
+    ``tau``: new tokens per verification of simulated chain decoding. ``expected_tau``: 1 + accepted tokens from a
+    position, averaged over all positions. ``accept_at``: acceptance at draft step k where all before were accepted.
+    """
+    rows, *rest = sums.tolist()
+    loss, hidden, token, *hits = rest[: 3 + TOP]
+    accepted, tokens, cycles = rest[3 + TOP : 6 + TOP]
+    reached, matched = rest[6 + TOP : 6 + TOP + depth], rest[6 + TOP + depth :]
+    per_row = max(rows, 1.0)
+    return {
+        "loss": loss / per_row,
+        "hidden_loss": hidden / per_row,
+        "token_loss": token / per_row,
+        **{f"top{k}": hit / per_row for k, hit in enumerate(hits, start=1)},
+        "tau": tokens / cycles if cycles else 0.0,
+        "expected_tau": 1 + accepted / per_row,
+        "accept_at": [m / r if r else 0.0 for r, m in zip(reached, matched, strict=True)],
+        "rows": rows,
+    }
+
+
+def validate(engine: Engine, batches: Iterable[Batch]) -> dict[str, float | list[float]]:
+    """Validates on this process's ``batches`` and joins the results of all processes."""
+    objective = engine.objective
+    depth = objective.config.simulated_depth
+    sums = torch.zeros(7 + TOP + 2 * depth, dtype=torch.float64, device=engine.device)
+    objective.eval()
+    for batch in batches:
+        sums += batch_sums(objective, batch.to(engine.device))
+    objective.train()
+    return summary(engine.sum(sums), depth)

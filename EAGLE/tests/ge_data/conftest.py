@@ -1,0 +1,77 @@
+"""A tiny base model, pictures and annotation files for the tests of data generation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_llava import make_image, make_liuhaotian, make_llava_hf
+
+from eagle.model.targets import Target, load_target
+
+Write = Callable[[list[Any]], Path]
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    """Turns of human and gpt in alternation."""
+    return [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(texts)]
+
+
+def text_row(number: int, length: int = 1) -> dict[str, Any]:
+    """A row of two questions; ``length`` makes it longer."""
+    answer = "The Nile is longer than the Rhine. " * length
+    return {"id": f"text{number}", "conversations": turns("Name two rivers.", answer, "And?", f"That is {number}.")}
+
+
+def image_row(number: int, picture: str = "a.png") -> dict[str, Any]:
+    """A row with a picture."""
+    said = turns("<image>\nWhat colours?", f"Red and {number}.", "More?", "No, only red.")
+    return {"id": number, "image": picture, "conversations": said}
+
+
+@pytest.fixture(scope="session", params=["liuhaotian", "llava_hf"])
+def any_base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny LLaVA in each public layout."""
+    folder = tmp_path_factory.mktemp(request.param) / "base"
+    return (make_liuhaotian if request.param == "liuhaotian" else make_llava_hf)(folder)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny LLaVA."""
+    return make_liuhaotian(tmp_path_factory.mktemp("tiny") / "base")
+
+
+@pytest.fixture(scope="session")
+def target(base: Path) -> Target:
+    return load_target(base, dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def any_target(any_base: Path) -> Target:
+    return load_target(any_base, dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two pictures of different shape and a file that is none."""
+    folder = tmp_path_factory.mktemp("pictures")
+    make_image(folder / "a.png", seed=1)
+    make_image(folder / "b.png", width=30, height=60, seed=2)
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    return folder
+
+
+@pytest.fixture
+def annotations(tmp_path: Path) -> Write:
+    """Writes rows as an annotation file."""
+
+    def write(rows: list[Any]) -> Path:
+        path = tmp_path / "rows.json"
+        path.write_text(json.dumps(rows))
+        return path
+
+    return write

@@ -1,0 +1,408 @@
+"""From annotation file to shards: what is stored is what the stock model computes, and each row exactly once."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from eagle.ge_data import allocation, inspect
+from eagle.ge_data.conversations import read_conversation
+from eagle.ge_data.extract import Extractor, batches, collate, source_of
+from eagle.ge_data.folder import locked, missing
+from eagle.ge_data.index import ShardInfo, load_index, read_about
+from eagle.ge_data.shards import Sample, ShardDataset
+from eagle.ge_data.templates import template_of
+from eagle.ge_data.workers import Events, Failure, Job, _handle, run_here, run_workers
+from eagle.model.targets import Target
+from llava.errors import run_cli
+
+from .conftest import Write, image_row, text_row, turns
+
+ROUNDING = {"rtol": 2**-7, "atol": 1e-4}  # states are stored in bfloat16
+
+
+def command(base: Path, data: Path, outdir: Path, kind: str = "t", *more: str, pictures: Path = Path()) -> list[str]:
+    """Arguments of the allocation, on this process's CPU."""
+    fixed = ["--outdir", str(outdir), "--model_type", f"llava_v15_{kind}", "--model", str(base), "--gpus", "cpu"]
+    return [*fixed, "--image_data_path", str(pictures), "--json_data_path", str(data), "--shard-size", "3", *more]
+
+
+def allocate(*args: Any, **kwargs: Any) -> int:
+    return run_cli(lambda: allocation.main(command(*args, **kwargs)))
+
+
+def rows_of(folder: Path) -> tuple[list[int], list[int]]:
+    """File rows of the samples and of the skipped ones, in shard order."""
+    headers = [read_about(folder / shard.file) for shard in load_index(folder).shards]
+    return tuple([row["row"] for about in headers for row in about[kind]] for kind in ("samples", "skipped"))
+
+
+def mixed_rows(count: int = 7) -> list[dict[str, Any]]:
+    """Text and image rows in alternation, of growing length."""
+    names = ("a.png", "b.png")
+    return [row for n in range(count) for row in (text_row(n, n % 4 + 1), image_row(n, names[n % 2]))]
+
+
+@torch.no_grad()
+def stock_hidden(target: Target, sample: Sample, **inputs: torch.Tensor) -> torch.Tensor:
+    """Last hidden states [S, H] of the stock class's own forward."""
+    output = target.model.model(input_ids=sample.input_ids[None], **inputs)
+    return output.last_hidden_state[0]
+
+
+def test_text_rows(base: Path, target: Target, annotations: Write, tmp_path: Path) -> None:
+    data = annotations(mixed_rows())
+    assert allocate(base, data, tmp_path / "out") == 0
+    dataset = ShardDataset(tmp_path / "out")
+    order = np.random.default_rng(42).permutation(7)
+    assert [sample.id for sample in dataset] == [f"text{n}" for n in order]
+    assert rows_of(tmp_path / "out") == ([2 * n for n in order], [])
+    assert [(shard.start, shard.end) for shard in dataset.meta.shards] == [(0, 3), (3, 6), (6, 7)]
+    assert dataset.meta.image_tokens == 0 and dataset.meta.model == "base"
+    for sample in dataset:
+        assert sample.hidden.dtype == torch.bfloat16 and len(sample.image_features) == 0
+        torch.testing.assert_close(sample.hidden.float(), stock_hidden(target, sample), **ROUNDING)
+
+
+def test_image_rows(base: Path, target: Target, annotations: Write, pictures: Path, tmp_path: Path) -> None:
+    data = annotations(mixed_rows())
+    assert allocate(base, data, tmp_path / "out", "v", pictures=pictures) == 0
+    dataset = ShardDataset(tmp_path / "out")
+    assert sorted(sample.id for sample in dataset) == [str(n) for n in range(7)]
+    for sample in dataset:
+        pixels = target.processor.pixel_values([pictures / ("a.png", "b.png")[int(sample.id) % 2]])
+        assert int(sample.image_mask.sum()) == len(sample.image_features) == 16
+        torch.testing.assert_close(sample.hidden.float(), stock_hidden(target, sample, pixel_values=pixels), **ROUNDING)
+        features = target.model.model.get_image_features(pixel_values=pixels).pooler_output[0].detach()
+        torch.testing.assert_close(sample.image_features.float(), features.reshape(16, -1), **ROUNDING)
+
+
+def test_another_picture_gives_other_states(base: Path, annotations: Write, pictures: Path, tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        data = annotations([image_row(1, name)])
+        assert allocate(base, data, tmp_path / name, "v", pictures=pictures) == 0
+    first, second = (ShardDataset(tmp_path / name)[0] for name in ("a.png", "b.png"))
+    assert torch.equal(first.input_ids, second.input_ids)
+    after = int(first.image_mask.nonzero()[-1]) + 1
+    change = (first.hidden.float() - second.hidden.float()).abs().amax(-1)  # [S]
+    assert float(change[after:].min()) > 0.01, "text after the picture must depend on it"
+    assert float(change[: int(first.image_mask.nonzero()[0])].max()) == 0
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_padded_batch_equals_single(target: Target, pictures: Path, tmp_path: Path, kind: str) -> None:
+    template = template_of(target)
+    rows = [text_row(n, n + 1) if kind == "text" else image_row(10**n, ("a.png", "b.png")[n % 2]) for n in range(4)]
+    items = [template.prepare(read_conversation(row, 0), pictures, 400) for row in rows]
+    extractor = Extractor(target, template, None, tmp_path, source_of(target, "x"), 10_000)  # type: ignore[arg-type]
+    inputs = collate(items)
+    assert (inputs["attention_mask"] == 0).any()
+    batch = target.prefill(inputs)
+    for row, item in enumerate(items):
+        alone = target.prefill(collate([item])).hidden[0]
+        torch.testing.assert_close(batch.hidden[row, : len(alone)], alone, rtol=1e-4, atol=1e-5)
+    samples = extractor.samples(items)
+    assert extractor._padding_checked
+    assert [len(sample.hidden) for sample in samples] == [len(item.input_ids) for item in items]
+
+
+def test_padding_that_changes_states_is_found(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = template_of(target)
+    items = [template.prepare(read_conversation(text_row(n, n + 1), 0), tmp_path, 400) for n in range(3)]
+    extractor = Extractor(target, template, None, tmp_path, source_of(target, "x"), 10_000)  # type: ignore[arg-type]
+    prefill = type(target).prefill
+
+    def shifted(self: Target, inputs: dict[str, torch.Tensor], cache: Any = None) -> Any:
+        result = prefill(self, inputs, cache)
+        return result._replace(hidden=result.hidden.roll(1, 0) if len(result.hidden) > 1 else result.hidden)
+
+    monkeypatch.setattr(type(target), "prefill", shifted)
+    with pytest.raises(RuntimeError, match="padding changes"):
+        extractor.samples(items)
+
+
+def test_memory_of_the_gpu_is_shared_in_halves(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = template_of(target)
+    items = [template.prepare(read_conversation(text_row(n), 0), tmp_path, 400) for n in range(5)]
+    extractor = Extractor(target, template, None, tmp_path, source_of(target, "x"), 10_000)  # type: ignore[arg-type]
+    forward, sizes = Extractor._forward, []
+
+    def small(self: Extractor, batch: Any) -> Any:
+        sizes.append(len(batch))
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError
+        return forward(self, batch)
+
+    monkeypatch.setattr(Extractor, "_forward", small)
+    assert [sample.id for sample in extractor.samples(items)] == [item.id for item in items]
+    assert sizes[0] == 5 and max(sizes[1:]) == 3
+
+
+def test_batches() -> None:
+    lengths = {n: random.Random(n).randint(1, 50) for n in range(100)}
+    made = list(batches(lengths, 120))
+    assert sorted(key for batch in made for key in batch) == list(range(100))
+    assert all(len(batch) * max(lengths[key] for key in batch) <= 120 for batch in made)
+    assert list(batches({0: 500}, 120)) == [[0]] and list(batches({}, 120)) == []
+
+
+SKIPS: dict[str, dict[str, Any]] = {
+    "missing_picture": image_row(100, "nothing.png"),
+    "broken_picture": image_row(101, "broken.png"),
+    "no_mark": {"id": "m", "image": "a.png", "conversations": turns("q", "a")},
+    "too_many_marks": {"id": "n", "image": "a.png", "conversations": turns("<image><image>", "a")},
+    "empty": {"id": "o", "image": "a.png", "conversations": turns("<image>")},
+    "no_conversation": {"id": "p", "image": "a.png"},
+    "image_cut": {"id": "q", "image": "a.png", "conversations": turns("word " * 300 + "<image> <image>", "a")},
+    "answer_cut": {"id": "r", "image": "a.png", "conversations": turns("<image>" + "word " * 300, "a")},
+}
+
+
+def test_skipped_rows_are_counted_and_listed(
+    base: Path, annotations: Write, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    SKIPS["image_cut"]["image"] = ["a.png", "b.png"]
+    data = annotations([image_row(1), *SKIPS.values(), image_row(2)])
+    out = tmp_path / "out"
+    assert allocate(base, data, out, "v", "--max-length", "200", pictures=pictures) == 0
+    meta = load_index(out)
+    assert meta.samples == 2 and meta.skipped == dict.fromkeys(SKIPS, 1)
+    listed = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
+    expected = [(n, str(row["id"]), reason) for n, (reason, row) in enumerate(SKIPS.items(), start=1)]
+    assert sorted((row["row"], row["id"], row["reason"]) for row in listed) == expected
+    assert "skipped: missing_picture" in capsys.readouterr().out
+
+
+def test_ranges_in_one_folder(base: Path, annotations: Write, tmp_path: Path) -> None:
+    data, out = annotations(mixed_rows()), tmp_path / "out"
+    assert allocate(base, data, out, "t", "--start", "4", "--limit", "2") == 0
+    assert [(s.start, s.end) for s in load_index(out).shards] == [(4, 6)]
+    assert allocate(base, data, out, "t", "--end", "5", "--shard-size", "4") == 0
+    assert [(s.start, s.end) for s in load_index(out).shards] == [(0, 4), (4, 6)]
+    assert allocate(base, data, out) == 0
+    assert sorted(rows_of(out)[0]) == list(range(0, 14, 2))
+
+
+def test_missing_ranges() -> None:
+    def info(start: int, end: int) -> ShardInfo:
+        return ShardInfo("", start, end, 0, 0, 0, {}, 0)
+
+    assert missing(0, 10, 4, []) == [(0, 4), (4, 8), (8, 10)]
+    assert missing(3, 10, 4, [info(4, 8)]) == [(3, 4), (8, 10)]
+    assert missing(2, 6, 4, [info(0, 4), info(4, 8)]) == []
+    assert missing(0, 6, 4, [info(9, 12)]) == [(0, 4), (4, 6)]
+    assert missing(8, 10, 4, [info(0, 4)]) == [(8, 10)]
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("rows-*")}
+
+
+def test_finished_shards_are_not_touched(base: Path, annotations: Write, tmp_path: Path) -> None:
+    data, out = annotations(mixed_rows()), tmp_path / "out"
+    assert allocate(base, data, out) == 0
+    before = snapshot(out)
+    lost, cut = sorted(before)[0], sorted(before)[1]
+    (out / lost).unlink()
+    (out / cut).write_bytes(before[cut][1][:-5])
+    (out / ".rows-0.tmp.safetensors").write_bytes(b"left by a kill")
+    assert allocate(base, data, out) == 0
+    after = snapshot(out)
+    assert {name: content for name, (_, content) in after.items()} == {n: content for n, (_, content) in before.items()}
+    assert after[sorted(before)[2]] == before[sorted(before)[2]]
+    assert not list(out.glob(".*tmp*")) and len(rows_of(out)[0]) == 7
+    assert allocate(tmp_path / "no model needed", data, out) == 0
+
+
+CHANGES = {
+    "seed 42 instead of 43": ["--seed", "43"],
+    "max_length 2048 instead of 99": ["--max-length", "99"],
+    "dtype 'auto' instead of 'bfloat16'": ["--dtype", "bfloat16"],
+}
+
+
+@pytest.mark.parametrize("message", CHANGES)
+def test_other_settings_are_refused(
+    base: Path, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], message: str
+) -> None:
+    data, out = annotations(mixed_rows()), tmp_path / "out"
+    assert allocate(base, data, out, "t", "--limit", "1") == 0
+    assert allocate(base, data, out, "t", *CHANGES[message]) == 2
+    assert message in capsys.readouterr().err
+    data.write_text(json.dumps(mixed_rows(6)))
+    assert allocate(base, data, out) == 2
+    assert "data_sha256" in capsys.readouterr().err
+
+
+def test_another_model_is_refused(
+    base: Path, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tiny_llava import make_liuhaotian
+
+    data, out = annotations(mixed_rows()), tmp_path / "out"
+    assert allocate(base, data, out, "t", "--limit", "1") == 0
+    other = make_liuhaotian(tmp_path / "other" / "base", seed=5)
+    assert allocate(other, data, out) == 2
+    assert "another model" in capsys.readouterr().err
+
+
+def test_two_runs_in_one_folder(
+    base: Path, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = annotations(mixed_rows()), tmp_path / "out"
+    with locked(out):
+        assert allocate(base, data, out) == 2
+    assert "another run is writing" in capsys.readouterr().err
+    assert allocate(base, data, out) == 0
+
+
+def test_worker_processes(base: Path, annotations: Write, pictures: Path, tmp_path: Path) -> None:
+    data, out = annotations(mixed_rows()), tmp_path / "out"
+    assert allocate(base, data, tmp_path / "one", "v", pictures=pictures) == 0
+    assert allocate(base, data, out, "v", "--gpus", "cpu,cpu", pictures=pictures) == 0
+    assert rows_of(out) == rows_of(tmp_path / "one")
+    for first, second in zip(ShardDataset(out), ShardDataset(tmp_path / "one"), strict=True):
+        assert torch.equal(first.hidden, second.hidden)
+
+
+def test_worker_that_fails_is_named(base: Path, annotations: Write, tmp_path: Path) -> None:
+    """One that finds bad input says so."""
+    options = allocation.parser().parse_args(command(base, annotations(mixed_rows()), tmp_path))
+    selection, span = allocation.select(options)
+    job = Job("./nothing", "llava", "auto", selection, tmp_path, 100, None)
+    events = Events(lambda rows, tokens: None, lambda source, info: None)
+    (failure,) = run_workers(job, [span], ["cpu"], events)
+    assert (failure.device, failure.user) == ("cpu", True) and "./nothing" in failure.message
+
+
+def test_worker_that_dies_is_named() -> None:
+    """A killed worker says nothing: its pipe ends."""
+
+    class Dead:
+        exitcode = -9
+
+        def join(self) -> None:
+            pass
+
+    ours, theirs = multiprocessing.Pipe()
+    theirs.close()
+    failure = _handle(ours, "cuda:1", Dead(), iter([]), Events(lambda *_: None, lambda *_: None))
+    assert failure is not None and failure.device == "cuda:1" and "status -9" in failure.message
+
+
+@pytest.mark.parametrize(("user", "status"), [(True, 2), (False, 1)])
+def test_failed_worker_gives_a_status(
+    base: Path, annotations: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], user: bool, status: int,
+) -> None:  # fmt: skip
+    def fail(job: Job, ranges: Any, devices: Any, events: Events) -> list[Failure]:
+        run_here(job, ranges[:1], events)
+        return [Failure("cuda:1", "broke", user)]
+
+    monkeypatch.setattr(allocation, "run_workers", fail)
+    monkeypatch.setattr(allocation, "devices", lambda gpus: ["cuda:0", "cuda:1"])
+    assert allocate(base, annotations(mixed_rows()), tmp_path / "out") == status
+    error = capsys.readouterr().err
+    assert "cuda:1" in error and "broke" in error
+    assert load_index(tmp_path / "out").samples == 3
+
+
+BAD: dict[str, list[str]] = {
+    "none of the 7 text rows": ["--start", "7"],
+    "rows 3 to 2 are none": ["--start", "3", "--end", "2"],
+    "no GPU '9'": ["--gpus", "9"],
+    "cannot be read": ["--json_data_path", "nothing.json"],
+    "not found": ["--model", "./nothing"],
+    "no folder of pictures": ["--model_type", "llava_v15_v", "--image_data_path", "nothing"],
+    "family qwen2_vl, this is llava": ["--model_type", "qwen2_vl_t"],
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input(
+    base: Path, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], message: str
+) -> None:
+    assert allocate(base, annotations(mixed_rows()), tmp_path / "out", "t", *BAD[message]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+
+
+def test_empty_selections(
+    base: Path, annotations: Write, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = annotations([text_row(1)])
+    assert allocate(base, data, tmp_path / "out", "v", pictures=pictures) == 2
+    assert "no image rows among the 1 rows" in capsys.readouterr().err
+    data = annotations([image_row(1, "nothing.png")])
+    assert allocate(base, data, tmp_path / "skipped", "v", pictures=pictures) == 2
+    assert "every row was skipped" in capsys.readouterr().err
+
+
+def test_inspect(
+    base: Path, annotations: Write, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = annotations(mixed_rows()), tmp_path / "out"
+    assert allocate(base, data, out, "v", pictures=pictures) == 0
+    capsys.readouterr()
+    assert run_cli(lambda: inspect.main([str(out), "--model", str(base)])) == 0
+    shown = capsys.readouterr().out
+    for part in ("7, 100% with a picture", "all right", "█", "[16 image tokens]", "What colours? ASSISTANT:"):
+        assert part in shown, part
+    assert run_cli(lambda: inspect.main([str(out), "--model", str(base), "--sample", "7"])) == 2
+    shard = next(out.glob("rows-*"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert run_cli(lambda: inspect.main([str(out)])) == 2
+    assert "checksum" in capsys.readouterr().err
+    assert run_cli(lambda: inspect.main([str(tmp_path / "nothing")])) == 2
+
+
+def kill(base: Path, data: Path, out: Path, kills: int, seed: int) -> int:
+    """Starts the command again and again and kills it at random moments; returns how many kills met it at work."""
+    arguments = [sys.executable, "-m", "eagle.ge_data.allocation", *command(base, data, out)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    moments, met = random.Random(seed), 0
+    for _ in range(kills):
+        began, before = time.monotonic(), len(list(out.glob("rows-*")))
+        process = subprocess.Popen(arguments, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        while process.poll() is None and len(list(out.glob("rows-*"))) == before and time.monotonic() < began + 60:
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.05))
+        met += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert all(read_about(path)["end"] for path in out.glob("rows-*")), "a shard that is there is whole"
+    return met
+
+
+def check_killed(base: Path, annotations: Write, tmp_path: Path, rows: int, kills: int) -> None:
+    data, out = annotations([text_row(n, n % 4 + 1) for n in range(rows)]), tmp_path / "out"
+    assert kill(base, data, out, kills, seed=1) >= kills / 2
+    assert allocate(base, data, out) == 0
+    assert sorted(rows_of(out)[0]) == list(range(rows))
+    assert allocate(base, data, tmp_path / "whole") == 0
+    for first, second in zip(ShardDataset(out), ShardDataset(tmp_path / "whole"), strict=True):
+        assert first.id == second.id and torch.equal(first.hidden, second.hidden)
+    assert run_cli(lambda: inspect.main([str(out)])) == 0
+
+
+def test_killed_and_resumed(base: Path, annotations: Write, tmp_path: Path) -> None:
+    check_killed(base, annotations, tmp_path, rows=100, kills=2)
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_and_resumed(base: Path, annotations: Write, tmp_path: Path) -> None:
+    check_killed(base, annotations, tmp_path, rows=1500, kills=20)

@@ -1,0 +1,140 @@
+"""Annotation files: read in pieces of any size as json.loads reads the whole, and broken ones say where."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from eagle.ge_data.annotations import RowFile, iter_rows
+from eagle.ge_data.convert import convert, main
+from llava.errors import UserError, run_cli
+
+ROWS = [
+    {"id": 1, "text": 'Größe 日本 🦙 \\ " [{,}]', "number": -1.5e3, "flags": [True, None, {}]},
+    {"id": "b", "long": "x" * 300},
+    {},
+    {"id": 3, "escaped": "\U0001f999"},
+]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64, 1 << 20])
+@pytest.mark.parametrize("layout", ["dense", "indented", "utf8", "bom"])
+def test_pieces_of_any_size(tmp_path: Path, chunk: int, layout: str) -> None:
+    path = tmp_path / "rows.json"
+    if layout == "dense":
+        path.write_text(json.dumps(ROWS, separators=(",", ":")))
+    elif layout == "indented":
+        path.write_text("\n " + json.dumps(ROWS, indent=2) + " \n")
+    else:
+        rows = ROWS[:3]
+        text = json.dumps(rows, ensure_ascii=False, indent=1)
+        path.write_text(text, encoding="utf-8-sig" if layout == "bom" else "utf-8")
+    placed = list(iter_rows(path, chunk))
+    assert [row.value for row in placed] == (ROWS if layout in ("dense", "indented") else ROWS[:3])
+    data = path.read_bytes()
+    assert [json.loads(data[row.start : row.end]) for row in placed] == [row.value for row in placed]
+
+
+def test_rows_in_any_order(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(ROWS, ensure_ascii=True, indent=1))
+    rows = RowFile(path, lambda row: "id" in row)
+    assert (len(rows), rows.total, list(rows.numbers)) == (3, 4, [0, 1, 3])
+    assert [rows[2], rows[0], rows[1]] == [ROWS[3], ROWS[0], ROWS[1]]
+
+
+BROKEN = {
+    "": "but the file ends, line 1 column 1, byte 0",
+    '{"id": 1}': "expected a JSON array",
+    '[{"id": 1},\n {"id": }]': "Expecting value, line 2 column 9, byte 20",
+    '[{"id": 1}\n {"id": 2}]': "expected ',' or ']' after a row, line 2 column 2",
+    '[{"id": 1},]': "expected a row",
+    '[{"id": 1}': "but the file ends",
+    '[{"id": 1}, 7]': "expected a row .a JSON object., line 1 column 13",
+    '[{"id": "abc}]': "Unterminated string",
+    '[{"id": 1}] more': "unexpected text after the array, line 1 column 13",
+    '[{"ä": 1},\n{"ö" 1}]': "line 2 column 6, byte 18",
+}
+
+
+@pytest.mark.parametrize("text", BROKEN)
+@pytest.mark.parametrize("chunk", [3, 1 << 20])
+def test_broken_file_says_where(tmp_path: Path, text: str, chunk: int) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=BROKEN[text]):
+        list(iter_rows(path, chunk))
+
+
+def test_not_text_and_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_bytes(b'[{"a": "\xe4\xf6"}]')
+    with pytest.raises(UserError, match=r"not UTF-8 text \(byte 8\)"):
+        list(iter_rows(path, 4))
+    with pytest.raises(UserError, match="cannot be read"):
+        list(iter_rows(tmp_path / "nothing.json"))
+
+
+def test_error_early_in_a_large_file_is_found_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eagle.ge_data.annotations.MAX_ROW", 1000)
+    path = tmp_path / "rows.json"
+    path.write_text('[{"a": "' + "x" * 5000)
+    with pytest.raises(UserError, match="row of more than 1000 characters"):
+        list(iter_rows(path, 100))
+
+
+def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"id": 5, "image": "a.jpg", "conversations": [{"from": "human", "value": "Größe?"}], "extra": [1.0, None]},
+        {"id": "x", "items": [{"from": "user", "value": "q"}, {"from": "chatgpt", "value": "a", "markdown": 1}]},
+        {"items": [{"from": s, "value": "t"} for s in ("system", "assistant", "bing", "gpt", "nobody")]},
+    ]
+    source, output = tmp_path / "in.json", tmp_path / "out.json"
+    source.write_text(json.dumps(rows))
+    assert main(["--input", str(source), "--output", str(output)]) == 0
+    fixed = json.loads(output.read_text())
+    assert fixed[0] == {**rows[0], "id": "5"} and list(fixed[0]) == list(rows[0])
+    assert fixed[1]["conversations"] == [
+        {"from": "human", "value": "q"},
+        {"from": "gpt", "value": "a", "markdown": 1},
+    ]
+    assert fixed[2]["id"] == "2" and "items" not in fixed[1]
+    assert [turn["from"] for turn in fixed[2]["conversations"]] == ["system", "gpt", "gpt", "gpt", "nobody"]
+    shown = capsys.readouterr().out
+    assert "3 rows" in shown and "ids made text" in shown and "'chatgpt' renamed 'gpt'" in shown
+    again = tmp_path / "again.json"
+    assert not convert(output, again)[1]
+    assert again.read_text() == output.read_text()
+
+
+def test_convert_empty_array(tmp_path: Path) -> None:
+    (tmp_path / "in.json").write_text("[ ]")
+    assert convert(tmp_path / "in.json", tmp_path / "out.json")[0] == 0
+    assert json.loads((tmp_path / "out.json").read_text()) == []
+
+
+def test_broken_input_leaves_the_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, output = tmp_path / "in.json", tmp_path / "out.json"
+    source.write_text('[{"id": 1},\n{"id": }]')
+    output.write_text("old")
+    assert run_cli(lambda: main(["--input", str(source), "--output", str(output)])) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and "line 2 column 9" in error
+    assert output.read_text() == "old" and sorted(tmp_path.iterdir()) == [source, output]
+    assert run_cli(lambda: main(["--input", str(source), "--output", str(source)])) == 2
+    assert "one file" in capsys.readouterr().err
+
+
+def test_convert_in_bounded_memory(tmp_path: Path) -> None:
+    source = tmp_path / "in.json"
+    row = json.dumps({"id": 1, "conversations": [{"from": "human", "value": "x" * 2000}] * 4})
+    source.write_text("[" + ",".join([row] * 1500) + "]")
+    assert source.stat().st_size > 12e6
+    tracemalloc.start()
+    convert(source, tmp_path / "out.json")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8e6

@@ -1,0 +1,151 @@
+"""The command `msd` on tiny real models: what it prints, what it writes, how it fails."""
+
+import json
+
+import pytest
+import torch
+from tiny_draft import make_draft
+from tiny_llava import make_image, make_liuhaotian
+
+from eagle.cli import main
+from eagle.model.targets import load_target
+
+REPORT_KEYS = {"speedup", "tau", "tokens_per_second", "baseline_name", "phases_ms", "histogram", "versions", "hardware",
+               "settings"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Folders of a base model, its draft, and a question file with pictures."""
+    folder = tmp_path_factory.mktemp("cli")
+    base = make_liuhaotian(folder / "base")
+    draft = make_draft(folder / "draft", load_target(base, dtype=torch.float32))
+    make_image(folder / "one.png")
+    make_image(folder / "two.png", seed=1)
+    rows = [
+        {"id": "a", "images": ["one.png"], "question": "How many shapes?", "answer": "three"},
+        {"id": "b", "images": ["two.png"], "question": "Which colour?", "answer": "red and green"},
+        {"id": "c", "images": [], "question": "Name a river.", "answer": "Rhine"},
+    ]
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return folder
+
+
+def models(pair):
+    return ["--base-model", str(pair / "base"), "--msd-model", str(pair / "draft"), "--dtype", "float32"]
+
+
+def generate(pair, capsys, *options):
+    status = main(["generate", *models(pair), "--json", "--max-new-tokens", "12", *options])
+    return status, json.loads(capsys.readouterr().out)
+
+
+def test_generate_prints_one_json_object(pair, capsys):
+    status, report = generate(pair, capsys, "--image", str(pair / "one.png"), "--prompt", "How many shapes?")
+    assert status == 0
+    assert set(report) == {"text", "token_ids", "new_tokens", "tau", "cycles", "seconds", "accept_lengths"}
+    assert report["new_tokens"] == len(report["token_ids"]) == 12
+    assert len(report["accept_lengths"]) == report["cycles"]
+
+
+def test_generate_equals_plain_decoding_and_the_template_written_out(pair, capsys):
+    image = ["--image", str(pair / "one.png")]
+    _, msd = generate(pair, capsys, *image, "--prompt", "How many?")
+    _, plain = generate(pair, capsys, *image, "--prompt", "How many?", "--no-msd")
+    template = load_target(pair / "base").chat_prompt("How many?", num_images=1)
+    _, raw = generate(pair, capsys, *image, "--raw-prompt", "--prompt", template)
+    assert msd["token_ids"] == plain["token_ids"] == raw["token_ids"]
+    assert plain["tau"] == 1.0
+
+
+def test_generate_streams_text(pair, capsys):
+    assert main(["generate", *models(pair), "--prompt", "Name a river.", "--max-new-tokens", "5"]) == 0
+    assert "[5 tokens," in capsys.readouterr().out
+
+
+def test_sampling_follows_the_seed(pair, capsys):
+    options = ["--prompt", "Name a river.", "--temperature", "1", "--top-p", "0.9", "--seed"]
+    first, again, other = (generate(pair, capsys, *options, seed)[1]["token_ids"] for seed in "112")
+    assert first == again != other
+
+
+def test_verify_counts_mismatches(pair, capsys):
+    assert main(["verify", *models(pair), "--data", str(pair / "questions.jsonl"), "--max-new-tokens", "20"]) == 0
+    assert capsys.readouterr().out.startswith("0/3 mismatches")
+
+
+def test_verify_fails_when_answers_differ(pair, capsys, monkeypatch):
+    """A decoder that drops the last token must be caught."""
+    from eagle.model.decode import Decoder
+
+    monkeypatch.setattr(Decoder, "run", lambda self, honest=Decoder.run: honest(self)[:-1])
+    assert main(["verify", *models(pair), "--data", str(pair / "questions.jsonl"), "--max-new-tokens", "9"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.startswith("3/3 mismatches")
+    assert "a: differs at new token 8" in captured.err
+
+
+def test_bench_writes_its_report(pair, capsys, tmp_path):
+    out = tmp_path / "report.json"
+    options = ["--max-new-tokens", "8", "--warm-up", "1", "--baseline-dtype", "bfloat16", "--out", str(out)]
+    assert main(["bench", *models(pair), "--data", str(pair / "questions.jsonl"), *options]) == 0
+    report = json.loads(out.read_text())
+    assert set(report) >= REPORT_KEYS
+    assert set(report["phases_ms"]) == {"prefill", "draft", "tree", "verify", "accept", "commit"}
+    assert set(report["baselines"]) == {
+        f"{name} {dtype}"
+        for name in ("autoregressive", "transformers generate")
+        for dtype in ("float32", "bfloat16")
+    }
+    assert report["tokens_per_second"]["baseline"] == max(report["baselines"].values())
+    assert report["new_tokens"] == 24
+    assert "speed-up" in capsys.readouterr().out
+
+
+def test_demo_ends_with_a_table(pair, capsys):
+    data = ["--data", str(pair / "questions.jsonl"), "--pictures", "2", "--max-new-tokens", "6"]
+    assert main(["demo", *models(pair), *data]) == 0
+    out = capsys.readouterr().out
+    assert "one.png" in out and "two.png" in out
+    assert "speed-up" in out and "all" in out
+
+
+def bad_inputs(pair):
+    broken = pair / "broken.png"
+    broken.write_bytes(b"not a picture")
+    (pair / "empty.jsonl").write_text("")
+    (pair / "bad.jsonl").write_text('{"question": "x"}\n{"question": 3}\n')
+    (pair / "lost.jsonl").write_text('{"question": "x", "images": ["lost.png"]}\n')
+    ask = ["generate", *models(pair), "--prompt", "x"]
+    check = ["verify", *models(pair)]
+    return {
+        "missing picture": ([*ask, "--image", "nowhere.png"], "nowhere.png"),
+        "broken picture": ([*ask, "--image", str(broken)], "broken.png"),
+        "picture not mentioned": ([*ask, "--raw-prompt", "--image", str(pair / "one.png")], "1 picture"),
+        "mentioned, not given": (["generate", *models(pair), "--raw-prompt", "--prompt", "<image> x"], "0 picture"),
+        "no draft": (["generate", *models(pair)[:2], "--prompt", "x"], "--no-msd"),
+        "absent base": (["generate", "--base-model", "./nowhere", "--prompt", "x", "--no-msd"], "./nowhere"),
+        "base as draft": (["generate", *models(pair)[:2], "--msd-model", str(pair / "base"), "--prompt", "x"], "draft"),
+        "empty data": ([*check, "--data", str(pair / "empty.jsonl")], "empty"),
+        "bad row": ([*check, "--data", str(pair / "bad.jsonl")], "bad.jsonl:2"),
+        "lost picture": ([*check, "--data", str(pair / "lost.jsonl")], "lost.png"),
+        "negative temperature": ([*ask, "--temperature", "-1"], "--temperature"),
+    }
+
+
+@pytest.mark.parametrize("name", [
+    "missing picture", "broken picture", "picture not mentioned", "mentioned, not given", "no draft", "absent base",
+    "base as draft", "empty data", "bad row", "lost picture", "negative temperature",
+])  # fmt: skip
+def test_bad_input_is_one_line_and_status_2(pair, capsys, name):
+    arguments, named = bad_inputs(pair)[name]
+    assert main(arguments) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert named in errors[0]
+
+
+def test_a_draft_of_another_size_is_refused(pair, capsys, tmp_path):
+    draft = make_draft(tmp_path / "draft", load_target(pair / "base"), hidden_size=64)
+    assert main(["generate", *models(pair)[:2], "--msd-model", str(draft), "--prompt", "x"]) == 2
+    assert "hidden size 64 in the draft, 32 in the base" in capsys.readouterr().err

@@ -1,0 +1,68 @@
+"""The loss against the naive formula with full logits, chunked and whole, and the gradients of both."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from train_support import make_objective, make_sample
+
+from eagle.train.dataset import collate
+from eagle.train.loss import best_tokens, draft_loss
+
+
+def naive(predicted, target, counts, head):
+    mask = counts.float()
+    hidden = (mask * F.smooth_l1_loss(predicted, target, reduction="none").mean(-1)).sum() / mask.sum()
+    soft = (target @ head.T).softmax(-1)
+    token = -(mask * (soft * (predicted @ head.T).log_softmax(-1)).sum(-1)).sum() / mask.sum()
+    return 1.0 * hidden + 0.1 * token, hidden, token
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 1000])
+def test_loss_and_gradient_equal_the_full_formula(chunk):
+    torch.manual_seed(0)
+    predicted, target, head = torch.randn(2, 9, 8, requires_grad=True), torch.randn(2, 9, 8), torch.randn(30, 8)
+    counts = torch.rand(2, 9) > 0.4
+    wanted = naive(predicted, target, counts, head)
+    (gradient,) = torch.autograd.grad(wanted[0], predicted)
+    losses = draft_loss(predicted, target, counts, head, chunk=chunk)
+    torch.testing.assert_close((losses.total, losses.hidden, losses.token), wanted)
+    torch.testing.assert_close(torch.autograd.grad(losses.total * 3, predicted)[0], gradient * 3)
+
+
+def test_hits_count_top_1_2_3():
+    head = torch.eye(4)
+    target = torch.tensor([[[9.0, 0, 0, 0]] * 4])
+    predicted = torch.tensor([[[9.0, 1, 2, 3], [2, 9.0, 0, 1], [2, 9.0, 8, 1], [0, 3, 2, 1.0]]])
+    losses = draft_loss(predicted, target, torch.ones(1, 4).bool(), head)
+    assert losses.hits.tolist() == [1, 2, 3]
+    assert losses.rows == 4
+    assert best_tokens(predicted[0], head, chunk=3).tolist() == [0, 1, 1, 1]
+
+
+def test_no_row_that_counts_gives_zero_loss_and_zero_gradient():
+    predicted = torch.randn(1, 3, 8, requires_grad=True)
+    losses = draft_loss(predicted, torch.randn(1, 3, 8), torch.zeros(1, 3).bool(), torch.randn(5, 8))
+    losses.total.backward()
+    assert losses.total == 0 and not predicted.grad.any()
+
+
+def test_bf16_is_close():
+    torch.manual_seed(0)
+    predicted, target, head = torch.randn(1, 9, 8), torch.randn(1, 9, 8), torch.randn(30, 8)
+    counts = torch.ones(1, 9).bool()
+    full, half = (
+        draft_loss(*(x.to(dtype) for x in (predicted, target)), counts, head.to(dtype))
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    torch.testing.assert_close(full.total, half.total, rtol=2e-2, atol=0)
+
+
+def test_stored_value():
+    """A change of this number is a change of the objective."""
+    samples = [make_sample(10, image=2, seed=1), make_sample(13, seed=2)]
+    losses = make_objective(seed=3)(collate(samples, 40, 64, noise=0.2, seeds=[1, 2]))
+    assert losses.rows == (10 - 6 - 1) + (13 - 4 - 1)
+    assert losses.total.item() == pytest.approx(STORED, rel=1e-4)
+
+
+STORED = 2.2540910

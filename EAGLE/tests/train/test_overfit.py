@@ -1,0 +1,100 @@
+"""The gate between training and decoding: a draft trained on one sample must be accepted when it decodes that sample.
+
+An off-by-one anywhere (state, token, picture, position, mask) shows here, since decoding reads what training never saw.
+"""
+
+import pytest
+import tiny_llava
+import torch
+
+from eagle.ge_data.shards import Sample
+from eagle.model.base_weights import BaseTensors
+from eagle.model.config import DraftConfig, TreeConfig
+from eagle.model.draft import DraftModel
+from eagle.model.msd import MSDModel
+from eagle.model.targets.llava import LlavaTarget
+from eagle.train.dataset import collate
+from eagle.train.engine import PlainEngine
+from eagle.train.objective import DraftObjective
+from eagle.train.schedule import BatchSizes
+from eagle.train.settings import TrainConfig
+from eagle.train.validation import batch_sums, summary
+
+VOCAB, NEW = 120, 48
+CHAIN = TreeConfig(depth=5, top_k=1, total_tokens=7)
+
+
+@pytest.fixture(scope="module")
+def target():
+    return LlavaTarget(tiny_llava.tiny_model(tiny_llava.TinySizes(), seed=1, vocab_size=VOCAB), processor=None)
+
+
+def prompt(pictures: int) -> dict[str, torch.Tensor]:
+    """Text, and each picture (16 image tokens, id 0) behind some more of it."""
+    generator = torch.Generator().manual_seed(pictures)
+    text = torch.randint(3, VOCAB, (3 * (pictures + 1),), generator=generator).split(3)
+    ids = torch.cat([part for piece in text for part in (piece, torch.zeros(16, dtype=torch.long))][:-1])[None]
+    images = {"pixel_values": torch.randn(pictures, 3, 56, 56, generator=generator)} if pictures else {}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images}
+
+
+@torch.no_grad()
+def own_answer(target: LlavaTarget, inputs: dict[str, torch.Tensor]) -> Sample:
+    """The target's greedy answer with its hidden states."""
+    sequence = MSDModel(target).generate(**inputs, max_new_tokens=NEW, temperature=0).sequences
+    full = {**inputs, "input_ids": sequence, "attention_mask": torch.ones_like(sequence)}
+    prefill = target.prefill(full)
+    answer = torch.arange(sequence.shape[1]) >= inputs["input_ids"].shape[1]
+    mask = prefill.image_mask[0]
+    return Sample("one", sequence[0], answer, mask, prefill.hidden[0], prefill.embeds[0][mask])
+
+
+def new_objective(target: LlavaTarget, **settings) -> DraftObjective:
+    torch.manual_seed(0)
+    shape = {"model_type": "llava", "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
+             "vocab_size": VOCAB}  # fmt: skip
+    base = BaseTensors(target.model.get_input_embeddings().weight, target.model.get_output_embeddings().weight)
+    return DraftObjective(DraftModel(DraftConfig.from_dict(shape)), base, TrainConfig(**settings))
+
+
+def train(objective: DraftObjective, sample: Sample, steps: int) -> PlainEngine:
+    """The real engine and the real loss, without noise."""
+    engine = PlainEngine(objective, objective.config, {"gradient_clipping": 0.5}, BatchSizes(1, 1, 1))
+    batch = collate([sample], VOCAB, 2048)
+    for step in range(steps):
+        engine.step([batch], learning_rate=4e-3 * (1 - step / steps))
+    return engine
+
+
+def decode(target: LlavaTarget, objective: DraftObjective, inputs: dict[str, torch.Tensor], sample: Sample):
+    """Decodes with the draft; the answer must be the target's own."""
+    draft = objective.draft.eval().requires_grad_(False)
+    output = MSDModel(target, draft, CHAIN).generate(**inputs, max_new_tokens=NEW, temperature=0)
+    assert torch.equal(output.sequences[0], sample.input_ids)
+    return output.stats
+
+
+@pytest.mark.parametrize("pictures", [0, 1, 2])
+def test_a_draft_trained_on_one_sample_is_accepted_when_decoding_it(target, pictures):
+    inputs = prompt(pictures)
+    sample = own_answer(target, inputs)
+    assert sample.image_mask.sum() == 16 * pictures
+    assert sample.input_ids[-NEW:].unique().numel() > NEW / 4, "an answer in a loop would prove little"
+    objective = new_objective(target, token_weight=1.0, rollout_steps=2)
+    train(objective, sample, steps=300)
+    stats = decode(target, objective, inputs, sample)
+    shortest = -(-(NEW - 1) // 7)  # a cycle gives at most six drafted tokens and the bonus token
+    assert stats.cycles <= shortest + 1, f"accepted {stats.accept_lengths}, tau {stats.tau:.2f}"
+
+
+@pytest.mark.parametrize(("pictures", "steps"), [(1, 30), (1, 70), (0, 70)])
+def test_simulated_acceptance_is_that_of_decoding(target, pictures, steps):
+    """A half-trained draft: validation's walk must take exactly the cycles that decoding takes."""
+    inputs = prompt(pictures)
+    sample = own_answer(target, inputs)
+    objective = new_objective(target, token_weight=1.0, simulated_depth=6)
+    train(objective, sample, steps)
+    values = summary(batch_sums(objective.eval(), collate([sample], VOCAB, 2048)), depth=6)
+    stats = decode(target, objective, inputs, sample)
+    assert values["tau"] == pytest.approx(stats.tau)
+    assert 1 < stats.tau < 7, "neither nothing nor everything accepted"

@@ -1,0 +1,188 @@
+"""Whole runs of the command: one process, resumed after a kill, and through DeepSpeed's launcher."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from train_support import write_base, write_configs, write_corpus
+
+import eagle.train
+from eagle.model.checkpoint import load_draft
+from eagle.train import main_deepspeed
+from eagle.train.checkpoint import CheckpointStore, Progress, replace_folder
+from llava.errors import UserError, run_cli
+
+SCRIPT = Path(main_deepspeed.__file__)
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """Gives the command line of a tiny run: 10 text and 8 image samples, 4 epochs of 2 steps."""
+    base = write_base(tmp_path / "base")
+    text = write_corpus(tmp_path / "text", 12)
+    image = write_corpus(tmp_path / "image", 10, image=3, seed=100)
+
+    def make(cpdir, *extra, deepspeed=None, **train):
+        config, plain = write_configs(tmp_path, **train)
+        return ["--basepath", str(base), "--tmpdir_t", str(text), "--tmpdir_v", str(image),
+                "--cpdir", str(tmp_path / cpdir), "--config", str(config),
+                "--deepspeed_config", str(deepspeed or plain), *extra]  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
+def run(monkeypatch):
+    def call(argv):
+        monkeypatch.setattr(sys, "argv", ["main_deepspeed.py", *argv])
+        return run_cli(main_deepspeed.main)
+
+    return call
+
+
+def curve(folder):
+    history = json.loads((folder / "training.json").read_text())
+    return [(row["step"], row["loss"]) for row in history["steps"]]
+
+
+def environment():
+    paths = [str(SCRIPT.parents[2]), str(SCRIPT.parents[3] / "LLaVA"), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+
+
+def test_a_run_leaves_a_published_checkpoint_and_its_record(arguments, run, tmp_path, capfd):
+    assert run(arguments("ck", validation_share=0.2, keep_last=1)) == 0
+    out = capfd.readouterr().out
+    assert "10 text and 8 image samples for training, 8 an epoch" in out
+    assert "2 an epoch x 4 epochs = 8" in out and "trained: " in out
+    folder = tmp_path / "ck"
+    assert {p.name for p in folder.iterdir()} == {
+        "step-00000008", "best", "final", "latest", "training.json", "training.png", "tensorboard"}  # fmt: skip
+    assert (folder / "latest").read_text().strip() == "step-00000008"
+    config = json.loads((folder / "final" / "config.json").read_text())
+    assert "train" not in config and config["num_hidden_layers"] == 1
+    provenance = json.loads((folder / "best" / "provenance.json").read_text())
+    assert {"commit", "argv", "versions", "data", "settings", "date"} <= set(provenance)
+    assert provenance["data"]["image"]["samples"] == 10
+    draft = load_draft(folder / "final")
+    base = torch.load(folder / "step-00000008" / "state" / "engine.pt", weights_only=True)["objective"]
+    torch.testing.assert_close(draft.fc.weight, base["draft.fc.weight"].bfloat16())
+    history = json.loads((folder / "training.json").read_text())
+    assert [row["image_probability"] for row in history["steps"]] == [0, 0, 0, 0, 0.5, 0.5, 1, 1]
+    assert [set(row["results"]) for row in history["validations"]] == [{"text", "image"}] * 4
+    assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("stop", [1, 3, 6])
+def test_stopped_at_any_step_and_resumed_gives_the_same_losses(arguments, run, tmp_path, stop):
+    tracker = ("--tracker", "none")
+    assert run(arguments("whole", *tracker)) == 0
+    assert run(arguments("parts", *tracker, "--max-steps", str(stop))) == 0
+    assert not (tmp_path / "parts" / "final").exists()
+    assert run(arguments("parts", *tracker, "--resume")) == 0
+    whole, parts = curve(tmp_path / "whole"), curve(tmp_path / "parts")
+    assert [step for step, _ in parts] == list(range(1, 9))
+    for (_, expected), (_, got) in zip(whole, parts, strict=True):
+        assert got == pytest.approx(expected, abs=1e-5)
+
+
+def test_killed_and_resumed_gives_the_same_losses(arguments, run, tmp_path, capsys):
+    """SIGKILL in the middle of a longer run, at whatever step it happens to be."""
+    settings = {"epochs": 12, "save_every": 3}
+    assert run(arguments("whole", "--tracker", "none", **settings)) == 0
+    command = [sys.executable, str(SCRIPT), *arguments("killed", "--tracker", "none", **settings)]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (tmp_path / "killed" / "latest").exists() and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (tmp_path / "killed" / ".tmp-step-00000099").mkdir()  # as if killed while writing
+    capsys.readouterr()
+    assert run(arguments("killed", "--tracker", "none", "--resume", **settings)) == 0
+    assert int(re.search(r"resumed after step (\d+)", capsys.readouterr().out).group(1)) % 3 == 0
+    for expected, got in zip(curve(tmp_path / "whole"), curve(tmp_path / "killed"), strict=True):
+        assert got == pytest.approx(expected, abs=1e-5)
+    assert not list((tmp_path / "killed").glob(".tmp-*"))
+
+
+def test_errors_are_one_line(arguments, run, tmp_path, capsys):
+    def error(argv):
+        assert run(argv) == 2
+        return capsys.readouterr().err
+
+    assert run(arguments("ck", "--tracker", "none", "--max-steps", "1")) == 0
+    assert "has checkpoints of an earlier run" in error(arguments("ck"))
+    assert "the interrupted run had epochs=4, this one has 5" in error(arguments("ck", "--resume", "--epochs", "5"))
+    assert "did you mean 'noise'" in error(arguments("other", noize=0.1))
+    argv = arguments("other")
+    assert "no data" in error([a for a in argv if not a.startswith("--tmpdir") and a not in (argv[3], argv[5])])
+    config = tmp_path / "wide.json"
+    config.write_text(json.dumps({**json.loads((tmp_path / "draft.json").read_text()), "hidden_size": 32}))
+    assert "hidden states of size 16, the draft config has 32" in error([*arguments("other"), "--config", str(config)])
+
+
+def test_resume_without_a_checkpoint_starts_anew_and_init_takes_a_draft(arguments, run, tmp_path, capsys):
+    assert run(arguments("first", "--tracker", "none", "--resume", "--epochs", "1")) == 0
+    assert "starting anew" in capsys.readouterr().out
+    draft = str(tmp_path / "first" / "final")
+    assert run(arguments("second", "--tracker", "none", "--init", draft, "--epochs", "1", "--learning-rate", "0")) == 0
+    assert torch.equal(load_draft(tmp_path / "second" / "final").fc.weight, load_draft(draft).fc.weight)
+
+
+def test_a_kill_between_the_two_renames_of_a_replacement_is_put_right(tmp_path):
+    store = CheckpointStore(tmp_path, 1, {})
+    for name, text in (("best", "old"), (".tmp-best", "new")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "f").write_text(text)
+    (tmp_path / "best").rename(tmp_path / ".old-best")
+    store.recover()
+    assert [p.name for p in tmp_path.iterdir()] == ["best"] and (tmp_path / "best" / "f").read_text() == "old"
+    (tmp_path / ".tmp-best").mkdir()
+    replace_folder(tmp_path / ".tmp-best", tmp_path / "best")
+    assert [p.name for p in tmp_path.iterdir()] == ["best"] and not list((tmp_path / "best").iterdir())
+
+
+def test_pointer_to_a_removed_folder_falls_back_to_the_newest(tmp_path):
+    store = CheckpointStore(tmp_path, 1, {})
+    assert store.latest() is None
+    (tmp_path / "step-00000002").mkdir()
+    (tmp_path / "latest").write_text("step-00000009\n")
+    assert store.latest() == tmp_path / "step-00000002"
+    with pytest.raises(UserError, match="earlier run"):
+        store.refuse_to_overwrite()
+    assert Progress().history == {"steps": [], "validations": []}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_deepspeed_command_and_resume(arguments, tmp_path, processes):
+    """The documented command from inside eagle/train, stopped and resumed, with the shipped ds_config.json.
+
+    The first start on a machine compiles an op for a minute or two.
+    """
+    launcher = shutil.which("deepspeed") or str(Path(sys.executable).parent / "deepspeed")
+    where = ["--include", "localhost:0"] if processes == 1 else ["--num_accelerators", "2"]
+
+    def launch(cpdir, *extra):
+        argv = arguments(cpdir, "--tracker", "none", *extra, deepspeed="ds_config.json")
+        command = [launcher, "--master_port", "29517", *where, "main_deepspeed.py", *argv]
+        done = subprocess.run(command, cwd=Path(eagle.train.__file__).parent, env=environment(), capture_output=True,
+                              text=True, timeout=500, check=False)  # fmt: skip
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    assert f"x {processes} processes" in launch("whole")
+    launch("parts", "--max-steps", "2")
+    assert "resumed after step 2" in launch("parts", "--resume")
+    assert load_draft(tmp_path / "whole" / "final").fc.weight.dtype == torch.bfloat16
+    for expected, got in zip(curve(tmp_path / "whole"), curve(tmp_path / "parts"), strict=True):
+        assert got == pytest.approx(expected, abs=1e-5)

@@ -1,0 +1,70 @@
+"""Small things the training tests share: hand-made samples, a tiny base on disk, corpora and configs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from eagle.ge_data.shards import Index, Sample, Source, write_shard
+from eagle.model.base_weights import BaseTensors
+from eagle.model.config import DraftConfig
+from eagle.model.draft import DraftModel
+from eagle.train.objective import DraftObjective
+from eagle.train.settings import TrainConfig
+
+HIDDEN, VOCAB = 16, 40
+DRAFT = {"model_type": "llava", "hidden_size": HIDDEN, "intermediate_size": 32, "num_attention_heads": 2,
+         "vocab_size": VOCAB, "rms_norm_eps": 1e-5}  # fmt: skip
+
+
+def make_sample(length: int = 12, image: int = 0, prompt: int = 4, seed: int = 0, hidden: int = HIDDEN) -> Sample:
+    """Random tokens and states; ``image`` image tokens from position 1 on; the answer follows ``prompt + image``."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB, (length,), generator=generator)
+    image_mask = torch.zeros(length, dtype=torch.bool)
+    image_mask[1 : 1 + image] = True
+    loss_mask = torch.arange(length) >= prompt + image
+    states = torch.randn(length, hidden, generator=generator)
+    features = torch.randn(image, hidden, generator=generator)
+    return Sample(f"s{seed}", ids.masked_fill(image_mask, 0), loss_mask, image_mask, states, features)
+
+
+def make_objective(seed: int = 0, **settings) -> DraftObjective:
+    torch.manual_seed(seed)
+    base = BaseTensors(torch.randn(VOCAB, HIDDEN), torch.randn(VOCAB, HIDDEN))
+    return DraftObjective(DraftModel(DraftConfig.from_dict(DRAFT)), base, TrainConfig(**settings))
+
+
+def write_base(folder: Path, seed: int = 0) -> Path:
+    """A base model as far as training reads it."""
+    folder.mkdir(parents=True)
+    torch.manual_seed(seed)
+    tensors = {"model.embed_tokens.weight": torch.randn(VOCAB, HIDDEN), "lm_head.weight": torch.randn(VOCAB, HIDDEN)}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": "llava"}))
+    return folder
+
+
+def write_corpus(folder: Path, count: int, image: int = 0, seed: int = 0) -> Path:
+    """``count`` random samples in one shard."""
+    folder.mkdir(parents=True)
+    source = Source("llava", "base", None, "bfloat16", HIDDEN, VOCAB, 0)
+    samples = [(i, make_sample(8 + i % 5, image, seed=seed + i)) for i in range(count)]
+    info = write_shard(folder, 0, count, samples, [], source)
+    Index.of(source, [info]).save(folder)
+    return folder
+
+
+def write_configs(folder: Path, bf16: bool = False, **train) -> tuple[Path, Path]:
+    """(draft config with a train section, DeepSpeed config)."""
+    train = {"epochs": 4, "learning_rate": 1e-3, "log_every": 1, "noise": 0.1, **train}
+    config, deepspeed = folder / "draft.json", folder / "ds.json"
+    config.write_text(json.dumps({**DRAFT, "train": train}))
+    deepspeed.write_text(json.dumps({
+        "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2, "gradient_clipping": 0.5,
+        "bf16": {"enabled": bf16}, "zero_optimization": {"stage": 2},
+    }))  # fmt: skip
+    return config, deepspeed

@@ -1,0 +1,155 @@
+"""Talk with LLaVA-1.5 about pictures in the terminal.
+
+    python -m llava.chat --model-path liuhaotian/llava-v1.5-7b --image-file cat.jpg
+    python -m llava.chat --model-path FOLDER --image-file cat.jpg --prompt "What is this?"
+
+Reads one question a line from stdin, keeps the conversation, and streams each answer to stdout. Ctrl-D ends it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import LlavaForConditionalGeneration, TextStreamer
+
+from .checkpoint import load_pretrained
+from .conversation import DEFAULT_TEMPLATE, get_template
+from .errors import OneLineParser, UserError, run_cli
+from .image import load_image
+from .processor import LlavaProcessor
+
+
+class Chat:
+    """One conversation: pictures that belong to its first question, and the turns so far."""
+
+    def __init__(
+        self,
+        model: LlavaForConditionalGeneration,
+        processor: LlavaProcessor,
+        images: Sequence[Image.Image],
+        template: str = DEFAULT_TEMPLATE,
+        system: str | None = None,
+        generation: dict[str, Any] | None = None,
+    ) -> None:
+        self.model = model
+        self.processor = processor
+        self.images = list(images)
+        self.template = template
+        self.system = system
+        self.generation = generation or {}
+        self.history: list[tuple[str, str]] = []
+
+    def ask(self, question: str) -> str:
+        """Streams the answer to stdout and returns it; both become part of the conversation."""
+        if not self.history and self.images:
+            marks = f"{self.processor.image_token}\n" * len(self.images)
+            question = question if self.processor.image_token in question else marks + question
+        prompt = self.processor.chat_prompt(
+            question,
+            num_images=question.count(self.processor.image_token),
+            history=self.history,
+            system=self.system,
+            template=self.template,
+        )
+        inputs = self.processor(prompt, self.images or None).to(self.model.device)
+        streamer = TextStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        with torch.inference_mode():
+            output = self.model.generate(**inputs, streamer=streamer, **self.generation)
+        answer = self.processor.decode(output[0, inputs["input_ids"].shape[1] :]).strip()
+        self.history.append((question, answer))
+        return answer
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    get_template(options.conv_mode)
+    images = [load_image(path) for path in options.image_file]
+    device = _device(options.device)
+    if options.seed is not None:
+        torch.manual_seed(options.seed)
+    model, processor = load_pretrained(options.model_path, dtype=options.dtype)
+    generation: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "do_sample": options.temperature > 0}
+    if options.temperature > 0:
+        generation |= {"temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
+    chat = Chat(model.to(device), processor, images, options.conv_mode, options.system, generation)
+    if options.prompt is not None:
+        chat.ask(options.prompt)
+        return 0
+    for question in _questions():
+        try:
+            chat.ask(question)
+        except UserError as error:  # a bad line does not end the conversation
+            print(f"error: {error}", file=sys.stderr)
+    return 0
+
+
+def _questions() -> Iterator[str]:
+    """Non-empty lines of stdin, behind a prompt where a person types them."""
+    person = sys.stdin.isatty()
+    while True:
+        if person:
+            print("USER: ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            if person:
+                print("ASSISTANT: ", end="", flush=True)
+            yield line.strip()
+
+
+def _device(name: str | None) -> torch.device:
+    """The device asked for, else the best there is."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError("device cannot be used", name, str(error).splitlines()[0]) from None
+    return device
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(prog="python -m llava.chat", description="Talk with LLaVA-1.5 about pictures.")
+    add = parser.add_argument
+    add("--model-path", required=True, help="model folder or hub repository, liuhaotian or llava-hf layout")
+    add("--image-file", action="append", default=[], help="picture of the first question; repeat it for more")
+    add("--prompt", help="answer this one question and exit")
+    add("--conv-mode", default=DEFAULT_TEMPLATE, help="conversation template (default: %(default)s)")
+    add("--system", help="system prompt instead of the template's")
+    add("--max-new-tokens", type=_positive, default=512, help="longest answer in tokens (default: %(default)s)")
+    add("--temperature", type=_not_negative, default=0.2, help="0 takes the likeliest token (default: %(default)s)")
+    add("--top-p", type=_share, default=1.0, help="nucleus of the sampling (default: %(default)s)")
+    add("--seed", type=int, help="seed of the sampling")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: %(default)s")
+    add("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def _not_negative(text: str) -> float:
+    if not (value := float(text)) >= 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def _share(text: str) -> float:
+    if not 0 < (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

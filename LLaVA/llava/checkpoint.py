@@ -1,0 +1,226 @@
+"""Loads LLaVA-1.5 checkpoints, of the liuhaotian and of the llava-hf layout, into the stock transformers class.
+
+    model, processor = load_pretrained("liuhaotian/llava-v1.5-7b", dtype="auto", device_map="auto")
+
+Loading is strict: a missing, unexpected or misshapen tensor is an error that names it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers.utils import logging as transformers_logging
+
+from .errors import UserError
+from .files import read_json
+from .hub import Source, split_hub_options
+from .layout import Checkpoint, build_config, count_image_tokens, open_checkpoint
+from .processor import LlavaProcessor
+from .tokenizer import load_tokenizer
+from .weights import find_weights, from_clip, from_liuhaotian, has_tower, is_old_buffer, read_tensors
+
+try:
+    from transformers import CLIPImageProcessorPil as ImageProcessor
+except ImportError:  # before transformers had two backends, the plain name was the PIL one
+    from transformers import CLIPImageProcessor as ImageProcessor  # type: ignore[assignment]
+
+_LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, ImportError, SafetensorError)
+_NAMES_SHOWN = 8
+
+
+def load_pretrained(
+    path: str | Path,
+    dtype: str | torch.dtype = "auto",
+    device_map: Any = None,
+    attn_implementation: str | None = None,
+    **options: Any,
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Model and processor of one checkpoint; arguments as of `load_model`."""
+    hub, _ = split_hub_options(options)
+    processor = load_processor(path, **hub)
+    return load_model(path, dtype, device_map, attn_implementation, **options), processor
+
+
+def load_config(path: str | Path, **hub: Any) -> LlavaConfig:
+    """The stock config of a checkpoint of either layout.
+
+    Args:
+        path: model folder, or name of a hub repository.
+        hub: revision, cache_dir, local_files_only, token.
+
+    Raises:
+        UserError: nothing there, or not LLaVA-1.5.
+    """
+    return build_config(open_checkpoint(Source.of(path, hub)))
+
+
+def load_processor(path: str | Path, **hub: Any) -> LlavaProcessor:
+    """Tokenizer and image processor of a checkpoint of either layout; arguments and errors as of `load_config`."""
+    checkpoint = open_checkpoint(Source.of(path, hub))
+    config = build_config(checkpoint)
+    return LlavaProcessor(
+        tokenizer=load_tokenizer(checkpoint.source),
+        image_processor=_image_processor(checkpoint, config),
+        image_token_id=config.image_token_id,
+        image_token_count=count_image_tokens(config.vision_config, config.vision_feature_select_strategy),
+        aspect=checkpoint.aspect,
+    )
+
+
+def load_model(
+    path: str | Path,
+    dtype: str | torch.dtype = "auto",
+    device_map: Any = None,
+    attn_implementation: str | None = None,
+    **options: Any,
+) -> LlavaForConditionalGeneration:
+    """The model in the stock class, in evaluation mode.
+
+    Args:
+        path: model folder, or name of a hub repository.
+        dtype: "auto" is the checkpoint's; else a torch dtype or its name.
+        device_map: as in transformers (needs accelerate).
+        attn_implementation: "sdpa", "eager", ... as in transformers.
+        options: revision, cache_dir, local_files_only, token for the hub; the rest (quantization_config,
+            max_memory, ...) goes to `from_pretrained`.
+
+    Raises:
+        UserError: not LLaVA-1.5; damaged files; tensors missing, unexpected or of another shape (named).
+    """
+    hub, rest = split_hub_options(options)
+    checkpoint = open_checkpoint(Source.of(path, hub))
+    config = build_config(checkpoint)
+    rest |= {"config": config, "device_map": device_map, "attn_implementation": attn_implementation}
+    rest = {name: value for name, value in rest.items() if value is not None}
+    if checkpoint.layout == "llava-hf":
+        place: str | None = checkpoint.source.name
+        rest |= dict(checkpoint.source.hub) | {"dtype": dtype}
+        if checkpoint.source.folder is not None:
+            find_weights(checkpoint.source)
+    else:
+        place = None
+        state = _liuhaotian_state(checkpoint)
+        rest |= {"state_dict": state, "dtype": _checkpoint_dtype(config, state) if dtype == "auto" else dtype}
+    try:
+        with _quiet_transformers():
+            model, info = LlavaForConditionalGeneration.from_pretrained(
+                place, output_loading_info=True, ignore_mismatched_sizes=True, **rest
+            )
+    except torch.OutOfMemoryError:
+        raise
+    except _LOAD_ERRORS as error:
+        raise _explain(error, checkpoint) from error
+    _check_complete(info, checkpoint)
+    if checkpoint.layout == "liuhaotian":
+        _finish_liuhaotian(model, checkpoint)
+    return model
+
+
+def _liuhaotian_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """All tensors under llava-hf names; the tower's from its own files where the shards have none."""
+    state = from_liuhaotian(read_tensors(find_weights(checkpoint.source)))
+    if not has_tower(state):
+        assert checkpoint.tower is not None
+        state |= from_clip(read_tensors(find_weights(checkpoint.tower)))
+    return state
+
+
+def _checkpoint_dtype(config: LlavaConfig, state: dict[str, torch.Tensor]) -> torch.dtype:
+    """What the config says, else the dtype of the language model's weights (a separate tower may have another)."""
+    if config.dtype is not None:
+        return config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, config.dtype)
+    return next((value.dtype for value in state.values() if value.is_floating_point()), torch.get_default_dtype())
+
+
+def _finish_liuhaotian(model: LlavaForConditionalGeneration, checkpoint: Checkpoint) -> None:
+    """What `from_pretrained` takes from a folder: its name and generation config.
+
+    The layout pads with `<unk>`, which is the image id here, so generation pads with the end token.
+    """
+    model.config.name_or_path = model.name_or_path = checkpoint.source.name
+    if (path := checkpoint.source.find("generation_config.json")) is not None:
+        fields = read_json(path, "generation config")
+        fields.pop("max_length", None)  # the context length of old releases; it would compete with max_new_tokens
+        model.generation_config = GenerationConfig.from_dict(fields)
+    end = model.generation_config.eos_token_id
+    model.generation_config.pad_token_id = end[0] if isinstance(end, list) else end
+
+
+def _check_complete(info: dict[str, Any], checkpoint: Checkpoint) -> None:
+    """Strictness, on what `from_pretrained` reports."""
+    misshapen = [f"{name} {tuple(found)} instead of {tuple(wanted)}" for name, found, wanted in info["mismatched_keys"]]
+    groups = {
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(name for name in info["unexpected_keys"] if not is_old_buffer(name)),
+        "of another shape": sorted(misshapen),
+    }
+    found = [f"{len(names)} {kind}: {_shorten(names)}" for kind, names in groups.items() if names]
+    if found:
+        raise UserError("tensors do not fit the model", checkpoint.source.name, "; ".join(found))
+
+
+def _shorten(names: list[str]) -> str:
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _explain(error: Exception, checkpoint: Checkpoint) -> UserError:
+    """The damaged file, where that is the reason; else the first line of the library's message."""
+    if checkpoint.source.folder is not None:
+        try:
+            read_tensors(find_weights(checkpoint.source))
+        except UserError as reason:
+            return reason
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return UserError("model cannot be loaded", checkpoint.source.name, lines[0])
+
+
+def _image_processor(checkpoint: Checkpoint, config: LlavaConfig) -> Any:
+    """CLIP's image processor, from the tower in the liuhaotian layout, checked against the size the tower takes."""
+    sources = [checkpoint.source] if checkpoint.tower is None else [checkpoint.tower, checkpoint.source]
+    for source in sources:
+        for file in ("preprocessor_config.json", "processor_config.json"):
+            if (path := source.find(file)) is None:
+                continue
+            fields = read_json(path, "image processor config")
+            fields = fields.get("image_processor", fields) if isinstance(fields, dict) else {}
+            if "image_mean" in fields:
+                return _build_image_processor(fields, path, config)
+    raise UserError("no image processor config", sources[0].name, "preprocessor_config.json with image_mean")
+
+
+def _build_image_processor(fields: dict[str, Any], path: Path, config: LlavaConfig) -> Any:
+    try:
+        processor = ImageProcessor.from_dict(fields)
+        crop = dict(processor.crop_size)
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError("image processor config is not valid", path, str(error)) from None
+    size = config.vision_config.image_size
+    if crop.get("height") != size or crop.get("width") != size:
+        raise UserError(f"image processor makes {crop} pixels, the vision tower takes {size}", path)
+    return processor
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keeps transformers' table of missing tensors from the terminal, and its progress bar from log files.
+
+    `_check_complete` names the tensors in one line.
+    """
+    level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bar:
+            transformers_logging.enable_progress_bar()

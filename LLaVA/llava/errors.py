@@ -1,0 +1,74 @@
+"""The one error of bad input, and how a command line reports it.
+
+A `UserError` says in one line what is wrong, where, and how to put it right. Anything else that escapes a command is a
+defect of the program and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+USER_ERROR_STATUS = 2
+INTERRUPT_STATUS = 130
+
+
+class UserError(Exception):
+    """Bad input. `str()` is one line: `what: where (fix)`.
+
+    Args:
+        what: what is wrong.
+        where: the file, option or value that is wrong.
+        fix: what the user can do about it.
+    """
+
+    def __init__(self, what: str, where: str | Path | None = None, fix: str | None = None) -> None:
+        super().__init__(what, where, fix)
+        self.what = what
+        self.where = where
+        self.fix = fix
+
+    def __str__(self) -> str:
+        line = self.what if self.where is None else f"{self.what}: {self.where}"
+        if self.fix is not None:
+            line = f"{line} ({self.fix})"
+        return " ".join(line.split())
+
+
+@contextmanager
+def cli_errors() -> Iterator[None]:
+    """Turns a `UserError` into one line on stderr and exit status 2, Ctrl-C into status 130."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(USER_ERROR_STATUS) from None
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPT_STATUS) from None
+
+
+def run_cli(main: Callable[[], int | None]) -> int:
+    """Runs `main` and returns its exit status (None is 0); a `UserError` is printed and gives 2, Ctrl-C gives 130.
+
+    Use as `sys.exit(run_cli(main))`.
+    """
+    try:
+        with cli_errors():
+            return main() or 0
+    except SystemExit as stop:
+        if isinstance(stop.code, int):
+            return stop.code
+        if stop.code is not None:
+            print(stop.code, file=sys.stderr)
+        return 0 if stop.code is None else 1
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose complaints are `UserError`s: one line, without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message, fix="see --help")

@@ -1,0 +1,71 @@
+"""Reading and writing of small files: writes appear whole or not at all, unreadable JSON says where it breaks."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Gives a temporary path beside `path`; when the block ends well the file takes the name `path`.
+
+    The block writes to the path it is given, with whatever writer it likes. After an exception (or a kill) `path`
+    is what it was before. Missing parent folders are made.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=f".tmp{path.suffix}", dir=path.parent)
+    except OSError as error:
+        raise UserError(f"cannot write a file here ({error.strerror})", path) from None
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: str | Path, what: str = "JSON file") -> Any:
+    """Reads a JSON file.
+
+    Args:
+        path: the file.
+        what: what the file is to the user, for the message ("model config", "annotation file").
+
+    Raises:
+        UserError: the file is missing, unreadable, not UTF-8, or not JSON; the message has line and column.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{what} not found", path) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} is not UTF-8 text (byte {error.start})", path) from None
+    except OSError as error:
+        raise UserError(f"{what} cannot be read ({error.strerror})", path) from None
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        position = f"line {error.lineno} column {error.colno}"
+        raise UserError(f"{what} is not valid JSON ({error.msg}, {position})", path) from None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,92 @@
+"""One-line errors, exit statuses, atomic writes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from llava.errors import OneLineParser, UserError, cli_errors, run_cli
+from llava.files import atomic_write, read_json
+
+
+def test_user_error_is_one_line() -> None:
+    assert str(UserError("not found")) == "not found"
+    assert str(UserError("not found", Path("a/b"), "make it")) == "not found: a/b (make it)"
+    assert str(UserError("two\n  lines", "x\ny")) == "two lines: x y"
+
+
+def fail(error: BaseException) -> int:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("main", "status", "stderr"),
+    [
+        (lambda: None, 0, ""),
+        (lambda: 1, 1, ""),
+        (lambda: fail(UserError("bad", "x")), 2, "error: bad: x\n"),
+        (lambda: fail(KeyboardInterrupt()), 130, ""),
+        (lambda: fail(SystemExit(3)), 3, ""),
+        (lambda: fail(SystemExit("stop")), 1, "stop\n"),
+        (lambda: fail(SystemExit()), 0, ""),
+    ],
+)
+def test_exit_status(main, status: int, stderr: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(main) == status
+    assert capsys.readouterr().err == stderr
+
+
+def test_defects_keep_their_traceback() -> None:
+    with pytest.raises(ZeroDivisionError), cli_errors():
+        fail(ZeroDivisionError())
+
+
+def test_parser_complains_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(lambda: OneLineParser().parse_args(["--nope"]) and None) == 2
+    assert capsys.readouterr().err == "error: unrecognized arguments: --nope (see --help)\n"
+
+
+def test_atomic_write_appears_whole(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "a.json"
+    with atomic_write(target) as path:
+        path.write_text("[1]")
+        assert not target.exists() and path.parent == target.parent
+    assert target.read_text() == "[1]"
+    assert os.listdir(target.parent) == ["a.json"]
+    mask = os.umask(0)
+    os.umask(mask)
+    assert target.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "a.json"
+    target.write_text("old")
+    with pytest.raises(RuntimeError), atomic_write(target) as path:
+        path.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_write_where_no_folder_can_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"), atomic_write(tmp_path / "file" / "a.json"):
+        pass
+
+
+def test_read_json_says_where_it_breaks(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    with pytest.raises(UserError, match=r"answers not found: .*a\.json"):
+        read_json(path, "answers")
+    path.write_text('{"a": 1,\n "b" 2}')
+    with pytest.raises(UserError, match="line 2 column 6"):
+        read_json(path, "answers")
+    path.write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(UserError, match=r"not UTF-8 text \(byte 7\)"):
+        read_json(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_json(tmp_path)
+    path.write_text("[1, 2]")
+    assert read_json(path) == [1, 2]

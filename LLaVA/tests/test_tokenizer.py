@@ -1,0 +1,113 @@
+"""The tokenizer against sentencepiece itself, and against transformers' own loading of tokenizer.json."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from tiny_llava import (
+    CORPUS,
+    make_liuhaotian,
+    make_llava_hf,
+    tokenizer_model,
+    write_tokenizer_json,
+    write_tokenizer_model,
+)
+
+from llava.errors import UserError
+from llava.hub import Source
+from llava.tokenizer import load_tokenizer
+
+UNUSUAL = ("", " ", "\n", " leading", "two  spaces", "\nHow many?", "12,345", "\u65e5\u672c \u00e9 \U0001f999", "a\tb")
+TEXTS = (*CORPUS, *UNUSUAL)
+
+
+@pytest.fixture(scope="module")
+def pieces() -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_liuhaotian(tmp_path_factory.mktemp("tokenizer") / "model")
+
+
+def test_ids_are_those_of_sentencepiece(folder: Path, pieces: sentencepiece.SentencePieceProcessor) -> None:
+    tokenizer = load_tokenizer(Source.of(folder))
+    for text in TEXTS:
+        if not text.startswith(" "):  # the processor sees to leading spaces
+            assert tokenizer(text, add_special_tokens=False).input_ids == pieces.encode(text), text
+            assert tokenizer(text).input_ids == [1, *pieces.encode(text)]
+        assert tokenizer.decode(pieces.encode(text)) == pieces.decode(pieces.encode(text))
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)
+    assert tokenizer.padding_side == "left" and len(tokenizer) == pieces.get_piece_size()
+
+
+def test_special_tokens_in_text(folder: Path, pieces: sentencepiece.SentencePieceProcessor) -> None:
+    ids = load_tokenizer(Source.of(folder))("red</s>USER: hi", add_special_tokens=False).input_ids
+    no_space = pieces.encode("\nUSER: hi")[2:]  # not legacy: no space after a special token
+    assert ids == [*pieces.encode("red"), 2, *no_space]
+
+
+@pytest.mark.parametrize("legacy", [True, None])
+def test_legacy_puts_a_space_after_special_tokens(
+    tmp_path: Path, pieces: sentencepiece.SentencePieceProcessor, legacy: bool | None
+) -> None:
+    write_tokenizer_model(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"legacy": legacy}))
+    ids = load_tokenizer(Source.of(tmp_path))("red</s>USER: hi", add_special_tokens=False).input_ids
+    assert ids == [*pieces.encode("red"), 2, *pieces.encode("USER: hi")]
+
+
+def test_tokenizer_json_alone(tmp_path: Path, pieces: sentencepiece.SentencePieceProcessor) -> None:
+    folder = make_llava_hf(tmp_path / "hf")
+    assert not (folder / "tokenizer.model").exists()
+    tokenizer = load_tokenizer(Source.of(folder))
+    for text in TEXTS:
+        assert tokenizer(text, add_special_tokens=False).input_ids == pieces.encode(text), text
+    assert tokenizer.convert_tokens_to_ids("<image>") == pieces.get_piece_size()
+    assert tokenizer.pad_token_id == pieces.get_piece_size() + 1
+    assert tokenizer.decode([1, *pieces.encode("red"), 2, tokenizer.pad_token_id], skip_special_tokens=True) == "red"
+
+
+def test_special_tokens_as_objects(tmp_path: Path) -> None:
+    write_tokenizer_json(tmp_path, extra=("<pad>",))
+    fields = {"pad_token": {"content": "<pad>", "lstrip": False}, "eos_token": {"content": "</s>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(fields))
+    tokenizer = load_tokenizer(Source.of(tmp_path))
+    assert (tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token) == ("<pad>", "</s>", "<s>")
+
+
+def test_broken_or_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no tokenizer\.json and no tokenizer\.model"):
+        load_tokenizer(Source.of(tmp_path))
+    (tmp_path / "tokenizer.model").write_bytes(b"nothing of the kind")
+    with pytest.raises(UserError, match=r"tokenizer cannot be read.*tokenizer\.model"):
+        load_tokenizer(Source.of(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer cannot be read.*tokenizer\.json"):
+        load_tokenizer(Source.of(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(UserError, match="not a JSON object"):
+        load_tokenizer(Source.of(tmp_path))
+
+
+def test_special_token_outside_the_vocabulary(tmp_path: Path) -> None:
+    write_tokenizer_model(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "[PAD]"}')
+    with pytest.raises(UserError, match=r"special tokens \[PAD\] are not in the vocabulary"):
+        load_tokenizer(Source.of(tmp_path))
+
+
+def test_other_kinds_of_sentencepiece_models_are_refused(tmp_path: Path) -> None:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS * 4), model_writer=model, vocab_size=90, model_type="unigram", minloglevel=2
+    )
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    with pytest.raises(UserError, match="not of Llama's kind"):
+        load_tokenizer(Source.of(tmp_path))

@@ -1,0 +1,71 @@
+# `make demo` and `make test` need nothing before them: the stamp installs what is missing.
+PYTHON ?= python3
+VENV ?= .venv
+LOWEST_VENV ?= $(VENV)-lowest
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+LOWEST_STAMP := $(LOWEST_VENV)/.installed
+PROJECTS := LLaVA/pyproject.toml EAGLE/pyproject.toml lmms-eval/pyproject.toml
+PYTEST ?= -q
+
+# make bench BASE=... DRAFT=... DATA=... OUT=...
+BASE ?= pocket/llava
+DRAFT ?= pocket/llava-msd
+DATA ?= pocket/data/heldout.jsonl
+OUT ?= outputs/bench.json
+
+# the oldest transformers that the packages admit, read where pip reads it
+LOWEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' LLaVA/pyproject.toml)
+
+.PHONY: help setup demo test test-all test-lowest bench quality version clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1\t\2/p' Makefile | expand -t 14
+
+setup: $(STAMP)  ## make the environment and install the three packages
+demo: $(STAMP)  ## decode with the embedded models
+	$(BIN)/msd demo
+
+test: $(STAMP)  ## run the tests
+	$(BIN)/python -m pytest $(PYTEST)
+
+test-all: $(STAMP)  ## run all tests, the slow ones too
+	$(BIN)/python -m pytest $(PYTEST) -m "slow or not slow"
+
+test-lowest: $(LOWEST_STAMP)  ## run the tests of llava and eagle on the oldest transformers
+	$(LOWEST_VENV)/bin/python -m pytest $(PYTEST) LLaVA/tests EAGLE/tests
+
+bench: $(STAMP)  ## time speculative against plain decoding
+	@mkdir -p $(dir $(OUT))
+	$(BIN)/msd bench --base-model $(BASE) --msd-model $(DRAFT) --data $(DATA) --out $(OUT)
+
+quality: $(STAMP)  ## lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+version: $(STAMP)  ## write the version of pyproject.toml into the packages
+	v="$$(sed -n '/^\[tool\.msd\]/,/^\[/s/^version = "\([^"]*\)".*/\1/p' pyproject.toml)" && \
+	sed -i.bak "s/^__version__ = .*/__version__ = \"$$v\"/" \
+	    LLaVA/llava/__init__.py EAGLE/eagle/__init__.py lmms-eval/lmms_eval_msd/__init__.py && \
+	rm -f LLaVA/llava/__init__.py.bak EAGLE/eagle/__init__.py.bak lmms-eval/lmms_eval_msd/__init__.py.bak
+
+clean:  ## remove the environments, builds and caches
+	rm -rf $(VENV) $(LOWEST_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf */build */dist */*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): $(PROJECTS) scripts/1_setup.sh
+	PYTHON="$(PYTHON)" VENV="$(VENV)" bash scripts/1_setup.sh
+	@touch $@
+
+# A light environment over the first one: only transformers and what it asks for differ.
+$(LOWEST_STAMP): $(STAMP)
+	rm -rf $(LOWEST_VENV)
+	$(BIN)/python -m venv $(LOWEST_VENV)
+	base="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" && \
+	own="$$($(LOWEST_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" && \
+	echo "import site; site.addsitedir('$$base')" > "$$own/base.pth"
+	$(LOWEST_VENV)/bin/python -m pip install "transformers==$(LOWEST)"
+	@touch $@

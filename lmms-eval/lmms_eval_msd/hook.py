@@ -1,0 +1,151 @@
+"""Adds `--use_msd`, `--msd_model_path` and our tasks to lmms-eval, which has no place for a plugin's flags.
+
+    install()       at entry point time: waits for lmms-eval's own argument parser, recognised by its options
+    parser seen     the two flags are added; after parsing they are checked
+    evaluation      for our models the flags become `model_args`, and a failure gives a status other than 0
+
+Nothing here is needed for `--model_args use_msd=True,msd_model_path=DRAFT`. Evaluations of other models run as before.
+A failure inside the hook is one warning, and lmms-eval stays as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+
+from llava.errors import UserError, cli_errors
+from lmms_eval_msd import MODELS
+
+TASKS = Path(__file__).parent / "tasks"
+EVAL_OPTIONS = {"--model", "--model_args", "--tasks", "--gen_kwargs", "--include_path"}
+MARK = "_msd_wrapped"
+
+
+def install() -> None:
+    """Waits for lmms-eval's argument parser. Safe to call again."""
+    with_warning(wrap, argparse.ArgumentParser, "parse_known_args", _parse_known_args)
+    if "lmms_eval.evaluator" in sys.modules:  # on its way in, and it needs the tasks next
+        with_warning(add_tasks)
+
+
+def with_warning(change: Callable[..., Any], *args: Any) -> None:
+    """Runs one of our changes to lmms-eval; if it fails, says so once and goes on without it."""
+    try:
+        change(*args)
+    except Exception as error:
+        logger.warning(
+            f"lmms_eval_msd could not extend lmms-eval ({type(error).__name__}: {error}); "
+            "give --model_args use_msd=True,msd_model_path=DRAFT instead of the flags"
+        )
+
+
+def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    """Replaces `owner.name` by a function that calls `wrapper` with the original first, unless that is done already."""
+    original = getattr(owner, name)
+    if getattr(original, MARK, False):
+        return
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    setattr(wrapped, MARK, True)
+    setattr(owner, name, wrapped)
+
+
+def _parse_known_args(original: Callable[..., Any], parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+    if not parser._option_string_actions.keys() >= EVAL_OPTIONS:
+        return original(parser, *args, **kwargs)
+    with_warning(add_tasks)
+    with_warning(_extend, parser)
+    namespace, rest = original(parser, *args, **kwargs)
+    with cli_errors():
+        check_flags(namespace)
+    return namespace, rest
+
+
+def _extend(parser: argparse.ArgumentParser) -> None:
+    wrap(sys.modules["lmms_eval.__main__"], "cli_evaluate_single", _evaluate)
+    add_flags(parser)  # last: flags that nothing reads would be worse than none
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the two flags to lmms-eval's parser, once."""
+    if "--use_msd" in parser._option_string_actions:
+        return
+    group = parser.add_argument_group(f"multimodal speculative decoding ({', '.join(MODELS)})")
+    group.add_argument(
+        "--use_msd",
+        action="store_true",
+        default=False,
+        help="Decode with the draft; without it the base model decodes alone.",
+    )
+    group.add_argument("--msd_model_path", type=str, default=None, metavar="DRAFT", help="Draft: folder or hub name.")
+
+
+def add_tasks() -> None:
+    """Makes lmms-eval find the tasks of this package without `--include_path`."""
+    from lmms_eval.tasks import TaskManager
+
+    wrap(TaskManager, "initialize_tasks", _initialize_tasks)
+
+
+def _initialize_tasks(original: Callable[..., dict], manager: Any, *args: Any, **kwargs: Any) -> dict:
+    index = original(manager, *args, **kwargs)
+    if not kwargs.get("include_defaults", True):
+        return index
+    return {**manager._get_task_and_group(str(TASKS)), **index}
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises `UserError` where the flags cannot work. A `--config` file may still bring what is missing."""
+    if getattr(args, "config", None):
+        return
+    used = getattr(args, "use_msd", False)
+    draft = getattr(args, "msd_model_path", None)
+    if args.model not in MODELS:
+        if used or draft:
+            flag = "--use_msd" if used else "--msd_model_path"
+            raise UserError(f"{flag} does not work with --model {args.model}", fix=f"use one of {', '.join(MODELS)}")
+        return
+    if used and not draft and "msd_model_path=" not in (args.model_args or ""):
+        raise UserError("--use_msd needs a draft", fix="add --msd_model_path DRAFT, a folder or a hub name")
+
+
+def flags_to_model_args(args: argparse.Namespace) -> str:
+    """`--model_args` with the flags in it."""
+    parts = [args.model_args] if args.model_args else []
+    if getattr(args, "use_msd", False):
+        parts.append("use_msd=True")
+    if draft := getattr(args, "msd_model_path", None):
+        if "," in str(draft):
+            raise UserError("the draft's path has a comma", where=draft, fix="rename the folder")
+        parts.append(f"msd_model_path={draft}")
+    return ",".join(parts)
+
+
+def _evaluate(original: Callable[..., Any], args: argparse.Namespace) -> Any:
+    """One evaluation. For our models bad input ends with status 2 and any other failure with status 1."""
+    args.config, config = None, args.config
+    with cli_errors():
+        check_flags(args)
+    if args.model not in MODELS:
+        args.config = config
+        return original(args)
+    with cli_errors():
+        args.model_args = flags_to_model_args(args)
+        args.config = config
+        try:
+            return original(args)
+        except UserError:
+            raise
+        except Exception:
+            traceback.print_exc()
+            raise SystemExit(1) from None

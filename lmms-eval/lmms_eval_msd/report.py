@@ -1,0 +1,156 @@
+"""What a run says about its decoding: acceptance and speed of each task, over all processes.
+
+The report goes into lmms-eval's results under "msd", into `<date>_msd.json` beside them, into lmms-eval's "throughput",
+and on the screen as a table.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from loguru import logger
+from rich.console import Console
+from rich.table import Table
+
+from eagle import Stats
+from llava.files import atomic_write
+
+PACKAGES = ("msd-eagle", "msd-llava", "msd-lmms-eval", "lmms_eval", "torch", "transformers")
+_pending: dict[str, Any] | None = None
+
+
+def gather(own: Mapping[str, Stats]) -> dict[str, Stats]:
+    """The statistics of each task, summed over the processes. Every process has to call it."""
+    total: dict[str, Stats] = {}
+    for part in gather_object([dict(own)]):
+        for task, stats in part.items():
+            total.setdefault(task, Stats.empty()).merge(stats)
+    return total
+
+
+def build(stats: Mapping[str, Stats], settings: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The report as plain data.
+
+    Args:
+        stats: of each task.
+        settings: what the run decoded with.
+        device: where it ran.
+    """
+    everything = Stats.empty()
+    for part in stats.values():
+        everything.merge(part)
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
+    return {
+        **settings,
+        "tasks": {task: summary(part) for task, part in sorted(stats.items())},
+        "total": summary(everything),
+        "hardware": hardware,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+    }
+
+
+def summary(stats: Stats) -> dict[str, Any]:
+    """Numbers of one task. ``acceptance_by_position[i]``: share of cycles that accepted drafted token i + 1."""
+    lengths = stats.accept_lengths
+    deepest = max(lengths, default=0)
+    return {
+        "answers": stats.requests,
+        "tokens": stats.new_tokens,
+        "cycles": stats.cycles,
+        "tau": stats.tau,
+        "seconds": stats.seconds,
+        "tokens_per_second": stats.tokens_per_second,
+        "histogram": {str(length): count for length, count in stats.histogram.items()},
+        "acceptance_by_position": [
+            sum(length >= position for length in lengths) / len(lengths) for position in range(1, deepest + 1)
+        ],
+        "phases_ms": stats.phases_ms,
+    }
+
+
+def processor_name() -> str:
+    """The CPU's name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def table(report: Mapping[str, Any]) -> Table:
+    """The report for the screen."""
+    title = "MSD decoding" if report["use_msd"] else "plain decoding (no draft)"
+    result = Table(title=f"{title}, {report['dtype']}, {report['hardware']}", title_justify="left")
+    result.add_column("task")
+    for name in ("answers", "tokens", "τ", "tokens/s", "seconds", "accepted at position 1, 2, ..."):
+        result.add_column(name, justify="left" if name.startswith("accepted") else "right")
+    rows = dict(report["tasks"])
+    if len(rows) > 1:
+        rows["all"] = report["total"]
+    for task, row in rows.items():
+        shares = " ".join(f"{share:.2f}" for share in row["acceptance_by_position"])
+        result.add_row(
+            task, str(row["answers"]), str(row["tokens"]), f"{row['tau']:.2f}", f"{row['tokens_per_second']:.1f}",
+            f"{row['seconds']:.1f}", shares or "-",
+        )  # fmt: skip
+    return result
+
+
+def publish(report: dict[str, Any]) -> None:
+    """Hands the report to lmms-eval: to its throughput numbers now, to its results when it saves them."""
+    from lmms_eval.models.model_utils.gen_metrics import log_metrics
+
+    global _pending
+    _pending = report
+    total = report["total"]
+    if not total["answers"]:
+        return
+    log_metrics(total["seconds"], total["tokens"], total["tokens_per_second"], {"tau": total["tau"]})
+    try:
+        _join_results()
+    except Exception as error:
+        logger.warning(f"the MSD report is not in lmms-eval's results ({type(error).__name__}: {error})")
+        show(report)
+
+
+def _join_results() -> None:
+    """Makes lmms-eval's tracker save a pending report with its own results. Done once in a process."""
+    from lmms_eval.loggers.evaluation_tracker import EvaluationTracker
+
+    from lmms_eval_msd.hook import wrap
+
+    wrap(EvaluationTracker, "save_results_aggregated", _save_results)
+
+
+def _save_results(original: Any, tracker: Any, *args: Any, **kwargs: Any) -> None:
+    global _pending
+    report, _pending = _pending, None
+    results = kwargs.get("results", args[0] if args else None)
+    if report is not None and isinstance(results, dict):
+        results["msd"] = report
+    original(tracker, *args, **kwargs)
+    if report is None:
+        return
+    show(report)
+    if tracker.output_path and hasattr(tracker, "date_id"):
+        folder = Path(tracker.output_path) / tracker.general_config_tracker.model_name_sanitized
+        save(report, folder / f"{tracker.date_id}_msd.json")
+
+
+def save(report: Mapping[str, Any], path: Path) -> None:
+    """Writes the report as JSON."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    logger.info(f"MSD report in {path}")
+
+
+def show(report: Mapping[str, Any]) -> None:
+    """Prints the table."""
+    Console().print(table(report))

@@ -1,0 +1,117 @@
+"""The flags, on a parser with lmms-eval's options; the real one is in test_end_to_end."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from llava import UserError
+from lmms_eval_msd import hook
+
+
+def parse(*argv: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config", default="")
+    for option in sorted(hook.EVAL_OPTIONS):
+        parser.add_argument(option, type=str, default="")
+    hook.add_flags(parser)
+    hook.add_flags(parser)
+    return parser.parse_args(argv)
+
+
+def test_flags_become_model_args():
+    args = parse("--model", "llava_msd", "--model_args", "pretrained=b", "--use_msd", "--msd_model_path", "d")
+    hook.check_flags(args)
+    assert hook.flags_to_model_args(args) == "pretrained=b,use_msd=True,msd_model_path=d"
+    assert hook.flags_to_model_args(parse("--model_args", "pretrained=b")) == "pretrained=b"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--model", "llava_msd", "--use_msd"], "needs a draft"),
+        (["--model", "llava_hf", "--use_msd"], "--use_msd does not work with --model llava_hf"),
+        (["--model", "llava_hf", "--msd_model_path", "d"], "--msd_model_path does not work"),
+    ],
+)
+def test_flags_that_cannot_work(argv, message):
+    with pytest.raises(UserError, match=message):
+        hook.check_flags(parse(*argv))
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--model", "llava_hf"],
+        ["--model", "llava_msd"],
+        ["--model", "llava_msd", "--msd_model_path", "d"],
+        ["--model", "llava_msd", "--use_msd", "--model_args", "msd_model_path=d"],
+        ["--use_msd", "--config", "run.yaml"],
+    ],
+)
+def test_flags_that_can_work(argv):
+    hook.check_flags(parse(*argv))
+
+
+def test_comma_in_path():
+    with pytest.raises(UserError, match="comma"):
+        hook.flags_to_model_args(parse("--msd_model_path", "a,b"))
+
+
+def test_other_parsers_are_left_alone(monkeypatch):
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", argparse.ArgumentParser.parse_known_args)
+    hook.install()
+    hook.install()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model")
+    assert parser.parse_args(["--model", "llava_msd"]).model == "llava_msd"
+    assert "--use_msd" not in parser.format_help()
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--use_msd"])
+
+
+def test_failure_in_the_hook_is_a_warning(monkeypatch, capsys):
+    from loguru import logger
+
+    seen: list[str] = []
+    sink = logger.add(seen.append, level="WARNING", format="{message}")
+
+    def broken(*_):
+        raise AttributeError("lmms-eval changed")
+
+    try:
+        hook.with_warning(broken)
+    finally:
+        logger.remove(sink)
+    assert len(seen) == 1
+    assert "lmms-eval changed" in seen[0]
+    assert "model_args use_msd=True" in seen[0]
+
+
+@pytest.mark.parametrize(("error", "status"), [(UserError("x"), 2), (RuntimeError("x"), 1)])
+def test_failed_evaluation_has_a_status(error, status, capsys):
+    def evaluate(args):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        hook._evaluate(evaluate, parse("--model", "llava_msd"))
+    assert stop.value.code == status
+    with pytest.raises(type(error)):  # other models keep lmms-eval's own behaviour
+        hook._evaluate(evaluate, parse("--model", "llava_hf"))
+
+
+def test_settings_of_a_config_file_reach_the_model():
+    args = parse("--model", "llava_msd", "--config", "run.yaml")
+    args.use_msd, args.msd_model_path = True, "d"  # as cli_evaluate sets what the file says
+    seen = hook._evaluate(lambda given: (given.model_args, given.config), args)
+    assert seen == ("use_msd=True,msd_model_path=d", "run.yaml")
+
+
+def test_config_file_without_draft(capsys):
+    args = parse("--model", "llava_msd", "--config", "run.yaml")
+    args.use_msd = True
+    with pytest.raises(SystemExit) as stop:
+        hook._evaluate(lambda given: None, args)
+    assert stop.value.code == 2
+    assert "error: --use_msd needs a draft" in capsys.readouterr().err

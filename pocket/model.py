@@ -1,0 +1,52 @@
+"""The sizes of the pocket LLaVA and its fresh start as a stock LlavaForConditionalGeneration."""
+
+from __future__ import annotations
+
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from .encode import BOS, EOS, IMAGE_TOKEN_ID, IMAGE_TOKENS, SIDE
+from .tokenizer import VOCABULARY
+
+VISION = {
+    "hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 3, "intermediate_size": 640,
+    "image_size": SIDE, "patch_size": 16, "hidden_act": "quick_gelu", "projection_dim": 192,
+}  # fmt: skip
+TEXT = {
+    "vocab_size": VOCABULARY, "hidden_size": 256, "num_hidden_layers": 16, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "intermediate_size": 640, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096,
+    "rope_theta": 10000.0, "tie_word_embeddings": False, "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": 0,
+}  # fmt: skip
+ADDS_TO_STREAM = ("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")
+
+
+def config() -> LlavaConfig:
+    """The configuration of the stock class."""
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(**VISION), text_config=LlamaConfig(**TEXT), image_token_index=IMAGE_TOKEN_ID,
+        vision_feature_layer=-2, vision_feature_select_strategy="default", image_seq_length=IMAGE_TOKENS,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def fresh(seed: int) -> LlavaForConditionalGeneration:
+    """A new model, started so that words, places and colours can be told apart all the way up at once.
+
+    Wide token embeddings, matrices that keep the size of their input, and blocks that add nothing at first.
+    """
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration(config()).float()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2 and ("layers." in name or "projector" in name):
+                weight.normal_(0, weight.shape[1] ** -0.5)
+            if name.endswith(ADDS_TO_STREAM):
+                weight.zero_()
+        model.model.vision_tower.embeddings.position_embedding.weight.normal_(0, 0.3)
+        model.model.language_model.embed_tokens.weight.normal_(0, 1.0)
+    return model
+
+
+def parameter_count(model: torch.nn.Module) -> int:
+    """The number of all weights."""
+    return sum(p.numel() for p in model.parameters())

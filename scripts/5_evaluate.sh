@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Step 5: evaluate a base model alone and with MSD on lmms-eval's tasks, then compare scores, answers and speed.
+#   scripts/5_evaluate.sh                                             the embedded models on the embedded questions
+#   BASE=liuhaotian/llava-v1.5-7b DRAFT=lucylyn/MSD-LLaVA1.5-7B scripts/5_evaluate.sh
+#   scripts/5_evaluate.sh BASE DRAFT chartqa,textvqa_val              the same as arguments
+# Environment: BASE DRAFT TASKS LIMIT OUT; MODEL (llava_msd, qwen2_vl_msd), NUM_PROCESSES, PORT, GEN_KWARGS, MODEL_ARGS (more
+# of lmms-eval's model arguments, such as dtype=float32), QUESTIONS (a FILE.jsonl to ask instead of ChartQA's test split).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root="$PWD"
+
+base="${1:-${BASE:-}}"
+draft="${2:-${DRAFT:-}}"
+tasks="${3:-${TASKS:-chartqa}}"
+out="${OUT:-outputs/evaluate}"
+questions="${QUESTIONS:-}"
+if [ -z "$base" ] && [ -z "$draft" ]; then
+    base=pocket/llava draft=pocket/llava-msd
+    [ "${3:-${TASKS:-chartqa}}" != chartqa ] || questions="${questions:-pocket/data/heldout.jsonl}"
+elif [ -z "$base" ] || [ -z "$draft" ]; then
+    echo "error: BASE and DRAFT belong together, one is missing" >&2
+    exit 2
+fi
+
+python="${PYTHON:-$root/.venv/bin/python}"
+[ -x "$python" ] || python="$(command -v "$python" || command -v python3)"
+
+# the evaluation may run in another folder
+absolute() { if [ -e "$1" ]; then realpath "$1"; else echo "$1"; fi; }
+base="$(absolute "$base")"
+draft="$(absolute "$draft")"
+mkdir -p "$out"
+out="$(realpath "$out")"
+
+if [ -n "$questions" ]; then
+    "$python" -m lmms_eval_msd.offline --jsonl "$questions" --out "$out/data"
+    cd "$out/data"
+fi
+
+evaluate() { # folder, then flags
+    local folder="$1"
+    shift
+    "$python" -m accelerate.commands.launch --num_processes="${NUM_PROCESSES:-1}" --main_process_port="${PORT:-29506}" \
+        -m lmms_eval --model "${MODEL:-llava_msd}" --model_args "pretrained=$base${MODEL_ARGS:+,$MODEL_ARGS}" \
+        --tasks "$tasks" --batch_size 1 --gen_kwargs "${GEN_KWARGS:-temperature=0}" ${LIMIT:+--limit "$LIMIT"} \
+        --log_samples --output_path "$folder" "$@"
+}
+
+# results of their own for each call: what an earlier one left behind is not compared
+stamp="$(date +%Y%m%d_%H%M%S)"
+evaluate "$out/$stamp/base"
+evaluate "$out/$stamp/msd" --use_msd --msd_model_path "$draft"
+"$python" -m lmms_eval_msd.compare --base "$out/$stamp/base" --msd "$out/$stamp/msd" --out "$out/$stamp"

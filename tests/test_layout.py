@@ -1,0 +1,214 @@
+"""Rules of the house, read from the source: who imports whom, no magic numbers, short files, one version."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+REPO = Path(__file__).resolve().parents[1]
+PACKAGES = {"llava": "LLaVA", "eagle": "EAGLE", "lmms_eval_msd": "lmms-eval"}
+MAY_NOT_IMPORT = {
+    "llava": {"eagle", "lmms_eval_msd", "lmms_eval", "pocket", "deepspeed"},
+    "eagle": {"lmms_eval_msd", "lmms_eval", "pocket"},
+    "lmms_eval_msd": {"pocket"},
+}
+MAX_LINES = 400
+MAX_FUNCTION_LINES = 60
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+PLACEHOLDERS = {-200, 575, 576, 151652, 151653, 151655, 151656}  # ids and counts of single checkpoints
+ELSEWHERE = "|".join(["/" + "work/", "/" + "root/", "/" + "opt/", "/" + "home/[a-z]", "/" + "Users/[A-Za-z]"])
+MACHINE_PATH = re.compile(rf"(?<![\w.~-])(?:{ELSEWHERE})")
+
+
+@cache
+def repository_files() -> tuple[Path, ...]:
+    """Files that git tracks or would add; all files where there is no git."""
+    listing = ["git", "-C", str(REPO), "ls-files", "-co", "--exclude-standard", "-z"]
+    if shutil.which("git") and (REPO / ".git").exists():
+        names = subprocess.run(listing, check=True, capture_output=True, text=True).stdout.split("\0")
+        found = [REPO / name for name in names if name]
+    else:
+        found = [p for p in REPO.rglob("*") if not {".venv", "__pycache__"} & set(p.parts)]
+    return tuple(sorted(p for p in found if p.is_file()))
+
+
+def source_files(package: str) -> list[Path]:
+    root = REPO / PACKAGES[package] / package
+    return [p for p in repository_files() if p.suffix == ".py" and root in p.parents]
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def imported_names(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Top-level name and line of each absolute import, also of those inside functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name.split(".")[0], node.lineno
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module.split(".")[0], node.lineno
+
+
+def integers(tree: ast.Module) -> Iterator[tuple[int, int]]:
+    """Value and line of each whole-number literal, a minus sign included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            if isinstance(node.operand, ast.Constant) and type(node.operand.value) is int:
+                yield -node.operand.value, node.lineno
+        elif isinstance(node, ast.Constant) and type(node.value) is int:
+            yield node.value, node.lineno
+
+
+def where(path: Path, line: int) -> str:
+    return f"{path.relative_to(REPO).as_posix()}:{line}"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_run_one_way(package: str) -> None:
+    files = source_files(package)
+    assert files, f"no source of {package}"
+    wrong = [
+        f"{where(path, line)} imports {name}"
+        for path in files
+        for name, line in imported_names(parsed(path))
+        if name in MAY_NOT_IMPORT[package]
+    ]
+    assert wrong == []
+
+
+def test_placeholder_numbers_stay_in_one_reader() -> None:
+    found = [
+        (path, f"{where(path, line)} has {value}")
+        for package in PACKAGES
+        for path in source_files(package)
+        for value, line in integers(parsed(path))
+        if value in PLACEHOLDERS
+    ]
+    readers = {path for path, _ in found if path.is_relative_to(REPO / "LLaVA")}
+    assert [text for path, text in found if path not in readers] == []
+    assert len(readers) <= 1, [text for _, text in found]
+
+
+def test_files_are_short() -> None:
+    kinds = {".py", ".sh", ".toml", ".md"}
+    long = [
+        f"{path.relative_to(REPO)}: {lines} lines"
+        for path in repository_files()
+        if path.suffix in kinds and (lines := len(path.read_text(encoding="utf-8").splitlines())) > MAX_LINES
+    ]
+    assert long == []
+
+
+def function_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines from the first statement after the docstring to the end."""
+    body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+    return (node.end_lineno or node.lineno) - body[0].lineno + 1 if body else 0
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_functions_are_short(package: str) -> None:
+    long = [
+        f"{where(path, node.lineno)} {node.name}: {function_lines(node)} lines"
+        for path in source_files(package)
+        for node in ast.walk(parsed(path))
+        if isinstance(node, FUNCTIONS) and function_lines(node) > MAX_FUNCTION_LINES
+    ]
+    assert long == []
+
+
+def test_no_paths_of_a_machine() -> None:
+    wrong = []
+    for path in repository_files():
+        data = path.read_bytes()
+        if b"\0" in data[:8192]:
+            continue
+        for number, line in enumerate(data.decode("utf-8", errors="replace").splitlines(), start=1):
+            if MACHINE_PATH.search(line):
+                wrong.append(f"{where(path, number)} {line.strip()[:100]}")
+    assert wrong == []
+
+
+def settings(folder: str) -> dict:
+    return tomllib.loads((REPO / folder / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def literal_version(package: str) -> str | None:
+    """`__version__` of the package, which the build reads without importing it: it has to be a literal."""
+    for node in parsed(REPO / PACKAGES[package] / package / "__init__.py").body:
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        if any(isinstance(t, ast.Name) and t.id == "__version__" for t in targets):
+            return ast.literal_eval(node.value)
+    return None
+
+
+def test_versions_are_equal() -> None:
+    release = settings(".")["tool"]["msd"]["version"]
+    assert {package: literal_version(package) for package in PACKAGES} == dict.fromkeys(PACKAGES, release)
+    major, minor = (int(part) for part in release.split(".")[:2])
+    expected = f">={major}.{minor},<{major}.{minor + 1}"
+    own = [
+        requirement
+        for folder in PACKAGES.values()
+        for requirement in settings(folder)["project"]["dependencies"]
+        if requirement.startswith("msd-")
+    ]
+    assert own and all(requirement.endswith(expected) for requirement in own), own
+
+
+def test_shared_ranges_are_equal() -> None:
+    ranges: dict[str, set[str]] = {}
+    for folder in PACKAGES.values():
+        project = settings(folder)["project"]
+        ranges.setdefault("python", set()).add(project["requires-python"])
+        for requirement in project["dependencies"]:
+            name, bounds = re.fullmatch(r"([\w.-]+?)([<>=!~].*)?", requirement).groups()
+            ranges.setdefault(name, set()).add(bounds or "")
+    assert {name: bounds for name, bounds in ranges.items() if len(bounds) > 1} == {}
+
+
+def test_entry_points_exist() -> None:
+    scripts = settings("EAGLE")["project"]["scripts"].values()
+    plugins = settings("lmms-eval")["project"]["entry-points"]["lmms_eval.models"].values()
+    for target in [*scripts, *plugins]:
+        module, name = target.split(":")
+        folder = REPO / PACKAGES[module.split(".")[0]] / Path(*module.split("."))
+        path = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+        assert path.is_file(), f"{target}: no {path.relative_to(REPO)}"
+        assert re.search(rf"\b{name}\b", path.read_text(encoding="utf-8")), f"{target}: no {name}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", PACKAGES)
+def test_wheel_builds_without_the_repository(package: str, tmp_path: Path) -> None:
+    source = REPO / PACKAGES[package]
+    alone = tmp_path / "alone"
+    left_out = shutil.ignore_patterns("*.egg-info", "build", "__pycache__", "tests")
+    shutil.copytree(source, alone, ignore=left_out)
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    subprocess.run([*build, str(alone)], check=True, cwd=tmp_path, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    shutil.unpack_archive(wheel, tmp_path / "unpacked", "zip")
+    packed = {p.relative_to(tmp_path / "unpacked").as_posix() for p in (tmp_path / "unpacked").rglob("*")}
+    needed = {
+        p.relative_to(source).as_posix()
+        for p in repository_files()
+        if source / package in p.parents and (p.suffix in {".py", ".json"} or p.name == "py.typed")
+    }
+    assert needed - packed == set()
+    assert not any(name.startswith("tests/") for name in packed)
