@@ -55,10 +55,17 @@ def ask(rng: Random, picture: Picture, number: int) -> list[Turn]:
 
 
 def converse(
-    rng: Random, heldout: bool = False, text_share: float = TEXT_SHARE, turns: int = MAX_TURNS
+    rng: Random,
+    heldout: bool = False,
+    text_share: float = TEXT_SHARE,
+    turns: int = MAX_TURNS,
+    weights: tuple[float, ...] = WEIGHTS,
 ) -> Conversation:
-    """A random conversation; pictures of training and held-out conversations never have the same data."""
+    """A random conversation; pictures of training and held-out conversations never have the same data.
+
+    `weights` are those of KINDS.
+    """
     if rng.random() < text_share:
         return Conversation(None, ask_text(rng))
-    picture = draw_picture_data(rng, heldout)
+    picture = draw_picture_data(rng, heldout, rng.choices(KINDS, weights)[0])
     return Conversation(picture, ask(rng, picture, rng.randint(1, turns)))

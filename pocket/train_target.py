@@ -15,7 +15,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
 from random import Random
@@ -29,17 +29,15 @@ from tqdm import tqdm
 from .draw import draw
 from .encode import IGNORE, Encoded, Tokenizer, collate, encode, pixels_of
 from .model import fresh, parameter_count
-from .sample import Conversation, converse
+from .sample import MAX_TURNS, TEXT_SHARE, WEIGHTS, Conversation, converse
 from .tokenizer import train_tokenizer
 
-BATCH = 12
 BLOCK = 8  # batches that are sorted by length together
 WARM_UP = 30
 DECAY = 0.35
-EASY = 0.28  # the first part of the run has fewer turns and no text alone
-MUON_LR, ADAM_LR = 6e-3, 3e-3
+ADAM_LR = 3e-3
 WORD_SCALE = 6.0  # token embeddings are wide and need larger steps
-SAVE_SECONDS, TEST_STEPS = 180, 100
+SAVE_SECONDS, TEST_STEPS, TEST_BATCH = 180, 100, 12
 log = logging.getLogger("pocket.train")
 
 
@@ -49,31 +47,52 @@ def encode_conversation(tokenizer: Tokenizer, talk: Conversation) -> Encoded:
     return encode(tokenizer, [(t.question, t.answer) for t in talk.turns], pixels)
 
 
-def training_batch_block(
-    tokenizer: Tokenizer, seed: int, block: int, steps: int, size: int
-) -> list[dict[str, torch.Tensor]]:
+@dataclass(frozen=True)
+class Stage:
+    """What the run learns from a step (a multiple of BLOCK) on."""
+
+    start: int
+    batch: int
+    muon_lr: float
+    weights: tuple[float, ...] = WEIGHTS
+    text_share: float = TEXT_SHARE
+    turns: int = MAX_TURNS
+
+
+STAGES = (
+    Stage(0, 12, 6e-3, text_share=0.0, turns=2),
+    Stage(248, 20, 5e-3, weights=(0, 0, 0, 0, 1), text_share=0.0, turns=1),
+    Stage(344, 12, 5e-3, text_share=0.0, turns=2),
+    Stage(520, 12, 5e-3),
+)
+
+
+def stage_of(step: int) -> Stage:
+    """The stage a step belongs to."""
+    return [s for s in STAGES if s.start <= step][-1]
+
+
+def training_batch_block(tokenizer: Tokenizer, seed: int, block: int) -> list[dict[str, torch.Tensor]]:
     """The batches of one block: similar lengths share a batch, the order of batches is random."""
-    easy = block * BLOCK < EASY * steps
-    first = block * BLOCK * size
+    stage = stage_of(block * BLOCK)
     samples = []
-    for i in range(first, first + BLOCK * size):
-        rng = Random(f"train-{seed}-{i}")
-        talk = converse(rng, text_share=0.0, turns=2) if easy else converse(rng)
+    for i in range(BLOCK * stage.batch):
+        talk = converse(Random(f"train-{seed}-{block}-{i}"), False, stage.text_share, stage.turns, stage.weights)
         samples.append(encode_conversation(tokenizer, talk))
     samples.sort(key=lambda e: len(e.ids))
-    batches = [collate(samples[k : k + size]) for k in range(0, len(samples), size)]
+    batches = [collate(samples[k : k + stage.batch]) for k in range(0, len(samples), stage.batch)]
     Random(f"order-{seed}-{block}").shuffle(batches)
     return batches
 
 
 def batches_from(run: Run) -> Iterator[dict[str, torch.Tensor]]:
     """Batches from the run's step on, prepared by a thread."""
-    step, steps = run.step, run.plan.steps
+    step, steps = run.step, run.steps
     queue: Queue[dict[str, torch.Tensor]] = Queue(maxsize=2 * BLOCK)
 
     def fill() -> None:
         for block in range(step // BLOCK, -(-steps // BLOCK)):
-            batches = training_batch_block(run.tokenizer, run.seed, block, steps, run.plan.batch)
+            batches = training_batch_block(run.tokenizer, run.seed, block)
             for batch in batches[step % BLOCK if block == step // BLOCK else 0 :]:
                 queue.put(batch)
 
@@ -110,7 +129,7 @@ def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
             matrices.append(weight)
         else:
             others.append(weight)
-    muon = torch.optim.Muon(matrices, lr=MUON_LR, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(matrices, lr=STAGES[0].muon_lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
     adam = torch.optim.AdamW(
         [{"params": others, "scale": 1.0}, {"params": words, "scale": WORD_SCALE}],
         lr=ADAM_LR, betas=(0.9, 0.98), weight_decay=0.0,
@@ -118,21 +137,12 @@ def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
     return [muon, adam]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What may differ when a run is resumed."""
-
-    steps: int
-    batch: int = BATCH
-    muon_lr: float = MUON_LR
-
-
 class Run:
     """A training run with everything that a checkpoint holds."""
 
-    def __init__(self, out: Path, plan: Plan, seed: int, device: torch.device) -> None:
+    def __init__(self, out: Path, steps: int, seed: int, device: torch.device) -> None:
         """A fresh run."""
-        self.out, self.plan, self.seed, self.device = out, plan, seed, device
+        self.out, self.steps, self.seed, self.device = out, steps, seed, device
         self.model = fresh(seed).to(device)
         self.optimizers = optimizers(self.model)
         self.step, self.samples, self.seconds = 0, 0, 0.0
@@ -164,9 +174,10 @@ class Run:
 
     def update(self, batch: dict[str, torch.Tensor]) -> float:
         """One step; returns the loss."""
-        for optimizer, full in zip(self.optimizers, (self.plan.muon_lr, ADAM_LR), strict=True):
+        muon_lr = stage_of(self.step).muon_lr
+        for optimizer, full in zip(self.optimizers, (muon_lr, ADAM_LR), strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = full * group.get("scale", 1.0) * rate(self.step, self.plan.steps)
+                group["lr"] = full * group.get("scale", 1.0) * rate(self.step, self.steps)
         loss = loss_of(self.model, batch, self.device)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -179,11 +190,11 @@ class Run:
 
     def test_loss(self) -> float:
         """The loss on a fixed set of held-out conversations."""
-        talks = [converse(Random(f"test-{i}"), heldout=True, text_share=0.0, turns=1) for i in range(2 * BATCH)]
+        talks = [converse(Random(f"test-{i}"), heldout=True, text_share=0.0, turns=1) for i in range(2 * TEST_BATCH)]
         samples = sorted((encode_conversation(self.tokenizer, t) for t in talks), key=lambda e: len(e.ids))
         with torch.no_grad():
-            parts = [float(loss_of(self.model, collate(samples[k : k + BATCH]), self.device))
-                     for k in range(0, len(samples), BATCH)]  # fmt: skip
+            parts = [float(loss_of(self.model, collate(samples[k : k + TEST_BATCH]), self.device))
+                     for k in range(0, len(samples), TEST_BATCH)]  # fmt: skip
         return sum(parts) / len(parts)
 
 
@@ -196,7 +207,7 @@ def compile_layers(model: Any) -> None:
 def train(run: Run) -> None:
     """All steps that are left, with a bar, a log line every 10 steps and checkpoints."""
     saved = began = time.monotonic()
-    before, mean, steps, seen = run.seconds, None, run.plan.steps, run.samples
+    before, mean, steps, seen = run.seconds, None, run.steps, run.samples
     bar = tqdm(total=steps, initial=run.step, unit="step", mininterval=5)
     for batch in batches_from(run):
         loss = run.update(batch)
@@ -222,8 +233,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of tokenizer, checkpoint and log")
     parser.add_argument("--steps", type=int, default=1400)
-    parser.add_argument("--batch", type=int, default=BATCH)
-    parser.add_argument("--muon-lr", type=float, default=MUON_LR)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
@@ -233,10 +242,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(filename=args.out / "train.log", level=logging.INFO, format="%(asctime)s %(message)s")
-    run = Run(args.out, Plan(args.steps, args.batch, args.muon_lr), args.seed, torch.device(args.device))
+    run = Run(args.out, args.steps, args.seed, torch.device(args.device))
     if args.resume:
         run.load()
-    log.info(json.dumps({"parameters": parameter_count(run.model), "from": run.step, **asdict(run.plan)}))
+    log.info(json.dumps({"parameters": parameter_count(run.model), "from": run.step, "steps": run.steps}))
     if args.compile:
         compile_layers(run.model)
     train(run)

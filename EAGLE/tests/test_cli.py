@@ -19,7 +19,7 @@ def pair(tmp_path_factory):
     """Folders of a base model, its draft, and a question file with pictures."""
     folder = tmp_path_factory.mktemp("cli")
     base = make_liuhaotian(folder / "base")
-    draft = make_draft(folder / "draft", load_target(base, dtype=torch.float32))
+    make_draft(folder / "draft", load_target(base, dtype=torch.float32))
     make_image(folder / "one.png")
     make_image(folder / "two.png", seed=1)
     rows = [
@@ -93,9 +93,7 @@ def test_bench_writes_its_report(pair, capsys, tmp_path):
     assert set(report) >= REPORT_KEYS
     assert set(report["phases_ms"]) == {"prefill", "draft", "tree", "verify", "accept", "commit"}
     assert set(report["baselines"]) == {
-        f"{name} {dtype}"
-        for name in ("autoregressive", "transformers generate")
-        for dtype in ("float32", "bfloat16")
+        f"{name} {dtype}" for name in ("autoregressive", "transformers generate") for dtype in ("float32", "bfloat16")
     }
     assert report["tokens_per_second"]["baseline"] == max(report["baselines"].values())
     assert report["new_tokens"] == 24

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 
 import pytest
 
 from llava import UserError
 from lmms_eval_msd import hook
+
+
+@pytest.fixture(autouse=True)
+def own_parser(monkeypatch):
+    """A parser without the hook, which other tests of this process may have installed."""
+    plain = inspect.unwrap(argparse.ArgumentParser.parse_known_args)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", plain)
 
 
 def parse(*argv: str) -> argparse.Namespace:
@@ -59,8 +67,7 @@ def test_comma_in_path():
         hook.flags_to_model_args(parse("--msd_model_path", "a,b"))
 
 
-def test_other_parsers_are_left_alone(monkeypatch):
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", argparse.ArgumentParser.parse_known_args)
+def test_other_parsers_are_left_alone():
     hook.install()
     hook.install()
     parser = argparse.ArgumentParser()

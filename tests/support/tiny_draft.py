@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+
 from eagle.model.checkpoint import save_draft
 from eagle.model.config import DraftConfig
 from eagle.model.draft import DraftModel

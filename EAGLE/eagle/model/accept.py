@@ -52,7 +52,8 @@ def accept_step_by_step(tree: DraftTree, choose: Callable[[int, list[int]], int]
     """
     tokens, parents = tree.tokens.tolist(), tree.parents.tolist()
     children = {(parent, token): node for node, (parent, token) in enumerate(zip(parents, tokens, strict=True))}
-    path, added = [0], []
+    path: list[int] = [0]
+    added: list[int] = []
     while True:
         added.append(choose(path[-1], added))
         child = children.get((path[-1], added[-1]))

@@ -7,6 +7,7 @@ tensor, so keeping a path costs two copies and not two a layer. Its size follows
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class SlotLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Storage exists from the start; nothing to do."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Appends ``n`` rows [B, heads, n, head_dim]; returns all rows so far, as views."""
         end = self.length + key_states.shape[-2]
         if end > self.store_k.shape[-2]:

@@ -82,9 +82,8 @@ def load_draft(
     _check_tensors(tensors, draft.state_dict(), path)
     draft.load_state_dict(tensors, assign=True)
     draft.rotary = type(draft.rotary)(config.head_dim, config.rope_theta, config.mrope_section)
-    if dtype == "auto":
-        dtype = tensors["fc.weight"].dtype
-    return draft.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    own = tensors["fc.weight"].dtype
+    return draft.to(device=device, dtype=dtype if isinstance(dtype, torch.dtype) else own).eval().requires_grad_(False)
 
 
 def _check_tensors(tensors: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> None:

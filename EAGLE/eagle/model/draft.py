@@ -16,6 +16,8 @@ final norm. State-dict keys are those of the published checkpoints.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -185,6 +187,11 @@ class DraftModel(nn.Module):
         self.rotary = Rotary(config.head_dim, config.rope_theta, config.mrope_section)
 
     @property
+    def layer(self) -> DraftLayer:
+        """The one decoder layer."""
+        return cast(DraftLayer, self.layers[0])
+
+    @property
     def device(self) -> torch.device:
         return self.fc.weight.device
 
@@ -207,7 +214,7 @@ class DraftModel(nn.Module):
 
     def prepare_for_decoding(self) -> DraftModel:
         """Joins the projections that read the same input. Call it once, after loading; training does not need it."""
-        attention, mlp = self.layers[0].self_attn, self.layers[0].mlp
+        attention, mlp = self.layer.self_attn, self.layer.mlp
         attention.fused = [share_storage(attention.q_proj, attention.k_proj, attention.v_proj)]
         mlp.fused = [share_storage(mlp.gate_proj, mlp.up_proj)]
         return self.eval().requires_grad_(False)
@@ -232,4 +239,4 @@ class DraftModel(nn.Module):
         """
         rope = self.rotary(position_ids, x.dtype) if rope is None else rope
         causal = attention_mask is None and x.shape[1] > 1
-        return self.layers[0](x, rope, attention_mask, causal, cache)
+        return self.layer(x, rope, attention_mask, causal, cache)

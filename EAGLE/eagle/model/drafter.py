@@ -36,7 +36,8 @@ class Drafter:
         self.cache = KVCache([device], 1, config.num_key_value_heads, config.head_dim, rows, draft.dtype)
         self._masks = MaskBuffer(max(tree.top_k, extended), rows, draft.dtype, device)
         self._causal = torch.ones(extended, extended, dtype=torch.bool, device=device).tril()
-        self._cos, self._sin = draft.rotary(torch.arange(rows, device=device).unsqueeze(0), draft.dtype)  # [1, 1, rows, D]
+        positions = torch.arange(rows, device=device).unsqueeze(0)
+        self._cos, self._sin = draft.rotary(positions, draft.dtype)  # [1, 1, rows, D]
         self._certain = 0
         self._last: Tensor  # [1, H] prediction after the last certain row
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
-from transformers.utils import ModelOutput
 
 from eagle.model.checkpoint import HUB_KEYS, load_draft
 from eagle.model.config import TreeConfig
@@ -26,11 +25,11 @@ from llava.errors import UserError
 
 
 @dataclass
-class MSDOutput(ModelOutput):
+class MSDOutput:
     """``sequences`` [1, S + n] prompt and new tokens; ``stats`` acceptance and time."""
 
-    sequences: Tensor = None
-    stats: Stats = None
+    sequences: Tensor
+    stats: Stats
 
 
 class MSDModel:
@@ -144,7 +143,7 @@ class MSDModel:
         output.stats.seconds = time.perf_counter() - start
         return output
 
-    def __call__(self, model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:
+    def __call__(self, model: Any, input_ids: Tensor, **kwargs: Any) -> MSDOutput | Tensor:
         """For ``target.generate(**inputs, custom_generate=msd)``: returns the sequences."""
         output = self._decode(model, input_ids, use_msd=True, tree=self.tree, seed=None, bound_streamer=None, **kwargs)
         return output if kwargs["generation_config"].return_dict_in_generate else output.sequences

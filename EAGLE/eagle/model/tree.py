@@ -36,7 +36,7 @@ class DraftTree(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """Drafted nodes, root not included: ``tokens`` [M], ``scores`` [M], ``parents`` [M] candidate indices (-1 = root)."""
+    """Drafted nodes without the root: ``tokens`` [M], ``scores`` [M], ``parents`` [M] candidate indices, -1 = root."""
 
     tokens: Tensor
     scores: Tensor

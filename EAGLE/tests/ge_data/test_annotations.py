@@ -122,7 +122,7 @@ def test_broken_input_leaves_the_output(tmp_path: Path, capsys: pytest.CaptureFi
     output.write_text("old")
     assert run_cli(lambda: main(["--input", str(source), "--output", str(output)])) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and "line 2 column 9" in error
+    assert error.startswith("error: ") and error.count("\n") == 1 and "line 2 column 8" in error
     assert output.read_text() == "old" and sorted(tmp_path.iterdir()) == [source, output]
     assert run_cli(lambda: main(["--input", str(source), "--output", str(source)])) == 2
     assert "one file" in capsys.readouterr().err

@@ -6,12 +6,12 @@ import pickle
 
 import pytest
 import torch
-from llava import UserError
 from safetensors.torch import load_file, save_file
 
 from eagle.model.checkpoint import load_draft, save_draft
 from eagle.model.config import DraftConfig, TreeConfig
 from eagle.model.draft import DraftModel
+from llava import UserError
 
 LLAVA = {"model_type": "llava", "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 40}
 QWEN = {
@@ -68,7 +68,7 @@ def test_layout_follows_the_tensors_not_the_family(tmp_path):
     [
         (lambda t: t.pop("layers.0.mlp.up_proj.weight"), "missing layers.0.mlp.up_proj.weight"),
         (lambda t: t.update(extra=torch.zeros(2)), "unexpected extra"),
-        (lambda t: t.update({"fc.weight": torch.zeros(16, 16)}), r"fc.weight is \[16, 16\], config.json says \[16, 32\]"),
+        (lambda t: t.update({"fc.weight": torch.zeros(16, 16)}), r"fc.weight is \[16, 16\], .* says \[16, 32\]"),
     ],
     ids=["missing", "unexpected", "shape"],
 )
@@ -115,12 +115,12 @@ def test_missing_or_broken_files(tmp_path, prepare, message):
 
 
 def test_absent_folder():
-    with pytest.raises(UserError, match="draft not found: ./nowhere"):
+    with pytest.raises(UserError, match=r"draft not found: \./nowhere"):
         load_draft("./nowhere")
 
 
 def test_unknown_key_of_our_own_section_names_the_nearest():
-    with pytest.raises(UserError, match="unknown key 'position'.*did you mean 'positions'"):
+    with pytest.raises(UserError, match=r"unknown key 'position'.*did you mean 'positions'\?"):
         DraftConfig.from_dict({**LLAVA, "msd": {"position": "mrope"}})
 
 
@@ -136,8 +136,8 @@ def test_16_bit_does_not_coarsen_the_rotary_angles():
     draft = DraftModel(DraftConfig.from_dict({**LLAVA, "num_attention_heads": 1})).to(torch.bfloat16)
     exact = DraftModel(DraftConfig.from_dict({**LLAVA, "num_attention_heads": 1}))
     positions = torch.tensor([[5001, 5002]])
-    for ours, reference in zip(draft.rotary(positions, torch.float32), exact.rotary(positions, torch.float32), strict=True):
-        torch.testing.assert_close(ours, reference)
+    ours, reference = (model.rotary(positions, torch.float32) for model in (draft, exact))
+    torch.testing.assert_close(ours, reference)
 
 
 @pytest.mark.parametrize("config", [LLAVA, QWEN], ids=["llava", "qwen2_vl"])

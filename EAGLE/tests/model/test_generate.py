@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from llava import UserError
 from tiny_draft import make_draft
 from tiny_llava import make_image, make_liuhaotian, make_llava_hf
 from transformers import TextStreamer
 
 from eagle import MSDModel, TreeConfig
 from eagle.model.targets import load_target
+from llava import UserError
 
 PROMPTS = {
     "text": ("USER: Name two rivers. ASSISTANT:", 0),
@@ -84,7 +84,8 @@ def test_processors_that_look_back_equal_transformers(model, settings):
     # an end token that plain decoding meets early, so that min_new_tokens has something to hold back
     end = int(plain(model, inputs, max_new_tokens=8)[0, -1])
     settings = {**settings, "eos_token_id": end, "max_new_tokens": 30}
-    assert torch.equal(model.generate(**inputs, temperature=0.0, **settings).sequences, plain(model, inputs, **settings))
+    expected = plain(model, inputs, **settings)
+    assert torch.equal(model.generate(**inputs, temperature=0.0, **settings).sequences, expected)
 
 
 def test_stops_at_the_end_token(model):

@@ -66,7 +66,7 @@ class Target(ABC):
         """Position numbers [B, N] of text tokens in the form that the family's text model takes."""
 
     @abstractmethod
-    def prepare(self, prompt: str | Sequence[str], images: Sequence[Any] = ()) -> dict[str, Tensor]:
+    def prepare(self, prompt: str | Sequence[str], images: Sequence[Any] = ()) -> dict[str, Any]:
         """Model inputs of a written prompt and its images, on the model's device."""
 
     @abstractmethod
@@ -76,7 +76,8 @@ class Target(ABC):
         """The family's conversation template around a question; ``history`` is (question, answer) pairs."""
 
     @property
-    def text_model(self) -> torch.nn.Module:
+    def text_model(self) -> Any:
+        """The stock text model: embeddings in, hidden states after the final norm out."""
         return self.model.model.language_model
 
     @property

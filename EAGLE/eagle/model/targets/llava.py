@@ -41,7 +41,7 @@ class LlavaTarget(Target):
     def text_positions(self, positions: Tensor) -> Tensor:
         return positions
 
-    def prepare(self, prompt: str | Sequence[str], images: Sequence[Any] = ()) -> dict[str, Tensor]:
+    def prepare(self, prompt: str | Sequence[str], images: Sequence[Any] = ()) -> dict[str, Any]:
         batch = self.processor(text=prompt, images=list(images) or None, return_tensors="pt").to(self.device)
         return dict(batch)
 
