@@ -36,6 +36,7 @@ BLOCK = 8  # batches that are sorted by length together
 WARM_UP = 30
 DECAY = 0.35
 ADAM_LR = 3e-3
+SCALE = 6.0  # size of image features after recentring
 WORD_SCALE = 6.0  # token embeddings are wide and need larger steps
 SAVE_SECONDS, TEST_STEPS, TEST_BATCH = 180, 100, 12
 log = logging.getLogger("pocket.train")
@@ -57,13 +58,16 @@ class Stage:
     weights: tuple[float, ...] = WEIGHTS
     text_share: float = TEXT_SHARE
     turns: int = MAX_TURNS
+    recentre: bool = False
 
 
 STAGES = (
     Stage(0, 12, 6e-3, text_share=0.0, turns=2),
     Stage(248, 20, 5e-3, weights=(0, 0, 0, 0, 1), text_share=0.0, turns=1),
     Stage(344, 12, 5e-3, text_share=0.0, turns=2),
-    Stage(520, 12, 5e-3),
+    Stage(363, 14, 4e-3, weights=(0.5, 0.5, 0.3, 0.3, 2), text_share=0.0, turns=1, recentre=True),
+    Stage(480, 12, 4e-3, text_share=0.0, turns=2),
+    Stage(600, 12, 4e-3),
 )
 
 
@@ -198,6 +202,24 @@ class Run:
         return sum(parts) / len(parts)
 
 
+def recentre(model: Any, tokenizer: Tokenizer, device: torch.device) -> None:
+    """Shrink what all image features have in common to the size of what tells them apart, and both to SCALE.
+
+    The common part grows early in a run; the norms of the language model then hide the differences.
+    """
+    talks = [converse(Random(f"centre-{i}"), text_share=0.0, turns=1) for i in range(4 * TEST_BATCH)]
+    pixels = collate([encode_conversation(tokenizer, t) for t in talks])["pixels"].to(device)
+    with torch.no_grad():
+        seen = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]  # [B, 100, D]
+        features = model.model.multi_modal_projector(seen)
+        common = features.mean((0, 1))
+        spread = (features - common).square().mean().sqrt()
+        last = model.model.multi_modal_projector.linear_2
+        last.bias.sub_(common - common / common.square().mean().sqrt() * spread)
+        for weight in (last.weight, last.bias):
+            weight.mul_(SCALE / spread)
+
+
 def compile_layers(model: Any) -> None:
     """Fuse the elementwise work inside layers (a quarter more samples a second on a CPU)."""
     for layer in [*model.model.language_model.layers, *model.model.vision_tower.encoder.layers]:
@@ -210,6 +232,8 @@ def train(run: Run) -> None:
     before, mean, steps, seen = run.seconds, None, run.steps, run.samples
     bar = tqdm(total=steps, initial=run.step, unit="step", mininterval=5)
     for batch in batches_from(run):
+        if run.step == stage_of(run.step).start and stage_of(run.step).recentre:
+            recentre(run.model, run.tokenizer, run.device)
         loss = run.update(batch)
         mean = loss if mean is None else 0.95 * mean + 0.05 * loss
         now = time.monotonic()

@@ -98,11 +98,14 @@ def test_prompt_is_the_conversation(plain, count):
 
 
 def test_prompts_and_answers_are_those_of_llava_hf(tmp_path, monkeypatch):
-    """lmms-eval's own model on the same checkpoint and the same requests."""
+    """lmms-eval's own model on the same checkpoint and the same requests.
+
+    Its processor cuts the middle out of a picture, which `image_aspect_ratio` asks for here; without it llava pads.
+    """
     if find_spec("decord") is None:  # reads videos, which are not asked for here
         monkeypatch.setitem(sys.modules, "decord", SimpleNamespace(VideoReader=None, cpu=None))
     upstream_module = import_module("lmms_eval.models.simple.llava_hf")
-    folder = make_llava_hf(tmp_path / "hf")
+    folder = make_llava_hf(tmp_path / "hf", config_changes={"image_aspect_ratio": "square"})
     processor = {"processor_class": "LlavaProcessor", "patch_size": 14, "vision_feature_select_strategy": "default"}
     processor |= {"image_token": "<image>", "num_additional_image_tokens": 1}
     (folder / "processor_config.json").write_text(json.dumps(processor))

@@ -102,3 +102,8 @@ def test_shipped_configs_are_found_by_bare_name_from_anywhere(tmp_path, monkeypa
     assert read_config("llava_v15_7B_config.json")[0].hidden_size == 16
     with pytest.raises(UserError, match="training config not found"):
         read_config("elsewhere/ds_config.json")
+
+
+def test_pocket_deepspeed_config_loads():
+    config = read_deepspeed_config("pocket_ds_config.json")
+    assert BatchSizes.from_deepspeed(config, 1, "ds") == BatchSizes(8, 1, 1)
