@@ -17,7 +17,6 @@ TEXT = {
     "num_key_value_heads": 4, "intermediate_size": 640, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096,
     "rope_theta": 10000.0, "tie_word_embeddings": False, "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": 0,
 }  # fmt: skip
-ADDS_TO_STREAM = ("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")
 
 
 def config() -> LlavaConfig:
@@ -30,20 +29,12 @@ def config() -> LlavaConfig:
 
 
 def fresh(seed: int) -> LlavaForConditionalGeneration:
-    """A new model, started so that words, places and colours can be told apart all the way up at once.
-
-    Wide token embeddings, matrices that keep the size of their input, and blocks that add nothing at first.
-    """
+    """A new model; embeddings are wider than the stock start so that places and words stand apart at once."""
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config()).float()
     with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim == 2 and ("layers." in name or "projector" in name):
-                weight.normal_(0, weight.shape[1] ** -0.5)
-            if name.endswith(ADDS_TO_STREAM):
-                weight.zero_()
-        model.model.vision_tower.embeddings.position_embedding.weight.normal_(0, 0.3)
-        model.model.language_model.embed_tokens.weight.normal_(0, 1.0)
+        model.model.vision_tower.embeddings.position_embedding.weight.normal_(0, 0.2)
+        model.model.language_model.embed_tokens.weight.normal_(0, 0.05)
     return model
 
 

@@ -288,7 +288,7 @@ def test_missing_tower_and_its_files(tmp_path: Path) -> None:
         ({"mm_use_im_start_end": True}, "unsupported mm_use_im_start_end"),
         ({"hidden_size": "wide"}, "model config is not valid"),
         ({"vocab_size": None}, "model config is not valid.*no vocab_size"),
-        ({"num_attention_heads": 5}, "model config is not valid"),
+        ({"num_attention_heads": 5}, "model config is not valid|tensors do not fit the model"),
     ],
 )
 def test_other_models_are_refused(tmp_path: Path, fields: dict[str, Any], message: str) -> None:

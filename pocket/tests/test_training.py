@@ -8,6 +8,7 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pocket import encode, export, train_target
 from pocket.encode import BOS, EOS, IGNORE, IMAGE_TOKEN_ID, IMAGE_TOKENS, Tokenizer
@@ -49,14 +50,14 @@ def test_prompt_is_that_of_the_llava_package(tokenizer: Tokenizer) -> None:
         mark = "<image>\n" if has_image else ""
         prompt = (f"{encode.SYSTEM} USER: {mark}Describe it. ASSISTANT: There are 4 bars.</s>"
                   "USER: Which is first? ASSISTANT:")  # fmt: skip
-        image = encode.pad_to_square(__import__("PIL.Image", fromlist=["Image"]).new("RGB", (160, 128)))
+        image = Image.new("RGB", (160, 128))
         inputs = processor(text=prompt, images=image if has_image else None)
         assert inputs["input_ids"][0].tolist() == encode.encode(tokenizer, history, pixels).ids
 
 
 def test_batches_repeat_and_keep_every_sample(tokenizer: Tokenizer) -> None:
-    first = train_target.training_batch_block(tokenizer, 0, 1, 8)
-    second = train_target.training_batch_block(tokenizer, 0, 1, 8)
+    first = train_target.training_batch_block(tokenizer, 0, 1)
+    second = train_target.training_batch_block(tokenizer, 0, 1)
     assert len(first) == train_target.BLOCK
     assert all(torch.equal(a["ids"], b["ids"]) for a, b in zip(first, second, strict=True))
     assert sum(len(b["ids"]) for b in first) == train_target.BLOCK * train_target.BATCH
@@ -80,13 +81,12 @@ def test_one_step_lowers_the_loss(tokenizer: Tokenizer) -> None:
     model = fresh(0)
     talks = [converse(Random(i), turns=1) for i in range(2)]
     batch = encode.collate([train_target.encode_conversation(tokenizer, t) for t in talks])
-    optimizers = train_target.optimizers(model)
+    optimizer = train_target.optimizer_of(model)
     losses = []
     for _ in range(3):
         loss = train_target.loss_of(model, batch, torch.device("cpu"))
         loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.5
+    assert losses[-1] < losses[0] - 0.1

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Makes pocket/llava-msd: conversations in pocket/build/draft, then the pipeline's own steps 2 to 4. Resumes.
+#   pocket/train_draft.sh
+# Environment: IMAGES, TEXTS (conversations to write), BUILD; further flags go to main_deepspeed.py.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python="${PYTHON:-.venv/bin/python}"
+command -v "$python" >/dev/null || python="$(command -v python3)"
+build="${BUILD:-pocket/build/draft}"
+export WORK="$build" BASE=pocket/llava PICTURES="$build/data" PYTHON="$python"
+export TEXT="$build/data/train_t.json" IMAGE="$build/data/train_v.json"
+
+[ -f "$IMAGE" ] || "$python" -m pocket.make_data --out "$build/data" --images "${IMAGES:-3000}" --texts "${TEXTS:-1500}" --seed 7
+[ -f "$build/image.json" ] || scripts/2_convert.sh
+scripts/3_allocate.sh
+DS_CONFIG=pocket_ds_config.json CONFIG=pocket_llava_config.json scripts/4_train.sh "$@"
+
+mkdir -p pocket/llava-msd
+cp "$build/checkpoints/final/config.json" "$build/checkpoints/final/model.safetensors" pocket/llava-msd/
