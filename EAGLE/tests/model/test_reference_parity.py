@@ -13,7 +13,7 @@ from eagle import MSDModel, TreeConfig
 from eagle.model.drafter import Drafter
 from eagle.model.tree import leaf_paths, select_nodes
 
-BASES = {"llava": "llava/tiny-llava-v1.5"}
+BASES = {"llava": "llava/tiny-llava-v1.5", "qwen2vl": "qwen2vl/Tiny-Qwen2-VL"}
 CASES = ("text", "image_a", "image_b_mid")
 TOLERANCE = 1e-4  # what the reference's own README calls comfortable in float32
 
@@ -33,7 +33,10 @@ def case(request, family):
     images = [root / prompt["image"]] if prompt["image"] else []
     values = load_file(folder / "cases" / f"{request.param}.safetensors")
     facts = json.loads((folder / "cases" / f"{request.param}.json").read_text())
-    return model, model.target.prepare(prompt["text"], images), values, facts
+    inputs = model.target.prepare(prompt["text"], images)
+    if images:  # the reference resized with PIL; Qwen's stock processor resizes with torchvision
+        inputs["pixel_values"] = values["pixel_values"]
+    return model, inputs, values, facts
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -47,6 +50,10 @@ def test_prefill_and_draft(case):
     ids = values.get("input_ids_expanded", values["input_ids"])
     prefill = target.prefill(inputs)
     assert prefill.image_mask.sum() == facts["image_tokens"]
+    if "base_position_ids" in values:
+        positions, following = target.prompt_positions(ids, inputs)
+        assert torch.equal(positions, values["base_position_ids"])
+        assert following.item() == ids.shape[1] + values["rope_delta"].item()
     close(prefill.embeds, values["inputs_embeds"])
     close(prefill.hidden, values["base_hidden"])
     top = target.head(prefill.hidden[:, -1]).topk(20)
@@ -95,6 +102,17 @@ def test_stops_at_an_end_token_inside_an_accepted_run(case, name):
     stop = facts["trees"][name]["stop_test"]
     new, _ = decode(model, inputs, tree_of(facts, name), eos_token_id=stop["eos_token_id"])
     assert new == stop["output_ids"]
+
+
+def test_a_text_prompt_after_a_picture_keeps_plain_positions(family):
+    """Qwen2-VL's stock class remembers the last picture's position offset; it must not leak into a text prompt."""
+    model, root, folder = family
+    for name in ("image_a", "text"):
+        prompt = next(p for p in json.loads((folder / "prompts.json").read_text()) if p["name"] == name)
+        facts = json.loads((folder / "cases" / f"{name}.json").read_text())
+        inputs = model.target.prepare(prompt["text"], [root / prompt["image"]] if prompt["image"] else [])
+        new, _ = decode(model, inputs, tree_of(facts, "tree24"))
+        assert new == facts["hf_generate_ids"]
 
 
 def tree_of(facts: dict, name: str) -> TreeConfig:

@@ -10,10 +10,11 @@ from huggingface_hub import hf_hub_download
 from eagle.model.checkpoint import HUB_KEYS, hub_errors
 from eagle.model.targets.base import Prefill, Target
 from eagle.model.targets.llava import LlavaTarget
+from eagle.model.targets.qwen2_vl import Qwen2VLTarget
 from llava.errors import UserError
 from llava.files import read_json
 
-FAMILIES: tuple[type[Target], ...] = (LlavaTarget,)
+FAMILIES: tuple[type[Target], ...] = (LlavaTarget, Qwen2VLTarget)
 
 __all__ = ["FAMILIES", "Prefill", "Target", "load_target"]
 

@@ -1,0 +1,92 @@
+"""Qwen2-VL as target: M-RoPE positions in three rows, image tokens by the picture's size, videos."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoProcessor, PreTrainedModel, Qwen2VLForConditionalGeneration
+
+from eagle.model.checkpoint import HUB_KEYS
+from eagle.model.targets.base import Target, gather_image_features, place_features
+from llava.errors import UserError
+from llava.image import load_image
+
+TEXT, IMAGE, VIDEO = 0, 1, 2  # transformers' mm_token_type_ids
+
+
+class Qwen2VLTarget(Target):
+    """Qwen2-VL of any size, embeddings tied or not."""
+
+    family = "qwen2_vl"
+    model_types = ("qwen2_vl",)
+    model_class: type[PreTrainedModel] = Qwen2VLForConditionalGeneration
+
+    @classmethod
+    def load(cls, path: str, **kwargs: Any) -> Qwen2VLTarget:
+        hub = {key: kwargs[key] for key in HUB_KEYS if key in kwargs}
+        settings = {"attn_implementation": "sdpa", **{key: value for key, value in kwargs.items() if value is not None}}
+        try:
+            processor = AutoProcessor.from_pretrained(path, **hub)
+            model = cls.model_class.from_pretrained(path, **settings)
+        except (OSError, ValueError, RuntimeError) as error:
+            first_line = str(error).strip().splitlines()[0]
+            raise UserError("base model cannot be loaded", where=path, fix=first_line) from error
+        return cls(model, processor)
+
+    def token_types(self, input_ids: Tensor) -> Tensor:
+        """[B, S]: 0 text, 1 image, 2 video."""
+        is_image, is_video = input_ids == self.config.image_token_id, input_ids == self.config.video_token_id
+        return is_image * IMAGE + is_video * VIDEO
+
+    def embed_prompt(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        embeds = self.model.get_input_embeddings()(input_ids)  # [B, S, H]
+        types = self.token_types(input_ids)
+        for kind, modality, pixels, grid in (
+            (IMAGE, "image", "pixel_values", "image_grid_thw"),
+            (VIDEO, "video", "pixel_values_videos", "video_grid_thw"),
+        ):
+            given = {name: inputs.get(name) for name in (pixels, grid)}
+            features = gather_image_features(self.model, inputs, modality, **given)
+            embeds = place_features(embeds, types == kind, features)
+        return embeds, types != TEXT
+
+    def prompt_positions(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        attention_mask = inputs.get("attention_mask")
+        types = self.token_types(input_ids)
+        grids = {name: inputs.get(name) for name in ("image_grid_thw", "video_grid_thw")}
+        if not types.any():
+            seen = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            positions = (seen.cumsum(dim=-1) - 1).clamp(min=0).expand(3, -1, -1)  # [3, B, S]
+        elif any(grid is not None for grid in grids.values()):
+            rest = {"second_per_grid_ts": inputs.get("second_per_grid_ts"), "attention_mask": attention_mask}
+            positions, _ = self.model.model.get_rope_index(input_ids, mm_token_type_ids=types, **grids, **rest)
+        else:  # transformers' `generate` has encoded the pictures and computed their positions already
+            positions = inputs["position_ids"][-3:]
+        if attention_mask is not None:
+            positions = positions.masked_fill(attention_mask == 0, 0)
+        return positions, positions.amax(dim=(0, 2)) + 1
+
+    def text_positions(self, positions: Tensor) -> Tensor:
+        return positions.expand(3, -1, -1)
+
+    def prepare(self, prompt: str | Sequence[str], images: Sequence[Any] = ()) -> dict[str, Any]:
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        pictures = [load_image(image) for image in images]
+        marks = sum(text.count(self.processor.image_token) for text in prompts)
+        if marks != len(pictures):
+            raise UserError(f"prompt has {marks} image mark(s), but {len(pictures)} picture(s) were given")
+        batch = self.processor(text=prompts, images=pictures or None, return_tensors="pt", padding=len(prompts) > 1)
+        return dict(batch.to(self.device))
+
+    def chat_prompt(
+        self, question: str, num_images: int = 0, history: Sequence[tuple[str, str]] = (), system: str | None = None
+    ) -> str:
+        messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
+        for asked, answered in history:
+            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        pictures = [{"type": "image"}] * num_images
+        messages.append({"role": "user", "content": [*pictures, {"type": "text", "text": question}]})
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
