@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 from tiny_llava import make_image, make_liuhaotian, make_llava_hf
 
+from eagle.ge_data import allocation
+from eagle.ge_data.index import load_index, read_about
 from eagle.model.targets import Target, load_target
+from llava.errors import run_cli
 
 Write = Callable[[list[Any]], Path]
 
@@ -75,3 +78,19 @@ def annotations(tmp_path: Path) -> Write:
         return path
 
     return write
+
+
+def command(base: Path, data: Path, outdir: Path, kind: str = "t", *more: str, pictures: Path = Path()) -> list[str]:
+    """Arguments of the allocation, on this process's CPU."""
+    fixed = ["--outdir", str(outdir), "--model_type", f"llava_v15_{kind}", "--model", str(base), "--gpus", "cpu"]
+    return [*fixed, "--image_data_path", str(pictures), "--json_data_path", str(data), "--shard-size", "3", *more]
+
+
+def allocate(*args: Any, **kwargs: Any) -> int:
+    return run_cli(lambda: allocation.main(command(*args, **kwargs)))
+
+
+def rows_of(folder: Path) -> tuple[list[int], list[int]]:
+    """File rows of the samples and of the skipped ones, in shard order."""
+    headers = [read_about(folder / shard.file) for shard in load_index(folder).shards]
+    return tuple([row["row"] for about in headers for row in about[kind]] for kind in ("samples", "skipped"))

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +16,16 @@ from eagle.ge_data import allocation, inspect
 from eagle.ge_data.conversations import read_conversation
 from eagle.ge_data.extract import Extractor, batches, collate, source_of
 from eagle.ge_data.folder import locked, missing
-from eagle.ge_data.index import ShardInfo, load_index, read_about
+from eagle.ge_data.index import ShardInfo, load_index
 from eagle.ge_data.shards import Sample, ShardDataset
 from eagle.ge_data.templates import template_of
 from eagle.ge_data.workers import Events, Failure, Job, _handle, run_here, run_workers
 from eagle.model.targets import Target
 from llava.errors import run_cli
 
-from .conftest import Write, image_row, text_row, turns
+from .conftest import Write, allocate, command, image_row, rows_of, text_row, turns
 
 ROUNDING = {"rtol": 2**-7, "atol": 1e-4}  # states are stored in bfloat16
-
-
-def command(base: Path, data: Path, outdir: Path, kind: str = "t", *more: str, pictures: Path = Path()) -> list[str]:
-    """Arguments of the allocation, on this process's CPU."""
-    fixed = ["--outdir", str(outdir), "--model_type", f"llava_v15_{kind}", "--model", str(base), "--gpus", "cpu"]
-    return [*fixed, "--image_data_path", str(pictures), "--json_data_path", str(data), "--shard-size", "3", *more]
-
-
-def allocate(*args: Any, **kwargs: Any) -> int:
-    return run_cli(lambda: allocation.main(command(*args, **kwargs)))
-
-
-def rows_of(folder: Path) -> tuple[list[int], list[int]]:
-    """File rows of the samples and of the skipped ones, in shard order."""
-    headers = [read_about(folder / shard.file) for shard in load_index(folder).shards]
-    return tuple([row["row"] for about in headers for row in about[kind]] for kind in ("samples", "skipped"))
 
 
 def mixed_rows(count: int = 7) -> list[dict[str, Any]]:
@@ -368,41 +347,3 @@ def test_inspect(
     assert run_cli(lambda: inspect.main([str(out)])) == 2
     assert "checksum" in capsys.readouterr().err
     assert run_cli(lambda: inspect.main([str(tmp_path / "nothing")])) == 2
-
-
-def kill(base: Path, data: Path, out: Path, kills: int, seed: int) -> int:
-    """Starts the command again and again and kills it at random moments; returns how many kills met it at work."""
-    arguments = [sys.executable, "-m", "eagle.ge_data.allocation", *command(base, data, out)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    moments, met = random.Random(seed), 0
-    for _ in range(kills):
-        began, before = time.monotonic(), len(list(out.glob("rows-*")))
-        process = subprocess.Popen(arguments, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        while process.poll() is None and len(list(out.glob("rows-*"))) == before and time.monotonic() < began + 60:
-            time.sleep(0.002)
-        time.sleep(moments.uniform(0, 0.05))
-        met += process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert all(read_about(path)["end"] for path in out.glob("rows-*")), "a shard that is there is whole"
-    return met
-
-
-def check_killed(base: Path, annotations: Write, tmp_path: Path, rows: int, kills: int) -> None:
-    data, out = annotations([text_row(n, n % 4 + 1) for n in range(rows)]), tmp_path / "out"
-    assert kill(base, data, out, kills, seed=1) >= kills / 2
-    assert allocate(base, data, out) == 0
-    assert sorted(rows_of(out)[0]) == list(range(rows))
-    assert allocate(base, data, tmp_path / "whole") == 0
-    for first, second in zip(ShardDataset(out), ShardDataset(tmp_path / "whole"), strict=True):
-        assert first.id == second.id and torch.equal(first.hidden, second.hidden)
-    assert run_cli(lambda: inspect.main([str(out)])) == 0
-
-
-def test_killed_and_resumed(base: Path, annotations: Write, tmp_path: Path) -> None:
-    check_killed(base, annotations, tmp_path, rows=100, kills=2)
-
-
-@pytest.mark.slow
-def test_killed_twenty_times_and_resumed(base: Path, annotations: Write, tmp_path: Path) -> None:
-    check_killed(base, annotations, tmp_path, rows=1500, kills=20)
