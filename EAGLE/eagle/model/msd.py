@@ -77,8 +77,7 @@ class MSDModel:
         hub = {key: kwargs[key] for key in HUB_KEYS if key in kwargs and key != "revision"}
         if draft_revision is not None:
             hub["revision"] = draft_revision
-        device = target.model.get_output_embeddings().weight.device
-        return cls(target, load_draft(draft, dtype=target.dtype, device=device, **hub), tree)
+        return cls(target, load_draft(draft, dtype=target.dtype, device=target.head_device, **hub), tree)
 
     @property
     def processor(self) -> Any:
@@ -164,10 +163,10 @@ class MSDModel:
         **model_inputs: Any,
     ) -> MSDOutput:
         """What transformers' `generate` calls after it has prepared inputs, processors and criteria."""
-        check_request(input_ids, generation_config)
+        check_request(input_ids, model_inputs.get("attention_mask"), generation_config)
         if bound_streamer is not None:
             bound_streamer.put(input_ids.cpu())
-        generator = None if seed is None else torch.Generator(device=self.device).manual_seed(seed)
+        generator = None if seed is None else torch.Generator(device=self.target.head_device).manual_seed(seed)
         decoder = Decoder(
             self.target,
             self.draft if use_msd else None,
@@ -181,7 +180,7 @@ class MSDModel:
         return MSDOutput(sequences=torch.cat([input_ids, tokens], dim=1), stats=decoder.stats)
 
 
-def check_request(input_ids: Tensor, settings: GenerationConfig) -> None:
+def check_request(input_ids: Tensor, attention_mask: Tensor | None, settings: GenerationConfig) -> None:
     """Refuses what speculative decoding cannot honour."""
     if settings.num_beams > 1:
         raise UserError(
@@ -193,6 +192,8 @@ def check_request(input_ids: Tensor, settings: GenerationConfig) -> None:
             f"a batch of {input_ids.shape[0]} prompts",
             fix="generate one prompt at a time; batches are not supported yet",
         )
+    if attention_mask is not None and not attention_mask.all():
+        raise UserError("the prompt is padded", fix="give a single prompt without padding")
 
 
 def check_pair(target: Target, draft: DraftModel) -> None:

@@ -150,6 +150,9 @@ def test_beams_and_batches_are_refused(model):
     pair = {key: torch.cat([value, value]) for key, value in inputs.items()}
     with pytest.raises(UserError, match="batch of 2"):
         model.generate(**pair, max_new_tokens=4)
+    padded = {**inputs, "attention_mask": inputs["attention_mask"].index_fill(1, torch.tensor([0]), 0)}
+    with pytest.raises(UserError, match="padded"):
+        model.generate(**padded, max_new_tokens=4)
 
 
 def test_pictures_and_places_must_agree(model):

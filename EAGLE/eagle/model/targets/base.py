@@ -102,6 +102,11 @@ class Target(ABC):
         return self.model.get_input_embeddings().weight.device
 
     @property
+    def head_device(self) -> torch.device:
+        """Where logits are: the device of ``lm_head``; another than `device` where a model is spread over several."""
+        return self.model.get_output_embeddings().weight.device
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.model.get_input_embeddings().weight.dtype
 
