@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOWEST_STAMP := $(LOWEST_VENV)/.installed
 PROJECTS := LLaVA/pyproject.toml EAGLE/pyproject.toml lmms-eval/pyproject.toml
-PYTEST ?= -q
+PYTEST ?= -q -n 2 --dist loadfile  # two files at a time, each on one thread
 
 # make bench BASE=... DRAFT=... DATA=... OUT=...
 BASE ?= pocket/llava
@@ -28,13 +28,13 @@ demo: $(STAMP)  ## decode with the embedded models
 	$(BIN)/msd demo
 
 test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST)
 
 test-all: $(STAMP)  ## run all tests, the slow ones too
-	$(BIN)/python -m pytest $(PYTEST) -m "slow or not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST) -m "slow or not slow"
 
 test-lowest: $(LOWEST_STAMP)  ## run the tests of llava and eagle on the oldest transformers
-	$(LOWEST_VENV)/bin/python -m pytest $(PYTEST) LLaVA/tests EAGLE/tests
+	OMP_NUM_THREADS=1 $(LOWEST_VENV)/bin/python -m pytest $(PYTEST) LLaVA/tests EAGLE/tests
 
 bench: $(STAMP)  ## time speculative against plain decoding
 	@mkdir -p $(dir $(OUT))
