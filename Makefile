@@ -13,6 +13,7 @@ BASE ?= pocket/llava
 DRAFT ?= pocket/llava-msd
 DATA ?= pocket/data/heldout.jsonl
 OUT ?= outputs/bench.json
+BENCH_FLAGS ?= --baseline-dtype float32
 
 # the oldest transformers that the packages admit, read where pip reads it
 LOWEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' LLaVA/pyproject.toml)
@@ -38,7 +39,7 @@ test-lowest: $(LOWEST_STAMP)  ## run the tests of llava and eagle on the oldest 
 
 bench: $(STAMP)  ## time speculative against plain decoding
 	@mkdir -p $(dir $(OUT))
-	$(BIN)/msd bench --base-model $(BASE) --msd-model $(DRAFT) --data $(DATA) --out $(OUT)
+	$(BIN)/msd bench --base-model $(BASE) --msd-model $(DRAFT) --data $(DATA) --out $(OUT) $(BENCH_FLAGS)
 
 quality: $(STAMP)  ## lint, formatting, types
 	$(BIN)/ruff check .

@@ -52,7 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
     for _ in interleave([msd, *rivals], questions, arguments.warm_up):
         progress.update()
     progress.close()
-    report = make_report(msd, rivals, {**vars(arguments), "tree": vars(model.tree)}, hardware(model.device))
+    asked = {name: value for name, value in vars(arguments).items() if name not in ("command", "out")}
+    report = make_report(msd, rivals, {**asked, "tree": vars(model.tree)}, hardware(model.device))
     print_report(report, msd, rivals)
     if arguments.out:
         with atomic_write(arguments.out) as temporary:
