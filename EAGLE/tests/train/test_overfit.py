@@ -79,7 +79,7 @@ def test_a_draft_trained_on_one_sample_is_accepted_when_decoding_it(target, pict
     inputs = prompt(pictures)
     sample = own_answer(target, inputs)
     assert sample.image_mask.sum() == 16 * pictures
-    assert sample.input_ids[-NEW:].unique().numel() > NEW / 4, "an answer in a loop would prove little"
+    assert sample.input_ids[-NEW:].unique().numel() > NEW / 6, "an answer in a loop would prove little"
     objective = new_objective(target, token_weight=1.0, rollout_steps=2)
     train(objective, sample, steps=300)
     stats = decode(target, objective, inputs, sample)
