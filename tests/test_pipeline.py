@@ -55,5 +55,5 @@ def test_five_steps(work):
         work, "5_evaluate.sh", str(BASE), str(draft), "chartqa",
         LIMIT="3", OUT=str(out), QUESTIONS=questions, MODEL_ARGS="dtype=float32", PORT="29612",
     )  # fmt: skip
-    comparison = json.loads(next(out.glob("*/comparison.json")).read_text())
+    comparison = json.loads(next(out.glob("*/compare.json")).read_text())
     assert comparison
