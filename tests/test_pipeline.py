@@ -56,4 +56,6 @@ def test_five_steps(work):
         LIMIT="3", OUT=str(out), QUESTIONS=questions, MODEL_ARGS="dtype=float32", PORT="29612",
     )  # fmt: skip
     comparison = json.loads(next(out.glob("*/compare.json")).read_text())
-    assert comparison
+    task = comparison["tasks"]["chartqa"]
+    assert task["answers"] == task["answers_equal"] == 3
+    assert all(score["base"] == score["msd"] for score in task["metrics"].values())
