@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from huggingface_hub import snapshot_download
@@ -54,7 +55,7 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], Path]:
         try:
             if name.endswith(".safetensors"):
                 return load_file(path), path
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True), path
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path)), path
         except (SafetensorError, RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
             raise UserError(
                 f"cannot be read ({type(error).__name__})", where=path, fix="download or copy the file again"

@@ -86,6 +86,15 @@ def test_truncated_file(tmp_path, kind):
         load_draft(folder)
 
 
+def test_a_file_of_an_old_torch_loads(tmp_path):
+    """Before torch 1.6 a .bin was no zip file, and cannot be mapped into memory."""
+    folder = write(tmp_path)
+    file = folder / "pytorch_model.bin"
+    tensors = torch.load(file, weights_only=True)
+    torch.save(tensors, file, _use_new_zipfile_serialization=False)
+    assert set(load_draft(folder).state_dict()) == COMMON
+
+
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     class Evil:
         def __reduce__(self):
