@@ -6,22 +6,18 @@ from random import Random
 
 from .ask_charts import COLOURS, Asker, ask_colour, ask_stands, head, head_facts
 from .facts import Fact, choice, number
+from .meaning import trend
 from .phrases import Turn, listing, word_question
 from .spec import Chart
 
 TRENDS = ("rises", "falls", "stays level")
 
 
-def _trend(row: tuple[int, ...]) -> str:
-    change = row[-1] - row[0]
-    return "rises" if change > 0 else "falls" if change < 0 else "stays level"
-
-
 def _run(chart: Chart, i: int) -> str:
     """From start to end of one line."""
     row = chart.values[i]
     tail = "" if row[0] == row[-1] else f" by {abs(row[-1] - row[0])}"
-    return f"starts at {row[0]} and ends at {row[-1]}, so it {_trend(row)}{tail}"
+    return f"starts at {row[0]} and ends at {row[-1]}, so it {trend(row)}{tail}"
 
 
 def _ends(chart: Chart, i: int) -> list[Fact]:
@@ -31,7 +27,7 @@ def _ends(chart: Chart, i: int) -> list[Fact]:
         number("end", n, row[-1], chart.step, "ends at"),
     ]
     if row[0] == row[-1] or abs(row[0] - row[-1]) >= 2 * chart.step:
-        facts.append(choice("trend", n, _trend(row), TRENDS, "so it"))
+        facts.append(choice("trend", n, trend(row), TRENDS, "so it"))
     return facts
 
 

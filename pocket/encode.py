@@ -46,6 +46,10 @@ class Tokenizer:
         """Tokens of text at the start of a piece."""
         return list(self._pieces.encode(text))
 
+    def pieces(self, text: str) -> list[tuple[int, str]]:
+        """Tokens of text with what each stands for; the mark of a space is kept."""
+        return [(i, str(self._pieces.id_to_piece(i))) for i in self.start(text)]
+
     def go_on(self, text: str) -> list[int]:
         """Tokens of text which follows other text of the same piece."""
         return self.start("\n" + text)[self._newline :]  # a newline is a byte token and never merges

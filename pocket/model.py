@@ -29,12 +29,21 @@ def config() -> LlavaConfig:
 
 
 def fresh(seed: int) -> LlavaForConditionalGeneration:
-    """A new model; embeddings are wider than the stock start so that places and words stand apart at once."""
+    """A new model that starts to learn sooner than one of the stock start, which is meant for wide models.
+
+    Embeddings are wider, so that places and words stand apart at once; matrices keep the size of what they read, so
+    that attention is not nearly even at first; the layers' outputs are the smaller the more layers add up.
+    """
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config()).float()
     with torch.no_grad():
         model.model.vision_tower.embeddings.position_embedding.weight.normal_(0, 0.2)
         model.model.language_model.embed_tokens.weight.normal_(0, 0.05)
+        for name, weight in model.model.language_model.layers.named_parameters():
+            if weight.ndim == 2:
+                output = name.split(".")[-2] in ("o_proj", "down_proj")
+                share = (2 * TEXT["num_hidden_layers"]) ** -0.5 if output else 1.0
+                weight.normal_(0, share * weight.shape[1] ** -0.5)
     return model
 
 

@@ -12,6 +12,7 @@ from .ask_lines import LINE_ASKERS
 from .ask_scenes import SCENE_ASKERS, draw_scene_data
 from .english import ask_text
 from .phrases import Turn
+from .quiz import quiz
 from .spec import Picture, is_heldout
 from .tables import draw_chart_data
 
@@ -59,13 +60,15 @@ def converse(
     heldout: bool = False,
     text_share: float = TEXT_SHARE,
     turns: int = MAX_TURNS,
-    weights: tuple[float, ...] = WEIGHTS,
+    quiz_share: float = 0.0,
 ) -> Conversation:
     """A random conversation; pictures of training and held-out conversations never have the same data.
 
-    `weights` are those of KINDS.
+    `quiz_share` of those with a picture ask many short questions instead of up to `turns` long ones.
     """
     if rng.random() < text_share:
         return Conversation(None, ask_text(rng))
-    picture = draw_picture_data(rng, heldout, rng.choices(KINDS, weights)[0])
+    picture = draw_picture_data(rng, heldout)
+    if rng.random() < quiz_share:
+        return Conversation(picture, quiz(rng, picture))
     return Conversation(picture, ask(rng, picture, rng.randint(1, turns)))

@@ -1,10 +1,13 @@
 """Train the pocket LLaVA from scratch.
 
-python -m pocket.train_target --out pocket/build --steps 1500
-python -m pocket.train_target --out pocket/build --steps 1500 --resume   (goes on exactly where it stopped)
+python -m pocket.train_target --out pocket/build
+python -m pocket.train_target --out pocket/build --resume   (goes on exactly where it stopped)
 
-AdamW with warm-up, a constant rate, and a linear decay to zero over the last DECAY of the steps. Data is drawn on
-the fly: sample i of a block depends on the seed, the block and i.
+Starts from the vision tower of pocket.train_tower, which stays as it is: trained along from the start, all image
+features soon share one large part that drowns their differences, and the model goes blind. First many short questions
+a picture and few of the layers, then long answers and more layers (STAGES). A warm-up, a constant rate, and a linear
+decay to zero over the last DECAY of the steps. Data is drawn on the fly: sample i of a block depends on the seed, the
+block and i.
 """
 
 from __future__ import annotations
@@ -18,27 +21,27 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Queue
 from random import Random
-from threading import Thread
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
+
+from llava.device import cpu_has_bfloat16
 
 from .draw import draw
 from .encode import IGNORE, Encoded, Tokenizer, collate, encode, pixels_of
 from .model import fresh, parameter_count
-from .sample import MAX_TURNS, TEXT_SHARE, WEIGHTS, Conversation, converse
-from .tokenizer import train_tokenizer
+from .optimizer import Optimizers
+from .sample import MAX_TURNS, TEXT_SHARE, Conversation, converse
 
-BATCH = 32
+BATCH = 8
 BLOCK = 4  # batches that are sorted by length together
-WARM_UP = 40
-DECAY = 0.35
-LEARNING_RATE = 1.5e-3
-SAVE_SECONDS, TEST_STEPS, TEST_BATCH = 180, 100, 12
+WARM_UP = 60
+DECAY = 0.3
+SAVE_SECONDS, TEST_STEPS, TEST_BATCH = 120, 200, 12
 log = logging.getLogger("pocket.train")
 
 
@@ -50,60 +53,62 @@ def encode_conversation(tokenizer: Tokenizer, talk: Conversation) -> Encoded:
 
 @dataclass(frozen=True)
 class Stage:
-    """What the run learns from a step (a multiple of BLOCK) on."""
+    """What the run learns after a share of its steps, with every `stride`-th layer."""
 
-    start: int
-    weights: tuple[float, ...] = WEIGHTS
-    text_share: float = TEXT_SHARE
-    turns: int = MAX_TURNS
+    start: float
+    quiz_share: float
+    text_share: float
+    turns: int
+    stride: int
 
 
 STAGES = (
-    Stage(0, weights=(1, 1, 0.4, 0.6, 1.4), text_share=0.0, turns=1),
-    Stage(320, text_share=0.04, turns=2),
-    Stage(600),
+    Stage(0.0, quiz_share=1.0, text_share=0.0, turns=1, stride=4),
+    Stage(0.6, quiz_share=0.4, text_share=0.08, turns=3, stride=2),
+    Stage(0.85, quiz_share=0.25, text_share=TEXT_SHARE, turns=MAX_TURNS, stride=1),
 )
 
 
-def stage_of(step: int) -> Stage:
+def stage_of(step: int, steps: int) -> Stage:
     """The stage a step belongs to."""
-    return [s for s in STAGES if s.start <= step][-1]
+    return [s for s in STAGES if s.start * steps <= step][-1]
 
 
-def training_batch_block(tokenizer: Tokenizer, seed: int, block: int) -> list[dict[str, torch.Tensor]]:
-    """The batches of one block: similar lengths share a batch, the order of batches is random."""
-    stage = stage_of(block * BLOCK)
-    samples = []
-    for i in range(BLOCK * BATCH):
-        talk = converse(Random(f"train-{seed}-{block}-{i}"), False, stage.text_share, stage.turns, stage.weights)
-        samples.append(encode_conversation(tokenizer, talk))
-    samples.sort(key=lambda e: len(e.ids))
-    batches = [collate(samples[k : k + BATCH]) for k in range(0, len(samples), BATCH)]
-    Random(f"order-{seed}-{block}").shuffle(batches)
-    return batches
+class Batches(IterableDataset[dict[str, torch.Tensor]]):
+    """The batches of steps `start` to `steps`, always the same for a seed.
 
+    BLOCK batches are drawn together: similar lengths share a batch, the order of the batches is random.
+    """
 
-def batches_from(run: Run) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches from the run's step on, prepared by a thread."""
-    step, steps = run.step, run.steps
-    queue: Queue[dict[str, torch.Tensor]] = Queue(maxsize=2 * BLOCK)
+    def __init__(self, tokenizer: Path, seed: int, start: int, steps: int) -> None:
+        """`tokenizer` is the folder of tokenizer.model."""
+        self.tokenizer, self.seed, self.start, self.steps = Tokenizer(tokenizer), seed, start, steps
 
-    def fill() -> None:
-        for block in range(step // BLOCK, -(-steps // BLOCK)):
-            batches = training_batch_block(run.tokenizer, run.seed, block)
-            for batch in batches[step % BLOCK if block == step // BLOCK else 0 :]:
-                queue.put(batch)
+    def block(self, number: int) -> list[dict[str, torch.Tensor]]:
+        """The batches of one block."""
+        stage = stage_of(number * BLOCK, self.steps)
+        samples = []
+        for i in range(BLOCK * BATCH):
+            rng = Random(f"train-{self.seed}-{number}-{i}")
+            talk = converse(rng, False, stage.text_share, stage.turns, stage.quiz_share)
+            samples.append(encode_conversation(self.tokenizer, talk))
+        samples.sort(key=lambda e: len(e.ids))
+        batches = [collate(samples[k : k + BATCH]) for k in range(0, len(samples), BATCH)]
+        Random(f"order-{self.seed}-{number}").shuffle(batches)
+        return batches
 
-    Thread(target=fill, daemon=True).start()
-    for _ in range(step, steps):
-        yield queue.get()
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        """From the start on."""
+        first, skipped = divmod(self.start, BLOCK)
+        for number in range(first, -(-self.steps // BLOCK)):
+            yield from self.block(number)[skipped if number == first else 0 :]
 
 
 def loss_of(model: Any, batch: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
     """Mean cross-entropy of the answer tokens; the head sees only their positions."""
     ids, labels = batch["ids"].to(device), batch["labels"].to(device)
     pixels = batch["pixels"].to(device) if len(batch["pixels"]) else None
-    with torch.autocast(device.type, torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu" or cpu_has_bfloat16()):
         hidden = model.model(input_ids=ids, pixel_values=pixels, use_cache=False).last_hidden_state  # [B, T, H]
         wanted = labels[:, 1:]
         asked = wanted != IGNORE
@@ -112,38 +117,38 @@ def loss_of(model: Any, batch: dict[str, torch.Tensor], device: torch.device) ->
 
 
 def rate(step: int, steps: int) -> float:
-    """The share of the full learning rate at a step."""
+    """The share of the full learning rates at a step."""
     decay = max(1, int(DECAY * steps))
     return min(1.0, (step + 1) / WARM_UP, (steps - step) / decay)
-
-
-def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW with decay for matrices alone."""
-    matrices = [w for w in model.parameters() if w.ndim > 1]
-    others = [w for w in model.parameters() if w.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98))
 
 
 class Run:
     """A training run with everything that a checkpoint holds."""
 
     def __init__(self, out: Path, steps: int, seed: int, device: torch.device) -> None:
-        """A fresh run."""
+        """A fresh run; the vision tower comes from OUT/tower.pt."""
         self.out, self.steps, self.seed, self.device = out, steps, seed, device
+        tower = out / "tower.pt"
+        if not tower.exists():
+            raise SystemExit(f"no vision tower: {tower}; make it with: python -m pocket.train_tower --out {out}")
         self.model = fresh(seed).to(device)
-        self.optimizer = optimizer_of(self.model)
+        self.model.load_state_dict(torch.load(tower, map_location=device, weights_only=True), strict=False)
+        self.model.model.vision_tower.requires_grad_(False)
+        self.model.model.multi_modal_projector.requires_grad_(False)
+        self.layers = self.model.model.language_model.layers
+        self.optimizer = Optimizers(self.model)
         self.step, self.samples, self.seconds = 0, 0, 0.0
-        if not (out / "tokenizer.model").exists():
-            train_tokenizer(out, seed=seed)
         self.tokenizer = Tokenizer(out)
 
     def save(self) -> None:
         """Write the checkpoint; a crash while writing leaves the former one."""
+        used = self.model.model.language_model.layers
+        self.model.model.language_model.layers = self.layers
         state = {
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "step": self.step, "samples": self.samples, "seconds": self.seconds, "seed": self.seed,
         }  # fmt: skip
+        self.model.model.language_model.layers = used
         temporary = self.out / "checkpoint.pt.tmp"
         torch.save(state, temporary)
         os.replace(temporary, self.out / "checkpoint.pt")
@@ -159,22 +164,30 @@ class Run:
         self.step, self.seconds, self.seed = state["step"], state["seconds"], state["seed"]
         self.samples = state["samples"]
 
+    def use_layers(self) -> None:
+        """Those of the stage; a layer that has not learnt anything yet joins as a copy that does nothing."""
+        stride = stage_of(self.step, self.steps).stride
+        used = range(0, len(self.layers), stride)
+        for place in used:
+            if self.step and not self.optimizer.has_trained(self.layers[place].mlp.down_proj.weight):
+                join_silently(self.layers[place], self.layers[place - stride])
+        self.model.model.language_model.layers = nn.ModuleList([self.layers[place] for place in used])
+
     def update(self, batch: dict[str, torch.Tensor]) -> float:
         """One step; returns the loss."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * rate(self.step, self.steps)
+        self.use_layers()
         loss = loss_of(self.model, batch, self.device)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step(rate(self.step, self.steps))
         self.step += 1
         self.samples += len(batch["ids"])
         return float(loss.detach())
 
-    def test_loss(self) -> float:
+    def test_loss(self, quiz_share: float) -> float:
         """The loss on a fixed set of held-out conversations."""
-        talks = [converse(Random(f"test-{i}"), heldout=True, text_share=0.0, turns=1) for i in range(2 * TEST_BATCH)]
+        rngs = [Random(f"test-{i}") for i in range(2 * TEST_BATCH)]
+        talks = [converse(rng, heldout=True, text_share=0.0, turns=1, quiz_share=quiz_share) for rng in rngs]
         samples = sorted((encode_conversation(self.tokenizer, t) for t in talks), key=lambda e: len(e.ids))
         with torch.no_grad():
             parts = [float(loss_of(self.model, collate(samples[k : k + TEST_BATCH]), self.device))
@@ -182,9 +195,17 @@ class Run:
         return sum(parts) / len(parts)
 
 
+def join_silently(layer: nn.Module, before: nn.Module) -> None:
+    """Makes a layer a copy of the one before it which adds nothing until it has learnt something."""
+    layer.load_state_dict(before.state_dict())
+    with torch.no_grad():
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+
+
 def compile_layers(model: Any) -> None:
     """Fuse the elementwise work inside layers (a quarter more samples a second on a CPU)."""
-    for layer in [*model.model.language_model.layers, *model.model.vision_tower.encoder.layers]:
+    for layer in model.model.language_model.layers:
         layer.forward = torch.compile(layer.forward, dynamic=True)
 
 
@@ -195,7 +216,8 @@ def train(run: Run) -> None:
     stopped: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
     bar = tqdm(total=steps, initial=run.step, unit="step", mininterval=5)
-    for batch in batches_from(run):
+    source = Batches(run.out, run.seed, run.step, steps)
+    for batch in DataLoader(source, batch_size=None, num_workers=1, prefetch_factor=2 * BLOCK):
         loss = run.update(batch)
         mean = loss if mean is None else 0.95 * mean + 0.05 * loss
         now = time.monotonic()
@@ -207,7 +229,8 @@ def train(run: Run) -> None:
             log.info(json.dumps({"step": run.step, "samples": run.samples, "loss": round(mean, 4),
                                  "seconds": round(run.seconds, 1), "samples_per_second": round(speed, 2)}))  # fmt: skip
         if run.step % TEST_STEPS == 0 or run.step == steps:
-            log.info(json.dumps({"step": run.step, "heldout_loss": round(run.test_loss(), 4)}))
+            tests = {"quiz": round(run.test_loss(1.0), 4), "long": round(run.test_loss(0.0), 4)}
+            log.info(json.dumps({"step": run.step, "heldout_loss": tests}))
         if now - saved > SAVE_SECONDS or run.step == steps or stopped:
             run.save()
             saved = now
@@ -220,7 +243,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of tokenizer, checkpoint and log")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")

@@ -26,10 +26,10 @@ PACKAGES = ("msd-eagle", "torch", "transformers", "accelerate")
 
 @dataclass
 class Contestant:
-    """One way to decode. ``answer`` takes a question and returns its statistics; ``rounds`` collects them."""
+    """One way to decode. ``answer`` takes a question (or a batch) and returns its statistics; ``rounds`` has them."""
 
     name: str
-    answer: Callable[[Question], Stats]
+    answer: Callable[[Any], Stats]
     rounds: list[Stats] = field(default_factory=list)
 
     @property
@@ -88,7 +88,7 @@ def baselines(models: Sequence[MSDModel], settings: Mapping[str, Any]) -> list[C
     return found
 
 
-def interleave(contestants: Sequence[Contestant], questions: Sequence[Question], warm_up: int) -> Iterator[int]:
+def interleave(contestants: Sequence[Contestant], questions: Sequence[Any], warm_up: int) -> Iterator[int]:
     """Runs every contestant on every question; yields after each question.
 
     ``warm_up`` questions are answered first by everyone, and not counted.

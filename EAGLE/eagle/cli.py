@@ -1,4 +1,4 @@
-"""The command `msd`: generate, bench, verify, demo."""
+"""The command `msd`: generate, bench, throughput, verify, exactness, demo."""
 
 from __future__ import annotations
 
@@ -6,10 +6,17 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from eagle.commands import bench, demo, generate, verify
+from eagle.commands import bench, demo, exactness, generate, throughput, verify
 from llava.errors import run_cli
 
-COMMANDS = {"generate": generate, "bench": bench, "verify": verify, "demo": demo}
+COMMANDS = {
+    "generate": generate,
+    "bench": bench,
+    "throughput": throughput,
+    "verify": verify,
+    "exactness": exactness,
+    "demo": demo,
+}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
+from .device import dtype_for
 from .errors import UserError
 from .files import read_json
 from .hub import Source, split_hub_options
@@ -85,7 +86,7 @@ def load_model(
 
     Args:
         path: model folder, or name of a hub repository.
-        dtype: "auto" is the checkpoint's; else a torch dtype or its name.
+        dtype: "auto" is the checkpoint's (float32 on a CPU that is slow in 16 bit); else a torch dtype or its name.
         device_map: as in transformers (needs accelerate).
         attn_implementation: "sdpa", "eager", ... as in transformers.
         options: revision, cache_dir, local_files_only, token for the hub; the rest (quantization_config,
@@ -95,6 +96,7 @@ def load_model(
         UserError: not LLaVA-1.5; damaged files; tensors missing, unexpected or of another shape (named).
     """
     hub, rest = split_hub_options(options)
+    dtype = dtype_for(dtype, device_map)
     checkpoint = open_checkpoint(Source.of(path, hub))
     config = build_config(checkpoint)
     rest |= {"config": config, "device_map": device_map, "attn_implementation": attn_implementation}

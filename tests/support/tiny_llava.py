@@ -41,7 +41,8 @@ CORPUS = (
 
 @dataclass(frozen=True)
 class TinySizes:
-    """Sizes of a tiny model; the vocabulary is that of the tokenizer (liuhaotian) or a little more (llava-hf)."""
+    """Sizes of a model. The vocabulary is that of the tokenizer (liuhaotian; a larger one has rows without a token) or
+    a little more (llava-hf); ``spread`` is the deviation of random weights."""
 
     hidden: int = 32
     layers: int = 2
@@ -54,6 +55,8 @@ class TinySizes:
     vision_heads: int = 2
     image_size: int = 56
     patch_size: int = 14
+    vocabulary: int | None = None
+    spread: float = 0.25
 
     @property
     def image_tokens(self) -> int:
@@ -85,7 +88,7 @@ def make_liuhaotian(
     """
     folder, sizes = Path(folder), sizes or TinySizes()
     folder.mkdir(parents=True, exist_ok=True)
-    model = tiny_model(sizes, seed, vocab_size=tokenizer_size()).to(dtype)
+    model = tiny_model(sizes, seed, vocab_size=sizes.vocabulary or tokenizer_size()).to(dtype)
     weights, tower_weights = split_liuhaotian(model)
     tower_folder = folder.parent / TOWER_FOLDER
     write_tower(
@@ -170,7 +173,7 @@ def tiny_model(sizes: TinySizes, seed: int, vocab_size: int, image_id: int = 0) 
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             if parameter.dim() > 1:
-                parameter.normal_(std=0.6 / parameter.shape[-1] ** 0.25 if "embed" in name else 0.25)
+                parameter.normal_(std=0.6 / parameter.shape[-1] ** 0.25 if "embed" in name else sizes.spread)
         model.lm_head.weight[:3] = 0
     torch.set_rng_state(state)
     return model
@@ -313,7 +316,7 @@ def write_tokenizer_json(folder: Path, extra: tuple[str, ...] = ()) -> None:
 
 def liuhaotian_config(sizes: TinySizes, model_type: str, tower: str, dtype: torch.dtype) -> dict[str, Any]:
     """config.json as LlavaLlamaForCausalLM writes it."""
-    return text_fields(sizes, tokenizer_size()) | {
+    return text_fields(sizes, sizes.vocabulary or tokenizer_size()) | {
         "architectures": ["LlavaLlamaForCausalLM"],
         "model_type": model_type,
         "freeze_mm_mlp_adapter": False,

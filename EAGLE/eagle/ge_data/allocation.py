@@ -1,6 +1,6 @@
 """Generate training data: the target reads conversations, its hidden states are stored in shards.
 
-    python -m eagle.ge_data.allocation --outdir D --model_type llava_v15_t|llava_v15_v|qwen2_vl_t|qwen2_vl_v \\
+    python -m eagle.ge_data.allocation --outdir D --model_type llava_v15_t|llava_v15_v|qwen2_vl_t|... \\
         --model BASE --image_data_path image_data --json_data_path FILE [--start A --end B] [--gpus 0,1,...]
 
 `_t` takes the rows without picture, `_v` those with one; they are shuffled, and [A, B) counts in the shuffled order
@@ -32,7 +32,7 @@ from eagle.ge_data.shards import ShardInfo, Source
 from eagle.ge_data.workers import Events, Job, run_here, run_workers
 from llava.errors import UserError, run_cli
 
-FAMILIES = {"llava_v15": "llava", "qwen2_vl": "qwen2_vl"}
+FAMILIES = {"llava_v15": "llava", "qwen2_vl": "qwen2_vl", "qwen2_5_vl": "qwen2_5_vl"}
 KINDS = {"t": "text", "v": "image"}
 MODEL_TYPES = tuple(f"{family}_{kind}" for family in FAMILIES for kind in KINDS)
 

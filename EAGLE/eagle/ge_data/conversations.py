@@ -34,6 +34,7 @@ REASONS = {
     "missing_picture": "a picture's file is not there",
     "broken_picture": "a picture's file cannot be read",
     "text": "the tokenizer cannot write the text",
+    "template": "the model's chat template does not write the conversation turn after turn",
     "image_cut": "the longest allowed sequence would cut through the image tokens",
     "answer_cut": "nothing of an answer is left in the longest allowed sequence",
     "not_finite": "the target's hidden states are not finite numbers",

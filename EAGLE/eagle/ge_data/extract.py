@@ -19,7 +19,7 @@ from torch import Tensor
 from eagle.ge_data.annotations import RowFile
 from eagle.ge_data.conversations import Unusable, read_conversation
 from eagle.ge_data.shards import DTYPES, Sample, ShardInfo, Skipped, Source, write_shard
-from eagle.ge_data.templates import Prepared, Template
+from eagle.ge_data.template import Prepared, Template
 from eagle.model.targets import Target
 from llava.errors import UserError
 

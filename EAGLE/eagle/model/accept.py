@@ -35,12 +35,17 @@ def accept_all_at_once(tree: DraftTree, chosen: Tensor) -> Accepted:
     Worked example: tokens R a b c e, parents -1 0 0 1 2, chosen at the nodes a c e x y: a is chosen at R, c at a, so
     the path is R a c; the choice at c is x: the cycle adds a c x.
     """
-    match = tree.tokens == chosen[tree.parents]  # [N]; parents[0] = -1 wraps, and the root is certain anyway
-    match[0] = True
-    accepted = ~(tree.mask & ~match).any(dim=-1)  # [N]
+    accepted = accepted_nodes(tree, chosen)  # [N]
     host = torch.stack([accepted.long(), tree.tokens, chosen]).cpu().numpy()  # [3, N]
     path = host[0].nonzero()[0].tolist()  # parents precede children, so ascending index is ascending depth
     return Accepted(path, [*host[1][path[1:]].tolist(), int(host[2][path[-1]])])
+
+
+def accepted_nodes(tree: DraftTree, chosen: Tensor) -> Tensor:
+    """Which nodes are accepted, [..., N] bool, if the target's choices at the nodes are ``chosen`` [..., N]."""
+    match = tree.tokens == chosen[..., tree.parents]  # [..., N]; parents[0] = -1 wraps
+    match[..., 0] = True  # the root is certain
+    return ~(tree.mask & ~match.unsqueeze(-2)).any(dim=-1)
 
 
 def accept_step_by_step(tree: DraftTree, choose: Callable[[int, list[int]], int]) -> Accepted:

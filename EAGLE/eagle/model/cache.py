@@ -2,28 +2,55 @@
 
 It is a stock `transformers.Cache`, so every stock model class fills it. The storage of all layers on one device is one
 tensor, so keeping a path costs two copies and not two a layer. Its size follows the request.
+
+A batch holds sequences of different length: each has its own rows from 0 on, without holes, and appends after its own
+last one. Columns past a sequence's end hold what was there before; the attention mask closes them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
+class Store(NamedTuple):
+    """All layers of one device: ``keys``, ``values`` [layers, B, heads, capacity, head_dim]."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class Slots:
+    """Where the next rows of each sequence go; the same for all layers, so computed once a forward."""
+
+    def __init__(self) -> None:
+        self._key: tuple[Any, ...] = ()
+        self._places: tuple[Tensor, Tensor]
+
+    def places(self, lengths: Sequence[int], count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Indices (sequence [B, 1], column [B, count]) of the ``count`` rows after ``lengths``."""
+        key = (*lengths, count, device)
+        if key != self._key:
+            start = torch.tensor(lengths, device=device).unsqueeze(1)  # [B, 1]
+            rows = torch.arange(len(lengths), device=device).unsqueeze(1)
+            self._key, self._places = key, (rows, start + torch.arange(count, device=device))
+        return self._places
+
+
 class SlotLayer(CacheLayerMixin):
-    """One layer's window on the shared storage. ``store_k``, ``store_v`` [B, heads, capacity, head_dim]."""
+    """One layer's window on the shared storage. ``store_k``, ``store_v`` [B, heads, capacity, head_dim]; ``lengths``
+    rows in use of each sequence."""
 
     is_sliding = False
     is_compileable = False
 
-    def __init__(self, store_k: Tensor, store_v: Tensor) -> None:
+    def __init__(self, store_k: Tensor, store_v: Tensor, lengths: Sequence[int], slots: Slots) -> None:
         super().__init__()
-        self.store_k, self.store_v = store_k, store_v
-        self.length = 0
+        self.store_k, self.store_v, self.lengths, self._slots = store_k, store_v, list(lengths), slots
         self.is_initialized = True
         self.dtype, self.device = store_k.dtype, store_k.device
 
@@ -31,20 +58,26 @@ class SlotLayer(CacheLayerMixin):
         """Storage exists from the start; nothing to do."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Appends ``n`` rows [B, heads, n, head_dim]; returns all rows so far, as views."""
-        end = self.length + key_states.shape[-2]
+        """Appends ``n`` rows [B, heads, n, head_dim] to each sequence; returns all columns in use, as views."""
+        count = key_states.shape[-2]
+        first, end = self.lengths[0], max(self.lengths) + count
         if end > self.store_k.shape[-2]:
             raise RuntimeError(f"KV cache holds {self.store_k.shape[-2]} rows, {end} were asked for")
-        self.store_k[:, :, self.length : end].copy_(key_states)
-        self.store_v[:, :, self.length : end].copy_(value_states)
-        self.length = end
+        if all(length == first for length in self.lengths):
+            self.store_k[:, :, first:end].copy_(key_states)
+            self.store_v[:, :, first:end].copy_(value_states)
+        else:
+            rows, columns = self._slots.places(self.lengths, count, self.device)
+            self.store_k[rows, :, columns] = key_states.transpose(1, 2)
+            self.store_v[rows, :, columns] = value_states.transpose(1, 2)
+        self.lengths = [length + count for length in self.lengths]
         return self.store_k[:, :, :end], self.store_v[:, :, :end]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + int(query_length), 0
+        return self.get_seq_length() + int(query_length), 0
 
     def get_seq_length(self) -> int:
-        return self.length
+        return max(self.lengths)
 
     def get_max_length(self) -> int:
         return self.store_k.shape[-2]
@@ -54,46 +87,83 @@ class SlotLayer(CacheLayerMixin):
 
 
 class KVCache(Cache):
-    """All layers of one model. ``capacity`` counts rows (positions), tree nodes included."""
+    """All layers of one model.
+
+    Args:
+        stores: storage by device.
+        devices: the device of each layer, in order.
+        lengths: rows in use of each sequence.
+    """
 
     def __init__(
-        self, devices: Sequence[torch.device], batch: int, heads: int, head_dim: int, capacity: int, dtype: torch.dtype
+        self, stores: dict[torch.device, Store], devices: Sequence[torch.device], lengths: Sequence[int]
     ) -> None:
-        """
+        self._stores, self._devices = stores, list(devices)
+        windows: dict[int, SlotLayer] = {}
+        for device, (keys, values) in stores.items():
+            slots = Slots()
+            layers = [index for index, where in enumerate(devices) if where == device]
+            windows.update({index: SlotLayer(keys[i], values[i], lengths, slots) for i, index in enumerate(layers)})
+        super().__init__(layers=[windows[index] for index in range(len(devices))])
+        self.capacity = next(iter(stores.values())).keys.shape[3]
+
+    @classmethod
+    def allocate(
+        cls, devices: Sequence[torch.device], batch: int, heads: int, head_dim: int, capacity: int, dtype: torch.dtype
+    ) -> KVCache:
+        """An empty cache.
+
         Args:
             devices: the device of each layer, in order.
+            batch: sequences.
             heads, head_dim: of the keys and values.
+            capacity: rows (positions) of each sequence, tree nodes included.
         """
-        self._stores: list[tuple[Tensor, Tensor]] = []
-        windows: dict[int, SlotLayer] = {}
+        stores = {}
         for device in dict.fromkeys(devices):
-            layers = [index for index, where in enumerate(devices) if where == device]
-            shape = (len(layers), batch, heads, capacity, head_dim)
-            keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-            self._stores.append((keys, values))
-            windows.update({index: SlotLayer(keys[i], values[i]) for i, index in enumerate(layers)})
-        super().__init__(layers=[windows[index] for index in range(len(devices))])
-        self.capacity = capacity
+            layers = sum(where == device for where in devices)
+            shape = (layers, batch, heads, capacity, head_dim)
+            stores[device] = Store(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
+        return cls(stores, devices, [0] * batch)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Rows in use of each sequence."""
+        return self.layers[0].lengths
 
     @property
     def length(self) -> int:
-        """Rows in use."""
-        return self.layers[0].length
+        """Rows in use of the longest sequence."""
+        return max(self.lengths)
 
-    def truncate(self, length: int) -> None:
-        """Forgets all rows from ``length`` on."""
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Forgets all rows from ``lengths[b]`` on in sequence ``b``."""
         for layer in self.layers:
-            layer.length = length
+            layer.lengths = list(lengths)
 
-    def keep(self, base: int, rows: Sequence[int]) -> None:
-        """Of the rows from ``base`` on, keeps ``base + rows[i]`` as row ``base + i`` and forgets the others.
+    def keep(self, bases: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
+        """Of the rows of sequence b from ``bases[b]`` on, keeps ``bases[b] + paths[b][i]`` as row ``bases[b] + i`` and
+        forgets the others.
 
-        ``rows`` ascends and starts at 0 (the root is always kept). Rows that lie right already are not copied.
+        A path ascends and starts at 0 (the root is always kept). Rows that lie right already are not copied.
         """
-        first = next((i for i, row in enumerate(rows) if row != i), len(rows))
-        if first < len(rows):
-            for keys, values in self._stores:
-                index = torch.tensor([base + row for row in rows[first:]], device=keys.device)
-                for store in (keys, values):
-                    store[:, :, :, base + first : base + len(rows)] = store.index_select(3, index)
-        self.truncate(base + len(rows))
+        for row, (base, path) in enumerate(zip(bases, paths, strict=True)):
+            first = next((i for i, node in enumerate(path) if node != i), len(path))
+            if first == len(path):
+                continue
+            for stores in self._stores.values():
+                index = torch.tensor([base + node for node in path[first:]], device=stores.keys.device)
+                for store in stores:
+                    store[:, row, :, base + first : base + len(path)] = store[:, row].index_select(2, index)
+        self.truncate([base + len(path) for base, path in zip(bases, paths, strict=True)])
+
+    def sequence(self, row: int) -> KVCache:
+        """One sequence as a cache of its own, on the same storage; its lengths do not come back by themselves."""
+        stores = {device: Store(*(part[:, row : row + 1] for part in store)) for device, store in self._stores.items()}
+        return KVCache(stores, self._devices, self.lengths[row : row + 1])
+
+    def select(self, rows: Sequence[int]) -> KVCache:
+        """A cache of the given sequences alone, copied."""
+        kept = list(rows)
+        stores = {device: Store(*(part[:, kept] for part in store)) for device, store in self._stores.items()}
+        return KVCache(stores, self._devices, [self.lengths[row] for row in kept])

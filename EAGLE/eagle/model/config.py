@@ -185,6 +185,13 @@ class TreeConfig:
             return cls(depth=6, top_k=3, total_tokens=12)
         return cls()
 
+    def for_batch(self, batch: int) -> TreeConfig:
+        """The tree of each sequence when ``batch`` of them are verified in one forward, which then has as many nodes as
+        this tree. Where that leaves no drafted node, plain decoding is as good."""
+        if batch == 1:
+            return self
+        return TreeConfig(self.depth, min(self.top_k, max(1, self.top_k // batch)), max(1, self.total_tokens // batch))
+
     def shortened(self, tokens_left: int) -> TreeConfig:
         """The same tree, no deeper than ``tokens_left`` new tokens can use (the bonus token is one of them)."""
         if tokens_left <= 1:

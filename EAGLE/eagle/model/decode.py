@@ -1,4 +1,8 @@
-"""The decode loop: draft → verify → accept → commit."""
+"""The decode loop: draft → verify → accept → commit, for one sequence or a batch.
+
+Each sequence of a batch drafts its own tree, accepts its own number of tokens and ends on its own; the batch then goes
+on without it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from eagle.model.accept import Accepted, accept_all_at_once, accept_step_by_step
 from eagle.model.config import TreeConfig
@@ -13,6 +18,7 @@ from eagle.model.draft import DraftModel
 from eagle.model.drafter import Drafter
 from eagle.model.masks import MaskBuffer
 from eagle.model.sampling import TokenChooser
+from eagle.model.sequence import Sequence, sequences_of
 from eagle.model.stats import Stats
 from eagle.model.stopping import Stopper
 from eagle.model.targets.base import Target
@@ -23,10 +29,10 @@ class Decoder:
     """One request. Without a draft it decodes plainly: every tree is its root, and all else is the same.
 
     Args:
-        inputs: the prompt as `Target.prefill` takes it, batch of one.
-        chooser, stopper: the target's choice of a token, and the end of the answer.
+        inputs: the prompts as `Target.prefill` takes them, padded on either side where they differ in length.
+        chooser, stopper: the target's choice of a token, and the end of an answer.
         tree: bounds of each draft tree.
-        streamer: a transformers streamer; gets the prompt, then the new tokens as they are certain.
+        streamer: a transformers streamer; gets the new tokens as they are certain. For a single sequence.
     """
 
     def __init__(
@@ -41,90 +47,119 @@ class Decoder:
     ) -> None:
         self.target, self.inputs, self.chooser, self.stopper, self.streamer = target, inputs, chooser, stopper, streamer
         self.tree = tree if draft is not None else TreeConfig(depth=0, top_k=1, total_tokens=1)
-        self.prompt: Tensor = inputs["input_ids"]  # [1, S]
-        length = self.prompt.shape[1] + stopper.max_new_tokens
+        self.sequences = sequences_of(inputs["input_ids"], inputs.get("attention_mask"), chooser)
+        self.active = list(self.sequences)
+        batch, length = len(self.active), max(sequence.length for sequence in self.active) + stopper.max_new_tokens
         rows = length + self.tree.total_tokens
-        self.cache = target.new_cache(1, rows)
+        self.cache = target.new_cache(batch, rows)
         self.masks = MaskBuffer(self.tree.total_tokens, rows, target.dtype, target.device)
-        self.drafter = None if draft is None else Drafter(draft, target.head, length, self.tree)
-        self.certain: tuple[Tensor, Tensor] | None = None  # accepted rows the draft has not read yet
-        self.stats = Stats()
-        self.tokens: list[int] = []
-        self.finished = False
+        self.drafter = None if draft is None else Drafter(draft, target.head, length, self.tree, batch)
+        self.stats = Stats(requests=batch)
 
-    def run(self) -> list[int]:
-        """Decodes to the end; returns the new tokens."""
+    def run(self) -> list[list[int]]:
+        """Decodes to the end; returns the new tokens of each sequence."""
         with self.stats.phase("prefill"):
-            self._prefill()
-        while not self.finished:
-            tree = self._draft()
+            self.prefill()
+        self._drop_finished()
+        while self.active:
+            trees = self.draft()
             with self.stats.phase("verify"):
-                hidden, logits = self._verify(tree)
+                hidden, logits = self.verify(trees)
             with self.stats.phase("accept"):
-                accepted = self._accept(tree, logits)
+                accepted = self.accept(trees, logits)
             with self.stats.phase("commit"):
-                self._commit(accepted, hidden)
+                self.commit(accepted, hidden)
+            self._drop_finished()
         if self.streamer is not None:
             self.streamer.end()
-        return self.tokens
+        return [sequence.tokens for sequence in self.sequences]
 
-    def _prefill(self) -> None:
-        """Target and draft read the prompt; the target chooses the first token."""
-        prefill = self.target.prefill(self.inputs, self.cache)
-        first = self.chooser.choose(self.target.head(prefill.hidden[:, -1]), self.prompt)  # [1]
-        self.next_position = prefill.next_position.unsqueeze(-1)  # [1, 1] of the newest token
-        self._emit([int(first)])
-        if self.drafter is not None and not self.finished:
-            self.drafter.start(prefill, self.prompt, first.to(self.prompt.device))
+    def prefill(self) -> None:
+        """Target and draft read each prompt; the target chooses its first token."""
+        for row, prefill in enumerate(self.target.prefill_each(self.inputs, self.cache)):
+            sequence = self.sequences[row]
+            first = sequence.chooser.choose(self.target.head(prefill.hidden[:, -1]), sequence.context)  # [1]
+            sequence.next_position = prefill.next_position
+            self._emit(sequence, [int(first)])
+            if self.drafter is not None and not sequence.finished:
+                self.drafter.start(row, prefill, sequence.prompt, first.to(sequence.prompt.device))
 
-    def _draft(self) -> DraftTree:
-        """The tree below the newest token, no deeper than the tokens that are still wanted."""
-        root = torch.tensor(self.tokens[-1:], device=self.target.device)
-        bounds = self.tree.shortened(self.stopper.max_new_tokens - len(self.tokens))
-        if self.drafter is None or bounds.total_tokens == 1:
-            return root_only(root)
+    def draft(self) -> list[DraftTree]:
+        """The tree below each newest token, no deeper than the tokens that are still wanted."""
+        roots = [torch.tensor(sequence.tokens[-1:], device=self.target.device) for sequence in self.active]
+        bounds = [self.tree.shortened(self.stopper.max_new_tokens - len(s.tokens)) for s in self.active]
+        deepest = max(bounds, key=lambda tree: tree.depth)
+        if self.drafter is None or max(tree.total_tokens for tree in bounds) == 1:
+            return [root_only(root) for root in roots]
         with self.stats.phase("draft"):
-            if self.certain is not None:
-                self.drafter.extend(*self.certain)
-            candidates = self.drafter.expand(bounds)
+            if self.active[0].certain is not None:
+                rows, tokens = zip(*(s.certain for s in self.active if s.certain is not None), strict=True)
+                self.drafter.extend(rows, tokens)
+            candidates = self.drafter.expand(deepest)
         with self.stats.phase("tree"):
-            return select_nodes(candidates, root.to(candidates.tokens.device), bounds.total_tokens, bounds.depth + 1)
+            device = candidates.tokens.device
+            return [
+                select_nodes(candidates.of(row), root.to(device), tree.total_tokens, deepest.depth + 1)
+                for row, (root, tree) in enumerate(zip(roots, bounds, strict=True))
+            ]
 
-    def _verify(self, tree: DraftTree) -> tuple[Tensor, Tensor]:
-        """The target's hidden states [1, N, H] and logits [N, V] at every node, in one forward."""
-        self.past = self.cache.length
-        tokens, depths, block = (t.to(self.target.device) for t in (tree.tokens, tree.depths, tree.mask))
-        mask = self.masks.window(self.past, block) if tree.size > 1 else None
-        hidden = self.target.verify(tokens.unsqueeze(0), self.next_position + depths, mask, self.cache)
-        return hidden, self.target.head(hidden[0])
+    def verify(self, trees: list[DraftTree]) -> tuple[Tensor, Tensor]:
+        """The target's hidden states [B, N, H] and logits [B, N, V] at every node, in one forward. A tree smaller than
+        the largest is filled up with rows that nothing looks at."""
+        self.past = self.cache.lengths
+        tokens, depths, blocks = (part.to(self.target.device) for part in join_trees(trees))
+        mask = self.masks.window(self.past, blocks) if tokens.numel() > 1 else None
+        positions = torch.stack([s.next_position for s in self.active]).to(depths.device) + depths
+        hidden = self.target.verify(tokens, positions, mask, self.cache)
+        return hidden, self.target.head(hidden)
 
-    def _accept(self, tree: DraftTree, logits: Tensor) -> Accepted:
-        """The drafted path that the target agrees with, and its bonus token."""
+    def accept(self, trees: list[DraftTree], logits: Tensor) -> list[Accepted]:
+        """For each sequence the drafted path that the target agrees with, and its bonus token."""
         if self.chooser.row_wise:
-            chosen = self.chooser.choose(logits, self.prompt)  # [N]
-            return accept_all_at_once(tree, chosen.to(tree.tokens.device))
+            chosen = self.chooser.choose(logits.flatten(0, 1), self.active[0].context)  # [B * N]
+            rows = chosen.view(logits.shape[:2]).to(trees[0].tokens.device)
+            return [accept_all_at_once(tree, row[: tree.size]) for tree, row in zip(trees, rows, strict=True)]
+        return [
+            accept_step_by_step(tree, sequence.choice_in(rows))
+            for tree, sequence, rows in zip(trees, self.active, logits, strict=True)
+        ]
 
-        def choose(node: int, added: list[int]) -> int:
-            prefix = torch.tensor([self.tokens + added], device=self.prompt.device)
-            return int(self.chooser.choose(logits[node : node + 1], torch.cat([self.prompt, prefix], dim=1)))
-
-        return accept_step_by_step(tree, choose)
-
-    def _commit(self, accepted: Accepted, hidden: Tensor) -> None:
+    def commit(self, accepted: list[Accepted], hidden: Tensor) -> None:
         """Keeps the accepted rows, emits the new tokens and lays out the true hidden states for the draft."""
-        self.stats.cycles += 1
-        self.stats.accept_lengths.append(len(accepted.path) - 1)
-        self.stats.tree_sizes.append(hidden.shape[1])
-        self.cache.keep(self.past, accepted.path)
-        self.next_position = self.next_position + len(accepted.tokens)
-        self._emit(accepted.tokens)
-        rows = hidden[:, torch.tensor(accepted.path, device=hidden.device)]  # [1, n, H]
-        self.certain = (rows, torch.tensor(accepted.tokens))
+        self.cache.keep(self.past, [each.path for each in accepted])
+        for sequence, each, rows in zip(self.active, accepted, hidden, strict=True):
+            self.stats.record_cycle(len(each.path) - 1, hidden.shape[1])
+            sequence.next_position = sequence.next_position + len(each.tokens)
+            sequence.certain = (rows[torch.tensor(each.path, device=rows.device)], torch.tensor(each.tokens))
+            self._emit(sequence, each.tokens)
 
-    def _emit(self, added: list[int]) -> None:
-        kept, self.finished = self.stopper.cut(self.tokens, added)
-        self.tokens += kept
-        self.stats.new_tokens = len(self.tokens)
+    def _emit(self, sequence: Sequence, added: list[int]) -> None:
+        kept, sequence.finished = self.stopper.cut(sequence.context, sequence.tokens, added)
+        sequence.tokens += kept
+        self.stats.new_tokens += len(kept)
         if self.streamer is not None:
             for token in kept:
                 self.streamer.put(torch.tensor([token]))
+
+    def _drop_finished(self) -> None:
+        """Goes on without the sequences that have ended."""
+        rows = [row for row, sequence in enumerate(self.active) if not sequence.finished]
+        if len(rows) == len(self.active):
+            return
+        self.active = [self.active[row] for row in rows]
+        if rows:
+            self.cache = self.cache.select(rows)
+            if self.drafter is not None:
+                self.drafter.select(rows)
+
+
+def join_trees(trees: list[DraftTree]) -> tuple[Tensor, Tensor, Tensor]:
+    """``tokens`` and ``depths`` [B, N], ``mask`` [B, N, N]; a filling row has depth 0 and sees nothing of its tree."""
+    if len(trees) == 1:
+        return trees[0].tokens[None], trees[0].depths[None], trees[0].mask[None]
+    tokens = pad_sequence([tree.tokens for tree in trees], batch_first=True)
+    depths = pad_sequence([tree.depths for tree in trees], batch_first=True)
+    masks = tokens.new_zeros(*tokens.shape, tokens.shape[1], dtype=torch.bool)
+    for row, tree in enumerate(trees):
+        masks[row, : tree.size, : tree.size] = tree.mask
+    return tokens, depths, masks

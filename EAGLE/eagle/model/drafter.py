@@ -1,11 +1,12 @@
-"""Grows the draft tree: one forward of the draft head per level, on its own KV cache."""
+"""Grows draft trees: one forward of the draft head per level, on its own KV cache, for all sequences of a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from eagle.model.cache import KVCache
 from eagle.model.config import TreeConfig
@@ -16,7 +17,7 @@ from eagle.model.tree import Candidates, choose_frontier, top_children
 
 
 class Drafter:
-    """The draft head at work on one request.
+    """The draft head at work on one request of ``batch`` sequences.
 
     Its cache holds one row for each input row that is certain (rows of the target's true hidden states); the rows of
     drafted nodes come after them and are forgotten when the next cycle starts.
@@ -27,24 +28,34 @@ class Drafter:
         tree: the largest tree that will be grown.
     """
 
-    def __init__(self, draft: DraftModel, head: Callable[[Tensor], Tensor], capacity: int, tree: TreeConfig) -> None:
+    def __init__(
+        self,
+        draft: DraftModel,
+        head: Callable[[Tensor], Tensor],
+        capacity: int,
+        tree: TreeConfig,
+        batch: int = 1,
+    ) -> None:
         self.draft, self.head = draft, head
         config, device = draft.config, draft.device
         drafted = max(tree.depth, 1) * tree.top_k
         extended = tree.depth + 2
         rows = capacity + drafted + extended
-        self.cache = KVCache([device], 1, config.num_key_value_heads, config.head_dim, rows, draft.dtype)
+        self.cache = KVCache.allocate([device], batch, config.num_key_value_heads, config.head_dim, rows, draft.dtype)
         self._masks = MaskBuffer(max(tree.top_k, extended), rows, draft.dtype, device)
-        self._causal = torch.ones(extended, extended, dtype=torch.bool, device=device).tril()
+        self._causal = torch.ones(1, extended, extended, dtype=torch.bool, device=device).tril()
         positions = torch.arange(rows, device=device).unsqueeze(0)
         self._cos, self._sin = draft.rotary(positions, draft.dtype)  # [1, 1, rows, D]
-        self._certain = 0
-        self._last: Tensor  # [1, H] prediction after the last certain row
+        self._certain = [0] * batch
+        self._shift = [0] * batch  # position number minus row number of new tokens; not 0 for M-RoPE alone
+        self._last = torch.zeros(batch, config.hidden_size, dtype=draft.dtype, device=device)  # after the certain rows
 
-    def start(self, prefill: Prefill, input_ids: Tensor, first_token: Tensor) -> None:
-        """Reads the prompt: row t pairs ``h_t`` with ``x_{t+1}``, the last row with the first new token.
+    def start(self, row: int, prefill: Prefill, input_ids: Tensor, first_token: Tensor) -> None:
+        """Reads the prompt of sequence ``row``: row t pairs ``h_t`` with ``x_{t+1}``, the last row with the first new
+        token.
 
         Args:
+            prefill: of this sequence alone, B = 1.
             input_ids: [1, S]; ``first_token``: [1].
         """
         device = self.draft.device
@@ -52,59 +63,95 @@ class Drafter:
         next_is_image = torch.cat([prefill.image_mask[:, 1:], prefill.image_mask.new_zeros(1, 1)], dim=1).to(device)
         features = prefill.embeds.roll(-1, dims=1).to(device)  # [1, S, H]; the wrapped last row is never an image
         embeds = torch.where(next_is_image.unsqueeze(-1), features, self.draft.embed_tokens(next_ids))
-        rows = self.draft.fuse(prefill.hidden.to(device), embeds, next_is_image)
-        self._feed(rows, mask=None)
+        x = self.draft.fuse(prefill.hidden.to(device), embeds, next_is_image)
+        count = x.shape[1]
+        rope = self._slice(0, count)
+        if self.draft.config.options.positions == "mrope":
+            rope = self.draft.rotary(prefill.positions.to(device), x.dtype)
+            self._shift[row] = int(prefill.next_position) - count
+        self._last[row] = self.draft(x, None, None, self.cache.sequence(row), rope)[0, -1]
+        self._certain[row] = count
+        self.cache.truncate(self._certain)
 
-    def extend(self, hidden: Tensor, tokens: Tensor) -> None:
+    def extend(self, hidden: Sequence[Tensor], tokens: Sequence[Tensor]) -> None:
         """Feeds the rows that the last cycle made certain, in place of the drafted ones.
 
         Args:
-            hidden: [1, n, H] the target's hidden states on the accepted path, root included.
-            tokens: [n] the token that follows each of them; the last is the bonus token.
+            hidden: for each sequence [n, H], the target's hidden states on the accepted path, root included.
+            tokens: for each sequence [n], the token that follows each of them; the last is the bonus token.
         """
         self.cache.truncate(self._certain)
-        device, count = self.draft.device, tokens.shape[0]
-        rows = self.draft.fuse(hidden.to(device), self.draft.embed_tokens(tokens.to(device)).unsqueeze(0))
-        mask = self._masks.window(self._certain, self._causal[:count, :count]) if count > 1 else None
-        self._feed(rows, mask)
-
-    def _feed(self, rows: Tensor, mask: Tensor | None) -> None:
-        count = rows.shape[1]
-        self._last = self.draft(rows, None, mask, self.cache, self._rope(self._certain, count))[:, -1]  # [1, H]
-        self._certain += count
+        device, counts = self.draft.device, [rows.shape[0] for rows in tokens]
+        following = pad_sequence(list(tokens), batch_first=True).to(device)  # [B, n]
+        true_rows = pad_sequence(list(hidden), batch_first=True).to(device)  # [B, n, H]
+        x = self.draft.fuse(true_rows, self.draft.embed_tokens(following))
+        batch, count = following.shape
+        mask = None
+        if batch * count > 1:
+            mask = self._masks.window(self._certain, self._causal[:, :count, :count].expand(batch, -1, -1))
+        output = self.draft(x, None, mask, self.cache, self._rope(0, count))  # [B, n, H]
+        ends = torch.tensor(counts, device=device) - 1
+        self._last = output[torch.arange(batch, device=device), ends] if batch > 1 else output[:, -1]
+        self._certain = [certain + count for certain, count in zip(self._certain, counts, strict=True)]
+        self.cache.truncate(self._certain)
 
     def expand(self, tree: TreeConfig) -> Candidates:
-        """Drafts ``tree.depth + 1`` levels; all drafted nodes are candidates of the tree."""
-        tokens, scores = top_children(self.head(self._last), tree.top_k)  # [1, k]
-        tokens, scores = tokens[0].to(self.draft.device), scores[0].to(self.draft.device)  # [k]
-        width = tokens.shape[0]
-        parents = torch.full_like(tokens, -1)
-        levels = [Candidates(tokens, scores, parents)]
-        hidden = self._last.expand(width, -1)  # [k, H] hidden state each frontier node was drawn from
-        indices = torch.arange(width, device=tokens.device)  # candidate index of each frontier node
-        sight = torch.eye(width, dtype=torch.bool, device=tokens.device)  # [k, rows drafted so far]
+        """Drafts ``tree.depth + 1`` levels; all drafted nodes are candidates of the tree, [B, M] each."""
+        hidden = self._last.unsqueeze(1)  # [B, 1, H]
+        tokens, scores = (part[:, 0] for part in self._children(hidden, tree.top_k))  # [B, k]
+        batch, width = tokens.shape
+        levels = [Candidates(tokens, scores, torch.full_like(tokens, -1))]
+        hidden = hidden.expand(-1, width, -1)  # [B, k, H] hidden state each frontier node was drawn from
+        indices = torch.arange(width, device=tokens.device).expand(batch, -1)  # candidate index of each frontier node
+        sight = torch.eye(width, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)  # [B, k, drafted so far]
         total = width
         for step in range(tree.depth):
-            output = self._step(tokens, hidden, sight, self._certain + step)  # [k, H]
-            child_tokens, child_logprobs = top_children(self.head(output).to(tokens.device), tree.top_k)  # [k, k]
-            child_scores = child_logprobs + scores.unsqueeze(-1)
-            parents = indices.repeat_interleave(child_tokens.shape[1])
-            levels.append(Candidates(child_tokens.flatten(), child_scores.flatten(), parents))
+            output = self._step(tokens, hidden, sight, step)  # [B, k, H]
+            child_tokens, child_logprobs = self._children(output, tree.top_k)  # [B, k, k]
+            child_scores = child_logprobs + scores.unsqueeze(-1)  # [B, k, k]
+            parents = indices.repeat_interleave(child_tokens.shape[-1], dim=1)
+            levels.append(Candidates(child_tokens.flatten(1), child_scores.flatten(1), parents))
             if step + 1 == tree.depth:
                 break
-            flat, rows = choose_frontier(child_scores, tree.top_k)  # [k]
-            tokens, scores, hidden = child_tokens.flatten()[flat], child_scores.flatten()[flat], output[rows]
-            indices, total = flat + total, total + child_tokens.numel()
-            own = torch.eye(flat.shape[0], dtype=torch.bool, device=tokens.device)
-            sight = torch.cat([sight[rows], own], dim=1)
-        return Candidates(*(torch.cat(parts) for parts in zip(*levels, strict=True)))
+            flat, rows = choose_frontier(child_scores, tree.top_k)  # [B, k]
+            tokens, scores = child_tokens.flatten(1).gather(1, flat), child_scores.flatten(1).gather(1, flat)
+            hidden = _take(output, rows)
+            indices, total = flat + total, total + child_tokens[0].numel()
+            own = torch.eye(flat.shape[1], dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
+            sight = torch.cat([_take(sight, rows), own], dim=2)
+        return Candidates(*(torch.cat(parts, dim=1) for parts in zip(*levels, strict=True)))
 
-    def _step(self, tokens: Tensor, hidden: Tensor, sight: Tensor, position: int) -> Tensor:
-        """One draft forward over the frontier: tokens [k], hidden [k, H] → predicted hidden states [k, H]."""
-        rows = self.draft.fuse(hidden, self.draft.embed_tokens(tokens)).unsqueeze(0)  # [1, k, H]
+    def select(self, rows: Sequence[int]) -> None:
+        """Goes on with the given sequences alone."""
+        self.cache = self.cache.select(rows)
+        self._certain, self._shift = ([values[row] for row in rows] for values in (self._certain, self._shift))
+        self._last = self._last[list(rows)]
+
+    def _children(self, hidden: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        """`top_children` of predicted hidden states [B, F, H], [B, F, k] each, on the draft's device."""
+        ids, logprobs = top_children(self.head(hidden), top_k)
+        return ids.to(hidden.device), logprobs.to(hidden.device)
+
+    def _step(self, tokens: Tensor, hidden: Tensor, sight: Tensor, step: int) -> Tensor:
+        """One draft forward over the frontiers: tokens [B, k], hidden [B, k, H] → predicted hidden states [B, k, H]."""
+        x = self.draft.fuse(hidden, self.draft.embed_tokens(tokens))  # [B, k, H]
         mask = self._masks.window(self._certain, sight)
-        return self.draft(rows, None, mask, self.cache, self._rope(position, 1))[0]
+        return self.draft(x, None, mask, self.cache, self._rope(step, 1))
 
-    def _rope(self, start: int, count: int) -> tuple[Tensor, Tensor]:
-        """Rotary angles of ``count`` positions, [1, 1, count, D]; a single one serves a whole level."""
+    def _rope(self, offset: int, count: int) -> tuple[Tensor, Tensor]:
+        """Rotary angles of ``count`` positions, ``offset`` after the certain rows, [1 or B, 1, count, D]; a single
+        position serves a whole level."""
+        starts = [certain + shift + offset for certain, shift in zip(self._certain, self._shift, strict=True)]
+        if len(starts) == 1:
+            return self._slice(starts[0], count)
+        device = self._cos.device
+        index = torch.tensor(starts, device=device).unsqueeze(1) + torch.arange(count, device=device)  # [B, count]
+        return self._cos[0, 0, index].unsqueeze(1), self._sin[0, 0, index].unsqueeze(1)
+
+    def _slice(self, start: int, count: int) -> tuple[Tensor, Tensor]:
         return self._cos[:, :, start : start + count], self._sin[:, :, start : start + count]
+
+
+def _take(values: Tensor, rows: Tensor) -> Tensor:
+    """``values`` [B, F, X] at ``rows`` [B, f] → [B, f, X]."""
+    return values.gather(1, rows.unsqueeze(-1).expand(-1, -1, values.shape[-1]))

@@ -1,9 +1,12 @@
-"""Additive attention masks of tree forwards, in one preallocated buffer.
+"""Additive attention masks of tree forwards.
 
-All rows of a tree see the whole past, so only a small block changes from one forward to the next.
+Additive and finite (`finfo.min`), since that is right for sdpa and for eager attention, where a bool mask is silently
+wrong and minus infinity gives NaN rows.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,8 +15,8 @@ from torch import Tensor
 class MaskBuffer:
     """Masks of up to ``rows`` query rows over up to ``capacity`` cached rows.
 
-    Additive and finite (`finfo.min`), since that is right for sdpa and for eager attention, where a bool mask is
-    silently wrong and minus infinity gives NaN rows.
+    For one sequence they are windows on one preallocated buffer: all rows of a tree see the whole past, so only a
+    small block changes from one forward to the next. A batch gets a fresh mask.
     """
 
     def __init__(self, rows: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -21,19 +24,39 @@ class MaskBuffer:
         self._closed = torch.finfo(dtype).min
         self._written = (0, 0)
 
-    def window(self, past: int, block: Tensor) -> Tensor:
-        """The mask of ``n`` rows which all see rows 0..past-1, and of the ``m`` after them what ``block`` says.
+    def window(self, pasts: Sequence[int], blocks: Tensor) -> Tensor:
+        """The mask of ``n`` rows which all see rows 0..past-1, and of the ``m`` after them what the block says.
 
         Args:
-            past: cached rows that every query row sees.
-            block: [n, m] bool, true where a query row may look.
+            pasts: cached rows of each sequence that its query rows see.
+            blocks: [B, n, m] bool, true where a query row may look.
 
         Returns:
-            [1, 1, n, past + m] additive mask, valid until the next call.
+            [B, 1, n, longest past + m] additive mask, valid until the next call.
         """
-        rows, columns = block.shape
+        if len(pasts) > 1:
+            return batch_mask(pasts, blocks, self._buffer.dtype)
+        (past,) = pasts
+        rows, columns = blocks.shape[1:]
         start, end = self._written
         self._buffer[:, start:end] = 0
-        self._buffer[:rows, past : past + columns].masked_fill_(~block, self._closed)
+        self._buffer[:rows, past : past + columns].masked_fill_(~blocks[0], self._closed)
         self._written = (past, past + columns)
         return self._buffer[None, None, :rows, : past + columns]
+
+
+def batch_mask(pasts: Sequence[int], blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    """`MaskBuffer.window` for sequences of different length.
+
+    >>> batch_mask([1, 2], torch.tensor([[[True]], [[True]]]), torch.float32).eq(0).int().tolist()
+    [[[[1, 1, 0]]], [[[1, 1, 1]]]]
+    """
+    rows, columns = blocks.shape[1:]
+    device = blocks.device
+    past = torch.tensor(pasts, device=device).unsqueeze(1)  # [B, 1]
+    place = torch.arange(max(pasts) + columns, device=device) - past  # [B, T] column counted from the block's first
+    index = place.clamp(0, columns - 1).unsqueeze(1).expand(-1, rows, -1)  # [B, n, T]
+    place = place.unsqueeze(1)
+    open_ = (place < 0) | (blocks.gather(2, index) & (place < columns))  # [B, n, T]
+    mask = torch.zeros(open_.shape, dtype=dtype, device=device)
+    return mask.masked_fill_(~open_, torch.finfo(dtype).min).unsqueeze(1)

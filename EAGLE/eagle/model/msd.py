@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
 from eagle.model.checkpoint import HUB_KEYS, load_draft
@@ -26,7 +27,8 @@ from llava.errors import UserError
 
 @dataclass
 class MSDOutput:
-    """``sequences`` [1, S + n] prompt and new tokens; ``stats`` acceptance and time."""
+    """``sequences`` [B, P + n] prompts and new tokens, shorter answers filled up with pad tokens; ``stats`` acceptance
+    and time, of all sequences together."""
 
     sequences: Tensor
     stats: Stats
@@ -63,7 +65,7 @@ class MSDModel:
 
         Args:
             base, draft: folder or hub name; without ``draft`` the model decodes plainly.
-            dtype: of both; "auto" is the base checkpoint's own.
+            dtype: of both; "auto" is the base checkpoint's own, float32 on a CPU that is slow in 16 bit.
             device_map: as in transformers; the draft goes where the base's ``lm_head`` is.
             draft_revision: hub revision of the draft (``revision`` is the base's).
             kwargs: as `eagle.model.targets.load_target`.
@@ -112,17 +114,18 @@ class MSDModel:
         """Generates as `target.model.generate` would, several tokens per forward.
 
         Args:
-            input_ids: [1, S] with one id per image feature, and the processor's other outputs among ``kwargs``.
+            input_ids: [B, P] with one id per image feature, and the processor's other outputs among ``kwargs``; with an
+                ``attention_mask`` where prompts are padded.
             use_msd: False decodes plainly, in the same loop.
-            tree: bounds for this call only.
+            tree: bounds for this call only, of each sequence's tree; by default the model's, smaller for a batch.
             temperature: 0 is greedy. None of a setting means the checkpoint's generation config, as in transformers.
             seed: makes sampling repeatable, apart from the global random state.
             stop_strings: texts that end the answer.
-            streamer: a transformers streamer.
+            streamer: a transformers streamer; for a single prompt.
             kwargs: model inputs, and any setting of transformers' `generate` for greedy search or sampling.
 
         Raises:
-            UserError: the settings ask for beam search, or the batch is larger than one.
+            UserError: the settings ask for beam search, or for streaming of a batch.
         """
         if temperature is not None and do_sample is None:
             do_sample = temperature > 0
@@ -133,7 +136,7 @@ class MSDModel:
         criteria = StoppingCriteriaList(stopping_criteria or [])
         if stop_strings:
             criteria.append(StopStringCriteria(self.tokenizer, stop_strings))
-        decode = partial(self._decode, use_msd=use_msd, tree=tree or self.tree, seed=seed, bound_streamer=streamer)
+        decode = partial(self._decode, use_msd=use_msd, tree=tree, seed=seed, bound_streamer=streamer)
         settings = {key: value for key, value in {**kwargs, "do_sample": do_sample}.items() if value is not None}
         start = time.perf_counter()
         output = self.target.model.generate(
@@ -144,7 +147,7 @@ class MSDModel:
 
     def __call__(self, model: Any, input_ids: Tensor, **kwargs: Any) -> MSDOutput | Tensor:
         """For ``target.generate(**inputs, custom_generate=msd)``: returns the sequences."""
-        output = self._decode(model, input_ids, use_msd=True, tree=self.tree, seed=None, bound_streamer=None, **kwargs)
+        output = self._decode(model, input_ids, use_msd=True, tree=None, seed=None, bound_streamer=None, **kwargs)
         return output if kwargs["generation_config"].return_dict_in_generate else output.sequences
 
     @torch.inference_mode()
@@ -157,43 +160,44 @@ class MSDModel:
         generation_config: GenerationConfig,
         *,
         use_msd: bool,
-        tree: TreeConfig,
+        tree: TreeConfig | None,
         seed: int | None,
         bound_streamer: Any,
         **model_inputs: Any,
     ) -> MSDOutput:
         """What transformers' `generate` calls after it has prepared inputs, processors and criteria."""
-        check_request(input_ids, model_inputs.get("attention_mask"), generation_config)
+        check_request(input_ids, generation_config, bound_streamer)
         if bound_streamer is not None:
             bound_streamer.put(input_ids.cpu())
         generator = None if seed is None else torch.Generator(device=self.target.head_device).manual_seed(seed)
+        tree = tree or self.tree.for_batch(input_ids.shape[0])
         decoder = Decoder(
             self.target,
-            self.draft if use_msd else None,
+            self.draft if use_msd and tree.total_tokens > 1 else None,
             {"input_ids": input_ids, **model_inputs},
             TokenChooser(logits_processor, generation_config.do_sample, generator),
-            Stopper(stopping_criteria, input_ids),
+            Stopper(stopping_criteria, input_ids.shape[1]),
             tree,
             bound_streamer,
         )
-        tokens = torch.tensor([decoder.run()], dtype=input_ids.dtype, device=input_ids.device)
-        return MSDOutput(sequences=torch.cat([input_ids, tokens], dim=1), stats=decoder.stats)
+        answers = [torch.tensor(tokens, dtype=input_ids.dtype, device=input_ids.device) for tokens in decoder.run()]
+        padding = generation_config.pad_token_id or 0
+        joined = pad_sequence(answers, batch_first=True, padding_value=padding)
+        return MSDOutput(sequences=torch.cat([input_ids, joined], dim=1), stats=decoder.stats)
 
 
-def check_request(input_ids: Tensor, attention_mask: Tensor | None, settings: GenerationConfig) -> None:
+def check_request(input_ids: Tensor, settings: GenerationConfig, streamer: Any) -> None:
     """Refuses what speculative decoding cannot honour."""
     if settings.num_beams > 1:
         raise UserError(
             f"num_beams={settings.num_beams}: MSD verifies one continuation, beam search keeps several",
             fix="use num_beams=1, or the target's own generate",
         )
-    if input_ids.shape[0] != 1:
+    if streamer is not None and input_ids.shape[0] > 1:
         raise UserError(
-            f"a batch of {input_ids.shape[0]} prompts",
-            fix="generate one prompt at a time; batches are not supported yet",
+            f"a streamer for {input_ids.shape[0]} prompts: streamers print one answer",
+            fix="generate one prompt at a time, or leave the streamer out",
         )
-    if attention_mask is not None and not attention_mask.all():
-        raise UserError("the prompt is padded", fix="give a single prompt without padding")
 
 
 def check_pair(target: Target, draft: DraftModel) -> None:

@@ -6,6 +6,8 @@ what they mean there.
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
@@ -28,6 +30,8 @@ ROW_WISE = tuple(
     if hasattr(hf, name)
 )
 
+ROW_SETTINGS = ("prompt_ignore_length",)  # settings of processors that have one value for each row of a batch
+
 
 class TokenChooser:
     """Chooses next tokens from raw target logits.
@@ -43,6 +47,17 @@ class TokenChooser:
     ) -> None:
         self.processors, self.do_sample, self.generator = processors, do_sample, generator
         self.row_wise = all(type(processor) in ROW_WISE for processor in processors)
+
+    def of_row(self, row: int, batch: int) -> TokenChooser:
+        """The same choice for one sequence of a batch: what processors know of each row is cut to this one's."""
+        if batch == 1 or self.row_wise:
+            return self
+        own = LogitsProcessorList(copy(processor) for processor in self.processors)
+        for processor in own:
+            for name, value in vars(processor).items():
+                if name in ROW_SETTINGS and isinstance(value, Tensor) and value.shape[:1] == (batch,):
+                    setattr(processor, name, value[row : row + 1])
+        return TokenChooser(own, self.do_sample, self.generator)
 
     def choose(self, logits: Tensor, prefix: Tensor) -> Tensor:
         """One token for each row.

@@ -15,8 +15,9 @@ PHASES = ("prefill", "draft", "tree", "verify", "accept", "commit")
 class Stats:
     """Counters of one request, or of many after `merge`.
 
-    ``new_tokens``: tokens given to the caller. ``cycles``: verification forwards. ``accept_lengths``: drafted tokens
-    accepted in each cycle, before any cut at the end of the answer. ``phases``: seconds in each phase.
+    ``new_tokens``: tokens given to the caller. ``cycles``: trees verified; a forward over a batch counts once for each
+    sequence. ``requests``: sequences. ``accept_lengths``: drafted tokens accepted in each cycle, before any cut at the
+    end of the answer. ``phases``: seconds in each phase.
     """
 
     new_tokens: int = 0
@@ -35,6 +36,12 @@ class Stats:
             yield
         finally:
             self.phases[name] += time.perf_counter() - start
+
+    def record_cycle(self, accepted: int, nodes: int) -> None:
+        """One tree of ``nodes`` nodes was verified and ``accepted`` of its drafted tokens were kept."""
+        self.cycles += 1
+        self.accept_lengths.append(accepted)
+        self.tree_sizes.append(nodes)
 
     @property
     def tau(self) -> float:

@@ -17,32 +17,32 @@ class Stopper:
 
     Args:
         criteria: prepared stopping criteria.
-        prompt: [1, S] ids.
+        prompt_length: P, tokens of the prompt with its padding; `generate` counts from there.
     """
 
-    def __init__(self, criteria: Iterable, prompt: Tensor) -> None:
-        self._prompt = prompt
+    def __init__(self, criteria: Iterable, prompt_length: int) -> None:
         self._custom = StoppingCriteriaList()
         self._ends: set[int] = set()
         self.max_new_tokens = 2**31
         for criterion in criteria:
             if isinstance(criterion, MaxLengthCriteria):
-                self.max_new_tokens = min(self.max_new_tokens, criterion.max_length - prompt.shape[1])
+                self.max_new_tokens = min(self.max_new_tokens, criterion.max_length - prompt_length)
             elif isinstance(criterion, EosTokenCriteria):
                 self._ends.update(criterion.eos_token_id.flatten().tolist())
             else:
                 self._custom.append(criterion)
 
-    def cut(self, before: list[int], added: list[int]) -> tuple[list[int], bool]:
-        """The part of ``added`` that belongs to the answer after the new tokens ``before``, and whether it is over."""
+    def cut(self, context: Tensor, before: list[int], added: list[int]) -> tuple[list[int], bool]:
+        """The part of ``added`` that belongs to the answer to ``context`` [1, P] after the new tokens ``before``, and
+        whether the answer is over."""
         for count, token in enumerate(added, start=1):
             length = len(before) + count
-            if token in self._ends or length >= self.max_new_tokens or self._custom_stop([*before, *added[:count]]):
+            if token in self._ends or length >= self.max_new_tokens:
+                return added[:count], True
+            if self._custom and self._custom_stop(context, [*before, *added[:count]]):
                 return added[:count], True
         return added, False
 
-    def _custom_stop(self, tokens: list[int]) -> bool:
-        if not self._custom:
-            return False
-        new = torch.tensor([tokens], dtype=self._prompt.dtype, device=self._prompt.device)
-        return bool(self._custom(torch.cat([self._prompt, new], dim=-1), None).all())
+    def _custom_stop(self, context: Tensor, tokens: list[int]) -> bool:
+        new = torch.tensor([tokens], dtype=context.dtype, device=context.device)
+        return bool(self._custom(torch.cat([context, new], dim=-1), None).all())

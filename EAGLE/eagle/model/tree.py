@@ -36,27 +36,34 @@ class DraftTree(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """Drafted nodes without the root: ``tokens`` [M], ``scores`` [M], ``parents`` [M] candidate indices, -1 = root."""
+    """Drafted nodes without the root: ``tokens`` [M], ``scores`` [M], ``parents`` [M] candidate indices, -1 = root.
+    A batch of sequences has [B, M] each."""
 
     tokens: Tensor
     scores: Tensor
     parents: Tensor
 
+    def of(self, row: int) -> Candidates:
+        """The candidates of one sequence of a batch."""
+        return Candidates(self.tokens[row], self.scores[row], self.parents[row])
+
 
 def top_children(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The ``top_k`` most probable next tokens of each row. ``logits`` [F, V] → ids [F, k], log-probabilities [F, k]."""
-    logits = logits.float()  # [F, V]
-    values, ids = logits.topk(min(top_k, logits.shape[-1]), dim=-1)  # [F, k]
+    """The ``top_k`` most probable next tokens of each row. ``logits`` [..., V] → ids, log-probabilities [..., k]."""
+    logits = logits.float()  # [..., V]
+    values, ids = logits.topk(min(top_k, logits.shape[-1]), dim=-1)  # [..., k]
     return ids, values - logits.logsumexp(dim=-1, keepdim=True)
 
 
 def choose_frontier(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """The ``top_k`` best of the children just drafted, which alone are drafted further.
 
-    ``scores`` [F, k] cumulative → ``flat`` [f] indices into the flattened children, ``parent_rows`` [f] their row.
+    ``scores`` [..., F, k] cumulative → ``flat`` [..., f] indices into the flattened children, ``parent_rows`` [..., f]
+    their row.
     """
-    flat = scores.flatten().topk(min(top_k, scores.numel())).indices  # [f]
-    return flat, flat // scores.shape[1]
+    joined = scores.flatten(-2)  # [..., F * k]
+    flat = joined.topk(min(top_k, joined.shape[-1])).indices  # [..., f]
+    return flat, flat // scores.shape[-1]
 
 
 def select_nodes(candidates: Candidates, root: Tensor, total_tokens: int, depth: int | None = None) -> DraftTree:

@@ -16,6 +16,7 @@ from eagle.train.loss import TOP, Losses
 from eagle.train.objective import DraftObjective, parameter_groups
 from eagle.train.schedule import BatchSizes
 from eagle.train.settings import TrainConfig, find_config
+from llava.device import cpu_has_bfloat16
 from llava.errors import UserError
 from llava.files import atomic_write, read_json
 
@@ -86,6 +87,15 @@ def read_deepspeed_config(path: str | Path) -> dict[str, Any]:
                 f"DeepSpeed config has '{key}'", where=path, fix="set it in the 'train' section of --config instead"
             )
     return config
+
+
+def suit_device(config: dict[str, Any], main: bool) -> dict[str, Any]:
+    """The config with bf16 switched off on a CPU that is slow in it; the main process says so."""
+    if not config.get("bf16", {}).get("enabled") or torch.accelerator.is_available() or cpu_has_bfloat16():
+        return config
+    if main:
+        print("this CPU has no bf16 arithmetic: training in float32", flush=True)
+    return {**config, "bf16": {**config["bf16"], "enabled": False}}
 
 
 class PlainEngine(Engine):

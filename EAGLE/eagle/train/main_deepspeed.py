@@ -25,7 +25,7 @@ from eagle.model.config import DraftConfig
 from eagle.model.draft import DraftModel
 from eagle.train.checkpoint import CheckpointStore, Progress, describe_run
 from eagle.train.curriculum import IMAGE, TEXT
-from eagle.train.engine import Engine, PlainEngine, read_deepspeed_config
+from eagle.train.engine import Engine, PlainEngine, read_deepspeed_config, suit_device
 from eagle.train.objective import DraftObjective
 from eagle.train.schedule import BatchSizes, Schedule
 from eagle.train.settings import TrainConfig, add_setting_flags, override, read_config
@@ -43,6 +43,7 @@ def main() -> None:
     data = load_data(args, draft_config, config)
     base = load_base_tensors(args.basepath)
     rank, world = join_processes()
+    deepspeed_config = suit_device(deepspeed_config, main=rank == 0)
     sizes = BatchSizes.from_deepspeed(deepspeed_config, world, where=args.deepspeed_config)
     schedule = data.schedule(sizes, config)
     store = open_store(args, data, config, main=rank == 0)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from eagle.ge_data.conversations import Unusable, read_conversation
-from eagle.ge_data.templates import Prepared, Template, template_of
+from eagle.ge_data.template import Prepared, Template
+from eagle.ge_data.templates import template_of
 from eagle.model.targets import Target
 
 from .conftest import image_row, text_row, turns

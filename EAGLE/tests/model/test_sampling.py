@@ -1,24 +1,31 @@
-"""Sampled output has exactly the target's distribution, the bonus token included: chi-square over many draws."""
+"""Sampled output has exactly the target's distribution, bonus tokens included: chi-square over many draws."""
+
+from __future__ import annotations
+
+import itertools
 
 import pytest
 import torch
-from scipy import stats
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from tiny_draft import make_draft
+from tiny_llava import make_image, make_liuhaotian
+from transformers import LogitsProcessorList
 
-from eagle.model.accept import accept_all_at_once
+from eagle import MSDModel, TreeConfig
+from eagle.exactness import SETTINGS, check_prompt, compare, draw, joined_p, pooled, processors_of, significant
 from eagle.model.sampling import TokenChooser
+from eagle.model.targets import load_target
 from eagle.model.tree import DraftTree, ancestor_mask
 
-VOCABULARY, DRAWS = 8, 20_000
-SETTINGS = {
-    "T 0.3": [TemperatureLogitsWarper(0.3)],
-    "T 0.7": [TemperatureLogitsWarper(0.7)],
-    "T 1.0": [],
-    "T 1.5": [TemperatureLogitsWarper(1.5)],
-    "top-k 3": [TopKLogitsWarper(3)],
-    "top-p 0.8": [TopPLogitsWarper(0.8)],
-    "T 0.7 top-k 5 top-p 0.9": [TemperatureLogitsWarper(0.7), TopKLogitsWarper(5), TopPLogitsWarper(0.9)],
-}
+VOCABULARY, DRAWS = 8, 50_000
+PLACES = {"first token", "inside the tree", "bonus after full acceptance"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> MSDModel:
+    folder = tmp_path_factory.mktemp("sampling")
+    base = make_liuhaotian(folder / "base")
+    draft = make_draft(folder / "draft", load_target(base, dtype=torch.float32), agree=1.0)
+    return MSDModel.from_pretrained(base, draft, dtype=torch.float32)
 
 
 def drawn_tree() -> DraftTree:
@@ -34,71 +41,105 @@ def node_logits() -> torch.Tensor:
     logits = torch.randn(5, VOCABULARY, generator=torch.Generator().manual_seed(3))
     logits[0, 0] += 2.0
     logits[1, 1] += 2.0
-    return logits
+    return logits  # at T 1.5 a full path still comes out 5 000 times in 50 000 draws
 
 
-def draw(processors, choose_bonus=None) -> dict[tuple[int, ...], torch.Tensor]:
-    """Counts of the next token, by the path before it: 'next after nothing', 'next after 0', 'next after 0 1'."""
-    tree, logits = drawn_tree(), node_logits()
-    chooser = TokenChooser(LogitsProcessorList(processors), True, torch.Generator().manual_seed(5))
-    counts = {(): torch.zeros(VOCABULARY), (0,): torch.zeros(VOCABULARY), (0, 1): torch.zeros(VOCABULARY)}
-    chosen = chooser.choose(logits.repeat(DRAWS, 1), torch.zeros(1, 1, dtype=torch.long)).view(DRAWS, 5)
-    for row in chosen:
-        accepted = accept_all_at_once(tree, row)
-        if choose_bonus is not None:
-            accepted.tokens[-1] = choose_bonus(logits[accepted.path[-1]])
-        for length in range(len(accepted.tokens)):
-            path = tuple(accepted.tokens[:length])
-            if path in counts:
-                counts[path][accepted.tokens[length]] += 1
-    return counts
+class RawBonus(TokenChooser):
+    """A mutant: the bonus token after full acceptance ignores temperature, top-k and top-p."""
 
-
-def p_value(counts: torch.Tensor, logits: torch.Tensor, processors) -> float:
-    """Chi-square of counts against the processed distribution; 0 where an impossible token came out."""
-    scores = LogitsProcessorList(processors)(torch.zeros(1, 1, dtype=torch.long), logits[None].clone())
-    expected = scores[0].double().softmax(-1) * counts.double().sum()
-    if counts[expected == 0].sum() > 0:
-        return 0.0
-    common = expected >= 5
-    observed = torch.cat([counts[common], counts[~common].sum()[None]]).double()
-    expected = torch.cat([expected[common], expected[~common].sum()[None]])
-    keep = expected > 0
-    if keep.sum() < 2:
-        return 1.0
-    return float(stats.chisquare(observed[keep], expected[keep]).pvalue)
+    def choose(self, logits: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
+        chosen = super().choose(logits, prefix).view(-1, 5)
+        raw = torch.multinomial(logits.softmax(-1), 1, generator=self.generator).view(-1, 5)
+        leaves = torch.tensor([False, False, True, True, True])
+        return torch.where(leaves, raw, chosen).flatten()
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_every_token_has_the_targets_distribution(name):
-    processors, logits = SETTINGS[name], node_logits()
-    counts = draw(processors)
-    for path, node in {(): 0, (0,): 1, (0, 1): 3}.items():
-        assert counts[path].sum() > 300, "the tree must be entered often enough to say anything"
-        assert p_value(counts[path], logits[node], processors) > 1e-3, (name, path)
+def test_every_token_has_the_targets_distribution(name: str) -> None:
+    tree, logits, processors = drawn_tree(), node_logits(), processors_of(SETTINGS[name])
+    counts = draw(tree, logits, TokenChooser(processors, True, torch.Generator().manual_seed(5)), DRAWS)
+    fits = compare(tree, logits, counts, processors, name)
+    assert {fit.where for fit in fits} == PLACES
+    assert not significant(fits)
+    assert all(fit.variation < (VOCABULARY / fit.draws) ** 0.5 for fit in fits)
 
 
-def test_the_test_sees_a_bonus_token_that_ignores_the_temperature():
-    processors, logits = SETTINGS["T 0.3"], node_logits()
-    generator = torch.Generator().manual_seed(6)
-
-    def from_raw_logits(row):
-        return int(torch.multinomial(row.softmax(-1), 1, generator=generator))
-
-    counts = draw(processors, choose_bonus=from_raw_logits)
-    assert p_value(counts[(0, 1)], logits[3], processors) < 1e-6
+@pytest.mark.parametrize("name", ["T 0.3", "T 1.5", "top-k 3", "top-p 0.8"])
+def test_a_bonus_token_that_ignores_the_settings_is_seen(name: str) -> None:
+    tree, logits, processors = drawn_tree(), node_logits(), processors_of(SETTINGS[name])
+    counts = draw(tree, logits, RawBonus(processors, True, torch.Generator().manual_seed(5)), DRAWS)
+    failed = significant(compare(tree, logits, counts, processors, name))
+    assert [fit.where for fit in failed] == ["bonus after full acceptance"]
 
 
-def test_greedy_needs_no_processor_and_reads_the_largest():
+def test_trees_of_the_engine_pass(model: MSDModel) -> None:
+    inputs = model.target.prepare("USER: <image>\nHow many? ASSISTANT:", [make_image()])
+    chosen = {name: SETTINGS[name] for name in ("T 1.0", "T 0.7, top-k 20, top-p 0.9")}
+    fits = check_prompt(model, inputs, TreeConfig(3, 4, 20), 4000, settings=chosen)
+    assert {fit.setting for fit in fits} == set(chosen)
+    assert not significant(fits)
+
+
+@torch.inference_mode()
+def path_probabilities(model: MSDModel, inputs: dict, processors: LogitsProcessorList, length: int) -> dict:
+    """Probability of every possible answer of ``length`` tokens, by plain forwards."""
+    paths = {(): 1.0}
+    for _ in range(length):
+        longer = {}
+        for path, probability in paths.items():
+            ids = torch.cat([inputs["input_ids"], torch.tensor([path], dtype=torch.long)], dim=1)
+            full = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            scores = processors(ids, model.target.model(**full).logits[:, -1].float())[0].double().softmax(-1)
+            for token in scores.nonzero().flatten().tolist():
+                longer[(*path, token)] = probability * float(scores[token])
+        paths = longer
+    return paths
+
+
+def test_whole_answers_have_the_targets_distribution(model: MSDModel) -> None:
+    """From prompt to answer through `generate`: three tokens, that is a prefill and at least one verified tree."""
+    inputs = model.target.prepare("USER: <image>\nHow many? ASSISTANT:", [make_image()])
+    settings = {"temperature": 0.8, "top_k": 3, "top_p": 1.0}
+    processors = processors_of({"temperature": 0.8, "top_k": 3})
+    wanted = path_probabilities(model, inputs, processors, 3)
+    assert len(wanted) == 27
+    counts, accepted = dict.fromkeys(wanted, 0), 0
+    for seed in range(12):
+        output = model.generate(
+            **inputs, **settings, do_sample=True, seed=seed, num_return_sequences=250, max_new_tokens=3,
+            tree=TreeConfig(1, 40, 60), eos_token_id=None,
+        )  # fmt: skip
+        accepted += sum(output.stats.accept_lengths)
+        for row in output.sequences[:, -3:].tolist():
+            counts[tuple(row)] += 1
+    assert accepted > 100
+    observed, expected = pooled(torch.tensor(list(counts.values())), torch.tensor(list(wanted.values())))
+    statistic = float(((observed - expected) ** 2 / expected).sum())
+    assert joined_p([(statistic, len(expected) - 1)]) > 1e-3
+
+
+def test_chi_square_agrees_with_scipy() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    observed, expected = torch.tensor([18.0, 30.0, 52.0]), torch.tensor([25.0, 25.0, 50.0])
+    statistic = float(((observed - expected) ** 2 / expected).sum())
+    assert joined_p([(statistic, 2)]) == pytest.approx(float(stats.chisquare(observed, expected).pvalue), rel=1e-6)
+
+
+def test_greedy_needs_no_processor_and_reads_the_largest() -> None:
     chooser = TokenChooser(LogitsProcessorList(), do_sample=False)
     assert chooser.choose(torch.tensor([[0.0, 2.0], [3.0, 1.0]]), torch.zeros(1, 1)).tolist() == [1, 0]
 
 
-def test_same_seed_same_tokens():
+def test_same_seed_same_tokens() -> None:
     logits = node_logits()
 
-    def tokens(seed):
+    def tokens(seed: int) -> list[int]:
         chooser = TokenChooser(LogitsProcessorList(), True, torch.Generator().manual_seed(seed))
         return chooser.choose(logits.repeat(20, 1), torch.zeros(1, 1, dtype=torch.long)).tolist()
 
     assert tokens(1) == tokens(1) != tokens(2)
+
+
+def test_settings_cover_what_users_turn() -> None:
+    wanted = itertools.chain((f"T {t}" for t in (0.3, 0.7, 1.0, 1.5)), ("top-k 3", "top-p 0.8"))
+    assert set(wanted) <= set(SETTINGS)

@@ -10,11 +10,12 @@ from huggingface_hub import hf_hub_download
 from eagle.model.checkpoint import HUB_KEYS, hub_errors
 from eagle.model.targets.base import Prefill, Target
 from eagle.model.targets.llava import LlavaTarget
-from eagle.model.targets.qwen2_vl import Qwen2VLTarget
+from eagle.model.targets.llava_next import LlavaNextTarget
+from eagle.model.targets.qwen2_vl import Qwen2_5VLTarget, Qwen2VLTarget
 from llava.errors import UserError
 from llava.files import read_json
 
-FAMILIES: tuple[type[Target], ...] = (LlavaTarget, Qwen2VLTarget)
+FAMILIES: tuple[type[Target], ...] = (LlavaTarget, LlavaNextTarget, Qwen2VLTarget, Qwen2_5VLTarget)
 
 __all__ = ["FAMILIES", "Prefill", "Target", "load_target"]
 
@@ -23,7 +24,7 @@ def load_target(path: str | Path, dtype: Any = "auto", device_map: Any = None, *
     """Loads a base model of any supported family from a folder or the hub.
 
     Args:
-        dtype: a torch dtype or its name, or "auto" for the checkpoint's own.
+        dtype: a torch dtype or its name, or "auto" for the checkpoint's own (float32 on a CPU that is slow in 16 bit).
         device_map: as in transformers.
         kwargs: hub settings (``revision``, ``cache_dir``, ``local_files_only``, ``token``) and whatever else
             transformers' ``from_pretrained`` takes, such as ``quantization_config``.

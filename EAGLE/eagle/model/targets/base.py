@@ -4,7 +4,7 @@ embedded, how positions are numbered, and how a conversation is written."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -21,12 +21,14 @@ class Prefill(NamedTuple):
     """The target's view of a prompt.
 
     ``hidden`` [B, S, H] after the final norm; ``embeds`` [B, S, H] the input rows, image rows being the projected image
-    features; ``image_mask`` [B, S] bool; ``next_position`` [B] the position number of the token after the prompt.
+    features; ``image_mask`` [B, S] bool; ``positions`` [B, S], or [3, B, S] with M-RoPE, the position numbers;
+    ``next_position`` [B] that of the token after the prompt.
     """
 
     hidden: Tensor
     embeds: Tensor
     image_mask: Tensor
+    positions: Tensor
     next_position: Tensor
 
 
@@ -125,27 +127,54 @@ class Target(ABC):
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         devices = [next(layer.parameters()).device for layer in self.text_model.layers]
-        return KVCache(devices, batch, heads, head_dim, capacity, self.dtype)
+        return KVCache.allocate(devices, batch, heads, head_dim, capacity, self.dtype)
 
-    def prefill(self, inputs: Mapping[str, Any], cache: KVCache | None = None) -> Prefill:
-        """One forward over the prompt.
+    def prefill(self, inputs: Mapping[str, Any]) -> Prefill:
+        """One forward over prompts, without a cache.
 
         Args:
             inputs: ``input_ids`` [B, S] with one id per image feature, ``attention_mask`` [B, S] where rows are padded,
                 and the family's image inputs.
-            cache: filled where given.
         """
         input_ids = inputs["input_ids"]
         embeds, image_mask = self.embed_prompt(input_ids, inputs)
-        position_ids, next_position = self.prompt_positions(input_ids, inputs)
+        positions, next_position = self.prompt_positions(input_ids, inputs)
         output = self.text_model(
             inputs_embeds=embeds,
             attention_mask=inputs.get("attention_mask"),
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=cache is not None,
+            position_ids=positions,
+            use_cache=False,
         )
-        return Prefill(output.last_hidden_state, embeds, image_mask, next_position)
+        return Prefill(output.last_hidden_state, embeds, image_mask, positions, next_position)
+
+    def prefill_each(self, inputs: Mapping[str, Any], cache: KVCache) -> Iterator[Prefill]:
+        """Fills the cache, one sequence after the other and without their padding, so that each is read exactly as it
+        would be alone. Pictures of all sequences are encoded together.
+
+        Args:
+            inputs: as for `prefill`; padding may be on either side.
+            cache: an empty one for these sequences.
+
+        Yields:
+            The `Prefill` of each sequence, [1, its own length].
+        """
+        input_ids = inputs["input_ids"]
+        embeds, image_mask = self.embed_prompt(input_ids, inputs)
+        positions, next_position = self.prompt_positions(input_ids, inputs)
+        attention_mask = inputs.get("attention_mask")
+        lengths = []
+        for row in range(input_ids.shape[0]):
+            keep = slice(None) if attention_mask is None else attention_mask[row].bool()
+            own_embeds, own_images = embeds[row : row + 1, keep], image_mask[row : row + 1, keep]
+            own_positions = positions[..., row : row + 1, :][..., keep]
+            part = cache.sequence(row)
+            output = self.text_model(
+                inputs_embeds=own_embeds, position_ids=own_positions, past_key_values=part, use_cache=True
+            )
+            lengths.append(part.length)
+            own_next = next_position[row : row + 1]
+            yield Prefill(output.last_hidden_state, own_embeds, own_images, own_positions, own_next)
+        cache.truncate(lengths)
 
     def verify(self, tokens: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
         """One forward over the nodes of a tree, appended to the cache.
@@ -153,7 +182,8 @@ class Target(ABC):
         Args:
             tokens: [B, N] ids in node order.
             positions: [B, N] position number of each node.
-            mask: [1 or B, 1, N, past + N] additive; None for a single node, which sees everything.
+            mask: [B, 1, N, longest past + N] additive; None for a single node of a single sequence, which sees
+                everything.
 
         Returns:
             [B, N, H] hidden states after the final norm.

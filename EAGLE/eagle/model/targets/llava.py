@@ -17,6 +17,7 @@ class LlavaTarget(Target):
 
     family = "llava"
     model_types = ("llava", "llava_llama")
+    image_inputs: tuple[str, ...] = ("pixel_values",)
 
     @classmethod
     def load(cls, path: str, **kwargs: Any) -> LlavaTarget:
@@ -25,7 +26,9 @@ class LlavaTarget(Target):
 
     def embed_prompt(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         embeds = self.model.get_input_embeddings()(input_ids)  # [B, S, H]
-        features = gather_image_features(self.model, inputs, "image", pixel_values=inputs.get("pixel_values"))
+        features = gather_image_features(
+            self.model, inputs, "image", **{name: inputs.get(name) for name in self.image_inputs}
+        )
         image_mask = input_ids == self.config.image_token_id
         if inputs.get("attention_mask") is not None:
             image_mask &= inputs["attention_mask"].bool()  # padding may use the same id

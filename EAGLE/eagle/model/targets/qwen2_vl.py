@@ -1,4 +1,4 @@
-"""Qwen2-VL as target: M-RoPE positions in three rows, image tokens by the picture's size, videos."""
+"""Qwen2-VL and Qwen2.5-VL as target: M-RoPE positions in three rows, image tokens by the picture's size, videos."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoProcessor, PreTrainedModel, Qwen2VLForConditionalGeneration
+from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
 
-from eagle.model.checkpoint import HUB_KEYS
 from eagle.model.targets.base import Target, gather_image_features, place_features
-from llava.errors import UserError
-from llava.image import load_image
+from eagle.model.targets.stock import load_stock, prepare_stock, stock_chat
 
 TEXT, IMAGE, VIDEO = 0, 1, 2  # transformers' mm_token_type_ids
 
@@ -26,15 +24,7 @@ class Qwen2VLTarget(Target):
 
     @classmethod
     def load(cls, path: str, **kwargs: Any) -> Qwen2VLTarget:
-        hub = {key: kwargs[key] for key in HUB_KEYS if key in kwargs}
-        settings = {"attn_implementation": "sdpa", **{key: value for key, value in kwargs.items() if value is not None}}
-        try:
-            processor = AutoProcessor.from_pretrained(path, **hub)
-            model = cls.model_class.from_pretrained(path, **settings)
-        except (OSError, ValueError, RuntimeError) as error:
-            first_line = str(error).strip().splitlines()[0]
-            raise UserError("base model cannot be loaded", where=path, fix=first_line) from error
-        return cls(model, processor)
+        return cls(*load_stock(cls.model_class, path, **kwargs))
 
     def token_types(self, input_ids: Tensor) -> Tensor:
         """[B, S]: 0 text, 1 image, 2 video."""
@@ -73,20 +63,17 @@ class Qwen2VLTarget(Target):
         return positions.expand(3, -1, -1)
 
     def prepare(self, prompt: str | Sequence[str], images: Sequence[Any] = ()) -> dict[str, Any]:
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        pictures = [load_image(image) for image in images]
-        marks = sum(text.count(self.processor.image_token) for text in prompts)
-        if marks != len(pictures):
-            raise UserError(f"prompt has {marks} image mark(s), but {len(pictures)} picture(s) were given")
-        batch = self.processor(text=prompts, images=pictures or None, return_tensors="pt", padding=len(prompts) > 1)
-        return dict(batch.to(self.device))
+        return dict(prepare_stock(self.processor, prompt, images).to(self.device))
 
     def chat_prompt(
         self, question: str, num_images: int = 0, history: Sequence[tuple[str, str]] = (), system: str | None = None
     ) -> str:
-        messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
-        for asked, answered in history:
-            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-        pictures = [{"type": "image"}] * num_images
-        messages.append({"role": "user", "content": [*pictures, {"type": "text", "text": question}]})
-        return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return stock_chat(self.processor, question, num_images, history, system)
+
+
+class Qwen2_5VLTarget(Qwen2VLTarget):
+    """Qwen2.5-VL: another vision tower and seconds on the time axis of videos, all else as Qwen2-VL."""
+
+    family = "qwen2_5_vl"
+    model_types = ("qwen2_5_vl",)
+    model_class = Qwen2_5_VLForConditionalGeneration

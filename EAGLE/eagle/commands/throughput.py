@@ -1,0 +1,95 @@
+"""Measure tokens per second at several batch sizes, with MSD and plainly: where does speculation stop paying?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from eagle.benchmark import Contestant, hardware, interleave, versions
+from eagle.commands.options import add_data_options, add_length_option, add_model_options, load_model, positive
+from eagle.commands.questions import Question, read_questions
+from eagle.model.msd import MSDModel
+from eagle.model.stats import Stats
+from llava.errors import UserError
+from llava.files import atomic_write
+
+SIZES = (1, 2, 4, 8)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `msd throughput`."""
+    add_model_options(parser)
+    add_data_options(parser)
+    add_length_option(parser, 128)
+    parser.add_argument("--batch-sizes", type=positive, nargs="+", default=list(SIZES), help="(default: 1 2 4 8)")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the report here as JSON too")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Greedy answers to the same questions at every batch size, MSD and plain decoding in turn."""
+    questions = read_questions(arguments.data, arguments.limit)
+    if len(questions) < max(arguments.batch_sizes):
+        raise UserError(f"{len(questions)} questions are fewer than a batch of {max(arguments.batch_sizes)}")
+    model = load_model(arguments)
+    rows = []
+    for size in arguments.batch_sizes:
+        groups = [questions[start : start + size] for start in range(0, len(questions) - size + 1, size)]
+        settings = {"max_new_tokens": arguments.max_new_tokens, "temperature": 0.0}
+        msd = Contestant("MSD", answer_group(model, {**settings, "use_msd": True}))
+        plain = Contestant("plain", answer_group(model, {**settings, "use_msd": False}))
+        progress = tqdm(total=len(groups), desc=f"batches of {size}", file=sys.stderr)
+        for _ in interleave([msd, plain], groups, warm_up=1):
+            progress.update()
+        progress.close()
+        rows.append(row_of(model, size, msd.total, plain.total))
+    Console().print(table_of(rows))
+    if arguments.out:
+        report = {"rows": rows, "versions": versions(), "hardware": hardware(model.device), "dtype": str(model.dtype)}
+        with atomic_write(arguments.out) as temporary:
+            temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def answer_group(model: MSDModel, settings: dict[str, Any]) -> Callable[[Sequence[Question]], Stats]:
+    """Answers a batch of questions."""
+
+    def answer(group: Sequence[Question]) -> Stats:
+        prompts = [model.target.chat_prompt(each.question, num_images=len(each.images)) for each in group]
+        inputs = model.target.prepare(prompts, [image for each in group for image in each.images])
+        return model.generate(**inputs, **settings).stats
+
+    return answer
+
+
+def row_of(model: MSDModel, size: int, msd: Stats, plain: Stats) -> dict[str, Any]:
+    """What was measured at one batch size."""
+    return {
+        "batch": size,
+        "tree": asdict(model.tree.for_batch(size)),
+        "plain": plain.tokens_per_second,
+        "msd": msd.tokens_per_second,
+        "speedup": msd.tokens_per_second / plain.tokens_per_second,
+        "tau": msd.tau,
+    }
+
+
+def table_of(rows: Sequence[dict[str, Any]]) -> Table:
+    """One line a batch size."""
+    table = Table(title="tokens per second of a whole batch, greedy")
+    for column in ("batch", "nodes a sequence", "τ", "plain", "MSD", "speed-up"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row["batch"]), str(row["tree"]["total_tokens"]), f"{row['tau']:.2f}", f"{row['plain']:.0f}",
+            f"{row['msd']:.0f}", f"{row['speedup']:.2f}x",
+        )  # fmt: skip
+    return table

@@ -1,0 +1,168 @@
+"""Is sampled output distributed as the target's own? Chi-square over many draws of real trees.
+
+For one prompt the engine drafts a tree and verifies it once. Then acceptance runs ``draws`` times on the same logits,
+as it does in decoding, and each token that comes out is counted by the node it was drawn at. At every node that was
+reached often enough the counts are compared with the target's processed distribution there. A token drawn at a node
+without drafted children is a bonus token after full acceptance; one that leaves the tree at an inner node is a bonus
+token after partial acceptance; both are among the counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+from transformers.generation import logits_process as hf
+
+from eagle.model.accept import accepted_nodes
+from eagle.model.config import TreeConfig
+from eagle.model.decode import Decoder
+from eagle.model.msd import MSDModel
+from eagle.model.sampling import TokenChooser
+from eagle.model.stopping import Stopper
+from eagle.model.tree import DraftTree
+
+CHUNK = 1000  # draws at once
+ENOUGH = 500  # draws at a node, from which on it is tested
+POOLED = 5.0  # categories expected less often than this are counted together
+
+SETTINGS: dict[str, dict[str, float]] = {
+    "T 0.3": {"temperature": 0.3},
+    "T 0.7": {"temperature": 0.7},
+    "T 1.0": {"temperature": 1.0},
+    "T 1.5": {"temperature": 1.5},
+    "top-k 3": {"top_k": 3},
+    "top-p 0.8": {"top_p": 0.8},
+    "T 0.7, top-k 20, top-p 0.9": {"temperature": 0.7, "top_k": 20, "top_p": 0.9},
+    "T 1.5, top-k 50": {"temperature": 1.5, "top_k": 50},
+    "T 1.5, top-p 0.95": {"temperature": 1.5, "top_p": 0.95},
+}
+
+
+def processors_of(settings: Mapping[str, float]) -> LogitsProcessorList:
+    """transformers' processors for settings, in the order in which its `generate` applies them."""
+    made: list[Any] = []
+    if settings.get("temperature", 1.0) != 1.0:
+        made.append(hf.TemperatureLogitsWarper(settings["temperature"]))
+    if "top_k" in settings:
+        made.append(hf.TopKLogitsWarper(int(settings["top_k"])))
+    if "top_p" in settings:
+        made.append(hf.TopPLogitsWarper(settings["top_p"]))
+    return LogitsProcessorList(made)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One comparison. ``where``: how the token follows the root; ``variation``: total variation distance between counts
+    and distribution; ``p``: chi-square p-value, 0 where an impossible token came out."""
+
+    setting: str
+    where: str
+    nodes: int
+    draws: int
+    variation: float
+    p: float
+
+
+@torch.inference_mode()
+def first_cycle(model: MSDModel, inputs: Mapping[str, Any], tree: TreeConfig) -> tuple[DraftTree, Tensor]:
+    """The engine's first tree for a prompt and the target's logits [N, V] at its nodes."""
+    chooser, stopper = TokenChooser(LogitsProcessorList(), False), Stopper([], inputs["input_ids"].shape[1])
+    stopper.max_new_tokens = tree.depth + 3
+    decoder = Decoder(model.target, model.draft, dict(inputs), chooser, stopper, tree)
+    decoder.prefill()
+    trees = decoder.draft()
+    _, logits = decoder.verify(trees)
+    return trees[0], logits[0].float()
+
+
+def draw(tree: DraftTree, logits: Tensor, chooser: TokenChooser, draws: int) -> Tensor:
+    """[N, V] how often each token came out at each node in ``draws`` acceptances: every accepted node gives one."""
+    counts = torch.zeros_like(logits, dtype=torch.long)
+    prefix = torch.zeros(1, 1, dtype=torch.long)
+    for start in range(0, draws, CHUNK):
+        number = min(CHUNK, draws - start)
+        chosen = chooser.choose(logits.repeat(number, 1), prefix).view(number, -1)  # [number, N]
+        accepted = accepted_nodes(tree, chosen).long()
+        counts.scatter_add_(1, chosen.T, accepted.T)
+    return counts
+
+
+def pooled(counts: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+    """Observed and expected counts with rare categories joined; both [C], float64."""
+    expected = probabilities.double() * counts.sum()
+    common = expected >= POOLED
+    observed = torch.cat([counts[common], counts[~common].sum()[None]]).double()
+    expected = torch.cat([expected[common], expected[~common].sum()[None]])
+    if expected[-1] < POOLED and len(expected) > 2:  # what is left is too rare to stand alone
+        smallest = int(expected[:-1].argmin())
+        observed[smallest] += observed[-1]
+        expected[smallest] += expected[-1]
+        observed, expected = observed[:-1], expected[:-1]
+    return observed, expected
+
+
+def place_of(tree: DraftTree, node: int) -> str:
+    """Where a token drawn at a node stands in the answer."""
+    if node == 0:
+        return "first token"
+    inner = bool((tree.parents == node).any())
+    return "inside the tree" if inner else "bonus after full acceptance"
+
+
+def compare(
+    tree: DraftTree, logits: Tensor, counts: Tensor, processors: LogitsProcessorList, setting: str
+) -> list[Fit]:
+    """One `Fit` for each kind of place; the chi-square statistics of its nodes are joined."""
+    scores = processors(torch.zeros(len(logits), 1, dtype=torch.long), logits.clone())
+    wanted = scores.double().softmax(-1)  # [N, V]
+    groups: dict[str, list[int]] = {}
+    for node in range(tree.size):
+        if int(counts[node].sum()) >= ENOUGH:
+            groups.setdefault(place_of(tree, node), []).append(node)
+    fits = []
+    for place, nodes in groups.items():
+        impossible = any(int(counts[node][wanted[node] == 0].sum()) for node in nodes)
+        parts = [pooled(counts[node], wanted[node]) for node in nodes]
+        total = int(counts[nodes].sum())
+        variation = sum(float((observed - expected).abs().sum()) / 2 for observed, expected in parts) / total
+        statistics = [(float(((o - e)[e > 0] ** 2 / e[e > 0]).sum()), int((e > 0).sum()) - 1) for o, e in parts]
+        p = 0.0 if impossible else joined_p(statistics)
+        fits.append(Fit(setting, place, len(nodes), total, variation, p))
+    return fits
+
+
+def joined_p(statistics: Sequence[tuple[float, int]]) -> float:
+    """p-value of independent chi-square statistics (value, degrees of freedom) taken together."""
+    freedom = sum(degrees for _, degrees in statistics)
+    if freedom < 1:
+        return 1.0
+    value = sum(number for number, _ in statistics)
+    return float(torch.special.gammaincc(torch.tensor(freedom / 2).double(), torch.tensor(value / 2).double()))
+
+
+def significant(fits: Sequence[Fit], level: float = 0.001) -> list[Fit]:
+    """The comparisons that fail at ``level`` for all of them together (Bonferroni)."""
+    return [fit for fit in fits if fit.p < level / len(fits)]
+
+
+def check_prompt(
+    model: MSDModel,
+    inputs: Mapping[str, Any],
+    tree: TreeConfig,
+    draws: int,
+    seed: int = 0,
+    settings: Mapping[str, Mapping[str, float]] = SETTINGS,
+) -> list[Fit]:
+    """All settings on one prompt."""
+    drafted, logits = first_cycle(model, inputs, tree)
+    fits = []
+    for number, (name, chosen) in enumerate(settings.items()):
+        processors = processors_of(chosen)
+        chooser = TokenChooser(processors, True, torch.Generator(device=logits.device).manual_seed(seed + number))
+        fits += compare(drafted, logits, draw(drafted, logits, chooser, draws), processors, name)
+    return fits

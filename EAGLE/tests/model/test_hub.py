@@ -1,0 +1,85 @@
+"""Base and draft by their hub names, from a loopback server that speaks the hub's protocol."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import COMMIT, HubServer
+from tiny_draft import make_draft
+from tiny_llava import make_image, make_liuhaotian, make_llava_hf
+from tiny_stock import make_qwen
+
+from eagle.model.targets import load_target
+
+BASES = {"tiny/llava-bin": make_liuhaotian, "tiny/llava-hf": make_llava_hf, "tiny/qwen": make_qwen}
+
+
+@pytest.fixture(scope="module")
+def repositories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("repositories")
+    for name, make in BASES.items():
+        make(root / name)
+        make_draft(root / f"{name}-msd", load_target(root / name, dtype="float32"))
+    draft = root / "tiny/llava-bin-msd"
+    from safetensors.torch import load_file
+
+    torch.save(load_file(draft / "model.safetensors"), draft / "pytorch_model.bin")  # as most published drafts
+    (draft / "model.safetensors").unlink()
+    make_image(root / "picture.png")
+    return root
+
+
+@pytest.fixture
+def hub(repositories: Path) -> Iterator[HubServer]:
+    with HubServer(repositories) as server:
+        yield server
+
+
+def generate(root: Path, base: str, draft: str, environment: dict[str, str], *more: str) -> subprocess.CompletedProcess:
+    command = [
+        sys.executable, "-m", "eagle.cli", "generate", "--base-model", base, "--msd-model", draft, "--dtype", "float32",
+        "--prompt", "Which colours?", "--image", str(root / "picture.png"), "--max-new-tokens", "12", *more,
+    ]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=120)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_hub_names_work_like_folders(repositories: Path, hub: HubServer, tmp_path: Path, name: str) -> None:
+    local = generate(repositories, str(repositories / name), str(repositories / f"{name}-msd"), {})
+    assert local.returncode == 0, local.stderr
+    remote = generate(repositories, name, f"{name}-msd", hub.environment(tmp_path))
+    assert remote.returncode == 0, remote.stderr
+    assert remote.stdout == local.stdout
+    assert any(path.endswith("-msd/resolve/" + COMMIT + "/config.json") for _, path in hub.requests) or any(
+        path.endswith("-msd/resolve/main/config.json") for _, path in hub.requests
+    )
+
+    before = len(hub.requests)
+    offline = generate(repositories, name, f"{name}-msd", {**hub.environment(tmp_path), "HF_HUB_OFFLINE": "1"})
+    assert offline.returncode == 0, offline.stderr
+    assert offline.stdout == local.stdout
+    assert len(hub.requests) == before
+
+
+@pytest.mark.parametrize(
+    ("base", "draft", "more"),
+    [
+        ("tiny/absent", "tiny/llava-hf-msd", ()),
+        ("tiny/llava-hf", "tiny/absent", ()),
+        ("tiny/llava-hf", "tiny/llava-hf-msd", ("--revision", "v9")),
+        ("tiny/llava-hf", "tiny/qwen-msd", ()),
+    ],
+)
+def test_what_the_hub_lacks_is_one_clear_line(
+    repositories: Path, hub: HubServer, tmp_path: Path, base: str, draft: str, more: tuple[str, ...]
+) -> None:
+    done = generate(repositories, base, draft, hub.environment(tmp_path), *more)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and "Traceback" not in done.stderr
