@@ -48,7 +48,7 @@ def _number(chart: Chart, i: int) -> Fact:
 def ask_value(rng: Random, chart: Chart) -> Turn:
     """One value."""
     i, p = rng.randrange(len(chart.names)), part(chart)
-    n, short = chart.names[i], rng.random() < 0.3
+    n, short = chart.names[i], rng.random() < 0.15
     core = rng.choice((
         f"What is the value of {n}?", f"How much does {n} have?", f"Which number belongs to {n}?",
         f"How large is the {p} of {n}?", f"What does the chart say about {n}?", f"Where does {n} stand?",
@@ -101,7 +101,7 @@ def ask_title(rng: Random, chart: Chart) -> Turn:
 def ask_colour(rng: Random, chart: Chart) -> Turn:
     """From a name to its colour."""
     i, p = rng.randrange(len(chart.names)), part(chart)
-    n, short = chart.names[i], rng.random() < 0.3
+    n, short = chart.names[i], rng.random() < 0.15
     core = rng.choice((
         f"Which colour does {n} have?", f"What is the colour of {n}?", f"How is {n} coloured?",
         f"In which colour is the {p} of {n} drawn?", f"By which colour can I find {n}?",
@@ -117,7 +117,7 @@ def ask_colour(rng: Random, chart: Chart) -> Turn:
 def ask_stands(rng: Random, chart: Chart) -> Turn:
     """From a colour to its name."""
     i, p = rng.randrange(len(chart.names)), part(chart)
-    c, short = chart.colours[i], rng.random() < 0.3
+    c, short = chart.colours[i], rng.random() < 0.15
     core = rng.choice((
         f"What does the {c} {p} stand for?", f"Which name belongs to the colour {c}?", f"Who is shown in {c}?",
         f"What is the meaning of {c} in this chart?", f"Whose {p} is {c}?",

@@ -50,7 +50,7 @@ def ask_place(rng: Random, scene: Scene) -> Turn:
     empty = [p for p in range(len(PLACES)) if p not in {t.place for t in scene.things}]
     thing = rng.choice(scene.things) if rng.random() < 0.8 else None
     index = thing.place if thing else rng.choice(empty)
-    place, short = PLACES[index], rng.random() < 0.3
+    place, short = PLACES[index], rng.random() < 0.15
     core = rng.choice((
         f"What is at the {place}?", f"Which shape do you see at the {place}?", f"Is there anything at the {place}?",
         f"Look at the {place} of the picture. What is there?", f"Tell me about the {place}.",
@@ -73,7 +73,7 @@ def ask_count(rng: Random, scene: Scene) -> Turn:
         "How many shapes are there?", "Count the shapes.", "How many things do you see?",
         "What is the number of shapes in this picture?", "Can you count everything for me?",
     ))  # fmt: skip
-    short, k = rng.random() < 0.3, len(scene.things)
+    short, k = rng.random() < 0.15, len(scene.things)
     answer = f"The picture shows {k} shapes."
     if not short:
         where = listing([f"the {t.shape} at the {PLACES[t.place]}" for t in scene.things])
@@ -117,7 +117,7 @@ def ask_where(rng: Random, scene: Scene) -> Turn | None:
     if not single:
         return None
     thing = rng.choice(single)
-    name, short = f"{thing.colour} {thing.shape}", rng.random() < 0.3
+    name, short = f"{thing.colour} {thing.shape}", rng.random() < 0.15
     core = rng.choice((
         f"Where is the {name}?", f"At which place do you see the {name}?", f"I cannot find the {name}. Where is it?",
         f"In which part of the picture is the {name}?", f"Find the {name}, please.",

@@ -223,7 +223,7 @@ def _line(rng: Random, table: Table, kind: str) -> Chart | None:
     values = tuple(tuple(v) for v in fit[1])
     if any(_too_close([row[i] for row in values], fit[0]) for i in range(length)):
         return None
-    period = f"{points[0]}-{points[-1]}"
+    period = f"{points[0]} to {points[-1]}"
     return Chart(kind, table.field, period, table.unit, names, values, _colours(rng, count), fit[0], points)
 
 

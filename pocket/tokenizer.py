@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from random import Random
 
 from .encode import SYSTEM
 from .english import topics
 from .sample import converse
+from .tables import tables
 
 VOCABULARY = 2048
 CONFIG = {
@@ -20,8 +22,14 @@ CONFIG = {
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
 
 
+NUMBERS, NUMBER_LINES = 101, 400
+
+
 def corpus(number: int, seed: int) -> list[str]:
-    """The sentences the tokenizer learns from: conversations, every English paragraph and the system prompt."""
+    """The sentences the tokenizer learns from: conversations, every English paragraph and the system prompt.
+
+    Numbers stand alone in them, and each occurs often, so that a number or a year is one token whatever follows it.
+    """
     rng = Random(f"tokenizer-{seed}")
     lines = []
     for i in range(number):
@@ -30,7 +38,9 @@ def corpus(number: int, seed: int) -> list[str]:
             lines.append(SYSTEM)
     for topic in topics():
         lines += [topic.name, *topic.paragraphs] * 3
-    return lines
+    years = {period for table in tables() for row in table.rows.values() for period in row}
+    lines += [str(n) for n in (*range(NUMBERS), *sorted(years)) for _ in range(NUMBER_LINES)]
+    return [re.sub(r" *(\d+) *", r" \1 ", line).strip() for line in lines]
 
 
 def train_tokenizer(folder: Path, number: int = 4000, seed: int = 0) -> None:
@@ -40,7 +50,7 @@ def train_tokenizer(folder: Path, number: int = 4000, seed: int = 0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus(number, seed)), model_prefix=str(folder / "tokenizer"), vocab_size=VOCABULARY,
-        model_type="bpe", byte_fallback=True, split_digits=True, character_coverage=1.0, unk_id=0, bos_id=1, eos_id=2,
+        model_type="bpe", byte_fallback=True, split_digits=False, character_coverage=1.0, unk_id=0, bos_id=1, eos_id=2,
         pad_id=-1, normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=True,
         allow_whitespace_only_pieces=True, num_threads=2, minloglevel=2,
     )  # fmt: skip

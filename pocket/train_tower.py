@@ -23,6 +23,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from llava.device import cpu_has_bfloat16
+
 from .draw import sketch_of
 from .encode import Tokenizer
 from .model import TEXT, fresh
@@ -77,8 +79,9 @@ def _soft(logits: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
 def losses_of(model: Any, heads: Heads, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The losses of a batch; features are to be about as long as embeddings, so that neither drowns the other."""
     inner = model.model
-    features = inner.vision_tower(batch["pixels"], output_hidden_states=True).hidden_states[-2][:, 1:]  # [B, P, Dv]
-    projected = inner.multi_modal_projector(features)  # [B, P, H]
+    with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bfloat16()):
+        features = inner.vision_tower(batch["pixels"], output_hidden_states=True).hidden_states[-2][:, 1:]
+        projected = inner.multi_modal_projector(features).float()  # [B, P, H]
     filled = batch["tokens"].sum(-1) > 0
     scores = projected[filled] @ inner.language_model.embed_tokens.weight.T * heads.sharpness.exp()  # [N, V]
     return {
