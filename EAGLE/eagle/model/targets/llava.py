@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ class LlavaTarget(Target):
     """LLaVA-1.5, both public layouts."""
 
     family = "llava"
-    model_types = ("llava", "llava_llama")
+    model_types: ClassVar[tuple[str, ...]] = ("llava", "llava_llama")
     image_inputs: tuple[str, ...] = ("pixel_values",)
 
     @classmethod
