@@ -64,8 +64,8 @@ class Stage:
 
 STAGES = (
     Stage(0.0, quiz_share=1.0, text_share=0.0, turns=1, stride=4),
-    Stage(0.6, quiz_share=0.4, text_share=0.08, turns=3, stride=2),
-    Stage(0.85, quiz_share=0.25, text_share=TEXT_SHARE, turns=MAX_TURNS, stride=1),
+    Stage(0.375, quiz_share=0.4, text_share=0.08, turns=3, stride=2),
+    Stage(0.94, quiz_share=0.25, text_share=TEXT_SHARE, turns=MAX_TURNS, stride=1),
 )
 
 

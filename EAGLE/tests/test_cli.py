@@ -78,7 +78,7 @@ def test_verify_fails_when_answers_differ(pair, capsys, monkeypatch):
     """A decoder that drops the last token must be caught."""
     from eagle.model.decode import Decoder
 
-    monkeypatch.setattr(Decoder, "run", lambda self, honest=Decoder.run: honest(self)[:-1])
+    monkeypatch.setattr(Decoder, "run", lambda self, honest=Decoder.run: [row[:-1] for row in honest(self)])
     assert main(["verify", *models(pair), "--data", str(pair / "questions.jsonl"), "--max-new-tokens", "9"]) == 1
     captured = capsys.readouterr()
     assert captured.out.startswith("3/3 mismatches")

@@ -10,10 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from pocket import encode, export, train_target
+from pocket import encode, export, patches, train_target
+from pocket.draw import sketch_of
 from pocket.encode import BOS, EOS, IGNORE, IMAGE_TOKEN_ID, IMAGE_TOKENS, Tokenizer
 from pocket.model import fresh, parameter_count
-from pocket.sample import converse
+from pocket.optimizer import Optimizers, orthogonal
+from pocket.sample import converse, draw_picture_data
+from pocket.spec import SCENE_COLOURS
 
 MODEL = Path(__file__).resolve().parents[1] / "llava"
 
@@ -55,12 +58,18 @@ def test_prompt_is_that_of_the_llava_package(tokenizer: Tokenizer) -> None:
         assert inputs["input_ids"][0].tolist() == encode.encode(tokenizer, history, pixels).ids
 
 
-def test_batches_repeat_and_keep_every_sample(tokenizer: Tokenizer) -> None:
-    first = train_target.training_batch_block(tokenizer, 0, 1)
-    second = train_target.training_batch_block(tokenizer, 0, 1)
+def test_batches_repeat_and_keep_every_sample() -> None:
+    first, second = (train_target.Batches(MODEL, 0, 0, 1000).block(1) for _ in range(2))
     assert len(first) == train_target.BLOCK
     assert all(torch.equal(a["ids"], b["ids"]) for a, b in zip(first, second, strict=True))
     assert sum(len(b["ids"]) for b in first) == train_target.BLOCK * train_target.BATCH
+
+
+def test_batches_go_on_where_a_run_stopped() -> None:
+    every = list(train_target.Batches(MODEL, 0, 0, 6))
+    rest = list(train_target.Batches(MODEL, 0, 3, 6))
+    assert len(rest) >= 3
+    assert all(torch.equal(a["ids"], b["ids"]) for a, b in zip(every[3:], rest, strict=True))
 
 
 def test_rate_warms_up_stays_and_decays() -> None:
@@ -81,12 +90,40 @@ def test_one_step_lowers_the_loss(tokenizer: Tokenizer) -> None:
     model = fresh(0)
     talks = [converse(Random(i), turns=1) for i in range(2)]
     batch = encode.collate([train_target.encode_conversation(tokenizer, t) for t in talks])
-    optimizer = train_target.optimizer_of(model)
+    optimizer = Optimizers(model)
     losses = []
     for _ in range(3):
         loss = train_target.loss_of(model, batch, torch.device("cpu"))
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.step(1.0)
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.1
+
+
+def test_muons_step_is_nearly_orthogonal() -> None:
+    torch.manual_seed(0)
+    for rows, columns in ((8, 8), (4, 12), (12, 4)):
+        values = torch.linalg.svdvals(orthogonal(torch.randn(2, rows, columns)))
+        assert ((values > 0.5) & (values < 1.4)).all()
+
+
+def test_a_layer_that_joins_silently_changes_nothing() -> None:
+    layers = fresh(0).model.language_model.layers
+    train_target.join_silently(layers[1], layers[0])
+    x = torch.randn(1, 5, 256)
+    rope = torch.ones(1, 5, 64), torch.zeros(1, 5, 64)
+    output = layers[1](x, position_embeddings=rope)
+    assert torch.equal(output[0] if isinstance(output, tuple) else output, x)
+
+
+def test_every_patch_has_labels_of_what_it_shows(tokenizer: Tokenizer) -> None:
+    picture = draw_picture_data(Random(3), False, "hbar")
+    labelled = patches.label(tokenizer, sketch_of(picture))
+    named = {token for token, _ in tokenizer.pieces(picture.names[0])}
+    row = (16 + 16) // 16  # the first bar's row of patches, after the padding to a square
+    there = {token for patch, token in labelled.tokens if patch // patches.GRID == row}
+    assert named <= there
+    said = {patch for patch, b in labelled.buckets if b == patches.bucket(f"value {picture.values[0][0]}")}
+    assert any(patch // patches.GRID == row for patch in said)
+    covered = labelled.cover[row * patches.GRID : (row + 1) * patches.GRID].sum(0)
+    assert covered[list(SCENE_COLOURS).index(picture.colours[0])] > 0

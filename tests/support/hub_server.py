@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
 INFO = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(/revision/(?P<revision>[^/]+))?")
-TREE = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)")
+TREE = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?")
 REVISIONS = ("main", COMMIT)
 
 
@@ -71,6 +71,8 @@ class HubServer:
             self._send(call, 404, {"X-Error-Code": "RepoNotFound"}, b"{}", body)
         elif found["revision"] not in (None, *REVISIONS):
             self._send(call, 404, {"X-Error-Code": "RevisionNotFound"}, b"{}", body)
+        elif found.re is TREE and not (repository / (found["folder"] or "")).is_dir():
+            self._send(call, 404, {"X-Error-Code": "EntryNotFound"}, b"{}", body)
         elif found.re is FILE:
             self._send_file(call, repository, found["file"], body)
         else:
