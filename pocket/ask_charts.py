@@ -195,6 +195,6 @@ def ask_together(rng: Random, chart: Chart) -> Turn:
 
 Asker = Callable[[Random, Chart], Turn | None]
 CHART_ASKERS: tuple[tuple[Asker, float], ...] = (
-    (ask_describe, 3), (ask_value, 2), (ask_title, 1.2), (ask_colour, 1), (ask_stands, 1), (ask_extremes, 1.5),
+    (ask_describe, 5), (ask_value, 2), (ask_title, 1.2), (ask_colour, 1), (ask_stands, 1), (ask_extremes, 1.5),
     (ask_compare, 1.5), (ask_together, 1.5),
 )  # fmt: skip

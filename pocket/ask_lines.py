@@ -95,5 +95,5 @@ def _ask_meaning(rng: Random, chart: Chart) -> Turn | None:
 
 
 LINE_ASKERS: tuple[tuple[Asker, float], ...] = (
-    (ask_lines, 3), (ask_run, 2.5), (ask_start, 1), (ask_end, 1), (_ask_meaning, 1.5),
+    (ask_lines, 5), (ask_run, 2.5), (ask_start, 1), (ask_end, 1), (_ask_meaning, 1.5),
 )  # fmt: skip

@@ -133,5 +133,5 @@ def ask_where(rng: Random, scene: Scene) -> Turn | None:
 
 SceneAsker = Callable[[Random, Scene], Turn | None]
 SCENE_ASKERS: tuple[tuple[SceneAsker, float], ...] = (
-    (ask_scene, 3), (ask_place, 2), (ask_count, 0.7), (ask_colours, 1), (ask_shapes, 1), (ask_where, 1.5),
+    (ask_scene, 5), (ask_place, 2), (ask_count, 0.7), (ask_colours, 1), (ask_shapes, 1), (ask_where, 1.5),
 )  # fmt: skip

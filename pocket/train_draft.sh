@@ -10,7 +10,7 @@ build="${BUILD:-pocket/build/draft}"
 export WORK="$build" BASE=pocket/llava PICTURES="$build/data" PYTHON="$python"
 export TEXT="$build/data/train_t.json" IMAGE="$build/data/train_v.json"
 
-[ -f "$IMAGE" ] || "$python" -m pocket.make_data --out "$build/data" --images "${IMAGES:-3000}" --texts "${TEXTS:-1500}" --seed 7
+[ -f "$IMAGE" ] || "$python" -m pocket.make_data --out "$build/data" --images "${IMAGES:-2400}" --texts "${TEXTS:-1000}" --seed 7
 [ -f "$build/image.json" ] || scripts/2_convert.sh
 scripts/3_allocate.sh
 DS_CONFIG=pocket_ds_config.json CONFIG=pocket_llava_config.json scripts/4_train.sh "$@"
