@@ -2,6 +2,7 @@
 
 python -m pocket.train_target --out pocket/build
 python -m pocket.train_target --out pocket/build --resume   (goes on exactly where it stopped)
+python -m pocket.train_target --out pocket/more --start pocket/llava --steps 600   (trains a finished model further)
 
 Starts from the vision tower of pocket.train_tower, which stays as it is: trained along from the start, all image
 features soon share one large part that drowns their differences, and the model goes blind. First many short questions
@@ -16,10 +17,11 @@ import argparse
 import json
 import logging
 import os
+import shutil
 import signal
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -29,6 +31,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
+from llava import load_pretrained
 from llava.device import cpu_has_bfloat16
 
 from .draw import draw
@@ -37,6 +40,7 @@ from .model import fresh, parameter_count
 from .optimizer import Optimizers
 from .sample import MAX_TURNS, TEXT_SHARE, Conversation, converse
 
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 BATCH = 8
 BLOCK = 4  # batches that are sorted by length together
 WARM_UP = 60
@@ -69,9 +73,13 @@ STAGES = (
 )
 
 
-def stage_of(step: int, steps: int) -> Stage:
+SETTLED = (replace(STAGES[-1], start=0.0),)
+"""For a model that has been through all stages."""
+
+
+def stage_of(step: int, steps: int, stages: Sequence[Stage] = STAGES) -> Stage:
     """The stage a step belongs to."""
-    return [s for s in STAGES if s.start * steps <= step][-1]
+    return [s for s in stages if s.start * steps <= step][-1]
 
 
 class Batches(IterableDataset[dict[str, torch.Tensor]]):
@@ -80,13 +88,14 @@ class Batches(IterableDataset[dict[str, torch.Tensor]]):
     BLOCK batches are drawn together: similar lengths share a batch, the order of the batches is random.
     """
 
-    def __init__(self, tokenizer: Path, seed: int, start: int, steps: int) -> None:
+    def __init__(self, tokenizer: Path, seed: int, start: int, steps: int, stages: Sequence[Stage] = STAGES) -> None:
         """`tokenizer` is the folder of tokenizer.model."""
         self.tokenizer, self.seed, self.start, self.steps = Tokenizer(tokenizer), seed, start, steps
+        self.stages = stages
 
     def block(self, number: int) -> list[dict[str, torch.Tensor]]:
         """The batches of one block."""
-        stage = stage_of(number * BLOCK, self.steps)
+        stage = stage_of(number * BLOCK, self.steps, self.stages)
         samples = []
         for i in range(BLOCK * BATCH):
             rng = Random(f"train-{self.seed}-{number}-{i}")
@@ -122,23 +131,33 @@ def rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARM_UP, (steps - step) / decay)
 
 
+def tower_weights(out: Path, device: torch.device) -> dict[str, torch.Tensor]:
+    """What pocket.train_tower has made."""
+    tower = out / "tower.pt"
+    if not tower.exists():
+        raise SystemExit(f"no vision tower: {tower}; make it with: python -m pocket.train_tower --out {out}")
+    weights: dict[str, torch.Tensor] = torch.load(tower, map_location=device, weights_only=True)
+    return weights
+
+
 class Run:
     """A training run with everything that a checkpoint holds."""
 
-    def __init__(self, out: Path, steps: int, seed: int, device: torch.device) -> None:
-        """A fresh run; the vision tower comes from OUT/tower.pt."""
+    def __init__(self, out: Path, steps: int, seed: int, device: torch.device, start: Path | None = None) -> None:
+        """A fresh run; the vision tower comes from OUT/tower.pt, or everything from a finished model in `start`."""
         self.out, self.steps, self.seed, self.device = out, steps, seed, device
-        tower = out / "tower.pt"
-        if not tower.exists():
-            raise SystemExit(f"no vision tower: {tower}; make it with: python -m pocket.train_tower --out {out}")
+        self.stages: Sequence[Stage] = STAGES if start is None else SETTLED
         self.model = fresh(seed).to(device)
-        self.model.load_state_dict(torch.load(tower, map_location=device, weights_only=True), strict=False)
+        if start is None:
+            self.model.load_state_dict(tower_weights(out, device), strict=False)
+        else:
+            self.model.load_state_dict(load_pretrained(start, dtype="float32")[0].state_dict())
         self.model.model.vision_tower.requires_grad_(False)
         self.model.model.multi_modal_projector.requires_grad_(False)
         self.layers = self.model.model.language_model.layers
         self.optimizer = Optimizers(self.model)
         self.step, self.samples, self.seconds = 0, 0, 0.0
-        self.tokenizer = Tokenizer(out)
+        self.tokenizer = Tokenizer(start or out)
 
     def save(self) -> None:
         """Write the checkpoint; a crash while writing leaves the former one."""
@@ -166,7 +185,7 @@ class Run:
 
     def use_layers(self) -> None:
         """Those of the stage; a layer that has not learnt anything yet joins as a copy that does nothing."""
-        stride = stage_of(self.step, self.steps).stride
+        stride = stage_of(self.step, self.steps, self.stages).stride
         used = range(0, len(self.layers), stride)
         for place in used:
             if self.step and not self.optimizer.has_trained(self.layers[place].mlp.down_proj.weight):
@@ -216,7 +235,7 @@ def train(run: Run) -> None:
     stopped: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
     bar = tqdm(total=steps, initial=run.step, unit="step", mininterval=5)
-    source = Batches(run.out, run.seed, run.step, steps)
+    source = Batches(run.out, run.seed, run.step, steps, run.stages)
     for batch in DataLoader(source, batch_size=None, num_workers=1, prefetch_factor=2 * BLOCK):
         loss = run.update(batch)
         mean = loss if mean is None else 0.95 * mean + 0.05 * loss
@@ -248,12 +267,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true", help="compile the layers (needs a C++ compiler)")
+    parser.add_argument(
+        "--start", type=Path, help="train a finished model (pocket/llava) further"
+    )
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(filename=args.out / "train.log", level=logging.INFO, format="%(asctime)s %(message)s")
-    run = Run(args.out, args.steps, args.seed, torch.device(args.device))
+    if args.start is not None:
+        for name in TOKENIZER_FILES:
+            shutil.copy(args.start / name, args.out / name)
+    run = Run(args.out, args.steps, args.seed, torch.device(args.device), args.start)
     if args.resume:
         run.load()
     log.info(json.dumps({"parameters": parameter_count(run.model), "from": run.step, "steps": run.steps}))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from llava import load_pretrained
 from pocket import encode, export, patches, train_target
 from pocket.draw import sketch_of
 from pocket.encode import BOS, EOS, IGNORE, IMAGE_TOKEN_ID, IMAGE_TOKENS, Tokenizer
@@ -127,3 +128,18 @@ def test_every_patch_has_labels_of_what_it_shows(tokenizer: Tokenizer) -> None:
     assert any(patch // patches.GRID == row for patch in said)
     covered = labelled.cover[row * patches.GRID : (row + 1) * patches.GRID].sum(0)
     assert covered[list(SCENE_COLOURS).index(picture.colours[0])] > 0
+
+
+def test_a_finished_model_starts_where_it_stands(tmp_path: Path) -> None:
+    run = train_target.Run(tmp_path, 10, 0, torch.device("cpu"), MODEL)
+    shipped = load_pretrained(MODEL, dtype="float32")[0].state_dict()
+    assert all(torch.equal(weight, shipped[name]) for name, weight in run.model.state_dict().items())
+    talk = converse(Random(1), text_share=0.0, turns=1)
+    batch = encode.collate([train_target.encode_conversation(run.tokenizer, talk)])
+    assert run.update(batch) < 1.0
+    assert len(run.model.model.language_model.layers) == len(run.layers)
+
+
+def test_without_a_tower_there_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"no vision tower: .*train_tower"):
+        train_target.Run(tmp_path, 10, 0, torch.device("cpu"))
