@@ -267,9 +267,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true", help="compile the layers (needs a C++ compiler)")
-    parser.add_argument(
-        "--start", type=Path, help="train a finished model (pocket/llava) further"
-    )
+    parser.add_argument("--start", type=Path, help="train a finished model (pocket/llava) further")
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

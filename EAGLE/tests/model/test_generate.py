@@ -1,5 +1,7 @@
 """`MSDModel.generate` on tiny real models: equal to transformers, and exact at its edges."""
 
+import warnings
+
 import pytest
 import torch
 from tiny_draft import make_draft
@@ -153,3 +155,10 @@ def test_pictures_and_places_must_agree(model):
     without = {key: value for key, value in inputs.items() if key != "pixel_values"}
     with pytest.raises(UserError, match="places for 16 image tokens, the images give 0"):
         model.generate(**without, max_new_tokens=4)
+
+
+def test_nothing_is_called_by_a_name_that_transformers_gives_up(model):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        model.generate(**inputs_of(model, "image"), temperature=0.0, max_new_tokens=6)
+    assert not [str(each.message) for each in seen if "is deprecated" in str(each.message)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from inspect import signature
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -81,6 +83,12 @@ class Target(ABC):
     def text_model(self) -> Any:
         """The stock text model: embeddings in, hidden states after the final norm out."""
         return self.model.model.language_model
+
+    @cached_property
+    def cache_argument(self) -> str:
+        """What the text model calls its cache: `cache` in newer releases of transformers."""
+        known = signature(type(self.text_model).forward).parameters
+        return "cache" if "cache" in known else "past_key_values"
 
     @property
     def config(self) -> Any:
@@ -169,7 +177,7 @@ class Target(ABC):
             own_positions = positions[..., row : row + 1, :][..., keep]
             part = cache.sequence(row)
             output = self.text_model(
-                inputs_embeds=own_embeds, position_ids=own_positions, past_key_values=part, use_cache=True
+                inputs_embeds=own_embeds, position_ids=own_positions, use_cache=True, **{self.cache_argument: part}
             )
             lengths.append(part.length)
             own_next = next_position[row : row + 1]
@@ -192,8 +200,8 @@ class Target(ABC):
             inputs_embeds=self.model.get_input_embeddings()(tokens),
             attention_mask=mask,
             position_ids=self.text_positions(positions),
-            past_key_values=cache,
             use_cache=True,
+            **{self.cache_argument: cache},
         )
         return output.last_hidden_state
 
