@@ -149,7 +149,7 @@ class Run:
         self.stages: Sequence[Stage] = STAGES if start is None else SETTLED
         self.model = fresh(seed).to(device)
         if start is None:
-            self.model.load_state_dict(tower_weights(out, device), strict=False)
+            self.model.load_state_dict({**self.model.state_dict(), **tower_weights(out, device)})
         else:
             self.model.load_state_dict(load_pretrained(start, dtype="float32")[0].state_dict())
         self.model.model.vision_tower.requires_grad_(False)

@@ -102,7 +102,7 @@ def train(out: Path, steps: int, seed: int, start: Path | None = None) -> None:
         train_tokenizer(out, seed=seed)
     model, heads = fresh(seed), Heads()
     if start is not None:
-        model.load_state_dict(torch.load(start, weights_only=True), strict=False)
+        model.load_state_dict({**model.state_dict(), **torch.load(start, weights_only=True)})
     batches = DataLoader(Labels(out, seed, steps), batch_size=None, num_workers=1, prefetch_factor=4)
     learnt = [w for name, w in model.named_parameters() if name.startswith(PARTS)] + list(heads.parameters())
     optimizer = torch.optim.AdamW(learnt, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.02)
