@@ -1,13 +1,14 @@
-"""A tiny base model, pictures and annotation files for the tests of data generation."""
+"""A tiny base model, pictures, annotation files and a file server for the tests of data generation."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from file_server import FileServer
 from tiny_llava import make_image, make_liuhaotian, make_llava_hf
 
 from eagle.ge_data import allocation
@@ -78,6 +79,23 @@ def annotations(tmp_path: Path) -> Write:
         return path
 
     return write
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
+    """A loopback server, which no proxy of the environment stands before."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with FileServer() as running:
+        yield running
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The waits between tries, in seconds, none of which is waited."""
+    asked: list[float] = []
+    monkeypatch.setattr("eagle.ge_data.fetch.sleep", asked.append)
+    return asked
 
 
 def command(base: Path, data: Path, outdir: Path, kind: str = "t", *more: str, pictures: Path = Path()) -> list[str]:
