@@ -1,5 +1,7 @@
 """A loopback server that speaks the download protocol of the Hugging Face hub, over a folder of repositories.
 
+A data set's files lie as a model's do.
+
     with HubServer(root) as hub:            root/owner/name/<files>
         subprocess.run(..., env={**os.environ, **hub.environment(cache)})
 
@@ -17,7 +19,7 @@ from threading import Thread
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
+FILE = re.compile(r"(/datasets)?/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
 INFO = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(/revision/(?P<revision>[^/]+))?")
 TREE = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?")
 REVISIONS = ("main", COMMIT)

@@ -68,7 +68,7 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("a")
     except OSError as error:
-        raise UserError(f"cannot write here ({error.strerror})", folder, "take another --outdir") from None
+        raise UserError(f"cannot write here ({error.strerror})", folder, "take another folder") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
