@@ -76,21 +76,18 @@ def read_items(path: Path) -> list[Item]:
 def load_answerer(model_path: str, threads: int, max_new_tokens: int) -> Answerer:
     """Greedy answers of a model, a batch at a time."""
     import torch
-    from PIL import Image
 
-    from llava import load_pretrained
+    from eagle.model.targets import load_target
 
     torch.set_num_threads(threads)
-    model, processor = load_pretrained(model_path)
-    model.eval()
+    target = load_target(model_path)
 
     def answer(batch: list[tuple[str, list[Path]]]) -> list[str]:
-        texts = [processor.chat_prompt(q, num_images=len(p)) for q, p in batch]
-        pictures = [Image.open(path).convert("RGB") for _, paths in batch for path in paths]
-        inputs = processor(text=texts, images=pictures or None)
+        prompts = [target.chat_prompt(question, num_images=len(paths)) for question, paths in batch]
+        inputs = target.prepare(prompts, [path for _, paths in batch for path in paths])
         with torch.no_grad():
-            out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        return list(processor.batch_decode(out[:, inputs["input_ids"].shape[1] :]))
+            out = target.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        return list(target.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
     return answer
 

@@ -51,7 +51,8 @@ def processor_config() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
@@ -83,7 +84,7 @@ def _write_shards(language: dict[str, torch.Tensor], out: Path) -> None:
         done += language[name].numel() * language[name].element_size()
     for i, part_tensors in enumerate(parts):
         torch.save(part_tensors, out / f"pytorch_model-0000{i + 1}-of-00002.bin")
-    _write_json(out / "pytorch_model.bin.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(out / "pytorch_model.bin.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _order(name: str) -> tuple[int, int, str]:
@@ -103,11 +104,11 @@ def export(state: dict[str, torch.Tensor], tokenizer_folder: Path, out: Path) ->
     save_file(vision, str(fresh / TOWER / "model.safetensors"), metadata={"format": "pt"})
     tower = {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "num_channels": 3,
              "layer_norm_eps": 1e-5, "attention_dropout": 0.0, "torch_dtype": "bfloat16", **VISION}  # fmt: skip
-    _write_json(fresh / TOWER / "config.json", tower)
-    _write_json(fresh / TOWER / "preprocessor_config.json", processor_config())
-    _write_json(fresh / "config.json", model_config())
+    write_json(fresh / TOWER / "config.json", tower)
+    write_json(fresh / TOWER / "preprocessor_config.json", processor_config())
+    write_json(fresh / "config.json", model_config())
     generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_length": MAX_LENGTH}
-    _write_json(fresh / "generation_config.json", generation)
+    write_json(fresh / "generation_config.json", generation)
     for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copy(tokenizer_folder / name, fresh / name)
     if out.exists():

@@ -11,7 +11,7 @@ from typing import Any
 
 from .ask_charts import head, part
 from .meaning import trend
-from .phrases import Turn
+from .phrases import SHORT, Turn
 from .spec import PLACES, Chart, Picture, Scene
 
 MAX_QUESTIONS = 8
@@ -49,7 +49,9 @@ def _value(rng: Random, chart: Chart, i: int) -> Pair:
 
 
 def _title(rng: Random, chart: Chart, _: int) -> Pair:
-    return rng.choice(("What does the title say?", "What is the chart about?")), f"{head(chart)}."
+    """Says that it wants a short answer: the same question alone asks for the names too (ask_charts.ask_title)."""
+    core = rng.choice(("What does the title say?", "What is the chart about?"))
+    return f"{core} {rng.choice(SHORT)}", f"{head(chart)}."
 
 
 def _names(rng: Random, chart: Chart, i: int) -> Pair:

@@ -1,7 +1,10 @@
-"""All steps from nothing to `pocket/llava`, its data and its measurement: python -m pocket.recipe
+"""All steps from nothing to `pocket/llava`, `pocket/qwen2vl`, their data and their measurement.
 
-Tokenizer and vision tower (9 minutes on two cores), training (an hour), export, data files, evaluation. An interrupted
-recipe goes on where the training stopped: python -m pocket.recipe --resume
+python -m pocket.recipe
+python -m pocket.recipe --resume    (an interrupted training goes on where it stopped; steps that are done are skipped)
+
+Tokenizers and vision towers, training, export, data files, evaluation: about three hours on two cores. The drafts come
+after it: pocket/train_draft.sh.
 """
 
 from __future__ import annotations
@@ -9,39 +12,63 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+BUILD = HERE / "build"
+LLAVA, QWEN, DATA = HERE / "llava", HERE / "qwen2vl", HERE / "data"
 HELDOUT, IMAGES, TEXTS = 150, 200, 100
 
 
-def commands(steps: int, resume: bool, compiled: bool) -> list[list[str]]:
-    """The arguments of every step, in order."""
-    build, llava, data = str(HERE / "build"), str(HERE / "llava"), str(HERE / "data")
-    tower = [] if resume else [["pocket.train_tower", "--out", build]]
-    train = ["pocket.train_target", "--out", build, "--steps", str(steps)]
-    train += ["--resume"] * resume + ["--compile"] * compiled
-    counts = ["--images", str(IMAGES), "--texts", str(TEXTS), "--heldout", str(HELDOUT)]
+@dataclass(frozen=True)
+class Step:
+    """A module with its arguments. `checkpoint`: what it leaves when it has begun, so that it takes --resume."""
+
+    name: str
+    arguments: tuple[str, ...]
+    checkpoint: Path | None = None
+
+    def command(self, resume: bool) -> list[str]:
+        """The arguments of Python."""
+        goes_on = resume and self.checkpoint is not None and self.checkpoint.exists()
+        return ["-m", f"pocket.{self.name}", *self.arguments, *["--resume"] * goes_on]
+
+
+def steps(build: Path = BUILD) -> list[Step]:
+    """All of them in order."""
+    more, qwen = build / "more", build / "qwen"
+    heldout = f"{DATA}/heldout.jsonl"
+    counts = ("--images", str(IMAGES), "--texts", str(TEXTS), "--heldout", str(HELDOUT))
     return [
-        *tower,
-        train,
-        ["pocket.export", "--checkpoint", build, "--out", llava],
-        ["pocket.make_data", "--out", data, *counts],
-        ["pocket.evaluate", "--model", llava, "--data", f"{data}/heldout.jsonl", "--exchange"],
+        Step("train_tower", ("--out", str(build))),
+        Step("train_target", ("--out", str(build)), build / "checkpoint.pt"),
+        Step("export", ("--checkpoint", str(build), "--out", str(LLAVA))),
+        Step("train_target", ("--out", str(more), "--start", str(LLAVA), "--steps", "1100"), more / "checkpoint.pt"),
+        Step("export", ("--checkpoint", str(more), "--out", str(LLAVA))),
+        Step("make_data", ("--out", str(DATA), *counts)),
+        Step("evaluate", ("--model", str(LLAVA), "--data", heldout, "--exchange")),
+        Step("qwen.train_tower", ("--out", str(qwen)), qwen / "tower.pt"),
+        Step("qwen.train_target", ("--out", str(qwen)), qwen / "checkpoint.pt"),
+        Step("qwen.export", ("--checkpoint", str(qwen), "--out", str(QWEN))),
+        Step("evaluate", ("--model", str(QWEN), "--data", heldout, "--exchange")),
     ]
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--compile", action="store_true", help="compile the layers (needs a C++ compiler)")
     args = parser.parse_args()
-    for command in commands(args.steps, args.resume, args.compile):
-        done = subprocess.run([sys.executable, "-m", *command], cwd=HERE.parent, check=False)
-        if done.returncode:
-            raise SystemExit(f"error: {command[0]} ended with status {done.returncode}")
+    BUILD.mkdir(exist_ok=True)
+    for number, step in enumerate(steps()):
+        done = BUILD / f"step-{number}.done"
+        if args.resume and done.exists():
+            continue
+        ended = subprocess.run([sys.executable, *step.command(args.resume)], cwd=HERE.parent, check=False)
+        if ended.returncode:
+            raise SystemExit(f"error: {step.name} ended with status {ended.returncode}")
+        done.touch()
 
 
 if __name__ == "__main__":

@@ -33,9 +33,11 @@ class Conversation:
     turns: list[Turn]
 
 
-def draw_picture_data(rng: Random, heldout: bool, kind: str | None = None) -> Picture:
+def draw_picture_data(
+    rng: Random, heldout: bool, kind: str | None = None, weights: tuple[float, ...] = WEIGHTS
+) -> Picture:
     """The data of a picture from the wanted side of the split."""
-    kind = kind or rng.choices(KINDS, WEIGHTS)[0]
+    kind = kind or rng.choices(KINDS, weights)[0]
     while True:
         picture: Picture = draw_scene_data(rng) if kind == "scene" else draw_chart_data(rng, kind)
         if is_heldout(picture) == heldout:
@@ -61,14 +63,16 @@ def converse(
     text_share: float = TEXT_SHARE,
     turns: int = MAX_TURNS,
     quiz_share: float = 0.0,
+    weights: tuple[float, ...] = WEIGHTS,
 ) -> Conversation:
     """A random conversation; pictures of training and held-out conversations never have the same data.
 
-    `quiz_share` of those with a picture ask many short questions instead of up to `turns` long ones.
+    `quiz_share` of those with a picture ask many short questions instead of up to `turns` long ones; `weights` says
+    how often each of KINDS comes.
     """
     if rng.random() < text_share:
         return Conversation(None, ask_text(rng))
-    picture = draw_picture_data(rng, heldout)
+    picture = draw_picture_data(rng, heldout, weights=weights)
     if rng.random() < quiz_share:
         return Conversation(picture, quiz(rng, picture))
     return Conversation(picture, ask(rng, picture, rng.randint(1, turns)))

@@ -25,21 +25,30 @@ SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_t
 NUMBERS, NUMBER_LINES = 101, 400
 
 
+def sentences(number: int, seed: int) -> list[str]:
+    """What a tokenizer learns from: conversations and every English paragraph."""
+    rng = Random(f"tokenizer-{seed}")
+    lines = []
+    for _ in range(number):
+        lines += [s for t in converse(rng, text_share=0.05).turns for s in (f"USER: {t.question} ASSISTANT:", t.answer)]
+    for topic in topics():
+        lines += [topic.name, *topic.paragraphs] * 3
+    return lines
+
+
+def numbers() -> list[str]:
+    """The numbers and years that are one token each."""
+    years = {period for table in tables() for row in table.rows.values() for period in row}
+    return [str(n) for n in (*range(NUMBERS), *sorted(years))]
+
+
 def corpus(number: int, seed: int) -> list[str]:
-    """The sentences the tokenizer learns from: conversations, every English paragraph and the system prompt.
+    """The sentences, the system prompt and the numbers.
 
     Numbers stand alone in them, and each occurs often, so that a number or a year is one token whatever follows it.
     """
-    rng = Random(f"tokenizer-{seed}")
-    lines = []
-    for i in range(number):
-        lines += [s for t in converse(rng, text_share=0.05).turns for s in (f"USER: {t.question} ASSISTANT:", t.answer)]
-        if i % 4 == 0:
-            lines.append(SYSTEM)
-    for topic in topics():
-        lines += [topic.name, *topic.paragraphs] * 3
-    years = {period for table in tables() for row in table.rows.values() for period in row}
-    lines += [str(n) for n in (*range(NUMBERS), *sorted(years)) for _ in range(NUMBER_LINES)]
+    lines = sentences(number, seed) + [SYSTEM] * -(-number // 4)
+    lines += [n for n in numbers() for _ in range(NUMBER_LINES)]
     return [re.sub(r" *(\d+) *", r" \1 ", line).strip() for line in lines]
 
 

@@ -76,18 +76,27 @@ def _soft(logits: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
     return losses.sum() / shares.sum().clamp(min=1)
 
 
+def label_losses(
+    heads: Heads, features: torch.Tensor, embeddings: torch.Tensor, labels: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The losses of patches' features [..., H] against labels of the same leading shape; see patches.collate_labels."""
+    filled = labels["tokens"].sum(-1) > 0
+    scores = features[filled] @ embeddings.T * heads.sharpness.exp()  # [N, V]
+    return {
+        "tokens": _soft(scores, labels["tokens"][filled]),
+        "statements": _soft(heads.statements(features), labels["buckets"]),
+        "cover": 20 * nn.functional.mse_loss(heads.cover(features), labels["cover"]),
+    }
+
+
 def losses_of(model: Any, heads: Heads, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The losses of a batch; features are to be about as long as embeddings, so that neither drowns the other."""
     inner = model.model
     with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bfloat16()):
         features = inner.vision_tower(batch["pixels"], output_hidden_states=True).hidden_states[-2][:, 1:]
         projected = inner.multi_modal_projector(features).float()  # [B, P, H]
-    filled = batch["tokens"].sum(-1) > 0
-    scores = projected[filled] @ inner.language_model.embed_tokens.weight.T * heads.sharpness.exp()  # [N, V]
     return {
-        "tokens": _soft(scores, batch["tokens"][filled]),
-        "statements": _soft(heads.statements(projected), batch["buckets"]),
-        "cover": 20 * nn.functional.mse_loss(heads.cover(projected), batch["cover"]),
+        **label_losses(heads, projected, inner.language_model.embed_tokens.weight, batch),
         "size": 0.05 * (projected.norm(dim=-1) - FEATURE_NORM).square().mean(),
     }
 

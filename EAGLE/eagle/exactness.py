@@ -26,7 +26,7 @@ from eagle.model.sampling import TokenChooser
 from eagle.model.stopping import Stopper
 from eagle.model.tree import DraftTree
 
-CHUNK = 1000  # draws at once
+CHUNK = 10_000  # draws at once
 ENOUGH = 500  # draws at a node, from which on it is tested
 POOLED = 5.0  # categories expected less often than this are counted together
 
@@ -86,7 +86,7 @@ def draw(tree: DraftTree, logits: Tensor, chooser: TokenChooser, draws: int) -> 
     prefix = torch.zeros(1, 1, dtype=torch.long)
     for start in range(0, draws, CHUNK):
         number = min(CHUNK, draws - start)
-        chosen = chooser.choose(logits.repeat(number, 1), prefix).view(number, -1)  # [number, N]
+        chosen = chooser.sample(logits, prefix, number)  # [number, N]
         accepted = accepted_nodes(tree, chosen).long()
         counts.scatter_add_(1, chosen.T, accepted.T)
     return counts

@@ -11,13 +11,14 @@ import torch
 from PIL import Image
 
 from llava import load_pretrained
-from pocket import encode, export, patches, train_target
+from pocket import encode, export, patches, train_target, training
 from pocket.draw import sketch_of
 from pocket.encode import BOS, EOS, IGNORE, IMAGE_TOKEN_ID, IMAGE_TOKENS, Tokenizer
 from pocket.model import fresh, parameter_count
 from pocket.optimizer import Optimizers, orthogonal
 from pocket.sample import converse, draw_picture_data
 from pocket.spec import SCENE_COLOURS
+from pocket.train_target import FROM_SCRATCH, FURTHER, Llava
 
 MODEL = Path(__file__).resolve().parents[1] / "llava"
 
@@ -60,22 +61,28 @@ def test_prompt_is_that_of_the_llava_package(tokenizer: Tokenizer) -> None:
 
 
 def test_batches_repeat_and_keep_every_sample() -> None:
-    first, second = (train_target.Batches(MODEL, 0, 0, 1000).block(1) for _ in range(2))
-    assert len(first) == train_target.BLOCK
+    first, second = (training.Batches(Llava(MODEL), FROM_SCRATCH, 0, 0, 1000).block(1) for _ in range(2))
+    assert len(first) == training.BLOCK
     assert all(torch.equal(a["ids"], b["ids"]) for a, b in zip(first, second, strict=True))
-    assert sum(len(b["ids"]) for b in first) == train_target.BLOCK * train_target.BATCH
+    assert sum(len(b["ids"]) for b in first) == training.BLOCK * training.BATCH
 
 
 def test_batches_go_on_where_a_run_stopped() -> None:
-    every = list(train_target.Batches(MODEL, 0, 0, 6))
-    rest = list(train_target.Batches(MODEL, 0, 3, 6))
+    every = list(training.Batches(Llava(MODEL), FROM_SCRATCH, 0, 0, 6))
+    rest = list(training.Batches(Llava(MODEL), FROM_SCRATCH, 0, 3, 6))
     assert len(rest) >= 3
     assert all(torch.equal(a["ids"], b["ids"]) for a, b in zip(every[3:], rest, strict=True))
 
 
 def test_rate_warms_up_stays_and_decays() -> None:
-    rates = [train_target.rate(s, 1000) for s in range(1000)]
+    rates = [FROM_SCRATCH.rate(s, 1000) for s in range(1000)]
     assert rates[0] < 0.1 and rates[300] == 1.0 and 0 < rates[-1] < 0.01
+    assert FURTHER.rate(500, 1000) == pytest.approx(0.5 * 0.35)
+
+
+def test_stages_follow_one_another() -> None:
+    strides = [FROM_SCRATCH.stage(step, 1000).stride for step in (0, 374, 375, 939, 940, 999)]
+    assert strides == [4, 4, 2, 2, 1, 1]
 
 
 def test_model_fits_and_exports_every_tensor(tmp_path: Path) -> None:
@@ -87,14 +94,15 @@ def test_model_fits_and_exports_every_tensor(tmp_path: Path) -> None:
     assert sum(t.numel() for t in [*language.values(), *vision.values()]) == parameter_count(model)
 
 
-def test_one_step_lowers_the_loss(tokenizer: Tokenizer) -> None:
+def test_one_step_lowers_the_loss() -> None:
     model = fresh(0)
     talks = [converse(Random(i), turns=1) for i in range(2)]
-    batch = encode.collate([train_target.encode_conversation(tokenizer, t) for t in talks])
+    family = Llava(MODEL)
+    batch = family.collate([family.encode(t) for t in talks])
     optimizer = Optimizers(model)
     losses = []
     for _ in range(3):
-        loss = train_target.loss_of(model, batch, torch.device("cpu"))
+        loss = training.loss_of(model, family, batch)
         loss.backward()
         optimizer.step(1.0)
         losses.append(loss.item())
@@ -110,7 +118,7 @@ def test_muons_step_is_nearly_orthogonal() -> None:
 
 def test_a_layer_that_joins_silently_changes_nothing() -> None:
     layers = fresh(0).model.language_model.layers
-    train_target.join_silently(layers[1], layers[0])
+    training.join_silently(layers[1], layers[0])
     x = torch.randn(1, 5, 256)
     rope = torch.ones(1, 5, 64), torch.zeros(1, 5, 64)
     output = layers[1](x, position_embeddings=rope)
@@ -131,15 +139,15 @@ def test_every_patch_has_labels_of_what_it_shows(tokenizer: Tokenizer) -> None:
 
 
 def test_a_finished_model_starts_where_it_stands(tmp_path: Path) -> None:
-    run = train_target.Run(tmp_path, 10, 0, torch.device("cpu"), MODEL)
+    family = Llava(MODEL)
+    run = training.Run(tmp_path, train_target.start_model(tmp_path, 0, MODEL), family, FURTHER, 10, 0)
     shipped = load_pretrained(MODEL, dtype="float32")[0].state_dict()
     assert all(torch.equal(weight, shipped[name]) for name, weight in run.model.state_dict().items())
     talk = converse(Random(1), text_share=0.0, turns=1)
-    batch = encode.collate([train_target.encode_conversation(run.tokenizer, talk)])
-    assert run.update(batch) < 1.0
+    assert run.update(family.collate([family.encode(talk)])) < 1.0
     assert len(run.model.model.language_model.layers) == len(run.layers)
 
 
 def test_without_a_tower_there_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"no vision tower: .*train_tower"):
-        train_target.Run(tmp_path, 10, 0, torch.device("cpu"))
+        train_target.start_model(tmp_path, 0, None)

@@ -71,8 +71,18 @@ class TokenChooser:
         """
         if not self.do_sample and not self.processors:
             return logits.argmax(dim=-1)
-        scores = logits.to(torch.float32, copy=True)  # [N, V]
-        scores = self.processors(prefix.expand(scores.shape[0], -1), scores)
+        scores = self.scores(logits, prefix)
         if not self.do_sample:
             return scores.argmax(dim=-1)
         return torch.multinomial(scores.softmax(dim=-1), 1, generator=self.generator).squeeze(-1)
+
+    def sample(self, logits: Tensor, prefix: Tensor, draws: int) -> Tensor:
+        """What ``draws`` calls of `choose` would give for the same logits while sampling, [draws, N] ids."""
+        shares = self.scores(logits, prefix).softmax(dim=-1)
+        return torch.multinomial(shares, draws, replacement=True, generator=self.generator).T
+
+    def scores(self, logits: Tensor, prefix: Tensor) -> Tensor:
+        """Processed logits [N, V], float32."""
+        raw = logits.to(torch.float32, copy=True)
+        scores: Tensor = self.processors(prefix.expand(raw.shape[0], -1), raw)
+        return scores

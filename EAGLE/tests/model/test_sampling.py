@@ -47,11 +47,9 @@ def node_logits() -> torch.Tensor:
 class RawBonus(TokenChooser):
     """A mutant: the bonus token after full acceptance ignores temperature, top-k and top-p."""
 
-    def choose(self, logits: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
-        chosen = super().choose(logits, prefix).view(-1, 5)
-        raw = torch.multinomial(logits.softmax(-1), 1, generator=self.generator).view(-1, 5)
+    def scores(self, logits: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
         leaves = torch.tensor([False, False, True, True, True])
-        return torch.where(leaves, raw, chosen).flatten()
+        return torch.where(leaves[:, None], logits, super().scores(logits, prefix))
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -123,6 +121,20 @@ def test_chi_square_agrees_with_scipy() -> None:
     observed, expected = torch.tensor([18.0, 30.0, 52.0]), torch.tensor([25.0, 25.0, 50.0])
     statistic = float(((observed - expected) ** 2 / expected).sum())
     assert joined_p([(statistic, 2)]) == pytest.approx(float(stats.chisquare(observed, expected).pvalue), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["T 1.5", "T 0.7, top-k 20, top-p 0.9"])
+def test_one_choice_is_distributed_as_many_samples(name: str) -> None:
+    logits, prefix, processors = node_logits(), torch.zeros(1, 1, dtype=torch.long), processors_of(SETTINGS[name])
+    chooser = TokenChooser(processors, True, torch.Generator().manual_seed(1))
+    one_by_one = chooser.choose(logits.repeat(DRAWS, 1), prefix).view(DRAWS, -1)
+    wanted = processors(prefix.expand(len(logits), -1), logits.clone()).softmax(-1)
+    for chosen in (one_by_one, chooser.sample(logits, prefix, DRAWS)):
+        counts = torch.stack([row.bincount(minlength=VOCABULARY) for row in chosen.T])
+        pairs = [pooled(counts[node], wanted[node]) for node in range(len(logits))]
+        statistics = [(float(((o - e) ** 2 / e)[e > 0].sum()), int((e > 0).sum()) - 1) for o, e in pairs]
+        assert joined_p(statistics) > 1e-4
+        assert not counts[wanted == 0].any()
 
 
 def test_greedy_needs_no_processor_and_reads_the_largest() -> None:

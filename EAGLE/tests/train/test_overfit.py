@@ -5,6 +5,7 @@ An off-by-one anywhere (state, token, picture, position, mask) shows here, since
 
 import pytest
 import tiny_llava
+import tiny_stock
 import torch
 
 from eagle.ge_data.shards import Sample
@@ -12,6 +13,7 @@ from eagle.model.base_weights import BaseTensors
 from eagle.model.config import DraftConfig, TreeConfig
 from eagle.model.draft import DraftModel
 from eagle.model.msd import MSDModel
+from eagle.model.targets import Target, load_target
 from eagle.model.targets.llava import LlavaTarget
 from eagle.train.dataset import collate
 from eagle.train.engine import PlainEngine
@@ -20,26 +22,43 @@ from eagle.train.schedule import BatchSizes
 from eagle.train.settings import TrainConfig
 from eagle.train.validation import batch_sums, summary
 
-VOCAB, NEW = 120, 48
+NEW = 48
 CHAIN = TreeConfig(depth=5, top_k=1, total_tokens=7)
 
 
 @pytest.fixture(scope="module")
-def target():
-    return LlavaTarget(tiny_llava.tiny_model(tiny_llava.TinySizes(), seed=1, vocab_size=VOCAB), processor=None)
+def llava():
+    return LlavaTarget(tiny_llava.tiny_model(tiny_llava.TinySizes(), seed=1, vocab_size=120), processor=None)
 
 
-def prompt(pictures: int) -> dict[str, torch.Tensor]:
-    """Text, and each picture (16 image tokens, id 0) behind some more of it."""
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    return load_target(tiny_stock.make_qwen(tmp_path_factory.mktemp("qwen"), seed=3), dtype="float32")
+
+
+@pytest.fixture(params=["llava", "qwen"])
+def target(request):
+    return request.getfixturevalue(request.param)
+
+
+def prompt(target: Target, pictures: int) -> dict[str, torch.Tensor]:
+    """Text, and each picture (16 image tokens) behind some more of it; for Qwen2-VL 2 x 8 of them."""
     generator = torch.Generator().manual_seed(pictures)
-    text = torch.randint(3, VOCAB, (3 * (pictures + 1),), generator=generator).split(3)
-    ids = torch.cat([part for piece in text for part in (piece, torch.zeros(16, dtype=torch.long))][:-1])[None]
-    images = {"pixel_values": torch.randn(pictures, 3, 56, 56, generator=generator)} if pictures else {}
+    text = torch.randint(3, 100, (3 * (pictures + 1),), generator=generator).split(3)
+    picture = torch.full((16,), target.config.image_token_id)
+    ids = torch.cat([part for piece in text for part in (piece, picture)][:-1])[None]
+    images = {}
+    if pictures and target.family == "llava":
+        images = {"pixel_values": torch.randn(pictures, 3, 56, 56, generator=generator)}
+    elif pictures:
+        patches = torch.randn(pictures * 64, 3 * 2 * 14 * 14, generator=generator)
+        images = {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, 4, 16]] * pictures)}
+        images["mm_token_type_ids"] = (ids == target.config.image_token_id).int()
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images}
 
 
 @torch.no_grad()
-def own_answer(target: LlavaTarget, inputs: dict[str, torch.Tensor]) -> Sample:
+def own_answer(target: Target, inputs: dict[str, torch.Tensor]) -> Sample:
     """The target's greedy answer with its hidden states."""
     sequence = MSDModel(target).generate(**inputs, max_new_tokens=NEW, temperature=0).sequences
     full = {**inputs, "input_ids": sequence, "attention_mask": torch.ones_like(sequence)}
@@ -49,10 +68,10 @@ def own_answer(target: LlavaTarget, inputs: dict[str, torch.Tensor]) -> Sample:
     return Sample("one", sequence[0], answer, mask, prefill.hidden[0], prefill.embeds[0][mask])
 
 
-def new_objective(target: LlavaTarget, **settings) -> DraftObjective:
+def new_objective(target: Target, **settings) -> DraftObjective:
     torch.manual_seed(0)
-    shape = {"model_type": "llava", "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
-             "vocab_size": VOCAB}  # fmt: skip
+    shape = {"model_type": target.family, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
+             "vocab_size": target.vocab_size}  # fmt: skip
     base = BaseTensors(target.model.get_input_embeddings().weight, target.model.get_output_embeddings().weight)
     return DraftObjective(DraftModel(DraftConfig.from_dict(shape)), base, TrainConfig(**settings))
 
@@ -60,13 +79,13 @@ def new_objective(target: LlavaTarget, **settings) -> DraftObjective:
 def train(objective: DraftObjective, sample: Sample, steps: int) -> PlainEngine:
     """The real engine and the real loss, without noise."""
     engine = PlainEngine(objective, objective.config, {"gradient_clipping": 0.5}, BatchSizes(1, 1, 1))
-    batch = collate([sample], VOCAB, 2048)
+    batch = collate([sample], int(sample.input_ids.max()) + 1, 2048)
     for step in range(steps):
         engine.step([batch], learning_rate=4e-3 * (1 - step / steps))
     return engine
 
 
-def decode(target: LlavaTarget, objective: DraftObjective, inputs: dict[str, torch.Tensor], sample: Sample):
+def decode(target: Target, objective: DraftObjective, inputs: dict[str, torch.Tensor], sample: Sample):
     """Decodes with the draft; the answer must be the target's own."""
     draft = objective.draft.eval().requires_grad_(False)
     output = MSDModel(target, draft, CHAIN).generate(**inputs, max_new_tokens=NEW, temperature=0)
@@ -76,7 +95,7 @@ def decode(target: LlavaTarget, objective: DraftObjective, inputs: dict[str, tor
 
 @pytest.mark.parametrize("pictures", [0, 1, 2])
 def test_a_draft_trained_on_one_sample_is_accepted_when_decoding_it(target, pictures):
-    inputs = prompt(pictures)
+    inputs = prompt(target, pictures)
     sample = own_answer(target, inputs)
     assert sample.image_mask.sum() == 16 * pictures
     assert sample.input_ids[-NEW:].unique().numel() > NEW / 6, "an answer in a loop would prove little"
@@ -90,11 +109,11 @@ def test_a_draft_trained_on_one_sample_is_accepted_when_decoding_it(target, pict
 @pytest.mark.parametrize(("pictures", "steps"), [(1, 30), (1, 70), (0, 70)])
 def test_simulated_acceptance_is_that_of_decoding(target, pictures, steps):
     """A half-trained draft: validation's walk must take exactly the cycles that decoding takes."""
-    inputs = prompt(pictures)
+    inputs = prompt(target, pictures)
     sample = own_answer(target, inputs)
     objective = new_objective(target, token_weight=1.0, simulated_depth=6)
     train(objective, sample, steps)
-    values = summary(batch_sums(objective.eval(), collate([sample], VOCAB, 2048)), depth=6)
+    values = summary(batch_sums(objective.eval(), collate([sample], target.vocab_size, 2048)), depth=6)
     stats = decode(target, objective, inputs, sample)
     assert values["tau"] == pytest.approx(stats.tau)
     assert 1 < stats.tau < 7, "neither nothing nor everything accepted"

@@ -1,0 +1,1 @@
+"""The pocket Qwen2-VL: tokenizer, sizes, prompt, training, export. Pictures and questions are those of pocket."""

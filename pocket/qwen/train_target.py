@@ -1,0 +1,68 @@
+"""Train the pocket Qwen2-VL, whose language model starts as the pocket LLaVA's.
+
+python -m pocket.qwen.train_target --out pocket/build/qwen      (after pocket.qwen.train_tower; --resume goes on)
+
+The tower stays as it is. All layers learn from the first step, short questions first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava import load_pretrained
+from pocket.encode import Tokenizer
+from pocket.model import parameter_count
+from pocket.sample import MAX_TURNS, TEXT_SHARE
+from pocket.train_target import MORE_SCENES
+from pocket.training import Plan, Run, Stage, log, log_to, train
+
+from .encode import Qwen
+from .model import fresh, take_over
+from .tokenizer import load_tokenizer
+from .train_tower import TEACHER
+
+PLAN = Plan("qwen", (
+    Stage(0.0, quiz_share=0.7, text_share=0.08, turns=2, kinds=MORE_SCENES),
+    Stage(0.4, quiz_share=0.3, text_share=TEXT_SHARE, turns=MAX_TURNS, kinds=MORE_SCENES),
+), peak=0.6, decay=0.8)  # fmt: skip
+
+
+def start_model(out: Path, seed: int) -> Any:
+    """The tower of OUT/tower.pt, frozen, and the pocket LLaVA's language model."""
+    path = out / "tower.pt"
+    if not path.exists():
+        raise SystemExit(f"no vision tower: {path}; make it with: python -m pocket.qwen.train_tower --out {out}")
+    tokenizer = load_tokenizer(out)
+    model = fresh(tokenizer, seed)
+    model.model.visual.load_state_dict(torch.load(path, weights_only=True)["visual"])
+    take_over(model, tokenizer, load_pretrained(TEACHER, dtype="float32")[0], Tokenizer(TEACHER))
+    model.model.visual.requires_grad_(False)
+    return model
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of tokenizer, tower, checkpoint and log")
+    parser.add_argument("--steps", type=int, default=640)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--resume", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    log_to(args.out / "train.log")
+    model = start_model(args.out, args.seed)
+    run = Run(args.out, model, Qwen(args.out), PLAN, args.steps, args.seed)
+    if args.resume:
+        run.load()
+    log.info(json.dumps({"parameters": parameter_count(model), "from": run.step, "steps": run.steps}))
+    train(run)
+
+
+if __name__ == "__main__":
+    main()
