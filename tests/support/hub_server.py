@@ -65,6 +65,8 @@ class HubServer:
         """One request."""
         path = unquote(urlsplit(call.path).path)
         self.requests.append((call.command, path))
+        if path == "/api/models":
+            return self._send(call, 200, {"Content-Type": "application/json"}, b"[]", body)
         found = next((match for pattern in (FILE, TREE, INFO) if (match := pattern.fullmatch(path))), None)
         repository = self.root / found["repo"] if found else self.root / "none"
         if found is None or not repository.is_dir():
