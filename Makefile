@@ -18,7 +18,7 @@ BENCH_FLAGS ?= --baseline-dtype float32
 # the oldest transformers that the packages admit, read where pip reads it
 LOWEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' LLaVA/pyproject.toml)
 
-.PHONY: help setup demo test test-all test-lowest bench quality version clean
+.PHONY: help setup demo test test-all test-lowest bench quality wheels version clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -41,10 +41,17 @@ bench: $(STAMP)  ## time speculative against plain decoding
 	@mkdir -p $(dir $(OUT))
 	$(BIN)/msd bench --base-model $(BASE) --msd-model $(DRAFT) --data $(DATA) --out $(OUT) $(BENCH_FLAGS)
 
-quality: $(STAMP)  ## lint, formatting, types
+quality: $(STAMP)  ## lint, formatting, dead code, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/vulture
 	$(BIN)/mypy
+
+wheels: $(STAMP)  ## build the three wheels into dist/ and list what is in them
+	rm -rf dist $(addsuffix build,$(dir $(PROJECTS)))
+	for folder in $(dir $(PROJECTS)); do \
+	    $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist "./$$folder" || exit 1; done
+	for wheel in dist/*.whl; do echo "$$wheel"; $(BIN)/python -m zipfile -l "$$wheel"; done
 
 version: $(STAMP)  ## write the version of pyproject.toml into the packages
 	v="$$(sed -n '/^\[tool\.msd\]/,/^\[/s/^version = "\([^"]*\)".*/\1/p' pyproject.toml)" && \
@@ -54,7 +61,7 @@ version: $(STAMP)  ## write the version of pyproject.toml into the packages
 
 clean:  ## remove the environments, builds and caches
 	rm -rf $(VENV) $(LOWEST_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -rf */build */dist */*.egg-info
+	rm -rf dist */build */dist */*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): $(PROJECTS) scripts/1_setup.sh

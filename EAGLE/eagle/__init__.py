@@ -1,9 +1,31 @@
-"""Multimodal speculative decoding: draft, verify, accept."""
+"""Multimodal speculative decoding: draft, verify, accept.
 
-from eagle.model.config import TreeConfig
-from eagle.model.msd import MSDModel, MSDOutput
-from eagle.model.stats import Stats
+The names below load torch and transformers when they are first used, so that `msd doctor` runs where those are broken.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from eagle.model.config import TreeConfig
+    from eagle.model.msd import MSDModel, MSDOutput
+    from eagle.model.stats import Stats
 
 __version__ = "0.1.0"
 
 __all__ = ["MSDModel", "MSDOutput", "Stats", "TreeConfig", "__version__"]
+
+_HOMES = {
+    "MSDModel": "eagle.model.msd",
+    "MSDOutput": "eagle.model.msd",
+    "Stats": "eagle.model.stats",
+    "TreeConfig": "eagle.model.config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

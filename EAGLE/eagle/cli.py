@@ -1,38 +1,38 @@
-"""The command `msd`: generate, bench, throughput, verify, exactness, demo."""
+"""The command `msd`: generate, bench, throughput, verify, exactness, demo, doctor, push."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from importlib import import_module
 
-from eagle.commands import bench, demo, exactness, generate, throughput, verify
 from llava.errors import run_cli
 
 COMMANDS = {
-    "generate": generate,
-    "bench": bench,
-    "throughput": throughput,
-    "verify": verify,
-    "exactness": exactness,
-    "demo": demo,
+    name: f"eagle.commands.{name}"
+    for name in ("generate", "bench", "throughput", "verify", "exactness", "demo", "doctor", "push")
 }
 
 
-def parser() -> argparse.ArgumentParser:
-    """The whole command line; each command adds its own options."""
+def parser(names: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
+    """The command line of these commands; each adds its own options."""
     top = argparse.ArgumentParser(prog="msd", description="Multimodal speculative decoding: same answers, sooner.")
     commands = top.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
-    for name, module in COMMANDS.items():
+    for name in names:
+        module = import_module(COMMANDS[name])
         summary = (module.__doc__ or "").strip().splitlines()[0]
         module.add_arguments(commands.add_parser(name, help=summary, description=module.__doc__))
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status (2 for bad input)."""
-    arguments = parser().parse_args(argv)
-    return run_cli(lambda: COMMANDS[arguments.command].run(arguments))
+    """Runs one command; returns the exit status (2 for bad input). Only that command's module is imported, so that one
+    command does not need what another one does."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    names = given[:1] if given[:1] and given[0] in COMMANDS else COMMANDS
+    arguments = parser(names).parse_args(given)
+    return run_cli(lambda: import_module(COMMANDS[arguments.command]).run(arguments))
 
 
 if __name__ == "__main__":

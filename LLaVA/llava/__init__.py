@@ -1,8 +1,18 @@
-"""LLaVA-1.5 checkpoints of both public layouts in the stock transformers model, with processor and conversations."""
+"""LLaVA-1.5 checkpoints of both public layouts in the stock transformers model, with processor and conversations.
 
-from .checkpoint import load_config, load_model, load_pretrained, load_processor
+The names below load torch and transformers when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .errors import UserError
-from .processor import LlavaProcessor
+
+if TYPE_CHECKING:
+    from .checkpoint import load_config, load_model, load_pretrained, load_processor
+    from .processor import LlavaProcessor
 
 __version__ = "0.1.0"
 __all__ = [
@@ -14,3 +24,17 @@ __all__ = [
     "load_pretrained",
     "load_processor",
 ]
+
+_HOMES = {
+    "LlavaProcessor": "llava.processor",
+    "load_config": "llava.checkpoint",
+    "load_model": "llava.checkpoint",
+    "load_pretrained": "llava.checkpoint",
+    "load_processor": "llava.checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -25,6 +25,7 @@ EMBED_NAMES = (
     "model.embed_tokens.weight",  # liuhaotian, Qwen2-VL
     "model.language_model.embed_tokens.weight",  # transformers 5
     "language_model.model.embed_tokens.weight",  # llava-hf
+    "model.language_model.model.embed_tokens.weight",  # LLaVA-1.6 written by transformers 5.4
 )
 HEAD_NAMES = ("lm_head.weight", "language_model.lm_head.weight")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,21 +46,28 @@ def resolve_folder(name: str | Path, what: str, patterns: list[str], **hub: Any)
         return Path(snapshot_download(str(name), allow_patterns=patterns, **hub))
 
 
-def read_tensors(folder: Path) -> tuple[dict[str, Tensor], Path]:
-    """All tensors of a one-file checkpoint, and the file. safetensors first, then a .bin without code."""
+def weights_file(folder: Path) -> Path:
+    """The one file of a draft's tensors, safetensors first.
+
+    Raises:
+        UserError: there is none.
+    """
     for name in WEIGHT_FILES:
-        path = folder / name
-        if not path.is_file():
-            continue
-        try:
-            if name.endswith(".safetensors"):
-                return load_file(path), path
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path)), path
-        except (SafetensorError, RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
-            raise UserError(
-                f"cannot be read ({type(error).__name__})", where=path, fix="download or copy the file again"
-            ) from error
+        if (folder / name).is_file():
+            return folder / name
     raise UserError("no draft weights", where=folder, fix=f"expected {' or '.join(WEIGHT_FILES)}")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a one-file checkpoint; a .bin never runs code."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    except (SafetensorError, RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"cannot be read ({type(error).__name__})", where=path, fix="download or copy the file again"
+        ) from error
 
 
 def load_draft(
@@ -76,30 +83,31 @@ def load_draft(
         UserError: a file is missing or broken, or a tensor is missing, unexpected or of another shape.
     """
     folder = resolve_folder(name, "draft", ["config.json", *WEIGHT_FILES], **hub)
-    tensors, path = read_tensors(folder)
+    path = weights_file(folder)
+    tensors = read_tensors(path)
     config = DraftConfig.from_json(folder, tensors=tensors)
     with torch.device("meta"):
         draft = DraftModel(config)
-    _check_tensors(tensors, draft.state_dict(), path)
+    if problems := misfits({name: tuple(tensor.shape) for name, tensor in tensors.items()}, draft):
+        raise UserError(
+            "draft does not fit its config: " + "; ".join(problems), where=path, fix="is this an MSD draft?"
+        )
     draft.load_state_dict(tensors, assign=True)
     draft.rotary = type(draft.rotary)(config.head_dim, config.rope_theta, config.mrope_section)
     own = tensors["fc.weight"].dtype
     return draft.to(device=device, dtype=dtype if isinstance(dtype, torch.dtype) else own).eval().requires_grad_(False)
 
 
-def _check_tensors(tensors: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> None:
-    """Raises one error that lists every tensor which is missing, unexpected or of another shape."""
-    problems = [f"missing {name}" for name in wanted if name not in tensors]
-    problems += [f"unexpected {name}" for name in tensors if name not in wanted]
-    problems += [
-        f"{name} is {list(tensor.shape)}, config.json says {list(wanted[name].shape)}"
-        for name, tensor in tensors.items()
-        if name in wanted and tensor.shape != wanted[name].shape
+def misfits(shapes: Mapping[str, tuple[int, ...]], draft: DraftModel) -> list[str]:
+    """Every tensor of a checkpoint that ``draft`` misses, does not know, or has in another shape."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in draft.state_dict().items()}
+    problems = [f"missing {name}" for name in wanted if name not in shapes]
+    problems += [f"unexpected {name}" for name in shapes if name not in wanted]
+    return problems + [
+        f"{name} is {list(shape)}, config.json says {list(wanted[name])}"
+        for name, shape in shapes.items()
+        if name in wanted and shape != wanted[name]
     ]
-    if problems:
-        raise UserError(
-            "draft does not fit its config: " + "; ".join(problems), where=path, fix="is this an MSD draft?"
-        )
 
 
 def save_draft(draft: DraftModel, folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> Path:

@@ -48,7 +48,7 @@ def generate(root: Path, base: str, draft: str, environment: dict[str, str], *mo
         sys.executable, "-m", "eagle.cli", "generate", "--base-model", base, "--msd-model", draft, "--dtype", "float32",
         "--prompt", "Which colours?", "--image", str(root / "picture.png"), "--max-new-tokens", "12", "--json", *more,
     ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=600)
 
 
 def answer_of(done: subprocess.CompletedProcess) -> dict[str, object]:

@@ -224,8 +224,9 @@ def gather_image_features(
             return None
         encode = getattr(model.model, f"get_{modality}_features")
         encoded = encode(**{key: value for key, value in kwargs.items() if value is not None}, return_dict=True)
-    features = encoded.pooler_output
-    return features if isinstance(features, Tensor) else torch.cat(list(features), dim=0)
+    features = encoded.pooler_output  # one tensor, or one a picture; with a dimension for pictures or without
+    joined = features if isinstance(features, Tensor) else torch.cat(list(features), dim=0)
+    return joined.flatten(0, -2)
 
 
 def place_features(embeds: Tensor, mask: Tensor, features: Tensor | None) -> Tensor:

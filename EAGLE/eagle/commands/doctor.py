@@ -1,0 +1,87 @@
+"""Look at packages, machine, models and data: what is ready, what is not, and how to mend it. Loads no weights."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from eagle.doctor.check import Check, State
+from eagle.doctor.machine import Machine, check_disk, check_memory, look
+from eagle.doctor.packages import check_packages, check_python
+from eagle.doctor.places import check_hub, check_pictures
+
+STYLES = {State.OK: "green", State.WARNING: "yellow", State.PROBLEM: "bold red"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `msd doctor`."""
+    parser.add_argument("--base-model", help="base model: folder or hub name")
+    parser.add_argument("--msd-model", help="draft head: folder or hub name")
+    parser.add_argument("--data", type=Path, metavar="image_data", help="folder of the training pictures")
+    parser.add_argument("--hub", action="store_true", help="ask the hub too (at HF_ENDPOINT where that is set)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints one table; exit status 1 if anything in it is a problem."""
+    checks = [check_python(), *check_packages()]
+    checks += machine_checks(arguments)
+    if arguments.data is not None:
+        checks += check_pictures(arguments.data)
+    Console().print(table_of(checks))
+    problems = sum(check.state is State.PROBLEM for check in checks)
+    print(f"{problems} problem(s), {sum(check.state is State.WARNING for check in checks)} warning(s)")
+    return 1 if problems else 0
+
+
+def machine_checks(arguments: argparse.Namespace) -> list[Check]:
+    """What needs torch, transformers and huggingface_hub; where one of them cannot be imported, that is the finding."""
+    try:
+        from huggingface_hub import constants
+
+        machine, checks = look()
+        checks += [check_memory(machine.free)] if machine.device == "cpu" else []
+        checks.append(check_disk(Path(constants.HF_HUB_CACHE)))
+        hub = check_hub() if arguments.hub else None
+        checks += [hub] if hub else []
+        checks += model_checks(arguments, machine, hub is not None and hub.state is State.OK)
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        return [
+            Check("imports", State.PROBLEM, reason, "mend the packages first; machine and models were not looked at")
+        ]
+    return checks
+
+
+def model_checks(arguments: argparse.Namespace, machine: Machine, hub: bool) -> list[Check]:
+    """Rows for the models that were named, else for the published ones."""
+    from eagle.doctor import checkpoints, published
+    from eagle.doctor.memory import check_fit
+
+    checks, base, draft = [], None, None
+    if arguments.base_model:
+        base, found = checkpoints.look_at_base(arguments.base_model, hub)
+        checks += found
+    if arguments.msd_model:
+        draft, found = checkpoints.look_at_draft(arguments.msd_model, hub)
+        checks += found
+    if base is not None and draft is not None:
+        checks += checkpoints.check_pair(base, draft)
+    if base is not None and (size := checkpoints.footprint(base, draft)) is not None:
+        checks.append(check_fit("room for these models", size, machine))
+    checks += [check_fit(f"room for {name}", published.footprint(name), machine) for name in published.PUBLISHED]
+    return checks
+
+
+def table_of(checks: Sequence[Check]) -> Table:
+    """One row a check; the last column says how to mend what is not well."""
+    caption = "room: weights of base and draft and a cache of 4 096 positions, computed from configs, not measured"
+    table = Table("what", "state", "found", "how to mend it", title="msd doctor", caption=caption)
+    for check in checks:
+        state = f"[{STYLES[check.state]}]{check.state.value}[/]"
+        table.add_row(escape(check.topic), state, escape(check.found), escape(check.mend))
+    return table

@@ -1,0 +1,39 @@
+"""Whether weights and caches of a base and its draft fit into this machine's memory. Computed, not measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from eagle.doctor.check import Check, State
+from eagle.doctor.machine import Machine, gib
+
+POSITIONS = 4096  # of one sequence: prompt, pictures and answer
+DTYPES = {"bfloat16": 2, "float32": 4}  # bytes an element; float16 takes what bfloat16 takes
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Elements that have to be in memory: ``base`` and ``draft`` weights; ``cache``, the keys and values of a position
+    in all layers of both."""
+
+    base: int
+    draft: int
+    cache: int
+
+    def bytes(self, dtype: str) -> int:
+        """Memory for one sequence of `POSITIONS`, in this dtype."""
+        return (self.base + self.draft + self.cache * POSITIONS) * DTYPES[dtype]
+
+
+def check_fit(topic: str, footprint: Footprint, machine: Machine) -> Check:
+    """Whether it fits into the free memory, in which dtype."""
+    need = {dtype: footprint.bytes(dtype) for dtype in DTYPES}
+    fits = [dtype for dtype, size in need.items() if size <= machine.free]
+    sizes = ", ".join(f"{dtype} {gib(size)}" for dtype, size in need.items())
+    found = f"needs {sizes}; {gib(machine.free)} free on {machine.device}"
+    if not fits:
+        mend = "use a smaller model, several devices (--device-map auto), or a quantised target"
+        return Check(topic, State.WARNING, f"fits in no dtype: {found}", mend)
+    if fits == ["bfloat16"] and machine.slow_in_16_bit:
+        return Check(topic, State.WARNING, f"fits in bfloat16 only, which is slow on this CPU: {found}", "add memory")
+    return Check(topic, State.OK, f"fits in {' and '.join(fits)}: {found}")

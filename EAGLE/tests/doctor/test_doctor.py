@@ -1,0 +1,246 @@
+"""`msd doctor`: packages, machine, hub and pictures; one table, exit status 1 where anything is a problem."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import HubServer
+from safetensors.torch import load_file
+from tiny_draft import make_draft
+from tiny_llava import make_liuhaotian, make_llava_hf
+
+from eagle.cli import main
+from eagle.doctor import machine, packages, places, published
+from eagle.doctor.check import State
+from eagle.model.targets import load_target
+
+REPO = Path(__file__).resolve().parents[3]
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def repositories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two pairs; the first as published: .bin files, the tower under a hub name."""
+    root = tmp_path_factory.mktemp("repositories")
+    for name, make in {"tiny/llava": make_liuhaotian, "tiny/hf": make_llava_hf}.items():
+        make(root / name)
+        make_draft(root / f"{name}-msd", load_target(root / name, dtype="float32"))
+    config = root / "tiny/llava/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "mm_vision_tower": "tiny/tiny-clip"}))
+    draft = root / "tiny/llava-msd"
+    torch.save(load_file(draft / "model.safetensors"), draft / "pytorch_model.bin")
+    (draft / "model.safetensors").unlink()
+    return root
+
+
+def fake_packages(monkeypatch: pytest.MonkeyPatch, **versions: str | None) -> None:
+    """Other versions of some packages; None is not installed. Dashes are written as underscores."""
+    true_version = metadata.version
+
+    def version(name: str) -> str:
+        asked = versions.get(name.replace("-", "_"), "true")
+        if asked is None:
+            raise metadata.PackageNotFoundError(name)
+        return true_version(name) if asked == "true" else asked
+
+    monkeypatch.setattr(metadata, "version", version)
+
+
+def test_this_environment_is_in_range() -> None:
+    assert packages.check_python().state is State.OK
+    (check,) = packages.check_packages()
+    assert check.state is State.OK and metadata.version("torch") in check.found
+
+
+def test_packages_out_of_range_or_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_packages(monkeypatch, transformers="4.37.2", safetensors=None)
+    found = {check.topic: check for check in packages.check_packages()}
+    assert set(found) == {"package transformers", "package safetensors"}
+    assert "4.37.2, wanted" in found["package transformers"].found
+    assert re.search(r"transformers(<6,>=5\.4|>=5\.4,<6)", found["package transformers"].mend)
+    assert "not installed" in found["package safetensors"].found
+    assert {check.state for check in found.values()} == {State.PROBLEM}
+
+
+def test_evaluation_is_optional_and_the_engine_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_packages(monkeypatch, msd_lmms_eval=None)
+    assert [check.state for check in packages.check_packages()] == [State.OK, State.WARNING]
+    fake_packages(monkeypatch, msd_llava=None)
+    assert State.PROBLEM in [check.state for check in packages.check_packages()]
+
+
+def test_python_out_of_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.python_version", lambda: "3.9.1")
+    check = packages.check_python()
+    assert check.state is State.PROBLEM and "3.9.1, wanted" in check.found
+
+
+def test_cpu_with_and_without_16_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("llava.device.cpu_has_bfloat16", lambda: True)
+    here, (check,) = machine.look()
+    assert check.state is State.OK and here.device == "cpu" and not here.slow_in_16_bit
+    monkeypatch.setattr("llava.device.cpu_has_bfloat16", lambda: False)
+    here, (check,) = machine.look()
+    assert check.state is State.WARNING and here.slow_in_16_bit and "float32" in check.mend
+
+
+def test_cuda_devices_are_listed_and_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On made-up devices; no CUDA device was at hand."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (GIB * (number + 1), GIB * 80))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"card {number}")
+    here, checks = machine.look()
+    assert here == machine.Machine("cuda", 3 * GIB)
+    assert [check.found for check in checks] == ["card 0, 1.0 GiB of 80.0 GiB free", "card 1, 2.0 GiB of 80.0 GiB free"]
+
+
+def test_memory_within_a_control_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(machine, "GROUP_LIMIT", tmp_path / "memory.max")
+    free = machine.free_cpu_memory()
+    assert free > 1000
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert machine.free_cpu_memory() == 1000
+    assert machine.check_memory(1000).state is State.WARNING
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine.free_cpu_memory() > 1000
+
+
+@pytest.mark.parametrize(("free", "state"), [(0.5, State.PROBLEM), (5, State.WARNING), (200, State.OK)])
+def test_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free: float, state: State) -> None:
+    asked = []
+
+    def usage(path: Path) -> object:
+        asked.append(path)
+        return type("Usage", (), {"free": int(free * GIB)})
+
+    monkeypatch.setattr("shutil.disk_usage", usage)
+    assert machine.check_disk(tmp_path / "not" / "yet").state is state
+    assert asked == [tmp_path]
+
+
+def test_sizes_are_those_of_the_model_cards() -> None:
+    """Parameters as the hub counts them in the published checkpoints, and the size of the published drafts."""
+    counted = {name: published.footprint(name) for name in published.PUBLISHED}
+    assert {name: round(size.base / 1e9, 2) for name, size in counted.items()} == {
+        "LLaVA-1.5-7B": 7.06, "LLaVA-1.5-13B": 13.35, "Qwen2-VL-2B": 2.21, "Qwen2-VL-7B": 8.29,
+    }  # fmt: skip
+    seven = counted["LLaVA-1.5-7B"]
+    assert seven.cache == 2 * 33 * 4096
+    assert seven.draft == 32000 * 4096 + 2 * 4096**2 + 4096 + 4 * 4096**2 + 3 * 4096 * 11008 + 4096
+
+
+def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (check,) = places.check_pictures(tmp_path / "nowhere")
+    assert check.state is State.PROBLEM
+    monkeypatch.setattr(places, "PICTURES", {"full": 2, "part": 3, "empty": 1, "absent": 1})
+    for name, files in {"full": ["a.jpg", "b.PNG"], "part": ["a.jpg", "notes.txt"], "empty": []}.items():
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).touch()
+    states = [check.state for check in places.check_pictures(tmp_path)]
+    assert states == [State.OK, State.WARNING, State.PROBLEM, State.PROBLEM]
+
+
+def test_pictures_are_those_of_the_guide() -> None:
+    guide = (REPO / "image_data" / "README.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| `([\w/]+)` \| ([\d ]+) \|", guide, re.MULTILINE)
+    assert {name: int(count.replace(" ", "")) for name, count in table} == places.PICTURES
+
+
+def closed_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def test_hub_states(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{closed_port()}")
+    check = places.check_hub()
+    assert check.state is State.PROBLEM and "cannot be reached" in check.found and "HF_ENDPOINT" in check.mend
+    with HubServer(tmp_path) as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+        assert places.check_hub().state is State.OK
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"{hub.address}/not-a-hub")
+        assert "status 404" in places.check_hub().found
+        asked = len(hub.requests)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        assert "HF_HUB_OFFLINE" in places.check_hub().found
+        assert len(hub.requests) == asked
+
+
+def test_exit_status_and_table(
+    repositories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    models = ["--base-model", str(repositories / "tiny/hf"), "--msd-model", str(repositories / "tiny/hf-msd")]
+    assert main(["doctor", *models]) == 0
+    assert "0 problem(s)" in (out := capsys.readouterr().out)
+    assert all(
+        name in out for name in ("Python", "packages", "memory", "disk", "room for these models", *published.PUBLISHED)
+    )
+    swapped = ["--base-model", str(repositories / "tiny/hf"), "--msd-model", str(repositories / "tiny/llava-msd")]
+    assert main(["doctor", *swapped]) == 1
+    assert re.search(
+        r"base and draft +│ problem │ vocabulary \d+ in the draft, \d+ in the base", capsys.readouterr().out
+    )
+    assert main(["doctor", "--data", str(tmp_path / "nowhere")]) == 1
+
+
+SEE = """
+import json, sys
+from eagle.doctor.checkpoints import look_at_base, look_at_draft
+for look, name in ((look_at_base, "tiny/llava"), (look_at_draft, "tiny/llava-msd"), (look_at_base, "tiny/hf"),
+                   (look_at_draft, "tiny/hf-msd"), (look_at_base, "tiny/absent")):
+    contents, checks = look(name, hub=True)
+    print(json.dumps([name, [check.state.value for check in checks], checks[0].found]))
+"""
+
+
+def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, **environment, "COLUMNS": "300"}
+    return subprocess.run([sys.executable, *arguments], env=variables, capture_output=True, text=True, timeout=600)
+
+
+def test_models_on_the_hub_are_seen_without_a_download(repositories: Path, tmp_path: Path) -> None:
+    with HubServer(repositories) as hub:
+        done = run(["-c", SEE], **hub.environment(tmp_path))
+        rows = [json.loads(line) for line in done.stdout.splitlines()]
+        assert [states for _, states, _ in rows] == [["ok", "ok"], ["ok"], ["ok"], ["ok"], ["problem"]], done.stderr
+        assert "weights not looked into" in rows[0][2] and "M parameters" in rows[2][2]
+        fetched = [path for method, path in hub.requests if method == "GET" and path.endswith((".bin", ".safetensors"))]
+        assert {Path(path).suffix for path in fetched} <= {".safetensors"}  # headers, by range
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".bin", ".safetensors")]
+
+
+def test_unreachable_hub_is_a_problem_and_the_rest_is_still_told(
+    repositories: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = f"http://127.0.0.1:{closed_port()}"
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    assert main(["doctor", "--hub", "--base-model", str(repositories / "tiny/hf")]) == 1
+    out = capsys.readouterr().out
+    assert f"{address} cannot be reached" in out
+    assert re.search(r"base model +│ ok", out)
+
+
+def test_runs_where_transformers_does_not_import(tmp_path: Path) -> None:
+    (tmp_path / "transformers.py").write_text("raise ImportError('broken on purpose')\n")
+    path = os.pathsep.join([str(tmp_path), *(str(REPO / name) for name in ("LLaVA", "EAGLE"))])
+    done = run(["-m", "eagle.cli", "doctor"], PYTHONPATH=path)
+    assert done.returncode == 1
+    assert "broken on purpose" in done.stdout and "Traceback" not in done.stderr
