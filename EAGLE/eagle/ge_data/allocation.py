@@ -5,7 +5,7 @@
 
 `_t` takes the rows without picture, `_v` those with one; they are shuffled, and [A, B) counts in the shuffled order
 (all by default). Killed at any moment and started again, it goes on: finished shards are not touched. Ranges of one
-corpus may be made one after the other in one folder.
+corpus may be made one after the other in one folder. `--hidden-dtype int8` halves the disk that hidden states take.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from eagle.commands.options import DTYPES, positive
 from eagle.ge_data.annotations import Row, RowFile
 from eagle.ge_data.conversations import REASONS, image_names
 from eagle.ge_data.extract import Range, Selection
-from eagle.ge_data.folder import Settings, finished, locked, missing, write_skipped
-from eagle.ge_data.index import Index, gigabytes, load_index, sha256
-from eagle.ge_data.shards import ShardInfo, Source
+from eagle.ge_data.folder import AUTO, Settings, finished, locked, missing, write_skipped
+from eagle.ge_data.index import Index, ShardInfo, gigabytes, load_index, sha256
+from eagle.ge_data.source import INT8, Source
 from eagle.ge_data.workers import Events, Job, run_here, run_workers
 from llava.errors import UserError, run_cli
 
 FAMILIES = {"llava_v15": "llava", "qwen2_vl": "qwen2_vl", "qwen2_5_vl": "qwen2_5_vl"}
 KINDS = {"t": "text", "v": "image"}
+HIDDEN_DTYPES = (AUTO, INT8)
 MODEL_TYPES = tuple(f"{family}_{kind}" for family in FAMILIES for kind in KINDS)
 
 
@@ -51,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     add("--limit", type=positive, help="at most so many rows")
     add("--gpus", help="one worker on each: 0,1,... or cpu (default: all GPUs, else this process's CPU)")
     add("--dtype", choices=DTYPES, default="auto", help="dtype of the base model (default: the checkpoint's)")
+    add("--hidden-dtype", choices=HIDDEN_DTYPES, default=AUTO, help=f"stored hidden states (default: {AUTO}, 16 bit)")
     add("--max-length", type=positive, default=2048, help="longest sequence; longer rows are cut (default: 2048)")
     add("--seed", type=int, default=42, help="of the shuffle (default: 42)")
     add("--shard-size", type=positive, default=64, help="rows of a shard (default: 64)")
@@ -171,6 +173,7 @@ def run(options: argparse.Namespace, notify: Callable[[str], None]) -> int:
         settings = Settings(
             model_type=options.model_type,
             dtype=options.dtype,
+            hidden_dtype=options.hidden_dtype,
             max_length=options.max_length,
             seed=options.seed,
             data=options.json_data_path.name,
@@ -201,7 +204,10 @@ def work(
     """Hands the ranges to the workers. Raises the first UserError among their failures, after all have ended."""
     source = load_index(options.outdir, strict=False).source if done else None
     family = FAMILIES[options.model_type.rsplit("_", 1)[0]]
-    job = Job(options.model, family, options.dtype, selection, options.outdir, options.batch_tokens, source)
+    hidden_dtype = None if options.hidden_dtype == AUTO else options.hidden_dtype
+    job = Job(
+        options.model, family, options.dtype, selection, options.outdir, options.batch_tokens, source, hidden_dtype
+    )
     board = Board(options.outdir, done, rows, sum(last - first for first, last in ranges))
     events = Events(board.progress, board.shard)
     with board.bar:

@@ -19,6 +19,7 @@ from torch import Tensor
 from eagle.ge_data.annotations import RowFile
 from eagle.ge_data.conversations import Unusable, read_conversation
 from eagle.ge_data.shards import DTYPES, Sample, ShardInfo, Skipped, Source, write_shard
+from eagle.ge_data.source import INT8
 from eagle.ge_data.template import Prepared, Template
 from eagle.model.targets import Target
 from llava.errors import UserError
@@ -149,6 +150,7 @@ class Extractor:
         inputs = {name: value.to(self.target.device) for name, value in collate(items).items()}
         prefill = self.target.prefill(inputs)
         states = DTYPES[self.source.dtype]
+        own = self.target.dtype if self.source.hidden_dtype == INT8 else states  # rounded once, not twice
         samples = []
         for row, item in enumerate(items):
             length = len(item.input_ids)
@@ -159,7 +161,7 @@ class Extractor:
                     input_ids=item.input_ids,
                     loss_mask=item.loss_mask,
                     image_mask=image_mask.cpu(),
-                    hidden=prefill.hidden[row, :length].to("cpu", states),
+                    hidden=prefill.hidden[row, :length].to("cpu", own),
                     image_features=prefill.embeds[row, :length][image_mask].to("cpu", states),
                 )
             )
@@ -208,8 +210,13 @@ def collate(items: Sequence[Prepared]) -> dict[str, Tensor]:
     return {"input_ids": input_ids, "attention_mask": attention_mask, **joined}
 
 
-def source_of(target: Target, name: str) -> Source:
-    """What shards made by ``target`` say of themselves. States of a 32-bit model are stored as bfloat16."""
+def source_of(target: Target, name: str, hidden_dtype: str | None = None) -> Source:
+    """What shards made by ``target`` say of themselves. States of a 32-bit model are read as bfloat16.
+
+    Args:
+        name: folder or hub name of the model.
+        hidden_dtype: "int8", or None for the 16 bit dtype.
+    """
     stored = target.dtype if target.dtype in DTYPES.values() else torch.bfloat16
     return Source(
         family=target.family,
@@ -220,6 +227,7 @@ def source_of(target: Target, name: str) -> Source:
         vocab_size=target.vocab_size,
         image_token_id=target.config.image_token_id,
         fingerprint=fingerprint(target.model.get_input_embeddings().weight),
+        hidden_dtype=hidden_dtype,
     )
 
 

@@ -6,7 +6,7 @@ import fcntl
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 from eagle.ge_data.index import INDEX, PATTERN, Index, ShardInfo, Skipped, load_index, read_about
@@ -16,6 +16,7 @@ from llava.files import atomic_write, read_json
 SETTINGS = "settings.json"
 SKIPPED = "skipped.jsonl"
 LOCK = ".lock"
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Settings:
     """What decides the content of a corpus. Where pictures lie, which GPUs work and how large batches and shards are
     does not.
 
-    ``data_sha256``: of the annotation file; ``rows``: length of the selection.
+    ``data_sha256``: of the annotation file; ``rows``: length of the selection; ``hidden_dtype``: "int8", or "auto" for
+    16 bit. A setting with a default is one that older folders do not name.
     """
 
     model_type: str
@@ -33,6 +35,7 @@ class Settings:
     data: str
     data_sha256: str
     rows: int
+    hidden_dtype: str = AUTO
 
     def claim(self, folder: Path) -> None:
         """Writes ``settings.json``, or compares with the one that is there.
@@ -42,7 +45,8 @@ class Settings:
         """
         path, own = folder / SETTINGS, asdict(self)
         if path.exists():
-            there = read_json(path, "settings of the corpus")
+            defaults = {item.name: item.default for item in fields(self) if item.default is not MISSING}
+            there = {**defaults, **read_json(path, "settings of the corpus")}
             changed = [
                 f"{name} {there.get(name)!r} instead of {value!r}"
                 for name, value in own.items()

@@ -16,13 +16,14 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from eagle.ge_data.source import SCHEMA, Source, check_schema, read_source
 from llava.errors import UserError
 from llava.files import atomic_write, read_json
 
-SCHEMA = 1
 INDEX = "index.json"
 PATTERN = "rows-*.safetensors"
 AGAIN = "delete it and run the allocation again"
+WITHOUT = "delete it, the shards suffice"
 
 
 @dataclass(frozen=True)
@@ -32,24 +33,6 @@ class Skipped:
     row: int
     id: str
     reason: str
-
-
-@dataclass(frozen=True)
-class Source:
-    """What every shard of a corpus shares.
-
-    ``model``: hub name, or name of the folder. ``commit``: of the model, if known. ``dtype``: of the stored states.
-    ``fingerprint``: of a part of the model's weights, see `eagle.ge_data.extract.fingerprint`.
-    """
-
-    family: str
-    model: str
-    commit: str | None
-    dtype: str
-    hidden_size: int
-    vocab_size: int
-    image_token_id: int
-    fingerprint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -139,9 +122,10 @@ def load_index(folder: str | Path, strict: bool = True) -> Index:
     shards = [shard for shard in listed if _is_whole(folder / shard.file, shard, strict)]
     for name in sorted(files.keys() - {shard.file for shard in listed}):
         about = read_about(files[name])
-        found = Source(**about["source"])
+        found = read_source(about["source"], files[name], AGAIN)
         if source is not None and found != source:
-            raise UserError("shard of another corpus", files[name], "keep one folder for each model and data set")
+            what = f"shard of another corpus, with {found.differences(source)}"
+            raise UserError(what, files[name], "keep one folder for each model, data set and way of storing")
         source = found
         shards.append(shard_info(files[name], about, None))
     assert source is not None
@@ -164,7 +148,7 @@ def read_about(path: Path) -> dict[str, Any]:
     if text is None:
         raise UserError("not a shard of hidden states", path)
     about = json.loads(text)
-    _check_schema(about.get("schema"), path)
+    check_schema(about.get("schema"), path)
     return about
 
 
@@ -215,12 +199,11 @@ def _source_fields(source: Source) -> dict[str, Any]:
 
 def _read_index(path: Path) -> tuple[Source, list[ShardInfo]]:
     value = read_json(path, "index of the shards")
-    _check_schema(value.get("schema") if isinstance(value, dict) else None, path)
+    check_schema(value.get("schema") if isinstance(value, dict) else None, path)
     try:
-        source = Source(**{item.name: value[item.name] for item in fields(Source)})
-        return source, [ShardInfo(**shard) for shard in value["shards"]]
+        return read_source(value, path, WITHOUT), [ShardInfo(**shard) for shard in value["shards"]]
     except (KeyError, TypeError) as error:
-        raise UserError(f"index of the shards is incomplete ({error})", path, "delete it, the shards suffice") from None
+        raise UserError(f"index of the shards is incomplete ({error})", path, WITHOUT) from None
 
 
 def _is_whole(path: Path, shard: ShardInfo, strict: bool) -> bool:
@@ -232,10 +215,3 @@ def _is_whole(path: Path, shard: ShardInfo, strict: bool) -> bool:
     if size is None:
         raise UserError("shard is missing", path, "run the allocation again, it makes what is missing")
     raise UserError(f"shard is truncated or changed, {size} bytes instead of {shard.bytes}", path, AGAIN)
-
-
-def _check_schema(schema: Any, path: Path) -> None:
-    if schema != SCHEMA:
-        raise UserError(
-            f"shards of schema version {schema}, this program reads {SCHEMA}", path, "make the corpus again"
-        )

@@ -10,10 +10,13 @@ Tensors of a shard, samples one after the other (N samples, T tokens, I image to
     input_ids       [T]    int32   one id per image feature
     loss_mask       [T]    uint8   1 on the assistant's tokens
     image_mask      [T]    uint8   1 on image tokens
-    hidden          [T, H] 16 bit  the target's hidden states after its final norm
+    hidden          [T, H] 16 bit  the target's hidden states after its final norm; or int8
+    hidden_scale    [T]    float32 only with hidden states in int8: what one step is worth in each row
     image_features  [I, H] 16 bit  projected features, as the target's language model reads them
 
-Embeddings of text tokens are not stored: the draft has the table. This module knows no model and no annotation file.
+Embeddings of text tokens are not stored: the draft has the table. Image features stay 16 bit: unlike hidden states,
+which training blurs with noise anyway, the draft reads the exact ones when it decodes. This module knows no model and
+no annotation file.
 """
 
 from __future__ import annotations
@@ -33,21 +36,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from eagle.ge_data.index import (
-    SCHEMA,
+    AGAIN,
     Index,
     ShardInfo,
     Skipped,
-    Source,
     load_index,
     open_shard,
     read_about,
     sha256,
     shard_info,
 )
+from eagle.ge_data.quantise import quantise, restore
+from eagle.ge_data.source import DTYPES, INT8, SCHEMA, Source, read_source
 from llava.errors import UserError
 from llava.files import atomic_write
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 OPEN_SHARDS = 16
 
 __all__ = ["DTYPES", "Index", "Sample", "ShardDataset", "ShardInfo", "Skipped", "Source", "shard_name", "write_shard"]
@@ -86,7 +89,7 @@ def write_shard(
 
     Args:
         start, end: the range of the shuffled selection that the shard answers for.
-        samples: (row of the annotation file, sample); hidden states of any float dtype, stored as ``source.dtype``.
+        samples: (row of the annotation file, sample); hidden states of any float dtype, stored as ``source`` says.
         skipped: the rest of the range.
 
     Returns:
@@ -105,7 +108,7 @@ def write_shard(
         "input_ids": _flat([s.input_ids for s in items], torch.int32),
         "loss_mask": _flat([s.loss_mask for s in items], torch.uint8),
         "image_mask": _flat([s.image_mask for s in items], torch.uint8),
-        "hidden": _flat([s.hidden for s in items], states, source.hidden_size),
+        **_stored_hidden([s.hidden for s in items], source),
         "image_features": _flat([s.image_features for s in items], states, source.hidden_size),
     }
     about = {
@@ -151,7 +154,7 @@ class ShardDataset:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Sample:
-        """Sample ``index``, in the order of the shuffled selection; states keep their stored dtype."""
+        """Sample ``index``, in the order of the shuffled selection; states have the dtype ``meta.dtype``."""
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
@@ -194,7 +197,9 @@ class _OpenShard:
     """A mapped shard and where each of its samples begins."""
 
     def __init__(self, path: Path) -> None:
-        self._ids = [sample["id"] for sample in read_about(path)["samples"]]
+        about = read_about(path)
+        self._source = read_source(about["source"], path, AGAIN)
+        self._ids = [sample["id"] for sample in about["samples"]]
         self._file = open_shard(path).__enter__()
         self._tokens = _starts(self._file.get_tensor("lengths"))
         self._images = _starts(self._file.get_tensor("image_lengths"))
@@ -207,9 +212,16 @@ class _OpenShard:
             input_ids=self._read("input_ids", rows).long(),
             loss_mask=self._read("loss_mask", rows).bool(),
             image_mask=self._read("image_mask", rows).bool(),
-            hidden=self._read("hidden", rows),
+            hidden=self._hidden(rows),
             image_features=self._read("image_features", features),
         )
+
+    def _hidden(self, rows: slice) -> Tensor:
+        """States of tokens, [S, H] of the source's 16-bit dtype."""
+        stored = self._read("hidden", rows)
+        if self._source.hidden_dtype != INT8:
+            return stored
+        return restore(stored, self._read("hidden_scale", rows), DTYPES[self._source.dtype])
 
     def _read(self, name: str, rows: slice) -> Tensor:
         return self._file.get_slice(name)[rows].clone()  # the clone lets go of the mapped pages
@@ -223,6 +235,17 @@ def _flat(parts: Sequence[Tensor], dtype: torch.dtype, width: int | None = None)
     if not parts:
         return torch.empty((0,) if width is None else (0, width), dtype=dtype)
     return torch.cat([part.detach().to("cpu", dtype) for part in parts]).contiguous()
+
+
+def _stored_hidden(hidden: Sequence[Tensor], source: Source) -> dict[str, Tensor]:
+    """Hidden states of all samples, each [S, H], as the shard holds them."""
+    if source.hidden_dtype != INT8:
+        return {"hidden": _flat(hidden, DTYPES[source.dtype], source.hidden_size)}
+    rows = [quantise(states) for states in hidden]
+    return {
+        "hidden": _flat([values for values, _ in rows], torch.int8, source.hidden_size),
+        "hidden_scale": _flat([scales for _, scales in rows], torch.float32),
+    }
 
 
 def _check_sample(sample: Sample, source: Source) -> None:

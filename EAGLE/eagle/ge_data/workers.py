@@ -28,8 +28,8 @@ from llava.errors import UserError
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker is told. ``family``: the one that --model_type means; ``source``: of shards that are
-    there."""
+    """What every worker is told. ``family``: the one that --model_type means; ``source``: of shards that are there;
+    ``hidden_dtype``: "int8", or None for the target's 16 bit."""
 
     model: str
     family: str
@@ -38,6 +38,7 @@ class Job:
     folder: Path
     batch_tokens: int
     source: Source | None
+    hidden_dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -154,9 +155,10 @@ def _extractor(job: Job, device: str) -> Extractor:
     target = load_target(job.model, dtype=job.dtype, device_map={"": device})
     if target.family != job.family:
         raise UserError(f"--model_type means a model of family {job.family}, this is {target.family}", job.model)
-    source = source_of(target, job.model)
+    source = source_of(target, job.model, job.hidden_dtype)
     if job.source is not None and job.source != source:
-        raise UserError("the folder's shards are of another model", job.folder, "take another --outdir")
+        what = f"the folder's shards are of another model, with {job.source.differences(source)}"
+        raise UserError(what, job.folder, "take another --outdir")
     positions = getattr(target.config.get_text_config(), "max_position_embeddings", job.selection.max_length)
     selection = replace(job.selection, max_length=min(positions, job.selection.max_length))
     return Extractor(target, template_of(target), selection, job.folder, source, job.batch_tokens)
