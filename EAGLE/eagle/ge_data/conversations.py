@@ -37,6 +37,7 @@ REASONS = {
     "template": "the model's chat template does not write the conversation turn after turn",
     "image_cut": "the longest allowed sequence would cut through the image tokens",
     "answer_cut": "nothing of an answer is left in the longest allowed sequence",
+    "answer_picture": "the target's own answer has the token of a picture",
     "not_finite": "the target's hidden states are not finite numbers",
 }
 
@@ -67,7 +68,7 @@ def image_names(row: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(name) for name in (value if isinstance(value, list) else [value]))
 
 
-def read_conversation(row: Mapping[str, Any], number: int) -> Conversation:
+def read_conversation(row: Mapping[str, Any], number: int, keep_answers: bool = True) -> Conversation:
     """The conversation of a row.
 
     As the published recipe does it, an answer before the first question is dropped; so is a last question without
@@ -75,6 +76,7 @@ def read_conversation(row: Mapping[str, Any], number: int) -> Conversation:
 
     Args:
         number: the row's number, its id where it has none.
+        keep_answers: False where they are not wanted: they become "", and a last question without answer stays.
 
     Raises:
         Unusable: see `REASONS`.
@@ -83,12 +85,12 @@ def read_conversation(row: Mapping[str, Any], number: int) -> Conversation:
     while turns and turns[0][0] == ASSISTANT:
         turns = turns[1:]
     if turns and turns[-1][0] == USER:
-        turns = turns[:-1]
+        turns = turns[:-1] if keep_answers else [*turns, (ASSISTANT, "")]
     if any(role != (USER, ASSISTANT)[place % 2] for place, (role, _) in enumerate(turns)):
         raise Unusable("not_alternating")
-    texts = [text for _, text in turns]
+    texts = [text if keep_answers or role == USER else "" for role, text in turns]
     pairs = tuple(zip(texts[::2], texts[1::2], strict=True))
-    if not any(answer.strip() for _, answer in pairs):
+    if not pairs or (keep_answers and not any(answer.strip() for _, answer in pairs)):
         raise Unusable("empty")
     if any(not _is_unicode(text) for text in texts):
         raise Unusable("text")

@@ -25,7 +25,8 @@ class Settings:
     does not.
 
     ``data_sha256``: of the annotation file; ``rows``: length of the selection; ``hidden_dtype``: "int8", or "auto" for
-    16 bit. A setting with a default is one that older folders do not name.
+    16 bit; ``regenerate``: answers are the target's own, and then ``msd_model`` the draft's name, ``temperature`` and
+    ``max_new_tokens`` how they were made. A setting with a default is one that older folders do not name.
     """
 
     model_type: str
@@ -36,6 +37,10 @@ class Settings:
     data_sha256: str
     rows: int
     hidden_dtype: str = AUTO
+    regenerate: bool = False
+    msd_model: str | None = None
+    temperature: float = 0.0
+    max_new_tokens: int | None = None
 
     def claim(self, folder: Path) -> None:
         """Writes ``settings.json``, or compares with the one that is there.

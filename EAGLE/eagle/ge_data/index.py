@@ -95,7 +95,7 @@ class Index(Source):
         names = ("samples", "tokens", "image_tokens", "skipped")
         value = {
             "schema": SCHEMA,
-            **_source_fields(self),
+            **asdict(self.source),
             "counts": {name: getattr(self, name) for name in names},
             "shards": [asdict(shard) for shard in self.shards],
         }

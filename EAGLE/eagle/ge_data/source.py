@@ -13,10 +13,29 @@ from llava.errors import UserError
 
 SCHEMA = 2
 READABLE = (1, 2)
-"""Schema 1 knows no ``hidden_dtype``: its states are all 16 bit."""
+"""Schema 1 knows no ``hidden_dtype`` and no ``regeneration``: states are 16 bit, answers those of the data set."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 INT8 = "int8"
+
+
+@dataclass(frozen=True)
+class Regeneration:
+    """How the target made answers of its own.
+
+    ``draft``: hub name, or name of the folder; None for plain decoding. ``draft_fingerprint``: as that of the model.
+    ``temperature``: 0 is greedy. ``seed``: None for greedy decoding. ``max_new_tokens``: longest answer.
+    """
+
+    draft: str | None
+    draft_fingerprint: str | None
+    temperature: float
+    seed: int | None
+    max_new_tokens: int
+
+    def __str__(self) -> str:
+        how = f"temperature {self.temperature:g}, seed {self.seed}" if self.temperature else "greedy"
+        return f"{how}, at most {self.max_new_tokens} tokens, {f'draft {self.draft}' if self.draft else 'no draft'}"
 
 
 @dataclass(frozen=True)
@@ -26,7 +45,7 @@ class Source:
     ``model``: hub name, or name of the folder. ``commit``: of the model, if known. ``dtype``: 16 bit, of the states as
     they are read. ``fingerprint``: of a part of the model's weights, see `eagle.ge_data.extract.fingerprint`.
     ``hidden_dtype``: "int8" where hidden states are stored as `eagle.ge_data.quantise` writes them, None where they are
-    stored as ``dtype``.
+    stored as ``dtype``. ``regeneration``: where answers are the target's own and not the data set's.
     """
 
     family: str
@@ -38,6 +57,7 @@ class Source:
     image_token_id: int
     fingerprint: str | None = None
     hidden_dtype: str | None = None
+    regeneration: Regeneration | None = None
 
     def differences(self, other: Source) -> str:
         """Where this one differs from ``other``, for a message; "" if they are equal."""
@@ -68,7 +88,23 @@ def read_source(value: Mapping[str, Any], path: Path, fix: str) -> Source:
         found = ", ".join(f"{name} {value.get(name)!r}" for name in wrong)
         raise UserError(f"source of the states is incomplete or wrong ({found})", path, fix)
     given: dict[str, Any] = {name: value.get(name) for name in (*text, *numbers, *optional)}
-    return Source(**given)
+    return Source(**given, regeneration=_read_regeneration(value.get("regeneration"), path, fix))
+
+
+def _read_regeneration(value: Any, path: Path, fix: str) -> Regeneration | None:
+    if value is None:
+        return None
+    kinds: dict[str, Any] = {
+        "draft": str | None,
+        "draft_fingerprint": str | None,
+        "temperature": int | float,
+        "seed": int | None,
+        "max_new_tokens": int,
+    }
+    right = isinstance(value, Mapping) and value.keys() == kinds.keys()
+    if not right or any(not isinstance(value[name], kind) for name, kind in kinds.items()):
+        raise UserError(f"record of the regenerated answers is incomplete or wrong ({value!r})", path, fix)
+    return Regeneration(**value)
 
 
 def check_schema(schema: Any, path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from eagle.ge_data.conversations import MARK, Conversation, Unusable
 from eagle.ge_data.template import Encoded, Segment, Template, mark_first
@@ -45,6 +46,8 @@ class QwenTemplate(Template):
     def encode(self, prompt: str, pictures: Sequence[Image.Image]) -> Encoded:
         written = self.processor.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
         if not pictures:
+            if not self.media_ids.isdisjoint(written["input_ids"]):  # the text itself spells an image token
+                raise Unusable("text")
             return Encoded(written["input_ids"], [tuple(span) for span in written["offset_mapping"]], {})
         try:
             given = self.processor(text=[prompt], images=list(pictures), return_tensors="pt")
@@ -57,9 +60,21 @@ class QwenTemplate(Template):
             repeat = next(counts, 0) if token == self.image_token_id else 1
             ids += [token] * repeat
             spans += [tuple(span)] * repeat
-        if ids != given["input_ids"][0].tolist():  # the text itself spells an image token
+        videos = self.media_ids - {self.image_token_id}
+        if ids != given["input_ids"][0].tolist() or not videos.isdisjoint(ids):
             raise Unusable("text")
         return Encoded(ids, spans, {name: given[name] for name in ("pixel_values", "image_grid_thw")})
+
+    def first_pictures(self, images: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+        if not count:
+            return {}
+        grids = images["image_grid_thw"][:count]  # [count, 3] frames, rows and columns of patches
+        return {"pixel_values": images["pixel_values"][: int(grids.prod(dim=-1).sum())], "image_grid_thw": grids}
+
+    def request(self, ids: list[int], images: dict[str, Tensor]) -> dict[str, Tensor]:
+        inputs = super().request(ids, images)
+        kinds = inputs["input_ids"] == self.image_token_id  # without them, transformers numbers pictures as text
+        return {**inputs, "mm_token_type_ids": kinds.int()}
 
 
 class Qwen2_5Template(QwenTemplate):

@@ -169,6 +169,10 @@ def test_a_shard_of_another_kind_is_refused(tmp_path: Path) -> None:
         ShardDataset(tmp_path)
 
 
+NEW = ("hidden_dtype", "regeneration")
+OLD_SETTINGS = ("model_type", "dtype", "max_length", "seed", "data", "data_sha256", "rows")
+
+
 def make_old(folder: Path) -> None:
     """Turns a folder into one of schema 1, as earlier releases wrote it."""
     shards = []
@@ -177,15 +181,16 @@ def make_old(folder: Path) -> None:
         with safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["msd"])
         about["schema"] = 1
-        del about["source"]["hidden_dtype"]
+        for name in NEW:
+            del about["source"][name]
         save_file(load_file(path), path, metadata={"msd": json.dumps(about)})
         shards.append({**asdict(shard), "bytes": path.stat().st_size, "sha256": None})
     index = json.loads((folder / INDEX).read_text())
-    del index["hidden_dtype"]
+    for name in NEW:
+        del index[name]
     (folder / INDEX).write_text(json.dumps({**index, "schema": 1, "shards": shards}))
     settings = json.loads((folder / SETTINGS).read_text())
-    del settings["hidden_dtype"]
-    (folder / SETTINGS).write_text(json.dumps(settings))
+    (folder / SETTINGS).write_text(json.dumps({name: settings[name] for name in OLD_SETTINGS}))
 
 
 def test_an_old_folder_is_read_and_completed(
