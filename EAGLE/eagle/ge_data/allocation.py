@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from eagle.commands.options import DTYPES, positive
 from eagle.ge_data.annotations import Row, RowFile
-from eagle.ge_data.conversations import REASONS, image_names
+from eagle.ge_data.conversations import REASONS, claims_pictures
 from eagle.ge_data.extract import Range, Selection, model_name
 from eagle.ge_data.folder import AUTO, Settings, finished, locked, missing, write_skipped
 from eagle.ge_data.index import Index, ShardInfo, gigabytes, load_index, sha256
@@ -115,12 +115,12 @@ def select(options: argparse.Namespace) -> tuple[Selection, Range]:
 
 def wants_pictures(row: Row) -> bool:
     """Whether a row belongs to the image half of the training data."""
-    return bool(image_names(row))
+    return claims_pictures(row)
 
 
 def wants_text(row: Row) -> bool:
     """Whether a row belongs to the text half of the training data."""
-    return not image_names(row)
+    return not claims_pictures(row)
 
 
 def devices(gpus: str | None) -> list[str]:
@@ -183,7 +183,7 @@ def summary(index: Index, folder: Path, seconds: float) -> Table:
     table.add_row("shards", f"{len(index.shards):,}")
     table.add_row("disk", gigabytes(index.bytes))
     for reason, count in sorted(index.skipped.items()):
-        table.add_row(f"skipped: {reason}", f"{count:,}  ({REASONS[reason]})")
+        table.add_row(f"skipped: {reason}", f"{count:,}  ({REASONS.get(reason, 'by another release')})")
     table.add_row("time of this run", f"{seconds:.1f} s")
     return table
 

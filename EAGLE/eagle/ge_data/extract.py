@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from eagle.ge_data.annotations import RowFile
-from eagle.ge_data.conversations import Unusable, read_conversation
+from eagle.ge_data.conversations import Unusable, id_to_show, read_conversation
 from eagle.ge_data.regenerate import Regenerator
 from eagle.ge_data.shards import DTYPES, Sample, ShardInfo, Skipped, Source, write_shard
 from eagle.ge_data.source import INT8, Regeneration
@@ -98,10 +98,10 @@ class Extractor:
         try:
             conversation = read_conversation(row, number, keep_answers=self.regenerator is None)
             if self.regenerator is not None:
-                return self.template.outline(conversation, chosen.image_root)
+                return self.template.outline(conversation, chosen.image_root, chosen.max_length)
             return self.template.prepare(conversation, chosen.image_root, chosen.max_length)
         except Unusable as unusable:
-            return Skipped(number, str(row.get("id", number)), unusable.reason)
+            return Skipped(number, id_to_show(row, number), unusable.reason)
 
     def _answered(self, ready: Ready, index: int, report: Report) -> Prepared | Skipped:
         """Row ``index`` of the shuffled selection with the target's own answers, if it waits for them."""

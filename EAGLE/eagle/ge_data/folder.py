@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
+from eagle.ge_data.checked import shown
 from eagle.ge_data.index import INDEX, PATTERN, Index, ShardInfo, Skipped, load_index, read_about
 from llava.errors import UserError
 from llava.files import atomic_write, read_json
@@ -51,9 +52,12 @@ class Settings:
         path, own = folder / SETTINGS, asdict(self)
         if path.exists():
             defaults = {item.name: item.default for item in fields(self) if item.default is not MISSING}
-            there = {**defaults, **read_json(path, "settings of the corpus")}
+            found = read_json(path, "settings of the corpus")
+            if not isinstance(found, dict):
+                raise UserError("settings of the corpus are no JSON object", path, "take another --outdir")
+            there = {**defaults, **found}
             changed = [
-                f"{name} {there.get(name)!r} instead of {value!r}"
+                f"{name} {shown(there.get(name))} instead of {value!r}"
                 for name, value in own.items()
                 if name != "data" and there.get(name) != value
             ]

@@ -37,6 +37,7 @@ from torch import Tensor
 
 from eagle.ge_data.index import (
     AGAIN,
+    INDEX,
     Index,
     ShardInfo,
     Skipped,
@@ -45,15 +46,27 @@ from eagle.ge_data.index import (
     read_about,
     sha256,
     shard_info,
+    source_in,
 )
 from eagle.ge_data.quantise import quantise, restore
-from eagle.ge_data.source import DTYPES, INT8, SCHEMA, Source, read_source
+from eagle.ge_data.source import DTYPES, INT8, SCHEMA, Source
 from llava.errors import UserError
 from llava.files import atomic_write
 
 OPEN_SHARDS = 16
 
-__all__ = ["DTYPES", "Index", "Sample", "ShardDataset", "ShardInfo", "Skipped", "Source", "shard_name", "write_shard"]
+__all__ = [
+    "DTYPES",
+    "Index",
+    "OpenShard",
+    "Sample",
+    "ShardDataset",
+    "ShardInfo",
+    "Skipped",
+    "Source",
+    "shard_name",
+    "write_shard",
+]
 
 
 @dataclass(frozen=True)
@@ -144,17 +157,22 @@ class ShardDataset:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.meta = load_index(self.folder)
+        self._source = self.meta.source
         if not self.meta.samples:
             raise UserError("no samples in this folder, every row was skipped", self.folder, "see skipped.jsonl")
         self._shards = [shard for shard in self.meta.shards if shard.samples]
         self._ends = list(accumulate(shard.samples for shard in self._shards))
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Sample:
-        """Sample ``index``, in the order of the shuffled selection; states have the dtype ``meta.dtype``."""
+        """Sample ``index``, in the order of the shuffled selection; states have the dtype ``meta.dtype``.
+
+        Raises:
+            UserError: the shard is broken, or not the one that the index lists.
+        """
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
@@ -170,39 +188,49 @@ class ShardDataset:
 
     def lengths(self) -> Tensor:
         """Tokens of each sample [len(self)] int64, without reading any state."""
-        return self._counts("lengths")
+        return torch.cat([self._opened(shard).lengths for shard in self._shards])
 
     def image_lengths(self) -> Tensor:
         """Image tokens of each sample [len(self)] int64, without reading any state."""
-        return self._counts("image_lengths")
+        return torch.cat([self._opened(shard).image_lengths for shard in self._shards])
 
-    def _counts(self, name: str) -> Tensor:
-        parts = []
-        for shard in self._shards:
-            with open_shard(self.folder / shard.file) as file:
-                parts.append(file.get_tensor(name).long())
-        return torch.cat(parts)
+    def _opened(self, shard: ShardInfo) -> OpenShard:
+        return OpenShard(self.folder / shard.file, shard, self._source)
 
-    def _shard(self, number: int) -> _OpenShard:
+    def _shard(self, number: int) -> OpenShard:
         if number in self._open:
             self._open.move_to_end(number)
         else:
-            self._open[number] = _OpenShard(self.folder / self._shards[number].file)
+            self._open[number] = self._opened(self._shards[number])
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)
         return self._open[number]
 
 
-class _OpenShard:
-    """A mapped shard and where each of its samples begins."""
+class OpenShard:
+    """A mapped shard and where each of its samples begins.
 
-    def __init__(self, path: Path) -> None:
+    Raises:
+        UserError: it is not the shard that the index lists, or its tensors do not belong together.
+    """
+
+    def __init__(self, path: Path, listed: ShardInfo, source: Source) -> None:
+        self._path, self._source = path, source
         about = read_about(path)
-        self._source = read_source(about["source"], path, AGAIN)
+        if source_in(about, path) != source or shard_info(path, about, listed.sha256) != listed:
+            raise UserError("the index does not say what the shard holds", path, f"delete {INDEX}, the shards suffice")
         self._ids = [sample["id"] for sample in about["samples"]]
         self._file = open_shard(path).__enter__()
-        self._tokens = _starts(self._file.get_tensor("lengths"))
-        self._images = _starts(self._file.get_tensor("image_lengths"))
+        for name, (dtype, shape) in _layout(source, len(self._ids), about["tokens"], about["image_tokens"]).items():
+            self._check(name, dtype, shape)
+        self.lengths, self.image_lengths = (self._file.get_tensor(name).long() for name in ("lengths", "image_lengths"))
+        for lengths, total in ((self.lengths, about["tokens"]), (self.image_lengths, about["image_tokens"])):
+            if int(lengths.sum()) != total or (lengths < 0).any():
+                raise UserError("lengths of the samples do not add up", path, AGAIN)
+        self._tokens, self._images = _starts(self.lengths), _starts(self.image_lengths)
+        masked = [0, *self._file.get_tensor("image_mask").bool().cumsum(0).tolist()]  # before each token
+        if [masked[start] for start in self._tokens] != self._images:
+            raise UserError("image tokens of the samples are not as many as their features", path, AGAIN)
 
     def sample(self, index: int) -> Sample:
         rows = slice(self._tokens[index], self._tokens[index + 1])
@@ -225,6 +253,31 @@ class _OpenShard:
 
     def _read(self, name: str, rows: slice) -> Tensor:
         return self._file.get_slice(name)[rows].clone()  # the clone lets go of the mapped pages
+
+    def _check(self, name: str, dtype: str, shape: list[int]) -> None:
+        try:
+            tensor = self._file.get_slice(name)
+        except SafetensorError:
+            raise UserError(f"shard has no tensor {name}", self._path, AGAIN) from None
+        found = (tensor.get_dtype(), tensor.get_shape())
+        if found != (dtype, shape):
+            raise UserError(f"tensor {name} of the shard is {found}, not {(dtype, shape)}", self._path, AGAIN)
+
+
+def _layout(source: Source, samples: int, tokens: int, images: int) -> dict[str, tuple[str, list[int]]]:
+    """Dtype, as safetensors names it, and shape of each tensor of a shard."""
+    states, width = {"bfloat16": "BF16", "float16": "F16"}[source.dtype], source.hidden_size
+    narrow = source.hidden_dtype == INT8
+    return {
+        "lengths": ("I32", [samples]),
+        "image_lengths": ("I32", [samples]),
+        "input_ids": ("I32", [tokens]),
+        "loss_mask": ("U8", [tokens]),
+        "image_mask": ("U8", [tokens]),
+        "hidden": ("I8" if narrow else states, [tokens, width]),
+        **({"hidden_scale": ("F32", [tokens])} if narrow else {}),
+        "image_features": (states, [images, width]),
+    }
 
 
 def _starts(lengths: Tensor) -> list[int]:

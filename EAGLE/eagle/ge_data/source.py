@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from eagle.ge_data.checked import Check, count, number, one_of, optional, record, shown, text, wrong_fields
 from llava.errors import UserError
 
 SCHEMA = 2
@@ -65,50 +65,45 @@ class Source:
         return ", ".join(f"{name} {own[name]!r} instead of {there[name]!r}" for name in own if own[name] != there[name])
 
 
-def read_source(value: Mapping[str, Any], path: Path, fix: str) -> Source:
-    """The `Source` in the header of a shard or in an index; fields that its schema does not know have their defaults.
+REGENERATION: dict[str, Check] = {
+    "draft": optional(text),
+    "draft_fingerprint": optional(text),
+    "temperature": number,
+    "seed": optional(lambda value: type(value) is int),
+    "max_new_tokens": count,
+}
+FIELDS: dict[str, Check] = {
+    "family": text,
+    "model": text,
+    "commit": optional(text),
+    "dtype": one_of(*DTYPES),
+    "hidden_size": count,
+    "vocab_size": count,
+    "image_token_id": count,
+    "fingerprint": optional(text),
+}
+SINCE_SCHEMA_2: dict[str, Check] = {"hidden_dtype": one_of(None, INT8), "regeneration": optional(record(REGENERATION))}
+
+
+def read_source(value: Any, schema: int, path: Path, fix: str) -> Source:
+    """The `Source` in the header of a shard or in an index of this schema version; what it does not know is default.
 
     Args:
         path, fix: of the file, for messages.
 
     Raises:
-        UserError: a field is missing or of a kind that no program of ours writes.
+        UserError: a field is missing, unknown, or of a kind that no program of ours writes.
     """
-    text = ("family", "model", "dtype")
-    numbers = ("hidden_size", "vocab_size", "image_token_id")
-    optional = ("commit", "fingerprint", "hidden_dtype")
-    wrong = [name for name in text if not isinstance(value.get(name), str)]
-    wrong += [name for name in numbers if type(value.get(name)) is not int or value[name] < 0]
-    wrong += [name for name in optional if not isinstance(value.get(name), str | None)]
-    if not wrong and value["dtype"] not in DTYPES:
-        wrong.append("dtype")
-    if not wrong and value.get("hidden_dtype") not in (None, INT8):
-        wrong.append("hidden_dtype")
+    wrong = wrong_fields(value, FIELDS if schema == 1 else {**FIELDS, **SINCE_SCHEMA_2})
     if wrong:
-        found = ", ".join(f"{name} {value.get(name)!r}" for name in wrong)
-        raise UserError(f"source of the states is incomplete or wrong ({found})", path, fix)
-    given: dict[str, Any] = {name: value.get(name) for name in (*text, *numbers, *optional)}
-    return Source(**given, regeneration=_read_regeneration(value.get("regeneration"), path, fix))
-
-
-def _read_regeneration(value: Any, path: Path, fix: str) -> Regeneration | None:
-    if value is None:
-        return None
-    kinds: dict[str, Any] = {
-        "draft": str | None,
-        "draft_fingerprint": str | None,
-        "temperature": int | float,
-        "seed": int | None,
-        "max_new_tokens": int,
-    }
-    right = isinstance(value, Mapping) and value.keys() == kinds.keys()
-    if not right or any(not isinstance(value[name], kind) for name, kind in kinds.items()):
-        raise UserError(f"record of the regenerated answers is incomplete or wrong ({value!r})", path, fix)
-    return Regeneration(**value)
+        raise UserError(f"source of the states is incomplete or wrong ({wrong})", path, fix)
+    regeneration = value.get("regeneration")
+    return Source(**{**value, "regeneration": None if regeneration is None else Regeneration(**regeneration)})
 
 
 def check_schema(schema: Any, path: Path) -> None:
     """Raises `UserError` for a schema version that this program does not read."""
     if type(schema) is not int or schema not in READABLE:
         known = " and ".join(map(str, READABLE))
-        raise UserError(f"shards of schema version {schema}, this program reads {known}", path, "make the corpus again")
+        what = f"shards of schema version {shown(schema)}, this program reads {known}"
+        raise UserError(what, path, "make the corpus again")

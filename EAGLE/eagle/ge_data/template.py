@@ -88,6 +88,11 @@ class Template(ABC):
         self.image_token_id = image_token_id
         self.media_ids = frozenset(index for index in (image_token_id, video_token_id) if index is not None)
 
+    @property
+    def least_picture_tokens(self) -> int:
+        """Image tokens that any picture has at least."""
+        return 1
+
     @staticmethod
     @abstractmethod
     def load_processor(model: str) -> Any:
@@ -117,7 +122,7 @@ class Template(ABC):
         Raises:
             Unusable: a picture is missing or broken, a picture or every answer would be cut, or the text has no ids.
         """
-        pictures = [_open_picture(image_root / name) for name in conversation.images]
+        pictures = self._open_pictures(conversation, image_root, max_length)
         segments = self.segments(conversation)
         encoded = self.encode("".join(segment.text for segment in segments), pictures)
         ids = torch.tensor(encoded.input_ids)  # [S]
@@ -138,13 +143,14 @@ class Template(ABC):
         input_ids = torch.tensor([ids])  # [1, S]
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **images}
 
-    def outline(self, conversation: Conversation, image_root: Path) -> Outline:
+    def outline(self, conversation: Conversation, image_root: Path, max_length: int) -> Outline:
         """The questions of a conversation, with the ids that they have whatever is answered.
 
         Raises:
-            Unusable: a picture is missing or broken, the text has no ids, or the template rewrites answers.
+            Unusable: a picture is missing or broken, all of them are more than ``max_length`` tokens, the text has no
+            ids, or the template rewrites answers.
         """
-        pictures = [_open_picture(image_root / name) for name in conversation.images]
+        pictures = self._open_pictures(conversation, image_root, max_length)
         questions = [question for question, _ in conversation.turns]
         blank = replace(conversation, turns=tuple((question, BLANK) for question in questions))
         texts: list[str] = []  # question, blank answer, its end; and so on
@@ -162,6 +168,11 @@ class Template(ABC):
             for question, asked, end in zip(questions, parts[::3], parts[2::3], strict=True)
         ]
         return Outline(conversation.id, tuple(turns), encoded.images)
+
+    def _open_pictures(self, conversation: Conversation, root: Path, max_length: int) -> list[Image.Image]:
+        if len(conversation.images) * self.least_picture_tokens > max_length:
+            raise Unusable("image_cut")  # before thousands of them fill the memory
+        return [_open_picture(root / name) for name in conversation.images]
 
 
 def owners(lengths: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[int]:
@@ -205,7 +216,11 @@ def mark_first(question: str) -> str:
 
 
 def _open_picture(path: Path) -> Image.Image:
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError:  # such as a name of thousands of characters
+        found = False
+    if not found:
         raise Unusable("missing_picture")
     try:
         return load_image(path)

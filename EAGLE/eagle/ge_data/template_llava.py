@@ -20,6 +20,10 @@ class LlavaTemplate(Template):
 
     family = "llava"
 
+    @property
+    def least_picture_tokens(self) -> int:
+        return self.processor.image_token_count
+
     @staticmethod
     def load_processor(model: str) -> Any:
         return llava.load_processor(model)

@@ -45,10 +45,12 @@ class QwenTemplate(Template):
 
     def encode(self, prompt: str, pictures: Sequence[Image.Image]) -> Encoded:
         written = self.processor.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+        written_ids = written["input_ids"]
+        videos = self.media_ids - {self.image_token_id}
+        if written_ids.count(self.image_token_id) != len(pictures) or not videos.isdisjoint(written_ids):
+            raise Unusable("text")  # the text itself spells the token of a picture or video
         if not pictures:
-            if not self.media_ids.isdisjoint(written["input_ids"]):  # the text itself spells an image token
-                raise Unusable("text")
-            return Encoded(written["input_ids"], [tuple(span) for span in written["offset_mapping"]], {})
+            return Encoded(written_ids, [tuple(span) for span in written["offset_mapping"]], {})
         try:
             given = self.processor(text=[prompt], images=list(pictures), return_tensors="pt")
         except ValueError:  # such as a picture 200 times as wide as high
@@ -56,12 +58,11 @@ class QwenTemplate(Template):
         merged = self.processor.image_processor.merge_size**2
         counts = iter((given["image_grid_thw"].prod(dim=-1) // merged).tolist())
         ids, spans = [], []
-        for token, span in zip(written["input_ids"], written["offset_mapping"], strict=True):
+        for token, span in zip(written_ids, written["offset_mapping"], strict=True):
             repeat = next(counts, 0) if token == self.image_token_id else 1
             ids += [token] * repeat
             spans += [tuple(span)] * repeat
-        videos = self.media_ids - {self.image_token_id}
-        if ids != given["input_ids"][0].tolist() or not videos.isdisjoint(ids):
+        if ids != given["input_ids"][0].tolist():  # the processor wrote something else
             raise Unusable("text")
         return Encoded(ids, spans, {name: given[name] for name in ("pixel_values", "image_grid_thw")})
 

@@ -161,7 +161,7 @@ def prepared(
     """A row with the target's own greedy answers."""
     msd = model if isinstance(model, MSDModel) else MSDModel(model)
     template, settings = template_of(msd.target), Regeneration(None, None, 0.0, None, limit)
-    outline = template.outline(read_conversation(row, 0, keep_answers=False), folder)
+    outline = template.outline(read_conversation(row, 0, keep_answers=False), folder, max_length)
     return Regenerator(msd, template, settings, max_length).answered(outline, 0)
 
 
