@@ -63,6 +63,10 @@ def read_json(path: str | Path, what: str = "JSON file") -> Any:
     except json.JSONDecodeError as error:
         position = f"line {error.lineno} column {error.colno}"
         raise UserError(f"{what} is not valid JSON ({error.msg}, {position})", path) from None
+    except RecursionError:
+        raise UserError(f"{what} is nested too deep", path) from None
+    except ValueError as error:  # a whole number of thousands of digits
+        raise UserError(f"{what} cannot be read ({error})", path) from None
 
 
 def _umask() -> int:

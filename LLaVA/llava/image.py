@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import warnings
+import zlib
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -13,6 +14,12 @@ from .errors import UserError
 
 MAX_SQUARE_SIDE = 16384
 """Longest side in pixels of a picture that is made square: 0.8 GB of RGB. A 1 x 60000 picture is a bomb once padded."""
+
+READ_ERRORS = (
+    OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, RuntimeError, OverflowError, MemoryError,
+    struct.error, zlib.error,
+)  # fmt: skip
+"""What PIL's readers raise when a broken file leads them astray."""
 
 ImageInput = str | Path | bytes | Image.Image
 
@@ -37,7 +44,7 @@ def load_image(source: ImageInput) -> Image.Image:
         raise UserError("not a picture, or of an unknown format", name) from None
     except Image.DecompressionBombError:
         raise UserError("picture has too many pixels", name, "make it smaller") from None
-    except (OSError, SyntaxError, ValueError, IndexError, EOFError, struct.error) as error:
+    except READ_ERRORS as error:
         raise UserError(f"picture cannot be read ({error})", name) from None
 
 

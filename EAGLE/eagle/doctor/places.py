@@ -6,15 +6,9 @@ import os
 from pathlib import Path
 
 from eagle.doctor.check import Check, State
+from eagle.ge_data.image_sets import SOURCES, PictureSet
 
-PICTURES = {  # folders and numbers of image_data/README.md
-    "coco/train2017": 118_287,
-    "gqa/images": 148_854,
-    "ocr_vqa/images": 207_572,
-    "textvqa/train_images": 28_408,
-    "vg/VG_100K": 64_346,
-    "vg/VG_100K_2": 43_903,
-}
+PICTURES = {source.path: source.pictures for source in SOURCES if isinstance(source, PictureSet)}
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".webp")
 GUIDE = "image_data/README.md says how to fetch it"
 

@@ -1,16 +1,19 @@
 """Generate training data: the target reads conversations, its hidden states are stored in shards.
 
     python -m eagle.ge_data.allocation --outdir D --model_type llava_v15_t|llava_v15_v|qwen2_vl_t|... \\
-        --model BASE --image_data_path image_data --json_data_path FILE [--start A --end B] [--gpus 0,1,...]
+        --model BASE --image_data_path image_data --json_data_path FILE [--start A --end B] [--gpus 0,1,...] \\
+        [--hidden-dtype int8] [--regenerate [--msd-model DRAFT] [--temperature T] [--max-new-tokens N]]
 
 `_t` takes the rows without picture, `_v` those with one; they are shuffled, and [A, B) counts in the shuffled order
 (all by default). Killed at any moment and started again, it goes on: finished shards are not touched. Ranges of one
-corpus may be made one after the other in one folder.
+corpus may be made one after the other in one folder. `--hidden-dtype int8` halves the disk that hidden states take;
+with `--regenerate` the model answers the questions itself, its answers take the place of the file's.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,16 +27,18 @@ from tqdm import tqdm
 
 from eagle.commands.options import DTYPES, positive
 from eagle.ge_data.annotations import Row, RowFile
-from eagle.ge_data.conversations import REASONS, image_names
-from eagle.ge_data.extract import Range, Selection
-from eagle.ge_data.folder import Settings, finished, locked, missing, write_skipped
-from eagle.ge_data.index import Index, gigabytes, load_index, sha256
-from eagle.ge_data.shards import ShardInfo, Source
-from eagle.ge_data.workers import Events, Job, run_here, run_workers
+from eagle.ge_data.conversations import REASONS, claims_pictures
+from eagle.ge_data.extract import Range, Selection, model_name
+from eagle.ge_data.folder import AUTO, Settings, finished, locked, missing, write_skipped
+from eagle.ge_data.index import Index, ShardInfo, gigabytes, load_index, sha256
+from eagle.ge_data.source import INT8, Source
+from eagle.ge_data.workers import Answers, Events, Job, run_here, run_workers
 from llava.errors import UserError, run_cli
 
 FAMILIES = {"llava_v15": "llava", "qwen2_vl": "qwen2_vl", "qwen2_5_vl": "qwen2_5_vl"}
 KINDS = {"t": "text", "v": "image"}
+HIDDEN_DTYPES = (AUTO, INT8)
+MAX_NEW_TOKENS = 1024
 MODEL_TYPES = tuple(f"{family}_{kind}" for family in FAMILIES for kind in KINDS)
 
 
@@ -51,11 +56,36 @@ def parser() -> argparse.ArgumentParser:
     add("--limit", type=positive, help="at most so many rows")
     add("--gpus", help="one worker on each: 0,1,... or cpu (default: all GPUs, else this process's CPU)")
     add("--dtype", choices=DTYPES, default="auto", help="dtype of the base model (default: the checkpoint's)")
+    add("--hidden-dtype", choices=HIDDEN_DTYPES, default=AUTO, help=f"stored hidden states (default: {AUTO}, 16 bit)")
     add("--max-length", type=positive, default=2048, help="longest sequence; longer rows are cut (default: 2048)")
-    add("--seed", type=int, default=42, help="of the shuffle (default: 42)")
+    add("--seed", type=int, default=42, help="of the shuffle and of sampled answers (default: 42)")
     add("--shard-size", type=positive, default=64, help="rows of a shard (default: 64)")
     add("--batch-tokens", type=positive, default=8192, help="most tokens of a forward, padded (default: 8192)")
+    own = made.add_argument_group("the model's own answers")
+    own.add_argument("--regenerate", action="store_true", help="they take the place of those in the annotation file")
+    own.add_argument("--msd-model", help="draft that speeds them up: folder or hub name (default: plain decoding)")
+    own.add_argument("--temperature", type=float, help="0 is greedy (default)")
+    own.add_argument("--max-new-tokens", type=positive, help=f"of the longest answer (default: {MAX_NEW_TOKENS})")
     return made
+
+
+def answers_wanted(options: argparse.Namespace) -> Answers | None:
+    """How the model is to answer itself; None for the answers of the annotation file.
+
+    Raises:
+        UserError: settings of answers without --regenerate, or a temperature that is none.
+    """
+    given = {"--msd-model": options.msd_model, "--temperature": options.temperature}
+    given["--max-new-tokens"] = options.max_new_tokens
+    if not options.regenerate:
+        for flag, value in given.items():
+            if value is not None:
+                raise UserError(f"{flag} is for answers of the model's own", fix="give --regenerate too")
+        return None
+    temperature = options.temperature or 0.0
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"--temperature {temperature}", fix="give 0 for greedy decoding, or more")
+    return Answers(options.msd_model, temperature, options.seed, options.max_new_tokens or MAX_NEW_TOKENS)
 
 
 def select(options: argparse.Namespace) -> tuple[Selection, Range]:
@@ -85,12 +115,12 @@ def select(options: argparse.Namespace) -> tuple[Selection, Range]:
 
 def wants_pictures(row: Row) -> bool:
     """Whether a row belongs to the image half of the training data."""
-    return bool(image_names(row))
+    return claims_pictures(row)
 
 
 def wants_text(row: Row) -> bool:
     """Whether a row belongs to the text half of the training data."""
-    return not image_names(row)
+    return not claims_pictures(row)
 
 
 def devices(gpus: str | None) -> list[str]:
@@ -153,7 +183,7 @@ def summary(index: Index, folder: Path, seconds: float) -> Table:
     table.add_row("shards", f"{len(index.shards):,}")
     table.add_row("disk", gigabytes(index.bytes))
     for reason, count in sorted(index.skipped.items()):
-        table.add_row(f"skipped: {reason}", f"{count:,}  ({REASONS[reason]})")
+        table.add_row(f"skipped: {reason}", f"{count:,}  ({REASONS.get(reason, 'by another release')})")
     table.add_row("time of this run", f"{seconds:.1f} s")
     return table
 
@@ -165,22 +195,30 @@ def run(options: argparse.Namespace, notify: Callable[[str], None]) -> int:
         UserError: bad input, see the functions above.
     """
     began = time.monotonic()
-    workers = devices(options.gpus)
+    workers, answers = devices(options.gpus), answers_wanted(options)
     selection, (start, end) = select(options)
     with locked(options.outdir):
         settings = Settings(
             model_type=options.model_type,
             dtype=options.dtype,
+            hidden_dtype=options.hidden_dtype,
             max_length=options.max_length,
             seed=options.seed,
             data=options.json_data_path.name,
             data_sha256=sha256(options.json_data_path),
             rows=len(selection.rows),
+            regenerate=answers is not None,
+            msd_model=None if answers is None or answers.msd_model is None else model_name(answers.msd_model),
+            temperature=0.0 if answers is None else answers.temperature,
+            max_new_tokens=None if answers is None else answers.max_new_tokens,
         )
         settings.claim(options.outdir)
         done = finished(options.outdir)
         ranges = missing(start, end, options.shard_size, done)
-        status = work(options, selection, done, ranges, end - start, workers, notify) if ranges else 0
+        status = 0
+        if ranges:
+            job = job_of(options, selection, done)
+            status = work(job, done, ranges, end - start, workers, notify)
         index = load_index(options.outdir)
         write_skipped(options.outdir, index)
     Console().print(summary(index, options.outdir, time.monotonic() - began))
@@ -189,9 +227,23 @@ def run(options: argparse.Namespace, notify: Callable[[str], None]) -> int:
     return status
 
 
+def job_of(options: argparse.Namespace, selection: Selection, done: Sequence[ShardInfo]) -> Job:
+    """What the workers are told."""
+    return Job(
+        model=options.model,
+        family=FAMILIES[options.model_type.rsplit("_", 1)[0]],
+        dtype=options.dtype,
+        selection=selection,
+        folder=options.outdir,
+        batch_tokens=options.batch_tokens,
+        source=load_index(options.outdir, strict=False).source if done else None,
+        hidden_dtype=None if options.hidden_dtype == AUTO else options.hidden_dtype,
+        answers=answers_wanted(options),
+    )
+
+
 def work(
-    options: argparse.Namespace,
-    selection: Selection,
+    job: Job,
     done: Sequence[ShardInfo],
     ranges: Sequence[Range],
     rows: int,
@@ -199,10 +251,7 @@ def work(
     notify: Callable[[str], None],
 ) -> int:
     """Hands the ranges to the workers. Raises the first UserError among their failures, after all have ended."""
-    source = load_index(options.outdir, strict=False).source if done else None
-    family = FAMILIES[options.model_type.rsplit("_", 1)[0]]
-    job = Job(options.model, family, options.dtype, selection, options.outdir, options.batch_tokens, source)
-    board = Board(options.outdir, done, rows, sum(last - first for first, last in ranges))
+    board = Board(job.folder, done, rows, sum(last - first for first, last in ranges))
     events = Events(board.progress, board.shard)
     with board.bar:
         if not workers:

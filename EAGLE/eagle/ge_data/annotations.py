@@ -96,7 +96,7 @@ class RowFile:
             with self.path.open("rb") as file:
                 file.seek(start)
                 return json.loads(file.read(end - start))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"annotation file changed while it was read ({error})", self.path, "start again") from None
 
 
@@ -149,6 +149,8 @@ class _Window:
                 raise self.error(error.msg) from None
             except RecursionError:
                 raise self.error("row is nested too deep") from None
+            except ValueError as error:  # a whole number of thousands of digits
+                raise self.error(str(error)) from None
             start = self._byte
             self.advance(end - self._pos)
             return PlacedRow(start, self._byte, value)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 USER, ASSISTANT, SYSTEM = "human", "gpt", "system"
@@ -22,21 +23,27 @@ ROLES = {
     "system": SYSTEM,
 }
 TURN_KEYS = ("conversations", "items")
+IMAGE_KEYS = ("image", "images")
 MARK = "<image>"
+MAX_ID = 256
 
 REASONS = {
     "no_conversation": "the row has no list of turns, or a turn without a known speaker and a text",
-    "empty": "no turn of a user with an answer that says something",
+    "id": f"the row's id is no whole number and no text of at most {MAX_ID} characters",
+    "empty": "a question says nothing, or no answer does",
     "not_alternating": "two turns in a row of the same speaker",
     "no_mark": f"the row names a picture, its text has no {MARK}",
     "too_many_marks": f"the text has more {MARK} marks than the row names pictures",
     "too_few_marks": f"the row names more pictures than the text has {MARK} marks",
+    "image_name": "the row's picture is no text and no list of texts",
+    "outside_picture": "a picture's name leads out of the folder of pictures",
     "missing_picture": "a picture's file is not there",
     "broken_picture": "a picture's file cannot be read",
     "text": "the tokenizer cannot write the text",
     "template": "the model's chat template does not write the conversation turn after turn",
     "image_cut": "the longest allowed sequence would cut through the image tokens",
     "answer_cut": "nothing of an answer is left in the longest allowed sequence",
+    "answer_picture": "the target's own answer has the token of a picture",
     "not_finite": "the target's hidden states are not finite numbers",
 }
 
@@ -61,13 +68,56 @@ class Conversation:
     system: str | None = None
 
 
+def claims_pictures(row: Mapping[str, Any]) -> bool:
+    """Whether a row names pictures, in whatever form."""
+    return _image_value(row) is not None
+
+
 def image_names(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of a row's pictures (``image`` or ``images``: a name or a list of names); empty for a text row."""
-    value = row.get("image") or row.get("images") or []
-    return tuple(str(name) for name in (value if isinstance(value, list) else [value]))
+    """Names of a row's pictures (``image`` or ``images``: a name or a list of names); empty for a text row.
+
+    Raises:
+        Unusable: the value is something else, or a name leads out of the folder of pictures.
+    """
+    value = _image_value(row)
+    names = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(name, str) and name for name in names):
+        raise Unusable("image_name")
+    for name in names:
+        path = PurePath(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise Unusable("outside_picture")
+    return tuple(names)
 
 
-def read_conversation(row: Mapping[str, Any], number: int) -> Conversation:
+def _image_value(row: Mapping[str, Any]) -> Any:
+    values = (row.get(key) for key in IMAGE_KEYS)
+    return next((value for value in values if value is not None and value not in ("", [])), None)
+
+
+def row_id(row: Mapping[str, Any], number: int) -> str:
+    """A row's id as text; the row's number where it has none.
+
+    Raises:
+        Unusable: the id is no whole number and no short text.
+    """
+    value = row.get("id")
+    if value is None:
+        return str(number)
+    if type(value) not in (str, int) or len(str(value)) > MAX_ID:
+        raise Unusable("id")
+    return str(value)
+
+
+def id_to_show(row: Mapping[str, Any], number: int) -> str:
+    """As `row_id`, for a row that is skipped: its number where the id is unusable."""
+    try:
+        return row_id(row, number)
+    except Unusable:
+        return str(number)
+
+
+def read_conversation(row: Mapping[str, Any], number: int, keep_answers: bool = True) -> Conversation:
     """The conversation of a row.
 
     As the published recipe does it, an answer before the first question is dropped; so is a last question without
@@ -75,32 +125,35 @@ def read_conversation(row: Mapping[str, Any], number: int) -> Conversation:
 
     Args:
         number: the row's number, its id where it has none.
+        keep_answers: False where they are not wanted: they become "", and a last question without answer stays.
 
     Raises:
         Unusable: see `REASONS`.
     """
+    name = row_id(row, number)
     system, turns = _speech(_turns(row))
     while turns and turns[0][0] == ASSISTANT:
         turns = turns[1:]
     if turns and turns[-1][0] == USER:
-        turns = turns[:-1]
+        turns = turns[:-1] if keep_answers else [*turns, (ASSISTANT, "")]
     if any(role != (USER, ASSISTANT)[place % 2] for place, (role, _) in enumerate(turns)):
         raise Unusable("not_alternating")
-    texts = [text for _, text in turns]
+    texts = [text if keep_answers or role == USER else "" for role, text in turns]
     pairs = tuple(zip(texts[::2], texts[1::2], strict=True))
-    if not any(answer.strip() for _, answer in pairs):
+    silent = keep_answers and not any(answer.strip() for _, answer in pairs)
+    if not pairs or silent or not all(question.strip() for question, _ in pairs):
         raise Unusable("empty")
-    if any(not _is_unicode(text) for text in texts):
+    if not all(map(_is_unicode, [*texts, system or ""])):
         raise Unusable("text")
     images = image_names(row)
     _check_marks(texts, len(images))
-    return Conversation(str(row.get("id", number)), pairs, images, system)
+    return Conversation(name, pairs, images, system)
 
 
 def _turns(row: Mapping[str, Any]) -> Sequence[Any]:
-    for key in TURN_KEYS:
-        if isinstance(row.get(key), list):
-            return row[key]
+    value = next((row[key] for key in TURN_KEYS if row.get(key) is not None), None)
+    if isinstance(value, list):
+        return value
     raise Unusable("no_conversation")
 
 

@@ -2,7 +2,8 @@
 
 The picture goes into the forward pass with the text. Rows of a shard are sorted by length into batches of bounded
 size and padded on the right; that padding changes nothing is checked on the first batch. While the target computes,
-the next shard's pictures and ids are prepared in threads.
+the next shard's pictures and ids are prepared in threads. With a `Regenerator` the target first answers the questions
+itself, one conversation after the other.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import torch
 from torch import Tensor
 
 from eagle.ge_data.annotations import RowFile
-from eagle.ge_data.conversations import Unusable, read_conversation
+from eagle.ge_data.conversations import Unusable, id_to_show, read_conversation
+from eagle.ge_data.regenerate import Regenerator
 from eagle.ge_data.shards import DTYPES, Sample, ShardInfo, Skipped, Source, write_shard
-from eagle.ge_data.template import Prepared, Template
+from eagle.ge_data.source import INT8, Regeneration
+from eagle.ge_data.template import Outline, Prepared, Template
 from eagle.model.targets import Target
 from llava.errors import UserError
 
@@ -29,6 +32,7 @@ PADDING_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0
 more."""
 
 Range = tuple[int, int]
+Ready = Prepared | Outline | Skipped
 Report = Callable[[int, int], None]
 
 
@@ -52,6 +56,7 @@ class Extractor:
         folder: where shards go.
         source: what the shards say of themselves.
         batch_tokens: most tokens in one forward, padding included; a longer row is read alone.
+        regenerator: puts the target's own answers in the place of the data set's; None keeps those.
     """
 
     def __init__(
@@ -62,9 +67,11 @@ class Extractor:
         folder: Path,
         source: Source,
         batch_tokens: int,
+        regenerator: Regenerator | None = None,
     ) -> None:
         self.target, self.template, self.selection = target, template, selection
         self.folder, self.source, self.batch_tokens = folder, source, batch_tokens
+        self.regenerator = regenerator
         self._padding_checked = False
 
     def run(self, ranges: Iterable[Range], report: Report) -> Iterator[ShardInfo]:
@@ -74,7 +81,7 @@ class Extractor:
             report: called as ``report(rows, tokens)`` as the work goes on; rows of a range add up to its length.
         """
         with ThreadPoolExecutor(THREADS) as pool:
-            waiting: tuple[Range, list[Future[Prepared | Skipped]]] | None = None
+            waiting: tuple[Range, list[Future[Ready]]] | None = None
             for coming in ranges:
                 following = (coming, [pool.submit(self._prepare, index) for index in range(*coming)])
                 if waiting is not None:
@@ -83,22 +90,37 @@ class Extractor:
             if waiting is not None:
                 yield self._shard(*waiting, report)
 
-    def _prepare(self, index: int) -> Prepared | Skipped:
-        """Row ``index`` of the shuffled selection as model inputs, or why not."""
+    def _prepare(self, index: int) -> Ready:
+        """Row ``index`` of the shuffled selection as model inputs, or as an outline to be answered, or why not."""
         chosen = self.selection
         place = int(chosen.order[index])
         row, number = chosen.rows[place], chosen.rows.numbers[place]
         try:
-            conversation = read_conversation(row, number)
+            conversation = read_conversation(row, number, keep_answers=self.regenerator is None)
+            if self.regenerator is not None:
+                return self.template.outline(conversation, chosen.image_root, chosen.max_length)
             return self.template.prepare(conversation, chosen.image_root, chosen.max_length)
         except Unusable as unusable:
-            return Skipped(number, str(row.get("id", number)), unusable.reason)
+            return Skipped(number, id_to_show(row, number), unusable.reason)
 
-    def _shard(self, span: Range, futures: Sequence[Future[Prepared | Skipped]], report: Report) -> ShardInfo:
+    def _answered(self, ready: Ready, index: int, report: Report) -> Prepared | Skipped:
+        """Row ``index`` of the shuffled selection with the target's own answers, if it waits for them."""
+        if not isinstance(ready, Outline):
+            return ready
+        assert self.regenerator is not None
+        number = self.selection.rows.numbers[int(self.selection.order[index])]
+        try:
+            answered = self.regenerator.answered(ready, number)
+        except Unusable as unusable:
+            return Skipped(number, ready.id, unusable.reason)
+        report(1, int(answered.loss_mask.sum()))
+        return answered
+
+    def _shard(self, span: Range, futures: Sequence[Future[Ready]], report: Report) -> ShardInfo:
         outcome: list[Sample | Skipped | None] = [None] * len(futures)
         prepared: dict[int, Prepared] = {}
         for place, future in enumerate(futures):
-            result = future.result()
+            result = self._answered(future.result(), span[0] + place, report)
             if isinstance(result, Skipped):
                 outcome[place] = result
             else:
@@ -108,7 +130,7 @@ class Extractor:
             items = [prepared.pop(place) for place in places]
             for place, sample in zip(places, self.samples(items), strict=True):
                 outcome[place] = sample
-            report(len(items), sum(len(item.input_ids) for item in items))
+            report(0 if self.regenerator else len(items), sum(len(item.input_ids) for item in items))
         return self._write(span, outcome)
 
     def _write(self, span: Range, outcome: Sequence[Sample | Skipped | None]) -> ShardInfo:
@@ -149,6 +171,7 @@ class Extractor:
         inputs = {name: value.to(self.target.device) for name, value in collate(items).items()}
         prefill = self.target.prefill(inputs)
         states = DTYPES[self.source.dtype]
+        own = self.target.dtype if self.source.hidden_dtype == INT8 else states  # rounded once, not twice
         samples = []
         for row, item in enumerate(items):
             length = len(item.input_ids)
@@ -159,7 +182,7 @@ class Extractor:
                     input_ids=item.input_ids,
                     loss_mask=item.loss_mask,
                     image_mask=image_mask.cpu(),
-                    hidden=prefill.hidden[row, :length].to("cpu", states),
+                    hidden=prefill.hidden[row, :length].to("cpu", own),
                     image_features=prefill.embeds[row, :length][image_mask].to("cpu", states),
                 )
             )
@@ -208,23 +231,38 @@ def collate(items: Sequence[Prepared]) -> dict[str, Tensor]:
     return {"input_ids": input_ids, "attention_mask": attention_mask, **joined}
 
 
-def source_of(target: Target, name: str) -> Source:
-    """What shards made by ``target`` say of themselves. States of a 32-bit model are stored as bfloat16."""
+def source_of(
+    target: Target, name: str, hidden_dtype: str | None = None, regeneration: Regeneration | None = None
+) -> Source:
+    """What shards made by ``target`` say of themselves. States of a 32-bit model are read as bfloat16.
+
+    Args:
+        name: folder or hub name of the model.
+        hidden_dtype: "int8", or None for the 16 bit dtype.
+        regeneration: how answers are made, where they are the target's own.
+    """
     stored = target.dtype if target.dtype in DTYPES.values() else torch.bfloat16
     return Source(
         family=target.family,
-        model=Path(name).resolve().name if Path(name).is_dir() else name,
+        model=model_name(name),
         commit=getattr(target.config, "_commit_hash", None),
         dtype=str(stored).removeprefix("torch."),
         hidden_size=target.hidden_size,
         vocab_size=target.vocab_size,
         image_token_id=target.config.image_token_id,
         fingerprint=fingerprint(target.model.get_input_embeddings().weight),
+        hidden_dtype=hidden_dtype,
+        regeneration=regeneration,
     )
 
 
-def fingerprint(embed: Tensor) -> str:
-    """16 hexadecimal digits of the token embedding [V, H] (rows 3 to 66, as bfloat16): tells weights apart, not
-    paths."""
-    part = embed.detach()[3:67].to("cpu", torch.bfloat16).contiguous()
+def model_name(model: str) -> str:
+    """Hub name of a model, or the name of its folder."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def fingerprint(weight: Tensor) -> str:
+    """16 hexadecimal digits of a matrix of weights, such as the token embedding [V, H] (rows 3 to 66, as bfloat16):
+    tells weights apart, not paths."""
+    part = weight.detach()[3:67].to("cpu", torch.bfloat16).contiguous()
     return hashlib.sha256(part.view(torch.int16).numpy().tobytes()).hexdigest()[:16]

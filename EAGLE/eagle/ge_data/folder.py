@@ -6,9 +6,10 @@ import fcntl
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
+from eagle.ge_data.checked import shown
 from eagle.ge_data.index import INDEX, PATTERN, Index, ShardInfo, Skipped, load_index, read_about
 from llava.errors import UserError
 from llava.files import atomic_write, read_json
@@ -16,6 +17,7 @@ from llava.files import atomic_write, read_json
 SETTINGS = "settings.json"
 SKIPPED = "skipped.jsonl"
 LOCK = ".lock"
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,9 @@ class Settings:
     """What decides the content of a corpus. Where pictures lie, which GPUs work and how large batches and shards are
     does not.
 
-    ``data_sha256``: of the annotation file; ``rows``: length of the selection.
+    ``data_sha256``: of the annotation file; ``rows``: length of the selection; ``hidden_dtype``: "int8", or "auto" for
+    16 bit; ``regenerate``: answers are the target's own, and then ``msd_model`` the draft's name, ``temperature`` and
+    ``max_new_tokens`` how they were made. A setting with a default is one that older folders do not name.
     """
 
     model_type: str
@@ -33,6 +37,11 @@ class Settings:
     data: str
     data_sha256: str
     rows: int
+    hidden_dtype: str = AUTO
+    regenerate: bool = False
+    msd_model: str | None = None
+    temperature: float = 0.0
+    max_new_tokens: int | None = None
 
     def claim(self, folder: Path) -> None:
         """Writes ``settings.json``, or compares with the one that is there.
@@ -42,9 +51,13 @@ class Settings:
         """
         path, own = folder / SETTINGS, asdict(self)
         if path.exists():
-            there = read_json(path, "settings of the corpus")
+            defaults = {item.name: item.default for item in fields(self) if item.default is not MISSING}
+            found = read_json(path, "settings of the corpus")
+            if not isinstance(found, dict):
+                raise UserError("settings of the corpus are no JSON object", path, "take another --outdir")
+            there = {**defaults, **found}
             changed = [
-                f"{name} {there.get(name)!r} instead of {value!r}"
+                f"{name} {shown(there.get(name))} instead of {value!r}"
                 for name, value in own.items()
                 if name != "data" and there.get(name) != value
             ]

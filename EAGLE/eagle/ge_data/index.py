@@ -16,13 +16,53 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from eagle.ge_data.checked import (
+    Check,
+    count,
+    counts_by_name,
+    list_of,
+    matching,
+    optional,
+    record,
+    text,
+    wrong_fields,
+)
+from eagle.ge_data.source import SCHEMA, Source, check_schema, read_source
 from llava.errors import UserError
 from llava.files import atomic_write, read_json
 
-SCHEMA = 1
 INDEX = "index.json"
 PATTERN = "rows-*.safetensors"
 AGAIN = "delete it and run the allocation again"
+WITHOUT = "delete it, the shards suffice"
+
+ABOUT: dict[str, Check] = {
+    "schema": count,
+    "source": lambda value: isinstance(value, Mapping),
+    "start": count,
+    "end": count,
+    "samples": list_of(record({"row": count, "id": text})),
+    "skipped": list_of(record({"row": count, "id": text, "reason": text})),
+    "tokens": count,
+    "image_tokens": count,
+}
+LISTED: dict[str, Check] = {
+    "file": matching(r"rows-\d{8,}-\d{8,}\.safetensors"),
+    "start": count,
+    "end": count,
+    "samples": count,
+    "tokens": count,
+    "image_tokens": count,
+    "skipped": counts_by_name,
+    "bytes": count,
+    "sha256": optional(matching("[0-9a-f]{64}")),
+}
+BESIDE: dict[str, Check] = {
+    "schema": count,
+    "counts": lambda value: isinstance(value, Mapping),
+    "shards": lambda value: isinstance(value, list),
+}
+"""Fields of ``index.json`` beside those of the source."""
 
 
 @dataclass(frozen=True)
@@ -32,24 +72,6 @@ class Skipped:
     row: int
     id: str
     reason: str
-
-
-@dataclass(frozen=True)
-class Source:
-    """What every shard of a corpus shares.
-
-    ``model``: hub name, or name of the folder. ``commit``: of the model, if known. ``dtype``: of the stored states.
-    ``fingerprint``: of a part of the model's weights, see `eagle.ge_data.extract.fingerprint`.
-    """
-
-    family: str
-    model: str
-    commit: str | None
-    dtype: str
-    hidden_size: int
-    vocab_size: int
-    image_token_id: int
-    fingerprint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -107,13 +129,17 @@ class Index(Source):
             total.update(shard.skipped)
         return dict(total)
 
+    @property
+    def counts(self) -> dict[str, Any]:
+        """The sums that ``index.json`` shows."""
+        return {name: getattr(self, name) for name in ("samples", "tokens", "image_tokens", "skipped")}
+
     def save(self, folder: Path) -> None:
         """Writes ``index.json`` atomically."""
-        names = ("samples", "tokens", "image_tokens", "skipped")
         value = {
             "schema": SCHEMA,
-            **_source_fields(self),
-            "counts": {name: getattr(self, name) for name in names},
+            **asdict(self.source),
+            "counts": self.counts,
             "shards": [asdict(shard) for shard in self.shards],
         }
         with atomic_write(folder / INDEX) as temporary:
@@ -139,9 +165,10 @@ def load_index(folder: str | Path, strict: bool = True) -> Index:
     shards = [shard for shard in listed if _is_whole(folder / shard.file, shard, strict)]
     for name in sorted(files.keys() - {shard.file for shard in listed}):
         about = read_about(files[name])
-        found = Source(**about["source"])
+        found = source_in(about, files[name])
         if source is not None and found != source:
-            raise UserError("shard of another corpus", files[name], "keep one folder for each model and data set")
+            what = f"shard of another corpus, with {found.differences(source)}"
+            raise UserError(what, files[name], "keep one folder for each model, data set and way of storing")
         source = found
         shards.append(shard_info(files[name], about, None))
     assert source is not None
@@ -157,15 +184,26 @@ def read_about(path: Path) -> dict[str, Any]:
     tokens.
 
     Raises:
-        UserError: the file is truncated or no shard of ours, or its schema version is another.
+        UserError: the file is truncated, broken or no shard of ours, or its schema version is another.
     """
     with open_shard(path) as file:
-        text = (file.metadata() or {}).get("msd")
-    if text is None:
+        header = (file.metadata() or {}).get("msd")
+    if header is None:
         raise UserError("not a shard of hidden states", path)
-    about = json.loads(text)
-    _check_schema(about.get("schema"), path)
+    try:
+        about = json.loads(header)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"header of the shard is broken ({error})", path, AGAIN) from None
+    check_schema(about.get("schema") if isinstance(about, Mapping) else None, path)
+    wrong = wrong_fields(about, ABOUT) or ("" if about["start"] < about["end"] else "an empty range")
+    if wrong:
+        raise UserError(f"header of the shard is incomplete or wrong ({wrong})", path, AGAIN)
     return about
+
+
+def source_in(about: Mapping[str, Any], path: Path) -> Source:
+    """The source in the header of the shard ``path``."""
+    return read_source(about["source"], about["schema"], path, AGAIN)
 
 
 def open_shard(path: Path) -> Any:
@@ -215,12 +253,18 @@ def _source_fields(source: Source) -> dict[str, Any]:
 
 def _read_index(path: Path) -> tuple[Source, list[ShardInfo]]:
     value = read_json(path, "index of the shards")
-    _check_schema(value.get("schema") if isinstance(value, dict) else None, path)
-    try:
-        source = Source(**{item.name: value[item.name] for item in fields(Source)})
-        return source, [ShardInfo(**shard) for shard in value["shards"]]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"index of the shards is incomplete ({error})", path, "delete it, the shards suffice") from None
+    check_schema(value.get("schema") if isinstance(value, Mapping) else None, path)
+    own = {name: value[name] for name in value if name not in BESIDE}
+    source = read_source(own, value["schema"], path, WITHOUT)
+    wrong = wrong_fields({name: value[name] for name in value if name in BESIDE}, BESIDE)
+    if not wrong:
+        wrong = ", ".join(filter(None, (wrong_fields(shard, LISTED) for shard in value["shards"])))
+    if wrong:
+        raise UserError(f"index of the shards is incomplete or wrong ({wrong})", path, WITHOUT)
+    shards = [ShardInfo(**shard) for shard in value["shards"]]
+    if Index.of(source, shards).counts != value["counts"] or any(shard.start >= shard.end for shard in shards):
+        raise UserError("index of the shards contradicts itself", path, WITHOUT)
+    return source, shards
 
 
 def _is_whole(path: Path, shard: ShardInfo, strict: bool) -> bool:
@@ -232,10 +276,3 @@ def _is_whole(path: Path, shard: ShardInfo, strict: bool) -> bool:
     if size is None:
         raise UserError("shard is missing", path, "run the allocation again, it makes what is missing")
     raise UserError(f"shard is truncated or changed, {size} bytes instead of {shard.bytes}", path, AGAIN)
-
-
-def _check_schema(schema: Any, path: Path) -> None:
-    if schema != SCHEMA:
-        raise UserError(
-            f"shards of schema version {schema}, this program reads {SCHEMA}", path, "make the corpus again"
-        )

@@ -19,7 +19,7 @@ from rich.text import Text
 from torch import Tensor
 
 from eagle.ge_data.index import AGAIN, INDEX, Index, gigabytes, load_index, sha256
-from eagle.ge_data.shards import Sample, ShardDataset
+from eagle.ge_data.shards import OpenShard, Sample, ShardDataset
 from eagle.ge_data.templates import TEMPLATES
 from llava.errors import UserError, run_cli
 
@@ -28,10 +28,10 @@ BAR = 40
 
 
 def check(folder: Path, index: Index) -> int:
-    """Compares every shard with its checksum; returns how many had none in the index yet.
+    """Compares every shard with its checksum and with what the index says; returns how many had no checksum yet.
 
     Raises:
-        UserError: a shard is not what was written.
+        UserError: a shard is not what was written, or the index says something else.
     """
     without = 0
     for shard in index.shards:
@@ -39,6 +39,7 @@ def check(folder: Path, index: Index) -> int:
             without += 1
         elif sha256(folder / shard.file) != shard.sha256:
             raise UserError("shard is not what was written, its checksum differs", folder / shard.file, AGAIN)
+        OpenShard(folder / shard.file, shard, index.source)
     return without
 
 
@@ -60,6 +61,8 @@ def table(data: ShardDataset, without: int) -> Table:
     shown = Table(title=str(data.folder), show_header=False)
     commit = f" at {meta.commit}" if meta.commit else ""
     shown.add_row("model", f"{meta.model}{commit} ({meta.family}), hidden size {meta.hidden_size}, {meta.dtype}")
+    shown.add_row("hidden states", f"stored as {meta.hidden_dtype or meta.dtype}")
+    shown.add_row("answers", f"the model's own: {meta.regeneration}" if meta.regeneration else "of the data set")
     shown.add_row("samples", f"{meta.samples:,}, {float((images > 0).float().mean()):.0%} with a picture")
     shown.add_row("tokens", f"{meta.tokens:,}, {meta.image_tokens / meta.tokens:.0%} of them image tokens")
     shown.add_row("skipped", ", ".join(f"{count} {reason}" for reason, count in meta.skipped.items()) or "none")

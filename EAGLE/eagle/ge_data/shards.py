@@ -10,10 +10,13 @@ Tensors of a shard, samples one after the other (N samples, T tokens, I image to
     input_ids       [T]    int32   one id per image feature
     loss_mask       [T]    uint8   1 on the assistant's tokens
     image_mask      [T]    uint8   1 on image tokens
-    hidden          [T, H] 16 bit  the target's hidden states after its final norm
+    hidden          [T, H] 16 bit  the target's hidden states after its final norm; or int8
+    hidden_scale    [T]    float32 only with hidden states in int8: what one step is worth in each row
     image_features  [I, H] 16 bit  projected features, as the target's language model reads them
 
-Embeddings of text tokens are not stored: the draft has the table. This module knows no model and no annotation file.
+Embeddings of text tokens are not stored: the draft has the table. Image features stay 16 bit: unlike hidden states,
+which training blurs with noise anyway, the draft reads the exact ones when it decodes. This module knows no model and
+no annotation file.
 """
 
 from __future__ import annotations
@@ -33,24 +36,37 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from eagle.ge_data.index import (
-    SCHEMA,
+    AGAIN,
+    INDEX,
     Index,
     ShardInfo,
     Skipped,
-    Source,
     load_index,
     open_shard,
     read_about,
     sha256,
     shard_info,
+    source_in,
 )
+from eagle.ge_data.quantise import quantise, restore
+from eagle.ge_data.source import DTYPES, INT8, SCHEMA, Source
 from llava.errors import UserError
 from llava.files import atomic_write
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 OPEN_SHARDS = 16
 
-__all__ = ["DTYPES", "Index", "Sample", "ShardDataset", "ShardInfo", "Skipped", "Source", "shard_name", "write_shard"]
+__all__ = [
+    "DTYPES",
+    "Index",
+    "OpenShard",
+    "Sample",
+    "ShardDataset",
+    "ShardInfo",
+    "Skipped",
+    "Source",
+    "shard_name",
+    "write_shard",
+]
 
 
 @dataclass(frozen=True)
@@ -86,7 +102,7 @@ def write_shard(
 
     Args:
         start, end: the range of the shuffled selection that the shard answers for.
-        samples: (row of the annotation file, sample); hidden states of any float dtype, stored as ``source.dtype``.
+        samples: (row of the annotation file, sample); hidden states of any float dtype, stored as ``source`` says.
         skipped: the rest of the range.
 
     Returns:
@@ -105,7 +121,7 @@ def write_shard(
         "input_ids": _flat([s.input_ids for s in items], torch.int32),
         "loss_mask": _flat([s.loss_mask for s in items], torch.uint8),
         "image_mask": _flat([s.image_mask for s in items], torch.uint8),
-        "hidden": _flat([s.hidden for s in items], states, source.hidden_size),
+        **_stored_hidden([s.hidden for s in items], source),
         "image_features": _flat([s.image_features for s in items], states, source.hidden_size),
     }
     about = {
@@ -141,17 +157,22 @@ class ShardDataset:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.meta = load_index(self.folder)
+        self._source = self.meta.source
         if not self.meta.samples:
             raise UserError("no samples in this folder, every row was skipped", self.folder, "see skipped.jsonl")
         self._shards = [shard for shard in self.meta.shards if shard.samples]
         self._ends = list(accumulate(shard.samples for shard in self._shards))
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Sample:
-        """Sample ``index``, in the order of the shuffled selection; states keep their stored dtype."""
+        """Sample ``index``, in the order of the shuffled selection; states have the dtype ``meta.dtype``.
+
+        Raises:
+            UserError: the shard is broken, or not the one that the index lists.
+        """
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
@@ -167,37 +188,49 @@ class ShardDataset:
 
     def lengths(self) -> Tensor:
         """Tokens of each sample [len(self)] int64, without reading any state."""
-        return self._counts("lengths")
+        return torch.cat([self._opened(shard).lengths for shard in self._shards])
 
     def image_lengths(self) -> Tensor:
         """Image tokens of each sample [len(self)] int64, without reading any state."""
-        return self._counts("image_lengths")
+        return torch.cat([self._opened(shard).image_lengths for shard in self._shards])
 
-    def _counts(self, name: str) -> Tensor:
-        parts = []
-        for shard in self._shards:
-            with open_shard(self.folder / shard.file) as file:
-                parts.append(file.get_tensor(name).long())
-        return torch.cat(parts)
+    def _opened(self, shard: ShardInfo) -> OpenShard:
+        return OpenShard(self.folder / shard.file, shard, self._source)
 
-    def _shard(self, number: int) -> _OpenShard:
+    def _shard(self, number: int) -> OpenShard:
         if number in self._open:
             self._open.move_to_end(number)
         else:
-            self._open[number] = _OpenShard(self.folder / self._shards[number].file)
+            self._open[number] = self._opened(self._shards[number])
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)
         return self._open[number]
 
 
-class _OpenShard:
-    """A mapped shard and where each of its samples begins."""
+class OpenShard:
+    """A mapped shard and where each of its samples begins.
 
-    def __init__(self, path: Path) -> None:
-        self._ids = [sample["id"] for sample in read_about(path)["samples"]]
+    Raises:
+        UserError: it is not the shard that the index lists, or its tensors do not belong together.
+    """
+
+    def __init__(self, path: Path, listed: ShardInfo, source: Source) -> None:
+        self._path, self._source = path, source
+        about = read_about(path)
+        if source_in(about, path) != source or shard_info(path, about, listed.sha256) != listed:
+            raise UserError("the index does not say what the shard holds", path, f"delete {INDEX}, the shards suffice")
+        self._ids = [sample["id"] for sample in about["samples"]]
         self._file = open_shard(path).__enter__()
-        self._tokens = _starts(self._file.get_tensor("lengths"))
-        self._images = _starts(self._file.get_tensor("image_lengths"))
+        for name, (dtype, shape) in _layout(source, len(self._ids), about["tokens"], about["image_tokens"]).items():
+            self._check(name, dtype, shape)
+        self.lengths, self.image_lengths = (self._file.get_tensor(name).long() for name in ("lengths", "image_lengths"))
+        for lengths, total in ((self.lengths, about["tokens"]), (self.image_lengths, about["image_tokens"])):
+            if int(lengths.sum()) != total or (lengths < 0).any():
+                raise UserError("lengths of the samples do not add up", path, AGAIN)
+        self._tokens, self._images = _starts(self.lengths), _starts(self.image_lengths)
+        masked = [0, *self._file.get_tensor("image_mask").bool().cumsum(0).tolist()]  # before each token
+        if [masked[start] for start in self._tokens] != self._images:
+            raise UserError("image tokens of the samples are not as many as their features", path, AGAIN)
 
     def sample(self, index: int) -> Sample:
         rows = slice(self._tokens[index], self._tokens[index + 1])
@@ -207,12 +240,44 @@ class _OpenShard:
             input_ids=self._read("input_ids", rows).long(),
             loss_mask=self._read("loss_mask", rows).bool(),
             image_mask=self._read("image_mask", rows).bool(),
-            hidden=self._read("hidden", rows),
+            hidden=self._hidden(rows),
             image_features=self._read("image_features", features),
         )
 
+    def _hidden(self, rows: slice) -> Tensor:
+        """States of tokens, [S, H] of the source's 16-bit dtype."""
+        stored = self._read("hidden", rows)
+        if self._source.hidden_dtype != INT8:
+            return stored
+        return restore(stored, self._read("hidden_scale", rows), DTYPES[self._source.dtype])
+
     def _read(self, name: str, rows: slice) -> Tensor:
         return self._file.get_slice(name)[rows].clone()  # the clone lets go of the mapped pages
+
+    def _check(self, name: str, dtype: str, shape: list[int]) -> None:
+        try:
+            tensor = self._file.get_slice(name)
+        except SafetensorError:
+            raise UserError(f"shard has no tensor {name}", self._path, AGAIN) from None
+        found = (tensor.get_dtype(), tensor.get_shape())
+        if found != (dtype, shape):
+            raise UserError(f"tensor {name} of the shard is {found}, not {(dtype, shape)}", self._path, AGAIN)
+
+
+def _layout(source: Source, samples: int, tokens: int, images: int) -> dict[str, tuple[str, list[int]]]:
+    """Dtype, as safetensors names it, and shape of each tensor of a shard."""
+    states, width = {"bfloat16": "BF16", "float16": "F16"}[source.dtype], source.hidden_size
+    narrow = source.hidden_dtype == INT8
+    return {
+        "lengths": ("I32", [samples]),
+        "image_lengths": ("I32", [samples]),
+        "input_ids": ("I32", [tokens]),
+        "loss_mask": ("U8", [tokens]),
+        "image_mask": ("U8", [tokens]),
+        "hidden": ("I8" if narrow else states, [tokens, width]),
+        **({"hidden_scale": ("F32", [tokens])} if narrow else {}),
+        "image_features": (states, [images, width]),
+    }
 
 
 def _starts(lengths: Tensor) -> list[int]:
@@ -223,6 +288,17 @@ def _flat(parts: Sequence[Tensor], dtype: torch.dtype, width: int | None = None)
     if not parts:
         return torch.empty((0,) if width is None else (0, width), dtype=dtype)
     return torch.cat([part.detach().to("cpu", dtype) for part in parts]).contiguous()
+
+
+def _stored_hidden(hidden: Sequence[Tensor], source: Source) -> dict[str, Tensor]:
+    """Hidden states of all samples, each [S, H], as the shard holds them."""
+    if source.hidden_dtype != INT8:
+        return {"hidden": _flat(hidden, DTYPES[source.dtype], source.hidden_size)}
+    rows = [quantise(states) for states in hidden]
+    return {
+        "hidden": _flat([values for values, _ in rows], torch.int8, source.hidden_size),
+        "hidden_scale": _flat([scales for _, scales in rows], torch.float32),
+    }
 
 
 def _check_sample(sample: Sample, source: Source) -> None:

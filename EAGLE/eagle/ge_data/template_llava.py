@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 import llava
 from eagle.ge_data.conversations import MARK, Conversation, Unusable
@@ -18,6 +19,10 @@ class LlavaTemplate(Template):
     """LLaVA-1.5: ``<system> USER: <question> ASSISTANT: <answer></s>USER: ...``."""
 
     family = "llava"
+
+    @property
+    def least_picture_tokens(self) -> int:
+        return self.processor.image_token_count
 
     @staticmethod
     def load_processor(model: str) -> Any:
@@ -46,6 +51,9 @@ class LlavaTemplate(Template):
         except UserError:
             raise Unusable("broken_picture") from None
         return Encoded(ids, self._spans(prompt, ids), images)
+
+    def first_pictures(self, images: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+        return {"pixel_values": images["pixel_values"][:count]} if count else {}
 
     def _spans(self, prompt: str, ids: list[int]) -> list[tuple[int, int]]:
         """The processor tokenises the pieces between the marks, each by itself; so places are found piece by

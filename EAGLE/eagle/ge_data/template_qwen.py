@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from eagle.ge_data.conversations import MARK, Conversation, Unusable
 from eagle.ge_data.template import Encoded, Segment, Template, mark_first
@@ -44,8 +45,12 @@ class QwenTemplate(Template):
 
     def encode(self, prompt: str, pictures: Sequence[Image.Image]) -> Encoded:
         written = self.processor.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+        written_ids = written["input_ids"]
+        videos = self.media_ids - {self.image_token_id}
+        if written_ids.count(self.image_token_id) != len(pictures) or not videos.isdisjoint(written_ids):
+            raise Unusable("text")  # the text itself spells the token of a picture or video
         if not pictures:
-            return Encoded(written["input_ids"], [tuple(span) for span in written["offset_mapping"]], {})
+            return Encoded(written_ids, [tuple(span) for span in written["offset_mapping"]], {})
         try:
             given = self.processor(text=[prompt], images=list(pictures), return_tensors="pt")
         except ValueError:  # such as a picture 200 times as wide as high
@@ -53,13 +58,24 @@ class QwenTemplate(Template):
         merged = self.processor.image_processor.merge_size**2
         counts = iter((given["image_grid_thw"].prod(dim=-1) // merged).tolist())
         ids, spans = [], []
-        for token, span in zip(written["input_ids"], written["offset_mapping"], strict=True):
+        for token, span in zip(written_ids, written["offset_mapping"], strict=True):
             repeat = next(counts, 0) if token == self.image_token_id else 1
             ids += [token] * repeat
             spans += [tuple(span)] * repeat
-        if ids != given["input_ids"][0].tolist():  # the text itself spells an image token
+        if ids != given["input_ids"][0].tolist():  # the processor wrote something else
             raise Unusable("text")
         return Encoded(ids, spans, {name: given[name] for name in ("pixel_values", "image_grid_thw")})
+
+    def first_pictures(self, images: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+        if not count:
+            return {}
+        grids = images["image_grid_thw"][:count]  # [count, 3] frames, rows and columns of patches
+        return {"pixel_values": images["pixel_values"][: int(grids.prod(dim=-1).sum())], "image_grid_thw": grids}
+
+    def request(self, ids: list[int], images: dict[str, Tensor]) -> dict[str, Tensor]:
+        inputs = super().request(ids, images)
+        kinds = inputs["input_ids"] == self.image_token_id  # without them, transformers numbers pictures as text
+        return {**inputs, "mm_token_type_ids": kinds.int()}
 
 
 class Qwen2_5Template(QwenTemplate):

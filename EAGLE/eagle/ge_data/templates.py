@@ -22,4 +22,5 @@ def template_of(target: Any) -> Template:
     if target.family not in TEMPLATES:
         known = ", ".join(TEMPLATES)
         raise UserError("no conversation template for this family of models", target.family, f"known: {known}")
-    return TEMPLATES[target.family](target.processor, target.config.image_token_id)
+    config = target.config
+    return TEMPLATES[target.family](target.processor, config.image_token_id, getattr(config, "video_token_id", None))

@@ -19,17 +19,34 @@ from typing import Any
 
 import torch
 
-from eagle.ge_data.extract import Extractor, Range, Selection, source_of
-from eagle.ge_data.shards import ShardInfo, Source
+from eagle.ge_data.extract import Extractor, Range, Selection, fingerprint, model_name, source_of
+from eagle.ge_data.index import ShardInfo
+from eagle.ge_data.regenerate import Regenerator
+from eagle.ge_data.source import Regeneration, Source
 from eagle.ge_data.templates import template_of
-from eagle.model.targets import load_target
+from eagle.model.checkpoint import load_draft
+from eagle.model.draft import DraftModel
+from eagle.model.msd import MSDModel
+from eagle.model.targets import Target, load_target
 from llava.errors import UserError
 
 
 @dataclass(frozen=True)
+class Answers:
+    """How the target answers: ``msd_model`` a draft's folder or hub name, None for plain decoding; ``temperature`` 0 is
+    greedy; ``max_new_tokens`` of the longest answer."""
+
+    msd_model: str | None
+    temperature: float
+    seed: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
 class Job:
-    """What every worker is told. ``family``: the one that --model_type means; ``source``: of shards that are
-    there."""
+    """What every worker is told. ``family``: the one that --model_type means; ``source``: of shards that are there;
+    ``hidden_dtype``: "int8", or None for the target's 16 bit; ``answers``: how the target answers itself, None for the
+    data set's answers."""
 
     model: str
     family: str
@@ -38,6 +55,8 @@ class Job:
     folder: Path
     batch_tokens: int
     source: Source | None
+    hidden_dtype: str | None = None
+    answers: Answers | None = None
 
 
 @dataclass(frozen=True)
@@ -154,9 +173,32 @@ def _extractor(job: Job, device: str) -> Extractor:
     target = load_target(job.model, dtype=job.dtype, device_map={"": device})
     if target.family != job.family:
         raise UserError(f"--model_type means a model of family {job.family}, this is {target.family}", job.model)
-    source = source_of(target, job.model)
+    draft = None if job.answers is None else _draft(job.answers, target)
+    regeneration = None if job.answers is None else _regeneration(job.answers, draft)
+    source = source_of(target, job.model, job.hidden_dtype, regeneration)
     if job.source is not None and job.source != source:
-        raise UserError("the folder's shards are of another model", job.folder, "take another --outdir")
+        what = f"the folder's shards are of another model or draft, with {job.source.differences(source)}"
+        raise UserError(what, job.folder, "take another --outdir")
     positions = getattr(target.config.get_text_config(), "max_position_embeddings", job.selection.max_length)
     selection = replace(job.selection, max_length=min(positions, job.selection.max_length))
-    return Extractor(target, template_of(target), selection, job.folder, source, job.batch_tokens)
+    template, regenerator = template_of(target), None
+    if regeneration is not None:
+        regenerator = Regenerator(MSDModel(target, draft), template, regeneration, selection.max_length)
+    return Extractor(target, template, selection, job.folder, source, job.batch_tokens, regenerator)
+
+
+def _draft(answers: Answers, target: Target) -> DraftModel | None:
+    if answers.msd_model is None:
+        return None
+    return load_draft(answers.msd_model, dtype=target.dtype, device=target.head_device)
+
+
+def _regeneration(answers: Answers, draft: DraftModel | None) -> Regeneration:
+    """The record of the answers."""
+    return Regeneration(
+        draft=None if answers.msd_model is None else model_name(answers.msd_model),
+        draft_fingerprint=None if draft is None else fingerprint(draft.fc.weight),
+        temperature=answers.temperature,
+        seed=answers.seed if answers.temperature else None,
+        max_new_tokens=answers.max_new_tokens,
+    )

@@ -114,6 +114,19 @@ def test_killed_and_resumed_gives_the_same_losses(arguments, run, tmp_path, caps
     assert not list((tmp_path / "killed").glob(".tmp-*"))
 
 
+def test_hidden_states_in_8_bit_train_as_those_in_16_bit(arguments, run, tmp_path):
+    text = write_corpus(tmp_path / "text8", 12, hidden_dtype="int8")
+    image = write_corpus(tmp_path / "image8", 10, image=3, seed=100, hidden_dtype="int8")
+    assert run(arguments("wide", "--tracker", "none")) == 0
+    assert run(arguments("narrow", "--tracker", "none", "--tmpdir_t", str(text), "--tmpdir_v", str(image))) == 0
+    wide, narrow = curve(tmp_path / "wide"), curve(tmp_path / "narrow")
+    assert [step for step, _ in narrow] == list(range(1, 9)) and narrow != wide
+    for (_, expected), (_, got) in zip(wide, narrow, strict=True):
+        assert got == pytest.approx(expected, rel=0.005)
+    provenance = json.loads((tmp_path / "narrow" / "final" / "provenance.json").read_text())
+    assert provenance["data"]["text"]["hidden_dtype"] == "int8"
+
+
 def test_errors_are_one_line(arguments, run, tmp_path, capsys):
     def error(argv):
         assert run(argv) == 2

@@ -48,10 +48,10 @@ def write_base(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def write_corpus(folder: Path, count: int, image: int = 0, seed: int = 0) -> Path:
+def write_corpus(folder: Path, count: int, image: int = 0, seed: int = 0, hidden_dtype: str | None = None) -> Path:
     """``count`` random samples in one shard."""
     folder.mkdir(parents=True)
-    source = Source("llava", "base", None, "bfloat16", HIDDEN, VOCAB, 0)
+    source = Source("llava", "base", None, "bfloat16", HIDDEN, VOCAB, 0, hidden_dtype=hidden_dtype)
     samples = [(i, make_sample(8 + i % 5, image, seed=seed + i)) for i in range(count)]
     info = write_shard(folder, 0, count, samples, [], source)
     Index.of(source, [info]).save(folder)

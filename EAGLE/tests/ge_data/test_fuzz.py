@@ -1,0 +1,315 @@
+"""Damaged input of every kind: rows, annotation files, pictures, shards and indexes are skipped or refused with a
+reason; nothing escapes as another exception and nothing passes unseen. Always the same damage."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from PIL import Image
+from tiny_llava import make_image, make_liuhaotian
+from tiny_stock import make_qwen
+
+from eagle.ge_data import allocation, inspect
+from eagle.ge_data.annotations import RowFile, iter_rows
+from eagle.ge_data.conversations import REASONS, ROLES, Unusable, image_names, read_conversation
+from eagle.ge_data.convert import convert
+from eagle.ge_data.folder import SETTINGS
+from eagle.ge_data.index import INDEX, Index
+from eagle.ge_data.shards import ShardDataset, Skipped, Source, write_shard
+from eagle.ge_data.template import Prepared, Template
+from eagle.ge_data.templates import template_of
+from eagle.model.targets import Target, load_target
+from llava.errors import UserError, run_cli
+from llava.image import load_image
+
+from .conftest import Write, allocate, rows_of, text_row
+from .mangle_files import CUTS, FLIPS, INDEXES, REWRITES, Damage
+from .mangle_rows import HALF, Row, good_row, junk_somewhere, make_pictures, mangled_rows
+from .test_shards import H, make_sample
+
+SEED = 20
+MAX_LENGTH = 400
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pictures(tmp_path_factory.mktemp("fuzz") / "pictures")
+
+
+@pytest.fixture(scope="module", params=["llava", "qwen2_vl"])
+def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Target:
+    make = {"llava": make_liuhaotian, "qwen2_vl": make_qwen}[request.param]
+    folder = make(tmp_path_factory.mktemp(request.param) / "base")
+    loaded = load_target(folder, dtype="float32")
+    loaded.folder = folder  # type: ignore[attr-defined]
+    return loaded
+
+
+def allocate_all(target: Any, data: Path, out: Path, kind: str, photos: Path) -> int:
+    family = {"llava": "llava_v15"}.get(target.family, target.family)
+    flags = ["--outdir", str(out), "--model_type", f"{family}_{kind}", "--model", str(target.folder), "--gpus", "cpu"]
+    flags += ["--image_data_path", str(photos), "--json_data_path", str(data), "--max-length", str(MAX_LENGTH)]
+    return run_cli(lambda: allocation.main(flags))
+
+
+def test_every_mangled_row_is_skipped_with_its_reason(
+    target: Target, annotations: Write, photos: Path, tmp_path: Path
+) -> None:
+    mangled = mangled_rows(SEED, each=10)
+    assert len(mangled) >= 200
+    rng = Random(SEED)
+    rows: list[tuple[Row, str, str | None]] = [tuple(one) for one in mangled]
+    rows += [(good_row(rng, kind), kind, None) for kind in "tv" for _ in range(8)]
+    rng.shuffle(rows)
+    data = annotations([row for row, _, _ in rows])
+    for kind in "tv":
+        out = tmp_path / kind
+        assert allocate_all(target, data, out, kind, photos) == 0
+        good, _ = rows_of(out)
+        assert sorted(good) == [n for n, (_, of, reason) in enumerate(rows) if of == kind and reason is None]
+        skipped = {}
+        for line in (out / "skipped.jsonl").read_text().splitlines():
+            entry = json.loads(line)
+            assert len(entry["id"]) <= 256
+            skipped[entry["row"]] = entry["reason"]
+        assert skipped == {n: reason for n, (_, of, reason) in enumerate(rows) if of == kind and reason is not None}
+
+
+def outcome(template: Template, row: Row, photos: Path, keep_answers: bool = True) -> str | None:
+    """Why a row is skipped; None if it is used."""
+    try:
+        conversation = read_conversation(row, 3, keep_answers)
+        if keep_answers:
+            assert isinstance(template.prepare(conversation, photos, MAX_LENGTH), Prepared)
+        else:
+            template.outline(conversation, photos, MAX_LENGTH)
+    except Unusable as unusable:
+        return unusable.reason
+    return None
+
+
+def well_formed(row: Row, photos: Path) -> bool:
+    """Whether a row with two questions is one that may be used; written apart from the code under test."""
+    turns = row.get("conversations")
+    if not isinstance(turns, list) or not isinstance(row.get("id"), str | int | None) or isinstance(row["id"], bool):
+        return False
+    if not all(isinstance(t, dict) and t.get("from") in list(ROLES) and isinstance(t.get("value"), str) for t in turns):
+        return False
+    texts = [turn["value"] for turn in turns]
+    named = [name for key in ("image", "images") if (name := row.get(key))]
+    names = named[0] if named and isinstance(named[0], list) else named
+    there = all(isinstance(name, str) and name in ("a.png", "b.png") for name in names)
+    return there and HALF not in "".join(texts) and "".join(texts).count("<image>") == len(names)
+
+
+def test_junk_at_random_places_is_never_used(target: Target, photos: Path) -> None:
+    template, used, reasons = template_of(target), 0, set()
+    for seed in range(500):
+        row = junk_somewhere(Random(seed))
+        for keep_answers in (True, False):
+            reason = outcome(template, row, photos, keep_answers)
+            reasons.add(reason)
+            if keep_answers and reason is None:
+                used += 1
+                assert well_formed(row, photos), row
+    assert 5 < used < 200, "some junk is harmless: another id, no id, a word as an answer"
+    assert {"id", "no_conversation", "text", "image_name", "missing_picture", "no_mark"} <= reasons <= {*REASONS, None}
+
+
+SPELLED = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|>",
+           "<unk>", "<pad>", "<s>", "</s>", "<|im_end|>", "<|im_start|>", "\x00", "\ufffd", "\u2581", "\u200b",
+           "\ufeff")  # fmt: skip
+
+
+def test_text_that_spells_special_tokens(target: Target, annotations: Write, photos: Path, tmp_path: Path) -> None:
+    """It is used as text or skipped, and it never passes for a picture."""
+    rows = []
+    for number, text in enumerate(SPELLED):
+        rows += [text_row(number), good_row(Random(number), "v")]
+        rows[-2]["conversations"][number % 4]["value"] += f" {text} and"
+        rows[-1]["conversations"][number % 4]["value"] += f" {text} and"
+    data = annotations(rows)
+    for kind in "tv":
+        assert allocate_all(target, data, tmp_path / kind, kind, photos) == 0
+        dataset = ShardDataset(tmp_path / kind)
+        assert set(dataset.meta.skipped) <= {"text"}
+        assert all(bool(sample.image_mask.any()) == (kind == "v") for sample in dataset)
+        if target.family == "qwen2_vl":
+            assert dataset.meta.skipped == {"text": 3}
+
+
+BAD_FILES = ("", "null", "5", '"rows"', "{}", '{"rows": []}', "[5]", '["row"]', "[null]", "[[]]", '[[{"id": 1}]]',
+             '[{"id": 1}, 5]', "[{]", '[{"id": 1}', '[{"id": }]', "[{'id': 1}]", '[{"id": 01}]', '[{"id": 1},]',
+             '[{"id": 1}]]', '[{"id": ' + "9" * 5000 + "}]", '[{"id": ' + "[" * 100_000 + "}]", '[{"a" 1}]',
+             '[{"id": "\x01"}]', '[{"id": "\\ud8"}]', '[{"id": 1}{"id": 2}]')  # fmt: skip
+
+
+@pytest.mark.parametrize("text", BAD_FILES, ids=range(len(BAD_FILES)))
+def test_a_file_that_is_no_list_of_rows_is_refused(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    assert allocate(base, path, tmp_path / "out") == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and error[0].startswith("error: annotation file") and str(path) in error[0]
+
+
+def test_flipped_bits_in_an_annotation_file(tmp_path: Path) -> None:
+    """Each is refused with its place, or gives rows that are used or skipped."""
+    rng = Random(SEED)
+    rows = [good_row(rng, kind) for kind in "tvtv"]
+    whole = json.dumps(rows, ensure_ascii=False).encode()
+    path, refused = tmp_path / "rows.json", 0
+    for _ in range(300):
+        content = bytearray(whole)
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        path.write_bytes(content)
+        try:
+            file = RowFile(path)
+        except UserError as error:
+            refused += 1
+            assert "byte" in str(error)
+            continue
+        for number in range(len(file)):
+            try:
+                read_conversation(file[number], number)
+            except Unusable as unusable:
+                assert unusable.reason in REASONS
+    assert 30 < refused < 290
+
+
+def test_conversion_passes_damage_on(annotations: Write, tmp_path: Path) -> None:
+    """It repairs names and ids and leaves the rest to the allocation, row for row."""
+    rows = [row for row, _, _ in mangled_rows(SEED, each=3)] + [junk_somewhere(Random(seed)) for seed in range(100)]
+    assert convert(annotations(rows), tmp_path / "out.json")[0] == len(rows)
+    fixed = list(iter_rows(tmp_path / "out.json"))
+    assert len(fixed) == len(rows) and all(isinstance(row.value["id"], str) for row in fixed)
+
+
+@pytest.mark.filterwarnings("ignore")  # PIL warns of what it reads in spite of the damage
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "AVIF"])
+def test_flipped_bits_in_a_picture(kind: str) -> None:
+    """It is refused, or read as some picture."""
+    if kind not in Image.registered_extensions().values() or kind not in Image.SAVE:
+        pytest.skip(f"this PIL writes no {kind}")
+    buffer, rng, refused = io.BytesIO(), Random(kind), 0
+    make_image(width=40, height=30).save(buffer, format=kind)
+    for _ in range(150):
+        content = bytearray(buffer.getvalue())
+        for _ in range(rng.choice((1, 1, 8))):
+            content[rng.randrange(min(len(content), rng.choice((64, 10**6))))] ^= 1 << rng.randrange(8)
+        if rng.random() < 0.2:
+            del content[rng.randrange(len(content)) :]
+        try:
+            assert isinstance(load_image(bytes(content)), Image.Image)
+        except UserError:
+            refused += 1
+    assert refused > 15
+
+
+@pytest.fixture(scope="module", params=["int8", "16 bit"])
+def corpus(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two shards; the first one has two samples and a skipped row."""
+    hidden_dtype = "int8" if request.param == "int8" else None
+    source = Source("llava", "tiny", None, "bfloat16", H, 100, 99, None, hidden_dtype)
+    folder = tmp_path_factory.mktemp("corpus") / "whole"
+    rows = [(number, make_sample(f"s{number}", 5 + number, 1 + number)) for number in range(4)]
+    infos = [
+        write_shard(folder, 0, 3, rows[:2], [Skipped(9, "x", "empty")], source),
+        write_shard(folder, 3, 5, rows[2:], [], source),
+    ]
+    Index.of(source, infos).save(folder)
+    return folder
+
+
+DAMAGES = {**FLIPS, **CUTS, **REWRITES, **{f"index: {name}": damage for name, damage in INDEXES.items()}}
+
+
+def read_all(folder: Path) -> bool:
+    """Whether training could read it to the end; a UserError is the only other way out."""
+    try:
+        data = ShardDataset(folder)
+        for sample in data:
+            assert len(sample.hidden) == len(sample.input_ids) == len(sample.loss_mask)
+            assert len(sample.image_features) == int(sample.image_mask.sum())
+        assert len(data.lengths()) == len(data.image_lengths()) == len(data)
+    except UserError:
+        return False
+    return True
+
+
+def only_checksums_differ(whole: Path, folder: Path) -> bool:
+    """What training has no time to compare, and inspect does."""
+    first, second = (json.loads((one / INDEX).read_text()) for one in (whole, folder))
+    for shard in (*first["shards"], *second["shards"]):
+        del shard["sha256"]
+    return first == second
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_every_damage_to_a_corpus_is_found(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert len(DAMAGES) >= 40
+    folder = tmp_path / "corpus"
+    shutil.copytree(corpus, folder)
+    damage: Damage = DAMAGES[name]
+    damage(folder)
+    readable = read_all(folder)
+    capsys.readouterr()
+    assert run_cli(lambda: inspect.main([str(folder)])) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and error[0].startswith("error: ") and str(folder) in error[0]
+    assert not readable or name.startswith("data ") or only_checksums_differ(corpus, folder)
+
+
+def test_the_corpus_itself_is_whole(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(lambda: inspect.main([str(corpus)])) == 0
+    assert "all right" in capsys.readouterr().out and read_all(corpus)
+
+
+STARTS: dict[str, Damage] = {
+    **{f"index: {name}": damage for name, damage in INDEXES.items()},
+    "settings a list": lambda folder: (folder / SETTINGS).write_text("[]") and None,
+    "settings no JSON": lambda folder: (folder / SETTINGS).write_text("{") and None,
+    "settings empty": lambda folder: (folder / SETTINGS).write_text("{}") and None,
+    "settings of lists": lambda folder: (folder / SETTINGS).write_text('{"seed": [[1]], "rows": {}}') and None,
+    "settings missing": lambda folder: (folder / SETTINGS).unlink(),
+}
+
+
+@pytest.fixture(scope="module")
+def begun(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("begun")
+    (folder / "rows.json").write_text(json.dumps([text_row(n) for n in range(5)]))
+    assert allocate(base, folder / "rows.json", folder / "out", "t", "--shard-size", "2", "--limit", "4") == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_a_run_in_a_damaged_folder_refuses_or_repairs(
+    base: Path, begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(begun / "out", out)
+    STARTS[name](out)
+    capsys.readouterr()
+    status = allocate(base, begun / "rows.json", out, "t", "--shard-size", "2")
+    if status:
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert status == 2 and len(errors) == 1 and str(out) in errors[0]
+    else:
+        assert sorted(rows_of(out)[0]) == list(range(5)), "each row once"
+        assert json.loads((out / INDEX).read_text())["counts"]["samples"] == 5
+
+
+def test_names_that_only_look_strange_are_allowed() -> None:
+    for name in ("a..png", "x/..a/b.png", "..x.png", "日.png"):
+        assert image_names({"image": name}) == (name,)

@@ -1,0 +1,384 @@
+"""The target's own answers: what stock generation says, the right tokens in the mask, the same on any way there."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_draft import make_draft
+from tiny_llava import make_image, make_liuhaotian, make_llava_hf
+from tiny_stock import make_qwen
+
+from eagle.ge_data import allocation, inspect
+from eagle.ge_data.conversations import Unusable, read_conversation
+from eagle.ge_data.index import load_index
+from eagle.ge_data.regenerate import Regenerator, answer_seed
+from eagle.ge_data.shards import Sample, ShardDataset
+from eagle.ge_data.source import Regeneration
+from eagle.ge_data.template import Prepared
+from eagle.ge_data.templates import template_of
+from eagle.model.checkpoint import load_draft
+from eagle.model.config import TreeConfig
+from eagle.model.msd import MSDModel
+from eagle.model.targets import Target, load_target
+from llava.errors import run_cli
+
+from .conftest import Write, image_row, rows_of, text_row, turns
+
+MAKERS: dict[str, Any] = {
+    "liuhaotian": make_liuhaotian,
+    "llava_hf": make_llava_hf,
+    "qwen2_vl": make_qwen,
+    "qwen2_5_vl": lambda folder: make_qwen(folder, version="2.5"),
+}
+TOKENS = 8
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for seed, (name, width, height) in enumerate((("a.png", 60, 60), ("b.png", 112, 60))):
+        make_image(folder / name, width, height, seed)
+    return folder
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Target:
+    """A tiny target of each layout and family."""
+    base = MAKERS[request.param](tmp_path_factory.mktemp(request.param) / "base")
+    loaded = load_target(base, dtype="float32")
+    loaded.folder = base  # type: ignore[attr-defined]
+    loaded.draft = make_draft(base.parent / "draft", loaded, seed=1, agree=1.0)  # type: ignore[attr-defined]
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Target:
+    base = make_liuhaotian(tmp_path_factory.mktemp("one") / "base")
+    loaded = load_target(base, dtype="float32")
+    loaded.folder = base  # type: ignore[attr-defined]
+    loaded.draft = make_draft(base.parent / "draft", loaded, seed=1, agree=1.0)  # type: ignore[attr-defined]
+    return loaded
+
+
+def regenerate(target: Any, data: Path, out: Path, kind: str = "t", *more: str, pictures: Path = Path()) -> int:
+    """The command with --regenerate on this process's CPU."""
+    family = {"llava": "llava_v15"}.get(target.family, target.family)
+    flags = ["--outdir", str(out), "--model_type", f"{family}_{kind}", "--model", str(target.folder), "--gpus", "cpu"]
+    flags += ["--image_data_path", str(pictures), "--json_data_path", str(data), "--shard-size", "3"]
+    flags += ["--dtype", "float32", "--regenerate", "--max-new-tokens", str(TOKENS), *more]
+    return run_cli(lambda: allocation.main(flags))
+
+
+def runs(mask: torch.Tensor) -> list[tuple[int, int]]:
+    """[start, end) of the unbroken runs of a mask [S]."""
+    edges = torch.cat([torch.zeros(1), mask.float(), torch.zeros(1)]).diff()
+    return list(zip(edges.eq(1).nonzero().flatten().tolist(), edges.eq(-1).nonzero().flatten().tolist(), strict=True))
+
+
+def stock_answer(target: Target, sample: Sample | Prepared, start: int, images: list[Path], limit: int) -> list[int]:
+    """What transformers' own `generate` says after the first ``start`` ids."""
+    inputs = target.prepare(target.chat_prompt("x", len(images)), images) if images else {}
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        inputs.pop(name, None)
+    ids = sample.input_ids[None, :start]
+    if "image_grid_thw" in inputs:
+        inputs["mm_token_type_ids"] = (ids == target.config.image_token_id).int()
+    mask = torch.ones_like(ids)
+    said = target.model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=limit, **inputs)
+    return said[0, start:].tolist()
+
+
+def assert_same(first: ShardDataset, second: ShardDataset) -> None:
+    for one, other in zip(first, second, strict=True):
+        assert one.id == other.id
+        for name in ("input_ids", "loss_mask", "image_mask", "hidden", "image_features"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+def test_answers_are_those_of_stock_generation(
+    target: Target, annotations: Write, photos: Path, tmp_path: Path
+) -> None:
+    """For each turn, from the ids that stand before it; and as many turns as questions, the last one unanswered."""
+    rows = [image_row(n, ("a.png", "b.png")[n % 2]) for n in range(3)]
+    rows[2]["conversations"].append({"from": "human", "value": "Nothing else?"})
+    assert regenerate(target, annotations(rows), tmp_path / "out", "v", pictures=photos) == 0
+    dataset = ShardDataset(tmp_path / "out")
+    assert len(dataset) == 3
+    for sample in dataset:
+        spans = runs(sample.loss_mask)
+        assert len(spans) == (3 if sample.id == "2" else 2)
+        for start, end in spans:
+            picture = photos / ("a.png", "b.png")[int(sample.id) % 2]
+            assert sample.input_ids[start:end].tolist() == stock_answer(target, sample, start, [picture], TOKENS)
+
+
+def test_questions_stand_as_at_inference(target: Target, annotations: Write, photos: Path, tmp_path: Path) -> None:
+    assert regenerate(target, annotations([image_row(0)]), tmp_path / "out", "v", pictures=photos) == 0
+    sample = ShardDataset(tmp_path / "out")[0]
+    (first, end), (second, _) = runs(sample.loss_mask)
+    asked = target.prepare(target.chat_prompt("What colours?", 1), [photos / "a.png"])["input_ids"][0]
+    assert torch.equal(sample.input_ids[:first], asked)
+    between = target.tokenizer.decode(sample.input_ids[end:second]).replace("</s> ", "</s>")
+    chat = target.chat_prompt("More?", 0, [("What colours?", "Red.")], None)
+    assert between == chat[chat.index("Red.") + len("Red.") :]
+    assert "No, only red" not in target.tokenizer.decode(sample.input_ids)
+
+
+def test_same_with_and_without_draft(target: Any, annotations: Write, photos: Path, tmp_path: Path) -> None:
+    """In float32, greedy. The draft must have helped, or the comparison says nothing."""
+    data = annotations([image_row(n, ("a.png", "b.png")[n % 2]) for n in range(2)])
+    plain, drafted = tmp_path / "plain", tmp_path / "drafted"
+    assert regenerate(target, data, plain, "v", pictures=photos) == 0
+    assert regenerate(target, data, drafted, "v", "--msd-model", str(target.draft), pictures=photos) == 0
+    assert_same(ShardDataset(plain), ShardDataset(drafted))
+    with_draft = MSDModel(target, load_draft(target.draft), TreeConfig(depth=1, top_k=64, total_tokens=128))
+    accepted = 0
+    for n in range(2):
+        row = text_row(n, n + 1)
+        alone, together = (prepared(model, row, photos, limit=24) for model in (target, with_draft))
+        assert torch.equal(alone.input_ids, together.input_ids) and torch.equal(alone.loss_mask, together.loss_mask)
+        prompt = target.prepare(target.chat_prompt(row["conversations"][0]["value"]))
+        accepted += sum(with_draft.generate(**prompt, max_new_tokens=24, temperature=0.0).stats.accept_lengths)
+    assert accepted > 0
+
+
+def test_states_are_those_of_the_stored_ids(llava: Target, annotations: Write, photos: Path, tmp_path: Path) -> None:
+    assert regenerate(llava, annotations([image_row(0)]), tmp_path / "out", "v", pictures=photos) == 0
+    sample = ShardDataset(tmp_path / "out")[0]
+    pixels = llava.processor.pixel_values([photos / "a.png"])
+    with torch.no_grad():
+        states = llava.model.model(input_ids=sample.input_ids[None], pixel_values=pixels).last_hidden_state[0]
+    torch.testing.assert_close(sample.hidden.float(), states, rtol=2**-7, atol=1e-4)
+
+
+def prepared(
+    model: Target | MSDModel, row: dict[str, Any], folder: Path, limit: int = TOKENS, max_length: int = 400
+) -> Prepared:
+    """A row with the target's own greedy answers."""
+    msd = model if isinstance(model, MSDModel) else MSDModel(model)
+    template, settings = template_of(msd.target), Regeneration(None, None, 0.0, None, limit)
+    outline = template.outline(read_conversation(row, 0, keep_answers=False), folder, max_length)
+    return Regenerator(msd, template, settings, max_length).answered(outline, 0)
+
+
+def saying(target: Target, token: int, instead: int) -> Target:
+    """A copy of the target that says ``token`` where it said ``instead``."""
+    other = copy.copy(target)
+    other.model = copy.deepcopy(target.model)
+    head = other.model.get_output_embeddings()
+    with torch.no_grad():
+        head.weight[token] = 1.001 * head.weight[instead]
+    return other
+
+
+ROW = {"id": "r", "conversations": turns("Name two rivers.", "The Nile.", "And?", "That is all.")}
+
+
+def end_of_turn(target: Target) -> int:
+    return target.eos_token_ids[0]
+
+
+def test_an_answer_that_ends_counts_its_end_token(target: Target, tmp_path: Path) -> None:
+    plain = prepared(target, ROW, tmp_path)
+    first, _ = runs(plain.loss_mask)[0]
+    answer = plain.input_ids[first : first + TOKENS].tolist()
+    place = next(n for n in range(1, TOKENS) if answer[n] not in answer[:n])
+    ending = saying(target, end_of_turn(target), answer[place])
+    made = prepared(ending, ROW, tmp_path)
+    start, end = runs(made.loss_mask)[0]
+    assert start == first and made.input_ids[start:end].tolist() == [*answer[:place], end_of_turn(target)]
+    assert made.input_ids.tolist().count(end_of_turn(target)) == plain.input_ids.tolist().count(end_of_turn(target))
+
+
+def test_an_answer_at_the_limit_leaves_its_end_token_out(target: Target, tmp_path: Path) -> None:
+    """The end token stands in the sequence, but nothing learns to say it there; later turns follow."""
+    made = prepared(target, ROW, tmp_path, limit=5)
+    spans = runs(made.loss_mask)
+    assert [end - start for start, end in spans] == [5, 5]
+    for _, end in spans:
+        assert int(made.input_ids[end]) == end_of_turn(target) and not made.loss_mask[end]
+    assert len(made.input_ids) == spans[-1][1] + 1
+
+
+def test_another_end_token_does_not_count(target: Target, tmp_path: Path) -> None:
+    plain = prepared(target, ROW, tmp_path)
+    first, _ = runs(plain.loss_mask)[0]
+    answer = plain.input_ids[first : first + TOKENS].tolist()
+    place = next(n for n in range(1, TOKENS) if answer[n] not in answer[:n])
+    other = copy.copy(target)
+    other.model = copy.deepcopy(target.model)
+    other.model.generation_config.eos_token_id = [end_of_turn(target), answer[place]]
+    made = prepared(other, ROW, tmp_path)
+    start, end = runs(made.loss_mask)[0]
+    assert made.input_ids[start : end + 1].tolist() == [*answer[:place], end_of_turn(target)]
+
+
+def test_a_conversation_ends_where_it_is_full(llava: Target, photos: Path, tmp_path: Path) -> None:
+    whole = prepared(llava, ROW, tmp_path)
+    (first, end), (second, _) = runs(whole.loss_mask)
+    cut = prepared(llava, ROW, tmp_path, max_length=second + 3)
+    assert torch.equal(cut.input_ids, whole.input_ids[: second + 3]) and int(cut.loss_mask.sum()) == TOKENS + 3
+    one = prepared(llava, ROW, tmp_path, max_length=second)
+    assert torch.equal(one.input_ids, whole.input_ids[: end + 1]), "no half question at the end"
+    assert prepared(llava, ROW, tmp_path, max_length=first + 1).loss_mask.sum() == 1
+    with pytest.raises(Unusable, match="answer_cut"):
+        prepared(llava, ROW, tmp_path, max_length=first)
+
+
+def test_pictures_of_turns_without_room_are_left_out(target: Target, photos: Path) -> None:
+    row = {"image": ["a.png", "b.png"], "conversations": turns("<image> this?", "a", "<image> and this?", "b")}
+    whole = prepared(target, row, photos)
+    (_, _), (second, _) = runs(whole.loss_mask)
+    cut = prepared(target, row, photos, max_length=second)
+    for made, names in ((whole, ["a.png", "b.png"]), (cut, ["a.png"])):
+        given = target.prepare(target.chat_prompt("x", len(names)), [photos / name for name in names])
+        assert torch.equal(made.images["pixel_values"], given["pixel_values"])
+        images = given["input_ids"] == target.config.image_token_id
+        assert int((made.input_ids == target.config.image_token_id).sum()) == int(images.sum())
+
+
+def test_answers_that_cannot_be_used(target: Target, tmp_path: Path) -> None:
+    plain = prepared(target, ROW, tmp_path)
+    said = int(plain.input_ids[runs(plain.loss_mask)[0][0]])
+    with pytest.raises(Unusable, match="answer_picture"):
+        prepared(saying(target, target.config.image_token_id, said), ROW, tmp_path)
+    silent = {"conversations": turns("Name two rivers.")}
+    with pytest.raises(Unusable, match="empty"):
+        prepared(saying(target, end_of_turn(target), said), silent, tmp_path)
+
+
+def test_answers_of_the_data_set_are_not_needed() -> None:
+    conversation = read_conversation({"conversations": turns("q", "", "r")}, 0, keep_answers=False)
+    assert conversation.turns == (("q", ""), ("r", ""))
+    marked = {"image": "a.png", "conversations": turns("q", "see <image>")}
+    with pytest.raises(Unusable, match="no_mark"):
+        read_conversation(marked, 0, keep_answers=False)
+    for row in ({"conversations": turns()}, {"conversations": turns()[1:]}):
+        with pytest.raises(Unusable, match="empty"):
+            read_conversation(row, 0, keep_answers=False)
+
+
+def test_sampling_depends_on_the_seed_and_not_on_the_order(llava: Target, annotations: Write, tmp_path: Path) -> None:
+    data = annotations([text_row(n) for n in range(5)])
+    warm = ("--temperature", "1.0")
+    assert regenerate(llava, data, tmp_path / "one", "t", *warm) == 0
+    assert regenerate(llava, data, tmp_path / "two", "t", *warm, "--shard-size", "2") == 0
+    assert regenerate(llava, data, tmp_path / "other", "t", *warm, "--seed", "7") == 0
+    assert regenerate(llava, data, tmp_path / "greedy") == 0
+    one = {sample.id: sample.input_ids.tolist() for sample in ShardDataset(tmp_path / "one")}
+    assert len(one) > 1
+    for name, same in (("two", len(one)), ("other", 0), ("greedy", 0)):
+        found = {sample.id: sample.input_ids.tolist() for sample in ShardDataset(tmp_path / name)}
+        assert sum(found[key] == one[key] for key in one.keys() & found.keys()) == same, name
+    assert len({answer_seed(*place) for place in [(1, 2, 3), (12, 3, 4), (1, 23, 4), (1, 2, 4), (2, 2, 3)]}) == 5
+    assert load_index(tmp_path / "one").regeneration == Regeneration(None, None, 1.0, 42, TOKENS)
+
+
+def test_the_record_names_draft_and_settings(
+    llava: Any, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = annotations([text_row(1)])
+    assert regenerate(llava, data, tmp_path / "out", "t", "--msd-model", str(llava.draft)) == 0
+    record = load_index(tmp_path / "out").regeneration
+    assert record is not None and (record.draft, record.temperature, record.seed) == ("draft", 0.0, None)
+    assert record.max_new_tokens == TOKENS and len(record.draft_fingerprint or "") == 16
+    capsys.readouterr()
+    assert run_cli(lambda: inspect.main([str(tmp_path / "out"), "--model", str(llava.folder)])) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"the model's own: greedy, at most {TOKENS} tokens, draft draft" in shown and "And? ASSISTANT:" in shown
+
+
+def test_stopped_anywhere_and_resumed(
+    llava: Any, annotations: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = annotations([text_row(n) for n in range(5)])
+    flags = ("--msd-model", str(llava.draft), "--hidden-dtype", "int8")
+    assert regenerate(llava, data, tmp_path / "whole", "t", *flags) == 0
+    answered, calls = Regenerator.answered, []
+
+    def interrupted(self: Regenerator, *args: Any) -> Prepared:
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return answered(self, *args)
+
+    monkeypatch.setattr(Regenerator, "answered", interrupted)
+    assert regenerate(llava, data, tmp_path / "parts", "t", *flags) == 130
+    assert load_index(tmp_path / "parts").samples == 3
+    assert regenerate(llava, data, tmp_path / "parts", "t", *flags) == 0
+    assert len(calls) == 4 + 2, "finished shards are not made again"
+    assert sorted(rows_of(tmp_path / "parts")[0]) == list(range(5))
+    assert_same(ShardDataset(tmp_path / "whole"), ShardDataset(tmp_path / "parts"))
+
+
+REFUSED = {
+    "temperature 0.0 instead of 0.5": ["--temperature", "0.5"],
+    "max_new_tokens 8 instead of 13": ["--max-new-tokens", "13"],
+    "msd_model None instead of 'draft'": ["--msd-model"],
+    "seed 42 instead of 1": ["--seed", "1"],
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_a_resume_with_other_settings_is_refused(
+    llava: Any, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], message: str
+) -> None:
+    data, out = annotations([text_row(n) for n in range(4)]), tmp_path / "out"
+    assert regenerate(llava, data, out, "t", "--limit", "1") == 0
+    more = REFUSED[message] + ([str(llava.draft)] if REFUSED[message] == ["--msd-model"] else [])
+    assert regenerate(llava, data, out, "t", *more) == 2
+    assert f"error: the folder was begun with {message}" in capsys.readouterr().err
+    assert load_index(out).samples == 1
+
+
+def test_answers_of_both_kinds_do_not_mix(
+    llava: Any, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = annotations([text_row(n) for n in range(4)]), tmp_path / "out"
+    assert regenerate(llava, data, out, "t", "--limit", "1") == 0
+    flags = ["--outdir", str(out), "--model_type", "llava_v15_t", "--model", str(llava.folder), "--gpus", "cpu"]
+    assert run_cli(lambda: allocation.main([*flags, "--dtype", "float32", "--json_data_path", str(data)])) == 2
+    assert "begun with regenerate True instead of False" in capsys.readouterr().err
+
+
+def test_another_draft_of_the_same_name_is_refused(
+    llava: Any, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = annotations([text_row(n) for n in range(4)]), tmp_path / "out"
+    assert regenerate(llava, data, out, "t", "--limit", "1", "--msd-model", str(llava.draft)) == 0
+    other = make_draft(tmp_path / "draft", llava, seed=9)
+    assert regenerate(llava, data, out, "t", "--msd-model", str(other)) == 2
+    assert "another model or draft, with regeneration" in capsys.readouterr().err
+
+
+WRONG = {
+    "--msd-model is for answers of the model's own": ["--msd-model", "x"],
+    "--temperature is for answers": ["--temperature", "0"],
+    "--max-new-tokens is for answers": ["--max-new-tokens", "9"],
+    "--temperature -1.0": ["--regenerate", "--temperature", "-1"],
+    "--temperature nan": ["--regenerate", "--temperature", "nan"],
+    "draft not found": ["--regenerate", "--msd-model", "./nothing"],
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_flags_are_one_line(
+    llava: Any, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], message: str
+) -> None:
+    flags = ["--outdir", str(tmp_path / "out"), "--model_type", "llava_v15_t", "--model", str(llava.folder)]
+    flags += ["--json_data_path", str(annotations([text_row(1)])), "--gpus", "cpu", *WRONG[message]]
+    assert run_cli(lambda: allocation.main(flags)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+
+
+def test_a_draft_that_does_not_fit_is_named(
+    llava: Any, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = make_draft(tmp_path / "wide", llava, hidden_size=64)
+    assert regenerate(llava, annotations([text_row(1)]), tmp_path / "out", "t", "--msd-model", str(wide)) == 2
+    assert "the draft does not fit the base model: hidden size 64" in capsys.readouterr().err
