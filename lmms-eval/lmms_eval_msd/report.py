@@ -21,6 +21,7 @@ from rich.table import Table
 
 from eagle import Stats
 from llava.files import atomic_write
+from lmms_eval_msd import MODELS
 from lmms_eval_msd.runs import Baseline, differences, speedup
 
 PACKAGES = ("msd-eagle", "msd-llava", "msd-lmms-eval", "lmms_eval", "torch", "transformers")
@@ -156,6 +157,9 @@ def _join_results() -> None:
 def _save_results(original: Any, tracker: Any, *args: Any, **kwargs: Any) -> None:
     global _pending
     report, _pending = _pending, None
+    source = tracker.general_config_tracker.model_source
+    if isinstance(source, str) and source not in MODELS:  # our own run before this one was not saved
+        report = None
     results = kwargs.get("results", args[0] if args else None)
     if report is not None and isinstance(results, dict):
         results["msd"] = report

@@ -31,7 +31,7 @@ def run(data: Path, *command: str, path: Path | None = None) -> subprocess.Compl
     env = os.environ | {"PYTHONPATH": packages, "HF_HUB_OFFLINE": "1", "HF_HOME": str(data / "hf"), "COLUMNS": "200"}
     env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(
-        [sys.executable, "-m", *command], cwd=data, env=env, text=True, capture_output=True, timeout=600
+        [sys.executable, "-m", *command], cwd=data, env=env, text=True, capture_output=True, timeout=1800
     )
     result.stdout += result.stderr
     return result
@@ -241,7 +241,7 @@ def script(base: Path, draft: Path, questions: Path, out: Path) -> subprocess.Co
     env = os.environ | {"PYTHON": sys.executable, "OUT": str(out), "QUESTIONS": str(questions), "LIMIT": "2"}
     env |= {"HF_HOME": str(out / "hf"), "HF_HUB_OFFLINE": "1", "PORT": "29508", "PYTHONPATH": packages}
     command = [str(REPO / "scripts" / "5_evaluate.sh"), str(base), str(draft)]
-    return subprocess.run(command, env=env, text=True, capture_output=True, timeout=1200)
+    return subprocess.run(command, env=env, text=True, capture_output=True, timeout=3600)
 
 
 @pytest.mark.slow

@@ -91,3 +91,15 @@ def test_model_reports_its_speedup(base, draft, tmp_path):
     assert model.report["tasks"]["tiny"]["speedup"] > 1
     assert model.report["baseline"]["differences"]["base"] == ["b", str(base)]
     assert model.report["batch_size"] == 1
+
+
+def test_report_of_an_unsaved_run_is_not_another_models(tmp_path, capsys):
+    from lmms_eval.loggers.evaluation_tracker import EvaluationTracker
+
+    report.publish(report.build({"a": stats([2], 1, 1.0)}, SETTINGS, CPU))
+    tracker = EvaluationTracker(output_path=str(tmp_path))
+    tracker.general_config_tracker.model_source = "dummy"
+    tracker.general_config_tracker.model_name_sanitized = "dummy"
+    tracker.save_results_aggregated(results={"results": {}}, samples={}, datetime_str="a")
+    assert "msd" not in json.loads((tmp_path / "dummy" / "a_results.json").read_text())
+    assert "MSD decoding" not in capsys.readouterr().out
