@@ -54,7 +54,8 @@ def measure(path: str) -> tuple[int, float]:
     with av.open(path) as container:
         stream = container.streams.video[0]
         count = stream.frames or sum(1 for _ in container.decode(stream))
-        return count, float(stream.average_rate or stream.guessed_rate or 1)
+        rate = float(stream.average_rate or stream.guessed_rate or 1)
+    return count, rate
 
 
 def frames_at(path: str, indices: list[int]) -> Tensor:
