@@ -3,8 +3,9 @@
 #   scripts/5_evaluate.sh                                             the embedded models on the embedded questions
 #   BASE=liuhaotian/llava-v1.5-7b DRAFT=lucylyn/MSD-LLaVA1.5-7B scripts/5_evaluate.sh
 #   scripts/5_evaluate.sh BASE DRAFT chartqa,textvqa_val              the same as arguments
-# Environment: BASE DRAFT TASKS LIMIT OUT; MODEL (llava_msd, qwen2_vl_msd), NUM_PROCESSES, PORT, GEN_KWARGS, MODEL_ARGS (more
-# of lmms-eval's model arguments, such as dtype=float32), QUESTIONS (a FILE.jsonl to ask instead of ChartQA's test split).
+# Environment: BASE DRAFT TASKS LIMIT OUT; MODEL (llava_msd, llava_next_msd, qwen2_vl_msd, qwen2_5_vl_msd), NUM_PROCESSES,
+# PORT, BATCH_SIZE, GEN_KWARGS, MODEL_ARGS (more of lmms-eval's model arguments, such as dtype=float32), QUESTIONS (a
+# FILE.jsonl to ask instead of ChartQA's test split).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root="$PWD"
@@ -37,17 +38,22 @@ if [ -n "$questions" ]; then
     cd "$out/data"
 fi
 
+# accelerate starts several processes on accelerators alone, torch's launcher everywhere
+processes="${NUM_PROCESSES:-1}"
+launch=("$python" -m accelerate.commands.launch --quiet --num_processes=1 --main_process_port="${PORT:-29506}")
+[ "$processes" = 1 ] ||
+    launch=("$python" -m torch.distributed.run --nproc_per_node="$processes" --master_port="${PORT:-29506}")
+
 evaluate() { # folder, then flags
     local folder="$1"
     shift
-    "$python" -m accelerate.commands.launch --num_processes="${NUM_PROCESSES:-1}" --main_process_port="${PORT:-29506}" \
-        -m lmms_eval --model "${MODEL:-llava_msd}" --model_args "pretrained=$base${MODEL_ARGS:+,$MODEL_ARGS}" \
-        --tasks "$tasks" --batch_size 1 --gen_kwargs "${GEN_KWARGS:-temperature=0}" ${LIMIT:+--limit "$LIMIT"} \
+    "${launch[@]}" -m lmms_eval --model "${MODEL:-llava_msd}" --model_args "pretrained=$base${MODEL_ARGS:+,$MODEL_ARGS}" \
+        --tasks "$tasks" --batch_size "${BATCH_SIZE:-1}" --gen_kwargs "${GEN_KWARGS:-temperature=0}" ${LIMIT:+--limit "$LIMIT"} \
         --log_samples --output_path "$folder" "$@"
 }
 
 # results of their own for each call: what an earlier one left behind is not compared
 stamp="$(date +%Y%m%d_%H%M%S)"
 evaluate "$out/$stamp/base"
-evaluate "$out/$stamp/msd" --use_msd --msd_model_path "$draft"
+evaluate "$out/$stamp/msd" --use_msd --msd_model_path "$draft" --msd_baseline "$out/$stamp/base"
 "$python" -m lmms_eval_msd.compare --base "$out/$stamp/base" --msd "$out/$stamp/msd" --out "$out/$stamp"

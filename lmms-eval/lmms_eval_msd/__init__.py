@@ -1,4 +1,4 @@
-"""lmms-eval plugin: `--model llava_msd` and `--model qwen2_vl_msd`, with and without speculative decoding.
+"""lmms-eval plugin: base models decoded with and without speculative decoding.
 
 lmms-eval finds `manifests` through the entry point group `lmms_eval.models`. Importing this package is cheap; the
 engine is imported when one of the models is made.
@@ -11,8 +11,13 @@ from typing import Any
 __version__ = "0.1.0"
 __all__ = ["MODELS", "__version__", "manifests"]
 
-MODELS = ("llava_msd", "qwen2_vl_msd")
-MODEL_CLASS = "lmms_eval_msd.model.MSD"
+MODELS = {
+    "llava_msd": "lmms_eval_msd.model.LlavaMSD",
+    "llava_next_msd": "lmms_eval_msd.model.LlavaNextMSD",
+    "qwen2_vl_msd": "lmms_eval_msd.model.Qwen2VLMSD",
+    "qwen2_5_vl_msd": "lmms_eval_msd.model.Qwen2_5VLMSD",
+}
+"""Name for `--model` -> class."""
 
 
 def manifests() -> list[Any]:
@@ -22,4 +27,4 @@ def manifests() -> list[Any]:
     from lmms_eval_msd import hook
 
     hook.install()
-    return [ModelManifest(model_id=name, simple_class_path=MODEL_CLASS) for name in MODELS]
+    return [ModelManifest(model_id=name, simple_class_path=path) for name, path in MODELS.items()]

@@ -13,7 +13,6 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,62 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from llava.errors import UserError, run_cli
-from llava.files import atomic_write, read_json
-
-RESULTS = "_results.json"
-
-
-@dataclass(frozen=True)
-class Run:
-    """One evaluation. ``answers``: task -> (document, number among its repeats) -> text."""
-
-    path: Path
-    scores: dict[str, dict[str, float]]
-    answers: dict[str, dict[tuple[Any, int], str]]
-    decoding: dict[str, Any]
-
-
-def load_run(folder: Path, use_msd: bool) -> Run:
-    """Reads the newest run below ``folder``.
-
-    Raises:
-        UserError: there is none, it failed half-way, or it is not of the wanted kind.
-    """
-    files = sorted(folder.rglob(f"*{RESULTS}"), key=lambda file: (file.stat().st_mtime_ns, file.name))
-    if not files:
-        raise UserError("no results of lmms-eval", folder, "did the evaluation fail?")
-    results = read_json(files[-1], "results file")
-    decoding = results.get("msd")
-    if not decoding:
-        raise UserError("results without decoding statistics", files[-1], "evaluate with llava_msd or qwen2_vl_msd")
-    if decoding["use_msd"] != use_msd:
-        kind = "speculative" if decoding["use_msd"] else "plain"
-        raise UserError(f"these are results of {kind} decoding", files[-1], "exchange --base and --msd?")
-    tasks = {task: _scores(values) for task, values in results["results"].items() if task in decoding["tasks"]}
-    if not tasks:
-        raise UserError("results without a task", files[-1], "did the evaluation fail?")
-    stem = files[-1].name.removesuffix(RESULTS)
-    answers = {task: _answers(files[-1].with_name(f"{stem}_samples_{task}.jsonl")) for task in tasks}
-    return Run(files[-1], tasks, answers, decoding)
-
-
-def _scores(values: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of one task, without filter names and without standard errors."""
-    named = {key.split(",")[0]: value for key, value in values.items() if "," in key}
-    numbers = {name: value for name, value in named.items() if isinstance(value, int | float)}
-    return {name: float(value) for name, value in numbers.items() if "stderr" not in name}
-
-
-def _answers(path: Path) -> dict[tuple[Any, int], str]:
-    if not path.is_file():
-        raise UserError("answers are missing", path, "evaluate with --log_samples")
-    answers = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        sample = json.loads(line)
-        given = sample["filtered_resps"]
-        for number, text in enumerate(given if isinstance(given, list) else [given]):
-            answers[sample["doc_id"], number] = str(text)
-    return answers
+from llava.files import atomic_write
+from lmms_eval_msd.runs import Run, differences, load_run, speedup
 
 
 def compare(base: Run, msd: Run) -> dict[str, Any]:
@@ -103,18 +48,15 @@ def compare(base: Run, msd: Run) -> dict[str, Any]:
             "tau": fast["tau"],
             "tokens_per_second": {"base": plain["tokens_per_second"], "msd": fast["tokens_per_second"]},
             "seconds": {"base": plain["seconds"], "msd": fast["seconds"]},
-            "speedup": _ratio(fast["tokens_per_second"], plain["tokens_per_second"]),
+            "speedup": speedup(fast, plain),
             "histogram": fast["histogram"],
             "acceptance_by_position": fast["acceptance_by_position"],
         }
     setting = {
         key: msd.decoding[key] for key in ("base", "draft", "dtype", "tree", "processes", "hardware", "versions")
     }
-    return {"tasks": rows, **setting, "results": {"base": str(base.path), "msd": str(msd.path)}}
-
-
-def _ratio(value: float, reference: float) -> float | None:
-    return value / reference if reference else None
+    apart = differences(base.decoding, msd.decoding)
+    return {"tasks": rows, **setting, "differences": apart, "results": {"base": str(base.path), "msd": str(msd.path)}}
 
 
 def table(comparison: Mapping[str, Any]) -> Table:
@@ -177,7 +119,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with atomic_write(args.out / "compare.json") as temporary:
         temporary.write_text(json.dumps(comparison, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     draw(comparison, args.out / "compare.png")
-    Console().print(table(comparison))
+    console = Console()
+    console.print(table(comparison))
+    for name, (plain, fast) in comparison["differences"].items():
+        console.print(f"the runs differ in {name}: base {plain}, MSD {fast}; their speeds do not quite compare")
     differ = any(row["answers_equal"] < row["answers"] for row in comparison["tasks"].values())
     return 1 if differ and args.require_equal else 0
 

@@ -1,7 +1,7 @@
-"""Adds `--use_msd`, `--msd_model_path` and our tasks to lmms-eval, which has no place for a plugin's flags.
+"""Adds our flags and tasks to lmms-eval, which has no place for them.
 
     install()       at entry point time: waits for lmms-eval's own argument parser, recognised by its options
-    parser seen     the two flags are added; after parsing they are checked
+    parser seen     the flags are added; after parsing they are checked
     evaluation      for our models the flags become `model_args`, and a failure gives a status other than 0
 
 Nothing here is needed for `--model_args use_msd=True,msd_model_path=DRAFT`. Evaluations of other models run as before.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from lmms_eval_msd import MODELS
 
 TASKS = Path(__file__).parent / "tasks"
 EVAL_OPTIONS = {"--model", "--model_args", "--tasks", "--gen_kwargs", "--include_path"}
+FLAGS = ("use_msd", "msd_model_path", "msd_baseline")
 MARK = "_msd_wrapped"
 
 
@@ -68,6 +70,8 @@ def _parse_known_args(original: Callable[..., Any], parser: argparse.ArgumentPar
     namespace, rest = original(parser, *args, **kwargs)
     with cli_errors():
         check_flags(namespace)
+    if namespace.model in MODELS:
+        with_warning(join_processes)
     return namespace, rest
 
 
@@ -77,7 +81,7 @@ def _extend(parser: argparse.ArgumentParser) -> None:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the two flags to lmms-eval's parser, once."""
+    """Adds the flags to lmms-eval's parser, once."""
     if "--use_msd" in parser._option_string_actions:
         return
     group = parser.add_argument_group(f"multimodal speculative decoding ({', '.join(MODELS)})")
@@ -88,6 +92,21 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="Decode with the draft; without it the base model decodes alone.",
     )
     group.add_argument("--msd_model_path", type=str, default=None, metavar="DRAFT", help="Draft: folder or hub name.")
+    group.add_argument(
+        "--msd_baseline",
+        type=str,
+        default=None,
+        metavar="RESULTS",
+        help="Results of a run without --use_msd (file or folder); the report then has the speed-up.",
+    )
+
+
+def join_processes() -> None:
+    """Without an accelerator `accelerate` takes each of several processes for the only one, unless it is told."""
+    import torch
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 
 def add_tasks() -> None:
@@ -108,14 +127,14 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raises `UserError` where the flags cannot work. A `--config` file may still bring what is missing."""
     if getattr(args, "config", None):
         return
-    used = getattr(args, "use_msd", False)
-    draft = getattr(args, "msd_model_path", None)
+    given = [flag for flag in FLAGS if getattr(args, flag, None)]
     if args.model not in MODELS:
-        if used or draft:
-            flag = "--use_msd" if used else "--msd_model_path"
-            raise UserError(f"{flag} does not work with --model {args.model}", fix=f"use one of {', '.join(MODELS)}")
+        if given:
+            raise UserError(
+                f"--{given[0]} does not work with --model {args.model}", fix=f"use one of {', '.join(MODELS)}"
+            )
         return
-    if used and not draft and "msd_model_path=" not in (args.model_args or ""):
+    if "use_msd" in given and "msd_model_path" not in given and "msd_model_path=" not in (args.model_args or ""):
         raise UserError("--use_msd needs a draft", fix="add --msd_model_path DRAFT, a folder or a hub name")
 
 
@@ -124,10 +143,11 @@ def flags_to_model_args(args: argparse.Namespace) -> str:
     parts = [args.model_args] if args.model_args else []
     if getattr(args, "use_msd", False):
         parts.append("use_msd=True")
-    if draft := getattr(args, "msd_model_path", None):
-        if "," in str(draft):
-            raise UserError("the draft's path has a comma", where=draft, fix="rename the folder")
-        parts.append(f"msd_model_path={draft}")
+    for flag in FLAGS[1:]:
+        if value := getattr(args, flag, None):
+            if "," in str(value):
+                raise UserError(f"--{flag} has a comma", where=value, fix="rename the folder")
+            parts.append(f"{flag}={value}")
     return ",".join(parts)
 
 

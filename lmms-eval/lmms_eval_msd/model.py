@@ -1,28 +1,52 @@
-"""`llava_msd` and `qwen2_vl_msd`: an MSD engine behind lmms-eval's model interface."""
+"""The models: an MSD engine behind lmms-eval's model interface."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
-from typing import Any
+import os
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
-from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
-from loguru import logger
 from tqdm import tqdm
-from transformers import StopStringCriteria
 
-from eagle import MSDModel, Stats, TreeConfig
+from eagle import MSDModel, Stats
 from llava.errors import UserError
 from lmms_eval_msd import report
-from lmms_eval_msd.prompts import pictures, write_prompt
+from lmms_eval_msd.answering import Answerer
+from lmms_eval_msd.batches import batches
+from lmms_eval_msd.conversation import Conversation, Prompt
+from lmms_eval_msd.families import LLAVA, LLAVA_NEXT, QWEN2_5_VL, QWEN2_VL, Family, check_family
+from lmms_eval_msd.likelihood import score
+from lmms_eval_msd.options import Options, as_batch_size, as_bool
+from lmms_eval_msd.prompts import conversation_for
+from lmms_eval_msd.rounds import Dialogue
+from lmms_eval_msd.runs import Baseline, load_baseline
 from lmms_eval_msd.settings import GenerationSettings
+from lmms_eval_msd.visuals import Visual, visuals_of
 
-LOAD_OPTIONS = ("attn_implementation", "revision", "draft_revision", "cache_dir", "local_files_only", "token")
-TREE_OPTIONS = {"msd_depth": "depth", "msd_top_k": "top_k", "msd_total_tokens": "total_tokens"}
-OWN_OPTIONS = ("pretrained", "use_msd", "msd_model_path", "dtype", "device", "device_map", "system_prompt")
+
+@dataclass(frozen=True)
+class Ask:
+    """One request of lmms-eval.
+
+    ``place``: among the requests. ``doc``: reads the document, pictures and all. ``counted``: not there to fill up a
+    distributed run. ``doc_to_text``: how a task of several rounds asks on.
+    """
+
+    place: int
+    task: str
+    context: str
+    given: dict[str, Any]
+    doc_to_visual: Callable[[Any], Any]
+    doc: Callable[[], Any]
+    counted: bool = True
+    doc_to_text: Any = None
 
 
 class MSD(lmms):
@@ -32,24 +56,28 @@ class MSD(lmms):
         pretrained: base model, folder or hub name.
         use_msd: decode with the draft; otherwise the base decodes alone.
         msd_model_path: the draft, folder or hub name.
+        msd_baseline: results of a plain run, to report the speed-up; a file, or a folder with one below it.
         dtype: "auto" (the checkpoint's own) or a torch dtype's name.
         device: one device; default is the process's GPU, else the CPU.
         device_map: as in transformers, for a base that is spread over devices ("auto").
-        batch_size: accepted; requests are decoded one by one.
-        system_prompt: instead of the conversation's own.
-        options: `msd_depth`, `msd_top_k`, `msd_total_tokens` of the draft tree, and hub and loading settings.
+        batch_size: requests decoded together.
+        system_prompt: instead of the family's; text, or a file with the text.
+        options: `msd_depth`, `msd_top_k`, `msd_total_tokens` of the draft tree, hub and loading settings, and settings
+            of the family's prompts (see `lmms_eval_msd.options`).
 
     Raises:
         UserError: a setting or a checkpoint cannot be used.
     """
 
     is_simple = True
+    family: ClassVar[Family]
 
     def __init__(
         self,
         pretrained: str | None = None,
         use_msd: bool | str = False,
         msd_model_path: str | None = None,
+        msd_baseline: str | None = None,
         dtype: str = "auto",
         device: str | None = None,
         device_map: str | None = None,
@@ -64,23 +92,33 @@ class MSD(lmms):
         self.use_msd = as_bool("use_msd", use_msd)
         if self.use_msd and not msd_model_path:
             raise UserError("use_msd needs a draft", fix="add --msd_model_path DRAFT, a folder or a hub name")
-        tree, loading = split_options(options)
+        if msd_baseline and not self.use_msd:
+            raise UserError("msd_baseline without use_msd", msd_baseline, "add --use_msd: it gives the speed-up")
+        self.batch_size_per_gpu = as_batch_size(batch_size)
+        self.options = Options.read(options, self.family)
+        check_family(self.family, str(pretrained), self.options.hub)
+        self.baseline: Baseline | None = load_baseline(Path(msd_baseline)) if msd_baseline else None
+        self.names = {"base": str(pretrained), "draft": str(msd_model_path) if self.use_msd else None}
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        placement: Any = device_map
-        if device_map is None:
-            place = str(self.accelerator.device) if self._world_size > 1 else device or str(self.accelerator.device)
-            placement = None if place == "cpu" else {"": place}
-        draft = msd_model_path if self.use_msd else None
-        self.msd = MSDModel.from_pretrained(pretrained, draft, dtype=dtype, device_map=placement, tree=tree, **loading)
-        self.names = {"base": str(pretrained), "draft": None if draft is None else str(draft)}
-        self.system_prompt = None if system_prompt is None else str(system_prompt)
+        check_processes(self._world_size)
         self.stats: dict[str, Stats] = {}
         self.report: dict[str, Any] | None = None
-        self._stops: dict[tuple[str, ...], StopStringCriteria] = {}
-        self.batch_size_per_gpu = as_batch_size(batch_size)
-        if self.batch_size_per_gpu > 1:
-            logger.warning(f"batch_size={batch_size}: llava_msd and qwen2_vl_msd decode requests one by one")
+        self._load(dtype, device, device_map, system_prompt)
+
+    def _load(self, dtype: str, device: str | None, device_map: Any, system_prompt: str | None) -> None:
+        placement = device_map
+        if device_map is None:
+            own = str(self.accelerator.device)
+            place = own if self._world_size > 1 else device or own
+            placement = None if place == "cpu" else {"": place}
+        base, draft = str(self.names["base"]), self.names["draft"]
+        self.msd = MSDModel.from_pretrained(
+            base, draft, dtype=dtype, device_map=placement, tree=self.options.tree, **self.options.loading
+        )
+        system = None if system_prompt is None else self._resolve_system_prompt(str(system_prompt))
+        self.conversation: Conversation = conversation_for(self.family, self.msd.target, base, self.options, system)
+        self.answerer = Answerer(self.msd, self.conversation, self.use_msd, self.family.strips)
 
     @property
     def batch_size(self) -> int:
@@ -101,39 +139,38 @@ class MSD(lmms):
         )
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
-        """Answers each request. Padding requests of a distributed run are answered, but not counted."""
-        results = []
-        for request in tqdm(requests, disable=self.rank != 0, desc="Model Responding"):
-            context, given, doc_to_visual, doc_id, task, split = request.args
-            images = pictures(doc_to_visual(self.task_dict[task][split][doc_id]))
-            result, stats = self.answer(context, images, GenerationSettings.from_task(given))
-            if not request.metadata.get("__padding_only__"):
-                self.stats.setdefault(task, Stats.empty()).merge(stats)
-            results.append(result)
-        return results
+        """Answers each request, those of one task with equal settings in batches."""
+        results: dict[int, GenerationResult] = {}
+        asks = [self._ask(place, request) for place, request in enumerate(requests)]
+        settings = {ask.place: self.settings(ask.given) for ask in asks}
+        with tqdm(total=len(asks), disable=self.rank != 0, desc="Model Responding") as bar:
+            for batch in batches(asks, lambda ask: _key(ask, settings[ask.place]), self.batch_size):
+                prompts = [self.conversation.write(ask.context, visuals_in(ask)) for ask in batch]
+                answers = self._answer(batch[0], prompts, settings[batch[0].place])
+                results |= {ask.place: answer for ask, answer in zip(batch, answers, strict=True)}
+                bar.update(len(batch))
+        return [results[place] for place in range(len(requests))]
 
-    def answer(
-        self, context: str, images: Sequence[Any], settings: GenerationSettings
-    ) -> tuple[GenerationResult, Stats]:
-        """Decodes one request; the text ends before the first of the settings' `until`."""
-        prompt = write_prompt(self.msd.target, context, len(images), self.system_prompt)
-        inputs = self.msd.target.prepare(prompt, images)
-        length = inputs["input_ids"].shape[1]
-        engine: dict[str, Any] = {**inputs, **settings.engine, "stopping_criteria": self._stopping(settings.until)}
-        output = self.msd.generate(**engine, use_msd=self.use_msd)
-        new = output.sequences[0, length:]
-        text = settings.cut(self.tokenizer.decode(new, skip_special_tokens=True))
-        return GenerationResult(text, TokenCounts(input_tokens=length, output_tokens=len(new))), output.stats
+    def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[list[str]]:
+        """Answers tasks that ask on after each answer: the texts of each request's rounds.
 
-    def _stopping(self, until: tuple[str, ...]) -> list[StopStringCriteria]:
-        """The stock criterion, made once for each set of texts: it reads the whole vocabulary when it is made."""
-        if not until:
-            return []
-        if until not in self._stops:
-            self._stops[until] = StopStringCriteria(self.tokenizer, list(until))
-        return [self._stops[until]]
+        As in lmms-eval's own models a task's `until` does not count here.
+        """
+        results: dict[int, list[str]] = {}
+        asks = [self._ask(place, request) for place, request in enumerate(requests)]
+        settings = {ask.place: self.settings({**ask.given, "until": None}) for ask in asks}
+        with tqdm(total=len(asks), disable=self.rank != 0, desc="Model Responding") as bar:
+            for batch in batches(asks, lambda ask: _key(ask, settings[ask.place]), self.batch_size):
+                dialogues = [Dialogue(ask.doc(), ask.doc_to_text, ask.context, visuals_in(ask)) for ask in batch]
+                while talking := [dialogue for dialogue in dialogues if not dialogue.over]:
+                    prompts = [self.conversation.write(each.context, each.visuals) for each in talking]
+                    answers = self._answer(batch[0], prompts, settings[batch[0].place])
+                    for dialogue, answer in zip(talking, answers, strict=True):
+                        dialogue.hear(answer.text)
+                results |= {ask.place: dialogue.answers for ask, dialogue in zip(batch, dialogues, strict=True)}
+                bar.update(len(batch))
+        return [results[place] for place in range(len(requests))]
 
-    @torch.inference_mode()
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """Scores each request's continuation with the base model alone.
 
@@ -144,32 +181,16 @@ class MSD(lmms):
         results = []
         for request in tqdm(requests, disable=self.rank != 0, desc="Model Responding"):
             context, continuation, doc_to_visual, doc_id, task, split = request.args
-            doc = self.task_dict[task][split][doc_id]
+            doc = self._doc(task, split, doc_id)
             if not isinstance(continuation, str):
                 continuation = str(continuation(doc))
-            results.append(self.score(context, continuation, pictures(doc_to_visual(doc))))
+            prompt = self.conversation.write(context, visuals_of(doc_to_visual(doc)))
+            results.append(score(self.msd.target, self.conversation, prompt, continuation))
         return results
 
-    def score(self, context: str, continuation: str, images: Sequence[Any]) -> tuple[float, bool]:
-        """Mean negative log-likelihood of ``continuation`` after the prompt, and whether it is the greedy one."""
-        target = self.msd.target
-        prompt = write_prompt(target, context, len(images), self.system_prompt)
-        space = "" if prompt[-1:].isspace() else " "
-        inputs = target.prepare(prompt + space + continuation.strip(), images)
-        ids = inputs["input_ids"][0]  # [F]
-        asked = target.prepare(prompt, images)["input_ids"][0]  # [P]
-        same = (ids[: len(asked)] == asked[: len(ids)]).long().cumprod(0)
-        start = min(int(same.sum()), len(ids) - 1)  # a tokenizer may join the prompt's end with the continuation
-        hidden = target.prefill(inputs).hidden[:, start - 1 : -1]
-        logits = target.head(hidden)[0].float()  # [n, V]
-        wanted = ids[start:].to(logits.device)
-        loss = torch.nn.functional.cross_entropy(logits, wanted)
-        return float(loss), bool((logits.argmax(dim=-1) == wanted).all())
-
-    def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
-        raise NotImplementedError(
-            "llava_msd and qwen2_vl_msd do not evaluate tasks of several rounds (generate_until_multi_round)"
-        )
+    def settings(self, given: dict[str, Any] | None) -> GenerationSettings:
+        """A task's settings, with the family's defaults."""
+        return GenerationSettings.from_task(given, self.family.max_new_tokens, self.family.ignored_stops)
 
     def clean(self) -> None:
         """Sums the statistics and frees the models; lmms-eval calls it in every process after the last request."""
@@ -180,42 +201,70 @@ class MSD(lmms):
             "use_msd": self.use_msd,
             **self.names,
             "dtype": str(self.msd.dtype).removeprefix("torch."),
+            "tree": asdict(self.msd.tree) if self.use_msd else None,
+            "batch_size": self.batch_size,
+            "processes": self.world_size,
         }
-        settings |= {"tree": vars(self.msd.tree) if self.use_msd else None, "processes": self.world_size}
-        self.report = report.build(stats, settings, self.device)
+        self.report = report.build(stats, settings, self.device, self.baseline)
         if self.rank == 0:
             report.publish(self.report)
-        self.msd = None  # type: ignore[assignment]
-        self._stops.clear()
+        self.msd = self.conversation = self.answerer = None  # type: ignore[assignment]
         super().clean()
 
+    def _ask(self, place: int, request: Instance) -> Ask:
+        context, given, doc_to_visual, *texts, doc_id, task, split = request.args
+        doc = partial(self._doc, task, split, doc_id)
+        counted = not request.metadata.get("__padding_only__")
+        return Ask(place, task, context, given or {}, doc_to_visual, doc, counted, *texts)
 
-def split_options(options: dict[str, Any]) -> tuple[TreeConfig | None, dict[str, Any]]:
-    """The tree's bounds and the loading settings among ``options``; any other key is an error."""
-    known = (*OWN_OPTIONS, *TREE_OPTIONS, *LOAD_OPTIONS)
-    for key in options:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
-            raise UserError(f"unknown model argument '{key}'", fix=hint)
-    bounds = {field: options[key] for key, field in TREE_OPTIONS.items() if key in options}
-    return TreeConfig(**bounds) if bounds else None, {key: options[key] for key in LOAD_OPTIONS if key in options}
+    def _doc(self, task: str, split: str, doc_id: Any) -> Any:
+        return self.task_dict[task][split][doc_id]
 
-
-def as_bool(name: str, value: bool | str) -> bool:
-    """A switch from `--model_args`, where lmms-eval leaves anything but True and False as text."""
-    if isinstance(value, bool):
-        return value
-    texts = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if str(value).lower() not in texts:
-        raise UserError(f"{name} is neither True nor False", where=str(value))
-    return texts[str(value).lower()]
+    def _answer(self, ask: Ask, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[GenerationResult]:
+        answers, stats = self.answerer.answer(prompts, settings)
+        if ask.counted:
+            self.stats.setdefault(ask.task, Stats.empty()).merge(stats)
+        return answers
 
 
-def as_batch_size(value: int | str) -> int:
-    """A batch size; lmms-eval's `auto` is one."""
-    if str(value).startswith("auto"):
-        return 1
-    if not str(value).isdigit() or int(value) < 1:
-        raise UserError("batch_size is not a whole number of at least 1", where=str(value))
-    return int(value)
+def check_processes(joined: int) -> None:
+    """Raises `UserError` if processes were started together and do not know of each other."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != joined:
+        raise UserError(
+            f"{started} processes were started, accelerate sees {joined}", fix="on CPUs set ACCELERATE_USE_CPU=true"
+        )
+
+
+def visuals_in(ask: Ask) -> list[Visual]:
+    """What a request shows; its document is read now."""
+    return visuals_of(ask.doc_to_visual(ask.doc()))
+
+
+def _key(ask: Ask, settings: GenerationSettings) -> Hashable:
+    """Requests of one batch share their statistics, so they are of one task, and are counted or not."""
+    return ask.task, ask.counted, settings.key
+
+
+class LlavaMSD(MSD):
+    """LLaVA-1.5."""
+
+    family = LLAVA
+
+
+class LlavaNextMSD(MSD):
+    """LLaVA-1.6."""
+
+    family = LLAVA_NEXT
+
+
+class Qwen2VLMSD(MSD):
+    """Qwen2-VL."""
+
+    family = QWEN2_VL
+
+
+class Qwen2_5VLMSD(MSD):
+    """Qwen2.5-VL."""
+
+    family = QWEN2_5_VL

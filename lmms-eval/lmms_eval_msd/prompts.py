@@ -1,48 +1,43 @@
-"""From one lmms-eval request to a prompt and its pictures, the prompt as lmms-eval's `llava_hf` writes it."""
+"""The conversation of a base model, chosen by its family and `--model_args`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from eagle.model.targets import Target
+from eagle.model.targets.stock import load_processor
+from lmms_eval_msd.conversation import Conversation
+from lmms_eval_msd.conversation_llava import LlavaConversation
+from lmms_eval_msd.conversation_qwen import QwenConversation
+from lmms_eval_msd.families import Family
+from lmms_eval_msd.options import Options, as_bool, as_count
 
-from PIL import Image
-
-from llava.errors import UserError
-from llava.image import load_image
-
-IMAGE_MARK = "<image>"
-
-
-def pictures(visuals: Any) -> list[Image.Image]:
-    """The pictures that a task's `doc_to_visual` gave: none, one, a list, or a list of lists.
-
-    Raises:
-        UserError: it gave something else, such as a video.
-    """
-    if visuals is None:
-        return []
-    if isinstance(visuals, Image.Image):
-        return [visuals]
-    if isinstance(visuals, str):
-        if not visuals.lower().endswith(tuple(Image.registered_extensions())):
-            raise UserError("the task gives a video or audio file", visuals, "MSD evaluates tasks of pictures and text")
-        return [load_image(visuals)]
-    if isinstance(visuals, Iterable) and not isinstance(visuals, dict | bytes):
-        return [picture for visual in visuals for picture in pictures(visual)]
-    raise UserError(f"the task gives a {type(visuals).__name__}", fix="MSD evaluates tasks of pictures and text")
+FRAMES = 32  # of a video, as in lmms-eval's Qwen models
 
 
-def write_prompt(target: Any, context: str, num_images: int, system: str | None = None) -> str:
-    """The conversation around one request's context.
+def conversation_for(
+    family: Family, target: Target, pretrained: str, options: Options, system: str | None = None
+) -> Conversation:
+    """The conversation with one base model.
+
+    A Qwen model gets its processor a second time, with the limits of a picture's size in it.
 
     Args:
-        target: an `eagle.model.targets.Target`, which knows its family's conversation.
-        context: few-shot examples and question, as the task wrote them.
-        num_images: pictures of the request. Without marks in the context they come first, all on one line.
-        system: instead of the conversation's own system prompt.
+        family: of the base model.
+        target: the base model, loaded from ``pretrained``.
+        options: of `--model_args`.
+        system: system prompt instead of the family's.
     """
-    if target.family != "llava" or not num_images:
-        context = context.replace(IMAGE_MARK, "")
-    elif IMAGE_MARK not in context:
-        context = " ".join([IMAGE_MARK] * num_images) + "\n" + context
-    return target.chat_prompt(context, num_images=num_images, system=system)
+    given = options.prompts
+    system = family.system if system is None else system
+    if family.pixels is None:
+        return LlavaConversation(target, system, given.get("chat_template"), given.get("image_aspect"))
+    fewest = as_count("min_pixels", given.get("min_pixels", family.pixels[0]))
+    most = as_count("max_pixels", given.get("max_pixels", family.pixels[1]))
+    target.processor = load_processor(pretrained, min_pixels=fewest, max_pixels=most, **options.hub)
+    return QwenConversation(
+        target,
+        system or "",
+        (fewest, most),
+        as_count("max_num_frames", given.get("max_num_frames", FRAMES)),
+        as_bool("interleave_visuals", given.get("interleave_visuals", False)),
+        given.get("reasoning_prompt"),
+    )

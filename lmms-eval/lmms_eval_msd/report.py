@@ -21,6 +21,8 @@ from rich.table import Table
 
 from eagle import Stats
 from llava.files import atomic_write
+from lmms_eval_msd import MODELS
+from lmms_eval_msd.runs import Baseline, differences, speedup
 
 PACKAGES = ("msd-eagle", "msd-llava", "msd-lmms-eval", "lmms_eval", "torch", "transformers")
 _pending: dict[str, Any] | None = None
@@ -35,25 +37,43 @@ def gather(own: Mapping[str, Stats]) -> dict[str, Stats]:
     return total
 
 
-def build(stats: Mapping[str, Stats], settings: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+def build(
+    stats: Mapping[str, Stats], settings: Mapping[str, Any], device: torch.device, baseline: Baseline | None = None
+) -> dict[str, Any]:
     """The report as plain data.
 
     Args:
         stats: of each task.
         settings: what the run decoded with.
         device: where it ran.
+        baseline: a plain run, for the speed-up.
     """
     everything = Stats.empty()
     for part in stats.values():
         everything.merge(part)
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
-    return {
+    report: dict[str, Any] = {
         **settings,
         "tasks": {task: summary(part) for task, part in sorted(stats.items())},
         "total": summary(everything),
-        "hardware": hardware,
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
+    return report if baseline is None else with_speedup(report, baseline)
+
+
+def with_speedup(report: Mapping[str, Any], baseline: Baseline) -> dict[str, Any]:
+    """``report`` with the speed-up over a plain run: of each task, and in total where both have the same tasks."""
+    plain = baseline.decoding["tasks"]
+    tasks = {
+        task: {**row, "speedup": speedup(row, plain[task]) if task in plain else None}
+        for task, row in report["tasks"].items()
+    }
+    total = dict(report["total"])
+    total["speedup"] = speedup(total, baseline.decoding["total"]) if tasks.keys() == plain.keys() else None
+    apart = differences(baseline.decoding, report)
+    return {
+        **report, "tasks": tasks, "total": total, "baseline": {"results": str(baseline.path), "differences": apart}
+    }  # fmt: skip
 
 
 def summary(stats: Stats) -> dict[str, Any]:
@@ -89,17 +109,22 @@ def table(report: Mapping[str, Any]) -> Table:
     title = "MSD decoding" if report["use_msd"] else "plain decoding (no draft)"
     result = Table(title=f"{title}, {report['dtype']}, {report['hardware']}", title_justify="left")
     result.add_column("task")
-    for name in ("answers", "tokens", "τ", "tokens/s", "seconds", "accepted at position 1, 2, ..."):
-        result.add_column(name, justify="left" if name.startswith("accepted") else "right")
+    columns = ["answers", "tokens", "τ", "tokens/s", "seconds"]
+    if "baseline" in report:
+        columns.append("speed-up")
+    for name in columns:
+        result.add_column(name, justify="right")
+    result.add_column("accepted at position 1, 2, ...")
     rows = dict(report["tasks"])
     if len(rows) > 1:
         rows["all"] = report["total"]
     for task, row in rows.items():
+        cells = [str(row["answers"]), str(row["tokens"]), f"{row['tau']:.2f}", f"{row['tokens_per_second']:.1f}"]
+        cells.append(f"{row['seconds']:.1f}")
+        if "baseline" in report:
+            cells.append("-" if row["speedup"] is None else f"{row['speedup']:.2f}x")
         shares = " ".join(f"{share:.2f}" for share in row["acceptance_by_position"])
-        result.add_row(
-            task, str(row["answers"]), str(row["tokens"]), f"{row['tau']:.2f}", f"{row['tokens_per_second']:.1f}",
-            f"{row['seconds']:.1f}", shares or "-",
-        )  # fmt: skip
+        result.add_row(task, *cells, shares or "-")
     return result
 
 
@@ -132,6 +157,9 @@ def _join_results() -> None:
 def _save_results(original: Any, tracker: Any, *args: Any, **kwargs: Any) -> None:
     global _pending
     report, _pending = _pending, None
+    source = tracker.general_config_tracker.model_source
+    if isinstance(source, str) and source not in MODELS:  # our own run before this one was not saved
+        report = None
     results = kwargs.get("results", args[0] if args else None)
     if report is not None and isinstance(results, dict):
         results["msd"] = report
@@ -153,4 +181,7 @@ def save(report: Mapping[str, Any], path: Path) -> None:
 
 def show(report: Mapping[str, Any]) -> None:
     """Prints the table."""
-    Console().print(table(report))
+    console = Console()
+    console.print(table(report))
+    for name, (plain, fast) in report.get("baseline", {}).get("differences", {}).items():
+        console.print(f"the baseline differs in {name}: {plain}, here {fast}; the speeds do not quite compare")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import GenerationConfig
 
 from llava.errors import UserError
 
-DEFAULT_MAX_NEW_TOKENS = 1024
+DEFAULT_MAX_NEW_TOKENS = 1024  # of the class; each family has its own
 NOT_OURS = {"image_sizes", "image_aspect_ratio", "max_agentic_steps", "modalities", "use_cache"}
 _reported: set[str] = set()
 
@@ -24,19 +25,29 @@ class GenerationSettings:
     engine: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_task(cls, given: Mapping[str, Any] | None) -> GenerationSettings:
+    def from_task(
+        cls,
+        given: Mapping[str, Any] | None,
+        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+        ignored_stops: Collection[str] = (),
+    ) -> GenerationSettings:
         """Reads `generation_kwargs`, with `--gen_kwargs` merged in by lmms-eval.
 
         As in lmms-eval's own models the temperature decides between greedy search and sampling where it is given,
         because `--gen_kwargs temperature=1` leaves a task's `do_sample: false` behind; else `do_sample` decides.
 
+        Args:
+            given: the task's settings; they stay as they are.
+            max_new_tokens: where the task has no limit.
+            ignored_stops: texts in `until` that do not end an answer.
+
         Raises:
             UserError: a setting has a value that cannot be used.
         """
         settings = {key: value for key, value in (given or {}).items() if value is not None}
-        until = _as_texts(settings.pop("until", ()))
+        until = tuple(text for text in _as_texts(settings.pop("until", ())) if text not in ignored_stops)
         limit = settings.pop("max_gen_toks", None)
-        engine: dict[str, Any] = {"max_new_tokens": settings.pop("max_new_tokens", limit) or DEFAULT_MAX_NEW_TOKENS}
+        engine: dict[str, Any] = {"max_new_tokens": settings.pop("max_new_tokens", limit) or max_new_tokens}
         temperature = _number("temperature", settings.pop("temperature", None))
         do_sample = bool(settings.pop("do_sample", False)) if temperature is None else temperature > 0
         engine["do_sample"] = do_sample
@@ -54,6 +65,11 @@ class GenerationSettings:
             else:
                 _ignore(key)
         return cls(until, engine)
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for settings that one batch can have."""
+        return self.until, json.dumps(self.engine, sort_keys=True, default=repr)
 
     def cut(self, text: str) -> str:
         """The answer up to the first of the ``until`` texts."""

@@ -1,25 +1,62 @@
-"""Tiny models and question files for the tests of the lmms-eval plugin."""
+"""Tiny models and question files for the tests of the lmms-eval plugin; makes `eval_support` importable."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from tiny_draft import make_draft
-from tiny_llava import make_image, make_liuhaotian
+from tiny_llava import make_image, make_liuhaotian, make_llava_hf
+from tiny_stock import make_llava_next, make_qwen
 
 from eagle.model.targets import load_target
 
+sys.path.insert(0, str(Path(__file__).parent))
+from eval_support import QWEN_TEMPLATE, write_llava_processor
+
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_liuhaotian(tmp_path_factory.mktemp("models") / "base")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="session")
+def base(models: Path) -> Path:
+    return make_liuhaotian(models / "base")
 
 
 @pytest.fixture(scope="session")
 def draft(base: Path) -> Path:
     return make_draft(base.parent / "draft", load_target(base))
+
+
+@pytest.fixture(scope="session")
+def llava_hf(models: Path) -> Path:
+    """LLaVA-1.5 in the layout that lmms-eval's own model reads."""
+    return write_llava_processor(make_llava_hf(models / "llava-hf"))
+
+
+@pytest.fixture(scope="session")
+def llava_next(models: Path) -> Path:
+    return make_llava_next(models / "llava-next")
+
+
+def qwen_with_its_template(folder: Path, version: str) -> Path:
+    make_qwen(folder, version=version, max_position_embeddings=2048)
+    (folder / "chat_template.jinja").write_text(QWEN_TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def qwen2(models: Path) -> Path:
+    return qwen_with_its_template(models / "qwen2", "2")
+
+
+@pytest.fixture(scope="session")
+def qwen2_5(models: Path) -> Path:
+    return qwen_with_its_template(models / "qwen2_5", "2.5")
 
 
 @pytest.fixture(scope="session")

@@ -5,16 +5,17 @@ import json
 import pytest
 
 from llava import UserError
-from lmms_eval_msd.compare import compare, load_run, main
+from lmms_eval_msd.compare import compare, main
+from lmms_eval_msd.runs import load_run
 
 
-def write_run(folder, use_msd, answers, speed, score=0.5, tasks=("chartqa",)):
+def write_run(folder, use_msd, answers, speed, score=0.5, tasks=("chartqa",), **changes):
     (folder / "model").mkdir(parents=True)
     row = {"answers": 2, "tokens": 20, "cycles": 5, "tau": 3.6 if use_msd else 1.0, "seconds": 2.0, "phases_ms": {}}
     row |= {"tokens_per_second": speed, "histogram": {"2": 5}, "acceptance_by_position": [1.0, 1.0]}
     scores = {"alias": "chartqa", "relaxed_overall,none": score, "relaxed_overall_stderr,none": 0.1, "n,none": "N/A"}
     decoding = {"use_msd": use_msd, "base": "b", "draft": "d", "dtype": "float32", "tree": None, "processes": 1}
-    decoding |= {"hardware": "cpu", "versions": {}, "tasks": dict.fromkeys(tasks, row), "total": row}
+    decoding |= {"hardware": "cpu", "versions": {}, "tasks": dict.fromkeys(tasks, row), "total": row} | changes
     results = {"results": dict.fromkeys(tasks, scores), "msd": decoding}
     (folder / "model" / "1_results.json").write_text(json.dumps(results))
     lines = [json.dumps({"doc_id": number, "filtered_resps": text}) for number, text in enumerate(answers)]
@@ -60,3 +61,12 @@ def test_runs_of_different_questions(runs, tmp_path):
     other = write_run(tmp_path / "more", True, ["a", "b"], 1.0, tasks=("chartqa", "mme"))
     with pytest.raises(UserError, match="different tasks"):
         compare(load_run(base, False), load_run(other, True))
+
+
+def test_runs_of_different_machines(runs, tmp_path, capsys):
+    base = runs[0]
+    other = write_run(tmp_path / "gpu", True, ["a", "b"], 50.0, hardware="gpu", processes=2)
+    apart = compare(load_run(base, False), load_run(other, True))["differences"]
+    assert apart == {"hardware": ["cpu", "gpu"], "processes": [1, 2]}
+    assert main(["--base", str(base), "--msd", str(other), "--out", str(tmp_path / "out")]) == 0
+    assert "differ in hardware: base cpu, MSD gpu" in capsys.readouterr().out

@@ -24,12 +24,14 @@ def data(questions, tmp_path_factory) -> Path:
     return folder
 
 
-def run(data: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    packages = os.pathsep.join(str(REPO / name) for name in ("LLaVA", "EAGLE", "lmms-eval"))
+def run(data: Path, *command: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs a module in ``data``; ``path`` is searched for modules and distributions before all others."""
+    folders = ([] if path is None else [path]) + [REPO / name for name in ("LLaVA", "EAGLE", "lmms-eval")]
+    packages = os.pathsep.join(map(str, folders))
     env = os.environ | {"PYTHONPATH": packages, "HF_HUB_OFFLINE": "1", "HF_HOME": str(data / "hf"), "COLUMNS": "200"}
-    env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "1"}
+    env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(
-        [sys.executable, "-m", *command], cwd=data, env=env, text=True, capture_output=True, timeout=600
+        [sys.executable, "-m", *command], cwd=data, env=env, text=True, capture_output=True, timeout=1800
     )
     result.stdout += result.stderr
     return result
@@ -70,11 +72,55 @@ def test_real_task_gives_equal_answers(base, draft, data, monkeypatch):
     assert taus[0] == 1.0 < taus[1]
 
 
+def test_dummy_model_is_left_alone(data, monkeypatch, tmp_path, capsys):
+    """lmms-eval's own model with our hooks in place: its scores, and nothing of ours in the results."""
+    import lmms_eval.tasks
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.loggers.evaluation_tracker import EvaluationTracker
+
+    from lmms_eval_msd import manifests
+
+    manifests()
+    monkeypatch.chdir(data)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", data / "cache")
+    folder = str(Path(lmms_eval.tasks.__file__).parent / "chartqa")
+    manager = lmms_eval.tasks.TaskManager(include_path=folder, include_defaults=False, model_name="dummy")
+    tracker = EvaluationTracker(output_path=str(tmp_path))
+    results = simple_evaluate(
+        model="dummy",
+        model_args="response=1",
+        tasks=["chartqa"],
+        task_manager=manager,
+        evaluation_tracker=tracker,
+    )
+    assert results["results"]["chartqa"]["relaxed_overall,none"] == pytest.approx(1 / 3)  # the answers are 0, 1 and 2
+    tracker.save_results_aggregated(results={"results": results["results"]}, samples=None, datetime_str="a")
+    assert "msd" not in json.loads(read(tmp_path, "_results.json"))
+    assert list(tmp_path.rglob("*_msd.json")) == []
+    assert "decoding" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_help_and_a_run_of_another_model(data):
+    """The flags are in the help; lmms-eval's own commands and models work as before."""
+    result = run(data, "lmms_eval", "eval", "--help")
+    assert result.returncode == 0, result.stdout
+    assert all(flag in result.stdout for flag in ("--use_msd", "--msd_model_path DRAFT", "--msd_baseline RESULTS"))
+    assert "(llava_msd, llava_next_msd, qwen2_vl_msd, qwen2_5_vl_msd)" in result.stdout
+    assert run(data, "lmms_eval", "--help").returncode == 0
+    out = data / "dummy"
+    result = run(data, "lmms_eval", "--model", "dummy", "--tasks", "chartqa", "--output_path", str(out))
+    assert result.returncode == 0, result.stdout
+    saved = json.loads(read(out, "_results.json"))
+    assert "relaxed_overall,none" in saved["results"]["chartqa"]
+    assert "msd" not in saved
+
+
 @pytest.mark.slow
 def test_config_file_runs_base_and_msd(base, draft, data):
     common = {"model": "llava_msd", "tasks": "chartqa", "batch_size": 1, "gen_kwargs": "temperature=0"}
     common |= {"model_args": f"pretrained={base},msd_depth=2,msd_top_k=3,msd_total_tokens=8", "log_samples": True}
-    flags = {"use_msd": True, "msd_model_path": str(draft)}
+    flags = {"use_msd": True, "msd_model_path": str(draft), "msd_baseline": str(data / "base")}
     configs = [common | {"output_path": str(data / "base")}, common | flags | {"output_path": str(data / "msd")}]
     (data / "run.yaml").write_text(yaml.safe_dump(configs))
     result = run(data, "lmms_eval", "--config", "run.yaml")
@@ -84,10 +130,12 @@ def test_config_file_runs_base_and_msd(base, draft, data):
     assert report["use_msd"]
     assert report["tasks"]["chartqa"]["answers"] == 3
     assert report["tasks"]["chartqa"]["tokens"] <= 3 * 16  # the task's max_new_tokens
+    assert report["tasks"]["chartqa"]["speedup"] == report["total"]["speedup"] > 0
+    assert report["baseline"]["differences"] == {}
     saved = json.loads(read(data / "msd", "_results.json"))
     assert saved["msd"] == report
     assert saved["throughput"]["avg_tau"] == report["total"]["tau"]
-    assert f"use_msd=True,msd_model_path={draft}" in saved["config"]["model_args"]
+    assert f"use_msd=True,msd_model_path={draft},msd_baseline=" in saved["config"]["model_args"]
 
     from lmms_eval_msd.compare import main
 
@@ -110,16 +158,44 @@ def test_command_of_the_readme(base, draft, data):
 
 
 @pytest.mark.slow
-def test_two_processes_are_summed(base, draft, data):
-    out = data / "two"
-    launch = ["torch.distributed.run", "--nproc_per_node=2", "--master_port=29507"]  # accelerate wants MPI for this
-    model = ["--model", "llava_msd", "--model_args", f"pretrained={base},use_msd=True,msd_model_path={draft}"]
-    result = run(
-        data, *launch, "-m", "lmms_eval", *model, "--tasks", "chartqa", "--log_samples", "--output_path", str(out)
-    )
-    assert result.returncode == 0, result.stdout
-    report = json.loads(read(out, "_msd.json"))
-    assert (report["processes"], report["total"]["answers"]) == (2, 3)
+def test_two_processes_give_what_one_gives(base, draft, data):
+    """Scores, answers and counts; and both processes end. (`accelerate launch --cpu` starts two only with MPI.)"""
+    two = ["torch.distributed.run", "--nproc_per_node=2", "--master_port=29507", "-m"]
+    model = ["--model", "llava_msd", "--model_args", f"pretrained={base},dtype=float32,msd_depth=2,msd_total_tokens=8"]
+    flags = ["--use_msd", "--msd_model_path", str(draft), "--tasks", "chartqa", "--log_samples"]
+    saved, answers = {}, {}
+    for name, launcher in (("one", []), ("two", two)):
+        out = data / name
+        result = run(data, *launcher, "lmms_eval", *model, *flags, "--output_path", str(out))
+        assert result.returncode == 0, result.stdout
+        assert result.stdout.count("MSD decoding, float32") == 1
+        saved[name] = json.loads(read(out, "_results.json"))
+        samples = [json.loads(line) for line in read(out, "_samples_chartqa.jsonl").splitlines()]
+        answers[name] = sorted((each["doc_id"], each["filtered_resps"][0]) for each in samples)
+    assert answers["one"] == answers["two"]
+    assert len(answers["one"]) == 3
+    assert saved["one"]["results"] == saved["two"]["results"]
+    assert [saved[name]["msd"]["processes"] for name in saved] == [1, 2]
+    for key in ("answers", "tokens", "cycles", "tau", "histogram", "acceptance_by_position"):
+        assert saved["one"]["msd"]["tasks"]["chartqa"][key] == saved["two"]["msd"]["tasks"]["chartqa"][key], key
+
+
+@pytest.mark.slow
+def test_beside_a_broken_plugin(base, data, tmp_path):
+    """lmms-eval's own command leaves our models out and says why; ours has them."""
+    info = tmp_path / "broken_plugin-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[lmms_eval.models]\nbroken = broken_plugin:manifests\n")
+    (tmp_path / "broken_plugin.py").write_text('raise RuntimeError("the licence server does not answer")\n')
+    arguments = ["--model", "llava_msd", "--model_args", f"pretrained={base}", "--tasks", "chartqa", "--limit", "1"]
+    theirs = run(data, "lmms_eval", *arguments, path=tmp_path)
+    assert "the licence server does not answer" in theirs.stdout
+    assert "'llava_msd' not found" in theirs.stdout
+    ours = run(data, "lmms_eval_msd", *arguments, "--output_path", str(data / "beside"), path=tmp_path)
+    assert ours.returncode == 0, ours.stdout
+    assert "plugin 'broken' (broken-plugin 1.0, broken_plugin:manifests) of lmms-eval is broken" in ours.stdout
+    assert json.loads(read(data / "beside", "_msd.json"))["total"]["answers"] == 1
 
 
 @pytest.mark.slow
@@ -141,10 +217,11 @@ def test_task_of_this_package(base, data):
         ),
         (["--model", "llava_hf", "--tasks", "chartqa", "--use_msd"], "does not work with --model llava_hf"),
         (["--model", "llava_msd", "--model_args", "pretrained=/none", "--tasks", "chartqa"], "not found"),
+        (["--model", "qwen2_vl_msd", "--model_args", "pretrained=BASE", "--tasks", "chartqa"], "use --model llava_msd"),
     ],
 )
-def test_errors_are_one_line(data, arguments, message):
-    result = run(data, "lmms_eval", *arguments)
+def test_errors_are_one_line(base, data, arguments, message):
+    result = run(data, "lmms_eval", *(argument.replace("BASE", str(base)) for argument in arguments))
     assert result.returncode == 2, result.stdout
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert message in line
@@ -158,11 +235,29 @@ def test_failed_evaluation_fails(base, data):
     assert "no_such" in result.stdout
 
 
+def script(base: Path, draft: Path, questions: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    """scripts/5_evaluate.sh on two questions."""
+    packages = os.pathsep.join(str(REPO / name) for name in ("LLaVA", "EAGLE", "lmms-eval"))
+    env = os.environ | {"PYTHON": sys.executable, "OUT": str(out), "QUESTIONS": str(questions), "LIMIT": "2"}
+    env |= {"HF_HOME": str(out / "hf"), "HF_HUB_OFFLINE": "1", "PORT": "29508", "PYTHONPATH": packages}
+    command = [str(REPO / "scripts" / "5_evaluate.sh"), str(base), str(draft)]
+    return subprocess.run(command, env=env, text=True, capture_output=True, timeout=3600)
+
+
 @pytest.mark.slow
 def test_script(base, draft, questions, tmp_path):
-    env = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path), "QUESTIONS": str(questions), "LIMIT": "2"}
-    env |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PORT": "29508"}
-    script = [str(REPO / "scripts" / "5_evaluate.sh"), str(base), str(draft)]
-    result = subprocess.run(script, env=env, text=True, capture_output=True, timeout=900)
+    result = script(base, draft, questions, tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert json.loads(read(tmp_path, "compare.json"))["tasks"]["chartqa"]["answers_equal"] == 2
+    (report,) = [json.loads(path.read_text()) for path in tmp_path.rglob("msd/**/*_msd.json")]
+    assert report["tasks"]["chartqa"]["speedup"] > 0
+
+
+@pytest.mark.slow
+def test_script_that_fails(base, questions, tmp_path):
+    """Half of it worked: that is no success."""
+    result = script(base, tmp_path / "no-draft", questions, tmp_path)
+    assert result.returncode != 0, result.stdout + result.stderr
+    assert "error: " in result.stderr
+    assert "no-draft" in result.stderr
+    assert list(tmp_path.rglob("compare.json")) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 
 import pytest
 
@@ -33,6 +34,8 @@ def test_flags_become_model_args():
     hook.check_flags(args)
     assert hook.flags_to_model_args(args) == "pretrained=b,use_msd=True,msd_model_path=d"
     assert hook.flags_to_model_args(parse("--model_args", "pretrained=b")) == "pretrained=b"
+    args = parse("--use_msd", "--msd_model_path", "d", "--msd_baseline", "runs")
+    assert hook.flags_to_model_args(args) == "use_msd=True,msd_model_path=d,msd_baseline=runs"
 
 
 @pytest.mark.parametrize(
@@ -41,6 +44,7 @@ def test_flags_become_model_args():
         (["--model", "llava_msd", "--use_msd"], "needs a draft"),
         (["--model", "llava_hf", "--use_msd"], "--use_msd does not work with --model llava_hf"),
         (["--model", "llava_hf", "--msd_model_path", "d"], "--msd_model_path does not work"),
+        (["--model", "dummy", "--msd_baseline", "d"], "--msd_baseline does not work"),
     ],
 )
 def test_flags_that_cannot_work(argv, message):
@@ -122,3 +126,15 @@ def test_config_file_without_draft(capsys):
         hook._evaluate(lambda given: None, args)
     assert stop.value.code == 2
     assert "error: --use_msd needs a draft" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("world", "accelerator", "told"), [("2", False, "true"), ("2", True, None), ("1", False, None)]
+)
+def test_processes_without_an_accelerator(world, accelerator, told, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: accelerator)
+    hook.join_processes()
+    assert os.environ.get("ACCELERATE_USE_CPU") == told
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)

@@ -1,47 +1,32 @@
-"""The model class on tiny checkpoints: prompts, answers, scores and statistics."""
+"""The models on tiny checkpoints: answers, settings, scores, statistics and what they refuse."""
 
 from __future__ import annotations
 
 import json
-import sys
-from importlib import import_module
-from importlib.util import find_spec
-from types import SimpleNamespace
 
 import pytest
 import torch
-from lmms_eval.api.instance import Instance
-from tiny_llava import make_image, make_llava_hf
+from eval_support import IMAGES, TREE, load, request
+from tiny_draft import make_draft
+from tiny_llava import make_image
 
+from eagle.model.targets import load_target
 from llava import UserError
-from lmms_eval_msd import MODEL_CLASS, MODELS, report
-from lmms_eval_msd.model import MSD
-from lmms_eval_msd.prompts import pictures
-
-IMAGES = [make_image(seed=number) for number in range(3)]
-TREE = {"msd_depth": 2, "msd_top_k": 3, "msd_total_tokens": 8}
-
-
-def request(context, images, number=0, settings=None, kind="generate_until", **metadata) -> Instance:
-    metadata |= {"task": "tiny", "doc_id": number, "repeats": 1}
-    second = {"max_new_tokens": 24, "until": ["\n\n"]} | (settings or {}) if kind == "generate_until" else settings
-    return Instance(kind, (context, second, lambda doc: images, number, "tiny", "test"), 0, metadata)
-
-
-def load(base, draft=None, **options) -> MSD:
-    model = MSD(str(base), use_msd=draft is not None, msd_model_path=draft and str(draft), device="cpu", **options)
-    model.task_dict = {"tiny": {"test": dict.fromkeys(range(10))}}
-    return model
+from lmms_eval_msd import MODELS, report
+from lmms_eval_msd import model as models
+from lmms_eval_msd.likelihood import score
+from lmms_eval_msd.model import LlavaMSD
+from lmms_eval_msd.visuals import visuals_of
 
 
 @pytest.fixture(scope="module")
 def plain(base):
-    return load(base)
+    return load(LlavaMSD, base)
 
 
 @pytest.fixture(scope="module")
 def fast(base, draft):
-    return load(base, draft, **TREE)
+    return load(LlavaMSD, base, draft, **TREE)
 
 
 @pytest.fixture
@@ -53,7 +38,7 @@ def requests():
 def test_models_are_registered():
     from lmms_eval.models import get_model
 
-    assert {get_model(name).__module__ for name in MODELS} == {MODEL_CLASS.rpartition(".")[0]}
+    assert {name: get_model(name).family.model for name in MODELS} == {name: name for name in MODELS}
 
 
 def test_same_answers_with_and_without_draft(plain, fast, requests):
@@ -86,55 +71,11 @@ def test_padding_requests_are_not_counted(plain):
     assert plain.stats.get("tiny", report.Stats.empty()).requests == before
 
 
-@pytest.mark.parametrize("count", [0, 1, 3])
-def test_prompt_is_the_conversation(plain, count):
-    from lmms_eval_msd.prompts import write_prompt
-
-    prompt = write_prompt(plain.msd.target, "What?", count)
-    marks = " ".join(["<image>"] * count) + "\n" if count else ""
-    assert prompt.endswith(f"answers to the user's questions. USER: {marks}What? ASSISTANT:")
-    assert write_prompt(plain.msd.target, "What?", count, system="Be brief.").startswith("Be brief. USER:")
-    assert write_prompt(plain.msd.target, "A <image> B?", 1).endswith("USER: A <image> B? ASSISTANT:")
-
-
-def test_prompts_and_answers_are_those_of_llava_hf(tmp_path, monkeypatch):
-    """lmms-eval's own model on the same checkpoint and the same requests.
-
-    Its processor cuts the middle out of a picture, which `image_aspect_ratio` asks for here; without it llava pads.
-    """
-    if find_spec("decord") is None:  # reads videos, which are not asked for here
-        monkeypatch.setitem(sys.modules, "decord", SimpleNamespace(VideoReader=None, cpu=None))
-    upstream_module = import_module("lmms_eval.models.simple.llava_hf")
-    folder = make_llava_hf(tmp_path / "hf", config_changes={"image_aspect_ratio": "square"})
-    processor = {"processor_class": "LlavaProcessor", "patch_size": 14, "vision_feature_select_strategy": "default"}
-    processor |= {"image_token": "<image>", "num_additional_image_tokens": 1}
-    (folder / "processor_config.json").write_text(json.dumps(processor))
-    upstream = upstream_module.LlavaHf(str(folder), device="cpu", device_map="cpu", dtype="float32")
-    ours = load(folder)
-    upstream.task_dict = ours.task_dict
-    texts: list[str] = []
-    apply = upstream.tokenizer.apply_chat_template
-    upstream.tokenizer.apply_chat_template = lambda *a, **k: texts.append(apply(*a, **k)) or texts[-1]
-    answers = []
-    for number, images in enumerate((IMAGES[:1], IMAGES[1:])):
-        ask = lambda images=images: [request("How many shapes?", images, settings={"until": []})]  # noqa: E731
-        answers.append((upstream.generate_until(ask())[0], ours.generate_until(ask())[0].text))
-        assert texts[number] == ours_prompt(ours, "How many shapes?", len(images))
-    assert answers[0][0] == answers[0][1]  # with two pictures llava-hf's processor tokenises the space between them
-    assert answers[0][0]
-
-
-def ours_prompt(model, question, count):
-    from lmms_eval_msd.prompts import write_prompt
-
-    return write_prompt(model.msd.target, question, count)
-
-
 def test_loglikelihood_is_that_of_the_base(fast):
     ask = request("How many?", IMAGES[:1], settings="three shapes", kind="loglikelihood")
     loss, greedy = fast.loglikelihood([ask])[0]
     target = fast.msd.target
-    prompt = ours_prompt(fast, "How many?", 1)
+    prompt = fast.conversation.write("How many?", IMAGES[:1]).text
     inputs = target.prepare(f"{prompt} three shapes", IMAGES[:1])
     start = target.prepare(prompt, IMAGES[:1])["input_ids"].shape[1]
     with torch.inference_mode():
@@ -147,19 +88,30 @@ def test_loglikelihood_is_that_of_the_base(fast):
 
 def test_greedy_continuation_is_recognised(plain, monkeypatch):
     target = plain.msd.target
-    prompt = ours_prompt(plain, "How many?", 1)
-    start = target.prepare(prompt, IMAGES[:1])["input_ids"].shape[1]
-    wanted = target.prepare(f"{prompt} three shapes", IMAGES[:1])["input_ids"][0, start:]
+    prompt = plain.conversation.write("How many?", IMAGES[:1])
+    start = target.prepare(prompt.text, IMAGES[:1])["input_ids"].shape[1]
+    wanted = target.prepare(f"{prompt.text} three shapes", IMAGES[:1])["input_ids"][0, start:]
     sure = 50.0 * torch.nn.functional.one_hot(wanted, target.vocab_size)[None]
     monkeypatch.setattr(target, "head", lambda hidden: sure[:, : hidden.shape[1]])
-    loss, greedy = plain.score("How many?", "three shapes", IMAGES[:1])
+    loss, greedy = score(target, plain.conversation, prompt, "three shapes")
     assert greedy
     assert loss == pytest.approx(0.0, abs=1e-6)
 
 
-def test_several_rounds_are_refused(plain):
-    with pytest.raises(NotImplementedError, match="rounds"):
-        plain.generate_until_multi_round([])
+def test_loglikelihood_of_qwen(qwen2):
+    model = load(models.Qwen2VLMSD, qwen2)
+    ask = request("How many?", IMAGES[:1], settings="three shapes", kind="loglikelihood")
+    loss, _ = model.loglikelihood([ask])[0]
+    prompt = model.conversation.write("How many?", IMAGES[:1])
+    inputs = model.conversation.inputs([type(prompt)(prompt.text + "three shapes", prompt.visuals)])
+    start = model.conversation.inputs([prompt])["input_ids"].shape[1]
+    with torch.inference_mode():
+        logits = model.msd.target.model(**inputs).logits[0, start - 1 : -1]
+    wanted = inputs["input_ids"][0, start:]
+    torch.testing.assert_close(loss, float(torch.nn.functional.cross_entropy(logits, wanted)), atol=1e-4, rtol=1e-4)
+
+
+def test_chat_template_flag_is_refused(plain):
     with pytest.raises(UserError, match="apply_chat_template"):
         _ = plain.chat_template
 
@@ -167,7 +119,7 @@ def test_several_rounds_are_refused(plain):
 def test_statistics_reach_the_results(base, draft, requests, tmp_path, capsys):
     from lmms_eval.loggers.evaluation_tracker import EvaluationTracker
 
-    model = load(base, draft, **TREE)
+    model = load(LlavaMSD, base, draft, **TREE)
     model.generate_until(requests)
     model.clean()
     model.clean()
@@ -194,24 +146,65 @@ def test_statistics_reach_the_results(base, draft, requests, tmp_path, capsys):
         ({"pretrained": None}, "no base model"),
         ({"msd_dept": 3}, "did you mean 'msd_depth'"),
         ({"batch_size": "many"}, "batch_size"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"max_pixels": 3}, "llava_msd has no model argument 'max_pixels'"),
+        ({"image_aspect": "wide"}, "image_aspect"),
+        ({"msd_baseline": "x"}, "msd_baseline without use_msd"),
     ],
 )
 def test_bad_model_args(base, options, message):
     with pytest.raises(UserError, match=message):
-        MSD(**{"pretrained": str(base), "device": "cpu", **options})
+        LlavaMSD(**{"pretrained": str(base), "device": "cpu", **options})
 
 
 def test_family_of_the_future(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     with pytest.raises(UserError, match="mamba"):
-        MSD(str(tmp_path), device="cpu")
+        LlavaMSD(str(tmp_path), device="cpu")
 
 
-def test_pictures(tmp_path):
+@pytest.mark.parametrize(("fixture", "right"), [("base", "llava_msd"), ("qwen2", "qwen2_vl_msd")])
+def test_family_of_another_name(fixture, right, base, qwen2, tmp_path):
+    """Found in config.json alone, before the weights are read."""
+    source = base if fixture == "base" else qwen2
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    for name in MODELS.keys() - {right}:
+        model_class = getattr(models, MODELS[name].rpartition(".")[2])
+        with pytest.raises(UserError, match=rf"--model {name} evaluates .*use --model {right}") as error:
+            model_class(str(tmp_path), device="cpu")
+        assert "\n" not in str(error.value)
+
+
+def test_processes_that_do_not_know_of_each_other(base, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes were started, accelerate sees 1"):
+        LlavaMSD(str(base), device="cpu")
+
+
+def test_defaults_are_those_of_the_family(base, qwen2, qwen2_5):
+    pairs = [(LlavaMSD, base, 1024), (models.Qwen2VLMSD, qwen2, 128), (models.Qwen2_5VLMSD, qwen2_5, 32768)]
+    for model_class, folder, most in pairs:
+        model = load(model_class, folder)
+        assert model.settings(None).engine["max_new_tokens"] == most
+        stops = () if model_class is models.Qwen2_5VLMSD else ("\n\n",)
+        assert model.settings({"until": ["\n\n"]}).until == stops
+
+
+def test_draft_of_qwen(qwen2, tmp_path):
+    draft = make_draft(tmp_path / "draft", load_target(qwen2))
+    requests = [request("How many?", IMAGES[:1]), request("Which two?", IMAGES[:2])]
+    plain, fast = load(models.Qwen2VLMSD, qwen2), load(models.Qwen2VLMSD, qwen2, draft, **TREE)
+    answers = [[each.text for each in model.generate_until(requests)] for model in (plain, fast)]
+    assert answers[0] == answers[1]
+    assert fast.stats["tiny"].cycles < plain.stats["tiny"].cycles
+
+
+def test_visuals(tmp_path):
     make_image(tmp_path / "a.png")
-    assert pictures(None) == []
-    assert len(pictures([IMAGES[:2], IMAGES[2], str(tmp_path / "a.png")])) == 4
-    with pytest.raises(UserError, match="video"):
-        pictures(["clip.mp4"])
+    assert visuals_of(None) == []
+    assert len(visuals_of([IMAGES[:2], IMAGES[2], str(tmp_path / "a.png")])) == 4
+    assert visuals_of(["clip.MP4"]) == ["clip.MP4"]
+    with pytest.raises(UserError, match="neither picture nor video"):
+        visuals_of(["sound.wav"])
     with pytest.raises(UserError, match="dict"):
-        pictures([{"array": []}])
+        visuals_of([{"array": []}])

@@ -17,7 +17,7 @@ from llava.files import read_json
 
 FAMILIES: tuple[type[Target], ...] = (LlavaTarget, LlavaNextTarget, Qwen2VLTarget, Qwen2_5VLTarget)
 
-__all__ = ["FAMILIES", "Prefill", "Target", "load_target"]
+__all__ = ["FAMILIES", "Prefill", "Target", "family_of", "load_target"]
 
 
 def load_target(path: str | Path, dtype: Any = "auto", device_map: Any = None, **kwargs: Any) -> Target:
@@ -33,11 +33,19 @@ def load_target(path: str | Path, dtype: Any = "auto", device_map: Any = None, *
         UserError: nothing is there, or its ``model_type`` is none of ours.
     """
     hub = {key: kwargs[key] for key in HUB_KEYS if key in kwargs}
-    config = read_json(_config_file(path, **hub), "base model config")
-    model_type = config.get("model_type")
+    return family_of(path, **hub).load(str(path), dtype=dtype, device_map=device_map, **kwargs)
+
+
+def family_of(path: str | Path, **hub: Any) -> type[Target]:
+    """The adapter for a base model, chosen by its config.json; nothing else is read.
+
+    Raises:
+        UserError: nothing is there, or its ``model_type`` is none of ours.
+    """
+    model_type = read_json(_config_file(path, **hub), "base model config").get("model_type")
     for family in FAMILIES:
         if model_type in family.model_types:
-            return family.load(str(path), dtype=dtype, device_map=device_map, **kwargs)
+            return family
     known = ", ".join(name for family in FAMILIES for name in family.model_types)
     raise UserError(f"model_type '{model_type}' is not supported as base model", where=path, fix=f"supported: {known}")
 

@@ -1,0 +1,104 @@
+"""Requests as lmms-eval makes them, its own models to compare with, and a small video."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import av
+import numpy as np
+import pytest
+import torch
+from lmms_eval.api.instance import Instance
+from tiny_llava import make_image
+
+from lmms_eval_msd.video import provide_reader
+
+IMAGES = [make_image(seed=number, width=70 + 10 * number, height=60) for number in range(3)]
+TREE = {"msd_depth": 2, "msd_top_k": 3, "msd_total_tokens": 8}
+
+# as published with Qwen2-VL-7B-Instruct
+QWEN_TEMPLATE = (
+    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
+    "{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
+    "{% set image_count.value = image_count.value + 1 %}{% if add_vision_id %}Picture {{ image_count.value }}: "
+    "{% endif %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif content['type'] == 'video' or 'video' in content %}"
+    "{% set video_count.value = video_count.value + 1 %}{% if add_vision_id %}Video {{ video_count.value }}: "
+    "{% endif %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def request(context, visuals, number=0, settings=None, kind="generate_until", ask=None, **metadata) -> Instance:
+    """One request of the task `tiny`; ``ask`` is how a task of several rounds asks on."""
+    metadata = {"task": "tiny", "doc_id": number, "repeats": 1} | metadata
+    if kind != "loglikelihood":
+        settings = {"max_new_tokens": 24, "until": ["\n\n"]} | (settings or {})
+    texts = () if ask is None else (ask,)
+    task = metadata["task"]
+    return Instance(kind, (context, settings, lambda doc: visuals, *texts, number, task, "test"), 0, metadata)
+
+
+def load(model_class, folder, draft=None, **options):
+    """One of our models, with documents for the tasks `tiny` and `other`."""
+    given = {"use_msd": draft is not None, "msd_model_path": draft and str(draft), "device": "cpu"}
+    model = model_class(str(folder), **(given | {"dtype": "float32"} | options))
+    model.task_dict = {task: {"test": dict.fromkeys(range(100))} for task in ("tiny", "other")}
+    return model
+
+
+def upstream(name: str, class_name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **options):
+    """lmms-eval's own model on the same checkpoint, in float32, and the list of prompts that it will write."""
+    with monkeypatch.context() as patch:
+        if find_spec("decord") is None:  # it reads the first frame of a video and looks at its size
+            frame = SimpleNamespace(asnumpy=lambda: np.zeros((56, 56, 3)))
+            patch.setitem(sys.modules, "decord", SimpleNamespace(VideoReader=lambda path: [frame], cpu=None))
+        module = import_module(f"lmms_eval.models.simple.{name}")
+    provide_reader()  # lmms-eval's models have none where torchvision has lost its own
+    model = getattr(module, class_name)(str(folder), device="cpu", device_map="cpu", **options)
+    model._model = type(model._model).from_pretrained(folder, dtype=torch.float32).eval()
+    model.task_dict = {task: {"test": dict.fromkeys(range(100))} for task in ("tiny", "other")}
+    texts: list[str] = []
+    for owner in (model.tokenizer, getattr(model, "processor", None)):
+        if owner is not None:
+            monkeypatch.setattr(owner, "apply_chat_template", recorded(owner.apply_chat_template, texts))
+    return model, texts
+
+
+def recorded(function, texts: list[str]):
+    def call(*args, **kwargs):
+        written = function(*args, **kwargs)
+        texts.extend(written if isinstance(written, list) else [written])
+        return written
+
+    return call
+
+
+def write_llava_processor(folder: Path) -> Path:
+    """What lmms-eval's `llava_hf` reads beside the checkpoint."""
+    processor = {"processor_class": "LlavaProcessor", "patch_size": 14, "vision_feature_select_strategy": "default"}
+    processor |= {"image_token": "<image>", "num_additional_image_tokens": 1}
+    (folder / "processor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+def make_video(path: Path, frames: int = 10, size: int = 56) -> Path:
+    """A real video file of noise that changes from frame to frame."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = size, size, "yuv420p"
+        for number in range(frames):
+            picture = make_image(seed=number, width=size, height=size)
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        container.mux(stream.encode())
+    return path

@@ -1,0 +1,124 @@
+"""Prompts, inputs and answers are those of lmms-eval's own models on the same checkpoint."""
+
+from __future__ import annotations
+
+import pytest
+from eval_support import IMAGES, load, make_video, request, upstream
+
+from llava import UserError
+from lmms_eval_msd import model as models
+from lmms_eval_msd.conversation import Prompt
+from lmms_eval_msd.conversation_qwen import Text, interleaved
+from lmms_eval_msd.visuals import visuals_of
+
+ANY_STOP = {"until": []}
+
+
+def compare(theirs, texts, ours, context, visuals, settings=None):
+    """Asks both models; their prompts have to be equal. Returns both answers."""
+    texts.clear()
+    ask = lambda: [request(context, visuals, settings=settings or ANY_STOP)]  # noqa: E731
+    answers = [str(theirs.generate_until(ask())[0]).strip(), ours.generate_until(ask())[0].text.strip()]
+    assert ours.conversation.write(context, visuals_of(visuals)).text == texts[-1]
+    assert answers[0]
+    return answers
+
+
+def test_llava_as_llava_hf(llava_hf, monkeypatch):
+    """Its processor cuts the middle out of a picture, which `image_aspect` asks for here."""
+    theirs, texts = upstream("llava_hf", "LlavaHf", llava_hf, monkeypatch, dtype="float32")
+    ours = load(models.LlavaMSD, llava_hf, image_aspect="crop")
+    few_shot = "Is this red?\nyes\n\nHow many shapes?"
+    for context in ("How many shapes?", few_shot, "Look: <image>\nHow many?"):
+        one, other = compare(theirs, texts, ours, context, IMAGES[:1])
+        assert one == other
+    compare(theirs, texts, ours, "Which two?", IMAGES[:2])  # llava tokenises the space between two marks otherwise
+    padding = load(models.LlavaMSD, llava_hf)
+    assert padding.generate_until([request(few_shot, IMAGES[:1], settings=ANY_STOP)])[0].text != other
+
+
+def test_llava_next_as_llava_hf(llava_next, monkeypatch):
+    theirs, texts = upstream("llava_hf", "LlavaHf", llava_next, monkeypatch, dtype="float32")
+    ours = load(models.LlavaNextMSD, llava_next)
+    for visuals in (IMAGES[:1], IMAGES[1:]):
+        one, other = compare(theirs, texts, ours, "How many shapes?", visuals)
+        assert one == other
+
+
+@pytest.mark.parametrize(("version", "name"), [("2", "Qwen2_VL"), ("2_5", "Qwen2_5_VL")])
+def test_qwen_as_its_own_model(version, name, tmp_path, monkeypatch, qwen2, qwen2_5):
+    folder = qwen2 if version == "2" else qwen2_5
+    limits = {"min_pixels": 56 * 56, "max_pixels": 84 * 84, "max_num_frames": 4}
+    theirs, texts = upstream(name.lower(), name, folder, monkeypatch, **limits)
+    ours = load(getattr(models, f"{name.replace('_VL', 'VL')}MSD"), folder, **limits)
+    video = str(make_video(tmp_path / "clip.mp4"))
+    asks = [
+        ("How many <image> shapes?", IMAGES[:1], None),
+        ("Which two?", IMAGES[:2], {"until": ["e"], "max_new_tokens": 12}),
+        ("What happens?", [video], {"until": [], "max_new_tokens": 12}),
+        ("Name two rivers.", [], {"until": []}),
+    ]
+    lengths = []
+    for context, visuals, settings in asks:
+        one, other = compare(theirs, texts, ours, context, visuals, settings)
+        assert one == other
+        lengths.append(ours.conversation.inputs([ours.conversation.write(context, visuals)])["input_ids"].shape[1])
+    assert texts[-1].startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n")
+    assert lengths[1] > lengths[0] > lengths[3]
+    assert lengths[2] > lengths[3] + 4  # the video is seen
+
+
+def test_qwen_settings(qwen2):
+    ours = load(
+        models.Qwen2VLMSD, qwen2, system_prompt="Be brief.", reasoning_prompt="\\nThink.", interleave_visuals=True
+    )
+    prompt = ours.conversation.write("See <image 2> and <image 1>.", IMAGES[:2])
+    assert prompt.text.startswith("<|im_start|>system\nBe brief.<|im_end|>")
+    assert prompt.text.count("<|image_pad|>") == 2
+    assert "See <|vision_start|>" in prompt.text
+    assert ".\nThink.<|im_end|>" in prompt.text
+    assert prompt.visuals == (IMAGES[1], IMAGES[0])
+    assert interleaved("none", ["a.mp4"]) == ["a.mp4", Text("none")]
+    assert interleaved("<image 3>x", ["a.mp4"]) == [Text("x")]
+
+
+def test_system_prompt_of_llava(base, tmp_path):
+    (tmp_path / "system.txt").write_text("Be brief.\n")
+    ours = load(models.LlavaMSD, base, system_prompt=str(tmp_path / "system.txt"))
+    assert ours.conversation.write("What?", []).text == "Be brief. USER: What? ASSISTANT:"
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_marks_of_llava(base, count):
+    write = load(models.LlavaMSD, base).conversation.write
+    marks = " ".join(["<image>"] * count) + "\n" if count else ""
+    pictures = [IMAGES[0]] * count
+    assert write("What?", pictures).text.endswith(f"answers to the user's questions. USER: {marks}What? ASSISTANT:")
+    assert write("What?<image>", pictures).text.endswith(
+        "USER: What?<image> ASSISTANT:" if count == 1 else f"USER: {marks}What? ASSISTANT:"
+    )
+
+
+def test_chat_template_of_llava(llava_next):
+    template = "{{ bos_token }}[INST] {{ messages[-1]['content'] }} [/INST]"
+    ours = load(models.LlavaNextMSD, llava_next, chat_template=template)
+    prompt = ours.conversation.write("What?", IMAGES[:1])
+    assert prompt == Prompt("<s>[INST] <image>\nWhat? [/INST]", (IMAGES[0],))
+    ours.conversation.template = "{% for part in messages[0]['content'] %}{{ part['text'] }}{% endfor %}"
+    with pytest.raises(UserError, match="does not write the question"):
+        ours.conversation.write("What?", [])
+    ours.conversation.template = None
+    ours.tokenizer.chat_template = "{% for part in messages[0]['content'] %}{{ part['text'] }}{% endfor %}"
+    assert ours.conversation.write("What?", []).text.endswith("USER: What? ASSISTANT:")  # as if there were none
+
+
+def test_llava_has_no_video(base):
+    with pytest.raises(UserError, match="video"):
+        load(models.LlavaMSD, base).conversation.write("What?", ["clip.mp4"])
+
+
+def test_broken_video(qwen2, tmp_path):
+    (tmp_path / "clip.mp4").write_bytes(b"no video")
+    conversation = load(models.Qwen2VLMSD, qwen2).conversation
+    with pytest.raises(UserError, match=r"cannot be read: .*clip\.mp4"):
+        conversation.inputs([conversation.write("What?", [str(tmp_path / "clip.mp4")])])
