@@ -6,7 +6,6 @@ slows all of them. Speed is a ratio within one run.
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
 import time
@@ -15,11 +14,12 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
-import torch
-
 from eagle.commands.questions import Question
+from eagle.hardware import hardware
 from eagle.model.msd import MSDModel
 from eagle.model.stats import Stats
+
+__all__ = ["Contestant", "baselines", "hardware", "interleave", "strongest", "versions", "with_engine"]
 
 PACKAGES = ("msd-eagle", "torch", "transformers", "accelerate")
 
@@ -106,25 +106,6 @@ def interleave(contestants: Sequence[Contestant], questions: Sequence[Any], warm
 def strongest(contestants: Sequence[Contestant]) -> Contestant:
     """The fastest of them in tokens per second."""
     return max(contestants, key=lambda contestant: contestant.total.tokens_per_second)
-
-
-def hardware(device: torch.device) -> dict[str, Any]:
-    """What the numbers were measured on."""
-    found: dict[str, Any] = {"machine": platform.machine(), "cpu": cpu_name(), "threads": torch.get_num_threads()}
-    found["cores"] = os.cpu_count()
-    if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
-    return found
-
-
-def cpu_name() -> str:
-    """The processor's name, from /proc/cpuinfo where there is one."""
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as info:
-            for line in info:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def versions() -> dict[str, str]:
