@@ -15,11 +15,8 @@ from importlib import metadata
 from typing import Any
 
 from eagle.commands.questions import Question
-from eagle.hardware import hardware
 from eagle.model.msd import MSDModel
 from eagle.model.stats import Stats
-
-__all__ = ["Contestant", "baselines", "hardware", "interleave", "strongest", "versions", "with_engine"]
 
 PACKAGES = ("msd-eagle", "torch", "transformers", "accelerate")
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from eagle.benchmark import Contestant, baselines, hardware, interleave, strongest, versions, with_engine
+from eagle.benchmark import Contestant, baselines, interleave, strongest, versions, with_engine
 from eagle.commands.options import (
     add_data_options,
     add_length_option,
@@ -22,6 +22,7 @@ from eagle.commands.options import (
     sampling_settings,
 )
 from eagle.commands.questions import read_questions
+from eagle.hardware import hardware
 from llava.files import atomic_write
 
 

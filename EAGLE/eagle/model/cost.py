@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 import transformers
 
+from eagle.hardware import hardware
 from eagle.model.config import TreeConfig
 from eagle.model.draft import DraftModel
 from eagle.model.drafter import Drafter
@@ -73,10 +73,8 @@ def describe(target: Target, draft: DraftModel, tree: TreeConfig) -> dict[str, A
         "draft": {"hidden_size": draft.config.hidden_size, "intermediate_size": draft.config.intermediate_size},
         "tree": {"top_k": tree.top_k, "total_tokens": tree.total_tokens},
         "dtype": str(target.dtype),
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{device.type} {platform.machine()}",
-        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "device": device.type,
+        "hardware": hardware(device),
         "versions": [torch.__version__, transformers.__version__],
     }
 
@@ -107,7 +105,7 @@ def measure(target: Target, draft: DraftModel, tree: TreeConfig) -> CostCurve:
     end = (target.eos_token_ids or (0,))[0]  # a token that is surely no picture's
     ids = torch.full((1, CONTEXT), end, device=target.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    nodes = tuple(n for n in NODES if n < tree.total_tokens) + (tree.total_tokens,)
+    nodes = (*(n for n in NODES if n < tree.total_tokens), tree.total_tokens)
     cache = target.new_cache(1, CONTEXT + nodes[-1])
     (prefill,) = list(target.prefill_each(inputs, cache))
     masks = MaskBuffer(nodes[-1], CONTEXT + nodes[-1], target.dtype, target.device)
