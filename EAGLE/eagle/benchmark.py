@@ -15,6 +15,7 @@ from importlib import metadata
 from typing import Any
 
 from eagle.commands.questions import Question
+from eagle.model.config import TreeConfig
 from eagle.model.msd import MSDModel
 from eagle.model.stats import Stats
 
@@ -47,19 +48,22 @@ class Contestant:
         return (high - low) / middle
 
 
-def with_engine(model: MSDModel, use_msd: bool, settings: Mapping[str, Any]) -> Callable[[Question], Stats]:
+def with_engine(
+    model: MSDModel, use_msd: bool, settings: Mapping[str, Any], tree: TreeConfig | None = None
+) -> Callable[[Question], Stats]:
     """Decodes with our loop, with or without the draft."""
 
     def answer(question: Question) -> Stats:
         inputs = question.inputs(model.target)
-        return model.generate(**inputs, use_msd=use_msd, **settings).stats
+        return model.generate(**inputs, use_msd=use_msd, tree=tree, **settings).stats
 
     return answer
 
 
-def with_transformers(model: MSDModel, settings: Mapping[str, Any]) -> Callable[[Question], Stats]:
-    """Decodes with transformers' own `generate`."""
-    given = {key: value for key, value in settings.items() if key not in ("temperature", "seed")}
+def with_transformers(model: MSDModel, settings: Mapping[str, Any], **more: Any) -> Callable[[Question], Stats]:
+    """Decodes with transformers' own `generate`; ``more`` are settings of it alone, such as
+    ``prompt_lookup_num_tokens`` for its speculative decoding without a draft."""
+    given = {key: value for key, value in settings.items() if key not in ("temperature", "seed")} | more
     if settings.get("temperature"):
         given.update(do_sample=True, temperature=settings["temperature"])
     else:
