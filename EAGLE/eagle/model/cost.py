@@ -126,17 +126,18 @@ def measure(target: Target, draft: DraftModel, tree: TreeConfig) -> CostCurve:
     drafter.start(0, prefill, ids, ids[0, :1])
     rows = (prefill.hidden[0, :4].to(draft.device), ids[0, :4].to(draft.device))
 
-    def first_level() -> None:
-        drafter.extend([rows[0]], [rows[1]])
-        drafter.expand(TreeConfig(0, tree.top_k, tree.total_tokens)).scores.cpu()
+    def draft_levels(depth: int) -> Callable[[], None]:
+        levels = TreeConfig(depth, tree.top_k, tree.total_tokens)
 
-    def all_levels() -> None:
-        drafter.expand(TreeConfig(deep, tree.top_k, tree.total_tokens)).scores.cpu()
+        def once() -> None:
+            drafter.extend([rows[0]], [rows[1]])
+            drafter.expand(levels).scores.cpu()
 
-    deep = max(2, min(tree.depth, 6))
-    extend = seconds_of(first_level)
-    shallow = seconds_of(lambda: drafter.expand(TreeConfig(0, tree.top_k, tree.total_tokens)).scores.cpu())
-    step = max((seconds_of(all_levels) - shallow) / deep, 1e-7)
+        return once
+
+    deep = max(1, min(tree.depth, 6))
+    extend = seconds_of(draft_levels(0))
+    step = max((seconds_of(draft_levels(deep)) - extend) / deep, 1e-7)
     return CostCurve(nodes, tuple(seconds_of(verify(count)) for count in nodes), step, extend)
 
 
