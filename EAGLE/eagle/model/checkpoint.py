@@ -20,9 +20,10 @@ from torch import Tensor
 from eagle.model.config import DraftConfig
 from eagle.model.draft import DraftModel
 from llava.errors import UserError
-from llava.files import atomic_write
+from llava.files import atomic_write, read_json
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+HEAD_TOKENS = "head_tokens.safetensors"
 HUB_KEYS = ("revision", "cache_dir", "local_files_only", "token")
 
 
@@ -75,7 +76,7 @@ def load_draft(
     Raises:
         UserError: a file is missing or broken, or a tensor is missing, unexpected or of another shape.
     """
-    folder = resolve_folder(name, "draft", ["config.json", *WEIGHT_FILES], **hub)
+    folder = resolve_folder(name, "draft", ["config.json", HEAD_TOKENS, *WEIGHT_FILES], **hub)
     tensors, path = read_tensors(folder)
     config = DraftConfig.from_json(folder, tensors=tensors)
     with torch.device("meta"):
@@ -83,8 +84,38 @@ def load_draft(
     _check_tensors(tensors, draft.state_dict(), path)
     draft.load_state_dict(tensors, assign=True)
     draft.rotary = type(draft.rotary)(config.head_dim, config.rope_theta, config.mrope_section)
+    if config.options.head_tokens is not None:
+        draft.head_tokens = read_head_tokens(folder, config)
     own = tensors["fc.weight"].dtype
     return draft.to(device=device, dtype=dtype if isinstance(dtype, torch.dtype) else own).eval().requires_grad_(False)
+
+
+def read_head_tokens(folder: Path, config: DraftConfig) -> Tensor:
+    """The trimmed vocabulary [K] of a draft.
+
+    Raises:
+        UserError: the file is missing or broken, or an id is outside the vocabulary.
+    """
+    path = folder / Path(config.options.head_tokens or HEAD_TOKENS).name
+    fix = "make it again: python -m eagle.ge_data.vocabulary"
+    try:
+        tokens = load_file(path)["tokens"]
+    except (SafetensorError, OSError, KeyError) as error:
+        raise UserError(f"trimmed vocabulary cannot be read ({type(error).__name__})", path, fix) from None
+    usable = tokens.ndim == 1 and tokens.numel() > 0 and tokens.dtype in (torch.int32, torch.int64)
+    if not usable or int(tokens.min()) < 0 or int(tokens.max()) >= config.vocab_size:
+        raise UserError(f"trimmed vocabulary does not fit a vocabulary of {config.vocab_size}", path, fix)
+    return tokens.long()
+
+
+def write_head_tokens(folder: Path, tokens: Tensor) -> None:
+    """Gives the draft in ``folder`` a trimmed vocabulary: ids [K], in any order."""
+    with atomic_write(folder / HEAD_TOKENS) as temporary:
+        save_file({"tokens": tokens.unique().to("cpu", torch.int32)}, temporary)
+    config = read_json(folder / "config.json", "draft config")
+    config["msd"] = {**config.get("msd", {}), "head_tokens": HEAD_TOKENS}
+    with atomic_write(folder / "config.json") as temporary:
+        Path(temporary).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _check_tensors(tensors: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> None:

@@ -36,10 +36,12 @@ class DraftOptions:
     """The ``"msd"`` section of a draft's ``config.json``; absent in published drafts, which have these defaults.
 
     ``positions``: how the draft numbers its inputs: ``plain`` 0, 1, 2, ... (all published drafts) or ``mrope``, the
-    target's three rows.
+    target's three rows. ``head_tokens``: file beside it with the ids [K] that are drafted from, the most frequent of
+    the vocabulary (`eagle.model.vocabulary`); without it all are.
     """
 
     positions: str = "plain"
+    head_tokens: str | None = None
 
     @classmethod
     def from_dict(cls, section: Mapping[str, Any], where: str | Path) -> DraftOptions:

@@ -13,7 +13,7 @@ from eagle.model.config import TreeConfig
 from eagle.model.draft import DraftModel
 from eagle.model.masks import MaskBuffer
 from eagle.model.targets.base import Prefill
-from eagle.model.tree import Candidates, choose_frontier, top_children
+from eagle.model.tree import Candidates, choose_frontier
 
 
 class Drafter:
@@ -139,9 +139,8 @@ class Drafter:
         self._last = self._last[list(rows)]
 
     def _children(self, hidden: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        """`top_children` of predicted hidden states [B, F, H], [B, F, k] each, on the draft's device."""
-        ids, logprobs = top_children(self.head(hidden), top_k)
-        return ids.to(hidden.device), logprobs.to(hidden.device)
+        """Drafted tokens after predicted hidden states [B, F, H], [B, F, k] each."""
+        return self.draft.likely_next(hidden, top_k, self.head)
 
     def _step(self, tokens: Tensor, hidden: Tensor, sight: Tensor, step: int) -> Tensor:
         """One draft forward over the frontiers: tokens [B, k], hidden [B, k, H] → predicted hidden states [B, k, H]."""

@@ -56,7 +56,7 @@ class MSDModel:
         self._costs: dict[tuple[int, int], CostCurve] = {}
         if draft is not None:
             check_pair(target, draft)
-            draft.prepare_for_decoding()
+            draft.prepare_for_decoding(target.model.get_output_embeddings())
 
     @classmethod
     def from_pretrained(
