@@ -6,7 +6,6 @@ slows all of them. Speed is a ratio within one run.
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
 import time
@@ -15,9 +14,8 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
-import torch
-
 from eagle.commands.questions import Question
+from eagle.model.config import TreeConfig
 from eagle.model.msd import MSDModel
 from eagle.model.stats import Stats
 
@@ -50,19 +48,22 @@ class Contestant:
         return (high - low) / middle
 
 
-def with_engine(model: MSDModel, use_msd: bool, settings: Mapping[str, Any]) -> Callable[[Question], Stats]:
+def with_engine(
+    model: MSDModel, use_msd: bool, settings: Mapping[str, Any], tree: TreeConfig | None = None
+) -> Callable[[Question], Stats]:
     """Decodes with our loop, with or without the draft."""
 
     def answer(question: Question) -> Stats:
         inputs = question.inputs(model.target)
-        return model.generate(**inputs, use_msd=use_msd, **settings).stats
+        return model.generate(**inputs, use_msd=use_msd, tree=tree, **settings).stats
 
     return answer
 
 
-def with_transformers(model: MSDModel, settings: Mapping[str, Any]) -> Callable[[Question], Stats]:
-    """Decodes with transformers' own `generate`."""
-    given = {key: value for key, value in settings.items() if key not in ("temperature", "seed")}
+def with_transformers(model: MSDModel, settings: Mapping[str, Any], **more: Any) -> Callable[[Question], Stats]:
+    """Decodes with transformers' own `generate`; ``more`` are settings of it alone, such as
+    ``prompt_lookup_num_tokens`` for its speculative decoding without a draft."""
+    given = {key: value for key, value in settings.items() if key not in ("temperature", "seed")} | more
     if settings.get("temperature"):
         given.update(do_sample=True, temperature=settings["temperature"])
     else:
@@ -106,25 +107,6 @@ def interleave(contestants: Sequence[Contestant], questions: Sequence[Any], warm
 def strongest(contestants: Sequence[Contestant]) -> Contestant:
     """The fastest of them in tokens per second."""
     return max(contestants, key=lambda contestant: contestant.total.tokens_per_second)
-
-
-def hardware(device: torch.device) -> dict[str, Any]:
-    """What the numbers were measured on."""
-    found: dict[str, Any] = {"machine": platform.machine(), "cpu": cpu_name(), "threads": torch.get_num_threads()}
-    found["cores"] = os.cpu_count()
-    if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
-    return found
-
-
-def cpu_name() -> str:
-    """The processor's name, from /proc/cpuinfo where there is one."""
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as info:
-            for line in info:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def versions() -> dict[str, str]:

@@ -12,16 +12,19 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from eagle.benchmark import Contestant, baselines, hardware, interleave, strongest, versions, with_engine
+from eagle.benchmark import Contestant, baselines, interleave, strongest, versions, with_engine, with_transformers
 from eagle.commands.options import (
     add_data_options,
     add_length_option,
     add_model_options,
     add_sampling_options,
     load_model,
+    positive,
     sampling_settings,
 )
 from eagle.commands.questions import read_questions
+from eagle.hardware import hardware
+from eagle.model.config import TreeConfig
 from llava.files import atomic_write
 
 
@@ -34,6 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--baseline-dtype", action="append", help="baselines in this dtype too; may be repeated (default: MSD's dtype)"
     )
+    parser.add_argument(
+        "--also-tree", action="append", type=tree_bounds, default=[], metavar="D/K/N",
+        help="MSD with this fixed tree too (depth, top-k, nodes), such as 5/10/60; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prompt-lookup", type=positive, metavar="N",
+        help="transformers' prompt-lookup decoding with N tokens too: speculation without a draft",
+    )  # fmt: skip
     parser.add_argument("--warm-up", type=int, default=2, help="questions answered first, not counted (default: 2)")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the report here as JSON too")
 
@@ -48,17 +59,40 @@ def run(arguments: argparse.Namespace) -> int:
     plain = [model, *(load_model(arguments, need_draft=False, dtype=name) for name in others)]
     msd = Contestant(f"MSD {own}", with_engine(model, True, settings))
     rivals = baselines(plain, settings)
+    others = [Contestant(f"MSD {own}, tree {name_of(tree)}", with_engine(model, True, settings, tree))
+              for tree in arguments.also_tree]  # fmt: skip
+    if arguments.prompt_lookup:
+        lookup = with_transformers(model, settings, prompt_lookup_num_tokens=arguments.prompt_lookup)
+        others.append(Contestant(f"prompt lookup {own}", lookup))
     progress = tqdm(total=len(questions), desc="bench", unit="question", file=sys.stderr)
-    for _ in interleave([msd, *rivals], questions, arguments.warm_up):
+    for _ in interleave([msd, *others, *rivals], questions, arguments.warm_up):
         progress.update()
     progress.close()
     asked = {name: value for name, value in vars(arguments).items() if name not in ("command", "out")}
+    asked["also_tree"] = [name_of(tree) for tree in arguments.also_tree]
     report = make_report(msd, rivals, {**asked, "tree": vars(model.tree)}, hardware(model.device))
-    print_report(report, msd, rivals)
+    report["others"] = {
+        other.name: {"tokens_per_second": other.total.tokens_per_second, "tau": other.total.tau} for other in others
+    }
+    print_report(report, msd, [*rivals, *others])
     if arguments.out:
         with atomic_write(arguments.out) as temporary:
             temporary.write_text(json.dumps(report, indent=2, default=str) + "\n")
     return 0
+
+
+def tree_bounds(text: str) -> TreeConfig:
+    """An argparse type: depth/top-k/nodes."""
+    try:
+        depth, top_k, total_tokens = map(int, text.split("/"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not like 5/10/60") from None
+    return TreeConfig(depth, top_k, total_tokens)
+
+
+def name_of(tree: TreeConfig) -> str:
+    """As `tree_bounds` reads it."""
+    return f"{tree.depth}/{tree.top_k}/{tree.total_tokens}"
 
 
 def make_report(
@@ -93,7 +127,7 @@ def print_report(report: dict[str, Any], msd: Contestant, rivals: list[Contestan
     best = report["tokens_per_second"]["baseline"]
     for contestant in [*rivals, msd]:
         total = contestant.total
-        tau = f"{total.tau:.2f}" if total.cycles and contestant is msd else ""
+        tau = f"{total.tau:.2f}" if total.tau > 1 else ""
         speed = total.tokens_per_second
         table.add_row(contestant.name, f"{speed:.1f}", f"{contestant.spread:.0%}", tau, f"{speed / best:.2f}x")
     console.print(table)

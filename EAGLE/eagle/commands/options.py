@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ def add_model_options(parser: argparse.ArgumentParser, dtype: str = "auto", requ
     parser.add_argument("--device-map", default="auto", help="as in transformers; 'cpu', 'cuda:0', ... (default: auto)")
     parser.add_argument("--attn-implementation", choices=("sdpa", "eager"), default="sdpa")
     parser.add_argument("--revision", help="hub revision of the base model")
+    parser.add_argument(
+        "--tree", choices=("auto", "fixed"), default="fixed",
+        help="auto: depth and size by cycle, within the bounds below, from costs measured once (default: fixed)",
+    )  # fmt: skip
     parser.add_argument("--tree-depth", type=int, help="draft steps after the first one")
     parser.add_argument("--tree-top-k", type=int, help="nodes kept a level, and children tried for each")
     parser.add_argument("--tree-tokens", type=int, help="nodes verified in one forward, root included")
@@ -65,10 +70,10 @@ def sampling_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def tree_from(arguments: argparse.Namespace, device: torch.device) -> TreeConfig:
     """The tree asked for; what is not asked for is the default of the device."""
-    default = TreeConfig.for_device(device)
+    default = TreeConfig.auto(device) if arguments.tree == "auto" else TreeConfig.for_device(device)
     given = (arguments.tree_depth, arguments.tree_top_k, arguments.tree_tokens)
     named = zip(("depth", "top_k", "total_tokens"), given, strict=True)
-    return TreeConfig(**{name: getattr(default, name) if value is None else value for name, value in named})
+    return replace(default, **{name: value for name, value in named if value is not None})
 
 
 def load_model(arguments: argparse.Namespace, need_draft: bool = True, dtype: str | None = None) -> MSDModel:

@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from eagle.benchmark import Contestant, hardware, interleave, versions
+from eagle.benchmark import Contestant, interleave, versions
 from eagle.commands.options import add_data_options, add_length_option, add_model_options, load_model, positive
 from eagle.commands.questions import Question, read_questions
+from eagle.hardware import hardware
 from eagle.model.msd import MSDModel
 from eagle.model.stats import Stats
 from llava.errors import UserError

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from eagle.model.config import DraftConfig
 from eagle.model.draft import DraftModel
+from eagle.model.head_tokens import HEAD_TOKENS, read_head_tokens, write_head_tokens
 from llava.errors import UserError
 from llava.files import atomic_write
 
@@ -82,7 +83,7 @@ def load_draft(
     Raises:
         UserError: a file is missing or broken, or a tensor is missing, unexpected or of another shape.
     """
-    folder = resolve_folder(name, "draft", ["config.json", *WEIGHT_FILES], **hub)
+    folder = resolve_folder(name, "draft", ["config.json", HEAD_TOKENS, *WEIGHT_FILES], **hub)
     path = weights_file(folder)
     tensors = read_tensors(path)
     config = DraftConfig.from_json(folder, tensors=tensors)
@@ -94,6 +95,8 @@ def load_draft(
         )
     draft.load_state_dict(tensors, assign=True)
     draft.rotary = type(draft.rotary)(config.head_dim, config.rope_theta, config.mrope_section)
+    if config.options.head_tokens is not None:
+        draft.head_tokens = read_head_tokens(folder, config)
     own = tensors["fc.weight"].dtype
     return draft.to(device=device, dtype=dtype if isinstance(dtype, torch.dtype) else own).eval().requires_grad_(False)
 
@@ -120,4 +123,6 @@ def save_draft(draft: DraftModel, folder: str | Path, dtype: torch.dtype = torch
     config = {**draft.config.to_dict(), "torch_dtype": str(dtype).removeprefix("torch.")}
     with atomic_write(folder / "config.json") as temporary:
         Path(temporary).write_text(json.dumps(config, indent=2) + "\n")
+    if draft.head_tokens is not None:
+        write_head_tokens(folder, draft.head_tokens)
     return folder

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,12 @@ class DraftOptions:
     """The ``"msd"`` section of a draft's ``config.json``; absent in published drafts, which have these defaults.
 
     ``positions``: how the draft numbers its inputs: ``plain`` 0, 1, 2, ... (all published drafts) or ``mrope``, the
-    target's three rows.
+    target's three rows. ``head_tokens``: file beside it with the ids [K] that are drafted from, the most frequent of
+    the vocabulary (`eagle.model.vocabulary`); without it all are.
     """
 
     positions: str = "plain"
+    head_tokens: str | None = None
 
     @classmethod
     def from_dict(cls, section: Mapping[str, Any], where: str | Path) -> DraftOptions:
@@ -160,11 +162,13 @@ class TreeConfig:
     ``depth``: draft steps after the first one, so a path has at most ``depth + 1`` drafted tokens.
     ``top_k``: nodes kept at each level, and children tried for each of them.
     ``total_tokens``: nodes that the target verifies in one forward, the root included.
+    ``adaptive``: depth and nodes are upper bounds, and each cycle takes what pays (`eagle.model.planner`).
     """
 
     depth: int = 5
     top_k: int = 10
     total_tokens: int = 60
+    adaptive: bool = False
 
     def __post_init__(self) -> None:
         for name, low in (("depth", 0), ("top_k", 1), ("total_tokens", 1)):
@@ -185,6 +189,13 @@ class TreeConfig:
             return cls(depth=6, top_k=3, total_tokens=12)
         return cls()
 
+    @classmethod
+    def auto(cls, device: torch.device | str) -> TreeConfig:
+        """Bounds within which each cycle takes what pays on this machine."""
+        if torch.device(device).type == "cpu":
+            return cls(depth=10, top_k=3, total_tokens=32, adaptive=True)
+        return cls(depth=10, top_k=10, total_tokens=96, adaptive=True)
+
     def for_batch(self, batch: int) -> TreeConfig:
         """The tree of each sequence when ``batch`` of them are verified in one forward, which then has as many nodes as
         this tree. Where that leaves no drafted node, plain decoding is as good."""
@@ -196,4 +207,4 @@ class TreeConfig:
         """The same tree, no deeper than ``tokens_left`` new tokens can use (the bonus token is one of them)."""
         if tokens_left <= 1:
             return TreeConfig(depth=0, top_k=self.top_k, total_tokens=1)
-        return TreeConfig(min(self.depth, tokens_left - 2), self.top_k, self.total_tokens)
+        return replace(self, depth=min(self.depth, tokens_left - 2))

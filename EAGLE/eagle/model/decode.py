@@ -17,6 +17,7 @@ from eagle.model.config import TreeConfig
 from eagle.model.draft import DraftModel
 from eagle.model.drafter import Drafter
 from eagle.model.masks import MaskBuffer
+from eagle.model.planner import Floats, Planner
 from eagle.model.sampling import TokenChooser
 from eagle.model.sequence import Sequence, sequences_of
 from eagle.model.stats import Stats
@@ -32,6 +33,7 @@ class Decoder:
         inputs: the prompts as `Target.prefill` takes them, padded on either side where they differ in length.
         chooser, stopper: the target's choice of a token, and the end of an answer.
         tree: bounds of each draft tree.
+        planner: chooses depth and size within the bounds, for a single sequence; None takes the bounds.
         streamer: a transformers streamer; gets the new tokens as they are certain. For a single sequence.
     """
 
@@ -44,7 +46,9 @@ class Decoder:
         stopper: Stopper,
         tree: TreeConfig,
         streamer: Any = None,
+        planner: Planner | None = None,
     ) -> None:
+        self.planner = planner
         self.target, self.inputs, self.chooser, self.stopper, self.streamer = target, inputs, chooser, stopper, streamer
         self.tree = tree if draft is not None else TreeConfig(depth=0, top_k=1, total_tokens=1)
         self.sequences = sequences_of(inputs["input_ids"], inputs.get("attention_mask"), chooser)
@@ -68,7 +72,7 @@ class Decoder:
             with self.stats.phase("accept"):
                 accepted = self.accept(trees, logits)
             with self.stats.phase("commit"):
-                self.commit(accepted, hidden)
+                self.commit(trees, accepted, hidden)
             self._drop_finished()
         if self.streamer is not None:
             self.streamer.end()
@@ -89,19 +93,30 @@ class Decoder:
         roots = [torch.tensor(sequence.tokens[-1:], device=self.target.device) for sequence in self.active]
         bounds = [self.tree.shortened(self.stopper.max_new_tokens - len(s.tokens)) for s in self.active]
         deepest = max(bounds, key=lambda tree: tree.depth)
-        if self.drafter is None or max(tree.total_tokens for tree in bounds) == 1:
+        if self.drafter is None or max(tree.total_tokens for tree in bounds) == 1 or not self._pays():
             return [root_only(root) for root in roots]
         with self.stats.phase("draft"):
             if self.active[0].certain is not None:
                 rows, tokens = zip(*(s.certain for s in self.active if s.certain is not None), strict=True)
                 self.drafter.extend(rows, tokens)
-            candidates = self.drafter.expand(deepest)
+                for sequence in self.active:
+                    sequence.certain = None
+            candidates = self.drafter.expand(deepest, None if self.planner is None else self._deeper)
         with self.stats.phase("tree"):
             device = candidates.tokens.device
+            sizes = [tree.total_tokens for tree in bounds]
+            if self.planner is not None:
+                sizes = [min(sizes[0], self.planner.size(on_host(candidates.scores[0])))]
             return [
-                select_nodes(candidates.of(row), root.to(device), tree.total_tokens, deepest.depth + 1)
-                for row, (root, tree) in enumerate(zip(roots, bounds, strict=True))
+                select_nodes(candidates.of(row), root.to(device), size, deepest.depth + 1)
+                for row, (root, size) in enumerate(zip(roots, sizes, strict=True))
             ]
+
+    def _pays(self) -> bool:
+        return self.planner is None or self.planner.drafts()
+
+    def _deeper(self, scores: Tensor) -> bool:
+        return self.planner is None or self.planner.deeper(on_host(scores[0]))
 
     def verify(self, trees: list[DraftTree]) -> tuple[Tensor, Tensor]:
         """The target's hidden states [B, N, H] and logits [B, N, V] at every node, in one forward. A tree smaller than
@@ -124,13 +139,16 @@ class Decoder:
             for tree, sequence, rows in zip(trees, self.active, logits, strict=True)
         ]
 
-    def commit(self, accepted: list[Accepted], hidden: Tensor) -> None:
+    def commit(self, trees: list[DraftTree], accepted: list[Accepted], hidden: Tensor) -> None:
         """Keeps the accepted rows, emits the new tokens and lays out the true hidden states for the draft."""
         self.cache.keep(self.past, [each.path for each in accepted])
+        if self.planner is not None:
+            self.planner.learn(on_host(trees[0].scores), accepted[0].path, len(accepted[0].tokens))
         for sequence, each, rows in zip(self.active, accepted, hidden, strict=True):
             self.stats.record_cycle(len(each.path) - 1, hidden.shape[1])
             sequence.next_position = sequence.next_position + len(each.tokens)
-            sequence.certain = (rows[torch.tensor(each.path, device=rows.device)], torch.tensor(each.tokens))
+            if self.drafter is not None:
+                sequence.add_certain(rows[torch.tensor(each.path, device=rows.device)], torch.tensor(each.tokens))
             self._emit(sequence, each.tokens)
 
     def _emit(self, sequence: Sequence, added: list[int]) -> None:
@@ -151,6 +169,11 @@ class Decoder:
             self.cache = self.cache.select(rows)
             if self.drafter is not None:
                 self.drafter.select(rows)
+
+
+def on_host(scores: Tensor) -> Floats:
+    """[N] as the planner takes them."""
+    return scores.double().cpu().numpy()
 
 
 def join_trees(trees: list[DraftTree]) -> tuple[Tensor, Tensor, Tensor]:

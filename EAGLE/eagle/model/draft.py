@@ -16,6 +16,7 @@ final norm. State-dict keys are those of the published checkpoints.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -25,6 +26,7 @@ from transformers.activations import ACT2FN
 
 from eagle.model.cache import KVCache
 from eagle.model.config import DraftConfig
+from eagle.model.tree import top_children
 
 
 class RMSNorm(nn.Module):
@@ -185,6 +187,8 @@ class DraftModel(nn.Module):
         self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=config.fc_bias)
         self.layers = nn.ModuleList([DraftLayer(config)])
         self.rotary = Rotary(config.head_dim, config.rope_theta, config.mrope_section)
+        self.head_tokens: Tensor | None = None  # [K] the vocabulary that is drafted from; None is all of it
+        self._trimmed: Tensor | None = None  # [K, H] the head's rows of these tokens
 
     @property
     def layer(self) -> DraftLayer:
@@ -212,12 +216,27 @@ class DraftModel(nn.Module):
             return text
         return torch.where(next_is_image.unsqueeze(-1), next_embeds, text)
 
-    def prepare_for_decoding(self) -> DraftModel:
-        """Joins the projections that read the same input. Call it once, after loading; training does not need it."""
+    def prepare_for_decoding(self, head: nn.Module | None = None) -> DraftModel:
+        """Joins the projections that read the same input, and copies the rows of the target's ``lm_head`` that a draft
+        with a trimmed vocabulary needs. Call it once, after loading; training does not need it."""
+        if self.head_tokens is not None and head is not None:
+            weight = cast(Tensor, head.weight)
+            self._trimmed = weight[self.head_tokens.to(weight.device)].to(self.device, self.dtype)
         attention, mlp = self.layer.self_attn, self.layer.mlp
         attention.fused = [share_storage(attention.q_proj, attention.k_proj, attention.v_proj)]
         mlp.fused = [share_storage(mlp.gate_proj, mlp.up_proj)]
         return self.eval().requires_grad_(False)
+
+    def likely_next(self, hidden: Tensor, top_k: int, head: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """The ``top_k`` most probable next tokens of predicted hidden states [..., H]: ids and log-probabilities
+        [..., k], on the draft's device. ``head`` is the target's; a trimmed vocabulary is read with its own rows, and
+        its probabilities are those among its tokens."""
+        if self._trimmed is None or self.head_tokens is None:
+            ids, logprobs = top_children(head(hidden), top_k)
+        else:
+            places, logprobs = top_children(F.linear(hidden, self._trimmed), top_k)
+            ids = self.head_tokens.to(places.device)[places]
+        return ids.to(hidden.device), logprobs.to(hidden.device)
 
     def forward(
         self,

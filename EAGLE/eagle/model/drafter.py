@@ -13,7 +13,7 @@ from eagle.model.config import TreeConfig
 from eagle.model.draft import DraftModel
 from eagle.model.masks import MaskBuffer
 from eagle.model.targets.base import Prefill
-from eagle.model.tree import Candidates, choose_frontier, top_children
+from eagle.model.tree import Candidates, choose_frontier
 
 
 class Drafter:
@@ -81,6 +81,11 @@ class Drafter:
             tokens: for each sequence [n], the token that follows each of them; the last is the bonus token.
         """
         self.cache.truncate(self._certain)
+        longest = self._causal.shape[-1]
+        if len(tokens) == 1 and tokens[0].shape[0] > longest:  # rows of several cycles that did not draft
+            self.extend([hidden[0][:longest]], [tokens[0][:longest]])
+            self.extend([hidden[0][longest:]], [tokens[0][longest:]])
+            return
         device, counts = self.draft.device, [rows.shape[0] for rows in tokens]
         following = pad_sequence(list(tokens), batch_first=True).to(device)  # [B, n]
         true_rows = pad_sequence(list(hidden), batch_first=True).to(device)  # [B, n, H]
@@ -95,8 +100,12 @@ class Drafter:
         self._certain = [certain + count for certain, count in zip(self._certain, counts, strict=True)]
         self.cache.truncate(self._certain)
 
-    def expand(self, tree: TreeConfig) -> Candidates:
-        """Drafts ``tree.depth + 1`` levels; all drafted nodes are candidates of the tree, [B, M] each."""
+    def expand(self, tree: TreeConfig, deeper: Callable[[Tensor], bool] | None = None) -> Candidates:
+        """Drafts ``tree.depth + 1`` levels; all drafted nodes are candidates of the tree, [B, M] each.
+
+        Args:
+            deeper: asked with the scores [B, m] of each level, unless it is the last anyway, whether to draft another.
+        """
         hidden = self._last.unsqueeze(1)  # [B, 1, H]
         tokens, scores = (part[:, 0] for part in self._children(hidden, tree.top_k))  # [B, k]
         batch, width = tokens.shape
@@ -106,6 +115,8 @@ class Drafter:
         sight = torch.eye(width, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)  # [B, k, drafted so far]
         total = width
         for step in range(tree.depth):
+            if deeper is not None and not deeper(levels[-1].scores):
+                break
             output = self._step(tokens, hidden, sight, step)  # [B, k, H]
             child_tokens, child_logprobs = self._children(output, tree.top_k)  # [B, k, k]
             child_scores = child_logprobs + scores.unsqueeze(-1)  # [B, k, k]
@@ -128,9 +139,8 @@ class Drafter:
         self._last = self._last[list(rows)]
 
     def _children(self, hidden: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        """`top_children` of predicted hidden states [B, F, H], [B, F, k] each, on the draft's device."""
-        ids, logprobs = top_children(self.head(hidden), top_k)
-        return ids.to(hidden.device), logprobs.to(hidden.device)
+        """Drafted tokens after predicted hidden states [B, F, H], [B, F, k] each."""
+        return self.draft.likely_next(hidden, top_k, self.head)
 
     def _step(self, tokens: Tensor, hidden: Tensor, sight: Tensor, step: int) -> Tensor:
         """One draft forward over the frontiers: tokens [B, k], hidden [B, k, H] → predicted hidden states [B, k, H]."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,8 +16,10 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from eagle.model.checkpoint import HUB_KEYS, load_draft
 from eagle.model.config import TreeConfig
+from eagle.model.cost import cost_of
 from eagle.model.decode import Decoder
 from eagle.model.draft import DraftModel
+from eagle.model.planner import CostCurve, Planner
 from eagle.model.sampling import TokenChooser
 from eagle.model.stats import Stats
 from eagle.model.stopping import Stopper
@@ -40,14 +42,21 @@ class MSDModel:
     Args:
         target: the base model.
         draft: its draft head; None decodes plainly.
-        tree: bounds of the draft tree; by default what suits the target's device.
+        tree: bounds of the draft tree; by default what suits the target's device. "auto" chooses depth and size anew in
+            each cycle, from costs that are measured once on this machine.
     """
 
-    def __init__(self, target: Target, draft: DraftModel | None = None, tree: TreeConfig | None = None) -> None:
-        self.target, self.draft, self.tree = target, draft, tree or TreeConfig.for_device(target.device)
+    def __init__(
+        self, target: Target, draft: DraftModel | None = None, tree: TreeConfig | Literal["auto"] | None = None
+    ) -> None:
+        self.target, self.draft = target, draft
+        if tree == "auto":
+            tree = TreeConfig.auto(target.device)
+        self.tree: TreeConfig = tree or TreeConfig.for_device(target.device)
+        self._costs: dict[tuple[int, int], CostCurve] = {}
         if draft is not None:
             check_pair(target, draft)
-            draft.prepare_for_decoding()
+            draft.prepare_for_decoding(target.model.get_output_embeddings())
 
     @classmethod
     def from_pretrained(
@@ -57,7 +66,7 @@ class MSDModel:
         *,
         dtype: Any = "auto",
         device_map: Any = None,
-        tree: TreeConfig | None = None,
+        tree: TreeConfig | Literal["auto"] | None = None,
         draft_revision: str | None = None,
         **kwargs: Any,
     ) -> MSDModel:
@@ -170,20 +179,38 @@ class MSDModel:
         if bound_streamer is not None:
             bound_streamer.put(input_ids.cpu())
         generator = None if seed is None else torch.Generator(device=self.target.head_device).manual_seed(seed)
-        tree = tree or self.tree.for_batch(input_ids.shape[0])
+        tree = tree or self._tree_of(input_ids.shape[0])
+        draft = self.draft if use_msd and tree.total_tokens > 1 else None
+        planner = None
+        if draft is not None and tree.adaptive and input_ids.shape[0] == 1:
+            planner = Planner(self._cost_of(draft, tree), tree.total_tokens)
         decoder = Decoder(
             self.target,
-            self.draft if use_msd and tree.total_tokens > 1 else None,
+            draft,
             {"input_ids": input_ids, **model_inputs},
             TokenChooser(logits_processor, generation_config.do_sample, generator),
             Stopper(stopping_criteria, input_ids.shape[1]),
             tree,
             bound_streamer,
+            planner,
         )
         answers = [torch.tensor(tokens, dtype=input_ids.dtype, device=input_ids.device) for tokens in decoder.run()]
         padding = generation_config.pad_token_id or 0
         joined = pad_sequence(answers, batch_first=True, padding_value=padding)
         return MSDOutput(sequences=torch.cat([input_ids, joined], dim=1), stats=decoder.stats)
+
+    def _tree_of(self, batch: int) -> TreeConfig:
+        """The model's tree for a batch; one that adapts is for a single sequence."""
+        if batch > 1 and self.tree.adaptive:
+            return TreeConfig.for_device(self.target.device).for_batch(batch)
+        return self.tree.for_batch(batch)
+
+    def _cost_of(self, draft: DraftModel, tree: TreeConfig) -> CostCurve:
+        """Measured at first use."""
+        bounds = (tree.top_k, tree.total_tokens)
+        if bounds not in self._costs:
+            self._costs[bounds] = cost_of(self.target, draft, tree)
+        return self._costs[bounds]
 
 
 def check_request(input_ids: Tensor, settings: GenerationConfig, streamer: Any) -> None:

@@ -22,8 +22,6 @@ from llava.errors import UserError
 from llava.files import atomic_write
 from llava.hub import is_repository_name
 
-FILES = ("config.json", "model.safetensors", "README.md")
-
 
 def save_pretrained(draft: DraftModel, folder: str | Path, about: About | None = None, name: str | None = None) -> Path:
     """Writes config, weights in their own dtype, and the model card. `load_draft` and `MSDModel.from_pretrained` read
@@ -106,7 +104,8 @@ def _upload(folder: Path, repo: str, private: bool, token: str | None, message: 
         api.create_repo(repo, private=private, exist_ok=True)
         if private and not api.model_info(repo).private:
             raise UserError("the repository exists and is public", where=repo, fix="make it private, or drop --private")
-        files = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(folder / name)) for name in FILES]
+        written = sorted(path for path in Path(folder).iterdir() if path.is_file())
+        files = [CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=str(path)) for path in written]
         return str(api.create_commit(repo, files, commit_message=message).commit_url)
 
 

@@ -34,6 +34,12 @@ class Sequence:
         """Prompt tokens."""
         return self.prompt.shape[1]
 
+    def add_certain(self, hidden: Tensor, tokens: Tensor) -> None:
+        """Rows for the draft to read, after those that it has not read yet."""
+        if self.certain is not None:
+            hidden, tokens = torch.cat([self.certain[0], hidden]), torch.cat([self.certain[1], tokens])
+        self.certain = hidden, tokens
+
     def choice_in(self, logits: Tensor) -> Callable[[int, list[int]], int]:
         """The target's choice at a node after the tokens that lead to it. ``logits`` [N, V]."""
 
