@@ -98,7 +98,7 @@ def _check_report(report: Mapping[str, Any], path: str | Path, names: Sequence[s
 
 
 def _upload(folder: Path, repo: str, private: bool, token: str | None, message: str) -> str:
-    """One commit with the three files."""
+    """One commit with everything in the folder."""
     api = HfApi(token=token)
     with _hub_says(repo):
         api.create_repo(repo, private=private, exist_ok=True)
