@@ -11,7 +11,7 @@ REPO = Path(__file__).resolve().parents[1]
 PAGE = REPO / "docs" / "troubleshooting.md"
 SOURCES = ("LLaVA/llava", "EAGLE/eagle", "lmms-eval/lmms_eval_msd")
 GAP = "…"
-PASSED_ON = {"message", "failure.message"}  # a message that was made elsewhere: argparse's, a worker's
+PASSED_ON = {"message", "failure.message", "error.what"}  # a message that was made elsewhere: argparse's, a worker's
 ROW = re.compile(r"^\| `([^`]+)` \| (.+) \|$", re.MULTILINE)
 
 

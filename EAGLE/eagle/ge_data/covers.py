@@ -99,8 +99,10 @@ def fetch_covers(addresses: Mapping[str, str], folder: Path, workers: int) -> Ta
                 raise UserError(f"the last {HOPELESS} covers all failed, {name}: {error}", folder, "see the network")
     if failed:
         name, error = next(iter(failed.items()))
-        what = f"{len(failed)} of {len(todo)} covers failed, the first {name}: {error}"
-        raise UserError(what, fix="run the command again: what is done is kept")
+        raise UserError(
+            f"{len(failed)} of {len(todo)} covers failed, the first {name}: {error}",
+            fix="run the command again: what is done is kept",
+        )
     return Tally(len(picture_names(folder)), len(gone_covers(folder)))
 
 

@@ -127,8 +127,11 @@ def _from_hub(repository: str, path: Path) -> None:
     except (HTTPError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        what = f"download of {path.name} from the hub failed ({_first_line(error)})"
-        raise UserError(what, repository, "run the command again: what is done is kept") from None
+        raise UserError(
+            f"download of {path.name} from the hub failed ({_first_line(error)})",
+            repository,
+            "run the command again: what is done is kept",
+        ) from None
 
 
 def _first_line(error: Exception) -> str:
@@ -149,8 +152,11 @@ def get(source: Source, options: argparse.Namespace) -> str:
         assert isinstance(source, CoverSet)
         return get_covers(source, options.root, options.ocr_vqa_list, options.workers)
     except OSError as error:
-        what = f"cannot write or read a file here ({error.strerror or error})"
-        raise UserError(what, error.filename or options.root, "run the command again: what is done is kept") from None
+        raise UserError(
+            f"cannot write or read a file here ({error.strerror or error})",
+            error.filename or options.root,
+            "run the command again: what is done is kept",
+        ) from None
 
 
 def download(sources: Sequence[Source], options: argparse.Namespace) -> int:
@@ -171,8 +177,11 @@ def download(sources: Sequence[Source], options: argparse.Namespace) -> int:
         if archives.is_dir() and not any(archives.iterdir()):
             archives.rmdir()
     if failed:
-        what = f"{len(failed)} of {len(sources)} sets failed"
-        raise UserError(what, ", ".join(failed), "the lines above tell why; what is done is kept")
+        raise UserError(
+            f"{len(failed)} of {len(sources)} sets failed",
+            ", ".join(failed),
+            "the lines above tell why; what is done is kept",
+        )
     return 0
 
 

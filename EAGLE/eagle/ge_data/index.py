@@ -167,8 +167,11 @@ def load_index(folder: str | Path, strict: bool = True) -> Index:
         about = read_about(files[name])
         found = source_in(about, files[name])
         if source is not None and found != source:
-            what = f"shard of another corpus, with {found.differences(source)}"
-            raise UserError(what, files[name], "keep one folder for each model, data set and way of storing")
+            raise UserError(
+                f"shard of another corpus, with {found.differences(source)}",
+                files[name],
+                "keep one folder for each model, data set and way of storing",
+            )
         source = found
         shards.append(shard_info(files[name], about, None))
     assert source is not None

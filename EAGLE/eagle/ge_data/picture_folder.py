@@ -57,8 +57,11 @@ def need_space(folder: Path, size: int, what: str) -> None:
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(there).free
     if size > free:
-        text = f"no room for {what}: {gigabytes(size)} needed, {gigabytes(free)} free"
-        raise UserError(text, folder, "make room, or give another --root")
+        raise UserError(
+            f"no room for {what}: {gigabytes(size)} needed, {gigabytes(free)} free",
+            folder,
+            "make room, or give another --root",
+        )
 
 
 def _complete(root: Path) -> dict[str, int]:

@@ -105,5 +105,6 @@ def check_schema(schema: Any, path: Path) -> None:
     """Raises `UserError` for a schema version that this program does not read."""
     if type(schema) is not int or schema not in READABLE:
         known = " and ".join(map(str, READABLE))
-        what = f"shards of schema version {shown(schema)}, this program reads {known}"
-        raise UserError(what, path, "make the corpus again")
+        raise UserError(
+            f"shards of schema version {shown(schema)}, this program reads {known}", path, "make the corpus again"
+        )

@@ -177,8 +177,11 @@ def _extractor(job: Job, device: str) -> Extractor:
     regeneration = None if job.answers is None else _regeneration(job.answers, draft)
     source = source_of(target, job.model, job.hidden_dtype, regeneration)
     if job.source is not None and job.source != source:
-        what = f"the folder's shards are of another model or draft, with {job.source.differences(source)}"
-        raise UserError(what, job.folder, "take another --outdir")
+        raise UserError(
+            f"the folder's shards are of another model or draft, with {job.source.differences(source)}",
+            job.folder,
+            "take another --outdir",
+        )
     positions = getattr(target.config.get_text_config(), "max_position_embeddings", job.selection.max_length)
     selection = replace(job.selection, max_length=min(positions, job.selection.max_length))
     template, regenerator = template_of(target), None
