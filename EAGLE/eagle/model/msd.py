@@ -19,7 +19,7 @@ from eagle.model.config import TreeConfig
 from eagle.model.cost import cost_of
 from eagle.model.decode import Decoder
 from eagle.model.draft import DraftModel
-from eagle.model.planner import CostCurve, Planner
+from eagle.model.planner import Acceptance, CostCurve, Planner
 from eagle.model.sampling import TokenChooser
 from eagle.model.stats import Stats
 from eagle.model.stopping import Stopper
@@ -53,6 +53,7 @@ class MSDModel:
         if tree == "auto":
             tree = TreeConfig.auto(target.device)
         self.tree: TreeConfig = tree or TreeConfig.for_device(target.device)
+        self._acceptance = Acceptance()  # learnt over all requests
         self._costs: dict[tuple[int, int], CostCurve] = {}
         if draft is not None:
             check_pair(target, draft)
@@ -183,7 +184,8 @@ class MSDModel:
         draft = self.draft if use_msd and tree.total_tokens > 1 else None
         planner = None
         if draft is not None and tree.adaptive and input_ids.shape[0] == 1:
-            planner = Planner(self._cost_of(draft, tree), tree.total_tokens)
+            known = self._acceptance if seed is None else Acceptance()  # a seed gives the same tokens each time
+            planner = Planner(self._cost_of(draft, tree), tree.total_tokens, known)
         decoder = Decoder(
             self.target,
             draft,

@@ -25,6 +25,7 @@ EDGES = (0.01, 0.02, 0.04, 0.07, 0.12, 0.2, 0.3, 0.45, 0.6, 0.8, 0.9)
 """Limits between the ranges of path probability that are corrected apart."""
 TRUST = 2.0
 """Expected acceptances that the draft's own probability is worth at first."""
+MEMORY = 400.0
 CORRECTION = (0.2, 3.0)
 """Bounds of what is learnt, as a factor on the draft's probability."""
 RECENT = 0.9
@@ -33,6 +34,8 @@ LOSS = 0.97
 """Speed against plain decoding below which a request pauses."""
 PAUSES = (8, 16, 32, 64)
 """Cycles of plain decoding after the first, second, ... time that speculation lost."""
+AHEAD = 4
+"""Levels that are looked ahead when another one is considered: one alone may not pay where several do."""
 TRIAL = 4
 """Cycles with trees before a request may pause, and after each pause."""
 
@@ -68,8 +71,11 @@ class Acceptance:
         return corrected
 
     def learn(self, scores: Floats, accepted: Sequence[int]) -> None:
-        """Nodes of these scores were verified, and those with the indices ``accepted`` were accepted."""
+        """Nodes of these scores were verified, and those with the indices ``accepted`` were accepted. What was long ago
+        counts less: a range remembers about `MEMORY` expected acceptances."""
         drafted = np.exp(scores)
+        full = self._expected > MEMORY
+        self._expected[full], self._accepted[full] = self._expected[full] / 2, self._accepted[full] / 2
         ranges = self._edges.searchsorted(drafted)
         np.add.at(self._expected, ranges, drafted)
         np.add.at(self._accepted, ranges[list(accepted)], 1.0)
@@ -120,8 +126,10 @@ class Planner:
         before, now = float(self._levels[-1].sum()) if self._levels else 1.0, float(chances.sum())
         self._levels.append(chances)
         best = self._best(np.concatenate(self._levels))
-        promised = now * min(1.0, now / before) if before > 0 else 0.0  # the next level shrinks as this one did
-        pays = (best.tokens + promised) / (best.seconds + self.cost.step) > best.speed
+        shrinks = min(1.0, now / before) if before > 0 else 0.0  # each level as this one did
+        promised = now * np.cumprod(np.full(AHEAD, shrinks)).cumsum()  # [AHEAD] by one, two, ... levels
+        seconds = best.seconds + self.cost.step * np.arange(1, AHEAD + 1)
+        pays = bool(((best.tokens + promised) / seconds).max() > best.speed)
         self._steps += pays
         return pays
 
