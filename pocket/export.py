@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,23 +112,27 @@ def export(state: dict[str, torch.Tensor], tokenizer_folder: Path, out: Path) ->
     write_json(fresh / "generation_config.json", generation)
     for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copy(tokenizer_folder / name, fresh / name)
+    put_in_place(fresh, out)
+
+
+def put_in_place(fresh: Path, out: Path) -> None:
+    """A finished folder takes the place of the old one."""
     if out.exists():
         shutil.rmtree(out)
     os.replace(fresh, out)
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command(doc: str | None, export: Callable[[dict[str, torch.Tensor], Path, Path], None]) -> None:
+    """The command line of an export: the last checkpoint of a training run into a model folder."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of the training run")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     path = args.checkpoint / "checkpoint.pt"
     if not path.exists():
         parser.error(f"no checkpoint: {path}")
-    state = torch.load(path, map_location="cpu", weights_only=True)["model"]
-    export(state, args.checkpoint, args.out)
+    export(torch.load(path, map_location="cpu", weights_only=True)["model"], args.checkpoint, args.out)
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__, export)

@@ -61,6 +61,9 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
     BUILD.mkdir(exist_ok=True)
+    if not args.resume:
+        for old in BUILD.glob("step-*.done"):
+            old.unlink()
     for number, step in enumerate(steps()):
         done = BUILD / f"step-{number}.done"
         if args.resume and done.exists():

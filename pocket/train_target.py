@@ -10,7 +10,6 @@ features soon share one large part that drowns their differences, and the model 
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from pathlib import Path
@@ -24,7 +23,7 @@ from .draw import draw
 from .encode import Encoded, Tokenizer, collate, encode, pixels_of
 from .model import fresh, parameter_count
 from .sample import MAX_TURNS, TEXT_SHARE, Conversation
-from .training import Batch, Plan, Run, Stage, compile_layers, log, log_to, train
+from .training import Batch, Plan, Run, Stage, arguments, begin, compile_layers, log, train
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 FROM_SCRATCH = Plan("train", (
@@ -85,19 +84,12 @@ def start_model(out: Path, seed: int, start: Path | None) -> Any:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of tokenizer, checkpoint and log")
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser = arguments(__doc__, steps=4000)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true", help="compile the layers (needs a C++ compiler)")
     parser.add_argument("--start", type=Path, help="train a finished model (pocket/llava) further")
-    parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    args.out.mkdir(parents=True, exist_ok=True)
-    log_to(args.out / "train.log")
+    begin(args, "train.log")
     if args.start is not None:
         for name in TOKENIZER_FILES:
             shutil.copy(args.start / name, args.out / name)

@@ -7,6 +7,7 @@ and i.
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
@@ -209,9 +210,22 @@ def compile_layers(model: Any) -> None:
         layer.forward = torch.compile(layer.forward, dynamic=True)
 
 
-def log_to(path: Path) -> None:
-    """Write the log to a file."""
-    logging.basicConfig(filename=path, level=logging.INFO, format="%(asctime)s %(message)s")
+def arguments(doc: str | None, steps: int) -> argparse.ArgumentParser:
+    """What the command line of every training takes."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of tokenizer, checkpoint and log")
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--resume", action="store_true", help="go on exactly where it stopped")
+    return parser
+
+
+def begin(args: argparse.Namespace, name: str) -> None:
+    """The folder, a log in it, and the threads."""
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(filename=args.out / name, level=logging.INFO, format="%(asctime)s %(message)s")
 
 
 def train(run: Run) -> None:

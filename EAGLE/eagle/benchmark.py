@@ -61,8 +61,7 @@ def with_engine(
 
 
 def with_transformers(model: MSDModel, settings: Mapping[str, Any], **more: Any) -> Callable[[Question], Stats]:
-    """Decodes with transformers' own `generate`; ``more`` are settings of it alone, such as
-    ``prompt_lookup_num_tokens`` for its speculative decoding without a draft."""
+    """Decodes with transformers' own `generate`; ``more`` are settings of it alone."""
     given = {key: value for key, value in settings.items() if key not in ("temperature", "seed")} | more
     if settings.get("temperature"):
         given.update(do_sample=True, temperature=settings["temperature"])
@@ -77,6 +76,17 @@ def with_transformers(model: MSDModel, settings: Mapping[str, Any], **more: Any)
         return Stats(new_tokens=sequences.shape[1] - inputs["input_ids"].shape[1], seconds=seconds)
 
     return answer
+
+
+def with_prompt_lookup(model: MSDModel, settings: Mapping[str, Any], tokens: int) -> Callable[[Question], Stats]:
+    """Decodes with transformers' speculation without a draft, which guesses ``tokens`` tokens from the text before.
+
+    It would guess the ids that stand for pictures too, and then fail for want of their pixels; so they are suppressed.
+    """
+    config = model.target.config
+    names = ("image_token_id", "video_token_id")
+    pictures = [number for name in names if (number := getattr(config, name, None)) is not None]
+    return with_transformers(model, settings, prompt_lookup_num_tokens=tokens, suppress_tokens=pictures)
 
 
 def baselines(models: Sequence[MSDModel], settings: Mapping[str, Any]) -> list[Contestant]:

@@ -19,10 +19,10 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor's name, from /proc/cpuinfo where there is one."""
+    """The processor's name where the system tells it, from /proc/cpuinfo where there is one."""
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as info:
             for line in info:
                 if line.startswith("model name"):
                     return line.split(":", 1)[1].strip()
-    return platform.processor()
+    return platform.processor() or platform.machine()

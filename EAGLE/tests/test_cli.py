@@ -100,6 +100,17 @@ def test_bench_writes_its_report(pair, capsys, tmp_path):
     assert "speed-up" in capsys.readouterr().out
 
 
+def test_bench_takes_more_contestants(pair, capsys, tmp_path):
+    out = tmp_path / "report.json"
+    more = ["--also-tree", "2/2/6", "--also-tree", "1/1/2", "--prompt-lookup", "3", "--out", str(out)]
+    questions = ["--data", str(pair / "questions.jsonl"), "--max-new-tokens", "8", "--warm-up", "0"]
+    assert main(["bench", *models(pair), *questions, *more]) == 0
+    others = json.loads(out.read_text())["others"]
+    assert set(others) == {"MSD float32, tree 2/2/6", "MSD float32, tree 1/1/2", "prompt lookup float32"}
+    assert all(other["tokens_per_second"] > 0 for other in others.values())
+    assert "prompt lookup float32" in capsys.readouterr().out
+
+
 def test_demo_ends_with_a_table(pair, capsys):
     data = ["--data", str(pair / "questions.jsonl"), "--pictures", "2", "--max-new-tokens", "6"]
     assert main(["demo", *models(pair), *data]) == 0

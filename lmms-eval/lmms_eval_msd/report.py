@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eagle import Stats
+from eagle.hardware import cpu_name
 from llava.files import atomic_write
 from lmms_eval_msd import MODELS
 from lmms_eval_msd.runs import Baseline, differences, speedup
@@ -55,7 +56,7 @@ def build(
         **settings,
         "tasks": {task: summary(part) for task, part in sorted(stats.items())},
         "total": summary(everything),
-        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
     return report if baseline is None else with_speedup(report, baseline)
@@ -93,15 +94,6 @@ def summary(stats: Stats) -> dict[str, Any]:
         ],
         "phases_ms": stats.phases_ms,
     }
-
-
-def processor_name() -> str:
-    """The CPU's name where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def table(report: Mapping[str, Any]) -> Table:

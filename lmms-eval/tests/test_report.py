@@ -10,6 +10,7 @@ from eval_support import IMAGES, TREE, load, request
 from rich.console import Console
 
 from eagle import Stats
+from eagle.hardware import cpu_name
 from llava import UserError
 from lmms_eval_msd import report
 from lmms_eval_msd.model import LlavaMSD
@@ -48,7 +49,7 @@ def write_results(folder, tasks, **changes):
 
 def test_speedup(tmp_path):
     parts = {"a": stats([2, 0, 1], 2, 2.0), "b": stats([3], 1, 1.0)}
-    whole = load_baseline(write_results(tmp_path / "whole", {"a": 2.0, "b": 2.5}, hardware=report.processor_name()))
+    whole = load_baseline(write_results(tmp_path / "whole", {"a": 2.0, "b": 2.5}, hardware=cpu_name()))
     built = report.build(parts, SETTINGS, CPU, whole)
     assert [row["speedup"] for row in built["tasks"].values()] == [2.0, 2.0]
     assert built["total"]["speedup"] == pytest.approx(13 / 3 / 2.0)
@@ -57,7 +58,7 @@ def test_speedup(tmp_path):
     built = report.build(parts, SETTINGS, CPU, part)
     assert [row["speedup"] for row in built["tasks"].values()] == [2.0, None]
     assert built["total"]["speedup"] is None
-    assert built["baseline"]["differences"] == {"hardware": ["other", report.processor_name()]}
+    assert built["baseline"]["differences"] == {"hardware": ["other", cpu_name()]}
 
 
 def test_table(tmp_path, capsys):

@@ -5,8 +5,6 @@ python -m pocket.qwen.export --checkpoint pocket/build/qwen --out pocket/qwen2vl
 
 from __future__ import annotations
 
-import argparse
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from pocket.encode import MEAN, STD
-from pocket.export import write_json
+from pocket.export import command, put_in_place, write_json
 
 from .encode import PROCESSOR, TEMPLATE
 from .model import ids_of, published_config
@@ -76,22 +74,8 @@ def export(state: dict[str, torch.Tensor], tokenizer_folder: Path, out: Path) ->
     })  # fmt: skip
     for name in FILES:
         shutil.copy(tokenizer_folder / name, fresh / name)
-    if out.exists():
-        shutil.rmtree(out)
-    os.replace(fresh, out)
-
-
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of the training run")
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    path = args.checkpoint / "checkpoint.pt"
-    if not path.exists():
-        parser.error(f"no checkpoint: {path}")
-    export(torch.load(path, map_location="cpu", weights_only=True)["model"], args.checkpoint, args.out)
+    put_in_place(fresh, out)
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__, export)

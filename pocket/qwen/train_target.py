@@ -7,7 +7,6 @@ The tower stays as it is. All layers learn from the first step, short questions 
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from pocket.encode import Tokenizer
 from pocket.model import parameter_count
 from pocket.sample import MAX_TURNS, TEXT_SHARE
 from pocket.train_target import MORE_SCENES
-from pocket.training import Plan, Run, Stage, log, log_to, train
+from pocket.training import Plan, Run, Stage, arguments, begin, log, train
 
 from .encode import Qwen
 from .model import fresh, take_over
@@ -47,15 +46,8 @@ def start_model(out: Path, seed: int) -> Any:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of tokenizer, tower, checkpoint and log")
-    parser.add_argument("--steps", type=int, default=640)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--resume", action="store_true")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    log_to(args.out / "train.log")
+    args = arguments(__doc__, steps=640).parse_args()
+    begin(args, "train.log")
     model = start_model(args.out, args.seed)
     run = Run(args.out, model, Qwen(args.out), PLAN, args.steps, args.seed)
     if args.resume:

@@ -9,7 +9,6 @@ it and the colours' cover (pocket.patches). Writes the tokenizer and OUT/tower.p
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
@@ -30,7 +29,7 @@ from pocket.model import TEXT
 from pocket.patches import GRID, collate_labels, label
 from pocket.sample import draw_picture_data
 from pocket.train_tower import Heads, label_losses
-from pocket.training import log, log_to
+from pocket.training import arguments, begin, log
 
 from .encode import Qwen
 from .model import fresh
@@ -156,16 +155,8 @@ def train(tower: Tower) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of tokenizer, tower and log")
-    parser.add_argument("--steps", type=int, default=900)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--resume", action="store_true")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    args.out.mkdir(parents=True, exist_ok=True)
-    log_to(args.out / "tower.log")
+    args = arguments(__doc__, steps=900).parse_args()
+    begin(args, "tower.log")
     tower = Tower(args.out, args.steps, args.seed)
     if args.resume:
         tower.load()

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from eagle.benchmark import Contestant, baselines, interleave, strongest, versions, with_engine, with_transformers
+from eagle.benchmark import Contestant, baselines, interleave, strongest, versions, with_engine, with_prompt_lookup
 from eagle.commands.options import (
     add_data_options,
     add_length_option,
@@ -55,15 +55,14 @@ def run(arguments: argparse.Namespace) -> int:
     settings = {"max_new_tokens": arguments.max_new_tokens, **sampling_settings(arguments)}
     model = load_model(arguments)
     own = str(model.dtype).removeprefix("torch.")
-    others = [name for name in dict.fromkeys(arguments.baseline_dtype or []) if name != own]
-    plain = [model, *(load_model(arguments, need_draft=False, dtype=name) for name in others)]
+    dtypes = [name for name in dict.fromkeys(arguments.baseline_dtype or []) if name != own]
+    plain = [model, *(load_model(arguments, need_draft=False, dtype=name) for name in dtypes)]
     msd = Contestant(f"MSD {own}", with_engine(model, True, settings))
     rivals = baselines(plain, settings)
     others = [Contestant(f"MSD {own}, tree {name_of(tree)}", with_engine(model, True, settings, tree))
               for tree in arguments.also_tree]  # fmt: skip
     if arguments.prompt_lookup:
-        lookup = with_transformers(model, settings, prompt_lookup_num_tokens=arguments.prompt_lookup)
-        others.append(Contestant(f"prompt lookup {own}", lookup))
+        others.append(Contestant(f"prompt lookup {own}", with_prompt_lookup(model, settings, arguments.prompt_lookup)))
     progress = tqdm(total=len(questions), desc="bench", unit="question", file=sys.stderr)
     for _ in interleave([msd, *others, *rivals], questions, arguments.warm_up):
         progress.update()

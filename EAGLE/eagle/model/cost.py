@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import statistics
 import time
@@ -27,6 +28,7 @@ from eagle.model.drafter import Drafter
 from eagle.model.masks import MaskBuffer
 from eagle.model.planner import CostCurve
 from eagle.model.targets.base import Target
+from llava.errors import UserError
 from llava.files import atomic_write
 
 NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -34,10 +36,12 @@ CONTEXT = 256
 """Positions that are cached while it is measured."""
 ROUNDS, WARM_UP = 7, 2
 SCHEMA = 1
+log = logging.getLogger(__name__)
 
 
 def cost_of(target: Target, draft: DraftModel, tree: TreeConfig) -> CostCurve:
-    """The recorded costs of this pair on this machine, measured now if there is no record."""
+    """The recorded costs of this pair on this machine, measured now if there is no record. Where the folder cannot be
+    written they are measured by every process."""
     described = describe(target, draft, tree)
     path = folder() / f"{key_of(described)}.json"
     known = read(path)
@@ -48,8 +52,11 @@ def cost_of(target: Target, draft: DraftModel, tree: TreeConfig) -> CostCurve:
         "schema": SCHEMA, "measured": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "context": CONTEXT, "rounds": ROUNDS, "described": described, "seconds": asdict(cost),
     }  # fmt: skip
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    try:
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    except (UserError, OSError) as error:
+        log.warning("costs are not kept for next time: %s", error)
     return cost
 
 

@@ -26,6 +26,7 @@ EDGES = (0.01, 0.02, 0.04, 0.07, 0.12, 0.2, 0.3, 0.45, 0.6, 0.8, 0.9)
 TRUST = 2.0
 """Expected acceptances that the draft's own probability is worth at first."""
 MEMORY = 400.0
+"""Expected acceptances in a range after which what is learnt there is halved."""
 CORRECTION = (0.2, 3.0)
 """Bounds of what is learnt, as a factor on the draft's probability."""
 RECENT = 0.9
@@ -100,6 +101,7 @@ class Planner:
     Args:
         cost: of this machine.
         largest: nodes of the largest tree, root included.
+        acceptance: what was learnt before; this sequence adds to it.
     """
 
     cost: CostCurve

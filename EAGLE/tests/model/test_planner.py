@@ -140,6 +140,12 @@ def test_costs_are_measured_once_and_recorded(
     monkeypatch.setattr(costs, "measure", lambda *_: pytest.fail("measured again"))
     assert cost_of(msd.target, msd.draft, tree) == cost
 
+    monkeypatch.setattr(costs, "measure", lambda *_: FLAT)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MSD_CACHE", str(tmp_path / "file"))  # cannot be a folder: measured, and nothing fails
+    assert cost_of(msd.target, msd.draft, tree) == FLAT
+    monkeypatch.setenv("MSD_CACHE", str(tmp_path / "cache"))
+
     for broken in ("{", json.dumps({"schema": 1}), json.dumps({**json.loads(record.read_text()), "schema": 99})):
         record.write_text(broken)
         monkeypatch.setattr(costs, "measure", lambda *_: FLAT)
