@@ -18,7 +18,7 @@ from pocket.encode import Tokenizer
 from pocket.model import parameter_count
 from pocket.sample import MAX_TURNS, TEXT_SHARE
 from pocket.train_target import MORE_SCENES
-from pocket.training import Plan, Run, Stage, arguments, begin, log, train
+from pocket.training import Plan, Run, Stage, arguments, begin, compile_layers, log, train
 
 from .encode import Qwen
 from .model import fresh, take_over
@@ -46,12 +46,16 @@ def start_model(out: Path, seed: int) -> Any:
 
 def main() -> None:
     """Command line."""
-    args = arguments(__doc__, steps=640).parse_args()
+    parser = arguments(__doc__, steps=640)
+    parser.add_argument("--compile", action="store_true", help="compile the layers (needs a C++ compiler)")
+    args = parser.parse_args()
     begin(args, "train.log")
     model = start_model(args.out, args.seed)
     run = Run(args.out, model, Qwen(args.out), PLAN, args.steps, args.seed)
     if args.resume:
         run.load()
+    if args.compile:
+        compile_layers(model)
     log.info(json.dumps({"parameters": parameter_count(model), "from": run.step, "steps": run.steps}))
     train(run)
 
