@@ -2,16 +2,19 @@
 
 python -m pocket.qwen.train_target --out pocket/build/qwen      (after pocket.qwen.train_tower; --resume goes on)
 
-The tower stays as it is. All layers learn from the first step, short questions first.
+The tower stays as it is. All layers learn from the first step, short questions first. With --start a finished model
+learns on, from conversations that it has not seen.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Qwen2VLForConditionalGeneration
 
 from llava import load_pretrained
 from pocket.encode import Tokenizer
@@ -22,7 +25,7 @@ from pocket.training import Plan, Run, Stage, arguments, begin, compile_layers, 
 
 from .encode import Qwen
 from .model import fresh, take_over
-from .tokenizer import load_tokenizer
+from .tokenizer import FILES, load_tokenizer
 from .train_tower import TEACHER
 
 PLAN = Plan("qwen", (
@@ -31,8 +34,18 @@ PLAN = Plan("qwen", (
 ), peak=0.6, decay=0.8)  # fmt: skip
 
 
-def start_model(out: Path, seed: int) -> Any:
-    """The tower of OUT/tower.pt, frozen, and the pocket LLaVA's language model."""
+FURTHER = Plan("qwen-further", (
+    Stage(0.0, quiz_share=0.25, text_share=0.06, turns=MAX_TURNS, kinds=(1.0, 1.3, 1.2, 0.6, 3.5)),
+), peak=0.35, decay=1.0)  # fmt: skip
+"""As that of the LLaVA (pocket.train_target): scenes are learnt last."""
+
+
+def start_model(out: Path, seed: int, start: Path | None) -> Any:
+    """The tower of OUT/tower.pt, frozen, and the pocket LLaVA's language model; or the finished model in `start`."""
+    if start is not None:
+        finished = Qwen2VLForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
+        finished.model.visual.requires_grad_(False)
+        return finished
     path = out / "tower.pt"
     if not path.exists():
         raise SystemExit(f"no vision tower: {path}; make it with: python -m pocket.qwen.train_tower --out {out}")
@@ -48,10 +61,15 @@ def main() -> None:
     """Command line."""
     parser = arguments(__doc__, steps=640)
     parser.add_argument("--compile", action="store_true", help="compile the layers (needs a C++ compiler)")
+    parser.add_argument("--start", type=Path, help="train a finished model (pocket/qwen2vl) further")
     args = parser.parse_args()
     begin(args, "train.log")
-    model = start_model(args.out, args.seed)
-    run = Run(args.out, model, Qwen(args.out), PLAN, args.steps, args.seed)
+    if args.start is not None:
+        for name in FILES:
+            shutil.copy(args.start / name, args.out / name)
+    model = start_model(args.out, args.seed, args.start)
+    plan = PLAN if args.start is None else FURTHER
+    run = Run(args.out, model, Qwen(args.out), plan, args.steps, args.seed)
     if args.resume:
         run.load()
     if args.compile:
