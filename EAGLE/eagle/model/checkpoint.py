@@ -93,6 +93,10 @@ def load_draft(
         raise UserError(
             "draft does not fit its config: " + "; ".join(problems), where=path, fix="is this an MSD draft?"
         )
+    if broken := [name for name, tensor in tensors.items() if tensor.isnan().any()]:
+        raise UserError(
+            f"draft has values that are not numbers in {', '.join(broken)}", path, "take another checkpoint"
+        )
     draft.load_state_dict(tensors, assign=True)
     draft.rotary = type(draft.rotary)(config.head_dim, config.rope_theta, config.mrope_section)
     if config.options.head_tokens is not None:
