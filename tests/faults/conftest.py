@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fault_support import hear_ctrl_c
 from tiny_draft import make_draft
 from tiny_llava import make_image, make_liuhaotian
 
@@ -90,8 +91,9 @@ def start() -> Iterator[Start]:
             "OMP_NUM_THREADS": "1",
         }
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        running.append(subprocess.Popen([sys.executable, *command], env=environment, **pipes))
-        return running[-1]
+        process = subprocess.Popen([sys.executable, *command], env=environment, preexec_fn=hear_ctrl_c, **pipes)
+        running.append(process)
+        return process
 
     yield begin
     for process in running:

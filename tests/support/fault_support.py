@@ -1,8 +1,9 @@
-"""Annotation rows and damage for the fault tests. No pytest in here."""
+"""Annotation rows, damage and signals for the fault tests. No pytest in here."""
 
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,3 +33,8 @@ def damaged(data: bytes, count: int, seed: int) -> Iterator[bytes]:
             yield data[:place]
         else:
             yield (data[:place] + chance.randbytes(16) + data[place + 16 :])[: len(data)]
+
+
+def hear_ctrl_c() -> None:
+    """For a process that is about to start: what a background shell starts is deaf to SIGINT, its children too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

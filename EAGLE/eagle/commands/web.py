@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_options(parser, required=False)
     add_length_option(parser, default=512)
     parser.add_argument("--samples", type=positive, default=SAMPLES, help=f"pictures to pick from (default: {SAMPLES})")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; others reach only this machine")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     parser.add_argument("--port", type=int, default=7860, help="0 takes a free one (default: 7860)")
 
 
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
             "device": str(model.device),
         }
         host, port = listener.getsockname()[:2]
-        print(f"msd web: http://{f'[{host}]' if ':' in host else host}:{port}  (Ctrl-C ends it)", flush=True)
+        print(f"msd web: http://{host}:{port}  (Ctrl-C ends it)", flush=True)
         serve(Page(model, about, arguments.max_new_tokens, samples), listener, host)
     return 0
 
@@ -65,8 +65,7 @@ def listen(host: str, port: int) -> socket.socket:
         UserError: the port is taken, or the address is not this machine's.
     """
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family)
+        return socket.create_server((host, port))
     except (OSError, OverflowError) as error:
         raise UserError(
             f"cannot listen ({getattr(error, 'strerror', None) or error})",
@@ -91,6 +90,6 @@ def serve(page: Any, listener: socket.socket, host: str) -> None:
     from eagle.web.app import application
 
     loopback = ipaddress.ip_address(host).is_loopback
-    hosts = [host, f"[{host}]", "localhost"] if loopback else ["*"]
+    hosts = [host, "localhost"] if loopback else ["*"]
     config = uvicorn.Config(application(page, hosts), log_level="warning", timeout_graceful_shutdown=2)
     uvicorn.Server(config).run(sockets=[listener])

@@ -17,6 +17,7 @@ from typing import Any
 
 import browser as chromium
 import pytest
+from fault_support import hear_ctrl_c
 
 from eagle.commands.demo import POCKET
 
@@ -40,7 +41,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     models = ["--base-model", str(POCKET / "llava"), "--msd-model", str(POCKET / "llava-msd"), "--dtype", "float32"]
     command = [sys.executable, "-m", "eagle.cli", "web", *models, "--port", "0"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "HF_HUB_OFFLINE": "1"}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, preexec_fn=hear_ctrl_c, **pipes) as process:
         try:
             assert process.stdout is not None
             found = re.search(r"http://[\d.]+:\d+", process.stdout.readline())
