@@ -218,7 +218,8 @@ def test_wheel_builds_without_the_repository(package: str, tmp_path: Path) -> No
     needed = {
         p.relative_to(source).as_posix()
         for p in repository_files()
-        if source / package in p.parents and (p.suffix in {".py", ".json", ".yaml"} or p.name == "py.typed")
+        if source / package in p.parents
+        and (p.suffix in {".py", ".json", ".yaml", ".html", ".css", ".js"} or p.name == "py.typed")
     }
     assert needed - packed == set()
     assert not any(name.startswith("tests/") for name in packed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -33,6 +34,12 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_draft(folder / "draft", load_target(base, dtype=torch.float32), agree=1.0)
     make_image(folder / "a.png")
     return folder
+
+
+@pytest.fixture
+def own_pair(pair: Path, tmp_path: Path) -> Path:
+    """A copy of the pair to be spoilt, with the tower that lies beside the base."""
+    return shutil.copytree(pair, tmp_path / "pair")
 
 
 @pytest.fixture

@@ -37,28 +37,24 @@ def check(load: Callable[[], Any], file: Path, count: int, at_least: int, seed: 
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_damaged_draft(pair: Path, tmp_path: Path, name: str) -> None:
-    draft = shutil.copytree(pair / "draft", tmp_path / "draft")
+def test_a_damaged_draft(own_pair: Path, name: str) -> None:
+    draft = own_pair / "draft"
     check(lambda: load_draft(draft), draft / name, count=60, at_least=20)
 
 
-def base_files(pair: Path) -> list[str]:
-    return sorted(path.name for path in (pair / "base").iterdir() if path.suffix in {".json", ".bin", ".model"})
+def check_base(folder: Path, count: int) -> None:
+    base = folder / "base"
+    for file in sorted(path for path in base.iterdir() if path.suffix in {".json", ".bin", ".model"}):
+        check(lambda: load_target(base, dtype="float32"), file, count, at_least=count // 6, seed=len(file.name))
 
 
-def check_base(pair: Path, tmp_path: Path, count: int) -> None:
-    base = shutil.copytree(pair / "base", tmp_path / "base")
-    for name in base_files(pair):
-        check(lambda: load_target(base, dtype="float32"), base / name, count, at_least=count // 6, seed=len(name))
-
-
-def test_a_damaged_base(pair: Path, tmp_path: Path) -> None:
-    check_base(pair, tmp_path, 6)
+def test_a_damaged_base(own_pair: Path) -> None:
+    check_base(own_pair, 6)
 
 
 @pytest.mark.slow
-def test_a_base_damaged_in_many_ways(pair: Path, tmp_path: Path) -> None:
-    check_base(pair, tmp_path, 90)
+def test_a_base_damaged_in_many_ways(own_pair: Path) -> None:
+    check_base(own_pair, 90)
 
 
 def test_a_damaged_index_of_a_corpus(training: Callable[..., list[str]], tmp_path: Path) -> None:
@@ -124,9 +120,8 @@ def test_no_pickle_of_a_checkpoint_runs_code(
         (state / name).write_bytes(whole)
 
 
-def test_no_pickle_of_a_base_or_draft_runs_code(pair: Path, tmp_path: Path) -> None:
-    base = shutil.copytree(pair / "base", tmp_path / "base")
-    draft = shutil.copytree(pair / "draft", tmp_path / "draft")
+def test_no_pickle_of_a_base_or_draft_runs_code(own_pair: Path, tmp_path: Path) -> None:
+    base, draft = own_pair / "base", own_pair / "draft"
     (draft / "model.safetensors").unlink()
     shard = next(base.glob("pytorch_model*.bin"))
     for load, file in ((lambda: load_target(base), shard), (lambda: load_draft(draft), draft / "pytorch_model.bin")):
@@ -139,8 +134,8 @@ def test_no_pickle_of_a_base_or_draft_runs_code(pair: Path, tmp_path: Path) -> N
         assert not (tmp_path / "ran").exists()
 
 
-def test_json_made_to_do_harm(pair: Path, tmp_path: Path) -> None:
-    draft = shutil.copytree(pair / "draft", tmp_path / "draft")
+def test_json_made_to_do_harm(own_pair: Path) -> None:
+    draft = own_pair / "draft"
     config = json.loads((draft / "config.json").read_text())
     deep, long = "[" * 200_000, '{"hidden_size": ' + "9" * 10_000 + "}"
     huge = json.dumps({**config, "hidden_size": 10**12, "intermediate_size": 10**12})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,16 +29,14 @@ def generate(pair: Path, base: Path, capsys: pytest.CaptureFixture[str], *option
 
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight"])
 @pytest.mark.parametrize("options", [[], ["--no-msd"], ["--temperature", "1"]], ids=["msd", "plain", "sampled"])
-def test_a_base_of_nan(
-    pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, options: list[str]
-) -> None:
-    base = shutil.copytree(pair / "base", tmp_path / "base")
+def test_a_base_of_nan(own_pair: Path, capsys: pytest.CaptureFixture[str], name: str, options: list[str]) -> None:
+    base = own_pair / "base"
     for shard in base.glob("*.bin"):
         tensors = torch.load(shard, weights_only=True)
         if name in tensors:
             tensors[name].fill_(NAN)
             torch.save(tensors, shard)
-    assert "the base model's output is not a number" in generate(pair, base, capsys, *options)
+    assert "the base model's output is not a number" in generate(own_pair, base, capsys, *options)
 
 
 def test_nan_in_the_middle_of_an_answer(
@@ -57,8 +54,8 @@ def test_nan_in_the_middle_of_an_answer(
     assert len(calls) == 2
 
 
-def test_a_draft_of_nan_is_named(pair: Path, tmp_path: Path) -> None:
-    draft = shutil.copytree(pair / "draft", tmp_path / "draft")
+def test_a_draft_of_nan_is_named(own_pair: Path) -> None:
+    draft = own_pair / "draft"
     tensors = load_file(draft / "model.safetensors")
     tensors["fc.bias"][3] = NAN
     save_file(tensors, draft / "model.safetensors")
