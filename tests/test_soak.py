@@ -44,7 +44,7 @@ def test_every_kind_takes_part_and_answers_are_the_plain_ones(options: list[str]
 def test_another_answer_and_growth_have_a_status(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert soak.main([*options, "--out", str(tmp_path / "a.json"), "--max-slope", "-1e9"]) == 1
+    assert soak.main([*options, "--out", str(tmp_path / "a.json"), "--max-slope=-1e9"]) == 1
     commit = Decoder.commit
 
     def spoilt(self, trees, accepted, hidden):
