@@ -84,11 +84,13 @@ class Page:
         cannot be read is found later, and is an "error" event."""
         if request.headers.get("content-type", "").split(";")[0] != "application/json":
             return JSONResponse({"message": "send application/json"}, status_code=415)
-        body = b""
-        async for part in request.stream():
-            body += part
-            if len(body) > MAX_BODY:
-                return JSONResponse({"message": f"over {MAX_BODY // 2**20} MB"}, status_code=413)
+        body, size = bytearray(), 0
+        async for part in request.stream():  # to its end: a client hears nothing before it has sent all
+            size += len(part)
+            if size <= MAX_BODY:
+                body += part
+        if size > MAX_BODY:
+            return JSONResponse({"message": f"over {MAX_BODY // 2**20} MB"}, status_code=413)
         try:
             ask = Ask.from_dict(json.loads(body), self.longest)
         except (ValueError, RecursionError):
