@@ -62,7 +62,8 @@ class CheckpointStore:
         self._lock: IO[str] | None = None
 
     def hold(self) -> None:
-        """Keeps other runs out of the folder until this process ends. For the main process, before anything else.
+        """Keeps other runs out of the folder for as long as this object is there. For the main process, before anything
+        else.
 
         Raises:
             UserError: another run writes here.
