@@ -77,6 +77,7 @@ def test_a_damaged_checkpoint_of_a_training(
     """Named; without it the run goes on from the one before."""
     assert run(training(save_every=2, max_steps=4)) == 0
     newest = tmp_path / "ck" / "step-00000004"
+    capsys.readouterr()
     for name in ("state/engine.pt", "state/random-000.pt", "progress.json"):
         file = newest / name
         whole = file.read_bytes()

@@ -39,7 +39,7 @@ from llava.files import atomic_write, read_json
 
 TEMPORARY, REPLACED = ".tmp-", ".old-"
 # what torch raises for a state that is cut off, altered or not its own
-DAMAGE = (RuntimeError, ValueError, KeyError, EOFError, OSError, pickle.UnpicklingError)
+DAMAGE = (RuntimeError, ValueError, TypeError, LookupError, EOFError, OSError, pickle.UnpicklingError)
 PACKAGES = ("msd-eagle", "msd-llava", "torch", "transformers", "deepspeed", "safetensors", "numpy")
 
 
