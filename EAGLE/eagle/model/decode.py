@@ -6,6 +6,7 @@ on without it.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,13 +18,17 @@ from eagle.model.config import TreeConfig
 from eagle.model.draft import DraftModel
 from eagle.model.drafter import Drafter
 from eagle.model.masks import MaskBuffer
+from eagle.model.memory import is_out_of_memory
 from eagle.model.planner import Floats, Planner
 from eagle.model.sampling import TokenChooser
 from eagle.model.sequence import Sequence, sequences_of
 from eagle.model.stats import Stats
 from eagle.model.stopping import Stopper
 from eagle.model.targets.base import Target
-from eagle.model.tree import DraftTree, root_only, select_nodes
+from eagle.model.tree import DraftTree, best_part, root_only, select_nodes
+from llava.errors import UserError
+
+OUT_OF_MEMORY = "ask for fewer new tokens, or take a shorter prompt, a smaller batch or --dtype bfloat16"
 
 
 class Decoder:
@@ -34,7 +39,9 @@ class Decoder:
         chooser, stopper: the target's choice of a token, and the end of an answer.
         tree: bounds of each draft tree.
         planner: chooses depth and size within the bounds, for a single sequence; None takes the bounds.
-        streamer: a transformers streamer; gets the new tokens as they are certain. For a single sequence.
+        streamer: a transformers streamer; gets the new tokens as they are certain. For a single sequence. One with a
+            method ``put_cycle(tokens, accepted)`` gets those of a cycle together, the first ``accepted`` of which were
+            drafted; the prefill's token comes so too.
     """
 
     def __init__(
@@ -68,7 +75,7 @@ class Decoder:
         while self.active:
             trees = self.draft()
             with self.stats.phase("verify"):
-                hidden, logits = self.verify(trees)
+                trees, hidden, logits = self.verify_within_memory(trees)
             with self.stats.phase("accept"):
                 accepted = self.accept(trees, logits)
             with self.stats.phase("commit"):
@@ -82,7 +89,9 @@ class Decoder:
         """Target and draft read each prompt; the target chooses its first token."""
         for row, prefill in enumerate(self.target.prefill_each(self.inputs, self.cache)):
             sequence = self.sequences[row]
-            first = sequence.chooser.choose(self.target.head(prefill.hidden[:, -1]), sequence.context)  # [1]
+            logits = self.target.head(prefill.hidden[:, -1])  # [1, V]
+            check_numbers(logits)
+            first = sequence.chooser.choose(logits, sequence.context)  # [1]
             sequence.next_position = prefill.next_position
             self._emit(sequence, [int(first)])
             if self.drafter is not None and not sequence.finished:
@@ -117,6 +126,30 @@ class Decoder:
 
     def _deeper(self, scores: Tensor) -> bool:
         return self.planner is None or self.planner.deeper(on_host(scores[0]))
+
+    def verify_within_memory(self, trees: list[DraftTree]) -> tuple[list[DraftTree], Tensor, Tensor]:
+        """`verify`; where memory does not suffice, of the better half of each tree, and so on down to the root. Later
+        trees of the request are no larger. Gives the trees that were verified, too.
+
+        Raises:
+            UserError: memory does not suffice for one token, or the scores are not numbers.
+        """
+        while True:
+            try:
+                hidden, logits = self.verify(trees)
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            size = max(tree.size for tree in trees) // 2  # after the handler, which held the failed forward's tensors
+            if size == 0:
+                raise UserError("out of memory with a single token", self.target.device, OUT_OF_MEMORY)
+            self.cache.truncate(self.past)
+            self.tree = replace(self.tree, total_tokens=size)
+            self.stats.cut_trees += 1
+            trees = [best_part(tree, size) if tree.size > size else tree for tree in trees]
+        check_numbers(hidden)
+        return trees, hidden, logits
 
     def verify(self, trees: list[DraftTree]) -> tuple[Tensor, Tensor]:
         """The target's hidden states [B, N, H] and logits [B, N, V] at every node, in one forward. A tree smaller than
@@ -155,9 +188,13 @@ class Decoder:
         kept, sequence.finished = self.stopper.cut(sequence.context, sequence.tokens, added)
         sequence.tokens += kept
         self.stats.new_tokens += len(kept)
-        if self.streamer is not None:
-            for token in kept:
-                self.streamer.put(torch.tensor([token]))
+        if self.streamer is None:
+            return
+        if hasattr(self.streamer, "put_cycle"):
+            self.streamer.put_cycle(kept, len(added) - 1)
+            return
+        for token in kept:
+            self.streamer.put(torch.tensor([token]))
 
     def _drop_finished(self) -> None:
         """Goes on without the sequences that have ended."""
@@ -169,6 +206,15 @@ class Decoder:
             self.cache = self.cache.select(rows)
             if self.drafter is not None:
                 self.drafter.select(rows)
+
+
+def check_numbers(values: Tensor) -> None:
+    """Raises `UserError` where the target gives NaN: every later token would be one and the same."""
+    if bool(values.isnan().any()):
+        raise UserError(
+            "the base model's output is not a number",
+            fix="its weights are damaged, or --dtype float16 overflows: try bfloat16 or float32",
+        )
 
 
 def on_host(scores: Tensor) -> Floats:

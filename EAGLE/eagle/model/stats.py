@@ -17,7 +17,8 @@ class Stats:
 
     ``new_tokens``: tokens given to the caller. ``cycles``: trees verified; a forward over a batch counts once for each
     sequence. ``requests``: sequences. ``accept_lengths``: drafted tokens accepted in each cycle, before any cut at the
-    end of the answer. ``phases``: seconds in each phase.
+    end of the answer. ``phases``: seconds in each phase. ``cut_trees``: times that memory did not suffice to verify a
+    tree, and half of it was verified.
     """
 
     new_tokens: int = 0
@@ -26,6 +27,7 @@ class Stats:
     seconds: float = 0.0
     accept_lengths: list[int] = field(default_factory=list)
     tree_sizes: list[int] = field(default_factory=list)
+    cut_trees: int = 0
     phases: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
     @contextmanager
@@ -69,6 +71,7 @@ class Stats:
         self.seconds += other.seconds
         self.accept_lengths += other.accept_lengths
         self.tree_sizes += other.tree_sizes
+        self.cut_trees += other.cut_trees
         for name, seconds in other.phases.items():
             self.phases[name] = self.phases.get(name, 0.0) + seconds
 

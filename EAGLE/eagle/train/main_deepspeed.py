@@ -126,6 +126,7 @@ def open_store(args: argparse.Namespace, data: TrainingData, config: TrainConfig
     }
     store = CheckpointStore(args.cpdir, config.keep_last, describe_run(about, asdict(config)))
     if main:
+        store.hold()
         store.recover()
     if not args.resume:
         store.refuse_to_overwrite()

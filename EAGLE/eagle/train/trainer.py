@@ -18,6 +18,7 @@ from eagle.train.schedule import BatchSizes, Schedule
 from eagle.train.settings import TrainConfig
 from eagle.train.tracking import Tracker
 from eagle.train.validation import validate
+from llava.errors import UserError
 
 if TYPE_CHECKING:
     from eagle.ge_data.shards import ShardDataset
@@ -111,12 +112,24 @@ class Trainer:
         self._since += 1
         self.tracker.advance()
         last = progress.step == schedule.total_steps
+        saves = last or progress.step % (config.save_every or schedule.steps_per_epoch) == 0
+        if progress.step % config.log_every == 0 or saves:
+            self._check_loss()
         if progress.step % config.log_every == 0 or last:
             self._log(epoch)
         if last or progress.step % (config.validate_every or schedule.steps_per_epoch) == 0:
             self._validate()
-        if last or progress.step % (config.save_every or schedule.steps_per_epoch) == 0:
+        if saves:
             self.store.save(self.engine, progress)
+
+    def _check_loss(self) -> None:
+        """Raises `UserError` where the loss is no number any more, before such a draft takes a good one's place."""
+        if self._sums is not None and not bool(self._sums.isfinite().all()):
+            raise UserError(
+                f"the loss is not a number, at step {self.progress.step} or just before",
+                where=self.store.folder,
+                fix="--init from a checkpoint there, in another --cpdir, at a lower learning_rate",
+            )
 
     def _log(self, epoch: int) -> None:
         """Means since the last log, over all processes."""
