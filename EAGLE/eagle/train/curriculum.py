@@ -23,7 +23,7 @@ class Item(NamedTuple):
 
 
 def image_probability(epoch: int, epochs: int, text_share: float, start: float = 0.0, end: float = 1.0) -> float:
-    """Probability that a sample of ``epoch`` (from 0) has an image: 0 at first, then linear from ``start`` (not reached)
+    """Probability that a sample of ``epoch`` (from 0) has an image: 0 at first, then linear from ``start`` (excluded)
     to ``end`` in the last epoch.
 
     With 40 epochs and ``text_share`` 0.5, as published: epochs 0..19 give 0, epoch 20 gives 1/20, epoch 39 gives 1.
