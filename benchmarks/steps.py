@@ -39,18 +39,22 @@ def told(record: Mapping[str, Any]) -> str:
     return f"{record['date'][:10]}, {device}, {software}, commit {str(record['commit'])[:12]}"
 
 
+def environment() -> dict[str, str]:
+    """This process's, with the repository's packages found first."""
+    paths = [str(REPO), *(str(REPO / name) for name in PACKAGES), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
 def launch(module: str, argv: Sequence[str], log: Path) -> None:
     """Runs ``python -m module argv`` in a process of its own; its output is appended to ``log``.
 
     Raises:
         UserError: it ended with another status than 0; the message has the end of its log.
     """
-    paths = [str(REPO), *(str(REPO / name) for name in PACKAGES), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as output:
         command = [sys.executable, "-m", module, *argv]
-        status = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False)
+        status = subprocess.run(command, env=environment(), stdout=output, stderr=subprocess.STDOUT, check=False)
     if status.returncode:
         end = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:]
         print("\n".join(end), file=sys.stderr)
