@@ -212,7 +212,7 @@ def test_deepspeed_command_and_resume(command, tmp_path, processes):
 @pytest.mark.slow
 def test_two_processes_killed_and_resumed_give_the_same_losses(command, tmp_path):
     """SIGKILL to launcher and workers at once, as a machine that goes away."""
-    settings = {"epochs": 24, "save_every": 3}
+    settings = {"epochs": 48, "save_every": 3}  # of one step each
     launch(command(2, "whole", **settings))
     process = subprocess.Popen(command(2, "killed", **settings), cwd=Path(eagle.train.__file__).parent,
                                env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
