@@ -1,7 +1,7 @@
 """What the head costs in training: masked rows through lm_head in chunks (ours) against all logits at once.
 
     python -m benchmarks.training_cost --data pocket/build/draft-llava
-    python -m benchmarks.training_cost --vocab 152064 --positions 2048 --hidden 3584
+    python -m benchmarks.training_cost --vocab 152064 --positions 2048 --hidden 3584 --rounds 3 --steps 1
 
 The first trains the pocket draft on stored hidden states (those of pocket/train_draft.sh). The second has a random head
 of a real size alone: loss and gradient of one sample, of whose positions --answer-share are in an answer. Both ways
