@@ -218,7 +218,8 @@ def test_two_processes_killed_and_resumed_give_the_same_losses(command, tmp_path
                                env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                start_new_session=True)  # fmt: skip
     deadline = time.time() + 500
-    while not (tmp_path / "killed" / "latest").exists() and process.poll() is None and time.time() < deadline:
+    while not (tmp_path / "killed" / "latest").exists() and time.time() < deadline:
+        assert process.poll() is None, "it ended by itself"
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
