@@ -41,10 +41,11 @@ def test_links_and_files_exist():
     assert {path.name for path in (REPO / "scripts").glob("*.sh")} == set(re.findall(r"scripts/(\d_\w+\.sh)", PAGE))
 
 
-def test_the_training_command_parses():
-    (line,) = (block for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) if "main_deepspeed" in block)
-    words = shlex.split(line.replace("\\\n", " "))
-    assert parse_args(words[words.index("main_deepspeed.py") + 1 :]).resume
+def test_training_commands_parse():
+    blocks = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+    commands = [shlex.split(block.replace("\\\n", " ")) for block in blocks if "main_deepspeed.py" in block]
+    assert commands
+    assert all(parse_args(words[words.index("main_deepspeed.py") + 1 :]).cpdir == "CKPT" for words in commands)
 
 
 @pytest.mark.parametrize("line", sorted(set(re.findall(r"`(python -m benchmarks\.[^`]+)`", PAGE))))
