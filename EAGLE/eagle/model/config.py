@@ -37,11 +37,13 @@ class DraftOptions:
 
     ``positions``: how the draft numbers its inputs: ``plain`` 0, 1, 2, ... (all published drafts) or ``mrope``, the
     target's three rows. ``head_tokens``: file beside it with the ids [K] that are drafted from, the most frequent of
-    the vocabulary (`eagle.model.vocabulary`); without it all are.
+    the vocabulary (`eagle.model.vocabulary`); without it all are. ``decoupled``: false feeds image positions through
+    ``fc([image feature ; hidden state])`` as text positions are, which is EAGLE's way and MSD's ablation.
     """
 
     positions: str = "plain"
     head_tokens: str | None = None
+    decoupled: bool = True
 
     @classmethod
     def from_dict(cls, section: Mapping[str, Any], where: str | Path) -> DraftOptions:
@@ -51,6 +53,8 @@ class DraftOptions:
             raise UserError(
                 f"positions is '{options.positions}'", where=where, fix=f"use one of {', '.join(POSITION_KINDS)}"
             )
+        if not isinstance(options.decoupled, bool):
+            raise UserError(f"decoupled is {options.decoupled!r}", where=where, fix="use true or false")
         return options
 
 

@@ -11,7 +11,8 @@ image (decoupled)               the projected image feature of ``x_{t+1}``; no f
 ==============================  ==========================================================
 
 Source: arXiv 2505.14260, section 3 (decoupled inputs), on the one-layer head of EAGLE (arXiv 2401.15077). There is no
-final norm. State-dict keys are those of the published checkpoints.
+final norm. State-dict keys are those of the published checkpoints. A draft whose config says ``"decoupled": false`` has
+``fc([image feature ; h_t])`` in image rows too: what the paper compares with.
 """
 
 from __future__ import annotations
@@ -212,7 +213,7 @@ class DraftModel(nn.Module):
             next_is_image: [B, S] bool; None where there is no image row.
         """
         text = self.fc(torch.cat([next_embeds, hidden], dim=-1))  # [B, S, H]
-        if next_is_image is None:
+        if next_is_image is None or not self.config.options.decoupled:
             return text
         return torch.where(next_is_image.unsqueeze(-1), next_embeds, text)
 

@@ -196,7 +196,7 @@ def now() -> str:
 def describe_run(data: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """What made a checkpoint: commit, versions, command line, data and settings."""
     return {
-        "commit": _commit(),
+        "commit": source_commit(),
         "argv": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -206,7 +206,7 @@ def describe_run(data: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[s
     }
 
 
-def _commit() -> str | None:
+def source_commit() -> str | None:
     """Commit of this source tree, with ``-dirty`` where it has changes; None outside a repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:

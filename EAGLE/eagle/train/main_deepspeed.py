@@ -162,7 +162,8 @@ def restore(
     args: argparse.Namespace, store: CheckpointStore, engine: Engine, schedule: Schedule, config: TrainConfig
 ) -> Progress:
     """Progress of the interrupted run with ``--resume``, else a new one."""
-    run = {**asdict(schedule.sizes), "text": schedule.text, "image": schedule.image, **config.fingerprint()}
+    draft = asdict(engine.objective.draft.config.options)
+    run = {**asdict(schedule.sizes), "text": schedule.text, "image": schedule.image, **draft, **config.fingerprint()}
     folder = store.latest() if args.resume else None
     if folder is None:
         if args.resume and engine.is_main:

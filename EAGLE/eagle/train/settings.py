@@ -31,6 +31,8 @@ class TrainConfig:
 
     epochs: int = setting(40, "passes over min(text, image) samples", 1)
     text_share: float = setting(0.5, "share of the epochs with text alone, before image samples come in", 0, 1)
+    image_start: float = setting(0.0, "share of image samples that the rise starts from when they come in", 0, 1)
+    image_end: float = setting(1.0, "share of image samples in the last epoch", 0, 1)
     max_length: int = setting(2048, "positions of a sample, image tokens included; the rest is cut", 3)
     validation_share: float = setting(0.05, "share of each data set kept for validation", 0, 0.9)
     seed: int = setting(42, "seed of split, order, noise and initial weights", 0)

@@ -85,7 +85,8 @@ class Trainer:
 
     def _epoch(self, epoch: int) -> Iterator[list[Batch]]:
         """The micro-batches of each remaining step of ``epoch``."""
-        items = epoch_items(self.schedule, epoch, self.config.text_share, self.config.seed)
+        config = self.config
+        items = epoch_items(self.schedule, epoch, config.text_share, config.seed, config.image_start, config.image_end)
         first_step = max(0, self.progress.step - epoch * self.schedule.steps_per_epoch)
         pieces = micro_batches(items, self.schedule.sizes, self.engine.rank, first_step)
         stream = self._load(self.data.training, pieces, noise=self.config.noise)
@@ -137,7 +138,8 @@ class Trainer:
         means = self.engine.mean(self._sums / self._since).tolist()
         seconds = time.perf_counter() - self._started
         text, image = self.schedule.text, self.schedule.image
-        share = image_probability(epoch, self.schedule.epochs, self.config.text_share)
+        config = self.config
+        share = image_probability(epoch, self.schedule.epochs, config.text_share, config.image_start, config.image_end)
         values = {
             **dict(zip(METRICS, means, strict=True)),
             "learning_rate": self.schedule.learning_rate(self.progress.step - 1),

@@ -68,10 +68,10 @@ def own_answer(target: Target, inputs: dict[str, torch.Tensor]) -> Sample:
     return Sample("one", sequence[0], answer, mask, prefill.hidden[0], prefill.embeds[0][mask])
 
 
-def new_objective(target: Target, **settings) -> DraftObjective:
+def new_objective(target: Target, decoupled: bool = True, **settings) -> DraftObjective:
     torch.manual_seed(0)
     shape = {"model_type": target.family, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
-             "vocab_size": target.vocab_size}  # fmt: skip
+             "vocab_size": target.vocab_size, "msd": {"decoupled": decoupled}}  # fmt: skip
     base = BaseTensors(target.model.get_input_embeddings().weight, target.model.get_output_embeddings().weight)
     return DraftObjective(DraftModel(DraftConfig.from_dict(shape)), base, TrainConfig(**settings))
 
@@ -104,6 +104,22 @@ def test_a_draft_trained_on_one_sample_is_accepted_when_decoding_it(target, pict
     stats = decode(target, objective, inputs, sample)
     shortest = -(-(NEW - 1) // 7)  # a cycle gives at most six drafted tokens and the bonus token
     assert stats.cycles <= shortest + 1, f"accepted {stats.accept_lengths}, tau {stats.tau:.2f}"
+
+
+def test_a_draft_that_is_not_decoupled_decodes_as_it_was_trained(llava):
+    """The same gate for the ablation: image rows go through fc in training and in decoding alike."""
+    inputs = prompt(llava, 1)
+    sample = own_answer(llava, inputs)
+    objective = new_objective(llava, decoupled=False, token_weight=1.0, simulated_depth=6)
+    train(objective, sample, steps=70)
+    batch = collate([sample], llava.vocab_size, 2048)
+    values = summary(batch_sums(objective.eval(), batch), depth=6)
+    as_published = new_objective(llava, token_weight=1.0, simulated_depth=6)
+    as_published.draft.load_state_dict(objective.draft.state_dict())
+    others = summary(batch_sums(as_published.eval(), batch), depth=6)
+    assert others["loss"] != pytest.approx(values["loss"], rel=1e-3), "image rows were the same both ways"
+    assert values["tau"] == pytest.approx(decode(llava, objective, inputs, sample).tau)
+    assert 1 < values["tau"] < 7
 
 
 @pytest.mark.parametrize(("pictures", "steps"), [(1, 30), (1, 70), (0, 70)])
