@@ -120,7 +120,7 @@ def table_of(report: dict[str, Any]) -> Table:
     )
     columns = ("decoding", "tokens/s", "spread", "speed-up", "first token", "decoding tokens/s", "τ", "differ")
     for column in columns:
-        table.add_column(column, justify="left" if column == "decoding" else "right")
+        table.add_column(column, justify="left" if column == "decoding" else "right", no_wrap=column == "decoding")
     for cell in report["cells"]:
         table.add_section()
         marks = [f"{len(cell['noisy_rounds'])} of {cell['rounds']} rounds noisy"] if cell["noisy_rounds"] else []

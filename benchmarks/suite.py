@@ -34,6 +34,7 @@ from llava.device import dtype_for
 from llava.errors import UserError, run_cli
 from llava.files import atomic_write
 
+PLAIN_WIDTH = 150  # of the table where it goes to a file
 SUITES = Path(__file__).resolve().parent / "suites"
 
 
@@ -76,7 +77,7 @@ def run(argv: Sequence[str]) -> int:
         with atomic_write(options.out / f"{suite.name}.json") as temporary:
             temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     draw(report, options.out / f"{suite.name}.png")
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
     console.print(table_of(report), phase_table(report))
     return 0
 

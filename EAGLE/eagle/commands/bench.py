@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,7 @@ def make_report(
         "cycles": total.cycles,
         "questions": total.requests,
         "histogram": total.histogram,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
         "hardware": machine,
         "settings": settings,
