@@ -16,6 +16,7 @@ import argparse
 import gc
 import json
 import resource
+import shutil
 import sys
 import tempfile
 import time
@@ -209,6 +210,10 @@ def times_of(measured: dict[str, Any], tree: TreeConfig) -> Times:
 
 def write_and_load(target: Target, dtype: torch.dtype, device: torch.device) -> tuple[Target, float]:
     """The same target, from a file, and the seconds that loading took; the file is likely in the system's cache."""
+    needed, room = sum(each.nbytes for each in target.model.parameters()), shutil.disk_usage(tempfile.gettempdir()).free
+    if room < needed:
+        where = f"{tempfile.gettempdir()}, {room / GIGA:.0f} of {needed / GIGA:.0f} GB"
+        raise UserError("no room to write the weights", where, "set TMPDIR to another folder, or use --no-load")
     with tempfile.TemporaryDirectory(prefix="msd-real-size-") as folder:
         target.model.save_pretrained(folder)
         target.model = None  # type: ignore[assignment]  # one copy in memory at a time

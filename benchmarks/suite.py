@@ -30,7 +30,7 @@ from benchmarks.spec import Cell, Pair, Suite, read_suite
 from benchmarks.work import work_of
 from eagle.commands.options import device_map_for, positive
 from eagle.model.msd import MSDModel
-from llava.device import dtype_for
+from llava.device import cpu_has_bfloat16, dtype_for, on_cpu
 from llava.errors import UserError, run_cli
 from llava.files import atomic_write
 
@@ -91,8 +91,13 @@ def load(pair: Pair, suite: Suite) -> list[MSDModel]:
         dtype = torch.bfloat16 if dtype == "auto" else dtype
         return [random_pair(pair.random, named(dtype), device or torch.device("cpu"))]
     first = MSDModel.from_pretrained(str(pair.base), pair.draft, dtype=named(suite.dtype), device_map=place)
-    others = [name for name in suite.baseline_dtypes if named(name) != first.dtype]
+    others = [name for name in suite.baseline_dtypes if named(name) != first.dtype and not too_slow(name, place)]
     return [first, *(MSDModel.from_pretrained(str(pair.base), dtype=named(name), device_map=place) for name in others)]
+
+
+def too_slow(dtype: str, place: str) -> bool:
+    """16 bit on a CPU without products in it takes many times longer: no baseline that anybody would choose."""
+    return dtype != "float32" and on_cpu(place) and not cpu_has_bfloat16()
 
 
 def named(dtype: Any) -> Any:
@@ -105,6 +110,11 @@ def measure(cell: Cell, suite: Suite, models: Sequence[MSDModel]) -> dict[str, A
     random = suite.models[cell.model].random is not None
     work = work_of(cell, suite, models[0], random)
     runners, left_out = build(cell, suite, models[0], models[1:])
+    left_out |= {
+        f"plain baselines in {dtype}": "this CPU has no products in it"
+        for dtype in suite.baseline_dtypes
+        if not random and named(dtype) != models[0].dtype and too_slow(dtype, str(models[0].device))
+    }
     loads = []
     with tqdm(total=suite.warm_up + suite.rounds, desc=cell.title, unit="round", file=sys.stderr) as progress:
         for number, load_average in interleave_rounds(runners, work, suite.warm_up, suite.rounds):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_llava import make_image, make_liuhaotian
 
 from benchmarks import readme, suite
 from benchmarks.assistant import first_layers
@@ -14,8 +15,11 @@ from benchmarks.contestants import build
 from benchmarks.random_pair import RandomPrompt, Shape, random_pair
 from benchmarks.rounds import Runner, find_quiet, interleave_rounds
 from benchmarks.spec import Cell, Suite, read_suite
+from benchmarks.work import positions_of, work_of
+from eagle import MSDModel
 from eagle.benchmark import Answer, new_tokens
 from eagle.model.stats import Stats
+from eagle.model.targets import load_target
 from llava.errors import UserError
 
 REPO = Path(__file__).resolve().parents[1]
@@ -205,3 +209,31 @@ def test_a_changed_figure_is_noticed(tmp_path: Path) -> None:
     assert readme.run(["--check", "--repository", str(tmp_path)]) == 0
     with pytest.raises(UserError, match="no marks"):
         readme.renewed("no table here", tmp_path)
+
+
+def test_sixteen_bit_is_no_baseline_on_a_cpu_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "cpu_has_bfloat16", lambda: False)
+    asked = [("bfloat16", "cpu"), ("float32", "cpu"), ("bfloat16", "cuda:0")]
+    assert [suite.too_slow(*each) for each in asked] == [True, False, False]
+
+
+def test_a_context_is_filled_up_with_pictures(tmp_path: Path) -> None:
+    """Further pictures come before the question's own; a context that the model cannot hold is refused."""
+    base = make_liuhaotian(tmp_path / "base")
+    model = MSDModel(load_target(base, dtype=torch.float32))
+    rows = []
+    for number in range(3):
+        make_image(tmp_path / f"{number}.png", seed=number)
+        rows.append({"id": str(number), "images": [f"{number}.png"], "question": "Which?", "answer": ""})
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    made = Suite("x", {}, (), data=str(tmp_path / "questions.jsonl"))
+    cells = [Cell("c", "m", 2, context=context, new_tokens=4) for context in (0, 150)]
+    short, long = (work_of(cell, made, model, random=False) for cell in cells)
+    assert len(short) == len(long) == 2
+    for before, after in zip(short, long, strict=True):
+        assert positions_of(before, model) < 150 <= positions_of(after, model)
+        assert after.images[-1] == before.images[0] and len(after.images) > 1
+    with pytest.raises(UserError, match=r"needs \d+ positions, the model has"):
+        work_of(Cell("c", "m", 1, new_tokens=10**6), made, model, False)
+    with pytest.raises(UserError, match="3 questions are fewer than a batch of 4"):
+        work_of(Cell("c", "m", 4, batch=4), made, model, False)

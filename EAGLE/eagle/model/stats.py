@@ -29,11 +29,11 @@ class Stats:
     cycles: int = 0
     requests: int = 1
     seconds: float = 0.0
-    first_token: float = 0.0
-    loop: float = 0.0
     accept_lengths: list[int] = field(default_factory=list)
     tree_sizes: list[int] = field(default_factory=list)
     phases: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    first_token: float = 0.0
+    loop: float = 0.0
     wait: Callable[[], None] | None = field(default=None, repr=False, compare=False)
 
     @contextmanager
