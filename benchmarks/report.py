@@ -73,7 +73,8 @@ def row_of_cell(
         (runner for runner in runners if runner.plain),
         key=lambda runner: runner.median(lambda stats: stats.tokens_per_second, quiet.rounds),
     )
-    reference = runners[0].tokens if cell.temperature == 0 else None
+    ours = next((runner for runner in runners if runner.name == "autoregressive"), runners[0])
+    reference = ours.tokens if cell.temperature == 0 else None
     return {
         **asdict(cell),
         "title": cell.title,
