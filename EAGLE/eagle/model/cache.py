@@ -163,7 +163,14 @@ class KVCache(Cache):
         return KVCache(stores, self._devices, self.lengths[row : row + 1])
 
     def select(self, rows: Sequence[int]) -> KVCache:
-        """A cache of the given sequences alone, copied."""
+        """A cache of the given sequences alone, in ascending order, on the same storage: only the rows in use of
+        sequences that move up are copied. This cache is not to be used any more."""
         kept = list(rows)
-        stores = {device: Store(*(part[:, kept] for part in store)) for device, store in self._stores.items()}
+        if kept != sorted(set(kept)):
+            raise ValueError(f"sequences {kept} are not in ascending order")
+        for store in (part for stores in self._stores.values() for part in stores):
+            for place, row in enumerate(kept):
+                if place != row:
+                    store[:, place, :, : self.lengths[row]] = store[:, row, :, : self.lengths[row]]
+        stores = {device: Store(*(part[:, : len(kept)] for part in store)) for device, store in self._stores.items()}
         return KVCache(stores, self._devices, [self.lengths[row] for row in kept])

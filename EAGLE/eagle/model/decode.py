@@ -6,9 +6,12 @@ on without it.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -42,6 +45,7 @@ class Decoder:
         streamer: a transformers streamer; gets the new tokens as they are certain. For a single sequence. One with a
             method ``put_cycle(tokens, accepted)`` gets those of a cycle together, the first ``accepted`` of which were
             drafted; the prefill's token comes so too.
+        wait: waits for the device, for exact times of the phases (`Stats`).
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class Decoder:
         tree: TreeConfig,
         streamer: Any = None,
         planner: Planner | None = None,
+        wait: Callable[[], None] | None = None,
     ) -> None:
         self.planner = planner
         self.target, self.inputs, self.chooser, self.stopper, self.streamer = target, inputs, chooser, stopper, streamer
@@ -65,12 +70,14 @@ class Decoder:
         self.cache = target.new_cache(batch, rows)
         self.masks = MaskBuffer(self.tree.total_tokens, rows, target.dtype, target.device)
         self.drafter = None if draft is None else Drafter(draft, target.head, length, self.tree, batch)
-        self.stats = Stats(requests=batch)
+        self.scores: Floats = np.zeros(1)  # of the nodes of the newest tree, for the planner
+        self.stats = Stats(requests=batch, wait=wait)
 
     def run(self) -> list[list[int]]:
         """Decodes to the end; returns the new tokens of each sequence."""
         with self.stats.phase("prefill"):
             self.prefill()
+        start = time.perf_counter()
         self._drop_finished()
         while self.active:
             trees = self.draft()
@@ -81,6 +88,7 @@ class Decoder:
             with self.stats.phase("commit"):
                 self.commit(trees, accepted, hidden)
             self._drop_finished()
+        self.stats.loop = time.perf_counter() - start
         if self.streamer is not None:
             self.streamer.end()
         return [sequence.tokens for sequence in self.sequences]
@@ -94,15 +102,17 @@ class Decoder:
             first = sequence.chooser.choose(logits, sequence.context)  # [1]
             sequence.next_position = prefill.next_position
             self._emit(sequence, [int(first)])
+            self.first_token_at = time.perf_counter()
             if self.drafter is not None and not sequence.finished:
                 self.drafter.start(row, prefill, sequence.prompt, first.to(sequence.prompt.device))
 
     def draft(self) -> list[DraftTree]:
         """The tree below each newest token, no deeper than the tokens that are still wanted."""
-        roots = [torch.tensor(sequence.tokens[-1:], device=self.target.device) for sequence in self.active]
+        roots = torch.tensor([[s.tokens[-1]] for s in self.active], device=self.target.device)  # [B, 1]
         bounds = [self.tree.shortened(self.stopper.max_new_tokens - len(s.tokens)) for s in self.active]
         deepest = max(bounds, key=lambda tree: tree.depth)
         if self.drafter is None or max(tree.total_tokens for tree in bounds) == 1 or not self._pays():
+            self.scores = np.zeros(1)
             return [root_only(root) for root in roots]
         with self.stats.phase("draft"):
             if self.active[0].certain is not None:
@@ -115,7 +125,9 @@ class Decoder:
             device = candidates.tokens.device
             sizes = [tree.total_tokens for tree in bounds]
             if self.planner is not None:
-                sizes = [min(sizes[0], self.planner.size(on_host(candidates.scores[0])))]
+                scores = on_host(candidates.scores[0])
+                sizes = [min(sizes[0], self.planner.size(scores))]
+                self.scores = scores_of_tree(scores, sizes[0])
             return [
                 select_nodes(candidates.of(row), root.to(device), size, deepest.depth + 1)
                 for row, (root, size) in enumerate(zip(roots, sizes, strict=True))
@@ -148,6 +160,7 @@ class Decoder:
             self.tree = replace(self.tree, total_tokens=size)
             self.stats.cut_trees += 1
             trees = [best_part(tree, size) if tree.size > size else tree for tree in trees]
+            self.scores = on_host(trees[0].scores)
         check_numbers(hidden)
         return trees, hidden, logits
 
@@ -166,7 +179,7 @@ class Decoder:
         if self.chooser.row_wise:
             chosen = self.chooser.choose(logits.flatten(0, 1), self.active[0].context)  # [B * N]
             rows = chosen.view(logits.shape[:2]).to(trees[0].tokens.device)
-            return [accept_all_at_once(tree, row[: tree.size]) for tree, row in zip(trees, rows, strict=True)]
+            return accept_all_at_once(trees, [row[: tree.size] for tree, row in zip(trees, rows, strict=True)])
         return [
             accept_step_by_step(tree, sequence.choice_in(rows))
             for tree, sequence, rows in zip(trees, self.active, logits, strict=True)
@@ -176,7 +189,7 @@ class Decoder:
         """Keeps the accepted rows, emits the new tokens and lays out the true hidden states for the draft."""
         self.cache.keep(self.past, [each.path for each in accepted])
         if self.planner is not None:
-            self.planner.learn(on_host(trees[0].scores), accepted[0].path, len(accepted[0].tokens))
+            self.planner.learn(self.scores, accepted[0].path, len(accepted[0].tokens))
         for sequence, each, rows in zip(self.active, accepted, hidden, strict=True):
             self.stats.record_cycle(len(each.path) - 1, hidden.shape[1])
             sequence.next_position = sequence.next_position + len(each.tokens)
@@ -220,6 +233,13 @@ def check_numbers(values: Tensor) -> None:
 def on_host(scores: Tensor) -> Floats:
     """[N] as the planner takes them."""
     return scores.double().cpu().numpy()
+
+
+def scores_of_tree(scores: Floats, size: int) -> Floats:
+    """The scores of the ``size`` nodes that `select_nodes` takes of candidates with these ``scores``, root first,
+    without asking the device again."""
+    order = np.argsort(-scores, kind="stable")[: size - 1]
+    return np.concatenate([[0.0], scores[np.sort(order)]])
 
 
 def join_trees(trees: list[DraftTree]) -> tuple[Tensor, Tensor, Tensor]:

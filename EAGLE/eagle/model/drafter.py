@@ -43,6 +43,8 @@ class Drafter:
         rows = capacity + drafted + extended
         self.cache = KVCache.allocate([device], batch, config.num_key_value_heads, config.head_dim, rows, draft.dtype)
         self._masks = MaskBuffer(max(tree.top_k, extended), rows, draft.dtype, device)
+        self._own = torch.eye(tree.top_k, dtype=torch.bool, device=device)
+        self._numbers = torch.arange(tree.top_k, device=device)
         self._causal = torch.ones(1, extended, extended, dtype=torch.bool, device=device).tril()
         positions = torch.arange(rows, device=device).unsqueeze(0)
         self._cos, self._sin = draft.rotary(positions, draft.dtype)  # [1, 1, rows, D]
@@ -69,7 +71,7 @@ class Drafter:
         if self.draft.config.options.positions == "mrope":
             rope = self.draft.rotary(prefill.positions.to(device), x.dtype)
             self._shift[row] = int(prefill.next_position) - count
-        self._last[row] = self.draft(x, None, None, self.cache.sequence(row), rope)[0, -1]
+        self._last[row] = self.draft(x, None, None, self.cache.sequence(row), rope, last_only=True)[0, 0]
         self._certain[row] = count
         self.cache.truncate(self._certain)
 
@@ -111,8 +113,8 @@ class Drafter:
         batch, width = tokens.shape
         levels = [Candidates(tokens, scores, torch.full_like(tokens, -1))]
         hidden = hidden.expand(-1, width, -1)  # [B, k, H] hidden state each frontier node was drawn from
-        indices = torch.arange(width, device=tokens.device).expand(batch, -1)  # candidate index of each frontier node
-        sight = torch.eye(width, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)  # [B, k, drafted so far]
+        indices = self._numbers[:width].expand(batch, -1)  # [B, k] candidate index of each frontier node
+        sight = self._own[:width, :width].expand(batch, -1, -1)  # [B, k, drafted so far]
         total = width
         for step in range(tree.depth):
             if deeper is not None and not deeper(levels[-1].scores):
@@ -128,7 +130,7 @@ class Drafter:
             tokens, scores = child_tokens.flatten(1).gather(1, flat), child_scores.flatten(1).gather(1, flat)
             hidden = _take(output, rows)
             indices, total = flat + total, total + child_tokens[0].numel()
-            own = torch.eye(flat.shape[1], dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
+            own = self._own[: flat.shape[1], : flat.shape[1]].expand(batch, -1, -1)
             sight = torch.cat([_take(sight, rows), own], dim=2)
         return Candidates(*(torch.cat(parts, dim=1) for parts in zip(*levels, strict=True)))
 

@@ -30,10 +30,11 @@ from llava.errors import UserError
 @dataclass
 class MSDOutput:
     """``sequences`` [B, P + n] prompts and new tokens, shorter answers filled up with pad tokens; ``stats`` acceptance
-    and time, of all sequences together."""
+    and time, of all sequences together; ``first_token_at`` when each had a token, on `time.perf_counter`'s clock."""
 
     sequences: Tensor
     stats: Stats
+    first_token_at: float = 0.0
 
 
 class MSDModel:
@@ -53,6 +54,7 @@ class MSDModel:
         if tree == "auto":
             tree = TreeConfig.auto(target.device)
         self.tree: TreeConfig = tree or TreeConfig.for_device(target.device)
+        self.exact_phases = False  # wait for the device at the ends of phases: for accounting, not for speed
         self._acceptance = Acceptance()  # learnt over all requests
         self._costs: dict[tuple[int, int], CostCurve] = {}
         if draft is not None:
@@ -153,6 +155,7 @@ class MSDModel:
             input_ids=input_ids, stopping_criteria=criteria, custom_generate=decode, **settings
         )
         output.stats.seconds = time.perf_counter() - start
+        output.stats.first_token = output.first_token_at - start
         return output
 
     def __call__(self, model: Any, input_ids: Tensor, **kwargs: Any) -> MSDOutput | Tensor:
@@ -195,11 +198,14 @@ class MSDModel:
             tree,
             bound_streamer,
             planner,
+            torch.accelerator.synchronize if self.exact_phases and torch.accelerator.is_available() else None,
         )
         answers = [torch.tensor(tokens, dtype=input_ids.dtype, device=input_ids.device) for tokens in decoder.run()]
         padding = generation_config.pad_token_id or 0
         joined = pad_sequence(answers, batch_first=True, padding_value=padding)
-        return MSDOutput(sequences=torch.cat([input_ids, joined], dim=1), stats=decoder.stats)
+        return MSDOutput(
+            sequences=torch.cat([input_ids, joined], dim=1), stats=decoder.stats, first_token_at=decoder.first_token_at
+        )
 
     def _tree_of(self, batch: int) -> TreeConfig:
         """The model's tree for a batch; one that adapts is for a single sequence."""
