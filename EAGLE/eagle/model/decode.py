@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from eagle.model.accept import Accepted, accept_all_at_once, accept_step_by_step
+from eagle.model.compression import Compression
 from eagle.model.config import TreeConfig
 from eagle.model.draft import DraftModel
 from eagle.model.drafter import Drafter
@@ -33,6 +34,7 @@ class Decoder:
         inputs: the prompts as `Target.prefill` takes them, padded on either side where they differ in length.
         chooser, stopper: the target's choice of a token, and the end of an answer.
         tree: bounds of each draft tree.
+        compression: of image rows in the draft; None is as the draft's config says.
         planner: chooses depth and size within the bounds, for a single sequence; None takes the bounds.
         streamer: a transformers streamer; gets the new tokens as they are certain. For a single sequence.
     """
@@ -47,6 +49,7 @@ class Decoder:
         tree: TreeConfig,
         streamer: Any = None,
         planner: Planner | None = None,
+        compression: Compression | None = None,
     ) -> None:
         self.planner = planner
         self.target, self.inputs, self.chooser, self.stopper, self.streamer = target, inputs, chooser, stopper, streamer
@@ -57,7 +60,7 @@ class Decoder:
         rows = length + self.tree.total_tokens
         self.cache = target.new_cache(batch, rows)
         self.masks = MaskBuffer(self.tree.total_tokens, rows, target.dtype, target.device)
-        self.drafter = None if draft is None else Drafter(draft, target.head, length, self.tree, batch)
+        self.drafter = None if draft is None else Drafter(draft, target.head, length, self.tree, batch, compression)
         self.stats = Stats(requests=batch)
 
     def run(self) -> list[list[int]]:

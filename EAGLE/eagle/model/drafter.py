@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from eagle.model.cache import KVCache
+from eagle.model.compression import Compression
 from eagle.model.config import TreeConfig
 from eagle.model.draft import DraftModel
 from eagle.model.masks import MaskBuffer
@@ -26,6 +27,7 @@ class Drafter:
         head: the target's ``lm_head``, [..., H] → [..., V].
         capacity: certain rows to hold: prompt and new tokens.
         tree: the largest tree that will be grown.
+        compression: of the prompt's image rows; by default as the draft's config says.
     """
 
     def __init__(
@@ -35,8 +37,10 @@ class Drafter:
         capacity: int,
         tree: TreeConfig,
         batch: int = 1,
+        compression: Compression | None = None,
     ) -> None:
         self.draft, self.head = draft, head
+        self.compression = compression or draft.config.options.compression
         config, device = draft.config, draft.device
         drafted = max(tree.depth, 1) * tree.top_k
         extended = tree.depth + 2
@@ -62,12 +66,18 @@ class Drafter:
         next_ids = torch.cat([input_ids[0, 1:], first_token]).unsqueeze(0).to(device)  # [1, S]
         next_is_image = torch.cat([prefill.image_mask[:, 1:], prefill.image_mask.new_zeros(1, 1)], dim=1).to(device)
         features = prefill.embeds.roll(-1, dims=1).to(device)  # [1, S, H]; the wrapped last row is never an image
+        hidden, positions = prefill.hidden.to(device), prefill.positions.to(device)  # [1, S, H], [1 or 3, (1,) S]
+        plan = self.compression.plan(next_is_image[0], features[0])
+        if plan is not None:  # from here on S counts the rows that are left
+            hidden, next_ids, next_is_image = (plan.pick(part, 1) for part in (hidden, next_ids, next_is_image))
+            features = plan.mean(features[0])[None].to(features.dtype)
+            positions = plan.mean(positions.flatten(0, -2).T).T.unsqueeze(-2)  # [1 or 3, 1, S]
         embeds = torch.where(next_is_image.unsqueeze(-1), features, self.draft.embed_tokens(next_ids))
-        x = self.draft.fuse(prefill.hidden.to(device), embeds, next_is_image)
+        x = self.draft.fuse(hidden, embeds, next_is_image)
         count = x.shape[1]
         rope = self._slice(0, count)
         if self.draft.config.options.positions == "mrope":
-            rope = self.draft.rotary(prefill.positions.to(device), x.dtype)
+            rope = self.draft.rotary(positions, x.dtype)
             self._shift[row] = int(prefill.next_position) - count
         self._last[row] = self.draft(x, None, None, self.cache.sequence(row), rope)[0, -1]
         self._certain[row] = count

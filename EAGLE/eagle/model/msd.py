@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
 from eagle.model.checkpoint import HUB_KEYS, load_draft
+from eagle.model.compression import Compression
 from eagle.model.config import TreeConfig
 from eagle.model.cost import cost_of
 from eagle.model.decode import Decoder
@@ -44,10 +45,23 @@ class MSDModel:
         draft: its draft head; None decodes plainly.
         tree: bounds of the draft tree; by default what suits the target's device. "auto" chooses depth and size anew in
             each cycle, from costs that are measured once on this machine.
+        draft_image_tokens: input rows that the draft keeps of each picture, 0 for none, "all" for all; by default what
+            the draft's config says, else all. The target reads all in any case, so answers do not depend on it.
+        draft_image_merge: how they are merged, "pool" or "kmeans" (`eagle.model.compression`); by default what the
+            draft's config says, else "pool".
+
+    Raises:
+        UserError: base and draft do not fit together, or a setting is none of the known values.
     """
 
     def __init__(
-        self, target: Target, draft: DraftModel | None = None, tree: TreeConfig | Literal["auto"] | None = None
+        self,
+        target: Target,
+        draft: DraftModel | None = None,
+        tree: TreeConfig | Literal["auto"] | None = None,
+        *,
+        draft_image_tokens: int | str | None = None,
+        draft_image_merge: str | None = None,
     ) -> None:
         self.target, self.draft = target, draft
         if tree == "auto":
@@ -55,6 +69,8 @@ class MSDModel:
         self.tree: TreeConfig = tree or TreeConfig.for_device(target.device)
         self._acceptance = Acceptance()  # learnt over all requests
         self._costs: dict[tuple[int, int], CostCurve] = {}
+        own = Compression() if draft is None else draft.config.options.compression
+        self.compression = own.replaced(draft_image_tokens, draft_image_merge)
         if draft is not None:
             check_pair(target, draft)
             draft.prepare_for_decoding(target.model.get_output_embeddings())
@@ -69,6 +85,8 @@ class MSDModel:
         device_map: Any = None,
         tree: TreeConfig | Literal["auto"] | None = None,
         draft_revision: str | None = None,
+        draft_image_tokens: int | str | None = None,
+        draft_image_merge: str | None = None,
         **kwargs: Any,
     ) -> MSDModel:
         """Loads a base model and its draft from folders or the hub.
@@ -77,6 +95,7 @@ class MSDModel:
             base, draft: folder or hub name; without ``draft`` the model decodes plainly.
             dtype: of both; "auto" is the base checkpoint's own, float32 on a CPU that is slow in 16 bit.
             device_map: as in transformers; the draft goes where the base's ``lm_head`` is.
+            tree, draft_image_tokens, draft_image_merge: as for the class.
             draft_revision: hub revision of the draft (``revision`` is the base's).
             kwargs: as `eagle.model.targets.load_target`.
 
@@ -84,12 +103,14 @@ class MSDModel:
             UserError: a checkpoint is missing or broken, or base and draft do not fit together.
         """
         target = load_target(base, dtype=dtype, device_map=device_map, **kwargs)
+        settings = {"draft_image_tokens": draft_image_tokens, "draft_image_merge": draft_image_merge}
         if draft is None:
-            return cls(target, None, tree)
+            return cls(target, None, tree, **settings)
         hub = {key: kwargs[key] for key in HUB_KEYS if key in kwargs and key != "revision"}
         if draft_revision is not None:
             hub["revision"] = draft_revision
-        return cls(target, load_draft(draft, dtype=target.dtype, device=target.head_device, **hub), tree)
+        head = load_draft(draft, dtype=target.dtype, device=target.head_device, **hub)
+        return cls(target, head, tree, **settings)
 
     @property
     def processor(self) -> Any:
@@ -195,6 +216,7 @@ class MSDModel:
             tree,
             bound_streamer,
             planner,
+            self.compression,
         )
         answers = [torch.tensor(tokens, dtype=input_ids.dtype, device=input_ids.device) for tokens in decoder.run()]
         padding = generation_config.pad_token_id or 0

@@ -141,9 +141,10 @@ def build_objective(
         print(f"vocabulary: {vocab} as in the base model (the config says {draft_config.vocab_size})", flush=True)
     if args.init:
         draft = load_draft(args.init, dtype=torch.float32)
+        draft.config = config.applied_to(draft.config)
     else:
         torch.manual_seed(config.seed)
-        draft = DraftModel(replace(draft_config, vocab_size=vocab))
+        draft = DraftModel(config.applied_to(replace(draft_config, vocab_size=vocab)))
     return DraftObjective(draft.train(), base, config)
 
 
