@@ -39,6 +39,10 @@ def add_model_options(parser: argparse.ArgumentParser, dtype: str = "auto", requ
     parser.add_argument(
         "--draft-image-merge", choices=MERGES, help="how they are merged (default: as the draft's config says)"
     )
+    parser.add_argument(
+        "--compile", nargs="?", const="inductor", default=False, metavar="BACKEND",
+        help="compile the models' parts of a cycle (torch.compile; the first answers are slow)",
+    )  # fmt: skip
 
 
 def add_length_option(parser: argparse.ArgumentParser, default: int = 256) -> None:
@@ -98,6 +102,7 @@ def load_model(arguments: argparse.Namespace, need_draft: bool = True, dtype: st
         attn_implementation=arguments.attn_implementation,
         draft_image_tokens=arguments.draft_image_tokens,
         draft_image_merge=arguments.draft_image_merge,
+        compile=arguments.compile,
         **extra,
     )
     model.tree = tree_from(arguments, model.device)

@@ -45,7 +45,7 @@ class Drafter:
         drafted = max(tree.depth, 1) * tree.top_k
         extended = tree.depth + 2
         rows = capacity + drafted + extended
-        self.cache = KVCache.allocate([device], batch, config.num_key_value_heads, config.head_dim, rows, draft.dtype)
+        self.cache = self._new_cache(batch, rows)
         self._masks = MaskBuffer(max(tree.top_k, extended), rows, draft.dtype, device)
         self._causal = torch.ones(1, extended, extended, dtype=torch.bool, device=device).tril()
         positions = torch.arange(rows, device=device).unsqueeze(0)
@@ -99,16 +99,26 @@ class Drafter:
         device, counts = self.draft.device, [rows.shape[0] for rows in tokens]
         following = pad_sequence(list(tokens), batch_first=True).to(device)  # [B, n]
         true_rows = pad_sequence(list(hidden), batch_first=True).to(device)  # [B, n, H]
-        x = self.draft.fuse(true_rows, self.draft.embed_tokens(following))
-        batch, count = following.shape
-        mask = None
-        if batch * count > 1:
-            mask = self._masks.window(self._certain, self._causal[:, :count, :count].expand(batch, -1, -1))
-        output = self.draft(x, None, mask, self.cache, self._rope(0, count))  # [B, n, H]
+        batch = len(counts)
+        output = self._read(following, true_rows)  # [B, n, H]
         ends = torch.tensor(counts, device=device) - 1
         self._last = output[torch.arange(batch, device=device), ends] if batch > 1 else output[:, -1]
         self._certain = [certain + count for certain, count in zip(self._certain, counts, strict=True)]
         self.cache.truncate(self._certain)
+
+    def _new_cache(self, batch: int, rows: int) -> KVCache:
+        config, draft = self.draft.config, self.draft
+        heads = config.num_key_value_heads
+        return KVCache.allocate([draft.device], batch, heads, config.head_dim, rows, draft.dtype)
+
+    def _read(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """One draft forward over rows that are certain: tokens [B, n], hidden [B, n, H] → outputs [B, n, H]."""
+        batch, count = tokens.shape
+        mask = None
+        if batch * count > 1:
+            mask = self._masks.window(self._certain, self._causal[:, :count, :count].expand(batch, -1, -1))
+        x = self.draft.fuse(hidden, self.draft.embed_tokens(tokens))
+        return self.draft(x, None, mask, self.cache, self._rope(0, count))
 
     def expand(self, tree: TreeConfig, deeper: Callable[[Tensor], bool] | None = None) -> Candidates:
         """Drafts ``tree.depth + 1`` levels; all drafted nodes are candidates of the tree, [B, M] each.
@@ -127,8 +137,7 @@ class Drafter:
         for step in range(tree.depth):
             if deeper is not None and not deeper(levels[-1].scores):
                 break
-            output = self._step(tokens, hidden, sight, step)  # [B, k, H]
-            child_tokens, child_logprobs = self._children(output, tree.top_k)  # [B, k, k]
+            output, child_tokens, child_logprobs = self._step(tokens, hidden, sight, step, tree.top_k)
             child_scores = child_logprobs + scores.unsqueeze(-1)  # [B, k, k]
             parents = indices.repeat_interleave(child_tokens.shape[-1], dim=1)
             levels.append(Candidates(child_tokens.flatten(1), child_scores.flatten(1), parents))
@@ -152,11 +161,15 @@ class Drafter:
         """Drafted tokens after predicted hidden states [B, F, H], [B, F, k] each."""
         return self.draft.likely_next(hidden, top_k, self.head)
 
-    def _step(self, tokens: Tensor, hidden: Tensor, sight: Tensor, step: int) -> Tensor:
-        """One draft forward over the frontiers: tokens [B, k], hidden [B, k, H] → predicted hidden states [B, k, H]."""
+    def _step(
+        self, tokens: Tensor, hidden: Tensor, sight: Tensor, step: int, top_k: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One draft forward over the frontiers: tokens [B, k], hidden [B, k, H] → predicted hidden states [B, k, H] and
+        their children, [B, k, k] each."""
         x = self.draft.fuse(hidden, self.draft.embed_tokens(tokens))  # [B, k, H]
         mask = self._masks.window(self._certain, sight)
-        return self.draft(x, None, mask, self.cache, self._rope(step, 1))
+        output = self.draft(x, None, mask, self.cache, self._rope(step, 1))
+        return output, *self._children(output, top_k)
 
     def _rope(self, offset: int, count: int) -> tuple[Tensor, Tensor]:
         """Rotary angles of ``count`` positions, ``offset`` after the certain rows, [1 or B, 1, count, D]; a single

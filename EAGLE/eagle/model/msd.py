@@ -22,6 +22,7 @@ from eagle.model.decode import Decoder
 from eagle.model.draft import DraftModel
 from eagle.model.planner import Acceptance, CostCurve, Planner
 from eagle.model.sampling import TokenChooser
+from eagle.model.static import StaticEngine
 from eagle.model.stats import Stats
 from eagle.model.stopping import Stopper
 from eagle.model.targets import Target, load_target
@@ -49,6 +50,8 @@ class MSDModel:
             the draft's config says, else all. The target reads all in any case, so answers do not depend on it.
         draft_image_merge: how they are merged, "pool" or "kmeans" (`eagle.model.compression`); by default what the
             draft's config says, else "pool".
+        compile: run the models' parts of a cycle through `torch.compile` with static shapes (`eagle.model.static`),
+            with CUDA graphs where CUDA is; a text names another backend than "inductor". The first requests are slow.
 
     Raises:
         UserError: base and draft do not fit together, or a setting is none of the known values.
@@ -62,6 +65,7 @@ class MSDModel:
         *,
         draft_image_tokens: int | str | None = None,
         draft_image_merge: str | None = None,
+        compile: bool | str = False,
     ) -> None:
         self.target, self.draft = target, draft
         if tree == "auto":
@@ -74,6 +78,8 @@ class MSDModel:
         if draft is not None:
             check_pair(target, draft)
             draft.prepare_for_decoding(target.model.get_output_embeddings())
+        backend = "inductor" if compile is True else compile
+        self._static = StaticEngine(target, draft, backend) if backend else None
 
     @classmethod
     def from_pretrained(
@@ -87,6 +93,7 @@ class MSDModel:
         draft_revision: str | None = None,
         draft_image_tokens: int | str | None = None,
         draft_image_merge: str | None = None,
+        compile: bool | str = False,
         **kwargs: Any,
     ) -> MSDModel:
         """Loads a base model and its draft from folders or the hub.
@@ -95,7 +102,7 @@ class MSDModel:
             base, draft: folder or hub name; without ``draft`` the model decodes plainly.
             dtype: of both; "auto" is the base checkpoint's own, float32 on a CPU that is slow in 16 bit.
             device_map: as in transformers; the draft goes where the base's ``lm_head`` is.
-            tree, draft_image_tokens, draft_image_merge: as for the class.
+            tree, draft_image_tokens, draft_image_merge, compile: as for the class.
             draft_revision: hub revision of the draft (``revision`` is the base's).
             kwargs: as `eagle.model.targets.load_target`.
 
@@ -103,7 +110,9 @@ class MSDModel:
             UserError: a checkpoint is missing or broken, or base and draft do not fit together.
         """
         target = load_target(base, dtype=dtype, device_map=device_map, **kwargs)
-        settings = {"draft_image_tokens": draft_image_tokens, "draft_image_merge": draft_image_merge}
+        settings: dict[str, Any] = {
+            "draft_image_tokens": draft_image_tokens, "draft_image_merge": draft_image_merge, "compile": compile,
+        }  # fmt: skip
         if draft is None:
             return cls(target, None, tree, **settings)
         hub = {key: kwargs[key] for key in HUB_KEYS if key in kwargs and key != "revision"}
@@ -217,6 +226,7 @@ class MSDModel:
             bound_streamer,
             planner,
             self.compression,
+            self._static,
         )
         answers = [torch.tensor(tokens, dtype=input_ids.dtype, device=input_ids.device) for tokens in decoder.run()]
         padding = generation_config.pad_token_id or 0

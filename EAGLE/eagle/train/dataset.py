@@ -123,8 +123,9 @@ def collate(
     seeds: Sequence[int] = (),
     compression: Compression = NO_COMPRESSION,
 ) -> Batch:
-    """Pads samples into a `Batch`. ``noise`` is 0 in validation; ``seeds`` has one for each sample otherwise. Image rows
-    are merged first, so ``max_length`` counts what is left.
+    """Pads samples into a `Batch`. ``noise`` is 0 in validation; ``seeds`` has one for each sample otherwise.
+
+    Image rows are merged first, so ``max_length`` counts what is left.
 
     Raises:
         UserError: a sample's parts disagree, or a token id is outside the vocabulary.
@@ -209,7 +210,5 @@ def batches(
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """One `Batch` for each of ``pieces``, in order."""
-    join = partial(
-        _collate_pairs, vocab_size=vocab_size, max_length=max_length, noise=noise, compression=compression
-    )
+    join = partial(_collate_pairs, vocab_size=vocab_size, max_length=max_length, noise=noise, compression=compression)
     return iter(DataLoader(samples, batch_sampler=pieces, collate_fn=join, num_workers=workers, pin_memory=pin_memory))

@@ -70,12 +70,6 @@ class TrainConfig:
         reject_unknown(section, [f.name for f in fields(cls)], f"{where}, section '{SECTION}'")
         return cls(**section)
 
-    def applied_to(self, draft: DraftConfig) -> DraftConfig:
-        """The draft's config with what a checkpoint has to remember of these settings."""
-        if self.draft_image_tokens < 0:
-            return draft
-        return replace(draft, options=replace(draft.options, image_tokens=self.draft_image_tokens))
-
     def fingerprint(self) -> dict[str, Any]:
         """The settings that decide the loss curve; a resumed run must have the same."""
         free = {"save_every", "validate_every", "log_every", "keep_last", "max_steps", "workers", "head_chunk",
@@ -92,6 +86,13 @@ def _check_setting(name: str, value: Any, kind: Any, bounds: Mapping[str, Any]) 
     if (low is not None and value < low) or (high is not None and value > high):
         span = f"at least {low}" if high is None else f"between {low} and {high}"
         raise UserError(f"training setting {name}={value}", fix=f"give a number {span}")
+
+
+def remembering(draft: DraftConfig, config: TrainConfig) -> DraftConfig:
+    """The draft's config with those of the settings that decoding needs too."""
+    if config.draft_image_tokens < 0:
+        return draft
+    return replace(draft, options=replace(draft.options, image_tokens=config.draft_image_tokens))
 
 
 def find_config(path: str | Path) -> Path:

@@ -211,7 +211,9 @@ def test_no_rows_is_the_prompt_without_its_pictures(model: MSDModel) -> None:
 
 
 def test_the_config_of_a_draft_says_what_it_was_trained_with(model: MSDModel, tmp_path: Path) -> None:
-    config = DraftConfig.from_dict({**model.draft.config.to_dict(), "msd": {"image_tokens": 4, "image_merge": "kmeans"}})
+    config = DraftConfig.from_dict(
+        {**model.draft.config.to_dict(), "msd": {"image_tokens": 4, "image_merge": "kmeans"}}
+    )
     model.draft.config, before = config, model.draft.config
     try:
         save_draft(model.draft, tmp_path)

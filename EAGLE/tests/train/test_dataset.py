@@ -87,7 +87,7 @@ def test_a_sample_that_begins_with_a_picture():
     """The first token is in no row of the draft, so its feature is in no mean."""
     sample = hand_made()
     image = torch.tensor([1, 1, 1, 0, 0, 0, 0, 0, 0]).bool()
-    sample = replace(sample, image_mask=image)
+    sample = replace(sample, image_mask=image, input_ids=torch.arange(10, 19))
     batch = collate([sample], vocab_size=50, max_length=64, compression=Compression(1))
     assert batch.image_features.flatten().tolist() == [100, 101.5]
     assert batch.image_mask[0].int().tolist() == [1, 1, 0, 0, 0, 0, 0, 0]

@@ -19,7 +19,7 @@ from eagle.train.dataset import collate
 from eagle.train.engine import PlainEngine
 from eagle.train.objective import DraftObjective
 from eagle.train.schedule import BatchSizes
-from eagle.train.settings import TrainConfig
+from eagle.train.settings import TrainConfig, remembering
 from eagle.train.validation import batch_sums, summary
 
 NEW = 48
@@ -78,7 +78,7 @@ def new_objective(target: Target, **settings) -> DraftObjective:
 
 def train(objective: DraftObjective, sample: Sample, steps: int) -> PlainEngine:
     """The real engine and the real loss, without noise; image rows merged as the settings say."""
-    objective.draft.config = objective.config.applied_to(objective.draft.config)
+    objective.draft.config = remembering(objective.draft.config, objective.config)
     engine = PlainEngine(objective, objective.config, {"gradient_clipping": 0.5}, BatchSizes(1, 1, 1))
     compression = objective.draft.config.options.compression
     batch = collate([sample], int(sample.input_ids.max()) + 1, 2048, compression=compression)
