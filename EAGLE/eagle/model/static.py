@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from inspect import signature
+from threading import Lock
 from typing import Any
 
 import torch
@@ -86,18 +87,20 @@ class Compiler:
 
 class CachePool:
     """Caches of one model that requests hand on, so that graphs find the same memory again. A request that finds none
-    free makes its own."""
+    free makes its own. Requests may come from several threads."""
 
     def __init__(self, make: Callable[[int], StaticCache], static_addresses: bool) -> None:
-        self._make, self._static_addresses, self._free = make, static_addresses, list[StaticCache]()
+        self._make, self._static_addresses = make, static_addresses
+        self._free: StaticCache | None = None
+        self._lock = Lock()
 
     def take(self, rows: int) -> StaticCache:
         """An empty cache of at least ``rows`` rows."""
-        while self._free:
-            cache = self._free.pop()
-            if cache.capacity >= rows:
-                cache.truncate([0])
-                return cache
+        with self._lock:
+            free, self._free = self._free, None
+        if free is not None and free.capacity >= rows:
+            free.truncate([0])
+            return free
         cache = self._make(rows)
         if self._static_addresses:
             for layer in cache.layers:
@@ -107,8 +110,9 @@ class CachePool:
 
     def give_back(self, cache: KVCache) -> None:
         """Ends a request's use of its cache; the larger of two free ones is kept."""
-        if isinstance(cache, StaticCache) and (not self._free or cache.capacity >= self._free[-1].capacity):
-            self._free = [cache]
+        with self._lock:
+            if isinstance(cache, StaticCache) and (self._free is None or cache.capacity >= self._free.capacity):
+                self._free = cache
 
 
 class StaticEngine:
