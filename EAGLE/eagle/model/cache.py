@@ -9,7 +9,7 @@ last one. Columns past a sequence's end hold what was there before; the attentio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -90,14 +90,12 @@ class KVCache(Cache):
     """All layers of one model.
 
     Args:
-        stores: storage by device.
+        stores: storage by device, or by whatever else groups layers.
         devices: the device of each layer, in order.
         lengths: rows in use of each sequence.
     """
 
-    def __init__(
-        self, stores: dict[torch.device, Store], devices: Sequence[torch.device], lengths: Sequence[int]
-    ) -> None:
+    def __init__(self, stores: Mapping[Any, Store], devices: Sequence[Hashable], lengths: Sequence[int]) -> None:
         self._stores, self._devices = stores, list(devices)
         windows: dict[int, SlotLayer] = {}
         for device, (keys, values) in stores.items():

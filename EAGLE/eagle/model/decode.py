@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from eagle.model.accept import Accepted, accept_all_at_once, accept_step_by_step
+from eagle.model.compression import Compression
 from eagle.model.config import TreeConfig
 from eagle.model.draft import DraftModel
 from eagle.model.drafter import Drafter
@@ -25,6 +26,8 @@ from eagle.model.memory import is_out_of_memory
 from eagle.model.planner import Floats, Planner
 from eagle.model.sampling import TokenChooser
 from eagle.model.sequence import Sequence, sequences_of
+from eagle.model.static import StaticDrafter, StaticEngine
+from eagle.model.static_cache import StaticCache
 from eagle.model.stats import Stats
 from eagle.model.stopping import Stopper
 from eagle.model.targets.base import Target
@@ -41,6 +44,8 @@ class Decoder:
         inputs: the prompts as `Target.prefill` takes them, padded on either side where they differ in length.
         chooser, stopper: the target's choice of a token, and the end of an answer.
         tree: bounds of each draft tree.
+        compression: of image rows in the draft; None is as the draft's config says.
+        static: compiled parts of these models, used for a single sequence.
         planner: chooses depth and size within the bounds, for a single sequence; None takes the bounds.
         streamer: a transformers streamer; gets the new tokens as they are certain. For a single sequence. One with a
             method ``put_cycle(tokens, accepted)`` gets those of a cycle together, the first ``accepted`` of which were
@@ -58,6 +63,8 @@ class Decoder:
         tree: TreeConfig,
         streamer: Any = None,
         planner: Planner | None = None,
+        compression: Compression | None = None,
+        static: StaticEngine | None = None,
         wait: Callable[[], None] | None = None,
     ) -> None:
         self.planner = planner
@@ -67,10 +74,15 @@ class Decoder:
         self.active = list(self.sequences)
         batch, length = len(self.active), max(sequence.length for sequence in self.active) + stopper.max_new_tokens
         rows = length + self.tree.total_tokens
-        self.cache = target.new_cache(batch, rows)
+        self.static = static if batch == 1 else None
+        self.cache = self.static.target_caches.take(rows) if self.static else target.new_cache(batch, rows)
         self.masks = MaskBuffer(self.tree.total_tokens, rows, target.dtype, target.device)
-        self.drafter = None if draft is None else Drafter(draft, target.head, length, self.tree, batch)
         self.scores: Floats = np.zeros(1)  # of the nodes of the newest tree, for the planner
+        self.drafter: Drafter | None = None
+        if draft is not None and self.static is not None:
+            self.drafter = StaticDrafter(self.static, draft, length, self.tree, compression)
+        elif draft is not None:
+            self.drafter = Drafter(draft, target.head, length, self.tree, batch, compression)
         self.stats = Stats(requests=batch, wait=wait)
 
     def run(self) -> list[list[int]]:
@@ -91,6 +103,8 @@ class Decoder:
         self.stats.loop = time.perf_counter() - start
         if self.streamer is not None:
             self.streamer.end()
+        if self.static is not None:
+            self.static.release(self.cache, self.drafter)
         return [sequence.tokens for sequence in self.sequences]
 
     def prefill(self) -> None:
@@ -169,8 +183,11 @@ class Decoder:
         the largest is filled up with rows that nothing looks at."""
         self.past = self.cache.lengths
         tokens, depths, blocks = (part.to(self.target.device) for part in join_trees(trees))
-        mask = self.masks.window(self.past, blocks) if tokens.numel() > 1 else None
         positions = torch.stack([s.next_position for s in self.active]).to(depths.device) + depths
+        if self.static is not None and isinstance(self.cache, StaticCache):
+            mask = self.masks.window(self.past, blocks)
+            return self.static.verify(tokens, positions, mask, self.cache, self.tree.total_tokens)
+        mask = self.masks.window(self.past, blocks) if tokens.numel() > 1 else None
         hidden = self.target.verify(tokens, positions, mask, self.cache)
         return hidden, self.target.head(hidden)
 

@@ -28,7 +28,7 @@ read x_3 and x_4 and predict x_4 and x_5.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -36,11 +36,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from eagle.model.compression import Compression
 from eagle.train.curriculum import Item
 from llava.errors import UserError
 
 if TYPE_CHECKING:
     from eagle.ge_data.shards import Sample
+
+NO_COMPRESSION = Compression()
 
 
 @dataclass
@@ -81,14 +84,55 @@ def add_noise(hidden: Tensor, strength: float, seed: int) -> Tensor:
     return (hidden.float() + (uniform - 0.5) * (strength * 512 / hidden.shape[0])).to(hidden.dtype)
 
 
+def compressed(sample: Sample, compression: Compression) -> Sample:
+    """The sample with the rows that the draft reads when it decodes with this compression; S becomes S'.
+
+    Row t of the draft's input is ``h_t`` with token t+1, and rows are what is merged: row r of the result has the state
+    of its own row t(r) at place r, and the token, or the mean of the image features, at place r+1.
+    """
+    rows = sample.image_mask[1:]  # [S-1] image rows
+    if compression.tokens is None or not rows.any():
+        return sample
+    features = sample.hidden.new_zeros(*rows.shape, sample.image_features.shape[1])  # [S-1, H]
+    before = int(sample.image_mask[0])  # the first token is in no row
+    features[rows] = sample.image_features[before:].to(features.dtype)
+    plan = compression.plan(rows, features)
+    if plan is None:
+        return sample
+
+    def tokens(values: Tensor) -> Tensor:  # [S, ...] → [S', ...]
+        return torch.cat([values[:1], plan.pick(values[1:])])
+
+    image_mask = tokens(sample.image_mask)
+    merged = plan.mean(features)[image_mask[1:]].to(sample.image_features.dtype)
+    return replace(
+        sample,
+        input_ids=tokens(sample.input_ids),
+        loss_mask=tokens(sample.loss_mask),
+        image_mask=image_mask,
+        hidden=torch.cat([plan.pick(sample.hidden[:-1]), sample.hidden[-1:]]),
+        image_features=torch.cat([sample.image_features[:before], merged]),
+    )
+
+
 def collate(
-    samples: Sequence[Sample], vocab_size: int, max_length: int, noise: float = 0.0, seeds: Sequence[int] = ()
+    samples: Sequence[Sample],
+    vocab_size: int,
+    max_length: int,
+    noise: float = 0.0,
+    seeds: Sequence[int] = (),
+    compression: Compression = NO_COMPRESSION,
 ) -> Batch:
     """Pads samples into a `Batch`. ``noise`` is 0 in validation; ``seeds`` has one for each sample otherwise.
+
+    Image rows are merged first, so ``max_length`` counts what is left.
 
     Raises:
         UserError: a sample's parts disagree, or a token id is outside the vocabulary.
     """
+    for sample in samples:
+        check_sample(sample, vocab_size)
+    samples = [compressed(sample, compression) for sample in samples]
     lengths = [min(sample.input_ids.shape[0], max_length) for sample in samples]
     size, width = (len(samples), max(3, *lengths)), samples[0].hidden.shape[-1]
     ids, image = torch.zeros(size, dtype=torch.long), torch.zeros(size, dtype=torch.bool)
@@ -97,7 +141,6 @@ def collate(
     inputs = torch.zeros_like(hidden)
     features = []
     for row, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
-        check_sample(sample, vocab_size)
         mask = sample.image_mask[:length]
         ids[row, :length] = sample.input_ids[:length].masked_fill(mask, 0)
         image[row, :length] = mask
@@ -148,9 +191,11 @@ class Samples(Dataset):
         return data[indices[item.row]], item.noise_seed
 
 
-def _collate_pairs(pairs: Sequence[tuple[Sample, int]], vocab_size: int, max_length: int, noise: float) -> Batch:
+def _collate_pairs(
+    pairs: Sequence[tuple[Sample, int]], vocab_size: int, max_length: int, noise: float, compression: Compression
+) -> Batch:
     samples, seeds = zip(*pairs, strict=True)
-    return collate(samples, vocab_size, max_length, noise, seeds)
+    return collate(samples, vocab_size, max_length, noise, seeds, compression)
 
 
 def batches(
@@ -160,9 +205,10 @@ def batches(
     vocab_size: int,
     max_length: int,
     noise: float = 0.0,
+    compression: Compression = NO_COMPRESSION,
     workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """One `Batch` for each of ``pieces``, in order."""
-    join = partial(_collate_pairs, vocab_size=vocab_size, max_length=max_length, noise=noise)
+    join = partial(_collate_pairs, vocab_size=vocab_size, max_length=max_length, noise=noise, compression=compression)
     return iter(DataLoader(samples, batch_sampler=pieces, collate_fn=join, num_workers=workers, pin_memory=pin_memory))

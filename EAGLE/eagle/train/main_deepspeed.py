@@ -28,7 +28,7 @@ from eagle.train.curriculum import IMAGE, TEXT
 from eagle.train.engine import Engine, PlainEngine, read_deepspeed_config, suit_device
 from eagle.train.objective import DraftObjective
 from eagle.train.schedule import BatchSizes, Schedule
-from eagle.train.settings import TrainConfig, add_setting_flags, override, read_config
+from eagle.train.settings import TrainConfig, add_setting_flags, override, read_config, remembering
 from eagle.train.tracking import TRACKERS, Tracker
 from eagle.train.trainer import Trainer, TrainingData
 from llava.errors import UserError, run_cli
@@ -142,9 +142,10 @@ def build_objective(
         print(f"vocabulary: {vocab} as in the base model (the config says {draft_config.vocab_size})", flush=True)
     if args.init:
         draft = load_draft(args.init, dtype=torch.float32)
+        draft.config = remembering(draft.config, config)
     else:
         torch.manual_seed(config.seed)
-        draft = DraftModel(replace(draft_config, vocab_size=vocab))
+        draft = DraftModel(remembering(replace(draft_config, vocab_size=vocab), config))
     return DraftObjective(draft.train(), base, config)
 
 

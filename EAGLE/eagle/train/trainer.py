@@ -100,6 +100,7 @@ class Trainer:
             vocab_size=self.engine.objective.draft.config.vocab_size,
             max_length=self.config.max_length,
             noise=noise,
+            compression=self.engine.objective.draft.config.options.compression,
             workers=self.config.workers,
             pin_memory=self.engine.device.type == "cuda",
         )

@@ -19,7 +19,7 @@ from eagle.train.dataset import collate
 from eagle.train.engine import PlainEngine
 from eagle.train.objective import DraftObjective
 from eagle.train.schedule import BatchSizes
-from eagle.train.settings import TrainConfig
+from eagle.train.settings import TrainConfig, remembering
 from eagle.train.validation import batch_sums, summary
 
 NEW = 48
@@ -77,9 +77,11 @@ def new_objective(target: Target, decoupled: bool = True, **settings) -> DraftOb
 
 
 def train(objective: DraftObjective, sample: Sample, steps: int) -> PlainEngine:
-    """The real engine and the real loss, without noise."""
+    """The real engine and the real loss, without noise; image rows merged as the settings say."""
+    objective.draft.config = remembering(objective.draft.config, objective.config)
     engine = PlainEngine(objective, objective.config, {"gradient_clipping": 0.5}, BatchSizes(1, 1, 1))
-    batch = collate([sample], int(sample.input_ids.max()) + 1, 2048)
+    compression = objective.draft.config.options.compression
+    batch = collate([sample], int(sample.input_ids.max()) + 1, 2048, compression=compression)
     for step in range(steps):
         engine.step([batch], learning_rate=4e-3 * (1 - step / steps))
     return engine
@@ -120,6 +122,16 @@ def test_a_draft_that_is_not_decoupled_decodes_as_it_was_trained(llava):
     assert others["loss"] != pytest.approx(values["loss"], rel=1e-3), "image rows were the same both ways"
     assert values["tau"] == pytest.approx(decode(llava, objective, inputs, sample).tau)
     assert 1 < values["tau"] < 7
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_a_draft_trained_with_merged_image_rows_is_accepted_too(target, rows):
+    inputs = prompt(target, 2)
+    sample = own_answer(target, inputs)
+    objective = new_objective(target, token_weight=1.0, rollout_steps=2, draft_image_tokens=rows)
+    train(objective, sample, steps=300)
+    stats = decode(target, objective, inputs, sample)
+    assert stats.cycles <= -(-(NEW - 1) // 7) + 1, f"accepted {stats.accept_lengths}, tau {stats.tau:.2f}"
 
 
 @pytest.mark.parametrize(("pictures", "steps"), [(1, 30), (1, 70), (0, 70)])

@@ -129,11 +129,16 @@ class Target(ABC):
                 return tuple(eos) if isinstance(eos, list | tuple) else (eos,)
         return ()
 
-    def new_cache(self, batch: int, capacity: int) -> KVCache:
-        """A cache of ``capacity`` rows for each of ``batch`` sequences, each layer on its own device."""
+    @property
+    def cache_shape(self) -> tuple[int, int]:
+        """Heads of keys and values, and the size of each."""
         text = self.config.get_text_config()
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return heads, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """A cache of ``capacity`` rows for each of ``batch`` sequences, each layer on its own device."""
+        heads, head_dim = self.cache_shape
         devices = [next(layer.parameters()).device for layer in self.text_model.layers]
         return KVCache.allocate(devices, batch, heads, head_dim, capacity, self.dtype)
 
