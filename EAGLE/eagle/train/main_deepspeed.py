@@ -120,10 +120,7 @@ def load_data(args: argparse.Namespace, draft_config: DraftConfig, config: Train
 
 
 def open_store(args: argparse.Namespace, data: TrainingData, config: TrainConfig, main: bool) -> CheckpointStore:
-    about = {
-        name: {"folder": str(samples.folder), "samples": len(samples), **asdict(samples.meta.source)}
-        for name, (samples, _, _) in data.sources.items()
-    }
+    about = {name: samples.describe() for name, (samples, _, _) in data.sources.items()}
     store = CheckpointStore(args.cpdir, config.keep_last, describe_run(about, asdict(config)))
     if main:
         store.recover()

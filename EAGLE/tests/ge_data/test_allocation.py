@@ -14,9 +14,10 @@ import torch
 
 from eagle.ge_data import allocation, inspect
 from eagle.ge_data.conversations import read_conversation
-from eagle.ge_data.extract import Extractor, batches, collate, source_of
+from eagle.ge_data.extract import Extractor, source_of
 from eagle.ge_data.folder import locked, missing
 from eagle.ge_data.index import ShardInfo, load_index
+from eagle.ge_data.reader import batches, collate
 from eagle.ge_data.shards import Sample, ShardDataset
 from eagle.ge_data.templates import template_of
 from eagle.ge_data.workers import Events, Failure, Job, _handle, run_here, run_workers
