@@ -31,10 +31,10 @@ from eagle.ge_data.folder import AUTO, Settings, finished, locked, missing, writ
 from eagle.ge_data.index import Index, ShardInfo, gigabytes, load_index, sha256
 from eagle.ge_data.selection import IMAGE, TEXT, Range, Selection
 from eagle.ge_data.source import INT8, Source
+from eagle.ge_data.templates import FAMILIES
 from eagle.ge_data.workers import Answers, Events, Job, run_here, run_workers
 from llava.errors import UserError, run_cli
 
-FAMILIES = {"llava_v15": "llava", "qwen2_vl": "qwen2_vl", "qwen2_5_vl": "qwen2_5_vl"}
 KINDS = {"t": TEXT, "v": IMAGE}
 HIDDEN_DTYPES = (AUTO, INT8)
 MAX_NEW_TOKENS = 1024

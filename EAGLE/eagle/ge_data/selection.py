@@ -50,7 +50,7 @@ class Selection:
             UserError: the file cannot be read, no row is of that kind, or there is no folder of pictures.
         """
         if kind == IMAGE and not image_root.is_dir():
-            raise UserError("no folder of pictures", image_root, "give --image_data_path")
+            raise UserError("no folder of pictures", image_root, "give --image_data_path, in training --image-folder")
         rows = RowFile(path, wants_pictures if kind == IMAGE else wants_text)
         if not len(rows):
             raise UserError(f"no {kind} rows among the {rows.total} rows", path)
