@@ -257,6 +257,18 @@ def test_worker_processes(base: Path, annotations: Write, pictures: Path, tmp_pa
         assert torch.equal(first.hidden, second.hidden)
 
 
+@pytest.mark.parametrize("gpus", ["cpu", "cpu,cpu"])
+def test_a_length_above_the_models_is_said_once(
+    base: Path, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], gpus: str
+) -> None:
+    data = annotations([{"id": n, "conversations": turns("q", "word " * 600)} for n in range(6)])
+    assert allocate(base, data, tmp_path / "out", "t", "--max-length", "600", "--gpus", gpus) == 0
+    assert capsys.readouterr().err.count("--max-length 600: the model has 512 positions") == 1
+    assert {len(sample.input_ids) for sample in ShardDataset(tmp_path / "out")} == {512}
+    assert allocate(base, data, tmp_path / "other", "t", "--max-length", "500", "--limit", "1") == 0
+    assert "positions" not in capsys.readouterr().err
+
+
 def test_worker_that_fails_is_named(base: Path, annotations: Write, tmp_path: Path) -> None:
     """One that finds bad input says so."""
     options = allocation.parser().parse_args(command(base, annotations(mixed_rows()), tmp_path))
