@@ -141,7 +141,8 @@ def load_corpus(
     if wanted not in (None, target.family):
         raise UserError(f"--model_type means a model of family {wanted}, this is {target.family}", args.basepath)
     template, source = template_of(target), source_of(target, args.basepath)
-    sets, run = {}, {"online": f"{source.model} {source.fingerprint} in {target.dtype}"}
+    sets: dict[str, OnlineSet] = {}
+    run: dict[str, Any] = {"online": f"{source.model} {source.fingerprint} in {target.dtype}"}
     for kind, whole in selections.items():
         selection = limited(whole, args.limit).within(target)
         if processes.rank == 0 and (line := shortened(config.max_length, selection)) is not None:
