@@ -179,7 +179,8 @@ class MSDModel:
         if stop_strings:
             criteria.append(StopStringCriteria(self.tokenizer, stop_strings))
         decode = partial(self._decode, use_msd=use_msd, tree=tree, seed=seed, bound_streamer=streamer)
-        settings = {key: value for key, value in {**kwargs, "do_sample": do_sample}.items() if value is not None}
+        kwargs.update(self.target.complete_inputs(input_ids, kwargs), do_sample=do_sample)
+        settings = {key: value for key, value in kwargs.items() if value is not None}
         start = time.perf_counter()
         output = self.target.model.generate(
             input_ids=input_ids, stopping_criteria=criteria, custom_generate=decode, **settings

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from eagle.train.checkpoint import CheckpointStore, Progress
 from eagle.train.curriculum import IMAGE, TEXT, Item, epoch_items, image_probability, micro_batches, split_indices
-from eagle.train.dataset import Batch, Samples, batches
+from eagle.train.dataset import Batch, Read, Samples, SampleSet, batches
 from eagle.train.engine import METRICS, Engine
 from eagle.train.schedule import BatchSizes, Schedule
 from eagle.train.settings import TrainConfig
@@ -20,20 +20,23 @@ from eagle.train.tracking import Tracker
 from eagle.train.validation import validate
 from llava.errors import UserError
 
-if TYPE_CHECKING:
-    from eagle.ge_data.shards import ShardDataset
-
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Both data sets, split: ``sources`` maps a name to (samples, training indices, validation indices)."""
+    """Both data sets, split: ``sources`` maps a name to (samples, training indices, validation indices).
 
-    sources: dict[str, tuple[ShardDataset, list[int], list[int]]]
+    ``read``: what makes samples of what the sets hold, None for stored samples. ``run``: what of the data a resumed run
+    must share beside the numbers of samples.
+    """
+
+    sources: dict[str, tuple[SampleSet, list[int], list[int]]]
+    read: Read | None = None
+    run: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def split(cls, sets: dict[str, ShardDataset], config: TrainConfig) -> TrainingData:
-        return cls({name: (data, *split_indices(len(data), config.validation_share, config.seed))
-                    for name, data in sets.items()})  # fmt: skip
+    def split(cls, sets: Mapping[str, SampleSet], config: TrainConfig, **more: Any) -> TrainingData:
+        parts = {name: split_indices(len(data), config.validation_share, config.seed) for name, data in sets.items()}
+        return cls({name: (data, *parts[name]) for name, data in sets.items()}, **more)
 
     def size(self, source: str) -> int:
         """Training samples of a set, 0 where it is not given."""
@@ -101,8 +104,10 @@ class Trainer:
             max_length=self.config.max_length,
             noise=noise,
             compression=self.engine.objective.draft.config.options.compression,
+            positions=self.engine.objective.draft.config.options.positions,
             workers=self.config.workers,
             pin_memory=self.engine.device.type == "cuda",
+            read=self.data.read,
         )
 
     def _step(self, step_batches: list[Batch], epoch: int) -> None:

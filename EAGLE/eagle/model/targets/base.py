@@ -79,6 +79,10 @@ class Target(ABC):
     ) -> str:
         """The family's conversation template around a question; ``history`` is (question, answer) pairs."""
 
+    def complete_inputs(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What transformers' `generate` needs beside ``inputs`` and can be told from ``input_ids`` [B, P]."""
+        return {}
+
     @property
     def text_model(self) -> Any:
         """The stock text model: embeddings in, hidden states after the final norm out."""
