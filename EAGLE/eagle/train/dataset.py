@@ -88,9 +88,7 @@ def add_noise(hidden: Tensor, strength: float, seed: int) -> Tensor:
     return (hidden.float() + (uniform - 0.5) * (strength * 512 / hidden.shape[0])).to(hidden.dtype)
 
 
-def compressed(
-    sample: Sample, compression: Compression, numbers: Tensor | None = None
-) -> tuple[Sample, Tensor | None]:
+def compressed(sample: Sample, compression: Compression, numbers: Tensor | None = None) -> tuple[Sample, Tensor | None]:
     """The sample with the rows that the draft reads when it decodes with this compression; S becomes S'.
 
     Row t of the draft's input is ``h_t`` with token t+1, and rows are what is merged: row r of the result has the state

@@ -71,9 +71,7 @@ def own_answer(target: Target, inputs: dict[str, torch.Tensor]) -> Sample:
     return Sample("one", sequence[0], answer, mask, prefill.hidden[0], prefill.embeds[0][mask], grids)
 
 
-def new_objective(
-    target: Target, positions: str = "plain", decoupled: bool = True, **settings
-) -> DraftObjective:
+def new_objective(target: Target, positions: str = "plain", decoupled: bool = True, **settings) -> DraftObjective:
     torch.manual_seed(0)
     shape = {"model_type": target.family, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
              "vocab_size": target.vocab_size, "msd": {"positions": positions, "decoupled": decoupled},
