@@ -53,7 +53,8 @@ def test_hidden_states(start: Start, pair: Path, tmp_path: Path, how: signal.Sig
     process = start("-m", "eagle.ge_data.allocation", *arguments)
     when(process, lambda: len(list(out.glob("rows-*"))) > 3)
     status, errors = stop(process, how)
-    assert status == (130 if how == signal.SIGINT else -how) and "Traceback" not in errors
+    assert status == (130 if how == signal.SIGINT else -how), errors
+    assert "Traceback" not in errors
     kept = {path.name: path.read_bytes() for path in out.glob("rows-*")}
     assert 3 < len(kept) < 150
     assert run_cli(lambda: allocation.main(arguments)) == 0
@@ -100,8 +101,10 @@ def test_a_lock_ends_with_its_holder(tmp_path: Path) -> None:
     first.hold()
     with pytest.raises(UserError, match="another run is writing to this folder"):
         CheckpointStore(tmp_path / "ck", 1, {}).hold()
-    del first
-    CheckpointStore(tmp_path / "ck", 1, {}).hold()
+    first.close()
+    second = CheckpointStore(tmp_path / "ck", 1, {})
+    second.hold()
+    second.close()
 
 
 def test_conversion_killed_at_work_leaves_the_old_file(start: Start, tmp_path: Path) -> None:

@@ -62,14 +62,20 @@ class CheckpointStore:
         self._lock: IO[str] | None = None
 
     def hold(self) -> None:
-        """Keeps other runs out of the folder for as long as this object is there. For the main process, before anything
-        else.
+        """Keeps other runs out of the folder until `close`, or the end of this process. For the main process, before
+        anything else.
 
         Raises:
             UserError: another run writes here.
         """
         if self._lock is None:
             self._lock = take(self.folder)
+
+    def close(self) -> None:
+        """Lets other runs in."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def step_folders(self) -> list[Path]:
         """Complete checkpoints, oldest first."""

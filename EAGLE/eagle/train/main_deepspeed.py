@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,12 @@ from llava.errors import UserError, run_cli
 
 
 def main() -> None:
+    """Trains, and lets go of the checkpoint folder at the end, whatever it is."""
+    with ExitStack() as held:
+        train(held)
+
+
+def train(held: ExitStack) -> None:
     """Settings → data → base tensors → engine → resume → train."""
     args = parse_args()
     draft_config, config = read_config(args.config)
@@ -55,6 +62,7 @@ def main() -> None:
     sizes = BatchSizes.from_deepspeed(deepspeed_config, world, where=args.deepspeed_config)
     schedule = data.schedule(sizes, config)
     store = open_store(args, data, config, main=rank == 0)
+    held.callback(store.close)
     objective = build_objective(args, draft_config, base, config, main=rank == 0)
     engine = build_engine(objective, config, deepspeed_config, sizes)
     progress = restore(args, store, engine, data, schedule, config)
@@ -150,7 +158,11 @@ def open_store(args: argparse.Namespace, data: TrainingData, config: TrainConfig
         store.hold()
         store.recover()
     if not args.resume:
-        store.refuse_to_overwrite()
+        try:
+            store.refuse_to_overwrite()
+        except UserError:
+            store.close()
+            raise
     return store
 
 
