@@ -29,6 +29,8 @@ from eagle.model.config import TreeConfig
 from eagle.model.stats import Stats
 from llava.files import atomic_write
 
+PLAIN_WIDTH = 120  # of the tables where they go to a file
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `msd bench`."""
@@ -135,7 +137,7 @@ def first_token_ms(total: Stats) -> float:
 
 def print_report(report: dict[str, Any], msd: Contestant, rivals: list[Contestant]) -> None:
     """The same as tables on the terminal."""
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
     table = Table(title=f"{report['questions']} questions, {report['new_tokens']} new tokens")
     for column in ("decoding", "tokens/s", "spread (IQR)", "first token", "τ", "speed-up"):
         table.add_column(column, justify="left" if column == "decoding" else "right")
