@@ -72,6 +72,7 @@ def test_same_tokens_and_cycles(models: list[MSDModel]) -> None:
     check_same(models, inputs_of(models[0], TEXTS[:1]), max_new_tokens=12, temperature=0, use_msd=False)
 
 
+@torch.inference_mode()
 def test_rows_of_earlier_requests_do_not_matter(models: list[MSDModel]) -> None:
     """A later request finds a used cache; here one full of large values."""
     static = models[1]._static
