@@ -67,15 +67,16 @@ def test_answers_are_those_with_token_types(model: MSDModel, kind: str) -> None:
     assert torch.equal(model.generate(**without_types(inputs), **GREEDY, use_msd=False).sequences, expected)
 
 
-def test_positions_of_text_are_refused(model: MSDModel) -> None:
+@pytest.mark.parametrize(("kind", "grid"), [("picture", "image_grid_thw"), ("video", "video_grid_thw")])
+def test_positions_of_text_are_refused(model: MSDModel, kind: str, grid: str) -> None:
     """What a caller's own `generate` hands on where it has encoded the pictures and numbered them as text."""
-    inputs = inputs_of(model, "picture")
-    ids, grids = inputs["input_ids"], {"image_grid_thw": inputs["image_grid_thw"]}
+    inputs = inputs_of(model, kind)
+    ids, grids = inputs["input_ids"], {grid: inputs[grid]}
     right, _ = model.target.prompt_positions(ids, grids)
     again, _ = model.target.prompt_positions(ids, {"position_ids": torch.cat([right[:1], right])})
     assert torch.equal(again, right)
     as_text = torch.arange(ids.shape[1]).expand(4, 1, -1)
-    with pytest.raises(UserError, match="numbered the picture's tokens as text"):
+    with pytest.raises(UserError, match="tokens of a picture or video as text"):
         model.target.prompt_positions(ids, {"position_ids": as_text})
 
 

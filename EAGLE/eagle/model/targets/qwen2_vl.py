@@ -70,13 +70,13 @@ class Qwen2VLTarget(Target):
 
     @staticmethod
     def _refuse_text_positions(types: Tensor, positions: Tensor) -> None:
-        """Raises `UserError` where pictures were numbered as text: the tokens of one share their time."""
-        image = types == IMAGE
-        neighbours = image[:, 1:] & image[:, :-1]
+        """Raises `UserError` where pictures or videos were numbered as text: the tokens of a frame share their time."""
+        media = types != TEXT
+        neighbours = media[:, 1:] & media[:, :-1]  # [B, S - 1]
         later = positions[0, :, 1:] > positions[0, :, :-1]
-        if (neighbours & later).any():
+        if (neighbours.any(dim=1) & (later | ~neighbours).all(dim=1)).any():
             raise UserError(
-                "transformers has numbered the picture's tokens as text",
+                "transformers has numbered the tokens of a picture or video as text",
                 fix="give generate the processor's mm_token_type_ids, or call MSDModel.generate",
             )
 
