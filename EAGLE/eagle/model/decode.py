@@ -169,7 +169,7 @@ class Decoder:
                     raise
             size = max(tree.size for tree in trees) // 2  # after the handler, which held the failed forward's tensors
             if size == 0:
-                raise UserError("out of memory with a single token", self.target.device, OUT_OF_MEMORY)
+                raise UserError("out of memory with a single token", str(self.target.device), OUT_OF_MEMORY)
             self.cache.truncate(self.past)
             self.tree = replace(self.tree, total_tokens=size)
             self.stats.cut_trees += 1
@@ -187,8 +187,8 @@ class Decoder:
         if self.static is not None and isinstance(self.cache, StaticCache):
             mask = self.masks.window(self.past, blocks)
             return self.static.verify(tokens, positions, mask, self.cache, self.tree.total_tokens)
-        mask = self.masks.window(self.past, blocks) if tokens.numel() > 1 else None
-        hidden = self.target.verify(tokens, positions, mask, self.cache)
+        closed = self.masks.window(self.past, blocks) if tokens.numel() > 1 else None
+        hidden = self.target.verify(tokens, positions, closed, self.cache)
         return hidden, self.target.head(hidden)
 
     def accept(self, trees: list[DraftTree], logits: Tensor) -> list[Accepted]:

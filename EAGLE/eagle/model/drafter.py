@@ -50,8 +50,8 @@ class Drafter:
         self._own = torch.eye(tree.top_k, dtype=torch.bool, device=device)
         self._numbers = torch.arange(tree.top_k, device=device)
         self._causal = torch.ones(1, extended, extended, dtype=torch.bool, device=device).tril()
-        positions = torch.arange(rows, device=device).unsqueeze(0)
-        self._cos, self._sin = draft.rotary(positions, draft.dtype)  # [1, 1, rows, D]
+        self._rows, self._angles = rows, 0
+        self._number(rows)
         self._certain = [0] * batch
         self._shift = [0] * batch  # position number minus row number of new tokens; not 0 for M-RoPE alone
         self._last = torch.zeros(batch, config.hidden_size, dtype=draft.dtype, device=device)  # after the certain rows
@@ -81,6 +81,7 @@ class Drafter:
         if self.draft.config.options.positions == "mrope":
             rope = self.draft.rotary(positions, x.dtype)
             self._shift[row] = int(prefill.next_position) - count
+            self._number(self._rows + self._shift[row])
         self._last[row] = self.draft(x, None, None, self.cache.sequence(row), rope, last_only=True)[0, 0]
         self._certain[row] = count
         self.cache.truncate(self._certain)
@@ -182,6 +183,13 @@ class Drafter:
         device = self._cos.device
         index = torch.tensor(starts, device=device).unsqueeze(1) + torch.arange(count, device=device)  # [B, count]
         return self._cos[0, 0, index].unsqueeze(1), self._sin[0, 0, index].unsqueeze(1)
+
+    def _number(self, count: int) -> None:
+        """Angles of the positions below ``count``, which M-RoPE may lead past the rows (long videos)."""
+        if count > self._angles:
+            positions = torch.arange(count, device=self.draft.device).unsqueeze(0)
+            self._cos, self._sin = self.draft.rotary(positions, self.draft.dtype)  # [1, 1, count, D]
+            self._angles = count
 
     def _slice(self, start: int, count: int) -> tuple[Tensor, Tensor]:
         return self._cos[:, :, start : start + count], self._sin[:, :, start : start + count]

@@ -66,8 +66,9 @@ class Batch:
     positions: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{name: t if t is None else t.to(device, non_blocking=True) for name, t in tensors.items()})
+        tensors: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: part.to(device, non_blocking=True) for name, part in tensors.items() if part is not None}
+        return Batch(**moved)
 
 
 def rows_that_count(loss_mask: Tensor) -> Tensor:

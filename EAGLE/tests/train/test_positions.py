@@ -87,6 +87,21 @@ def test_rows_stand_where_decoding_puts_them(
     assert (trained[:, -1] == trained[0, -1]).all() and (kind == "text") == bool(trained[0, -1] == ids.shape[1] - 1)
 
 
+def test_numbers_may_run_ahead_of_the_tokens(target: Target, tmp_path: Path) -> None:
+    """As they do behind a long video of Qwen2.5-VL, whose frames count in seconds."""
+    changes = {"msd": {"positions": "mrope"}, "rope_scaling": {"mrope_section": [1, 1, 2]}}
+    draft = load_draft(make_draft(tmp_path / "draft", target, **changes), dtype=torch.float32)
+    ids, ahead = torch.arange(5, 11)[None], 1000
+    with torch.inference_mode():
+        (prefill,) = target.prefill_each({"input_ids": ids}, target.new_cache(1, 6))
+        later = prefill._replace(positions=prefill.positions + ahead, next_position=prefill.next_position + ahead)
+        drafter = Drafter(draft, target.head, 14, TreeConfig(3, 1, 5))
+        drafter.start(0, later, ids, torch.tensor([11]))
+        for step in range(3):
+            expected = draft.rotary(torch.full((3, 1, 1), ahead + 6 + step), draft.dtype)
+            torch.testing.assert_close(drafter._rope(step, 1), expected)
+
+
 def test_positions_are_those_of_transformers(target: Target, photos: Path, tmp_path: Path) -> None:
     for kind in TURNS:
         sample = stored(target, kind, photos, tmp_path / kind)
