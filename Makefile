@@ -8,17 +8,15 @@ LOWEST_STAMP := $(LOWEST_VENV)/.installed
 PROJECTS := LLaVA/pyproject.toml EAGLE/pyproject.toml lmms-eval/pyproject.toml
 PYTEST ?= -q -n 2 --dist loadfile  # two files at a time, each on one thread
 
-# make bench BASE=... DRAFT=... DATA=... OUT=...
-BASE ?= pocket/llava
-DRAFT ?= pocket/llava-msd
-DATA ?= pocket/data/heldout.jsonl
-OUT ?= outputs/bench.json
-BENCH_FLAGS ?= --baseline-dtype float32
+# make bench SUITE=... OUT=... BENCH_FLAGS="--only long --rounds 9"
+SUITE ?= benchmarks/suites/pocket.json
+OUT ?= outputs/bench
+BENCH_FLAGS ?=
 
 # the oldest transformers that the packages admit, read where pip reads it
 LOWEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' LLaVA/pyproject.toml)
 
-.PHONY: help setup demo test test-all test-lowest bench quality wheels version clean
+.PHONY: help setup demo test test-all test-lowest bench bench-quick figures quality wheels version clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -37,9 +35,14 @@ test-all: $(STAMP)  ## run all tests, the slow ones too
 test-lowest: $(LOWEST_STAMP)  ## run the tests of llava and eagle on the oldest transformers
 	OMP_NUM_THREADS=1 $(LOWEST_VENV)/bin/python -m pytest $(PYTEST) LLaVA/tests EAGLE/tests
 
-bench: $(STAMP)  ## time speculative against plain decoding
-	@mkdir -p $(dir $(OUT))
-	$(BIN)/msd bench --base-model $(BASE) --msd-model $(DRAFT) --data $(DATA) --out $(OUT) $(BENCH_FLAGS)
+bench: $(STAMP)  ## time everyone against everyone: one table, one plot, one JSON
+	$(BIN)/python -m benchmarks.suite --suite $(SUITE) --out $(OUT) $(BENCH_FLAGS)
+
+bench-quick: $(STAMP)  ## the same in a minute, without meaning
+	$(BIN)/python -m benchmarks.suite --quick --out $(OUT)
+
+figures: $(STAMP)  ## write the table of speed into README.md
+	$(BIN)/python -m benchmarks.readme
 
 quality: $(STAMP)  ## lint, formatting, dead code, types
 	$(BIN)/ruff check .

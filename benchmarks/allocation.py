@@ -20,17 +20,15 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
 from eagle.benchmark import versions
-from eagle.ge_data.allocation import wants_pictures, wants_text
-from eagle.ge_data.annotations import RowFile
-from eagle.ge_data.extract import Extractor, Selection, source_of
+from eagle.ge_data.extract import Extractor, source_of
 from eagle.ge_data.index import ShardInfo
+from eagle.ge_data.selection import IMAGE, TEXT, Selection
 from eagle.ge_data.templates import template_of
 from eagle.hardware import hardware
 from eagle.model.targets import load_target
@@ -58,18 +56,16 @@ def parser() -> argparse.ArgumentParser:
 
 def extractors(options: argparse.Namespace, folder: Path) -> dict[str, Extractor]:
     """The two ways, sharing one model."""
-    wanted = wants_text if options.image_data_path is None else wants_pictures
-    rows = RowFile(options.json_data_path, wanted)
-    if len(rows) < options.rows or options.rows < 2 * options.shard_size:
-        raise UserError(
-            f"{len(rows)} rows of this kind, {options.rows} asked for, in shards of {options.shard_size}",
-            options.json_data_path,
-            "give --rows and --shard-size so that at least two whole shards are there",
-        )
+    kind = TEXT if options.image_data_path is None else IMAGE
     target = load_target(options.model, dtype=options.dtype)
-    order = np.random.default_rng(42).permutation(len(rows)).tolist()
-    limit = getattr(target.config.get_text_config(), "max_position_embeddings", 2048)
-    selection = Selection(rows, order, options.image_data_path or Path(), min(limit, 2048))
+    limit = min(2048, getattr(target.config.get_text_config(), "max_position_embeddings", 2048))
+    selection = Selection.of(options.json_data_path, kind, options.image_data_path or Path(), limit, seed=42)
+    if len(selection.rows) < options.rows or options.rows < 2 * options.shard_size:
+        raise UserError(
+            f"{len(selection.rows)} {kind} rows, {options.rows} asked for, in shards of {options.shard_size}",
+            options.json_data_path,
+            "give --rows and --shard-size so that there are at least two whole shards",
+        )
     source = source_of(target, options.model, None if options.hidden_dtype == "auto" else options.hidden_dtype)
     made = {}
     for way, tokens in ((ONE, 1), (BATCHED, options.batch_tokens)):

@@ -2,7 +2,8 @@
 # Makes a pocket draft: conversations in pocket/build/draft-*, then the pipeline's own steps 2 to 4. Resumes.
 #   pocket/train_draft.sh                   pocket/llava-msd
 #   TARGET=qwen2vl pocket/train_draft.sh    pocket/qwen2vl-msd
-# Environment: TARGET, IMAGES, TEXTS (conversations to write), BUILD; further flags go to main_deepspeed.py.
+# Environment: TARGET, IMAGES, TEXTS (conversations to write), BUILD; STATES_ONLY=1 ends before the training; further
+# flags go to main_deepspeed.py.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python="${PYTHON:-.venv/bin/python}"
@@ -20,6 +21,7 @@ export TEXT="$build/data/train_t.json" IMAGE="$build/data/train_v.json"
 [ -f "$IMAGE" ] || "$python" -m pocket.make_data --out "$build/data" --images "${IMAGES:-2400}" --texts "${TEXTS:-1000}" --seed 7
 [ -f "$build/image.json" ] || scripts/2_convert.sh
 scripts/3_allocate.sh
+[ -z "${STATES_ONLY:-}" ] || exit 0
 DS_CONFIG=pocket_ds_config.json CONFIG="pocket_${target}_config.json" scripts/4_train.sh "$@"
 
 mkdir -p "pocket/$target-msd"

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Step 4: train the draft head on step 3's hidden states: text first, then ever more images. Resumes where it stopped.
+# ONLINE=1 leaves out step 3: the base model reads the conversations of step 2 beside the draft.
 #   scripts/4_train.sh                                            the embedded model
 #   BASE=liuhaotian/llava-v1.5-7b CONFIG=llava_v15_7B_config.json DEVICES=localhost:0,1,2,3 scripts/4_train.sh
 #   scripts/4_train.sh --epochs 2                                 further flags go to main_deepspeed.py
 # Environment: BASE, CONFIG and DS_CONFIG (a path, or the name of one shipped in EAGLE/eagle/train), DEVICES, PORT,
-# WORK as in step 2, CKPT (where checkpoints go; the draft is CKPT/final).
+# WORK as in step 2, CKPT (where checkpoints go; the draft is CKPT/final). With ONLINE also PICTURES and COUNT as in step 3.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python="${PYTHON:-.venv/bin/python}"
@@ -12,7 +13,13 @@ command -v "$python" >/dev/null || python="$(command -v python3)"
 work="${WORK:-outputs/pipeline}"
 PATH="$(cd "$(dirname "$(command -v "$python")")" && pwd):$PATH"  # DeepSpeed starts the `python` it finds
 
+data=(--tmpdir_v "$work/hidden_v" --tmpdir_t "$work/hidden_t")
+if [ -n "${ONLINE:-}" ] && [ "$ONLINE" != 0 ]; then
+    data=(--online --annotations_v "$work/image.json" --annotations_t "$work/text.json"
+        --image-folder "${PICTURES:-pocket/data}" ${COUNT:+--limit "$COUNT"})
+fi
+
 deepspeed --master_port "${PORT:-29504}" --include "${DEVICES:-localhost:0}" EAGLE/eagle/train/main_deepspeed.py \
-    --deepspeed_config "${DS_CONFIG:-ds_config.json}" --tmpdir_v "$work/hidden_v" --tmpdir_t "$work/hidden_t" \
+    --deepspeed_config "${DS_CONFIG:-ds_config.json}" "${data[@]}" \
     --basepath "${BASE:-pocket/llava}" --cpdir "${CKPT:-$work/checkpoints}" \
     --config "${CONFIG:-pocket_llava_config.json}" --resume "$@"

@@ -193,6 +193,14 @@ def test_entry_points_exist() -> None:
         assert re.search(rf"\b{name}\b", path.read_text(encoding="utf-8")), f"{target}: no {name}"
 
 
+@pytest.mark.parametrize("folder", PACKAGES.values())
+def test_each_package_has_its_own_licence_text(folder: str) -> None:
+    """A copy: pip builds a package from its folder alone, where a link out of it would lead nowhere."""
+    text = REPO / folder / "LICENSE"
+    assert not text.is_symlink() and text.read_bytes() == (REPO / "LICENSE").read_bytes()
+    assert settings(folder)["project"]["license-files"] == ["LICENSE"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("package", PACKAGES)
 def test_wheel_builds_without_the_repository(package: str, tmp_path: Path) -> None:
@@ -205,10 +213,13 @@ def test_wheel_builds_without_the_repository(package: str, tmp_path: Path) -> No
     (wheel,) = tmp_path.glob("*.whl")
     shutil.unpack_archive(wheel, tmp_path / "unpacked", "zip")
     packed = {p.relative_to(tmp_path / "unpacked").as_posix() for p in (tmp_path / "unpacked").rglob("*")}
+    texts = [text for text in (tmp_path / "unpacked").rglob("LICENSE") if text.parent.name == "licenses"]
+    assert [text.read_bytes() for text in texts] == [(REPO / "LICENSE").read_bytes()]
     needed = {
         p.relative_to(source).as_posix()
         for p in repository_files()
-        if source / package in p.parents and (p.suffix in {".py", ".json", ".yaml"} or p.name == "py.typed")
+        if source / package in p.parents
+        and (p.suffix in {".py", ".json", ".yaml", ".html", ".css", ".js"} or p.name == "py.typed")
     }
     assert needed - packed == set()
     assert not any(name.startswith("tests/") for name in packed)

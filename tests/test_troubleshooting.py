@@ -9,7 +9,7 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
 PAGE = REPO / "docs" / "troubleshooting.md"
-SOURCES = ("LLaVA/llava", "EAGLE/eagle", "lmms-eval/lmms_eval_msd")
+SOURCES = ("LLaVA/llava", "EAGLE/eagle", "lmms-eval/lmms_eval_msd", "benchmarks")
 GAP = "…"
 PASSED_ON = {"message", "failure.message", "error.what"}  # a message that was made elsewhere: argparse's, a worker's
 ROW = re.compile(r"^\| `([^`]+)` \| (.+) \|$", re.MULTILINE)

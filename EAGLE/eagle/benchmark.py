@@ -12,22 +12,40 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
-from eagle.commands.questions import Question
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria
+
 from eagle.model.config import TreeConfig
 from eagle.model.msd import MSDModel
 from eagle.model.stats import Stats
+from eagle.model.targets import Target
 
 PACKAGES = ("msd-eagle", "torch", "transformers", "accelerate")
 
 
+class Work(Protocol):
+    """What a contestant answers: a question or a batch of them."""
+
+    def inputs(self, target: Target) -> dict[str, Any]:
+        """Model inputs, [B, S]."""
+
+
+class Answer(NamedTuple):
+    """Statistics, and the new ``tokens`` of each sequence up to its end token."""
+
+    stats: Stats
+    tokens: list[list[int]]
+
+
 @dataclass
 class Contestant:
-    """One way to decode. ``answer`` takes a question (or a batch) and returns its statistics; ``rounds`` has them."""
+    """One way to decode. ``answer`` answers a question (or a batch); ``rounds`` has what each of them took."""
 
     name: str
-    answer: Callable[[Any], Stats]
+    answer: Callable[[Any], Answer]
     rounds: list[Stats] = field(default_factory=list)
 
     @property
@@ -48,37 +66,69 @@ class Contestant:
         return (high - low) / middle
 
 
+class FirstToken(StoppingCriteria):
+    """Stops nothing; knows when transformers' `generate` had its first new tokens."""
+
+    def __init__(self) -> None:
+        self.at: float | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        if self.at is None:
+            if input_ids.device.type != "cpu":
+                torch.accelerator.synchronize()
+            self.at = time.perf_counter()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def new_tokens(sequences: Tensor, prompt: int, ends: Sequence[int]) -> list[list[int]]:
+    """The new tokens of each of ``sequences`` [B, P + n] after ``prompt`` = P ids, up to its end token, without what
+    fills it up."""
+    rows = []
+    for row in sequences[:, prompt:].tolist():
+        stop = next((place for place, token in enumerate(row, start=1) if token in ends), len(row))
+        rows.append(row[:stop])
+    return rows
+
+
 def with_engine(
     model: MSDModel, use_msd: bool, settings: Mapping[str, Any], tree: TreeConfig | None = None
-) -> Callable[[Question], Stats]:
+) -> Callable[[Work], Answer]:
     """Decodes with our loop, with or without the draft."""
 
-    def answer(question: Question) -> Stats:
-        inputs = question.inputs(model.target)
-        return model.generate(**inputs, use_msd=use_msd, tree=tree, **settings).stats
+    def answer(work: Work) -> Answer:
+        inputs = work.inputs(model.target)
+        output = model.generate(**inputs, use_msd=use_msd, tree=tree, **settings)
+        prompt = inputs["input_ids"].shape[1]
+        return Answer(output.stats, new_tokens(output.sequences, prompt, model.target.eos_token_ids))
 
     return answer
 
 
-def with_transformers(model: MSDModel, settings: Mapping[str, Any], **more: Any) -> Callable[[Question], Stats]:
-    """Decodes with transformers' own `generate`; ``more`` are settings of it alone."""
+def with_transformers(model: MSDModel, settings: Mapping[str, Any], **more: Any) -> Callable[[Work], Answer]:
+    """Decodes with transformers' own `generate`; ``more`` are settings of it alone. A seed is that of torch's global
+    random state, which sampling there draws from."""
     given = {key: value for key, value in settings.items() if key not in ("temperature", "seed")} | more
     if settings.get("temperature"):
         given.update(do_sample=True, temperature=settings["temperature"])
     else:
         given.update(do_sample=False)
 
-    def answer(question: Question) -> Stats:
-        inputs = question.inputs(model.target)
+    def answer(work: Work) -> Answer:
+        inputs = work.inputs(model.target)
+        if settings.get("seed") is not None:
+            torch.manual_seed(settings["seed"])
+        clock = FirstToken()
         start = time.perf_counter()
-        sequences = model.target.model.generate(**inputs, **given)
-        seconds = time.perf_counter() - start
-        return Stats(new_tokens=sequences.shape[1] - inputs["input_ids"].shape[1], seconds=seconds)
+        sequences = model.target.model.generate(**inputs, stopping_criteria=[clock], **given)
+        tokens = new_tokens(sequences, inputs["input_ids"].shape[1], model.target.eos_token_ids)
+        seconds, first = time.perf_counter() - start, (clock.at or start) - start
+        stats = Stats(sum(map(len, tokens)), requests=len(tokens), seconds=seconds, first_token=first)
+        return Answer(stats, tokens)
 
     return answer
 
 
-def with_prompt_lookup(model: MSDModel, settings: Mapping[str, Any], tokens: int) -> Callable[[Question], Stats]:
+def with_prompt_lookup(model: MSDModel, settings: Mapping[str, Any], tokens: int) -> Callable[[Work], Answer]:
     """Decodes with transformers' speculation without a draft, which guesses ``tokens`` tokens from the text before.
 
     It would guess the ids that stand for pictures too, and then fail for want of their pixels; so they are suppressed.
@@ -110,7 +160,7 @@ def interleave(contestants: Sequence[Contestant], questions: Sequence[Any], warm
     for number, question in enumerate(questions):
         shift = number % len(contestants)  # nobody is always first
         for contestant in [*contestants[shift:], *contestants[:shift]]:
-            contestant.rounds.append(contestant.answer(question))
+            contestant.rounds.append(contestant.answer(question).stats)
         yield number
 
 

@@ -1,4 +1,4 @@
-"""The command `msd`: generate, bench, throughput, verify, exactness, demo, doctor, push."""
+"""The command `msd`: generate, bench, throughput, verify, exactness, demo, web, doctor, push."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llava.errors import run_cli
 
 COMMANDS = {
     name: f"eagle.commands.{name}"
-    for name in ("generate", "bench", "throughput", "verify", "exactness", "demo", "doctor", "push")
+    for name in ("generate", "bench", "throughput", "verify", "exactness", "demo", "web", "doctor", "push")
 }
 
 

@@ -92,12 +92,19 @@ def test_bench_writes_its_report(pair, capsys, tmp_path):
     report = json.loads(out.read_text())
     assert set(report) >= REPORT_KEYS
     assert set(report["phases_ms"]) == {"prefill", "draft", "tree", "verify", "accept", "commit"}
+    phases = {"draft", "tree", "verify", "accept", "commit", "outside"}
+    assert set(report["phases_share"]["cycle"]) == phases
+    assert set(report["phases_share"]["request"]) == phases | {"prefill"}
+    assert all(sum(shares.values()) == pytest.approx(1.0) for shares in report["phases_share"].values())
+    assert set(report["first_token_ms"]) == {"MSD float32", *report["baselines"]}
+    assert all(ms > 0 for ms in report["first_token_ms"].values())
     assert set(report["baselines"]) == {
         f"{name} {dtype}" for name in ("autoregressive", "transformers generate") for dtype in ("float32", "bfloat16")
     }
     assert report["tokens_per_second"]["baseline"] == max(report["baselines"].values())
     assert report["new_tokens"] == 24
-    assert "speed-up" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "speed-up" in out and "first token" in out and "share of a cycle: draft" in out
 
 
 def test_bench_takes_more_contestants(pair, capsys, tmp_path):

@@ -7,6 +7,7 @@ defect of the program and keeps its traceback.
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ from typing import NoReturn
 
 USER_ERROR_STATUS = 2
 INTERRUPT_STATUS = 130
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_TEXTS = ("No space left", "File too large", "quota exceeded", "PytorchStreamWriter failed", "unexpected pos")
+MAKE_ROOM = "free some space and start again; what was finished is kept"
 
 
 class UserError(Exception):
@@ -39,13 +43,27 @@ class UserError(Exception):
         return " ".join(line.split())
 
 
+def is_full_disk(error: BaseException) -> bool:
+    """Whether ``error`` says that a disk is full, or a quota or a limit of a file's size is reached. The writers of
+    torch and safetensors say so in words only."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _FULL
+    return any(text in str(error) for text in _FULL_TEXTS)
+
+
 @contextmanager
 def cli_errors() -> Iterator[None]:
-    """Turns a `UserError` into one line on stderr and exit status 2, Ctrl-C into status 130."""
+    """Turns a `UserError` into one line on stderr and exit status 2, so too a full disk; Ctrl-C into status 130."""
     try:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(USER_ERROR_STATUS) from None
+    except OSError as error:
+        if not is_full_disk(error):
+            raise
+        full = UserError(f"no room left to write ({error.strerror})", error.filename, MAKE_ROOM)
+        print(f"error: {full}", file=sys.stderr)
         raise SystemExit(USER_ERROR_STATUS) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPT_STATUS) from None

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import MAKE_ROOM, UserError, is_full_disk
 
 
 @contextmanager
@@ -21,7 +21,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     is what it was before. Missing parent folders are made.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, or the disk is full.
     """
     path = Path(path)
     try:
@@ -35,6 +35,10 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
+    except Exception as error:
+        if isinstance(error, UserError) or not is_full_disk(error):
+            raise
+        raise UserError("no room left to write this file", path, MAKE_ROOM) from None
     finally:
         temporary.unlink(missing_ok=True)
 

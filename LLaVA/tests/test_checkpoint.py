@@ -90,15 +90,19 @@ def test_model_folder_as_relative_path(
     assert torch.equal(logits(Path(".")), reference)
 
 
+@pytest.mark.parametrize(("fast", "auto"), [(True, torch.bfloat16), (False, torch.float32)])
 @pytest.mark.parametrize("make", [make_liuhaotian, make_llava_hf])
-def test_dtype(tmp_path: Path, make: Any) -> None:
+def test_dtype(tmp_path: Path, make: Any, fast: bool, auto: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU that is fast in 16 bit, and on one that is not."""
+    monkeypatch.setattr("llava.device.cpu_has_bfloat16", lambda: fast)
     folder = make(tmp_path / "model", dtype=torch.bfloat16)
-    for asked, given in [("auto", torch.bfloat16), ("float32", torch.float32), (torch.float16, torch.float16)]:
+    for asked, given in [("auto", auto), ("float32", torch.float32), (torch.float16, torch.float16)]:
         model = load_model(folder, dtype=asked)
         assert {parameter.dtype for parameter in model.parameters()} == {given}
 
 
-def test_dtype_is_the_weights_where_the_config_has_none(tmp_path: Path) -> None:
+def test_dtype_is_the_weights_where_the_config_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llava.device.cpu_has_bfloat16", lambda: True)
     folder = make_liuhaotian(tmp_path / "model", dtype=torch.float16, config_changes={"torch_dtype": None})
     assert load_model(folder).dtype == torch.float16
 

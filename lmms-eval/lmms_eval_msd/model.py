@@ -202,6 +202,8 @@ class MSD(lmms):
             **self.names,
             "dtype": str(self.msd.dtype).removeprefix("torch."),
             "tree": asdict(self.msd.tree) if self.use_msd else None,
+            "draft_image_tokens": self.msd.compression.tokens if self.use_msd else None,
+            "compile": self.options.loading.get("compile", False),
             "batch_size": self.batch_size,
             "processes": self.world_size,
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ from eagle.commands.options import (
 from eagle.commands.questions import read_questions
 from eagle.hardware import hardware
 from eagle.model.config import TreeConfig
+from eagle.model.stats import Stats
 from llava.files import atomic_write
+
+PLAIN_WIDTH = 120  # of the tables where they go to a file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt-lookup", type=positive, metavar="N",
         help="transformers' prompt-lookup decoding with N tokens too: speculation without a draft",
     )  # fmt: skip
+    parser.add_argument(
+        "--exact-phases", action="store_true",
+        help="wait for the accelerator at the ends of phases: right phases, less speed (no difference on a CPU)",
+    )  # fmt: skip
     parser.add_argument("--warm-up", type=int, default=2, help="questions answered first, not counted (default: 2)")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the report here as JSON too")
 
@@ -54,6 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     questions = read_questions(arguments.data, arguments.limit)
     settings = {"max_new_tokens": arguments.max_new_tokens, **sampling_settings(arguments)}
     model = load_model(arguments)
+    model.exact_phases = arguments.exact_phases
     own = str(model.dtype).removeprefix("torch.")
     dtypes = [name for name in dict.fromkeys(arguments.baseline_dtype or []) if name != own]
     plain = [model, *(load_model(arguments, need_draft=False, dtype=name) for name in dtypes)]
@@ -107,29 +116,41 @@ def make_report(
         "baselines": {rival.name: rival.total.tokens_per_second for rival in rivals},
         "phases_ms": {name: ms / max(total.cycles, 1) for name, ms in total.phases_ms.items() if name != "prefill"}
         | {"prefill": total.phases_ms["prefill"] / total.requests},
+        "phases_share": total.shares(),
+        "first_token_ms": {each.name: first_token_ms(each.total) for each in [msd, *rivals]},
+        "decoding_tokens_per_second": {each.name: each.total.decoding_speed for each in [msd, *rivals]},
         "new_tokens": total.new_tokens,
         "cycles": total.cycles,
         "questions": total.requests,
         "histogram": total.histogram,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
         "hardware": machine,
         "settings": settings,
     }
 
 
+def first_token_ms(total: Stats) -> float:
+    """Milliseconds from a request to its first token, on average."""
+    return 1000 * total.first_token / total.requests
+
+
 def print_report(report: dict[str, Any], msd: Contestant, rivals: list[Contestant]) -> None:
     """The same as tables on the terminal."""
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
     table = Table(title=f"{report['questions']} questions, {report['new_tokens']} new tokens")
-    for column in ("decoding", "tokens/s", "spread (IQR)", "τ", "speed-up"):
+    for column in ("decoding", "tokens/s", "spread (IQR)", "first token", "τ", "speed-up"):
         table.add_column(column, justify="left" if column == "decoding" else "right")
     best = report["tokens_per_second"]["baseline"]
     for contestant in [*rivals, msd]:
         total = contestant.total
         tau = f"{total.tau:.2f}" if total.tau > 1 else ""
         speed = total.tokens_per_second
-        table.add_row(contestant.name, f"{speed:.1f}", f"{contestant.spread:.0%}", tau, f"{speed / best:.2f}x")
+        first = f"{first_token_ms(total):.0f} ms"
+        table.add_row(contestant.name, f"{speed:.1f}", f"{contestant.spread:.0%}", first, tau, f"{speed / best:.2f}x")
     console.print(table)
     phases = ", ".join(f"{name} {ms:.2f}" for name, ms in report["phases_ms"].items())
     console.print(f"ms a cycle (prefill: a question): {phases}")
+    for whole, shares in report["phases_share"].items():
+        console.print(f"share of a {whole}: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
     console.print(f"cycles by accepted drafted tokens: {report['histogram']}")

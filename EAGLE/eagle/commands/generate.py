@@ -49,7 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
     ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     stats = output.stats
     if not arguments.json:
-        print(f"[{stats.new_tokens} tokens, {stats.cycles} cycles, τ {stats.tau:.2f}, {stats.seconds:.2f} s]")
+        cut = f", {stats.cut_trees} trees halved for lack of memory" if stats.cut_trees else ""
+        print(f"[{stats.new_tokens} tokens, {stats.cycles} cycles, τ {stats.tau:.2f}, {stats.seconds:.2f} s{cut}]")
         return 0
     report = {
         "text": target.tokenizer.decode(ids, skip_special_tokens=True),

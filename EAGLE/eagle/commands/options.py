@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from eagle.model.compression import MERGES
 from eagle.model.config import TreeConfig
 from eagle.model.msd import MSDModel
 from llava.errors import UserError
@@ -31,6 +32,17 @@ def add_model_options(parser: argparse.ArgumentParser, dtype: str = "auto", requ
     parser.add_argument("--tree-depth", type=int, help="draft steps after the first one")
     parser.add_argument("--tree-top-k", type=int, help="nodes kept a level, and children tried for each")
     parser.add_argument("--tree-tokens", type=int, help="nodes verified in one forward, root included")
+    parser.add_argument(
+        "--draft-image-tokens", metavar="M",
+        help="rows that the draft reads of each picture, 0 for none or 'all' (default: as the draft's config says)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--draft-image-merge", choices=MERGES, help="how they are merged (default: as the draft's config says)"
+    )
+    parser.add_argument(
+        "--compile", nargs="?", const="inductor", default=False, metavar="BACKEND",
+        help="compile the models' parts of a cycle (torch.compile; the first answers are slow)",
+    )  # fmt: skip
 
 
 def add_length_option(parser: argparse.ArgumentParser, default: int = 256) -> None:
@@ -88,6 +100,9 @@ def load_model(arguments: argparse.Namespace, need_draft: bool = True, dtype: st
         dtype=dtype if dtype == "auto" else getattr(torch, dtype),
         device_map=device_map_for(arguments.device_map),
         attn_implementation=arguments.attn_implementation,
+        draft_image_tokens=arguments.draft_image_tokens,
+        draft_image_merge=arguments.draft_image_merge,
+        compile=arguments.compile,
         **extra,
     )
     model.tree = tree_from(arguments, model.device)

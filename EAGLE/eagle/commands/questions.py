@@ -25,6 +25,18 @@ class Question:
         return target.prepare(target.chat_prompt(self.question, num_images=len(self.images)), self.images)
 
 
+@dataclass(frozen=True)
+class Group:
+    """Questions that are answered together, as one batch."""
+
+    questions: tuple[Question, ...]
+
+    def inputs(self, target: Target) -> dict[str, Any]:
+        """Padded model inputs of all of them, [B, S]."""
+        prompts = [target.chat_prompt(each.question, num_images=len(each.images)) for each in self.questions]
+        return target.prepare(prompts, [image for each in self.questions for image in each.images])
+
+
 def read_questions(path: Path, limit: int | None = None) -> list[Question]:
     """Reads a question file.
 

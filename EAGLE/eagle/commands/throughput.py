@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from eagle.benchmark import Contestant, interleave, versions
+from eagle.benchmark import Contestant, interleave, versions, with_engine
 from eagle.commands.options import add_data_options, add_length_option, add_model_options, load_model, positive
-from eagle.commands.questions import Question, read_questions
+from eagle.commands.questions import Group, read_questions
 from eagle.hardware import hardware
 from eagle.model.msd import MSDModel
 from eagle.model.stats import Stats
@@ -43,10 +43,11 @@ def run(arguments: argparse.Namespace) -> int:
     model = load_model(arguments)
     rows = []
     for size in arguments.batch_sizes:
-        groups = [questions[start : start + size] for start in range(0, len(questions) - size + 1, size)]
+        starts = range(0, len(questions) - size + 1, size)
+        groups = [Group(tuple(questions[start : start + size])) for start in starts]
         settings = {"max_new_tokens": arguments.max_new_tokens, "temperature": 0.0}
-        msd = Contestant("MSD", answer_group(model, {**settings, "use_msd": True}))
-        plain = Contestant("plain", answer_group(model, {**settings, "use_msd": False}))
+        msd = Contestant("MSD", with_engine(model, True, settings))
+        plain = Contestant("plain", with_engine(model, False, settings))
         progress = tqdm(total=len(groups), desc=f"batches of {size}", file=sys.stderr)
         for _ in interleave([msd, plain], groups, warm_up=1):
             progress.update()
@@ -58,17 +59,6 @@ def run(arguments: argparse.Namespace) -> int:
         with atomic_write(arguments.out) as temporary:
             temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
-
-
-def answer_group(model: MSDModel, settings: dict[str, Any]) -> Callable[[Sequence[Question]], Stats]:
-    """Answers a batch of questions."""
-
-    def answer(group: Sequence[Question]) -> Stats:
-        prompts = [model.target.chat_prompt(each.question, num_images=len(each.images)) for each in group]
-        inputs = model.target.prepare(prompts, [image for each in group for image in each.images])
-        return model.generate(**inputs, **settings).stats
-
-    return answer
 
 
 def row_of(model: MSDModel, size: int, msd: Stats, plain: Stats) -> dict[str, Any]:

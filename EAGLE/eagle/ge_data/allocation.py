@@ -19,24 +19,23 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
 from eagle.commands.options import DTYPES, positive
-from eagle.ge_data.annotations import Row, RowFile
-from eagle.ge_data.conversations import REASONS, claims_pictures
-from eagle.ge_data.extract import Range, Selection, model_name
+from eagle.ge_data.conversations import REASONS
+from eagle.ge_data.extract import model_name
 from eagle.ge_data.folder import AUTO, Settings, finished, locked, missing, write_skipped
 from eagle.ge_data.index import Index, ShardInfo, gigabytes, load_index, sha256
+from eagle.ge_data.selection import IMAGE, TEXT, Range, Selection
 from eagle.ge_data.source import INT8, Source
+from eagle.ge_data.templates import FAMILIES
 from eagle.ge_data.workers import Answers, Events, Job, run_here, run_workers
 from llava.errors import UserError, run_cli
 
-FAMILIES = {"llava_v15": "llava", "qwen2_vl": "qwen2_vl", "qwen2_5_vl": "qwen2_5_vl"}
-KINDS = {"t": "text", "v": "image"}
+KINDS = {"t": TEXT, "v": IMAGE}
 HIDDEN_DTYPES = (AUTO, INT8)
 MAX_NEW_TOKENS = 1024
 MODEL_TYPES = tuple(f"{family}_{kind}" for family in FAMILIES for kind in KINDS)
@@ -95,32 +94,18 @@ def select(options: argparse.Namespace) -> tuple[Selection, Range]:
         UserError: the file cannot be read, no row is of that kind, the range is empty, or there is no folder of
         pictures.
     """
-    _, kind = options.model_type.rsplit("_", 1)
-    if kind == "v" and not options.image_data_path.is_dir():
-        raise UserError("no folder of pictures", options.image_data_path, "give --image_data_path")
-    rows = RowFile(options.json_data_path, wants_pictures if kind == "v" else wants_text)
-    if not len(rows):
-        raise UserError(f"no {KINDS[kind]} rows among the {rows.total} rows", options.json_data_path)
-    end = len(rows) if options.end is None else min(options.end, len(rows))
+    kind = KINDS[options.model_type.rsplit("_", 1)[1]]
+    selection = Selection.of(options.json_data_path, kind, options.image_data_path, options.max_length, options.seed)
+    rows = len(selection.order)
+    end = rows if options.end is None else min(options.end, rows)
     if options.limit is not None:
         end = min(end, options.start + options.limit)
     if not 0 <= options.start < end:
         raise UserError(
-            f"rows {options.start} to {end} are none of the {len(rows)} {KINDS[kind]} rows",
+            f"rows {options.start} to {end} are none of the {rows} {kind} rows",
             fix="see --start, --end and --limit",
         )
-    order = np.random.default_rng(options.seed).permutation(len(rows)).tolist()
-    return Selection(rows, order, options.image_data_path, options.max_length), (options.start, end)
-
-
-def wants_pictures(row: Row) -> bool:
-    """Whether a row belongs to the image half of the training data."""
-    return claims_pictures(row)
-
-
-def wants_text(row: Row) -> bool:
-    """Whether a row belongs to the text half of the training data."""
-    return not claims_pictures(row)
+    return selection, (options.start, end)
 
 
 def devices(gpus: str | None) -> list[str]:
@@ -252,7 +237,7 @@ def work(
 ) -> int:
     """Hands the ranges to the workers. Raises the first UserError among their failures, after all have ended."""
     board = Board(job.folder, done, rows, sum(last - first for first, last in ranges))
-    events = Events(board.progress, board.shard)
+    events = Events(board.progress, board.shard, notify)
     with board.bar:
         if not workers:
             run_here(job, ranges, events)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,12 +10,12 @@ from pathlib import Path
 
 from eagle.ge_data.checked import shown
 from eagle.ge_data.index import INDEX, PATTERN, Index, ShardInfo, Skipped, load_index, read_about
+from eagle.locks import take
 from llava.errors import UserError
 from llava.files import atomic_write, read_json
 
 SETTINGS = "settings.json"
 SKIPPED = "skipped.jsonl"
-LOCK = ".lock"
 AUTO = "auto"
 
 
@@ -77,16 +76,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another run writes here, or the folder cannot be made.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK).open("a")
-    except OSError as error:
-        raise UserError(f"cannot write here ({error.strerror})", folder, "take another folder") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError("another run is writing to this folder", folder, "wait for it, or take another") from None
+    with take(folder):
         for stale in folder.glob(".*.tmp*"):
             stale.unlink(missing_ok=True)
         yield

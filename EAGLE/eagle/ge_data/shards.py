@@ -13,6 +13,8 @@ Tensors of a shard, samples one after the other (N samples, T tokens, I image to
     hidden          [T, H] 16 bit  the target's hidden states after its final norm; or int8
     hidden_scale    [T]    float32 only with hidden states in int8: what one step is worth in each row
     image_features  [I, H] 16 bit  projected features, as the target's language model reads them
+    grid_lengths    [N]    int32   pictures of each sample whose grid is stored
+    image_grids     [P, 3] int32   frames, rows and columns of their features; of families with M-RoPE positions
 
 Embeddings of text tokens are not stored: the draft has the table. Image features stay 16 bit: unlike hidden states,
 which training blurs with noise anyway, the draft reads the exact ones when it decodes. This module knows no model and
@@ -25,7 +27,7 @@ import json
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,7 @@ from eagle.ge_data.index import (
     source_in,
 )
 from eagle.ge_data.quantise import quantise, restore
-from eagle.ge_data.source import DTYPES, INT8, SCHEMA, Source
+from eagle.ge_data.source import DTYPES, GRIDS_SINCE, INT8, SCHEMA, Source
 from llava.errors import UserError
 from llava.files import atomic_write
 
@@ -74,7 +76,8 @@ class Sample:
     """One conversation as the target saw it.
 
     ``input_ids`` [S] int64; ``loss_mask``, ``image_mask`` [S] bool; ``hidden`` [S, H]; ``image_features`` [I, H] in
-    the order of the image tokens, I = image_mask.sum().
+    the order of the image tokens, I = image_mask.sum(). ``image_grids`` [P, 3] frames, rows and columns of each
+    picture's features: their products add up to I; or none, of families without M-RoPE and in shards before schema 3.
     """
 
     id: str
@@ -83,6 +86,7 @@ class Sample:
     image_mask: Tensor
     hidden: Tensor
     image_features: Tensor
+    image_grids: Tensor = field(default_factory=lambda: torch.empty(0, 3, dtype=torch.int64))
 
 
 def shard_name(start: int, end: int) -> str:
@@ -123,6 +127,8 @@ def write_shard(
         "image_mask": _flat([s.image_mask for s in items], torch.uint8),
         **_stored_hidden([s.hidden for s in items], source),
         "image_features": _flat([s.image_features for s in items], states, source.hidden_size),
+        "grid_lengths": torch.tensor([len(s.image_grids) for s in items], dtype=torch.int32),
+        "image_grids": _flat([s.image_grids for s in items], torch.int32, 3),
     }
     about = {
         "schema": SCHEMA,
@@ -194,6 +200,10 @@ class ShardDataset:
         """Image tokens of each sample [len(self)] int64, without reading any state."""
         return torch.cat([self._opened(shard).image_lengths for shard in self._shards])
 
+    def describe(self) -> dict[str, Any]:
+        """What a run that reads this corpus records of it."""
+        return {"folder": str(self.folder), "samples": len(self), **asdict(self.meta.source)}
+
     def _opened(self, shard: ShardInfo) -> OpenShard:
         return OpenShard(self.folder / shard.file, shard, self._source)
 
@@ -231,6 +241,9 @@ class OpenShard:
         masked = [0, *self._file.get_tensor("image_mask").bool().cumsum(0).tolist()]  # before each token
         if [masked[start] for start in self._tokens] != self._images:
             raise UserError("image tokens of the samples are not as many as their features", path, AGAIN)
+        self._grids = [torch.empty(0, 3, dtype=torch.int64)] * len(self._ids)
+        if about["schema"] >= GRIDS_SINCE:
+            self._grids = self._read_grids()
 
     def sample(self, index: int) -> Sample:
         rows = slice(self._tokens[index], self._tokens[index + 1])
@@ -242,7 +255,22 @@ class OpenShard:
             image_mask=self._read("image_mask", rows).bool(),
             hidden=self._hidden(rows),
             image_features=self._read("image_features", features),
+            image_grids=self._grids[index],
         )
+
+    def _read_grids(self) -> list[Tensor]:
+        """Grids [P, 3] int64 of each sample's pictures."""
+        self._check("grid_lengths", "I32", [len(self._ids)])
+        counts = self._file.get_tensor("grid_lengths").long()
+        self._check("image_grids", "I32", [int(counts.sum()), 3])
+        ends = counts.cumsum(0).tolist()
+        stored = self._file.get_tensor("image_grids").long()
+        grids = [stored[end - count : end] for end, count in zip(ends, counts.tolist(), strict=True)]
+        wrong = (counts < 0).any() or (stored < 1).any()
+        for own, tokens in zip(grids, self.image_lengths.tolist(), strict=True):
+            if wrong or (len(own) and int(own.prod(dim=-1).sum()) != tokens):
+                raise UserError("grids of the pictures do not fit their image tokens", self._path, AGAIN)
+        return grids
 
     def _hidden(self, rows: slice) -> Tensor:
         """States of tokens, [S, H] of the source's 16-bit dtype."""
@@ -313,3 +341,6 @@ def _check_sample(sample: Sample, source: Source) -> None:
     for name, shape in wanted.items():
         if tuple(getattr(sample, name).shape) != shape:
             raise ValueError(f"sample {sample.id}: {name} is {tuple(getattr(sample, name).shape)}, expected {shape}")
+    tokens_of_grids = int(sample.image_grids.prod(dim=-1).sum())
+    if len(sample.image_grids) and tokens_of_grids != len(sample.image_features):
+        raise ValueError(f"sample {sample.id}: grids of {tokens_of_grids} of {len(sample.image_features)} image tokens")

@@ -11,9 +11,11 @@ import torch
 from eagle.ge_data.checked import Check, count, number, one_of, optional, record, shown, text, wrong_fields
 from llava.errors import UserError
 
-SCHEMA = 2
-READABLE = (1, 2)
-"""Schema 1 knows no ``hidden_dtype`` and no ``regeneration``: states are 16 bit, answers those of the data set."""
+SCHEMA = 3
+READABLE = (1, 2, 3)
+"""Schema 1 knows no ``hidden_dtype`` and no ``regeneration``: states are 16 bit, answers those of the data set. Shards
+have the grids of their pictures since `GRIDS_SINCE`."""
+GRIDS_SINCE = 3
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 INT8 = "int8"
@@ -104,7 +106,7 @@ def read_source(value: Any, schema: int, path: Path, fix: str) -> Source:
 def check_schema(schema: Any, path: Path) -> None:
     """Raises `UserError` for a schema version that this program does not read."""
     if type(schema) is not int or schema not in READABLE:
-        known = " and ".join(map(str, READABLE))
+        known = ", ".join(map(str, READABLE))
         raise UserError(
             f"shards of schema version {shown(schema)}, this program reads {known}", path, "make the corpus again"
         )

@@ -110,6 +110,11 @@ class Template(ABC):
             Unusable: the tokenizer cannot write the text, or the image processor refuses a picture.
         """
 
+    def grids(self, images: dict[str, Tensor]) -> Tensor:
+        """[P, 3] frames, rows and columns of the features of each picture, int64; none where the family's positions do
+        not need them. ``images``: as in `Prepared`."""
+        return torch.empty(0, 3, dtype=torch.int64)
+
     @abstractmethod
     def first_pictures(self, images: dict[str, Tensor], count: int) -> dict[str, Tensor]:
         """The image inputs of the first ``count`` pictures among those of a conversation; {} for none."""

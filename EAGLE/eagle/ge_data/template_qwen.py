@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -66,16 +67,17 @@ class QwenTemplate(Template):
             raise Unusable("text")
         return Encoded(ids, spans, {name: given[name] for name in ("pixel_values", "image_grid_thw")})
 
+    def grids(self, images: dict[str, Tensor]) -> Tensor:
+        if "image_grid_thw" not in images:
+            return super().grids(images)
+        merge = self.processor.image_processor.merge_size
+        return images["image_grid_thw"] // torch.tensor([1, merge, merge])
+
     def first_pictures(self, images: dict[str, Tensor], count: int) -> dict[str, Tensor]:
         if not count:
             return {}
         grids = images["image_grid_thw"][:count]  # [count, 3] frames, rows and columns of patches
         return {"pixel_values": images["pixel_values"][: int(grids.prod(dim=-1).sum())], "image_grid_thw": grids}
-
-    def request(self, ids: list[int], images: dict[str, Tensor]) -> dict[str, Tensor]:
-        inputs = super().request(ids, images)
-        kinds = inputs["input_ids"] == self.image_token_id  # without them, transformers numbers pictures as text
-        return {**inputs, "mm_token_type_ids": kinds.int()}
 
 
 class Qwen2_5Template(QwenTemplate):

@@ -11,6 +11,8 @@ from llava.errors import UserError
 
 KNOWN: tuple[type[Template], ...] = (LlavaTemplate, QwenTemplate, Qwen2_5Template)
 TEMPLATES = {template.family: template for template in KNOWN}
+FAMILIES = {"llava_v15": "llava", "qwen2_vl": "qwen2_vl", "qwen2_5_vl": "qwen2_5_vl"}
+"""Names of the families on the command line."""
 
 
 def template_of(target: Any) -> Template:

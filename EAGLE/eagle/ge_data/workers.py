@@ -12,16 +12,17 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from eagle.ge_data.extract import Extractor, Range, Selection, fingerprint, model_name, source_of
+from eagle.ge_data.extract import Extractor, fingerprint, model_name, source_of
 from eagle.ge_data.index import ShardInfo
 from eagle.ge_data.regenerate import Regenerator
+from eagle.ge_data.selection import Range, Selection, shortened
 from eagle.ge_data.source import Regeneration, Source
 from eagle.ge_data.templates import template_of
 from eagle.model.checkpoint import load_draft
@@ -61,10 +62,19 @@ class Job:
 
 @dataclass(frozen=True)
 class Events:
-    """Called as work goes on: by rows and tokens, and with each shard that is on disk."""
+    """Called as work goes on: by rows and tokens, with each shard that is on disk, and with what the user should know,
+    once each."""
 
     progress: Callable[[int, int], None]
     shard: Callable[[Source, ShardInfo], None]
+    note: Callable[[str], None] = lambda line: None
+    said: set[str] = field(default_factory=set)
+
+    def say(self, line: str | None) -> None:
+        """Notes a line, unless a worker has said it before."""
+        if line is not None and line not in self.said:
+            self.said.add(line)
+            self.note(line)
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,7 @@ class Failure:
 def run_here(job: Job, ranges: Sequence[Range], events: Events, device: str = "cpu") -> None:
     """Does all the work in this process."""
     extractor = _extractor(job, device)
+    events.say(shortened(job.selection.max_length, extractor.selection))
     for info in extractor.run(ranges, events.progress):
         events.shard(extractor.source, info)
 
@@ -131,6 +142,8 @@ def _handle(
         events.progress(*values)
     elif kind == "shard":
         events.shard(*values)
+    elif kind == "note":
+        events.say(*values)
     elif kind == "failure":
         process.join()
         return Failure(device, *values)
@@ -152,6 +165,7 @@ def _serve(job: Job, device: str, connection: Connection) -> None:
 
     try:
         extractor = _extractor(job, device)
+        connection.send(("note", shortened(job.selection.max_length, extractor.selection)))
         for info in extractor.run(ranges(), lambda rows, tokens: connection.send(("progress", rows, tokens))):
             connection.send(("shard", extractor.source, info))
     except UserError as error:
@@ -182,8 +196,7 @@ def _extractor(job: Job, device: str) -> Extractor:
             job.folder,
             "take another --outdir",
         )
-    positions = getattr(target.config.get_text_config(), "max_position_embeddings", job.selection.max_length)
-    selection = replace(job.selection, max_length=min(positions, job.selection.max_length))
+    selection = job.selection.within(target)
     template, regenerator = template_of(target), None
     if regeneration is not None:
         regenerator = Regenerator(MSDModel(target, draft), template, regeneration, selection.max_length)

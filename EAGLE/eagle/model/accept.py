@@ -12,7 +12,7 @@ probability is the same sum of target probabilities over the children.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,16 +29,24 @@ class Accepted(NamedTuple):
     tokens: list[int]
 
 
-def accept_all_at_once(tree: DraftTree, chosen: Tensor) -> Accepted:
-    """Acceptance from the target's choice at every node, ``chosen`` [N]. One copy to the host, no loop over nodes.
+def accept_all_at_once(trees: Sequence[DraftTree], chosen: Sequence[Tensor]) -> list[Accepted]:
+    """Acceptance from the target's choice at every node, for each tree its ``chosen`` [N]. One copy to the host for all
+    of them, no loop over nodes.
 
     Worked example: tokens R a b c e, parents -1 0 0 1 2, chosen at the nodes a c e x y: a is chosen at R, c at a, so
     the path is R a c; the choice at c is x: the cycle adds a c x.
     """
-    accepted = accepted_nodes(tree, chosen)  # [N]
-    host = torch.stack([accepted.long(), tree.tokens, chosen]).cpu().numpy()  # [3, N]
-    path = host[0].nonzero()[0].tolist()  # parents precede children, so ascending index is ascending depth
-    return Accepted(path, [*host[1][path[1:]].tolist(), int(host[2][path[-1]])])
+    marked = [
+        torch.stack([accepted_nodes(tree, choice).long(), tree.tokens, choice])  # [3, N]
+        for tree, choice in zip(trees, chosen, strict=True)
+    ]
+    host, start, found = torch.cat(marked, dim=1).cpu().numpy(), 0, []
+    for tree in trees:
+        accepted, tokens, choices = host[:, start : start + tree.size]
+        path = accepted.nonzero()[0].tolist()  # parents precede children, so ascending index is ascending depth
+        found.append(Accepted(path, [*tokens[path[1:]].tolist(), int(choices[path[-1]])]))
+        start += tree.size
+    return found
 
 
 def accepted_nodes(tree: DraftTree, chosen: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ last one. Columns past a sequence's end hold what was there before; the attentio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -90,14 +90,12 @@ class KVCache(Cache):
     """All layers of one model.
 
     Args:
-        stores: storage by device.
+        stores: storage by device, or by whatever else groups layers.
         devices: the device of each layer, in order.
         lengths: rows in use of each sequence.
     """
 
-    def __init__(
-        self, stores: dict[torch.device, Store], devices: Sequence[torch.device], lengths: Sequence[int]
-    ) -> None:
+    def __init__(self, stores: Mapping[Any, Store], devices: Sequence[Hashable], lengths: Sequence[int]) -> None:
         self._stores, self._devices = stores, list(devices)
         windows: dict[int, SlotLayer] = {}
         for device, (keys, values) in stores.items():
@@ -163,7 +161,14 @@ class KVCache(Cache):
         return KVCache(stores, self._devices, self.lengths[row : row + 1])
 
     def select(self, rows: Sequence[int]) -> KVCache:
-        """A cache of the given sequences alone, copied."""
+        """A cache of the given sequences alone, in ascending order, on the same storage: only the rows in use of
+        sequences that move up are copied. This cache is not to be used any more."""
         kept = list(rows)
-        stores = {device: Store(*(part[:, kept] for part in store)) for device, store in self._stores.items()}
+        if kept != sorted(set(kept)):
+            raise ValueError(f"sequences {kept} are not in ascending order")
+        for store in (part for stores in self._stores.values() for part in stores):
+            for place, row in enumerate(kept):
+                if place != row:
+                    store[:, place, :, : self.lengths[row]] = store[:, row, :, : self.lengths[row]]
+        stores = {device: Store(*(part[:, : len(kept)] for part in store)) for device, store in self._stores.items()}
         return KVCache(stores, self._devices, [self.lengths[row] for row in kept])

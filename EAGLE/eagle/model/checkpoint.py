@@ -86,12 +86,20 @@ def load_draft(
     folder = resolve_folder(name, "draft", ["config.json", HEAD_TOKENS, *WEIGHT_FILES], **hub)
     path = weights_file(folder)
     tensors = read_tensors(path)
-    config = DraftConfig.from_json(folder, tensors=tensors)
-    with torch.device("meta"):
-        draft = DraftModel(config)
+    try:
+        config = DraftConfig.from_json(folder, tensors=tensors)
+        with torch.device("meta"):
+            draft = DraftModel(config)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {str(error)[:120]}"
+        raise UserError("draft config is not valid", where=folder / "config.json", fix=reason) from error
     if problems := misfits({name: tuple(tensor.shape) for name, tensor in tensors.items()}, draft):
         raise UserError(
             "draft does not fit its config: " + "; ".join(problems), where=path, fix="is this an MSD draft?"
+        )
+    if broken := [name for name, tensor in tensors.items() if tensor.isnan().any()]:
+        raise UserError(
+            f"draft has values that are not numbers in {', '.join(broken)}", path, "take another checkpoint"
         )
     draft.load_state_dict(tensors, assign=True)
     draft.rotary = type(draft.rotary)(config.head_dim, config.rope_theta, config.mrope_section)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from eagle.model.compression import Compression
 from llava.errors import UserError
 from llava.files import read_json
 
@@ -37,11 +38,21 @@ class DraftOptions:
 
     ``positions``: how the draft numbers its inputs: ``plain`` 0, 1, 2, ... (all published drafts) or ``mrope``, the
     target's three rows. ``head_tokens``: file beside it with the ids [K] that are drafted from, the most frequent of
-    the vocabulary (`eagle.model.vocabulary`); without it all are.
+    the vocabulary (`eagle.model.vocabulary`); without it all are. ``decoupled``: false feeds image positions through
+    ``fc([image feature ; hidden state])`` as text positions are, which is EAGLE's way and MSD's ablation.
+    ``image_tokens``, ``image_merge``: rows that it keeps of a picture, and how they are merged
+    (`eagle.model.compression`); without them all.
     """
 
     positions: str = "plain"
     head_tokens: str | None = None
+    decoupled: bool = True
+    image_tokens: int | None = None
+    image_merge: str = "pool"
+
+    @property
+    def compression(self) -> Compression:
+        return Compression(self.image_tokens, self.image_merge)
 
     @classmethod
     def from_dict(cls, section: Mapping[str, Any], where: str | Path) -> DraftOptions:
@@ -51,6 +62,12 @@ class DraftOptions:
             raise UserError(
                 f"positions is '{options.positions}'", where=where, fix=f"use one of {', '.join(POSITION_KINDS)}"
             )
+        if not isinstance(options.decoupled, bool):
+            raise UserError(f"decoupled is {options.decoupled!r}", where=where, fix="use true or false")
+        try:
+            _ = options.compression
+        except UserError as error:
+            raise UserError(error.what, where=where, fix=error.fix) from None
         return options
 
 

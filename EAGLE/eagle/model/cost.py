@@ -107,15 +107,17 @@ def read(path: Path) -> CostCurve | None:
 
 
 @torch.inference_mode()
-def measure(target: Target, draft: DraftModel, tree: TreeConfig) -> CostCurve:
-    """Times verifications of some sizes and draft steps after `CONTEXT` positions."""
+def measure(
+    target: Target, draft: DraftModel, tree: TreeConfig, context: int = CONTEXT, rounds: int = ROUNDS
+) -> CostCurve:
+    """Times verifications of some sizes and draft steps after ``context`` positions, ``rounds`` times each."""
     end = (target.eos_token_ids or (0,))[0]  # a token that is surely no picture's
-    ids = torch.full((1, CONTEXT), end, device=target.device)
+    ids = torch.full((1, context), end, device=target.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     nodes = (*(n for n in NODES if n < tree.total_tokens), tree.total_tokens)
-    cache = target.new_cache(1, CONTEXT + nodes[-1])
+    cache = target.new_cache(1, context + nodes[-1])
     (prefill,) = list(target.prefill_each(inputs, cache))
-    masks = MaskBuffer(nodes[-1], CONTEXT + nodes[-1], target.dtype, target.device)
+    masks = MaskBuffer(nodes[-1], context + nodes[-1], target.dtype, target.device)
 
     def verify(count: int) -> Callable[[], None]:
         tokens = torch.full((1, count), end, device=target.device)
@@ -123,13 +125,13 @@ def measure(target: Target, draft: DraftModel, tree: TreeConfig) -> CostCurve:
         positions = prefill.next_position + torch.arange(count, device=target.device)[None]
 
         def once() -> None:
-            mask = masks.window([CONTEXT], block) if count > 1 else None
+            mask = masks.window([context], block) if count > 1 else None
             target.head(target.verify(tokens, positions, mask, cache)).argmax(dim=-1).cpu()
-            cache.truncate([CONTEXT])
+            cache.truncate([context])
 
         return once
 
-    drafter = Drafter(draft, target.head, CONTEXT + 8 * (ROUNDS + WARM_UP), tree)
+    drafter = Drafter(draft, target.head, context + 8 * (rounds + WARM_UP), tree)
     drafter.start(0, prefill, ids, ids[0, :1])
     rows = (prefill.hidden[0, :4].to(draft.device), ids[0, :4].to(draft.device))
 
@@ -143,15 +145,15 @@ def measure(target: Target, draft: DraftModel, tree: TreeConfig) -> CostCurve:
         return once
 
     deep = max(1, min(tree.depth, 6))
-    extend = seconds_of(draft_levels(0))
-    step = max((seconds_of(draft_levels(deep)) - extend) / deep, 1e-7)
-    return CostCurve(nodes, tuple(seconds_of(verify(count)) for count in nodes), step, extend)
+    extend = seconds_of(draft_levels(0), rounds)
+    step = max((seconds_of(draft_levels(deep), rounds) - extend) / deep, 1e-7)
+    return CostCurve(nodes, tuple(seconds_of(verify(count), rounds) for count in nodes), step, extend)
 
 
-def seconds_of(run: Callable[[], Any]) -> float:
+def seconds_of(run: Callable[[], Any], rounds: int = ROUNDS) -> float:
     """The median time of a call."""
     taken = []
-    for number in range(WARM_UP + ROUNDS):
+    for number in range(WARM_UP + rounds):
         start = time.perf_counter()
         run()
         if number >= WARM_UP:

@@ -6,24 +6,35 @@ on without it.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from eagle.model.accept import Accepted, accept_all_at_once, accept_step_by_step
+from eagle.model.compression import Compression
 from eagle.model.config import TreeConfig
 from eagle.model.draft import DraftModel
 from eagle.model.drafter import Drafter
 from eagle.model.masks import MaskBuffer
+from eagle.model.memory import is_out_of_memory
 from eagle.model.planner import Floats, Planner
 from eagle.model.sampling import TokenChooser
 from eagle.model.sequence import Sequence, sequences_of
+from eagle.model.static import StaticDrafter, StaticEngine
+from eagle.model.static_cache import StaticCache
 from eagle.model.stats import Stats
 from eagle.model.stopping import Stopper
 from eagle.model.targets.base import Target
-from eagle.model.tree import DraftTree, root_only, select_nodes
+from eagle.model.tree import DraftTree, best_part, root_only, select_nodes
+from llava.errors import UserError
+
+OUT_OF_MEMORY = "ask for fewer new tokens, or take a shorter prompt, a smaller batch or --dtype bfloat16"
 
 
 class Decoder:
@@ -33,8 +44,13 @@ class Decoder:
         inputs: the prompts as `Target.prefill` takes them, padded on either side where they differ in length.
         chooser, stopper: the target's choice of a token, and the end of an answer.
         tree: bounds of each draft tree.
+        compression: of image rows in the draft; None is as the draft's config says.
+        static: compiled parts of these models, used for a single sequence.
         planner: chooses depth and size within the bounds, for a single sequence; None takes the bounds.
-        streamer: a transformers streamer; gets the new tokens as they are certain. For a single sequence.
+        streamer: a transformers streamer; gets the new tokens as they are certain. For a single sequence. One with a
+            method ``put_cycle(tokens, accepted)`` gets those of a cycle together, the first ``accepted`` of which were
+            drafted; the prefill's token comes so too.
+        wait: waits for the device, for exact times of the phases (`Stats`).
     """
 
     def __init__(
@@ -47,6 +63,9 @@ class Decoder:
         tree: TreeConfig,
         streamer: Any = None,
         planner: Planner | None = None,
+        compression: Compression | None = None,
+        static: StaticEngine | None = None,
+        wait: Callable[[], None] | None = None,
     ) -> None:
         self.planner = planner
         self.target, self.inputs, self.chooser, self.stopper, self.streamer = target, inputs, chooser, stopper, streamer
@@ -55,45 +74,59 @@ class Decoder:
         self.active = list(self.sequences)
         batch, length = len(self.active), max(sequence.length for sequence in self.active) + stopper.max_new_tokens
         rows = length + self.tree.total_tokens
-        self.cache = target.new_cache(batch, rows)
+        self.static = static if batch == 1 else None
+        self.cache = self.static.target_caches.take(rows) if self.static else target.new_cache(batch, rows)
         self.masks = MaskBuffer(self.tree.total_tokens, rows, target.dtype, target.device)
-        self.drafter = None if draft is None else Drafter(draft, target.head, length, self.tree, batch)
-        self.stats = Stats(requests=batch)
+        self.scores: Floats = np.zeros(1)  # of the nodes of the newest tree, for the planner
+        self.drafter: Drafter | None = None
+        if draft is not None and self.static is not None:
+            self.drafter = StaticDrafter(self.static, draft, length, self.tree, compression)
+        elif draft is not None:
+            self.drafter = Drafter(draft, target.head, length, self.tree, batch, compression)
+        self.stats = Stats(requests=batch, wait=wait)
 
     def run(self) -> list[list[int]]:
         """Decodes to the end; returns the new tokens of each sequence."""
         with self.stats.phase("prefill"):
             self.prefill()
+        start = time.perf_counter()
         self._drop_finished()
         while self.active:
             trees = self.draft()
             with self.stats.phase("verify"):
-                hidden, logits = self.verify(trees)
+                trees, hidden, logits = self.verify_within_memory(trees)
             with self.stats.phase("accept"):
                 accepted = self.accept(trees, logits)
             with self.stats.phase("commit"):
                 self.commit(trees, accepted, hidden)
             self._drop_finished()
+        self.stats.loop = time.perf_counter() - start
         if self.streamer is not None:
             self.streamer.end()
+        if self.static is not None:
+            self.static.release(self.cache, self.drafter)
         return [sequence.tokens for sequence in self.sequences]
 
     def prefill(self) -> None:
         """Target and draft read each prompt; the target chooses its first token."""
         for row, prefill in enumerate(self.target.prefill_each(self.inputs, self.cache)):
             sequence = self.sequences[row]
-            first = sequence.chooser.choose(self.target.head(prefill.hidden[:, -1]), sequence.context)  # [1]
+            logits = self.target.head(prefill.hidden[:, -1])  # [1, V]
+            check_numbers(logits)
+            first = sequence.chooser.choose(logits, sequence.context)  # [1]
             sequence.next_position = prefill.next_position
             self._emit(sequence, [int(first)])
+            self.first_token_at = time.perf_counter()
             if self.drafter is not None and not sequence.finished:
                 self.drafter.start(row, prefill, sequence.prompt, first.to(sequence.prompt.device))
 
     def draft(self) -> list[DraftTree]:
         """The tree below each newest token, no deeper than the tokens that are still wanted."""
-        roots = [torch.tensor(sequence.tokens[-1:], device=self.target.device) for sequence in self.active]
+        roots = torch.tensor([[s.tokens[-1]] for s in self.active], device=self.target.device)  # [B, 1]
         bounds = [self.tree.shortened(self.stopper.max_new_tokens - len(s.tokens)) for s in self.active]
         deepest = max(bounds, key=lambda tree: tree.depth)
         if self.drafter is None or max(tree.total_tokens for tree in bounds) == 1 or not self._pays():
+            self.scores = np.zeros(1)
             return [root_only(root) for root in roots]
         with self.stats.phase("draft"):
             if self.active[0].certain is not None:
@@ -106,7 +139,9 @@ class Decoder:
             device = candidates.tokens.device
             sizes = [tree.total_tokens for tree in bounds]
             if self.planner is not None:
-                sizes = [min(sizes[0], self.planner.size(on_host(candidates.scores[0])))]
+                scores = on_host(candidates.scores[0])
+                sizes = [min(sizes[0], self.planner.size(scores))]
+                self.scores = scores_of_tree(scores, sizes[0])
             return [
                 select_nodes(candidates.of(row), root.to(device), size, deepest.depth + 1)
                 for row, (root, size) in enumerate(zip(roots, sizes, strict=True))
@@ -118,14 +153,42 @@ class Decoder:
     def _deeper(self, scores: Tensor) -> bool:
         return self.planner is None or self.planner.deeper(on_host(scores[0]))
 
+    def verify_within_memory(self, trees: list[DraftTree]) -> tuple[list[DraftTree], Tensor, Tensor]:
+        """`verify`; where memory does not suffice, of the better half of each tree, and so on down to the root. Later
+        trees of the request are no larger. Gives the trees that were verified, too.
+
+        Raises:
+            UserError: memory does not suffice for one token, or the scores are not numbers.
+        """
+        while True:
+            try:
+                hidden, logits = self.verify(trees)
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            size = max(tree.size for tree in trees) // 2  # after the handler, which held the failed forward's tensors
+            if size == 0:
+                raise UserError("out of memory with a single token", str(self.target.device), OUT_OF_MEMORY)
+            self.cache.truncate(self.past)
+            self.tree = replace(self.tree, total_tokens=size)
+            self.stats.cut_trees += 1
+            trees = [best_part(tree, size) if tree.size > size else tree for tree in trees]
+            self.scores = on_host(trees[0].scores)
+        check_numbers(hidden)
+        return trees, hidden, logits
+
     def verify(self, trees: list[DraftTree]) -> tuple[Tensor, Tensor]:
         """The target's hidden states [B, N, H] and logits [B, N, V] at every node, in one forward. A tree smaller than
         the largest is filled up with rows that nothing looks at."""
         self.past = self.cache.lengths
         tokens, depths, blocks = (part.to(self.target.device) for part in join_trees(trees))
-        mask = self.masks.window(self.past, blocks) if tokens.numel() > 1 else None
         positions = torch.stack([s.next_position for s in self.active]).to(depths.device) + depths
-        hidden = self.target.verify(tokens, positions, mask, self.cache)
+        if self.static is not None and isinstance(self.cache, StaticCache):
+            mask = self.masks.window(self.past, blocks)
+            return self.static.verify(tokens, positions, mask, self.cache, self.tree.total_tokens)
+        closed = self.masks.window(self.past, blocks) if tokens.numel() > 1 else None
+        hidden = self.target.verify(tokens, positions, closed, self.cache)
         return hidden, self.target.head(hidden)
 
     def accept(self, trees: list[DraftTree], logits: Tensor) -> list[Accepted]:
@@ -133,7 +196,7 @@ class Decoder:
         if self.chooser.row_wise:
             chosen = self.chooser.choose(logits.flatten(0, 1), self.active[0].context)  # [B * N]
             rows = chosen.view(logits.shape[:2]).to(trees[0].tokens.device)
-            return [accept_all_at_once(tree, row[: tree.size]) for tree, row in zip(trees, rows, strict=True)]
+            return accept_all_at_once(trees, [row[: tree.size] for tree, row in zip(trees, rows, strict=True)])
         return [
             accept_step_by_step(tree, sequence.choice_in(rows))
             for tree, sequence, rows in zip(trees, self.active, logits, strict=True)
@@ -143,7 +206,7 @@ class Decoder:
         """Keeps the accepted rows, emits the new tokens and lays out the true hidden states for the draft."""
         self.cache.keep(self.past, [each.path for each in accepted])
         if self.planner is not None:
-            self.planner.learn(on_host(trees[0].scores), accepted[0].path, len(accepted[0].tokens))
+            self.planner.learn(self.scores, accepted[0].path, len(accepted[0].tokens))
         for sequence, each, rows in zip(self.active, accepted, hidden, strict=True):
             self.stats.record_cycle(len(each.path) - 1, hidden.shape[1])
             sequence.next_position = sequence.next_position + len(each.tokens)
@@ -155,9 +218,13 @@ class Decoder:
         kept, sequence.finished = self.stopper.cut(sequence.context, sequence.tokens, added)
         sequence.tokens += kept
         self.stats.new_tokens += len(kept)
-        if self.streamer is not None:
-            for token in kept:
-                self.streamer.put(torch.tensor([token]))
+        if self.streamer is None:
+            return
+        if hasattr(self.streamer, "put_cycle"):
+            self.streamer.put_cycle(kept, len(added) - 1)
+            return
+        for token in kept:
+            self.streamer.put(torch.tensor([token]))
 
     def _drop_finished(self) -> None:
         """Goes on without the sequences that have ended."""
@@ -171,9 +238,25 @@ class Decoder:
                 self.drafter.select(rows)
 
 
+def check_numbers(values: Tensor) -> None:
+    """Raises `UserError` where the target gives NaN: every later token would be one and the same."""
+    if bool(values.isnan().any()):
+        raise UserError(
+            "the base model's output is not a number",
+            fix="its weights are damaged, or --dtype float16 overflows: try bfloat16 or float32",
+        )
+
+
 def on_host(scores: Tensor) -> Floats:
     """[N] as the planner takes them."""
     return scores.double().cpu().numpy()
+
+
+def scores_of_tree(scores: Floats, size: int) -> Floats:
+    """The scores of the ``size`` nodes that `select_nodes` takes of candidates with these ``scores``, root first,
+    without asking the device again."""
+    order = np.argsort(-scores, kind="stable")[: size - 1]
+    return np.concatenate([[0.0], scores[np.sort(order)]])
 
 
 def join_trees(trees: list[DraftTree]) -> tuple[Tensor, Tensor, Tensor]:

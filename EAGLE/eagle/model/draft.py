@@ -11,7 +11,8 @@ image (decoupled)               the projected image feature of ``x_{t+1}``; no f
 ==============================  ==========================================================
 
 Source: arXiv 2505.14260, section 3 (decoupled inputs), on the one-layer head of EAGLE (arXiv 2401.15077). There is no
-final norm. State-dict keys are those of the published checkpoints.
+final norm. State-dict keys are those of the published checkpoints. A draft whose config says ``"decoupled": false`` has
+``fc([image feature ; h_t])`` in image rows too: what the paper compares with.
 """
 
 from __future__ import annotations
@@ -121,9 +122,16 @@ class Attention(nn.Module):
         return joined.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, causal: bool, cache: KVCache | None
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        causal: bool,
+        cache: KVCache | None,
+        last_only: bool = False,
     ) -> Tensor:
-        """``x`` [B, S, H] → [B, S, H]. ``mask`` [B or 1, 1, S, past + S], bool or additive."""
+        """``x`` [B, S, H] → [B, S, H], of the last row alone [B, 1, H]. ``mask`` [B or 1, 1, S, past + S], bool or
+        additive."""
         batch, rows, _ = x.shape
         joined = self.project(x)
         value = joined[:, self.heads + self.kv_heads :]  # [B, KV heads, S, D]
@@ -131,9 +139,16 @@ class Attention(nn.Module):
         query, key = turned[:, : self.heads], turned[:, self.heads :]
         if cache is not None:
             key, value = cache.update(key, value, 0)
-        if self.groups > 1:
+        if last_only:  # it sees all rows, so it needs no mask
+            query, rows, mask, causal = query[:, :, -1:], 1, None, False
+        if self.groups > 1 and cache is not None and not causal:
+            # the heads of a group as further rows, so that a long cache is not copied for each of them
+            query = query.reshape(batch, self.kv_heads, self.groups * rows, self.head_dim)
+            mask = None if mask is None else mask.repeat(1, 1, self.groups, 1)
+        elif self.groups > 1:
             key, value = (t.repeat_interleave(self.groups, dim=1) for t in (key, value))
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+        out = out.reshape(batch, self.heads, rows, self.head_dim)
         return self.o_proj(out.transpose(1, 2).reshape(batch, rows, -1))
 
 
@@ -170,10 +185,17 @@ class DraftLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, causal: bool, cache: KVCache | None
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        causal: bool,
+        cache: KVCache | None,
+        last_only: bool = False,
     ) -> Tensor:
-        """``x`` [B, S, H] → [B, S, H]."""
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, causal, cache)
+        """``x`` [B, S, H] → [B, S, H], of the last row alone [B, 1, H]."""
+        attended = self.self_attn(self.input_layernorm(x), rope, mask, causal, cache, last_only)
+        x = (x[:, -1:] if last_only else x) + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -212,7 +234,7 @@ class DraftModel(nn.Module):
             next_is_image: [B, S] bool; None where there is no image row.
         """
         text = self.fc(torch.cat([next_embeds, hidden], dim=-1))  # [B, S, H]
-        if next_is_image is None:
+        if next_is_image is None or not self.config.options.decoupled:
             return text
         return torch.where(next_is_image.unsqueeze(-1), next_embeds, text)
 
@@ -245,8 +267,9 @@ class DraftModel(nn.Module):
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
         rope: tuple[Tensor, Tensor] | None = None,
+        last_only: bool = False,
     ) -> Tensor:
-        """Predicted hidden states.
+        """Predicted hidden states [B, S, H].
 
         Args:
             x: [B, S, H] rows of `fuse`.
@@ -255,7 +278,9 @@ class DraftModel(nn.Module):
                 after cached rows is allowed for a single row only.
             cache: rows seen before; this call's rows are appended.
             rope: cosines and sines of the rows as `Rotary` gives them, where the caller has them ready.
+            last_only: all rows enter the cache, but only the last one's hidden state is computed, [B, 1, H]; for the
+                prompt, whose rows no mask closes.
         """
         rope = self.rotary(position_ids, x.dtype) if rope is None else rope
         causal = attention_mask is None and x.shape[1] > 1
-        return self.layer(x, rope, attention_mask, causal, cache)
+        return self.layer(x, rope, attention_mask, causal, cache, last_only)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from eagle.model.cache import KVCache
+from eagle.model.compression import Compression
 from eagle.model.config import TreeConfig
 from eagle.model.draft import DraftModel
 from eagle.model.masks import MaskBuffer
@@ -26,6 +27,7 @@ class Drafter:
         head: the target's ``lm_head``, [..., H] → [..., V].
         capacity: certain rows to hold: prompt and new tokens.
         tree: the largest tree that will be grown.
+        compression: of the prompt's image rows; by default as the draft's config says.
     """
 
     def __init__(
@@ -35,17 +37,21 @@ class Drafter:
         capacity: int,
         tree: TreeConfig,
         batch: int = 1,
+        compression: Compression | None = None,
     ) -> None:
         self.draft, self.head = draft, head
+        self.compression = compression or draft.config.options.compression
         config, device = draft.config, draft.device
         drafted = max(tree.depth, 1) * tree.top_k
         extended = tree.depth + 2
         rows = capacity + drafted + extended
-        self.cache = KVCache.allocate([device], batch, config.num_key_value_heads, config.head_dim, rows, draft.dtype)
+        self.cache = self._new_cache(batch, rows)
         self._masks = MaskBuffer(max(tree.top_k, extended), rows, draft.dtype, device)
+        self._own = torch.eye(tree.top_k, dtype=torch.bool, device=device)
+        self._numbers = torch.arange(tree.top_k, device=device)
         self._causal = torch.ones(1, extended, extended, dtype=torch.bool, device=device).tril()
-        positions = torch.arange(rows, device=device).unsqueeze(0)
-        self._cos, self._sin = draft.rotary(positions, draft.dtype)  # [1, 1, rows, D]
+        self._rows, self._angles = rows, 0
+        self._number(rows)
         self._certain = [0] * batch
         self._shift = [0] * batch  # position number minus row number of new tokens; not 0 for M-RoPE alone
         self._last = torch.zeros(batch, config.hidden_size, dtype=draft.dtype, device=device)  # after the certain rows
@@ -62,14 +68,21 @@ class Drafter:
         next_ids = torch.cat([input_ids[0, 1:], first_token]).unsqueeze(0).to(device)  # [1, S]
         next_is_image = torch.cat([prefill.image_mask[:, 1:], prefill.image_mask.new_zeros(1, 1)], dim=1).to(device)
         features = prefill.embeds.roll(-1, dims=1).to(device)  # [1, S, H]; the wrapped last row is never an image
+        hidden, positions = prefill.hidden.to(device), prefill.positions.to(device)  # [1, S, H], [1 or 3, (1,) S]
+        plan = self.compression.plan(next_is_image[0], features[0])
+        if plan is not None:  # from here on S counts the rows that are left
+            hidden, next_ids, next_is_image = (plan.pick(part, 1) for part in (hidden, next_ids, next_is_image))
+            features = plan.mean(features[0])[None].to(features.dtype)
+            positions = plan.mean(positions.flatten(0, -2).T).T.unsqueeze(-2)  # [1 or 3, 1, S]
         embeds = torch.where(next_is_image.unsqueeze(-1), features, self.draft.embed_tokens(next_ids))
-        x = self.draft.fuse(prefill.hidden.to(device), embeds, next_is_image)
+        x = self.draft.fuse(hidden, embeds, next_is_image)
         count = x.shape[1]
         rope = self._slice(0, count)
         if self.draft.config.options.positions == "mrope":
-            rope = self.draft.rotary(prefill.positions.to(device), x.dtype)
+            rope = self.draft.rotary(positions, x.dtype)
             self._shift[row] = int(prefill.next_position) - count
-        self._last[row] = self.draft(x, None, None, self.cache.sequence(row), rope)[0, -1]
+            self._number(self._rows + self._shift[row])
+        self._last[row] = self.draft(x, None, None, self.cache.sequence(row), rope, last_only=True)[0, 0]
         self._certain[row] = count
         self.cache.truncate(self._certain)
 
@@ -89,16 +102,26 @@ class Drafter:
         device, counts = self.draft.device, [rows.shape[0] for rows in tokens]
         following = pad_sequence(list(tokens), batch_first=True).to(device)  # [B, n]
         true_rows = pad_sequence(list(hidden), batch_first=True).to(device)  # [B, n, H]
-        x = self.draft.fuse(true_rows, self.draft.embed_tokens(following))
-        batch, count = following.shape
-        mask = None
-        if batch * count > 1:
-            mask = self._masks.window(self._certain, self._causal[:, :count, :count].expand(batch, -1, -1))
-        output = self.draft(x, None, mask, self.cache, self._rope(0, count))  # [B, n, H]
+        batch = len(counts)
+        output = self._read(following, true_rows)  # [B, n, H]
         ends = torch.tensor(counts, device=device) - 1
         self._last = output[torch.arange(batch, device=device), ends] if batch > 1 else output[:, -1]
         self._certain = [certain + count for certain, count in zip(self._certain, counts, strict=True)]
         self.cache.truncate(self._certain)
+
+    def _new_cache(self, batch: int, rows: int) -> KVCache:
+        config, draft = self.draft.config, self.draft
+        heads = config.num_key_value_heads
+        return KVCache.allocate([draft.device], batch, heads, config.head_dim, rows, draft.dtype)
+
+    def _read(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """One draft forward over rows that are certain: tokens [B, n], hidden [B, n, H] → outputs [B, n, H]."""
+        batch, count = tokens.shape
+        mask = None
+        if batch * count > 1:
+            mask = self._masks.window(self._certain, self._causal[:, :count, :count].expand(batch, -1, -1))
+        x = self.draft.fuse(hidden, self.draft.embed_tokens(tokens))
+        return self.draft(x, None, mask, self.cache, self._rope(0, count))
 
     def expand(self, tree: TreeConfig, deeper: Callable[[Tensor], bool] | None = None) -> Candidates:
         """Drafts ``tree.depth + 1`` levels; all drafted nodes are candidates of the tree, [B, M] each.
@@ -111,14 +134,13 @@ class Drafter:
         batch, width = tokens.shape
         levels = [Candidates(tokens, scores, torch.full_like(tokens, -1))]
         hidden = hidden.expand(-1, width, -1)  # [B, k, H] hidden state each frontier node was drawn from
-        indices = torch.arange(width, device=tokens.device).expand(batch, -1)  # candidate index of each frontier node
-        sight = torch.eye(width, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)  # [B, k, drafted so far]
+        indices = self._numbers[:width].expand(batch, -1)  # [B, k] candidate index of each frontier node
+        sight = self._own[:width, :width].expand(batch, -1, -1)  # [B, k, drafted so far]
         total = width
         for step in range(tree.depth):
             if deeper is not None and not deeper(levels[-1].scores):
                 break
-            output = self._step(tokens, hidden, sight, step)  # [B, k, H]
-            child_tokens, child_logprobs = self._children(output, tree.top_k)  # [B, k, k]
+            output, child_tokens, child_logprobs = self._step(tokens, hidden, sight, step, tree.top_k)
             child_scores = child_logprobs + scores.unsqueeze(-1)  # [B, k, k]
             parents = indices.repeat_interleave(child_tokens.shape[-1], dim=1)
             levels.append(Candidates(child_tokens.flatten(1), child_scores.flatten(1), parents))
@@ -128,7 +150,7 @@ class Drafter:
             tokens, scores = child_tokens.flatten(1).gather(1, flat), child_scores.flatten(1).gather(1, flat)
             hidden = _take(output, rows)
             indices, total = flat + total, total + child_tokens[0].numel()
-            own = torch.eye(flat.shape[1], dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
+            own = self._own[: flat.shape[1], : flat.shape[1]].expand(batch, -1, -1)
             sight = torch.cat([_take(sight, rows), own], dim=2)
         return Candidates(*(torch.cat(parts, dim=1) for parts in zip(*levels, strict=True)))
 
@@ -142,11 +164,15 @@ class Drafter:
         """Drafted tokens after predicted hidden states [B, F, H], [B, F, k] each."""
         return self.draft.likely_next(hidden, top_k, self.head)
 
-    def _step(self, tokens: Tensor, hidden: Tensor, sight: Tensor, step: int) -> Tensor:
-        """One draft forward over the frontiers: tokens [B, k], hidden [B, k, H] → predicted hidden states [B, k, H]."""
+    def _step(
+        self, tokens: Tensor, hidden: Tensor, sight: Tensor, step: int, top_k: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One draft forward over the frontiers: tokens [B, k], hidden [B, k, H] → predicted hidden states [B, k, H] and
+        their children, [B, k, k] each."""
         x = self.draft.fuse(hidden, self.draft.embed_tokens(tokens))  # [B, k, H]
         mask = self._masks.window(self._certain, sight)
-        return self.draft(x, None, mask, self.cache, self._rope(step, 1))
+        output = self.draft(x, None, mask, self.cache, self._rope(step, 1))
+        return output, *self._children(output, top_k)
 
     def _rope(self, offset: int, count: int) -> tuple[Tensor, Tensor]:
         """Rotary angles of ``count`` positions, ``offset`` after the certain rows, [1 or B, 1, count, D]; a single
@@ -157,6 +183,13 @@ class Drafter:
         device = self._cos.device
         index = torch.tensor(starts, device=device).unsqueeze(1) + torch.arange(count, device=device)  # [B, count]
         return self._cos[0, 0, index].unsqueeze(1), self._sin[0, 0, index].unsqueeze(1)
+
+    def _number(self, count: int) -> None:
+        """Angles of the positions below ``count``, which M-RoPE may lead past the rows (long videos)."""
+        if count > self._angles:
+            positions = torch.arange(count, device=self.draft.device).unsqueeze(0)
+            self._cos, self._sin = self.draft.rotary(positions, self.draft.dtype)  # [1, 1, count, D]
+            self._angles = count
 
     def _slice(self, start: int, count: int) -> tuple[Tensor, Tensor]:
         return self._cos[:, :, start : start + count], self._sin[:, :, start : start + count]

@@ -15,12 +15,14 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
 from eagle.model.checkpoint import HUB_KEYS, load_draft
+from eagle.model.compression import Compression
 from eagle.model.config import TreeConfig
 from eagle.model.cost import cost_of
 from eagle.model.decode import Decoder
 from eagle.model.draft import DraftModel
 from eagle.model.planner import Acceptance, CostCurve, Planner
 from eagle.model.sampling import TokenChooser
+from eagle.model.static import StaticEngine
 from eagle.model.stats import Stats
 from eagle.model.stopping import Stopper
 from eagle.model.targets import Target, load_target
@@ -30,10 +32,11 @@ from llava.errors import UserError
 @dataclass
 class MSDOutput:
     """``sequences`` [B, P + n] prompts and new tokens, shorter answers filled up with pad tokens; ``stats`` acceptance
-    and time, of all sequences together."""
+    and time, of all sequences together; ``first_token_at`` when each had a token, on `time.perf_counter`'s clock."""
 
     sequences: Tensor
     stats: Stats
+    first_token_at: float = 0.0
 
 
 class MSDModel:
@@ -44,20 +47,41 @@ class MSDModel:
         draft: its draft head; None decodes plainly.
         tree: bounds of the draft tree; by default what suits the target's device. "auto" chooses depth and size anew in
             each cycle, from costs that are measured once on this machine.
+        draft_image_tokens: input rows that the draft keeps of each picture, 0 for none, "all" for all; by default what
+            the draft's config says, else all. The target reads all in any case, so answers do not depend on it.
+        draft_image_merge: how they are merged, "pool" or "kmeans" (`eagle.model.compression`); by default what the
+            draft's config says, else "pool".
+        compile: run the models' parts of a cycle through `torch.compile` with static shapes (`eagle.model.static`),
+            with CUDA graphs where CUDA is; a text names another backend than "inductor". The first requests are slow.
+
+    Raises:
+        UserError: base and draft do not fit together, or a setting is none of the known values.
     """
 
     def __init__(
-        self, target: Target, draft: DraftModel | None = None, tree: TreeConfig | Literal["auto"] | None = None
+        self,
+        target: Target,
+        draft: DraftModel | None = None,
+        tree: TreeConfig | Literal["auto"] | None = None,
+        *,
+        draft_image_tokens: int | str | None = None,
+        draft_image_merge: str | None = None,
+        compile: bool | str = False,
     ) -> None:
         self.target, self.draft = target, draft
         if tree == "auto":
             tree = TreeConfig.auto(target.device)
         self.tree: TreeConfig = tree or TreeConfig.for_device(target.device)
+        self.exact_phases = False  # wait for the device at the ends of phases: for accounting, not for speed
         self._acceptance = Acceptance()  # learnt over all requests
         self._costs: dict[tuple[int, int], CostCurve] = {}
+        own = Compression() if draft is None else draft.config.options.compression
+        self.compression = own.replaced(draft_image_tokens, draft_image_merge)
         if draft is not None:
             check_pair(target, draft)
             draft.prepare_for_decoding(target.model.get_output_embeddings())
+        backend = "inductor" if compile is True else compile
+        self._static = StaticEngine(target, draft, backend) if backend else None
 
     @classmethod
     def from_pretrained(
@@ -69,6 +93,9 @@ class MSDModel:
         device_map: Any = None,
         tree: TreeConfig | Literal["auto"] | None = None,
         draft_revision: str | None = None,
+        draft_image_tokens: int | str | None = None,
+        draft_image_merge: str | None = None,
+        compile: bool | str = False,
         **kwargs: Any,
     ) -> MSDModel:
         """Loads a base model and its draft from folders or the hub.
@@ -77,6 +104,7 @@ class MSDModel:
             base, draft: folder or hub name; without ``draft`` the model decodes plainly.
             dtype: of both; "auto" is the base checkpoint's own, float32 on a CPU that is slow in 16 bit.
             device_map: as in transformers; the draft goes where the base's ``lm_head`` is.
+            tree, draft_image_tokens, draft_image_merge, compile: as for the class.
             draft_revision: hub revision of the draft (``revision`` is the base's).
             kwargs: as `eagle.model.targets.load_target`.
 
@@ -84,12 +112,16 @@ class MSDModel:
             UserError: a checkpoint is missing or broken, or base and draft do not fit together.
         """
         target = load_target(base, dtype=dtype, device_map=device_map, **kwargs)
+        settings: dict[str, Any] = {
+            "draft_image_tokens": draft_image_tokens, "draft_image_merge": draft_image_merge, "compile": compile,
+        }  # fmt: skip
         if draft is None:
-            return cls(target, None, tree)
+            return cls(target, None, tree, **settings)
         hub = {key: kwargs[key] for key in HUB_KEYS if key in kwargs and key != "revision"}
         if draft_revision is not None:
             hub["revision"] = draft_revision
-        return cls(target, load_draft(draft, dtype=target.dtype, device=target.head_device, **hub), tree)
+        head = load_draft(draft, dtype=target.dtype, device=target.head_device, **hub)
+        return cls(target, head, tree, **settings)
 
     @property
     def processor(self) -> Any:
@@ -147,12 +179,14 @@ class MSDModel:
         if stop_strings:
             criteria.append(StopStringCriteria(self.tokenizer, stop_strings))
         decode = partial(self._decode, use_msd=use_msd, tree=tree, seed=seed, bound_streamer=streamer)
-        settings = {key: value for key, value in {**kwargs, "do_sample": do_sample}.items() if value is not None}
+        kwargs.update(self.target.complete_inputs(input_ids, kwargs), do_sample=do_sample)
+        settings = {key: value for key, value in kwargs.items() if value is not None}
         start = time.perf_counter()
         output = self.target.model.generate(
             input_ids=input_ids, stopping_criteria=criteria, custom_generate=decode, **settings
         )
         output.stats.seconds = time.perf_counter() - start
+        output.stats.first_token = output.first_token_at - start
         return output
 
     def __call__(self, model: Any, input_ids: Tensor, **kwargs: Any) -> MSDOutput | Tensor:
@@ -195,11 +229,16 @@ class MSDModel:
             tree,
             bound_streamer,
             planner,
+            compression=self.compression,
+            static=self._static,
+            wait=torch.accelerator.synchronize if self.exact_phases and torch.accelerator.is_available() else None,
         )
         answers = [torch.tensor(tokens, dtype=input_ids.dtype, device=input_ids.device) for tokens in decoder.run()]
         padding = generation_config.pad_token_id or 0
         joined = pad_sequence(answers, batch_first=True, padding_value=padding)
-        return MSDOutput(sequences=torch.cat([input_ids, joined], dim=1), stats=decoder.stats)
+        return MSDOutput(
+            sequences=torch.cat([input_ids, joined], dim=1), stats=decoder.stats, first_token_at=decoder.first_token_at
+        )
 
     def _tree_of(self, batch: int) -> TreeConfig:
         """The model's tree for a batch; one that adapts is for a single sequence."""

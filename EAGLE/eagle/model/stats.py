@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 PHASES = ("prefill", "draft", "tree", "verify", "accept", "commit")
+OUTSIDE = "outside"
+"""Everything else: what transformers' `generate` prepares (pictures are encoded there), set-up, and between phases."""
 
 
 @dataclass
@@ -17,7 +19,11 @@ class Stats:
 
     ``new_tokens``: tokens given to the caller. ``cycles``: trees verified; a forward over a batch counts once for each
     sequence. ``requests``: sequences. ``accept_lengths``: drafted tokens accepted in each cycle, before any cut at the
-    end of the answer. ``phases``: seconds in each phase.
+    end of the answer. ``phases``: seconds in each phase. ``first_token``: seconds from the request until it has its
+    first token (a batch: until each sequence has one). ``loop``: seconds in cycles. ``seconds`` include both.
+    ``cut_trees``: times that memory did not suffice to verify a tree, and half of it was verified. ``wait``: called at
+    both ends of a phase, so that an asynchronous device is charged where it works; it costs speed, so it is not the
+    default.
     """
 
     new_tokens: int = 0
@@ -26,15 +32,24 @@ class Stats:
     seconds: float = 0.0
     accept_lengths: list[int] = field(default_factory=list)
     tree_sizes: list[int] = field(default_factory=list)
+    cut_trees: int = 0
     phases: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    first_token: float = 0.0
+    loop: float = 0.0
+    wait: Callable[[], None] | None = field(default=None, repr=False, compare=False)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the time spent inside to phase ``name``. On an asynchronous device it measures the launch."""
+        """Adds the time spent inside to phase ``name``. On an asynchronous device and without ``wait`` it measures the
+        launch, and whichever phase reads a result waits for all of them."""
+        if self.wait is not None:
+            self.wait()
         start = time.perf_counter()
         try:
             yield
         finally:
+            if self.wait is not None:
+                self.wait()
             self.phases[name] += time.perf_counter() - start
 
     def record_cycle(self, accepted: int, nodes: int) -> None:
@@ -53,6 +68,29 @@ class Stats:
         return self.new_tokens / self.seconds if self.seconds else 0.0
 
     @property
+    def decoding_seconds(self) -> float:
+        """After the first token."""
+        return max(0.0, self.seconds - self.first_token)
+
+    @property
+    def decoding_speed(self) -> float:
+        """Tokens per second after the first one."""
+        later = self.new_tokens - self.requests
+        return later / self.decoding_seconds if self.decoding_seconds else 0.0
+
+    def shares(self) -> dict[str, dict[str, float]]:
+        """Where the time goes, as shares that sum to 1: of the whole ``request``, and of its ``cycle``s alone. Empty
+        where nothing was timed."""
+        cycle = {name: seconds for name, seconds in self.phases.items() if name != "prefill"}
+        parts = {"request": (self.phases, self.seconds), "cycle": (cycle, self.loop)}
+        return {
+            whole: {name: part / total for name, part in phases.items()}
+            | {OUTSIDE: max(0.0, total - sum(phases.values())) / total}
+            for whole, (phases, total) in parts.items()
+            if total > 0
+        }
+
+    @property
     def phases_ms(self) -> dict[str, float]:
         return {name: seconds * 1000 for name, seconds in self.phases.items()}
 
@@ -67,8 +105,11 @@ class Stats:
         self.cycles += other.cycles
         self.requests += other.requests
         self.seconds += other.seconds
+        self.first_token += other.first_token
+        self.loop += other.loop
         self.accept_lengths += other.accept_lengths
         self.tree_sizes += other.tree_sizes
+        self.cut_trees += other.cut_trees
         for name, seconds in other.phases.items():
             self.phases[name] = self.phases.get(name, 0.0) + seconds
 

@@ -89,6 +89,16 @@ def select_nodes(candidates: Candidates, root: Tensor, total_tokens: int, depth:
     )
 
 
+def best_part(tree: DraftTree, total_tokens: int) -> DraftTree:
+    """The root and the ``total_tokens - 1`` best nodes of a tree, in its order; their parents are among them, since no
+    child scores above its parent."""
+    order = torch.sort(tree.scores[1:], descending=True, stable=True).indices[: total_tokens - 1] + 1
+    keep = torch.cat([order.new_zeros(1), order]).sort().values  # [n]
+    parents = torch.searchsorted(keep, tree.parents[keep])
+    parents[0] = -1
+    return DraftTree(tree.tokens[keep], parents, tree.depths[keep], tree.mask[keep][:, keep], tree.scores[keep])
+
+
 def root_only(root: Tensor) -> DraftTree:
     """A tree of the root alone: verifying it is one step of plain decoding."""
     zero = torch.zeros(1, dtype=torch.long, device=root.device)

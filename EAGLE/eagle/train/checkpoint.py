@@ -18,24 +18,28 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import pickle
 import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
+from eagle.locks import take
 from eagle.model.checkpoint import save_draft
 from eagle.train.engine import Engine
 from llava.errors import UserError
 from llava.files import atomic_write, read_json
 
 TEMPORARY, REPLACED = ".tmp-", ".old-"
+# what torch raises for a state that is cut off, altered or not its own
+DAMAGE = (RuntimeError, ValueError, TypeError, LookupError, EOFError, OSError, pickle.UnpicklingError)
 PACKAGES = ("msd-eagle", "msd-llava", "torch", "transformers", "deepspeed", "safetensors", "numpy")
 
 
@@ -55,13 +59,30 @@ class CheckpointStore:
 
     def __init__(self, folder: str | Path, keep_last: int, provenance: Mapping[str, Any]) -> None:
         self.folder, self.keep_last, self.provenance = Path(folder), keep_last, provenance
+        self._lock: IO[str] | None = None
+
+    def hold(self) -> None:
+        """Keeps other runs out of the folder until `close`, or the end of this process. For the main process, before
+        anything else.
+
+        Raises:
+            UserError: another run writes here.
+        """
+        if self._lock is None:
+            self._lock = take(self.folder)
+
+    def close(self) -> None:
+        """Lets other runs in."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def step_folders(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
         return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
 
     def recover(self) -> None:
-        """Removes what a killed run left unfinished. For the main process, before anything else."""
+        """Removes what a killed run left unfinished. For the main process, after `hold`."""
         for path in self.folder.glob(f"{REPLACED}*"):
             name = self.folder / path.name.removeprefix(REPLACED)
             if name.exists():
@@ -93,7 +114,8 @@ class CheckpointStore:
         name = f"step-{progress.step:08d}"
         temporary = self._begin(engine, name)
         engine.save(temporary / "state")
-        torch.save(_random_state(), temporary / "state" / f"random-{engine.rank:03d}.pt")
+        with atomic_write(temporary / "state" / f"random-{engine.rank:03d}.pt") as file:
+            torch.save(_random_state(), file)
         engine.barrier()
         if engine.is_main:
             write_json(temporary / "progress.json", asdict(progress))
@@ -115,9 +137,14 @@ class CheckpointStore:
         """Restores ``engine`` from a step folder; ``run`` is compared with the interrupted run's.
 
         Raises:
-            UserError: a setting that decides the loss curve differs; the message names it.
+            UserError: a setting that decides the loss curve differs; the message names it. Or a file is damaged.
         """
-        progress = Progress(**read_json(folder / "progress.json", "progress of the interrupted run"))
+        read = read_json(folder / "progress.json", "progress of the interrupted run")
+        if not isinstance(read, dict) or set(read) != {each.name for each in fields(Progress)}:
+            raise UserError(
+                "checkpoint is damaged (progress.json)", where=folder, fix="remove it and resume from the one before"
+            )
+        progress = Progress(**read)
         given = json.loads(json.dumps(run))
         for key in {**given, **progress.run}:
             if given.get(key) != progress.run.get(key):
@@ -126,9 +153,16 @@ class CheckpointStore:
                     where=folder,
                     fix="resume with the same settings and data, or start in another --cpdir",
                 )
-        engine.load(folder / "state")
         random = folder / "state" / f"random-{engine.rank:03d}.pt"
-        _set_random_state(torch.load(random, weights_only=True))
+        try:
+            engine.load(folder / "state")
+            _set_random_state(torch.load(random, weights_only=True))
+        except DAMAGE as error:
+            raise UserError(
+                f"checkpoint is damaged ({type(error).__name__})",
+                where=folder,
+                fix="remove this folder and resume from the one before",
+            ) from error
         return progress
 
     def _begin(self, engine: Engine, name: str) -> Path:
@@ -168,7 +202,7 @@ def now() -> str:
 def describe_run(data: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """What made a checkpoint: commit, versions, command line, data and settings."""
     return {
-        "commit": _commit(),
+        "commit": source_commit(),
         "argv": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -178,7 +212,7 @@ def describe_run(data: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[s
     }
 
 
-def _commit() -> str | None:
+def source_commit() -> str | None:
     """Commit of this source tree, with ``-dirty`` where it has changes; None outside a repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:

@@ -22,16 +22,21 @@ class Item(NamedTuple):
     noise_seed: int
 
 
-def image_probability(epoch: int, epochs: int, text_share: float) -> float:
-    """Probability that a sample of ``epoch`` (from 0) has an image: 0 at first, then linear up to 1 in the last epoch.
+def image_probability(epoch: int, epochs: int, text_share: float, start: float = 0.0, end: float = 1.0) -> float:
+    """Probability that a sample of ``epoch`` (from 0) has an image: 0 at first, then linear from ``start`` (excluded)
+    to ``end`` in the last epoch.
 
     With 40 epochs and ``text_share`` 0.5, as published: epochs 0..19 give 0, epoch 20 gives 1/20, epoch 39 gives 1.
 
     >>> [image_probability(e, 6, 0.5) for e in range(6)] == [0, 0, 0, 1/3, 2/3, 1]
     True
+    >>> [image_probability(e, 2, 0.0, start=0.5, end=0.5) for e in range(2)]
+    [0.5, 0.5]
     """
     text_epochs = round(epochs * text_share)
-    return max(0, epoch - text_epochs + 1) / (epochs - text_epochs) if epochs > text_epochs else 0.0
+    if epoch < text_epochs:
+        return 0.0
+    return start + (end - start) * (epoch - text_epochs + 1) / (epochs - text_epochs)
 
 
 def split_indices(size: int, share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -41,7 +46,9 @@ def split_indices(size: int, share: float, seed: int) -> tuple[list[int], list[i
     return sorted(order[held_out:]), sorted(order[:held_out])
 
 
-def epoch_items(schedule: Schedule, epoch: int, text_share: float, seed: int) -> list[Item]:
+def epoch_items(
+    schedule: Schedule, epoch: int, text_share: float, seed: int, image_start: float = 0.0, image_end: float = 1.0
+) -> list[Item]:
     """The samples of an epoch in order, for all processes together; a whole number of batches.
 
     Of the N slots exactly round(p N) are images, at random places; each set is drawn without replacement (and again
@@ -52,7 +59,7 @@ def epoch_items(schedule: Schedule, epoch: int, text_share: float, seed: int) ->
     if not schedule.text or not schedule.image:
         images = count if schedule.image else 0
     else:
-        images = round(count * image_probability(epoch, schedule.epochs, text_share))
+        images = round(count * image_probability(epoch, schedule.epochs, text_share, image_start, image_end))
     is_image = torch.zeros(count, dtype=torch.bool)
     is_image[torch.randperm(count, generator=generator)[:images]] = True
     order = {

@@ -9,7 +9,7 @@ what                         is                     where it comes from
 hidden state read            ``h_t`` (+ noise)      ``inputs[t]``
 next token read              ``x_{t+1}``            ``input_ids[t+1]``; its embedding is the base's
 next image feature           that of ``x_{t+1}``    ``image_features``, in order, where ``image_mask[t+1]``
-position                     ``t``                  plain numbers from 0, as in decoding
+position                     ``t``, or M-RoPE's     plain numbers from 0, or ``positions[:, t]``, as in decoding
 hidden state to predict      ``h_{t+1}``            ``hidden[t+1]``
 token it predicts            ``x_{t+2}``            not read; the loss uses ``softmax(lm_head(h_{t+1}))``
 row counts in the loss       ``m_{t+1} & m_{t+2}``  ``m``: is an assistant token (``loss_mask``)
@@ -27,20 +27,25 @@ read x_3 and x_4 and predict x_4 and x_5.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from eagle.model.compression import Compression
+from eagle.model.positions import mrope_positions
 from eagle.train.curriculum import Item
 from llava.errors import UserError
 
 if TYPE_CHECKING:
     from eagle.ge_data.shards import Sample
+
+NO_COMPRESSION = Compression()
+Read = Callable[[Sequence[Any]], "list[Sample]"]
 
 
 @dataclass
@@ -49,7 +54,7 @@ class Batch:
 
     ``input_ids`` [B, S] (0 at image tokens and padding); ``image_mask`` [B, S]; ``image_features`` [I, H] of all
     samples in order; ``hidden`` [B, S, H] true states; ``inputs`` [B, S, H] the same with noise; ``counts`` [B, S-1]
-    rows that count.
+    rows that count; ``positions`` [3, B, S] M-RoPE positions (0 at padding), None for plain ones.
     """
 
     input_ids: Tensor
@@ -58,9 +63,12 @@ class Batch:
     hidden: Tensor
     inputs: Tensor
     counts: Tensor
+    positions: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        tensors: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: part.to(device, non_blocking=True) for name, part in tensors.items() if part is not None}
+        return Batch(**moved)
 
 
 def rows_that_count(loss_mask: Tensor) -> Tensor:
@@ -81,23 +89,77 @@ def add_noise(hidden: Tensor, strength: float, seed: int) -> Tensor:
     return (hidden.float() + (uniform - 0.5) * (strength * 512 / hidden.shape[0])).to(hidden.dtype)
 
 
+def compressed(sample: Sample, compression: Compression, numbers: Tensor | None = None) -> tuple[Sample, Tensor | None]:
+    """The sample with the rows that the draft reads when it decodes with this compression; S becomes S'.
+
+    Row t of the draft's input is ``h_t`` with token t+1, and rows are what is merged: row r of the result has the state
+    of its own row t(r) at place r, and the token, or the mean of the image features, at place r+1.
+
+    Args:
+        numbers: [3, S] M-RoPE positions, or None; a merged row gets the mean of its rows'.
+    """
+    rows = sample.image_mask[1:]  # [S-1] image rows
+    if compression.tokens is None or not rows.any():
+        return sample, numbers
+    features = sample.hidden.new_zeros(*rows.shape, sample.image_features.shape[1])  # [S-1, H]
+    before = int(sample.image_mask[0])  # the first token is in no row
+    features[rows] = sample.image_features[before:].to(features.dtype)
+    plan = compression.plan(rows, features)
+    if plan is None:
+        return sample, numbers
+
+    def tokens(values: Tensor) -> Tensor:  # [S, ...] → [S', ...]
+        return torch.cat([values[:1], plan.pick(values[1:])])
+
+    image_mask = tokens(sample.image_mask)
+    merged = plan.mean(features)[image_mask[1:]].to(sample.image_features.dtype)
+    if numbers is not None:
+        numbers = torch.cat([plan.mean(numbers[:, :-1].T).T, numbers[:, -1:]], dim=1)  # [3, S']
+    shorter = replace(
+        sample,
+        input_ids=tokens(sample.input_ids),
+        loss_mask=tokens(sample.loss_mask),
+        image_mask=image_mask,
+        hidden=torch.cat([plan.pick(sample.hidden[:-1]), sample.hidden[-1:]]),
+        image_features=torch.cat([sample.image_features[:before], merged]),
+    )
+    return shorter, numbers
+
+
 def collate(
-    samples: Sequence[Sample], vocab_size: int, max_length: int, noise: float = 0.0, seeds: Sequence[int] = ()
+    samples: Sequence[Sample],
+    vocab_size: int,
+    max_length: int,
+    noise: float = 0.0,
+    seeds: Sequence[int] = (),
+    compression: Compression = NO_COMPRESSION,
+    positions: str = "plain",
 ) -> Batch:
-    """Pads samples into a `Batch`. ``noise`` is 0 in validation; ``seeds`` has one for each sample otherwise.
+    """Pads samples into a `Batch`. ``noise`` is 0 in validation; ``seeds`` has one for each sample otherwise;
+    ``positions`` is the draft's kind (`DraftOptions`).
+
+    Image rows are merged first, so ``max_length`` counts what is left.
 
     Raises:
-        UserError: a sample's parts disagree, or a token id is outside the vocabulary.
+        UserError: a sample's parts disagree, a token id is outside the vocabulary, or M-RoPE positions are wanted and
+        the grids of the pictures are not there.
     """
-    lengths = [min(sample.input_ids.shape[0], max_length) for sample in samples]
+    for sample in samples:
+        check_sample(sample, vocab_size)
+    pairs = [
+        compressed(sample, compression, sample_positions(sample) if positions == "mrope" else None)
+        for sample in samples
+    ]
+    lengths = [min(sample.input_ids.shape[0], max_length) for sample, _ in pairs]
     size, width = (len(samples), max(3, *lengths)), samples[0].hidden.shape[-1]
     ids, image = torch.zeros(size, dtype=torch.long), torch.zeros(size, dtype=torch.bool)
     counts = torch.zeros(size[0], size[1] - 1, dtype=torch.bool)
     hidden = torch.zeros(*size, width, dtype=samples[0].hidden.dtype)
     inputs = torch.zeros_like(hidden)
+    kind = torch.long if compression.tokens is None else torch.float32  # merged rows stand at means
+    numbers = torch.zeros(3, *size, dtype=kind) if positions == "mrope" else None
     features = []
-    for row, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
-        check_sample(sample, vocab_size)
+    for row, ((sample, own), length) in enumerate(zip(pairs, lengths, strict=True)):
         mask = sample.image_mask[:length]
         ids[row, :length] = sample.input_ids[:length].masked_fill(mask, 0)
         image[row, :length] = mask
@@ -106,7 +168,25 @@ def collate(
         hidden[row, :length] = sample.hidden[:length]
         inputs[row, :length] = add_noise(sample.hidden[:length], noise, seeds[row] if noise else 0)
         features.append(sample.image_features[: int(mask.sum())])
-    return Batch(ids, image, torch.cat(features), hidden, inputs, counts)
+        if numbers is not None and own is not None:
+            numbers[:, row, :length] = own[:, :length]
+    return Batch(ids, image, torch.cat(features), hidden, inputs, counts, numbers)
+
+
+def sample_positions(sample: Sample) -> Tensor:
+    """M-RoPE positions [3, S] of a sample, those that the target read it with.
+
+    Raises:
+        UserError: it has image tokens and no grids of its pictures.
+    """
+    images, known = int(sample.image_mask.sum()), int(sample.image_grids.prod(dim=-1).sum())
+    if images != known:
+        raise UserError(
+            f"M-RoPE positions need the grids of the pictures: known are {known} of {images} image tokens",
+            where=f"sample {sample.id}",
+            fix="make the hidden states again with a base of the Qwen2-VL family, or train with plain positions",
+        )
+    return mrope_positions(sample.image_mask, sample.image_grids)
 
 
 def check_sample(sample: Sample, vocab_size: int) -> None:
@@ -130,11 +210,16 @@ def check_sample(sample: Sample, vocab_size: int) -> None:
 
 
 class SampleSet(Protocol):
-    """Stored samples, as `eagle.ge_data.shards.ShardDataset`."""
+    """Stored samples, as `eagle.ge_data.shards.ShardDataset`, or conversations that a target has still to read, as
+    `eagle.train.online.OnlineSet`."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Sample: ...
+    def __getitem__(self, index: int) -> Any: ...
+
+    def describe(self) -> dict[str, Any]:
+        """What provenance says of the set."""
+        ...
 
 
 class Samples(Dataset):
@@ -143,14 +228,23 @@ class Samples(Dataset):
     def __init__(self, sources: Mapping[str, tuple[SampleSet, Sequence[int]]]) -> None:
         self.sources = sources
 
-    def __getitem__(self, item: Item) -> tuple[Sample, int]:
+    def __getitem__(self, item: Item) -> tuple[Any, int]:
         data, indices = self.sources[item.source]
         return data[indices[item.row]], item.noise_seed
 
 
-def _collate_pairs(pairs: Sequence[tuple[Sample, int]], vocab_size: int, max_length: int, noise: float) -> Batch:
-    samples, seeds = zip(*pairs, strict=True)
-    return collate(samples, vocab_size, max_length, noise, seeds)
+def _collate_pairs(
+    pairs: Sequence[tuple[Any, int]],
+    vocab_size: int,
+    max_length: int,
+    noise: float,
+    compression: Compression,
+    positions: str,
+    read: Read | None = None,
+) -> Batch:
+    found, seeds = zip(*pairs, strict=True)
+    samples = found if read is None else read(found)
+    return collate(samples, vocab_size, max_length, noise, seeds, compression, positions)
 
 
 def batches(
@@ -160,9 +254,27 @@ def batches(
     vocab_size: int,
     max_length: int,
     noise: float = 0.0,
+    compression: Compression = NO_COMPRESSION,
+    positions: str = "plain",
     workers: int = 0,
     pin_memory: bool = False,
+    read: Read | None = None,
 ) -> Iterator[Batch]:
-    """One `Batch` for each of ``pieces``, in order."""
-    join = partial(_collate_pairs, vocab_size=vocab_size, max_length=max_length, noise=noise)
-    return iter(DataLoader(samples, batch_sampler=pieces, collate_fn=join, num_workers=workers, pin_memory=pin_memory))
+    """One `Batch` for each of ``pieces``, in order.
+
+    Args:
+        workers: processes that load the next ones meanwhile.
+        read: turns what ``samples`` hold into `Sample`s, in this process; None where they are ones.
+    """
+    join = partial(
+        _collate_pairs,
+        vocab_size=vocab_size,
+        max_length=max_length,
+        noise=noise,
+        compression=compression,
+        positions=positions,
+    )
+    load = partial(DataLoader, samples, batch_sampler=pieces, num_workers=workers)
+    if read is None:
+        return iter(load(collate_fn=join, pin_memory=pin_memory))
+    return map(partial(join, read=read), load(collate_fn=list))

@@ -104,12 +104,17 @@ class PlainEngine(Engine):
     def __init__(
         self, objective: DraftObjective, config: TrainConfig, deepspeed: Mapping[str, Any], sizes: BatchSizes
     ) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = self.choose_device()
         self.objective = objective.to(self.device)
         self.sizes = sizes
         self.optimizer = adamw(objective, config)
         self.clip = float(deepspeed.get("gradient_clipping", 0.0))
         self.bf16 = bool(deepspeed.get("bf16", {}).get("enabled", False))
+
+    @staticmethod
+    def choose_device() -> torch.device:
+        """A GPU if there is one."""
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def step(self, batches: Sequence[Batch], learning_rate: float) -> Tensor:
         total = torch.zeros(len(METRICS), device=self.device)

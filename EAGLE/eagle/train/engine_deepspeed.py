@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,13 @@ def join_processes() -> tuple[int, int]:
     """Connects the launched processes; returns (rank, number of processes)."""
     deepspeed.init_distributed()
     return comm.get_rank(), comm.get_world_size()
+
+
+def own_device() -> torch.device:
+    """The device that the launcher meant for this process."""
+    accelerator = get_accelerator()
+    accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device(accelerator.current_device_name())
 
 
 class DeepSpeedEngine(Engine):

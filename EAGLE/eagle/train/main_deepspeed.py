@@ -1,7 +1,9 @@
-"""Trains a draft head on stored hidden states.
+"""Trains a draft head on stored hidden states, or on those of a base model that runs beside it.
 
     deepspeed --master_port 29504 --include localhost:0 main_deepspeed.py --deepspeed_config ds_config.json \\
         --tmpdir_v DV --tmpdir_t DT --basepath BASE --cpdir CKPT --config llava_v15_7B_config.json [--resume]
+
+    deepspeed ... --online --annotations_v FILE --annotations_t FILE --image-folder image_data  (instead of --tmpdir_*)
 
 More processes: another ``--include``, or ``--num_gpus 8``; nothing else changes. ``python main_deepspeed.py ...``
 trains in one process without DeepSpeed. CKPT/final is the draft; `eagle.train.checkpoint` has the rest of CKPT.
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,30 +29,43 @@ from eagle.model.draft import DraftModel
 from eagle.train.checkpoint import CheckpointStore, Progress, describe_run
 from eagle.train.curriculum import IMAGE, TEXT
 from eagle.train.engine import Engine, PlainEngine, read_deepspeed_config, suit_device
-from eagle.train.objective import DraftObjective
+from eagle.train.objective import DraftObjective, check_base
+from eagle.train.online import Processes, load_corpus
 from eagle.train.schedule import BatchSizes, Schedule
-from eagle.train.settings import TrainConfig, add_setting_flags, override, read_config
+from eagle.train.settings import TrainConfig, add_setting_flags, override, read_config, remembering
+from eagle.train.sources import add_source_flags, check_sources
 from eagle.train.tracking import TRACKERS, Tracker
 from eagle.train.trainer import Trainer, TrainingData
 from llava.errors import UserError, run_cli
 
 
 def main() -> None:
+    """Trains, and lets go of the checkpoint folder at the end, whatever it is."""
+    with ExitStack() as held:
+        train(held)
+
+
+def train(held: ExitStack) -> None:
     """Settings → data → base tensors → engine → resume → train."""
     args = parse_args()
     draft_config, config = read_config(args.config)
     config = override(config, args)
     deepspeed_config = read_deepspeed_config(args.deepspeed_config)
-    data = load_data(args, draft_config, config)
+    check_sources(args)
     base = load_base_tensors(args.basepath)
     rank, world = join_processes()
+    if args.online:
+        data = load_online(args, draft_config, base, config, Processes(rank, world, own_device()))
+    else:
+        data = load_stored(args, draft_config, config)
     deepspeed_config = suit_device(deepspeed_config, main=rank == 0)
     sizes = BatchSizes.from_deepspeed(deepspeed_config, world, where=args.deepspeed_config)
     schedule = data.schedule(sizes, config)
     store = open_store(args, data, config, main=rank == 0)
+    held.callback(store.close)
     objective = build_objective(args, draft_config, base, config, main=rank == 0)
     engine = build_engine(objective, config, deepspeed_config, sizes)
-    progress = restore(args, store, engine, schedule, config)
+    progress = restore(args, store, engine, data, schedule, config)
     if engine.is_main:
         print(schedule.describe(), flush=True)
     total = min(config.max_steps or schedule.total_steps, schedule.total_steps)
@@ -67,10 +83,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--basepath", required=True, metavar="BASE", help="base model, folder or hub name")
-    parser.add_argument("--tmpdir_t", metavar="DT", help="hidden states of the text set (eagle.ge_data.allocation)")
-    parser.add_argument(
-        "--tmpdir_v", metavar="DV", help="hidden states of the image set; one of the two may be left out"
-    )
     parser.add_argument("--cpdir", required=True, metavar="CKPT", help="folder of the checkpoints")
     parser.add_argument(
         "--config", required=True, help="draft's config.json with a 'train' section; a bare name may be a shipped one"
@@ -82,6 +94,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--tracker", choices=TRACKERS, default="tensorboard", help="where values go (default %(default)s)"
     )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
+    add_source_flags(parser)
     add_setting_flags(parser)
     return parser.parse_args(argv)
 
@@ -100,7 +113,28 @@ def join_processes() -> tuple[int, int]:
     return engine_deepspeed.join_processes()
 
 
-def load_data(args: argparse.Namespace, draft_config: DraftConfig, config: TrainConfig) -> TrainingData:
+def load_online(
+    args: argparse.Namespace, draft_config: DraftConfig, base: BaseTensors, config: TrainConfig, processes: Processes
+) -> TrainingData:
+    """The annotation files that were given, split into training and validation, and the base model that reads them."""
+    check_base(replace(draft_config, vocab_size=base.embed.shape[0]), base)
+    if not args.resume:
+        CheckpointStore(args.cpdir, config.keep_last, {}).refuse_to_overwrite()
+    files = {name: path for name, path in ((TEXT, args.annotations_t), (IMAGE, args.annotations_v)) if path is not None}
+    corpus = load_corpus(args, files, config, processes)
+    return TrainingData.split(corpus.sets, config, read=corpus.read, run=corpus.run)
+
+
+def own_device() -> torch.device:
+    """Where this process trains."""
+    if not launched():
+        return PlainEngine.choose_device()
+    from eagle.train import engine_deepspeed
+
+    return engine_deepspeed.own_device()
+
+
+def load_stored(args: argparse.Namespace, draft_config: DraftConfig, config: TrainConfig) -> TrainingData:
     """The corpora that were given, split into training and validation."""
     sets: dict[str, Any] = {}
     for name, folder in ((TEXT, args.tmpdir_t), (IMAGE, args.tmpdir_v)):
@@ -114,21 +148,21 @@ def load_data(args: argparse.Namespace, draft_config: DraftConfig, config: Train
                 where=folder,
                 fix="choose the config made for this base model",
             )
-    if not sets:
-        raise UserError("no data", fix="give --tmpdir_t, --tmpdir_v or both")
     return TrainingData.split(sets, config)
 
 
 def open_store(args: argparse.Namespace, data: TrainingData, config: TrainConfig, main: bool) -> CheckpointStore:
-    about = {
-        name: {"folder": str(samples.folder), "samples": len(samples), **asdict(samples.meta.source)}
-        for name, (samples, _, _) in data.sources.items()
-    }
+    about = {name: samples.describe() for name, (samples, _, _) in data.sources.items()}
     store = CheckpointStore(args.cpdir, config.keep_last, describe_run(about, asdict(config)))
     if main:
+        store.hold()
         store.recover()
     if not args.resume:
-        store.refuse_to_overwrite()
+        try:
+            store.refuse_to_overwrite()
+        except UserError:
+            store.close()
+            raise
     return store
 
 
@@ -141,9 +175,10 @@ def build_objective(
         print(f"vocabulary: {vocab} as in the base model (the config says {draft_config.vocab_size})", flush=True)
     if args.init:
         draft = load_draft(args.init, dtype=torch.float32)
+        draft.config = remembering(draft.config, config)
     else:
         torch.manual_seed(config.seed)
-        draft = DraftModel(replace(draft_config, vocab_size=vocab))
+        draft = DraftModel(remembering(replace(draft_config, vocab_size=vocab), config))
     return DraftObjective(draft.train(), base, config)
 
 
@@ -158,10 +193,17 @@ def build_engine(
 
 
 def restore(
-    args: argparse.Namespace, store: CheckpointStore, engine: Engine, schedule: Schedule, config: TrainConfig
+    args: argparse.Namespace,
+    store: CheckpointStore,
+    engine: Engine,
+    data: TrainingData,
+    schedule: Schedule,
+    config: TrainConfig,
 ) -> Progress:
     """Progress of the interrupted run with ``--resume``, else a new one."""
-    run = {**asdict(schedule.sizes), "text": schedule.text, "image": schedule.image, **config.fingerprint()}
+    draft = asdict(engine.objective.draft.config.options)
+    sizes = {**asdict(schedule.sizes), "text": schedule.text, "image": schedule.image}
+    run = {**sizes, **draft, **config.fingerprint(), **data.run}
     folder = store.latest() if args.resume else None
     if folder is None:
         if args.resume and engine.is_main:

@@ -58,8 +58,9 @@ class DraftObjective(nn.Module):
         reported beside it are those of step 1."""
         config = self.config
         parts: list[tuple[float, Losses]] = []
+        inputs = batch.inputs.to(self.dtype)
         steps = predict_steps(
-            self.draft, batch.inputs.to(self.dtype), self.embeds(batch), batch.image_mask, config.rollout_steps
+            self.draft, inputs, self.embeds(batch), batch.image_mask, config.rollout_steps, batch.positions
         )
         for step, predicted in steps:
             target = ahead(batch.hidden, step, predicted.shape[1])
@@ -70,7 +71,7 @@ class DraftObjective(nn.Module):
 
 
 def check_base(config: DraftConfig, base: BaseTensors) -> None:
-    """Raises `UserError` unless the draft has the base's sizes and positions that training knows."""
+    """Raises `UserError` unless the draft has the base's sizes, and sections for M-RoPE positions."""
     vocab, hidden = base.embed.shape
     if (config.vocab_size, config.hidden_size) != (vocab, hidden):
         raise UserError(
@@ -78,8 +79,12 @@ def check_base(config: DraftConfig, base: BaseTensors) -> None:
             f"the base has {vocab} and {hidden}",
             fix="choose the config made for this base model",
         )
-    if config.options.positions != "plain":
-        raise UserError(f"positions '{config.options.positions}' cannot be trained", fix="use 'plain' in section 'msd'")
+    sections = config.mrope_section or ()
+    if config.options.positions == "mrope" and 2 * sum(sections) != config.head_dim:
+        raise UserError(
+            f"positions 'mrope' with mrope_section {list(sections)} for heads of {config.head_dim}",
+            fix="give rope_scaling an mrope_section that adds up to half a head, as the base model's",
+        )
 
 
 def parameter_groups(module: nn.Module) -> list[nn.Parameter]:

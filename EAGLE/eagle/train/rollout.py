@@ -56,6 +56,12 @@ def ahead(x: Tensor, steps: int, rows: int) -> Tensor:
     return F.pad(part, padding)
 
 
+def positions_ahead(positions: Tensor, steps: int, rows: int) -> Tensor:
+    """Position numbers [3, B, R] of the rows that are ``steps`` behind each token of ``positions`` [3, B, S]: what
+    decoding gives them where text follows."""
+    return torch.stack([ahead(row, steps, rows) for row in positions])
+
+
 def rollout_counts(counts: Tensor, step: int) -> Tensor:
     """Rows [B, R] that count at ``step``: row t drafts ``x_{t+2}..x_{t+step+1}``, all within one answer.
 
@@ -69,20 +75,27 @@ def rollout_counts(counts: Tensor, step: int) -> Tensor:
 
 
 def predict_steps(
-    draft: DraftModel, inputs: Tensor, embeds: Tensor, image_mask: Tensor, steps: int
+    draft: DraftModel,
+    inputs: Tensor,
+    embeds: Tensor,
+    image_mask: Tensor,
+    steps: int,
+    positions: Tensor | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Yields (k, predicted [B, S-1, H]) for k = 1..steps; row t of ``predicted`` is the prediction of ``h_{t+k}``.
 
     Args:
         inputs: [B, S, H] true hidden states (with noise in training).
         embeds: [B, S, H] embeddings of ``x_0..x_{S-1}``, image features at image tokens; ``image_mask`` [B, S].
+        positions: [3, B, S] M-RoPE positions of ``x_0..x_{S-1}``; None is plain numbers from 0.
     """
     rows = inputs.shape[1] - 1
     cache: Any = GrowingCache() if steps > 1 else None
     hidden = inputs[:, :rows]
-    start = torch.arange(rows, device=inputs.device).unsqueeze(0)  # [1, R]
+    plain = torch.arange(rows, device=inputs.device).unsqueeze(0)  # [1, R]
     for step in range(1, steps + 1):
         x = draft.fuse(hidden, ahead(embeds, step, rows), ahead(image_mask, step, rows))  # [B, R, H]
         mask = None if step == 1 else rollout_mask(rows, step, inputs.device)
-        hidden = draft(x, start + (step - 1), mask, cache)
+        numbers = plain + (step - 1) if positions is None else positions_ahead(positions, step - 1, rows)
+        hidden = draft(x, numbers, mask, cache)
         yield step, hidden

@@ -31,7 +31,12 @@ class TrainConfig:
 
     epochs: int = setting(40, "passes over min(text, image) samples", 1)
     text_share: float = setting(0.5, "share of the epochs with text alone, before image samples come in", 0, 1)
+    image_start: float = setting(0.0, "share of image samples that the rise starts from when they come in", 0, 1)
+    image_end: float = setting(1.0, "share of image samples in the last epoch", 0, 1)
     max_length: int = setting(2048, "positions of a sample, image tokens included; the rest is cut", 3)
+    draft_image_tokens: int = setting(
+        -1, "image rows that the draft keeps of a picture, merged; -1: as section 'msd' says, else all", -1
+    )
     validation_share: float = setting(0.05, "share of each data set kept for validation", 0, 0.9)
     seed: int = setting(42, "seed of split, order, noise and initial weights", 0)
 
@@ -71,7 +76,8 @@ class TrainConfig:
         """The settings that decide the loss curve; a resumed run must have the same."""
         free = {"save_every", "validate_every", "log_every", "keep_last", "max_steps", "workers", "head_chunk",
                 "simulated_depth", "validation_limit"}  # fmt: skip
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free}
+        late = {"draft_image_tokens"} if self.draft_image_tokens < 0 else set()  # runs from before it can go on
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free | late}
 
 
 def _check_setting(name: str, value: Any, kind: Any, bounds: Mapping[str, Any]) -> None:
@@ -82,6 +88,13 @@ def _check_setting(name: str, value: Any, kind: Any, bounds: Mapping[str, Any]) 
     if (low is not None and value < low) or (high is not None and value > high):
         span = f"at least {low}" if high is None else f"between {low} and {high}"
         raise UserError(f"training setting {name}={value}", fix=f"give a number {span}")
+
+
+def remembering(draft: DraftConfig, config: TrainConfig) -> DraftConfig:
+    """The draft's config with those of the settings that decoding needs too."""
+    if config.draft_image_tokens < 0:
+        return draft
+    return replace(draft, options=replace(draft.options, image_tokens=config.draft_image_tokens))
 
 
 def find_config(path: str | Path) -> Path:

@@ -3,36 +3,40 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from eagle.train.checkpoint import CheckpointStore, Progress
 from eagle.train.curriculum import IMAGE, TEXT, Item, epoch_items, image_probability, micro_batches, split_indices
-from eagle.train.dataset import Batch, Samples, batches
+from eagle.train.dataset import Batch, Read, Samples, SampleSet, batches
 from eagle.train.engine import METRICS, Engine
 from eagle.train.schedule import BatchSizes, Schedule
 from eagle.train.settings import TrainConfig
 from eagle.train.tracking import Tracker
 from eagle.train.validation import validate
-
-if TYPE_CHECKING:
-    from eagle.ge_data.shards import ShardDataset
+from llava.errors import UserError
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Both data sets, split: ``sources`` maps a name to (samples, training indices, validation indices)."""
+    """Both data sets, split: ``sources`` maps a name to (samples, training indices, validation indices).
 
-    sources: dict[str, tuple[ShardDataset, list[int], list[int]]]
+    ``read``: what makes samples of what the sets hold, None for stored samples. ``run``: what of the data a resumed run
+    must share beside the numbers of samples.
+    """
+
+    sources: dict[str, tuple[SampleSet, list[int], list[int]]]
+    read: Read | None = None
+    run: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def split(cls, sets: dict[str, ShardDataset], config: TrainConfig) -> TrainingData:
-        return cls({name: (data, *split_indices(len(data), config.validation_share, config.seed))
-                    for name, data in sets.items()})  # fmt: skip
+    def split(cls, sets: Mapping[str, SampleSet], config: TrainConfig, **more: Any) -> TrainingData:
+        parts = {name: split_indices(len(data), config.validation_share, config.seed) for name, data in sets.items()}
+        return cls({name: (data, *parts[name]) for name, data in sets.items()}, **more)
 
     def size(self, source: str) -> int:
         """Training samples of a set, 0 where it is not given."""
@@ -84,7 +88,8 @@ class Trainer:
 
     def _epoch(self, epoch: int) -> Iterator[list[Batch]]:
         """The micro-batches of each remaining step of ``epoch``."""
-        items = epoch_items(self.schedule, epoch, self.config.text_share, self.config.seed)
+        config = self.config
+        items = epoch_items(self.schedule, epoch, config.text_share, config.seed, config.image_start, config.image_end)
         first_step = max(0, self.progress.step - epoch * self.schedule.steps_per_epoch)
         pieces = micro_batches(items, self.schedule.sizes, self.engine.rank, first_step)
         stream = self._load(self.data.training, pieces, noise=self.config.noise)
@@ -98,8 +103,11 @@ class Trainer:
             vocab_size=self.engine.objective.draft.config.vocab_size,
             max_length=self.config.max_length,
             noise=noise,
+            compression=self.engine.objective.draft.config.options.compression,
+            positions=self.engine.objective.draft.config.options.positions,
             workers=self.config.workers,
             pin_memory=self.engine.device.type == "cuda",
+            read=self.data.read,
         )
 
     def _step(self, step_batches: list[Batch], epoch: int) -> None:
@@ -111,12 +119,24 @@ class Trainer:
         self._since += 1
         self.tracker.advance()
         last = progress.step == schedule.total_steps
+        saves = last or progress.step % (config.save_every or schedule.steps_per_epoch) == 0
+        if progress.step % config.log_every == 0 or saves:
+            self._check_loss()
         if progress.step % config.log_every == 0 or last:
             self._log(epoch)
         if last or progress.step % (config.validate_every or schedule.steps_per_epoch) == 0:
             self._validate()
-        if last or progress.step % (config.save_every or schedule.steps_per_epoch) == 0:
+        if saves:
             self.store.save(self.engine, progress)
+
+    def _check_loss(self) -> None:
+        """Raises `UserError` where the loss is no number any more, before such a draft takes a good one's place."""
+        if self._sums is not None and not bool(self._sums.isfinite().all()):
+            raise UserError(
+                f"the loss is not a number, at step {self.progress.step} or just before",
+                where=self.store.folder,
+                fix="--init from a checkpoint there, in another --cpdir, at a lower learning_rate",
+            )
 
     def _log(self, epoch: int) -> None:
         """Means since the last log, over all processes."""
@@ -124,7 +144,8 @@ class Trainer:
         means = self.engine.mean(self._sums / self._since).tolist()
         seconds = time.perf_counter() - self._started
         text, image = self.schedule.text, self.schedule.image
-        share = image_probability(epoch, self.schedule.epochs, self.config.text_share)
+        config = self.config
+        share = image_probability(epoch, self.schedule.epochs, config.text_share, config.image_start, config.image_end)
         values = {
             **dict(zip(METRICS, means, strict=True)),
             "learning_rate": self.schedule.learning_rate(self.progress.step - 1),

@@ -88,7 +88,7 @@ def batch_sums(objective: DraftObjective, batch: Batch) -> Tensor:
     def drafted_tokens() -> Iterable[tuple[int, Tensor]]:
         inputs = batch.hidden.to(objective.dtype)
         for step, predicted in predict_steps(
-            objective.draft, inputs, objective.embeds(batch), batch.image_mask, config.simulated_depth
+            objective.draft, inputs, objective.embeds(batch), batch.image_mask, config.simulated_depth, batch.positions
         ):
             if step == 1:
                 losses.append(objective.loss(predicted, target, counts))

@@ -158,13 +158,19 @@ CUTS: dict[str, Damage] = {
     "index in the middle": cut(INDEX, lambda header, size: size // 2),
 }
 
-TENSORS = ("lengths", "image_lengths", "input_ids", "loss_mask", "image_mask", "hidden", "image_features")
+TENSORS = (
+    "lengths", "image_lengths", "input_ids", "loss_mask", "image_mask", "hidden", "image_features", "grid_lengths",
+    "image_grids",
+)  # fmt: skip
 REWRITES: dict[str, Damage] = {
     **{f"{name} {change.__name__}": rewrite(tensor(name, change))
        for name in TENSORS for change in (other_dtype, shorter, wider)},
     **{f"no {name}": rewrite(without(name)) for name in TENSORS},
     "negative lengths": rewrite(tensor("lengths", lambda old: torch.tensor([-1, int(old.sum()) + 1]).int())),
     "image lengths moved": rewrite(tensor("image_lengths", moved)),
+    "grid lengths moved": rewrite(tensor("grid_lengths", moved)),
+    "grids of more tokens": rewrite(tensor("image_grids", lambda old: old * 2)),
+    "negative grids": rewrite(tensor("image_grids", lambda old: old * torch.tensor([-1, -1, 1]).int())),
     "no JSON": rewrite(lambda tensors, about: "{'schema': 2}"),
     "JSON list": rewrite(lambda tensors, about: "[2]"),
     "JSON null": rewrite(lambda tensors, about: "null"),

@@ -14,9 +14,10 @@ import torch
 
 from eagle.ge_data import allocation, inspect
 from eagle.ge_data.conversations import read_conversation
-from eagle.ge_data.extract import Extractor, batches, collate, source_of
+from eagle.ge_data.extract import Extractor, source_of
 from eagle.ge_data.folder import locked, missing
 from eagle.ge_data.index import ShardInfo, load_index
+from eagle.ge_data.reader import batches, collate
 from eagle.ge_data.shards import Sample, ShardDataset
 from eagle.ge_data.templates import template_of
 from eagle.ge_data.workers import Events, Failure, Job, _handle, run_here, run_workers
@@ -254,6 +255,18 @@ def test_worker_processes(base: Path, annotations: Write, pictures: Path, tmp_pa
     assert rows_of(out) == rows_of(tmp_path / "one")
     for first, second in zip(ShardDataset(out), ShardDataset(tmp_path / "one"), strict=True):
         assert torch.equal(first.hidden, second.hidden)
+
+
+@pytest.mark.parametrize("gpus", ["cpu", "cpu,cpu"])
+def test_a_length_above_the_models_is_said_once(
+    base: Path, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], gpus: str
+) -> None:
+    data = annotations([{"id": n, "conversations": turns("q", "word " * 600)} for n in range(6)])
+    assert allocate(base, data, tmp_path / "out", "t", "--max-length", "600", "--gpus", gpus) == 0
+    assert capsys.readouterr().err.count("--max-length 600: the model has 512 positions") == 1
+    assert {len(sample.input_ids) for sample in ShardDataset(tmp_path / "out")} == {512}
+    assert allocate(base, data, tmp_path / "other", "t", "--max-length", "500", "--limit", "1") == 0
+    assert "positions" not in capsys.readouterr().err
 
 
 def test_worker_that_fails_is_named(base: Path, annotations: Write, tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from tiny_llava import TinySizes, make_liuhaotian
 
 from eagle.ge_data import inspect
 from eagle.ge_data.conversations import read_conversation
-from eagle.ge_data.extract import collate
 from eagle.ge_data.folder import SETTINGS
 from eagle.ge_data.index import INDEX, Index, load_index
 from eagle.ge_data.quantise import LEVELS, quantise, restore
+from eagle.ge_data.reader import collate
 from eagle.ge_data.shards import DTYPES, Sample, ShardDataset, Source, write_shard
 from eagle.ge_data.templates import template_of
 from eagle.model.targets import load_target
@@ -173,33 +173,36 @@ NEW = ("hidden_dtype", "regeneration")
 OLD_SETTINGS = ("model_type", "dtype", "max_length", "seed", "data", "data_sha256", "rows")
 
 
-def make_old(folder: Path) -> None:
-    """Turns a folder into one of schema 1, as earlier releases wrote it."""
+def make_old(folder: Path, schema: int) -> None:
+    """Turns a folder into one of schema 1 or 2, as earlier releases wrote it."""
+    new = NEW if schema == 1 else ()
     shards = []
     for shard in load_index(folder).shards:
         path = folder / shard.file
         with safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["msd"])
-        about["schema"] = 1
-        for name in NEW:
+        about["schema"] = schema
+        for name in new:
             del about["source"][name]
-        save_file(load_file(path), path, metadata={"msd": json.dumps(about)})
+        tensors = {name: tensor for name, tensor in load_file(path).items() if "grid" not in name}
+        save_file(tensors, path, metadata={"msd": json.dumps(about)})
         shards.append({**asdict(shard), "bytes": path.stat().st_size, "sha256": None})
     index = json.loads((folder / INDEX).read_text())
-    for name in NEW:
+    for name in new:
         del index[name]
-    (folder / INDEX).write_text(json.dumps({**index, "schema": 1, "shards": shards}))
+    (folder / INDEX).write_text(json.dumps({**index, "schema": schema, "shards": shards}))
     settings = json.loads((folder / SETTINGS).read_text())
     (folder / SETTINGS).write_text(json.dumps({name: settings[name] for name in OLD_SETTINGS}))
 
 
+@pytest.mark.parametrize("schema", [1, 2])
 def test_an_old_folder_is_read_and_completed(
-    base: Path, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Path, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], schema: int
 ) -> None:
     data, out = annotations([text_row(n) for n in range(7)]), tmp_path / "out"
     assert allocate(base, data, out, "t", "--limit", "3") == 0
     sample = ShardDataset(out)[0]
-    make_old(out)
+    make_old(out, schema)
     old = ShardDataset(out)
     assert old.meta.hidden_dtype is None and torch.equal(old[0].hidden, sample.hidden)
     assert allocate(base, data, out, "t", "--hidden-dtype", "int8") == 2
@@ -207,4 +210,4 @@ def test_an_old_folder_is_read_and_completed(
     assert allocate(base, data, out) == 0
     completed = ShardDataset(out)
     assert len(completed) == 7 and torch.equal(completed[0].hidden, sample.hidden)
-    assert isinstance(load_index(out), Index) and json.loads((out / INDEX).read_text())["schema"] == 2
+    assert isinstance(load_index(out), Index) and json.loads((out / INDEX).read_text())["schema"] == 3

@@ -12,7 +12,7 @@ from tiny_stock import make_qwen
 
 from eagle.ge_data import allocation
 from eagle.ge_data.conversations import Unusable, read_conversation
-from eagle.ge_data.extract import collate
+from eagle.ge_data.reader import collate
 from eagle.ge_data.shards import ShardDataset
 from eagle.ge_data.templates import template_of
 from eagle.model.targets import Target, load_target

@@ -28,6 +28,7 @@ def make_sample(name: str, length: int, images: int) -> Sample:
         image_mask=image_mask,
         hidden=torch.randn(length, H, generator=generator).bfloat16(),
         image_features=torch.randn(images, H, generator=generator).bfloat16(),
+        image_grids=torch.tensor([[1, 1, images]] if images else []).view(-1, 3).long(),
     )
 
 
@@ -47,7 +48,7 @@ def corpus(tmp_path: Path) -> tuple[Path, list[Sample]]:
 
 def assert_same(first: Sample, second: Sample) -> None:
     assert first.id == second.id
-    for name in ("input_ids", "loss_mask", "image_mask", "hidden", "image_features"):
+    for name in ("input_ids", "loss_mask", "image_mask", "hidden", "image_features", "image_grids"):
         one, other = getattr(first, name), getattr(second, name)
         assert one.dtype == other.dtype and torch.equal(one, other), name
 
@@ -73,7 +74,7 @@ def test_meta(corpus: tuple[Path, list[Sample]]) -> None:
     assert meta.image_tokens == sum(len(s.image_features) for s in samples)
     assert meta.skipped == {"too_long": 1, "empty": 3}
     written = json.loads((folder / INDEX).read_text())
-    assert written["schema"] == 2 and written["counts"]["skipped"] == meta.skipped
+    assert written["schema"] == 3 and written["counts"]["skipped"] == meta.skipped
     assert all(len(shard["sha256"]) == 64 for shard in written["shards"])
 
 
@@ -102,9 +103,10 @@ def test_wide_states_are_stored_in_16_bit(tmp_path: Path) -> None:
 
 def test_sample_of_wrong_shape_is_refused(tmp_path: Path) -> None:
     sample = make_sample("a", 5, 2)
-    wrong = Sample(**{**sample.__dict__, "image_features": sample.image_features[:1]})
-    with pytest.raises(ValueError, match="image_features"):
-        write_shard(tmp_path, 0, 1, [(0, wrong)], [], SOURCE)
+    wrong = {"image_features": sample.image_features[:1], "image_grids": torch.tensor([[1, 2, 3]])}
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=r"image_features|grids of 6 of 2"):
+            write_shard(tmp_path, 0, 1, [(0, Sample(**{**sample.__dict__, name: value}))], [], SOURCE)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -144,7 +146,7 @@ def break_missing(folder: Path) -> None:
 
 def break_schema(folder: Path) -> None:
     index = folder / INDEX
-    index.write_text(index.read_text().replace('"schema": 2', '"schema": 7'))
+    index.write_text(index.read_text().replace('"schema": 3', '"schema": 7'))
 
 
 def break_index(folder: Path) -> None:

@@ -20,7 +20,7 @@ def drawn_tree() -> DraftTree:
 def both_ways(chosen: list[int]):
     """The two walks must agree; returns what they say."""
     tree = drawn_tree()
-    at_once = accept_all_at_once(tree, torch.tensor(chosen))
+    (at_once,) = accept_all_at_once([tree], [torch.tensor(chosen)])
     assert accept_step_by_step(tree, lambda node, added: chosen[node]) == at_once
     return at_once
 
@@ -45,6 +45,17 @@ def test_the_same_token_in_two_branches_is_told_apart():
 def test_a_root_whose_token_equals_the_choice_at_the_last_node_is_not_its_child():
     """The root's parent index is -1, which indexes the last node; the root must not be judged by it."""
     assert both_ways([11, 99, 0, 0, 0, 99]) == ([0, 1], [11, 99])
+
+
+def test_a_batch_is_accepted_with_one_copy_to_the_host(monkeypatch):
+    """Trees of different size, each with its own choices."""
+    small = DraftTree(*(part[..., :3] for part in drawn_tree()[:3]), drawn_tree().mask[:3, :3], torch.zeros(3))
+    choices = [torch.tensor([11, 14, 0, 0, 77, 0]), torch.tensor([12, 0, 55])]
+    copies = []
+    cpu = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: (copies.append(tensor.shape), cpu(tensor))[1])
+    assert accept_all_at_once([drawn_tree(), small], choices) == [([0, 1, 4], [11, 14, 77]), ([0, 2], [12, 55])]
+    assert len(copies) == 1
 
 
 def test_step_by_step_shows_each_choice_the_tokens_before_it():

@@ -79,7 +79,11 @@ def test_sequences_of_different_length_equal_caches_of_their_own():
         for row in range(3):
             alone[row].keep([bases[row]], [paths[row]])
     assert cache.lengths == [8, 6, 13] == [each.length for each in alone]
-    kept = cache.select([2, 0])
-    assert kept.lengths == [13, 8]
-    assert torch.equal(kept.layers[1].store_v[0, :, :13], alone[2].layers[1].store_v[0, :, :13])
-    assert torch.equal(kept.layers[0].store_k[1, :, :8], alone[0].layers[0].store_k[0, :, :8])
+    storage = cache.layers[0].store_k.data_ptr()
+    kept = cache.select([0, 2])
+    assert kept.lengths == [8, 13]
+    assert torch.equal(kept.layers[1].store_v[1, :, :13], alone[2].layers[1].store_v[0, :, :13])
+    assert torch.equal(kept.layers[0].store_k[0, :, :8], alone[0].layers[0].store_k[0, :, :8])
+    assert kept.layers[0].store_k.shape[0] == 2 and kept.layers[0].store_k.data_ptr() == storage, "it was copied"
+    with pytest.raises(ValueError, match="ascending"):
+        kept.select([1, 0])

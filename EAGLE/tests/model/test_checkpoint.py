@@ -56,6 +56,20 @@ def test_published_keys(tmp_path, config, keys, kind):
     assert json.loads((saved / "config.json").read_text())["mm_vision_tower"] == "x"
 
 
+def test_a_draft_that_is_not_decoupled_says_so_in_its_config_alone(tmp_path):
+    draft = load_draft(write(tmp_path, {**LLAVA, "msd": {"decoupled": False}}))
+    saved = save_draft(draft, tmp_path / "again")
+    assert json.loads((saved / "config.json").read_text())["msd"]["decoupled"] is False
+    assert set(load_file(saved / "model.safetensors")) == COMMON
+    hidden, embeds, image = torch.randn(1, 2, 16), torch.randn(1, 2, 16), torch.tensor([[True, False]])
+    parts = (hidden.bfloat16(), embeds.bfloat16())
+    assert torch.equal(load_draft(saved).fuse(*parts, image), draft.fc(torch.cat(parts[::-1], dim=-1)))
+    published = load_draft(write(tmp_path / "published"))
+    assert torch.equal(published.fuse(*parts, image)[0, 0], parts[1][0, 0])
+    with pytest.raises(UserError, match="decoupled is 'no'"):
+        DraftConfig.from_dict({**LLAVA, "msd": {"decoupled": "no"}})
+
+
 def test_layout_follows_the_tensors_not_the_family(tmp_path):
     """A newer draft of another family may come with or without biases."""
     draft = load_draft(write(tmp_path, {**QWEN, "model_type": "llava_next"}, change=lambda t: t.pop("fc.bias")))

@@ -65,7 +65,11 @@ def test_prefill_and_draft(case):
     model.draft.layers[0].register_forward_hook(lambda module, given, out: rows.append((given[0], out)))
     drafter.start(0, prefill, inputs["input_ids"], values["sample_token"][0])
     close(rows[0][0], values["draft_fused"])
-    close(rows[0][1], values["draft_hidden"])
+    close(rows[0][1], values["draft_hidden"][:, -1:])  # the others are not computed, only their keys and values
+    positions = prefill.positions
+    if model.draft.config.options.positions == "plain":
+        positions = torch.arange(ids.shape[1]).unsqueeze(0)
+    close(model.draft(rows[0][0], positions), values["draft_hidden"])
     top = target.head(rows[0][1][:, -1]).log_softmax(-1).topk(20)
     close(top.values, values["draft_logprobs_topk_values"])
     assert torch.equal(top.indices, values["draft_logprobs_topk_ids"])

@@ -75,7 +75,7 @@ def test_tree_mask_positions_path_and_kept_rows(drafted: Candidates, total: int,
     choice = st.one_of(st.sampled_from(tree.tokens.tolist()), st.integers(0, 40))
     chosen = [data.draw(choice) for _ in range(tree.size)]
     path, tokens = slow_accept(tree, chosen)
-    assert accept_all_at_once(tree, torch.tensor(chosen)) == (path, tokens)
+    assert accept_all_at_once([tree], [torch.tensor(chosen)]) == [(path, tokens)]
     assert accept_step_by_step(tree, lambda node, _: chosen[node]) == (path, tokens)
 
     # cache: what is kept is the past and the path, in order

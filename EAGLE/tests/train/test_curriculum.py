@@ -24,6 +24,13 @@ def test_images_from_the_start_and_never():
     assert [image_probability(e, 2, 1.0) for e in range(2)] == [0.0, 0.0]
 
 
+def test_a_constant_share_and_images_alone():
+    assert [image_probability(e, 3, 0.0, 0.5, 0.5) for e in range(3)] == [0.5, 0.5, 0.5]
+    plan = schedule(30, 20, epochs=2)
+    shares = [[item.source for item in epoch_items(plan, 0, 0.0, 0, start, 1.0)].count(IMAGE) for start in (0.0, 1.0)]
+    assert shares == [10, 20]
+
+
 def test_epoch_has_the_exact_share_of_images_without_repeats():
     plan = schedule(30, 20, epochs=4)
     for epoch, images in enumerate([0, 0, 10, 20]):

@@ -7,6 +7,7 @@ import torch
 from train_support import make_objective, make_sample
 
 from eagle.ge_data.shards import Sample
+from eagle.model.compression import Compression
 from eagle.train.dataset import add_noise, collate, rows_that_count
 from eagle.train.rollout import ahead, predict_steps, rollout_counts, rollout_mask
 from llava.errors import UserError
@@ -62,6 +63,35 @@ def test_cut_at_max_length_takes_image_features_along():
     batch = collate([hand_made()], vocab_size=50, max_length=3)
     assert batch.image_features.flatten().tolist() == [100, 101]
     assert batch.input_ids.tolist() == [[10, 0, 0]]
+
+
+def test_merged_rows_keep_states_tokens_and_targets_aligned():
+    """Rows of `hand_made` read states 0..7 and features 100 101, token 13, feature 102, tokens 15..18."""
+    for tokens, states, following, images in (
+        (1, [1, 2, 3, 4, 5, 6, 7], [100.5, 13, 102, 15, 16, 17, 18], [1, 0, 1, 0, 0, 0, 0]),
+        (0, [2, 4, 5, 6, 7], [13, 15, 16, 17, 18], [0, 0, 0, 0, 0]),
+        (2, [0, 1, 2, 3, 4, 5, 6, 7], [100, 101, 13, 102, 15, 16, 17, 18], [1, 1, 0, 1, 0, 0, 0, 0]),
+    ):
+        batch = collate([hand_made()], vocab_size=50, max_length=64, compression=Compression(tokens))
+        embeds = batch.input_ids.float()[..., None].masked_scatter(batch.image_mask[..., None], batch.image_features)
+        rows = batch.counts.shape[1]
+        assert batch.inputs[0, :rows, 0].tolist() == states
+        assert ahead(embeds, 1, rows)[0, :, 0].tolist() == following
+        assert ahead(batch.image_mask, 1, rows)[0].int().tolist() == images
+        counted = batch.counts[0].nonzero().flatten().tolist()
+        assert [states[row] for row in counted] == [4, 5]  # as without merging, and each with its own target:
+        assert [batch.hidden[0, row + 1, 0].item() for row in counted] == [5, 6]
+
+
+def test_a_sample_that_begins_with_a_picture():
+    """The first token is in no row of the draft, so its feature is in no mean."""
+    sample = hand_made()
+    image = torch.tensor([1, 1, 1, 0, 0, 0, 0, 0, 0]).bool()
+    sample = replace(sample, image_mask=image, input_ids=torch.arange(10, 19))
+    batch = collate([sample], vocab_size=50, max_length=64, compression=Compression(1))
+    assert batch.image_features.flatten().tolist() == [100, 101.5]
+    assert batch.image_mask[0].int().tolist() == [1, 1, 0, 0, 0, 0, 0, 0]
+    assert batch.inputs[0, :, 0].tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_padding_changes_nothing():

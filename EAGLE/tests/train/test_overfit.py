@@ -19,7 +19,7 @@ from eagle.train.dataset import collate
 from eagle.train.engine import PlainEngine
 from eagle.train.objective import DraftObjective
 from eagle.train.schedule import BatchSizes
-from eagle.train.settings import TrainConfig
+from eagle.train.settings import TrainConfig, remembering
 from eagle.train.validation import batch_sums, summary
 
 NEW = 48
@@ -36,9 +36,11 @@ def qwen(tmp_path_factory):
     return load_target(tiny_stock.make_qwen(tmp_path_factory.mktemp("qwen"), seed=3), dtype="float32")
 
 
-@pytest.fixture(params=["llava", "qwen"])
-def target(request):
-    return request.getfixturevalue(request.param)
+@pytest.fixture(params=["llava plain", "qwen plain", "qwen mrope"])
+def case(request):
+    """A target and the kind of its draft's positions."""
+    name, positions = request.param.split()
+    return request.getfixturevalue(name), positions
 
 
 def prompt(target: Target, pictures: int) -> dict[str, torch.Tensor]:
@@ -65,21 +67,26 @@ def own_answer(target: Target, inputs: dict[str, torch.Tensor]) -> Sample:
     prefill = target.prefill(full)
     answer = torch.arange(sequence.shape[1]) >= inputs["input_ids"].shape[1]
     mask = prefill.image_mask[0]
-    return Sample("one", sequence[0], answer, mask, prefill.hidden[0], prefill.embeds[0][mask])
+    grids = inputs.get("image_grid_thw", torch.empty(0, 3).long()) // torch.tensor([1, 2, 2])
+    return Sample("one", sequence[0], answer, mask, prefill.hidden[0], prefill.embeds[0][mask], grids)
 
 
-def new_objective(target: Target, **settings) -> DraftObjective:
+def new_objective(target: Target, positions: str = "plain", decoupled: bool = True, **settings) -> DraftObjective:
     torch.manual_seed(0)
     shape = {"model_type": target.family, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
-             "vocab_size": target.vocab_size}  # fmt: skip
+             "vocab_size": target.vocab_size, "msd": {"positions": positions, "decoupled": decoupled},
+             "rope_scaling": {"mrope_section": [1, 1, 2]}}  # fmt: skip
     base = BaseTensors(target.model.get_input_embeddings().weight, target.model.get_output_embeddings().weight)
     return DraftObjective(DraftModel(DraftConfig.from_dict(shape)), base, TrainConfig(**settings))
 
 
 def train(objective: DraftObjective, sample: Sample, steps: int) -> PlainEngine:
-    """The real engine and the real loss, without noise."""
+    """The real engine and the real loss, without noise; image rows merged as the settings say."""
+    objective.draft.config = remembering(objective.draft.config, objective.config)
     engine = PlainEngine(objective, objective.config, {"gradient_clipping": 0.5}, BatchSizes(1, 1, 1))
-    batch = collate([sample], int(sample.input_ids.max()) + 1, 2048)
+    options = objective.draft.config.options
+    vocab_size = int(sample.input_ids.max()) + 1
+    batch = collate([sample], vocab_size, 2048, compression=options.compression, positions=options.positions)
     for step in range(steps):
         engine.step([batch], learning_rate=4e-3 * (1 - step / steps))
     return engine
@@ -94,26 +101,56 @@ def decode(target: Target, objective: DraftObjective, inputs: dict[str, torch.Te
 
 
 @pytest.mark.parametrize("pictures", [0, 1, 2])
-def test_a_draft_trained_on_one_sample_is_accepted_when_decoding_it(target, pictures):
+def test_a_draft_trained_on_one_sample_is_accepted_when_decoding_it(case, pictures):
+    target, positions = case
     inputs = prompt(target, pictures)
     sample = own_answer(target, inputs)
     assert sample.image_mask.sum() == 16 * pictures
     assert sample.input_ids[-NEW:].unique().numel() > NEW / 6, "an answer in a loop would prove little"
-    objective = new_objective(target, token_weight=1.0, rollout_steps=2)
+    objective = new_objective(target, positions, token_weight=1.0, rollout_steps=2)
     train(objective, sample, steps=300)
     stats = decode(target, objective, inputs, sample)
     shortest = -(-(NEW - 1) // 7)  # a cycle gives at most six drafted tokens and the bonus token
     assert stats.cycles <= shortest + 1, f"accepted {stats.accept_lengths}, tau {stats.tau:.2f}"
 
 
+def test_a_draft_that_is_not_decoupled_decodes_as_it_was_trained(llava):
+    """The same gate for the ablation: image rows go through fc in training and in decoding alike."""
+    inputs = prompt(llava, 1)
+    sample = own_answer(llava, inputs)
+    objective = new_objective(llava, decoupled=False, token_weight=1.0, simulated_depth=6)
+    train(objective, sample, steps=70)
+    batch = collate([sample], llava.vocab_size, 2048)
+    values = summary(batch_sums(objective.eval(), batch), depth=6)
+    as_published = new_objective(llava, token_weight=1.0, simulated_depth=6)
+    as_published.draft.load_state_dict(objective.draft.state_dict())
+    others = summary(batch_sums(as_published.eval(), batch), depth=6)
+    assert others["loss"] != pytest.approx(values["loss"], rel=1e-3), "image rows were the same both ways"
+    assert values["tau"] == pytest.approx(decode(llava, objective, inputs, sample).tau)
+    assert 1 < values["tau"] < 7
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_a_draft_trained_with_merged_image_rows_is_accepted_too(case, rows):
+    target, positions = case
+    inputs = prompt(target, 2)
+    sample = own_answer(target, inputs)
+    objective = new_objective(target, positions, token_weight=1.0, rollout_steps=2, draft_image_tokens=rows)
+    train(objective, sample, steps=300)
+    stats = decode(target, objective, inputs, sample)
+    assert stats.cycles <= -(-(NEW - 1) // 7) + 1, f"accepted {stats.accept_lengths}, tau {stats.tau:.2f}"
+
+
 @pytest.mark.parametrize(("pictures", "steps"), [(1, 30), (1, 70), (0, 70)])
-def test_simulated_acceptance_is_that_of_decoding(target, pictures, steps):
+def test_simulated_acceptance_is_that_of_decoding(case, pictures, steps):
     """A half-trained draft: validation's walk must take exactly the cycles that decoding takes."""
+    target, positions = case
     inputs = prompt(target, pictures)
     sample = own_answer(target, inputs)
-    objective = new_objective(target, token_weight=1.0, simulated_depth=6)
+    objective = new_objective(target, positions, token_weight=1.0, simulated_depth=6)
     train(objective, sample, steps)
-    values = summary(batch_sums(objective.eval(), collate([sample], target.vocab_size, 2048)), depth=6)
+    batch = collate([sample], target.vocab_size, 2048, positions=positions)
+    values = summary(batch_sums(objective.eval(), batch), depth=6)
     stats = decode(target, objective, inputs, sample)
     assert values["tau"] == pytest.approx(stats.tau)
     assert 1 < stats.tau < 7, "neither nothing nor everything accepted"

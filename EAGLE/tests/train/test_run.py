@@ -65,7 +65,8 @@ def test_a_run_leaves_a_published_checkpoint_and_its_record(arguments, run, tmp_
     assert "2 an epoch x 4 epochs = 8" in out and "trained: " in out
     folder = tmp_path / "ck"
     assert {p.name for p in folder.iterdir()} == {
-        "step-00000008", "best", "final", "latest", "training.json", "training.png", "tensorboard"}  # fmt: skip
+        ".lock", "step-00000008", "best", "final", "latest", "training.json", "training.png", "tensorboard",
+    }  # fmt: skip
     assert (folder / "latest").read_text().strip() == "step-00000008"
     config = json.loads((folder / "final" / "config.json").read_text())
     assert "train" not in config and config["num_hidden_layers"] == 1
@@ -175,27 +176,58 @@ def test_pointer_to_a_removed_folder_falls_back_to_the_newest(tmp_path):
     assert Progress().history == {"steps": [], "validations": []}
 
 
+@pytest.fixture
+def command(arguments):
+    """The documented command for 1 or 2 processes, from inside eagle/train, with the shipped ds_config.json."""
+    launcher = shutil.which("deepspeed") or str(Path(sys.executable).parent / "deepspeed")
+
+    def make(processes, cpdir, *extra, **train):
+        where = ["--include", "localhost:0"] if processes == 1 else ["--num_accelerators", str(processes)]
+        argv = arguments(cpdir, "--tracker", "none", *extra, deepspeed="ds_config.json", **train)
+        return [launcher, "--master_port", "29517", *where, "main_deepspeed.py", *argv]
+
+    return make
+
+
+def launch(command):
+    """Runs a command to its end, as from a shell in eagle/train. The first start on a machine compiles an op for a
+    minute or two."""
+    done = subprocess.run(command, cwd=Path(eagle.train.__file__).parent, env=environment(), capture_output=True,
+                          text=True, timeout=500, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_deepspeed_command_and_resume(arguments, tmp_path, processes):
-    """The documented command from inside eagle/train, stopped and resumed, with the shipped ds_config.json.
-
-    The first start on a machine compiles an op for a minute or two.
-    """
-    launcher = shutil.which("deepspeed") or str(Path(sys.executable).parent / "deepspeed")
-    where = ["--include", "localhost:0"] if processes == 1 else ["--num_accelerators", "2"]
-
-    def launch(cpdir, *extra):
-        argv = arguments(cpdir, "--tracker", "none", *extra, deepspeed="ds_config.json")
-        command = [launcher, "--master_port", "29517", *where, "main_deepspeed.py", *argv]
-        done = subprocess.run(command, cwd=Path(eagle.train.__file__).parent, env=environment(), capture_output=True,
-                              text=True, timeout=500, check=False)  # fmt: skip
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        return done.stdout
-
-    assert f"x {processes} processes" in launch("whole")
-    launch("parts", "--max-steps", "2")
-    assert "resumed after step 2" in launch("parts", "--resume")
+def test_deepspeed_command_and_resume(command, tmp_path, processes):
+    """Stopped and resumed."""
+    assert f"x {processes} processes" in launch(command(processes, "whole"))
+    launch(command(processes, "parts", "--max-steps", "2"))
+    assert "resumed after step 2" in launch(command(processes, "parts", "--resume"))
     assert load_draft(tmp_path / "whole" / "final").fc.weight.dtype == torch.bfloat16
     for expected, got in zip(curve(tmp_path / "whole"), curve(tmp_path / "parts"), strict=True):
+        assert got == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_killed_and_resumed_give_the_same_losses(command, tmp_path):
+    """SIGKILL to launcher and workers at once, as a machine that goes away."""
+    settings = {"epochs": 48, "save_every": 3}  # of one step each
+    launch(command(2, "whole", **settings))
+    process = subprocess.Popen(command(2, "killed", **settings), cwd=Path(eagle.train.__file__).parent,
+                               env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               start_new_session=True)  # fmt: skip
+    deadline = time.time() + 500
+    while not (tmp_path / "killed" / "latest").exists() and time.time() < deadline:
+        assert process.poll() is None, "it ended by itself"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "final").exists(), "it ended before it was killed"
+    resumed = re.search(r"resumed after step (\d+)", launch(command(2, "killed", "--resume", **settings)))
+    assert 0 < int(resumed.group(1)) < 48 and int(resumed.group(1)) % 3 == 0
+    whole, killed = curve(tmp_path / "whole"), curve(tmp_path / "killed")
+    assert [step for step, _ in killed] == list(range(1, 49))
+    for expected, got in zip(whole, killed, strict=True):
         assert got == pytest.approx(expected, abs=1e-5)

@@ -79,6 +79,10 @@ class Target(ABC):
     ) -> str:
         """The family's conversation template around a question; ``history`` is (question, answer) pairs."""
 
+    def complete_inputs(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What transformers' `generate` needs beside ``inputs`` and can be told from ``input_ids`` [B, P]."""
+        return {}
+
     @property
     def text_model(self) -> Any:
         """The stock text model: embeddings in, hidden states after the final norm out."""
@@ -129,11 +133,16 @@ class Target(ABC):
                 return tuple(eos) if isinstance(eos, list | tuple) else (eos,)
         return ()
 
-    def new_cache(self, batch: int, capacity: int) -> KVCache:
-        """A cache of ``capacity`` rows for each of ``batch`` sequences, each layer on its own device."""
+    @property
+    def cache_shape(self) -> tuple[int, int]:
+        """Heads of keys and values, and the size of each."""
         text = self.config.get_text_config()
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return heads, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """A cache of ``capacity`` rows for each of ``batch`` sequences, each layer on its own device."""
+        heads, head_dim = self.cache_shape
         devices = [next(layer.parameters()).device for layer in self.text_model.layers]
         return KVCache.allocate(devices, batch, heads, head_dim, capacity, self.dtype)
 

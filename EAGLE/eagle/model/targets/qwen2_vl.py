@@ -11,8 +11,10 @@ from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration, Qw
 
 from eagle.model.targets.base import Target, gather_image_features, place_features
 from eagle.model.targets.stock import load_stock, prepare_stock, stock_chat
+from llava.errors import UserError
 
 TEXT, IMAGE, VIDEO = 0, 1, 2  # transformers' mm_token_type_ids
+GRIDS = ("image_grid_thw", "video_grid_thw")
 
 
 class Qwen2VLTarget(Target):
@@ -31,6 +33,12 @@ class Qwen2VLTarget(Target):
         is_image, is_video = input_ids == self.config.image_token_id, input_ids == self.config.video_token_id
         return is_image * IMAGE + is_video * VIDEO
 
+    def complete_inputs(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Token types, without which transformers 5 numbers pictures and videos as if they were text."""
+        if inputs.get("mm_token_type_ids") is not None or all(inputs.get(name) is None for name in GRIDS):
+            return {}
+        return {"mm_token_type_ids": self.token_types(input_ids)}
+
     def embed_prompt(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         embeds = self.model.get_input_embeddings()(input_ids)  # [B, S, H]
         types = self.token_types(input_ids)
@@ -46,7 +54,7 @@ class Qwen2VLTarget(Target):
     def prompt_positions(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         attention_mask = inputs.get("attention_mask")
         types = self.token_types(input_ids)
-        grids = {name: inputs.get(name) for name in ("image_grid_thw", "video_grid_thw")}
+        grids = {name: inputs.get(name) for name in GRIDS}
         if not types.any():
             seen = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             positions = (seen.cumsum(dim=-1) - 1).clamp(min=0).expand(3, -1, -1)  # [3, B, S]
@@ -55,9 +63,22 @@ class Qwen2VLTarget(Target):
             positions, _ = self.model.model.get_rope_index(input_ids, mm_token_type_ids=types, **grids, **rest)
         else:  # transformers' `generate` has encoded the pictures and computed their positions already
             positions = inputs["position_ids"][-3:]
+            self._refuse_text_positions(types, positions)
         if attention_mask is not None:
             positions = positions.masked_fill(attention_mask == 0, 0)
         return positions, positions.amax(dim=(0, 2)) + 1
+
+    @staticmethod
+    def _refuse_text_positions(types: Tensor, positions: Tensor) -> None:
+        """Raises `UserError` where pictures or videos were numbered as text: the tokens of a frame share their time."""
+        media = types != TEXT
+        neighbours = media[:, 1:] & media[:, :-1]  # [B, S - 1]
+        later = positions[0, :, 1:] > positions[0, :, :-1]
+        if (neighbours.any(dim=1) & (later | ~neighbours).all(dim=1)).any():
+            raise UserError(
+                "transformers has numbered the tokens of a picture or video as text",
+                fix="give generate the processor's mm_token_type_ids, or call MSDModel.generate",
+            )
 
     def text_positions(self, positions: Tensor) -> Tensor:
         return positions.expand(3, -1, -1)

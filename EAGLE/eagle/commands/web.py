@@ -1,0 +1,95 @@
+"""Serve a page: ask about a picture and watch the answer, drafted tokens coloured by their depth in the draft tree."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import ipaddress
+import socket
+from pathlib import Path
+from typing import Any
+
+from eagle.commands.demo import POCKET, choose, use_pocket_defaults
+from eagle.commands.options import add_data_options, add_length_option, add_model_options, load_model, positive
+from eagle.commands.questions import Question, read_questions
+from llava.errors import UserError
+
+PACKAGES = ("starlette", "uvicorn")
+SAMPLES = 12
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `msd web`; without models it takes the repository's pocket models."""
+    add_model_options(parser, required=False)
+    add_data_options(parser, required=False)
+    add_length_option(parser, default=512)
+    parser.add_argument("--samples", type=positive, default=SAMPLES, help=f"pictures to pick from (default: {SAMPLES})")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
+    parser.add_argument("--port", type=int, default=7860, help="0 takes a free one (default: 7860)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Loads the models, prints the address and serves until Ctrl-C."""
+    require_packages()
+    from eagle.web.app import Page
+
+    if arguments.base_model is None:
+        use_pocket_defaults(arguments)
+    listener = listen(arguments.host, arguments.port)
+    with listener:
+        samples = samples_of(arguments)
+        model = load_model(arguments, need_draft=arguments.msd_model is not None)
+        about = {
+            "base_model": Path(arguments.base_model).name,
+            "msd_model": Path(arguments.msd_model).name if arguments.msd_model else None,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": str(model.device),
+        }
+        host, port = listener.getsockname()[:2]
+        print(f"msd web: http://{host}:{port}  (Ctrl-C ends it)", flush=True)
+        serve(Page(model, about, arguments.max_new_tokens, samples), listener, host)
+    return 0
+
+
+def require_packages() -> None:
+    """Raises `UserError` where the packages of the extra `web` are not installed."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"msd web needs {', '.join(missing)}", fix="pip install 'msd-eagle[web]'")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there.
+
+    Raises:
+        UserError: the port is taken, or the address is not this machine's.
+    """
+    try:
+        return socket.create_server((host, port))
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"cannot listen ({getattr(error, 'strerror', None) or error})",
+            f"{host}:{port}",
+            "give another --port or --host",
+        ) from None
+
+
+def samples_of(arguments: argparse.Namespace) -> list[Question]:
+    """Questions with a picture to pick from: of ``--data``, or the pocket's own with a pocket model."""
+    data = arguments.data
+    if data is None and Path(arguments.base_model).resolve().parent == POCKET.resolve():
+        data = POCKET / "data" / "heldout.jsonl"
+    return [] if data is None else choose(read_questions(data, arguments.limit), arguments.samples)
+
+
+def serve(page: Any, listener: socket.socket, host: str) -> None:
+    """Answers requests until Ctrl-C. On a loopback address only requests that name it are answered, so that no page of
+    another origin gets in by a name of its own."""
+    import uvicorn
+
+    from eagle.web.app import application
+
+    loopback = ipaddress.ip_address(host).is_loopback
+    hosts = [host, "localhost"] if loopback else ["*"]
+    config = uvicorn.Config(application(page, hosts), log_level="warning", timeout_graceful_shutdown=2)
+    uvicorn.Server(config).run(sockets=[listener])

@@ -1,0 +1,135 @@
+"""The target reads prepared conversations, a batch at a time: what a training sample is, wherever it goes.
+
+The picture goes into the forward pass with the text. Conversations are sorted by length into batches of bounded size
+and padded on the right; that padding changes nothing is checked on the first batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from eagle.ge_data.shards import DTYPES, Sample, Source
+from eagle.ge_data.source import INT8
+from eagle.ge_data.template import Prepared, Template
+from eagle.model.targets import Target
+from llava.errors import UserError
+
+PADDING_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
+"""Largest relative difference of a row's hidden states that rounding explains; a wrong position or mask gives 0.5 and
+more."""
+
+
+class Reader:
+    """Turns prepared conversations into samples.
+
+    Args:
+        target: the base model; its padded batches are checked once.
+        template: of the target's family.
+        source: what the samples say of themselves; states are rounded to its dtype.
+        batch_tokens: most tokens in one forward, padding included; a longer row is read alone.
+    """
+
+    def __init__(self, target: Target, template: Template, source: Source, batch_tokens: int) -> None:
+        self.target, self.template, self.source, self.batch_tokens = target, template, source, batch_tokens
+        self._padding_checked = False
+
+    def read(self, items: Sequence[Prepared]) -> list[Sample]:
+        """All of them in their order, in as many forwards as ``batch_tokens`` asks for.
+
+        Raises:
+            UserError: not even one conversation fits into the GPU's memory.
+        """
+        lengths = {place: len(item.input_ids) for place, item in enumerate(items)}
+        found: dict[int, Sample] = {}
+        for places in batches(lengths, self.batch_tokens):
+            found.update(zip(places, self.samples([items[place] for place in places]), strict=True))
+        return [found[place] for place in range(len(items))]
+
+    def samples(self, items: Sequence[Prepared]) -> list[Sample]:
+        """One forward over a batch; in halves where the GPU's memory does not suffice.
+
+        Raises:
+            UserError: not even one conversation fits into the GPU's memory.
+        """
+        try:
+            samples = self._forward(items)
+        except torch.OutOfMemoryError:
+            samples = []
+        if not samples:
+            torch.cuda.empty_cache()
+            if len(items) == 1:
+                length = len(items[0].input_ids)
+                raise UserError(f"a conversation of {length} tokens is too much for the GPU's memory", items[0].id)
+            half = len(items) // 2
+            return self.samples(items[:half]) + self.samples(items[half:])
+        if not self._padding_checked and len(items) > 1:
+            self._check_padding(items[0], samples[0])
+        return samples
+
+    @torch.inference_mode()
+    def _forward(self, items: Sequence[Prepared]) -> list[Sample]:
+        inputs = {name: value.to(self.target.device) for name, value in collate(items).items()}
+        prefill = self.target.prefill(inputs)
+        states = DTYPES[self.source.dtype]
+        own = self.target.dtype if self.source.hidden_dtype == INT8 else states  # rounded once, not twice
+        samples = []
+        for row, item in enumerate(items):
+            length = len(item.input_ids)
+            image_mask = prefill.image_mask[row, :length]
+            samples.append(
+                Sample(
+                    id=item.id,
+                    input_ids=item.input_ids,
+                    loss_mask=item.loss_mask,
+                    image_mask=image_mask.cpu(),
+                    hidden=prefill.hidden[row, :length].to("cpu", own),
+                    image_features=prefill.embeds[row, :length][image_mask].to("cpu", states),
+                    image_grids=self.template.grids(item.images),
+                )
+            )
+        return samples
+
+    def _check_padding(self, item: Prepared, padded: Sample) -> None:
+        """The shortest row of a batch, which is padded most, must have the states that it has alone."""
+        alone = self._forward([item])[0].hidden.float()  # [S, H]
+        difference = (alone - padded.hidden.float()).norm() / alone.norm()
+        tolerance = max(PADDING_TOLERANCE[self.target.dtype], PADDING_TOLERANCE[DTYPES[self.source.dtype]] / 10)
+        if difference > tolerance:
+            raise RuntimeError(f"padding changes the hidden states by {float(difference):.3g} (allowed {tolerance:g})")
+        self._padding_checked = True
+
+
+def batches(lengths: dict[int, int], batch_tokens: int) -> Iterator[list[int]]:
+    """Keys of ``lengths`` in batches of like length, the shortest first; rows x longest <= ``batch_tokens``.
+
+    >>> list(batches({0: 9, 1: 2, 2: 3, 3: 2}, 10))
+    [[1, 3, 2], [0]]
+    """
+    batch: list[int] = []
+    for key in sorted(lengths, key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * lengths[key] > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(key)
+    if batch:
+        yield batch
+
+
+def collate(items: Sequence[Prepared]) -> dict[str, Tensor]:
+    """Model inputs of a batch: ``input_ids`` and ``attention_mask`` [B, S] padded on the right, image inputs
+    joined."""
+    longest = max(len(item.input_ids) for item in items)
+    input_ids = torch.zeros(len(items), longest, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, item in enumerate(items):
+        input_ids[row, : len(item.input_ids)] = item.input_ids
+        attention_mask[row, : len(item.input_ids)] = 1
+    images: dict[str, list[Tensor]] = {}
+    for item in items:
+        for name, value in item.images.items():
+            images.setdefault(name, []).append(value)
+    joined = {name: torch.cat(values) for name, values in images.items()}
+    return {"input_ids": input_ids, "attention_mask": attention_mask, **joined}

@@ -1,0 +1,275 @@
+"""Training without stored hidden states: the losses are those of training on stored ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_llava import make_image, make_liuhaotian
+from tiny_stock import make_qwen
+from train_support import make_sample
+
+from eagle.ge_data import allocation
+from eagle.ge_data.shards import ShardDataset
+from eagle.train import main_deepspeed, online
+from eagle.train.dataset import collate
+from eagle.train.online import OnlineReader, Processes, RowRecord
+from eagle.train.trainer import Trainer
+from llava.errors import run_cli
+
+FAMILIES = {"llava": make_liuhaotian, "qwen2_vl": make_qwen}
+MODEL_TYPES = {"llava": "llava_v15", "qwen2_vl": "qwen2_vl"}
+SIZES = {"a.png": (60, 60), "b.png": (112, 60), "c.png": (56, 100)}
+LENGTH = 300
+
+
+def said(*texts: str) -> list[dict[str, str]]:
+    return [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(texts)]
+
+
+def annotations() -> list[dict[str, Any]]:
+    """Ten usable rows of each kind, of different length, and two that cannot be used."""
+    rows: list[dict[str, Any]] = []
+    for n in range(10):
+        rivers = "The Nile is longer than the Rhine. " * (n % 3 + 1)
+        rows.append({"id": f"t{n}", "conversations": said("Name two rivers.", rivers, "And?", f"Number {n}.")})
+        name = sorted(SIZES)[n % 3]
+        rows.append({"id": n, "image": name, "conversations": said("<image>\nWhat colours?", f"Red, green and {n}.")})
+    several = {"id": "two", "image": ["a.png", "c.png"], "conversations": said("<image> or <image>?", "The second.")}
+    lost = {"id": "lost", "image": "nowhere.png", "conversations": said("<image>\nWhat?", "Nothing.")}
+    return [*rows, several, lost, {"id": "mute", "conversations": said("Well?")}]
+
+
+class Case:
+    """A tiny base, its data, and the command on stored states or online."""
+
+    def __init__(self, family: str, folder: Path) -> None:
+        self.family, self.folder = family, folder
+        self.base = FAMILIES[family](folder / "base")
+        (folder / "pictures").mkdir()
+        for seed, (name, (width, height)) in enumerate(SIZES.items()):
+            make_image(folder / "pictures" / name, width, height, seed)
+        self.rows = folder / "rows.json"
+        self.rows.write_text(json.dumps(annotations()))
+        self._write_configs()
+
+    def _write_configs(self) -> None:
+        config = json.loads((self.base / "config.json").read_text())
+        draft = {"model_type": self.family, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
+                 "vocab_size": {**config, **config.get("text_config", {})}["vocab_size"]}  # fmt: skip
+        if self.family == "qwen2_vl":
+            draft |= {"msd": {"positions": "mrope"}, "rope_scaling": {"mrope_section": [1, 1, 2]}}
+        train = {"epochs": 4, "learning_rate": 1e-3, "log_every": 1, "noise": 0.1, "validation_share": 0.2,
+                 "max_length": LENGTH, "simulated_depth": 2, "rollout_steps": 2, "save_every": 3}  # fmt: skip
+        (self.folder / "draft.json").write_text(json.dumps({**draft, "train": train}))
+        sizes = {"train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 1, "gradient_clipping": 0.5}
+        (self.folder / "ds.json").write_text(json.dumps(sizes))
+
+    def allocate(self) -> None:
+        for kind in "tv":
+            command = ["--outdir", str(self.folder / kind), "--model_type", f"{MODEL_TYPES[self.family]}_{kind}"]
+            command += [
+                "--model",
+                str(self.base),
+                "--json_data_path",
+                str(self.rows),
+                "--gpus",
+                "cpu",
+                "--dtype",
+                "float32",
+            ]
+            command += ["--image_data_path", str(self.folder / "pictures"), "--max-length", str(LENGTH)]
+            assert run_cli(lambda argv=command: allocation.main(argv)) == 0
+
+    @property
+    def stored(self) -> list[str]:
+        return ["--tmpdir_t", str(self.folder / "t"), "--tmpdir_v", str(self.folder / "v")]
+
+    @property
+    def online(self) -> list[str]:
+        files = ["--annotations_t", str(self.rows), "--annotations_v", str(self.rows), "--dtype", "float32"]
+        return ["--online", *files, "--image-folder", str(self.folder / "pictures")]
+
+    def command(self, cpdir: str, *flags: str) -> list[str]:
+        return ["main_deepspeed.py", "--basepath", str(self.base), "--cpdir", str(self.folder / cpdir),
+                "--config", str(self.folder / "draft.json"), "--deepspeed_config", str(self.folder / "ds.json"),
+                "--tracker", "none", *flags]  # fmt: skip
+
+    def history(self, cpdir: str) -> dict[str, Any]:
+        return json.loads((self.folder / cpdir / "training.json").read_text())
+
+    def curve(self, cpdir: str) -> list[float]:
+        return [row["loss"] for row in self.history(cpdir)["steps"]]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], int]:
+    def call(argv: list[str]) -> int:
+        monkeypatch.setattr(sys, "argv", argv)
+        return run_cli(main_deepspeed.main)
+
+    return call
+
+
+def test_losses_are_those_of_stored_states(case: Case, run: Callable[[list[str]], int]) -> None:
+    """States of a float32 base are rounded to 16 bit on both ways, by the same line of `Reader`; batches differ."""
+    case.allocate()
+    assert run(case.command("stored", *case.stored)) == 0
+    assert run(case.command("online", *case.online)) == 0
+    expected, found = case.curve("stored"), case.curve("online")
+    assert len(expected) == len(found) == 8 and len(set(expected)) == 8
+    assert found == pytest.approx(expected, abs=1e-4)
+    for one, other in zip(case.history("stored")["validations"], case.history("online")["validations"], strict=True):
+        for kind in ("text", "image"):
+            assert other["results"][kind]["loss"] == pytest.approx(one["results"][kind]["loss"], abs=1e-4)
+    about = json.loads((case.folder / "online" / "final" / "provenance.json").read_text())["data"]
+    assert about["image"]["online"] is True and about["image"]["samples"] == len(ShardDataset(case.folder / "v"))
+
+
+def test_killed_and_resumed_gives_the_same_losses(
+    case: Case, run: Callable[[list[str]], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ended between two checkpoints without a word; the resumed run takes the rows that the first one found."""
+    if not (case.folder / "online").exists():
+        assert run(case.command("online", *case.online)) == 0
+    step = Trainer._step
+
+    def killed(trainer: Trainer, batches: Any, epoch: int) -> None:
+        if trainer.progress.step == 5:
+            raise InterruptedError
+        step(trainer, batches, epoch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", killed)
+        with pytest.raises(InterruptedError):
+            run(case.command("killed", *case.online))
+    monkeypatch.setattr(online, "find_usable", lambda *_: pytest.fail("rows are known"))
+    assert run(case.command("killed", *case.online, "--resume")) == 0
+    assert case.curve("killed") == pytest.approx(case.curve("online"), abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case("llava", tmp_path_factory.mktemp("flags"))
+
+
+def test_rows_that_cannot_be_used_are_listed(llava: Case, run: Callable[[list[str]], int], capsys: Any) -> None:
+    assert run(llava.command("listed", *llava.online, "--max-steps", "1", "--max-length", "2048")) == 0
+    out = capsys.readouterr().out
+    assert "11 rows, skipped: 1 missing_picture" in out and "10 rows, skipped: 1 empty" in out
+    assert out.count("--max-length 2048: the model has 512 positions") == 2
+    record = json.loads((llava.folder / "listed" / "rows-image.json").read_text())
+    assert [(row["id"], row["reason"]) for row in record["skipped"]] == [("lost", "missing_picture")]
+    assert len(record["usable"]) == 11
+    before = (llava.folder / "listed" / "rows-image.json").read_bytes()
+    other = llava.folder / "other.json"
+    other.write_text(json.dumps(annotations()[:12]))
+    flags = [*llava.online, "--annotations_v", str(other), "--max-length", "2048"]
+    assert run(llava.command("listed", *flags)) == 2
+    assert "has checkpoints of an earlier run" in capsys.readouterr().err
+    assert run(llava.command("listed", *flags, "--resume")) == 2
+    assert "the interrupted run had image=9, this one has 5" in capsys.readouterr().err
+    assert (llava.folder / "listed" / "rows-image.json").read_bytes() == before
+
+
+def test_rows_are_prepared_by_other_processes_too(llava: Case, run: Callable[[list[str]], int]) -> None:
+    few = ["--epochs", "1", "--limit", "6", "--text-share", "0"]
+    assert run(llava.command("alone", *llava.online, *few)) == 0
+    assert run(llava.command("helped", *llava.online, *few, "--workers", "1")) == 0
+    assert llava.curve("helped") == pytest.approx(llava.curve("alone"), abs=1e-6)
+
+
+def test_a_picture_that_vanishes_is_named(llava: Case, run: Callable[[list[str]], int], capsys: Any) -> None:
+    assert run(llava.command("gone", *llava.online, "--max-steps", "1", "--text-share", "0")) == 0
+    moved = llava.folder / "pictures"
+    shutil.move(moved / "a.png", llava.folder / "a.png")
+    try:
+        assert run(llava.command("gone", *llava.online, "--text-share", "0", "--resume")) == 2
+    finally:
+        shutil.move(llava.folder / "a.png", moved / "a.png")
+    assert "cannot be used any more (missing_picture)" in capsys.readouterr().err
+
+
+def test_states_that_are_not_finite_count_nothing() -> None:
+    good, bad = make_sample(9, image=2, seed=1), make_sample(9, image=2, seed=2)
+    bad = replace(bad, hidden=bad.hidden.clone().index_fill_(0, torch.tensor([3]), float("inf")))
+
+    class Fixed:
+        def read(self, items: Any) -> list[Any]:
+            return list(items)
+
+    batch = collate(OnlineReader(Fixed())([good, bad]), 40, 64)  # type: ignore[arg-type]
+    assert batch.counts[0].any() and not batch.counts[1].any()
+    assert batch.inputs.isfinite().all() and torch.equal(batch.hidden[0], good.hidden)
+
+
+def test_processes_share_the_rows(monkeypatch: pytest.MonkeyPatch, llava: Case, tmp_path: Path) -> None:
+    """Two processes find what one finds; the main one's record is everyone's."""
+    from eagle.ge_data.selection import Selection
+    from eagle.ge_data.templates import template_of
+    from eagle.model.targets import load_target
+
+    template = template_of(load_target(llava.base, dtype="float32"))
+    selection = Selection.of(llava.rows, "image", llava.folder / "pictures", LENGTH, 42)
+    alone = RowRecord(tmp_path / "one", "image", False).usable(selection, template, {}, Processes())
+    parts = [online.find_usable(selection, template, Processes(rank, 2)) for rank in (0, 1)]
+    answers = iter([[None, None], parts])
+    monkeypatch.setattr(Processes, "gather", lambda self, part: next(answers))
+    assert RowRecord(tmp_path / "two", "image", False).usable(selection, template, {}, Processes(0, 2)) == alone
+    assert len(alone) == 11 and sum(map(len, parts)) == 1
+    first, second = ((tmp_path / name / "rows-image.json").read_text() for name in ("one", "two"))
+    assert first == second
+
+
+WRONG = [
+    ("--online --tmpdir_t x", "--tmpdir_t is for training without --online"),
+    ("--tmpdir_t x --image-folder y", "--image-folder is for training with --online"),
+    ("", "no data"),
+    ("--online", "no data"),
+    ("--online --annotations_t nothing.json", "annotation file cannot be read"),
+    ("--online --annotations_v ROWS --image-folder nowhere", "no folder of pictures"),
+    ("--online --annotations_t ROWS --model_type qwen2_vl", "a model of family qwen2_vl, this is llava"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), WRONG)
+def test_bad_input(llava: Case, run: Callable[[list[str]], int], capsys: Any, flags: str, message: str) -> None:
+    given = [str(llava.rows) if flag == "ROWS" else flag for flag in flags.split()]
+    assert run(llava.command("wrong", *given)) == 2
+    assert message in capsys.readouterr().err
+    assert not (llava.folder / "wrong").exists()
+
+
+def test_no_usable_row(llava: Case, run: Callable[[list[str]], int], capsys: Any) -> None:
+    rows = llava.folder / "mute.json"
+    rows.write_text(json.dumps([annotations()[-1]]))
+    assert run(llava.command("mute", "--online", "--annotations_t", str(rows))) == 2
+    assert "every row was skipped" in capsys.readouterr().err
+
+
+def test_a_set_on_another_hidden_size_is_refused_before_anything_is_loaded(
+    llava: Case, run: Callable[[list[str]], int], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(online, "load_target", lambda *_, **__: pytest.fail("loaded"))
+    config = json.loads((llava.folder / "draft.json").read_text())
+    (llava.folder / "narrow.json").write_text(json.dumps({**config, "hidden_size": 16}))
+    assert run([*llava.command("narrow", *llava.online), "--config", str(llava.folder / "narrow.json")]) == 2
+    assert "and hidden size 16, the base has" in capsys.readouterr().err
+
+
+def test_online_flags_are_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main_deepspeed.parse_args(["--help"])
+    assert "--annotations_v FILE" in capsys.readouterr().out

@@ -1,0 +1,203 @@
+"""The server of `msd web` without a browser: what it answers, what it refuses, and when it stops decoding."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny_draft import make_draft
+from tiny_llava import make_image, make_liuhaotian
+
+from eagle.cli import main
+from eagle.commands import web
+from eagle.commands.questions import Question
+from eagle.model.checkpoint import load_draft
+from eagle.model.config import TreeConfig
+from eagle.model.decode import Decoder
+from eagle.model.msd import MSDModel
+from eagle.model.targets import load_target
+from eagle.web.app import MAX_BODY, Page
+from eagle.web.ask import Ask
+from eagle.web.stream import Detokenizer, PieceStreamer, answer
+
+PATIENCE = 600  # seconds until a server that says nothing is given up
+QUESTION = "How many shapes can you count here?"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("web")
+    make_image(made / "a.png")
+    return made
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> MSDModel:
+    target = load_target(make_liuhaotian(folder / "base"), dtype="float32")
+    draft = load_draft(make_draft(folder / "draft", target, agree=1.0), dtype=torch.float32)
+    return MSDModel(target, draft, TreeConfig(2, 40, 120))  # a wide tree: a random draft is rarely right
+
+
+@pytest.fixture(scope="module")
+def port(model: MSDModel, folder: Path) -> Iterator[int]:
+    """A running server; a daemon thread, as it ends with Ctrl-C alone."""
+    page = Page(model, {"base_model": "base"}, 40, [Question("a", QUESTION, (folder / "a.png",))])
+    listener = web.listen("127.0.0.1", 0)
+    threading.Thread(target=web.serve, args=(page, listener, "127.0.0.1"), daemon=True).start()
+    yield listener.getsockname()[1]
+
+
+def request(port: int, path: str, body: Any = None, **headers: str) -> http.client.HTTPResponse:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+    data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    connection.request("GET" if body is None else "POST", path, data, {"Content-Type": "application/json", **headers})
+    return connection.getresponse()
+
+
+def events(port: int, **ask: Any) -> list[dict[str, Any]]:
+    response = request(port, "/answer", ask)
+    assert response.status == 200
+    return [json.loads(line) for line in response]
+
+
+def test_pieces_are_the_answer_and_depths_are_those_of_the_cycles(model: MSDModel, port: int, folder: Path) -> None:
+    image = base64.b64encode((folder / "a.png").read_bytes()).decode()
+    *cycles, end = events(port, question=QUESTION, image=image, max_new_tokens=40)
+    inputs = model.target.prepare(model.target.chat_prompt(QUESTION, num_images=1), [folder / "a.png"])
+    output = model.generate(**inputs, temperature=0.0, max_new_tokens=40)
+    assert end["kind"] == "end" and end["new_tokens"] == output.stats.new_tokens == 40
+    tokens = output.sequences[0, inputs["input_ids"].shape[1] :]
+    assert end["text"] == model.tokenizer.decode(tokens, skip_special_tokens=True)
+    one_by_one = Detokenizer(model.tokenizer)  # random tokens are seldom whole characters
+    expected = [one_by_one.add(token) for token in tokens.tolist()] + list(filter(None, [one_by_one.rest()]))
+    assert [text for cycle in cycles for text, _ in cycle["pieces"]] == expected
+    depths = [[depth for _, depth in cycle["pieces"]] for cycle in cycles if cycle["pieces"]]
+    accepted = output.stats.accept_lengths
+    assert max(accepted) > 0, "the draft has to agree somewhere"
+    assert depths[0] == [0]
+    assert depths[1 : len(accepted)] == [[*range(1, n + 1), 0] for n in accepted[:-1]]
+    assert end["tau"] == output.stats.tau
+
+
+def test_plain_decoding_has_no_drafted_token_and_the_same_answer(port: int) -> None:
+    fast, plain = (events(port, question=QUESTION, msd=msd, max_new_tokens=20) for msd in (True, False))
+    assert fast[-1]["text"] == plain[-1]["text"]
+    assert plain[-1]["tau"] == 1.0
+    assert {depth for cycle in plain[:-1] for _, depth in cycle["pieces"]} == {0}
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        ([], "no JSON object"),
+        ({"questoin": "x"}, "did you mean 'question'"),
+        ({}, "no question"),
+        ({"question": "  "}, "no question"),
+        ({"question": "x", "msd": 1}, "wrong kind"),
+        ({"question": "x", "image": 3}, "wrong kind"),
+        ({"question": "x", "max_new_tokens": 41}, "give 1 to 40"),
+        ({"question": "x", "max_new_tokens": True}, "give 1 to 40"),
+        ({"question": "x", "temperature": -1}, "give 0 to 2"),
+        ({"question": "x", "temperature": "hot"}, "give 0 to 2"),
+        (b"{", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"question": "x", "temperature": NaN}', "give 0 to 2"),
+    ],
+)
+def test_a_bad_request_is_one_line(port: int, ask: Any, message: str) -> None:
+    response = request(port, "/answer", ask)
+    assert response.status == 400
+    assert message in json.loads(response.read())["message"]
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [("%%", "not base64"), (base64.b64encode(b"text").decode(), "not a picture")],
+)
+def test_a_bad_picture_is_one_line_and_the_server_goes_on(port: int, image: str, message: str) -> None:
+    (event,) = events(port, question="x", image=image)
+    assert event["kind"] == "error" and message in event["message"]
+    assert events(port, question="x", max_new_tokens=2)[-1]["kind"] == "end"
+
+
+def test_what_is_refused(port: int) -> None:
+    assert request(port, "/answer", {"question": "x"}, **{"Content-Type": "text/plain"}).status == 415
+    assert request(port, "/answer", b" " * (MAX_BODY + 1)).status == 413
+    assert request(port, "/", Host="elsewhere.example").status == 400
+    assert request(port, "/samples/1").status == 404
+    assert request(port, "/../app.py").status == 404
+
+
+def test_page_samples_and_headers(port: int, folder: Path) -> None:
+    about = json.loads(request(port, "/about").read())
+    assert about["samples"] == [{"picture": "samples/0", "question": QUESTION}] and about["draft"] is True
+    assert request(port, "/samples/0").read() == (folder / "a.png").read_bytes()
+    for path in ("/", "/page.css", "/page.js"):
+        response = request(port, path)
+        text = response.read().decode()
+        assert response.status == 200 and "default-src 'self'" in response.headers["Content-Security-Policy"]
+        assert "//" not in text.replace("// ", ""), "nothing is loaded from elsewhere"
+
+
+def test_decoding_ends_when_the_reader_leaves(model: MSDModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer would be 40 tokens; the reader leaves after the first event."""
+    first = threading.Event()
+    verify = Decoder.verify
+
+    def slow(self: Decoder, trees: Any) -> Any:
+        first.wait()
+        return verify(self, trees)
+
+    monkeypatch.setattr(Decoder, "verify", slow)
+    streamer = answer(model, Ask(QUESTION, max_new_tokens=40), threading.Lock())
+    assert streamer.events.get(timeout=PATIENCE)["new_tokens"] == 1
+    streamer.gone.set()
+    first.set()
+    assert streamer.events.get(timeout=PATIENCE) == {"kind": "gone"}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_defect_is_told_to_the_page(model: MSDModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Decoder, "verify", lambda self, trees: 1 / 0)
+    streamer = answer(model, Ask(QUESTION), threading.Lock())
+    kinds = [streamer.events.get(timeout=PATIENCE) for _ in range(2)]
+    assert kinds[-1]["kind"] == "error" and "ZeroDivisionError" in kinds[-1]["message"]
+
+
+def test_characters_of_several_tokens_come_whole() -> None:
+    table = {1: b"a", 2: b"\xc3", 3: b"\xa9", 4: b"b"}
+    tokenizer = SimpleNamespace(
+        decode=lambda ids, skip_special_tokens: b"".join(table[i] for i in ids).decode(errors="replace")
+    )
+    text = Detokenizer(tokenizer)
+    assert [text.add(token) for token in (1, 2, 3, 4, 2)] == ["a", "", "é", "b", ""]
+    assert text.rest() == "�"
+    streamer = PieceStreamer(tokenizer)
+    streamer.put_cycle([1, 2], 1)
+    streamer.end()
+    assert [streamer.events.get()["pieces"] for _ in range(2)] == [[["a", 1], ["", 0]], [["�", 0]]]
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    assert main(["web", "--base-model", "nowhere", *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_missing_package_taken_port_and_no_model(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with web.listen("127.0.0.1", 0) as taken:
+        assert "cannot listen" in error_of(capsys, "--port", str(taken.getsockname()[1]))
+    assert "cannot listen" in error_of(capsys, "--port", "70000")
+    assert "nowhere" in error_of(capsys, "--port", "0")
+    monkeypatch.setattr(web.importlib.util, "find_spec", lambda name: None)
+    assert "needs starlette, uvicorn" in error_of(capsys)

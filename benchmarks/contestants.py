@@ -1,0 +1,100 @@
+"""Who competes: names of the suite file to ways of decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from benchmarks.assistant import assistant_for
+from benchmarks.rounds import Runner
+from benchmarks.spec import Cell, Suite
+from eagle.benchmark import Answer, Work, with_engine, with_prompt_lookup, with_transformers
+from eagle.commands.bench import tree_bounds
+from eagle.model.config import TreeConfig
+from eagle.model.msd import MSDModel
+from llava.errors import UserError
+
+Way = Callable[[Work], Answer]
+Builder = Callable[[MSDModel, dict[str, Any], Suite], Way]
+
+
+def autoregressive(model: MSDModel, settings: dict[str, Any], suite: Suite) -> Way:
+    """Our loop without a draft."""
+    return with_engine(model, False, settings)
+
+
+def dynamic(model: MSDModel, settings: dict[str, Any], suite: Suite) -> Way:
+    """transformers' `generate` as it is."""
+    return with_transformers(model, settings)
+
+
+def static(model: MSDModel, settings: dict[str, Any], suite: Suite) -> Way:
+    """With its preallocated cache; transformers compiles the model for it where it can."""
+    return with_transformers(model, settings, cache_implementation="static")
+
+
+def lookup(model: MSDModel, settings: dict[str, Any], suite: Suite) -> Way:
+    """Guesses from the text before."""
+    return with_prompt_lookup(model, settings, suite.lookup)
+
+
+def assisted(model: MSDModel, settings: dict[str, Any], suite: Suite) -> Way:
+    """A small model guesses, a chain at a time."""
+    return with_transformers(model, settings, assistant_model=assistant_for(model, suite.assistant))
+
+
+PLAIN: dict[str, Builder] = {
+    "autoregressive": autoregressive,
+    "transformers dynamic": dynamic,
+    "transformers static": static,
+}
+SINGLE: dict[str, Builder] = {"prompt lookup": lookup, "assistant": assisted}
+"""What transformers does for one sequence alone."""
+
+
+def build(
+    cell: Cell, suite: Suite, model: MSDModel, others: Sequence[MSDModel] = ()
+) -> tuple[list[Runner], dict[str, str]]:
+    """The cell's contestants, and why one of them is left out.
+
+    Args:
+        model: the pair, in the suite's dtype.
+        others: the base model in the further dtypes that the plain baselines run in.
+
+    Raises:
+        UserError: there is no contestant of that name.
+    """
+    settings: dict[str, Any] = {"max_new_tokens": cell.new_tokens, "temperature": cell.temperature}
+    if cell.temperature > 0:
+        settings |= {"top_p": 1.0, "top_k": 0, "seed": suite.seed}
+    runners, left_out = [], {}
+    for name in cell.contestants:
+        if name in PLAIN:
+            runners.append(Runner(name, PLAIN[name](model, settings, suite), plain=True))
+            for other in others:
+                dtype = str(other.dtype).removeprefix("torch.")
+                runners.append(Runner(f"{name} {dtype}", PLAIN[name](other, settings, suite), plain=True))
+        elif name in SINGLE and cell.batch > 1:
+            left_out[name] = "transformers has it for one sequence alone"
+        elif name in SINGLE:
+            runners.append(Runner(name, SINGLE[name](model, settings, suite)))
+        elif name == "msd auto" and cell.batch > 1:
+            left_out[name] = "the tree adapts for one sequence alone"
+        else:
+            tree = tree_of(name, model, cell.batch)
+            runners.append(Runner(name, with_engine(model, True, settings, tree)))
+    if not any(runner.plain for runner in runners):
+        raise UserError(f"cell '{cell.name}' has no plain baseline", suite.where, f"add one of {', '.join(PLAIN)}")
+    return runners, left_out
+
+
+def tree_of(name: str, model: MSDModel, batch: int) -> TreeConfig:
+    """The tree of ``msd``, ``msd auto`` or ``msd D/K/N``; a batch shares its nodes."""
+    kind, _, bounds = name.partition(" ")
+    if kind != "msd" or (bounds not in ("", "auto") and bounds.count("/") != 2):
+        known = [*PLAIN, *SINGLE, "msd", "msd auto", "msd D/K/N"]
+        raise UserError(f"no contestant '{name}'", fix=f"there are {', '.join(known)}")
+    if bounds == "auto":
+        return TreeConfig.auto(model.device)
+    tree = tree_bounds(bounds) if bounds else TreeConfig.for_device(model.device)
+    return tree.for_batch(batch)

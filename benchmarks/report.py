@@ -1,0 +1,159 @@
+"""What a suite run leaves: one JSON, and the same as one table."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import statistics
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.table import Table
+
+from benchmarks.rounds import Quiet, Runner, find_quiet
+from benchmarks.spec import Cell, Suite
+from eagle.benchmark import versions
+from eagle.hardware import hardware
+from eagle.model.stats import Stats
+
+SCHEMA = 1
+REPOSITORY = Path(__file__).resolve().parents[1]
+NOISY = "≈"
+"""Mark of a cell whose rounds were noisy for the most part."""
+
+
+def header(suite: Suite, device: torch.device, module: str, argv: Sequence[str]) -> dict[str, Any]:
+    """Where, when, with what and by which command."""
+    settings = asdict(suite)
+    for name in ("cells", "where"):
+        settings.pop(name)
+    return {
+        "schema": SCHEMA,
+        "suite": suite.name,
+        "command": shlex.join(["python", "-m", module, *argv]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "hardware": hardware(device) | {"memory_bytes": psutil.virtual_memory().total},
+        "versions": versions(),
+        "environment": {
+            name: os.environ[name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ
+        },
+        "settings": settings,
+        "cells": [],
+    }
+
+
+def commit() -> str | None:
+    """The commit of the repository, with '+changes' where files differ from it; None where git does not tell."""
+    try:
+        said = [
+            subprocess.run(
+                ["git", "-C", str(REPOSITORY), *what], check=True, capture_output=True, text=True
+            ).stdout.strip()
+            for what in (("rev-parse", "HEAD"), ("status", "--porcelain"))
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return said[0] + ("+changes" if said[1] else "")
+
+
+def row_of_cell(
+    cell: Cell, runners: Sequence[Runner], left_out: dict[str, str], suite: Suite, loads: Sequence[float | None],
+    random: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """All that was measured in one cell."""
+    quiet = find_quiet(runners, suite.tolerance)
+    best = max(
+        (runner for runner in runners if runner.plain),
+        key=lambda runner: runner.median(lambda stats: stats.tokens_per_second, quiet.rounds),
+    )
+    ours = next((runner for runner in runners if runner.name == "autoregressive"), runners[0])
+    reference = ours.tokens if cell.temperature == 0 else None
+    return {
+        **asdict(cell),
+        "title": cell.title,
+        "cost_only": random,
+        "rounds": len(runners[0].rounds),
+        "noisy_rounds": list(quiet.noisy),
+        "doubtful": quiet.doubtful,
+        "load_average": list(loads),
+        "baseline_name": best.name,
+        "results": {runner.name: result(runner, best, quiet, reference) for runner in runners},
+        "left_out": left_out,
+    }
+
+
+def result(runner: Runner, best: Runner, quiet: Quiet, reference: list[list[int]] | None) -> dict[str, Any]:
+    """One contestant: medians over the rounds that count. Speed-up is the median of the ratios within each round."""
+
+    def speed(stats: Stats) -> float:
+        return stats.tokens_per_second
+
+    ratios = [speed(runner.rounds[n]) / speed(best.rounds[n]) for n in quiet.rounds]
+    total = Stats.empty()
+    for number in quiet.rounds:
+        total.merge(runner.rounds[number])
+    differing = None if reference is None else sum(a != b for a, b in zip(runner.tokens, reference, strict=True))
+    return {
+        "tokens_per_second": runner.median(speed, quiet.rounds),
+        "spread": runner.spread(speed, quiet.rounds),
+        "speedup": statistics.median(ratios),
+        "first_token_ms": runner.median(lambda stats: 1000 * stats.first_token / stats.requests, quiet.rounds),
+        "decoding_tokens_per_second": runner.median(lambda stats: stats.decoding_speed, quiet.rounds),
+        "tau": total.tau or None,
+        "new_tokens": runner.rounds[0].new_tokens,
+        "answers_that_differ": differing,
+        "phases_share": total.shares() if total.cycles else {},
+        "seconds": [stats.seconds for stats in runner.rounds],
+    }
+
+
+def table_of(report: dict[str, Any]) -> Table:
+    """One line a contestant, one section a cell."""
+    table = Table(
+        title=f"suite {report['suite']}, {report['hardware']['cpu']}, commit {(report['commit'] or '?')[:12]}"
+    )
+    columns = ("decoding", "tokens/s", "spread", "speed-up", "first token", "decoding tokens/s", "τ", "differ")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "decoding" else "right", no_wrap=column == "decoding")
+    for cell in report["cells"]:
+        table.add_section()
+        marks = [f"{len(cell['noisy_rounds'])} of {cell['rounds']} rounds noisy"] if cell["noisy_rounds"] else []
+        marks += ["random weights: costs only"] if cell["cost_only"] else []
+        table.add_row(f"[bold]{cell['title']}" + (f" ({'; '.join(marks)})" if marks else ""))
+        for name, row in cell["results"].items():
+            mark = NOISY if cell["doubtful"] else ""
+            table.add_row(
+                f"  {name}" + (" (baseline)" if name == cell["baseline_name"] else ""),
+                f"{mark}{row['tokens_per_second']:.1f}", f"{row['spread']:.0%}", f"{mark}{row['speedup']:.2f}x",
+                f"{row['first_token_ms']:.0f} ms", f"{row['decoding_tokens_per_second']:.1f}",
+                f"{row['tau']:.2f}" if row["phases_share"] and row["tau"] > 1 else "",
+                "" if row["answers_that_differ"] is None else str(row["answers_that_differ"]),
+            )  # fmt: skip
+        for name, reason in cell["left_out"].items():
+            table.add_row(f"  [dim]{name}: {reason}")
+    return table
+
+
+def phase_table(report: dict[str, Any]) -> Table:
+    """Where a cycle's time goes, one line for each contestant with cycles."""
+    names: list[str] = []
+    rows = []
+    for cell in report["cells"]:
+        for name, row in cell["results"].items():
+            shares = row["phases_share"].get("cycle")
+            if shares and name.startswith("msd"):
+                names = list(shares)
+                rows.append((f"{cell['title']}, {name}", shares))
+    table = Table("share of a cycle", title="phases")
+    for name in names:
+        table.add_column(name, justify="right")
+    for title, shares in rows:
+        table.add_row(title, *(f"{shares[name]:.1%}" for name in names))
+    return table

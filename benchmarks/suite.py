@@ -1,0 +1,128 @@
+"""Measure everyone against everyone, cell by cell, as a suite file declares it.
+
+    python -m benchmarks.suite                                   # benchmarks/suites/pocket.json
+    python -m benchmarks.suite --only long --rounds 9            # cells whose name has 'long'
+    python -m benchmarks.suite --quick                           # a minute; its figures mean nothing
+
+Leaves OUT/NAME.json, written after every cell, and OUT/NAME.png; prints one table. docs/speed.md says how to read them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from tqdm import tqdm
+
+from benchmarks.contestants import build
+from benchmarks.plot import draw
+from benchmarks.random_pair import random_pair
+from benchmarks.report import header, phase_table, row_of_cell, table_of
+from benchmarks.rounds import interleave_rounds
+from benchmarks.spec import Cell, Pair, Suite, read_suite
+from benchmarks.work import work_of
+from eagle.commands.options import device_map_for, positive
+from eagle.model.msd import MSDModel
+from llava.device import cpu_has_bfloat16, dtype_for, on_cpu
+from llava.errors import UserError, run_cli
+from llava.files import atomic_write
+
+PLAIN_WIDTH = 150  # of the table where it goes to a file
+SUITES = Path(__file__).resolve().parent / "suites"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m benchmarks.suite", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = made.add_argument
+    add("--suite", type=Path, default=SUITES / "pocket.json", help="suite file (default: the pocket models)")
+    add("--quick", action="store_true", help="the smoke test's suite file")
+    add("--only", metavar="TEXT", help="cells whose name has this text")
+    add("--rounds", type=positive, help="counted rounds, instead of the suite's")
+    add("--assistant", metavar="layers:N|PATH", help="assistant of transformers' assisted decoding, not the suite's")
+    add("--out", type=Path, default=Path("outputs/bench"), help="folder of the report (default: outputs/bench)")
+    add("--list", action="store_true", help="print the cells and stop")
+    return made
+
+
+def run(argv: Sequence[str]) -> int:
+    """Measures; returns the exit status."""
+    options = parser().parse_args(argv)
+    suite = read_suite(SUITES / "quick.json" if options.quick else options.suite)
+    given = {"rounds": options.rounds, "assistant": options.assistant}
+    suite = replace(suite, **{name: value for name, value in given.items() if value is not None})
+    cells = [cell for cell in suite.cells if options.only is None or options.only in cell.name]
+    if not cells:
+        raise UserError(f"no cell of the suite has '{options.only}' in its name", suite.where, "see --list")
+    if options.list:
+        print("\n".join(cell.title for cell in cells))
+        return 0
+    report: dict[str, Any] = {}
+    loaded: dict[str, list[MSDModel]] = {}
+    for cell in cells:
+        if cell.model not in loaded:
+            loaded = {cell.model: load(suite.models[cell.model], suite)}  # one pair in memory at a time
+        models = loaded[cell.model]
+        report = report or header(suite, models[0].device, "benchmarks.suite", argv)
+        report["cells"].append(measure(cell, suite, models))
+        with atomic_write(options.out / f"{suite.name}.json") as temporary:
+            temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    draw(report, options.out / f"{suite.name}.png")
+    console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
+    console.print(table_of(report), phase_table(report))
+    return 0
+
+
+def load(pair: Pair, suite: Suite) -> list[MSDModel]:
+    """The pair in the suite's dtype, then its base in the dtypes of further baselines."""
+    place = device_map_for(suite.device_map)
+    if pair.random is not None:
+        device = torch.accelerator.current_accelerator() if place != "cpu" else torch.device("cpu")
+        dtype = dtype_for(suite.dtype, place)
+        dtype = torch.bfloat16 if dtype == "auto" else dtype
+        return [random_pair(pair.random, named(dtype), device or torch.device("cpu"))]
+    first = MSDModel.from_pretrained(str(pair.base), pair.draft, dtype=named(suite.dtype), device_map=place)
+    others = [name for name in suite.baseline_dtypes if named(name) != first.dtype and not too_slow(name, place)]
+    return [first, *(MSDModel.from_pretrained(str(pair.base), dtype=named(name), device_map=place) for name in others)]
+
+
+def too_slow(dtype: str, place: str) -> bool:
+    """16 bit on a CPU without products in it takes many times longer: no baseline that anybody would choose."""
+    return dtype != "float32" and on_cpu(place) and not cpu_has_bfloat16()
+
+
+def named(dtype: Any) -> Any:
+    """A dtype by its name; 'auto' stays."""
+    return getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+
+
+def measure(cell: Cell, suite: Suite, models: Sequence[MSDModel]) -> dict[str, Any]:
+    """Runs one cell."""
+    random = suite.models[cell.model].random is not None
+    work = work_of(cell, suite, models[0], random)
+    runners, left_out = build(cell, suite, models[0], models[1:])
+    left_out |= {
+        f"plain baselines in {dtype}": "this CPU has no products in it"
+        for dtype in suite.baseline_dtypes
+        if not random and named(dtype) != models[0].dtype and too_slow(dtype, str(models[0].device))
+    }
+    loads = []
+    with tqdm(total=suite.warm_up + suite.rounds, desc=cell.title, unit="round", file=sys.stderr) as progress:
+        for number, load_average in interleave_rounds(runners, work, suite.warm_up, suite.rounds):
+            progress.update()
+            if number >= 0:
+                loads.append(load_average)
+    return row_of_cell(cell, runners, left_out, suite, loads, random)
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(lambda: run(sys.argv[1:])))

@@ -1,0 +1,84 @@
+"""Weights and losses that are no numbers: said in one line, and not looped on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from eagle.cli import main
+from eagle.model.checkpoint import load_draft
+from eagle.model.targets.base import Target
+from eagle.train import main_deepspeed
+from eagle.train.engine import PlainEngine
+from llava.errors import UserError, run_cli
+
+NAN = float("nan")
+
+
+def generate(pair: Path, base: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    """The error line of `msd generate`."""
+    models = ["--base-model", str(base), "--msd-model", str(pair / "draft"), "--dtype", "float32"]
+    assert main(["generate", *models, "--prompt", "Name a river.", "--max-new-tokens", "9", *options]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    return line
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight"])
+@pytest.mark.parametrize("options", [[], ["--no-msd"], ["--temperature", "1"]], ids=["msd", "plain", "sampled"])
+def test_a_base_of_nan(own_pair: Path, capsys: pytest.CaptureFixture[str], name: str, options: list[str]) -> None:
+    base = own_pair / "base"
+    for shard in base.glob("*.bin"):
+        tensors = torch.load(shard, weights_only=True)
+        if name in tensors:
+            tensors[name].fill_(NAN)
+            torch.save(tensors, shard)
+    assert "the base model's output is not a number" in generate(own_pair, base, capsys, *options)
+
+
+def test_nan_in_the_middle_of_an_answer(
+    pair: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = []
+    verify = Target.verify
+
+    def overflowing(self, *inputs):
+        calls.append(1)
+        return verify(self, *inputs) * (NAN if len(calls) == 2 else 1)
+
+    monkeypatch.setattr(Target, "verify", overflowing)
+    assert "is not a number" in generate(pair, pair / "base", capsys, "--tree-tokens", "2")
+    assert len(calls) == 2
+
+
+def test_a_draft_of_nan_is_named(own_pair: Path) -> None:
+    draft = own_pair / "draft"
+    tensors = load_file(draft / "model.safetensors")
+    tensors["fc.bias"][3] = NAN
+    save_file(tensors, draft / "model.safetensors")
+    with pytest.raises(UserError, match=r"not numbers in fc\.bias: .*model\.safetensors"):
+        load_draft(draft)
+
+
+def test_training_stops_at_a_loss_of_nan_and_keeps_what_was_good(
+    training: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Saved after each step, logged after each fourth: the bad step is found before it is saved."""
+    step, done = PlainEngine.step, []
+
+    def spoilt(self, batches, learning_rate):
+        done.append(1)
+        return step(self, batches, learning_rate) * (NAN if len(done) == 3 else 1)
+
+    monkeypatch.setattr(PlainEngine, "step", spoilt)
+    monkeypatch.setattr("sys.argv", ["main_deepspeed.py", *training(save_every=1, log_every=4, keep_last=1)])
+    assert run_cli(main_deepspeed.main) == 2
+    assert "the loss is not a number, at step 3" in capsys.readouterr().err
+    assert [folder.name for folder in (tmp_path / "ck").glob("step-*")] == ["step-00000002"]
+    load_draft(tmp_path / "ck" / "step-00000002")

@@ -1,0 +1,73 @@
+"""What the numbered scripts pass on: every environment variable reaches the command that it is for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+RECORDER = """#!/usr/bin/env bash
+printf '%s\\n' "$(basename "$0") $*" >> "$RECORD"
+"""
+
+
+@pytest.fixture
+def commands(tmp_path: Path):
+    """Runs a script with recorders in the place of python and deepspeed; gives the command lines."""
+    for name in ("python", "deepspeed"):
+        (tmp_path / name).write_text(RECORDER)
+        (tmp_path / name).chmod(0o755)
+
+    def run(script: str, *flags: str, **settings: str) -> list[str]:
+        record = tmp_path / "record"
+        record.unlink(missing_ok=True)
+        kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        environment = {**kept, "PYTHON": str(tmp_path / "python"), "RECORD": str(record), "WORK": "w", **settings}
+        subprocess.run(["bash", str(REPO / "scripts" / script), *flags], env=environment, check=True, timeout=120)
+        return record.read_text().splitlines()
+
+    return run
+
+
+def test_allocation_by_default(commands) -> None:
+    text, image = commands("3_allocate.sh")
+    assert text.endswith("--image_data_path pocket/data --json_data_path w/text.json")
+    assert "--outdir w/hidden_v --model_type llava_v15_v" in image and image.endswith("--json_data_path w/image.json")
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags"),
+    [
+        ({"HIDDEN_DTYPE": "int8"}, "--hidden-dtype int8"),
+        ({"MAX_LENGTH": "4096", "SHARD": "32"}, "--max-length 4096 --shard-size 32"),
+        ({"REGENERATE": "1"}, "--regenerate"),
+        ({"REGENERATE": "0", "DRAFT": "d"}, ""),
+        (
+            {"REGENERATE": "1", "DRAFT": "owner/a draft", "TEMPERATURE": "0.7", "MAX_NEW_TOKENS": "64"},
+            "--regenerate --msd-model owner/a draft --temperature 0.7 --max-new-tokens 64",
+        ),
+    ],
+)
+def test_allocation_with_settings(commands, settings: dict[str, str], flags: str) -> None:
+    for line in commands("3_allocate.sh", "--seed", "7", **settings):
+        assert line.split(".json ")[-1] == f"{flags} --seed 7".strip()
+
+
+def test_flags_of_the_allocation_exist() -> None:
+    from eagle.ge_data.allocation import parser
+
+    known = {option for action in parser()._actions for option in action.option_strings}
+    script = (REPO / "scripts" / "3_allocate.sh").read_text().split("set -euo")[1]
+    used = {word.strip('("}') for word in script.replace("+", " ").split() if word.strip("(").startswith("--")}
+    assert len(used) > 12 and used <= known
+
+
+def test_training_stored_and_online(commands) -> None:
+    (stored,) = commands("4_train.sh", "--epochs", "2")
+    assert "--tmpdir_v w/hidden_v --tmpdir_t w/hidden_t" in stored and stored.endswith("--resume --epochs 2")
+    (online,) = commands("4_train.sh", ONLINE="1", PICTURES="p", COUNT="9")
+    files = "--online --annotations_v w/image.json --annotations_t w/text.json --image-folder p --limit 9"
+    assert files in online and "--tmpdir" not in online
