@@ -37,7 +37,7 @@ class Step:
 
 def steps(build: Path = BUILD) -> list[Step]:
     """All of them in order."""
-    more, qwen = build / "more", build / "qwen"
+    more, qwen, qwen_more = build / "more", build / "qwen", build / "qwen-more"
     heldout = f"{DATA}/heldout.jsonl"
     counts = ("--images", str(IMAGES), "--texts", str(TEXTS), "--heldout", str(HELDOUT))
     return [
@@ -51,6 +51,12 @@ def steps(build: Path = BUILD) -> list[Step]:
         Step("qwen.train_tower", ("--out", str(qwen)), qwen / "tower.pt"),
         Step("qwen.train_target", ("--out", str(qwen)), qwen / "checkpoint.pt"),
         Step("qwen.export", ("--checkpoint", str(qwen), "--out", str(QWEN))),
+        Step(
+            "qwen.train_target",
+            ("--out", str(qwen_more), "--start", str(QWEN), "--steps", "300"),
+            qwen_more / "checkpoint.pt",
+        ),
+        Step("qwen.export", ("--checkpoint", str(qwen_more), "--out", str(QWEN))),
         Step("evaluate", ("--model", str(QWEN), "--data", heldout, "--exchange")),
     ]
 

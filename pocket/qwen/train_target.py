@@ -59,7 +59,7 @@ def start_model(out: Path, seed: int, start: Path | None) -> Any:
 
 def main() -> None:
     """Command line."""
-    parser = arguments(__doc__, steps=640)
+    parser = arguments(__doc__, steps=940)
     parser.add_argument("--compile", action="store_true", help="compile the layers (needs a C++ compiler)")
     parser.add_argument("--start", type=Path, help="train a finished model (pocket/qwen2vl) further")
     args = parser.parse_args()

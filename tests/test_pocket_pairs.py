@@ -1,0 +1,46 @@
+"""The trained models in pocket/: they see, their drafts are accepted, and answers stay what they were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from eagle import MSDModel
+from eagle.commands.questions import read_questions
+from pocket.evaluate import evaluate, load_answerer, read_items
+
+POCKET = Path(__file__).resolve().parents[1] / "pocket"
+HELDOUT = POCKET / "data" / "heldout.jsonl"
+PAIRS = ("llava", "qwen2vl")
+LARGEST = 70_000_000  # bytes of all weights
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_target_sees_the_picture(name: str) -> None:
+    items = [item for item in read_items(HELDOUT) if item["images"]][:16]
+    answerer = load_answerer(str(POCKET / name), torch.get_num_threads(), max_new_tokens=128)
+    report, _ = evaluate(answerer, items, HELDOUT.parent, exchanged=True, batch=16)
+    score = report.scores["all pictures"]
+    assert score["right"].asked > 60
+    assert score["right"].right > 0.85 * score["right"].asked
+    assert score["exchanged"].right < 0.15 * score["exchanged"].asked
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_draft_is_accepted_and_changes_nothing(name: str) -> None:
+    model = MSDModel.from_pretrained(POCKET / name, POCKET / f"{name}-msd", dtype="float32")
+    tokens = cycles = 0
+    for question in read_questions(HELDOUT, limit=6):
+        inputs = question.inputs(model.target)
+        expected = model.target.model.generate(**inputs, do_sample=False, max_new_tokens=64)
+        output = model.generate(**inputs, temperature=0.0, max_new_tokens=64)
+        assert torch.equal(output.sequences, expected), question.id
+        tokens, cycles = tokens + output.stats.new_tokens - 1, cycles + output.stats.cycles
+    assert tokens / cycles > 3, "the draft is hardly ever right"
+
+
+def test_weights_stay_small() -> None:
+    files = [path for name in PAIRS for folder in (name, f"{name}-msd") for path in (POCKET / folder).iterdir()]
+    assert sum(path.stat().st_size for path in files) < LARGEST
