@@ -40,7 +40,7 @@ FURTHER = Plan("qwen-further", (
 """As that of the LLaVA (pocket.train_target): scenes are learnt last."""
 
 
-def start_model(out: Path, seed: int, start: Path | None) -> Any:
+def start_model(out: Path, seed: int, start: Path | None = None) -> Any:
     """The tower of OUT/tower.pt, frozen, and the pocket LLaVA's language model; or the finished model in `start`."""
     if start is not None:
         finished = Qwen2VLForConditionalGeneration.from_pretrained(start, dtype=torch.float32)

@@ -151,3 +151,11 @@ def test_export_is_the_published_layout_and_loads(family: Qwen, tokens: Path, ex
 def test_without_a_tower_there_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"no vision tower: .*qwen\.train_tower"):
         start_model(tmp_path, 0)
+
+
+def test_a_finished_model_is_trained_further(tmp_path: Path, exported: Path) -> None:
+    model = start_model(tmp_path, 0, exported)
+    shipped = Qwen2VLForConditionalGeneration.from_pretrained(exported, dtype=torch.float32).state_dict()
+    assert all(torch.equal(weight, shipped[name]) for name, weight in model.state_dict().items())
+    assert not any(weight.requires_grad for weight in model.model.visual.parameters())
+    assert all(weight.requires_grad for weight in model.model.language_model.parameters())
