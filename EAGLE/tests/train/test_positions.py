@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from tiny_draft import make_draft
 from tiny_llava import make_image
 from tiny_stock import make_qwen
@@ -61,11 +63,18 @@ def stored(target: Target, kind: str, photos: Path, folder: Path) -> Sample:
     return ShardDataset(folder)[0]
 
 
+def skip_where_times_are_doubled(target: Target, kind: str) -> None:
+    """transformers 5.4 doubles a picture's time number in Qwen2.5-VL; 5.24 does not (docs/training.md)."""
+    if target.family == "qwen2_5_vl" and kind != "text" and Version(transformers.__version__) < Version("5.24"):
+        pytest.skip(f"transformers {transformers.__version__} may double a picture's time number")
+
+
 @pytest.mark.parametrize("kind", TURNS)
 def test_rows_stand_where_decoding_puts_them(
     target: Target, photos: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rows of a prompt, which ends before the last answer, and those drafted behind it."""
+    skip_where_times_are_doubled(target, kind)
     trained = sample_positions(stored(target, kind, photos, tmp_path / "shards"))  # [3, S]
     conversation = prepared(target, kind, photos)
     ids, spoken = conversation.input_ids[None], conversation.loss_mask.nonzero().flatten()
@@ -102,13 +111,14 @@ def test_numbers_may_run_ahead_of_the_tokens(target: Target, tmp_path: Path) -> 
             torch.testing.assert_close(drafter._rope(step, 1), expected)
 
 
-def test_positions_are_those_of_transformers(target: Target, photos: Path, tmp_path: Path) -> None:
-    for kind in TURNS:
-        sample = stored(target, kind, photos, tmp_path / kind)
-        assert len(sample.image_grids) == len(PICTURES[kind])
-        grids = {"image_grid_thw": sample.image_grids * torch.tensor([1, 2, 2])} if PICTURES[kind] else {}
-        positions, _ = target.prompt_positions(sample.input_ids[None], grids)
-        assert torch.equal(sample_positions(sample), positions[:, 0]), kind
+@pytest.mark.parametrize("kind", TURNS)
+def test_positions_are_those_of_transformers(target: Target, photos: Path, tmp_path: Path, kind: str) -> None:
+    skip_where_times_are_doubled(target, kind)
+    sample = stored(target, kind, photos, tmp_path / kind)
+    assert len(sample.image_grids) == len(PICTURES[kind])
+    grids = {"image_grid_thw": sample.image_grids * torch.tensor([1, 2, 2])} if PICTURES[kind] else {}
+    positions, _ = target.prompt_positions(sample.input_ids[None], grids)
+    assert torch.equal(sample_positions(sample), positions[:, 0])
 
 
 def test_samples_without_grids_are_refused() -> None:
