@@ -58,6 +58,7 @@ def test_greedy_ids(loaded: Loaded, fixtures_dir: Path, name: str) -> None:
     assert output[0, inputs["input_ids"].shape[1] :].tolist() == record["hf_generate_ids"]
 
 
-def test_auto_dtype_is_the_stored_one(fixtures_dir: Path) -> None:
+def test_auto_dtype_is_the_stored_one(fixtures_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llava.device.cpu_has_bfloat16", lambda: True)
     model = load_model(fixtures_dir / "llava" / "tiny-llava-v1.5")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
