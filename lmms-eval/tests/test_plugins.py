@@ -37,6 +37,7 @@ def broken_first(tmp_path, monkeypatch):
 
 @pytest.fixture
 def warnings():
+    import lmms_eval.models  # noqa: F401  its first import removes every sink
     from loguru import logger
 
     seen: list[str] = []
