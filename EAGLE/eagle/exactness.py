@@ -40,7 +40,10 @@ SETTINGS: dict[str, dict[str, float]] = {
     "T 0.7, top-k 20, top-p 0.9": {"temperature": 0.7, "top_k": 20, "top_p": 0.9},
     "T 1.5, top-k 50": {"temperature": 1.5, "top_k": 50},
     "T 1.5, top-p 0.95": {"temperature": 1.5, "top_p": 0.95},
+    "T 4.0": {"temperature": 4.0},
+    "T 4.0, top-k 20, top-p 0.9": {"temperature": 4.0, "top_k": 20, "top_p": 0.9},
 }
+"""The last two are above what anyone samples with: they spread the answers of a small model that is sure of itself."""
 
 
 def processors_of(settings: Mapping[str, float]) -> LogitsProcessorList:
@@ -98,7 +101,7 @@ def pooled(counts: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
     common = expected >= POOLED
     observed = torch.cat([counts[common], counts[~common].sum()[None]]).double()
     expected = torch.cat([expected[common], expected[~common].sum()[None]])
-    if expected[-1] < POOLED and len(expected) > 2:  # what is left is too rare to stand alone
+    if expected[-1] < POOLED and len(expected) > 1:  # what is left is too rare to stand alone
         smallest = int(expected[:-1].argmin())
         observed[smallest] += observed[-1]
         expected[smallest] += expected[-1]

@@ -116,6 +116,13 @@ def test_whole_answers_have_the_targets_distribution(model: MSDModel) -> None:
     assert joined_p([(statistic, len(expected) - 1)]) > 1e-3
 
 
+def test_a_rare_token_beside_a_certain_one_is_no_misfit() -> None:
+    """Expected 0.5 times and seen twice: chi-square is no test of so few, and must not take it for one."""
+    observed, expected = pooled(torch.tensor([49_998, 2]), torch.tensor([0.99999, 0.00001]))
+    assert observed.tolist() == [50_000]
+    assert expected.tolist() == pytest.approx([50_000])
+
+
 def test_chi_square_agrees_with_scipy() -> None:
     stats = pytest.importorskip("scipy.stats")
     observed, expected = torch.tensor([18.0, 30.0, 52.0]), torch.tensor([25.0, 25.0, 50.0])
