@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 REPO = Path(__file__).resolve().parent
 sys.path.insert(0, str(REPO / "tests" / "support"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def costs_of_a_made_up_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Trees adapt to the same costs in every run; what other processes measure is kept in a folder of its own."""
+    from eagle.model import msd
+    from eagle.model.planner import CostCurve
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MSD_CACHE", str(tmp_path_factory.getbasetemp().parent / "msd-cache"))
+        patch.setattr(msd, "cost_of", lambda *_: CostCurve((1, 8, 32), (10.0, 11.0, 16.0), 1.0, 2.0))
+        yield
 
 
 @pytest.fixture(scope="session")

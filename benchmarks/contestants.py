@@ -78,8 +78,8 @@ def build(
             left_out[name] = "transformers has it for one sequence alone"
         elif name in SINGLE:
             runners.append(Runner(name, SINGLE[name](model, settings, suite)))
-        elif name == "msd auto" and cell.batch > 1:
-            left_out[name] = "the tree adapts for one sequence alone"
+        elif name == "msd fixed" and cell.batch > 1:
+            left_out[name] = "a batch has this tree in any case"
         else:
             tree = tree_of(name, model, cell.batch)
             runners.append(Runner(name, with_engine(model, True, settings, tree)))
@@ -89,12 +89,12 @@ def build(
 
 
 def tree_of(name: str, model: MSDModel, batch: int) -> TreeConfig:
-    """The tree of ``msd``, ``msd auto`` or ``msd D/K/N``; a batch shares its nodes."""
+    """The tree of ``msd`` (the default one), ``msd fixed`` or ``msd D/K/N``; a batch shares its nodes."""
     kind, _, bounds = name.partition(" ")
-    if kind != "msd" or (bounds not in ("", "auto") and bounds.count("/") != 2):
-        known = [*PLAIN, *SINGLE, "msd", "msd auto", "msd D/K/N"]
+    if kind != "msd" or (bounds not in ("", "fixed") and bounds.count("/") != 2):
+        known = [*PLAIN, *SINGLE, "msd", "msd fixed", "msd D/K/N"]
         raise UserError(f"no contestant '{name}'", fix=f"there are {', '.join(known)}")
-    if bounds == "auto":
-        return TreeConfig.auto(model.device)
-    tree = tree_bounds(bounds) if bounds else TreeConfig.for_device(model.device)
+    if not bounds:
+        return model.tree_for(batch)
+    tree = TreeConfig.named("fixed", model.device) if bounds == "fixed" else tree_bounds(bounds)
     return tree.for_batch(batch)

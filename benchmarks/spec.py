@@ -19,7 +19,7 @@ from llava.files import read_json
 
 AXES = ("temperature", "batch", "new_tokens", "context")
 CONTESTANTS = (
-    "autoregressive", "transformers dynamic", "transformers static", "prompt lookup", "assistant", "msd", "msd auto",
+    "autoregressive", "transformers dynamic", "transformers static", "prompt lookup", "assistant", "msd", "msd fixed",
     "msd 5/10/60",
 )  # fmt: skip
 """Who competes where a cell does not say; `benchmarks.contestants` builds them."""

@@ -83,11 +83,20 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def bench(base: str | Path, draft: Path, questions: Path, tokens: int, depth: int, out: Path, log: Path) -> dict:
-    """The report of `msd bench`, measured unless ``out`` has it already. With the default tree, and with a chain of
-    ``depth`` drafted tokens beside it."""
+    """The report of `msd bench`, measured unless ``out`` has it already. With the device's fixed tree, so that τ does
+    not depend on time, and with a chain of ``depth`` drafted tokens beside it."""
     if not out.is_file():
         argv = ["bench", "--base-model", str(base), "--msd-model", str(draft), "--data", str(questions)]
-        argv += ["--max-new-tokens", str(tokens), "--baseline-dtype", "float32", "--also-tree", chain(depth)]
+        argv += [
+            "--max-new-tokens",
+            str(tokens),
+            "--baseline-dtype",
+            "float32",
+            "--tree",
+            "fixed",
+            "--also-tree",
+            chain(depth),
+        ]
         launch("eagle.cli", [*argv, "--out", str(out)], log)
     return read_json(out, "report of msd bench")
 

@@ -6,7 +6,7 @@
 
 Cells (`benchmarks.study_cells`): two-stage, not decoupled, text alone, pictures alone, mixed from the start, and
 two-stage with two and three steps on the draft's own outputs; each with every seed. A cell is trained by the pipeline's
-own `eagle.train.main_deepspeed` in one process and measured by `msd bench` on held-out pictures, with the default tree
+own `eagle.train.main_deepspeed` in one process and measured by `msd bench` on held-out pictures, with the fixed tree
 and with a chain.
 
 OUT/RUN/ has the training config, checkpoints, bench.json and cell.json of each run; OUT/ results.json, results.md,

@@ -63,7 +63,7 @@ def test_a_wrong_suite_file_is_refused(tmp_path: Path, changes: dict[str, object
 def test_the_suites_here_are_readable(name: str) -> None:
     found = read_suite(REPO / "benchmarks" / "suites" / f"{name}.json")
     named = {contestant for cell in found.cells for contestant in cell.contestants}
-    assert {"autoregressive", "transformers dynamic", "assistant", "msd", "msd auto", "msd 5/10/60"} <= named
+    assert {"autoregressive", "transformers dynamic", "assistant", "msd", "msd fixed", "msd 5/10/60"} <= named
     for pair in found.models.values():
         assert pair.random or ((REPO / str(pair.base)).is_dir() and (REPO / str(pair.draft)).is_dir())
 
@@ -140,7 +140,7 @@ def test_contestants_answer_alike() -> None:
 def test_a_batch_leaves_out_what_cannot_take_one() -> None:
     model = random_pair(TINY, torch.float32, torch.device("cpu"))
     runners, left_out = build(Cell("c", "m", batch=2, new_tokens=4), Suite("x", {}, ()), model)
-    assert set(left_out) == {"prompt lookup", "assistant", "msd auto"}
+    assert set(left_out) == {"prompt lookup", "assistant", "msd fixed"}
     dynamic = next(runner for runner in runners if runner.name == "transformers dynamic")
     answer = dynamic.answer(RandomPrompt(20, batch=2))
     assert (answer.stats.requests, answer.stats.new_tokens) == (2, 8)
@@ -168,7 +168,7 @@ def test_quick_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert random["cost_only"] and not pocket["cost_only"]
     assert set(pocket["results"]) == {
         "autoregressive", "transformers dynamic", "transformers static", "prompt lookup", "assistant", "msd",
-        "msd auto", "msd 5/10/60",
+        "msd fixed", "msd 5/10/60",
     }  # fmt: skip
     assert pocket["results"][pocket["baseline_name"]]["speedup"] == 1.0
     assert all(len(row["seconds"]) == pocket["rounds"] == 2 for row in pocket["results"].values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from eagle import TreeConfig
 from eagle.model.checkpoint import HUB_KEYS
@@ -27,9 +27,9 @@ QWEN_PROMPTS = ("min_pixels", "max_pixels", "max_num_frames", "interleave_visual
 
 @dataclass(frozen=True)
 class Options:
-    """``tree``: bounds, None for the device's; ``loading``: for `MSDModel.from_pretrained`; ``prompts``: the rest."""
+    """``tree``: bounds, or "auto"; ``loading``: for `MSDModel.from_pretrained`; ``prompts``: the rest."""
 
-    tree: TreeConfig | None = None
+    tree: TreeConfig | Literal["auto"] = "auto"
     loading: dict[str, Any] = field(default_factory=dict)
     prompts: dict[str, Any] = field(default_factory=dict)
 
@@ -49,7 +49,7 @@ class Options:
                 raise UserError(f"{family.model} has no model argument '{key}'", fix=hint)
         bounds = {name: given[key] for key, name in TREE.items() if key in given}
         return cls(
-            TreeConfig(**bounds) if bounds else None,
+            TreeConfig(**bounds) if bounds else "auto",
             {key: given[key] for key in LOADING if key in given},
             {key: given[key] for key in prompts if key in given},
         )

@@ -65,7 +65,7 @@ def row_of(model: MSDModel, size: int, msd: Stats, plain: Stats) -> dict[str, An
     """What was measured at one batch size."""
     return {
         "batch": size,
-        "tree": asdict(model.tree.for_batch(size)),
+        "tree": asdict(model.tree_for(size)),
         "plain": plain.tokens_per_second,
         "msd": msd.tokens_per_second,
         "speedup": msd.tokens_per_second / plain.tokens_per_second,

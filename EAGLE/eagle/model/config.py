@@ -207,6 +207,16 @@ class TreeConfig:
         return cls()
 
     @classmethod
+    def named(cls, tree: TreeConfig | str, device: torch.device | str) -> TreeConfig:
+        """The tree that "auto" or "fixed" means on a device; other bounds stay."""
+        if isinstance(tree, TreeConfig):
+            return tree
+        kinds = {"auto": cls.auto, "fixed": cls.for_device}
+        if tree not in kinds:
+            raise UserError(f"tree={tree!r}", fix='give "auto", "fixed" or a TreeConfig')
+        return kinds[tree](device)
+
+    @classmethod
     def auto(cls, device: torch.device | str) -> TreeConfig:
         """Bounds within which each cycle takes what pays on this machine."""
         if torch.device(device).type == "cpu":

@@ -45,8 +45,8 @@ class MSDModel:
     Args:
         target: the base model.
         draft: its draft head; None decodes plainly.
-        tree: bounds of the draft tree; by default what suits the target's device. "auto" chooses depth and size anew in
-            each cycle, from costs that are measured once on this machine.
+        tree: "auto" chooses depth and size of the draft tree anew in each cycle, from costs that are measured once on
+            this machine; "fixed" takes the same bounds in each cycle, what suits the target's device, or those given.
         draft_image_tokens: input rows that the draft keeps of each picture, 0 for none, "all" for all; by default what
             the draft's config says, else all. The target reads all in any case, so answers do not depend on it.
         draft_image_merge: how they are merged, "pool" or "kmeans" (`eagle.model.compression`); by default what the
@@ -62,16 +62,14 @@ class MSDModel:
         self,
         target: Target,
         draft: DraftModel | None = None,
-        tree: TreeConfig | Literal["auto"] | None = None,
+        tree: TreeConfig | Literal["auto", "fixed"] = "auto",
         *,
         draft_image_tokens: int | str | None = None,
         draft_image_merge: str | None = None,
         compile: bool | str = False,
     ) -> None:
         self.target, self.draft = target, draft
-        if tree == "auto":
-            tree = TreeConfig.auto(target.device)
-        self.tree: TreeConfig = tree or TreeConfig.for_device(target.device)
+        self.tree = TreeConfig.named(tree, target.device)
         self.exact_phases = False  # wait for the device at the ends of phases: for accounting, not for speed
         self._acceptance = Acceptance()  # learnt over all requests
         self._costs: dict[tuple[int, int], CostCurve] = {}
@@ -91,7 +89,7 @@ class MSDModel:
         *,
         dtype: Any = "auto",
         device_map: Any = None,
-        tree: TreeConfig | Literal["auto"] | None = None,
+        tree: TreeConfig | Literal["auto", "fixed"] = "auto",
         draft_revision: str | None = None,
         draft_image_tokens: int | str | None = None,
         draft_image_merge: str | None = None,
@@ -214,7 +212,7 @@ class MSDModel:
         if bound_streamer is not None:
             bound_streamer.put(input_ids.cpu())
         generator = None if seed is None else torch.Generator(device=self.target.head_device).manual_seed(seed)
-        tree = tree or self._tree_of(input_ids.shape[0])
+        tree = tree or self.tree_for(input_ids.shape[0])
         draft = self.draft if use_msd and tree.total_tokens > 1 else None
         planner = None
         if draft is not None and tree.adaptive and input_ids.shape[0] == 1:
@@ -240,8 +238,8 @@ class MSDModel:
             sequences=torch.cat([input_ids, joined], dim=1), stats=decoder.stats, first_token_at=decoder.first_token_at
         )
 
-    def _tree_of(self, batch: int) -> TreeConfig:
-        """The model's tree for a batch; one that adapts is for a single sequence."""
+    def tree_for(self, batch: int) -> TreeConfig:
+        """The tree of each sequence of a batch; one that adapts is for a single sequence."""
         if batch > 1 and self.tree.adaptive:
             return TreeConfig.for_device(self.target.device).for_batch(batch)
         return self.tree.for_batch(batch)
