@@ -6,7 +6,7 @@ Weights repeat one block of random numbers, since drawing billions of them takes
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -113,9 +113,7 @@ def random_draft(shape: Shape, dtype: torch.dtype, device: torch.device) -> Draf
     return draft
 
 
-def random_pair(
-    shape: Shape, dtype: torch.dtype, device: torch.device, tree: TreeConfig | Literal["auto"] = "auto"
-) -> MSDModel:
+def random_pair(shape: Shape, dtype: torch.dtype, device: torch.device, tree: TreeConfig | None = None) -> MSDModel:
     """Target and draft together."""
     return MSDModel(random_target(shape, dtype, device), random_draft(shape, dtype, device), tree)
 

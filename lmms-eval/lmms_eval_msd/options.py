@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from eagle import TreeConfig
 from eagle.model.checkpoint import HUB_KEYS
@@ -27,9 +27,9 @@ QWEN_PROMPTS = ("min_pixels", "max_pixels", "max_num_frames", "interleave_visual
 
 @dataclass(frozen=True)
 class Options:
-    """``tree``: bounds, or "auto"; ``loading``: for `MSDModel.from_pretrained`; ``prompts``: the rest."""
+    """``tree``: bounds, None for the default; ``loading``: for `MSDModel.from_pretrained`; ``prompts``: the rest."""
 
-    tree: TreeConfig | Literal["auto"] = "auto"
+    tree: TreeConfig | None = None
     loading: dict[str, Any] = field(default_factory=dict)
     prompts: dict[str, Any] = field(default_factory=dict)
 
@@ -49,7 +49,7 @@ class Options:
                 raise UserError(f"{family.model} has no model argument '{key}'", fix=hint)
         bounds = {name: given[key] for key, name in TREE.items() if key in given}
         return cls(
-            TreeConfig(**bounds) if bounds else "auto",
+            TreeConfig(**bounds) if bounds else None,
             {key: given[key] for key in LOADING if key in given},
             {key: given[key] for key in prompts if key in given},
         )

@@ -28,7 +28,7 @@ def add_model_options(parser: argparse.ArgumentParser, dtype: str = "auto", requ
     parser.add_argument(
         "--tree", choices=("auto", "fixed"),
         help="auto: depth and size by cycle, within the bounds below, from costs measured once; fixed: these bounds in "
-        "each cycle (default: fixed if a bound is given, else auto)",
+        "each cycle (default: fixed with a bound or --compile, else auto)",
     )  # fmt: skip
     parser.add_argument("--tree-depth", type=int, help="draft steps after the first one")
     parser.add_argument("--tree-top-k", type=int, help="nodes kept a level, and children tried for each")
@@ -84,8 +84,8 @@ def sampling_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 def tree_from(arguments: argparse.Namespace, device: torch.device) -> TreeConfig:
     """The tree asked for; what is not asked for is the default of the device."""
     given = (arguments.tree_depth, arguments.tree_top_k, arguments.tree_tokens)
-    bounded = any(value is not None for value in given)
-    default = TreeConfig.named(arguments.tree or ("fixed" if bounded else "auto"), device)
+    fixed = bool(arguments.compile) or any(value is not None for value in given)
+    default = TreeConfig.named(arguments.tree or ("fixed" if fixed else "auto"), device)
     named = zip(("depth", "top_k", "total_tokens"), given, strict=True)
     return replace(default, **{name: value for name, value in named if value is not None})
 

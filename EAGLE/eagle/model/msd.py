@@ -47,6 +47,7 @@ class MSDModel:
         draft: its draft head; None decodes plainly.
         tree: "auto" chooses depth and size of the draft tree anew in each cycle, from costs that are measured once on
             this machine; "fixed" takes the same bounds in each cycle, what suits the target's device, or those given.
+            By default "auto", with ``compile`` "fixed", since costs are measured without it.
         draft_image_tokens: input rows that the draft keeps of each picture, 0 for none, "all" for all; by default what
             the draft's config says, else all. The target reads all in any case, so answers do not depend on it.
         draft_image_merge: how they are merged, "pool" or "kmeans" (`eagle.model.compression`); by default what the
@@ -62,14 +63,14 @@ class MSDModel:
         self,
         target: Target,
         draft: DraftModel | None = None,
-        tree: TreeConfig | Literal["auto", "fixed"] = "auto",
+        tree: TreeConfig | Literal["auto", "fixed"] | None = None,
         *,
         draft_image_tokens: int | str | None = None,
         draft_image_merge: str | None = None,
         compile: bool | str = False,
     ) -> None:
         self.target, self.draft = target, draft
-        self.tree = TreeConfig.named(tree, target.device)
+        self.tree = TreeConfig.named(tree or ("fixed" if compile else "auto"), target.device)
         self.exact_phases = False  # wait for the device at the ends of phases: for accounting, not for speed
         self._acceptance = Acceptance()  # learnt over all requests
         self._costs: dict[tuple[int, int], CostCurve] = {}
@@ -89,7 +90,7 @@ class MSDModel:
         *,
         dtype: Any = "auto",
         device_map: Any = None,
-        tree: TreeConfig | Literal["auto", "fixed"] = "auto",
+        tree: TreeConfig | Literal["auto", "fixed"] | None = None,
         draft_revision: str | None = None,
         draft_image_tokens: int | str | None = None,
         draft_image_merge: str | None = None,

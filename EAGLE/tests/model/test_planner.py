@@ -17,6 +17,7 @@ from eagle.model import cost as costs
 from eagle.model.cost import cost_of, describe, key_of
 from eagle.model.planner import PAUSES, TRIAL, Acceptance, CostCurve, Planner
 from eagle.model.targets import load_target
+from llava.errors import UserError
 
 FLAT = CostCurve(nodes=(1, 100), verify=(10.0, 10.0), step=1.0, extend=1.0)
 STEEP = CostCurve(nodes=(1, 100), verify=(10.0, 1000.0), step=1.0, extend=1.0)  # 10 for each node
@@ -151,3 +152,15 @@ def test_costs_are_measured_once_and_recorded(
         monkeypatch.setattr(costs, "measure", lambda *_: FLAT)
         assert cost_of(msd.target, msd.draft, tree) == FLAT
         assert json.loads(record.read_text())["seconds"]["step"] == 1.0
+
+
+def test_which_tree_a_model_takes(base: Path) -> None:
+    target = load_target(base, dtype=torch.float32)
+    auto, fixed = TreeConfig.auto("cpu"), TreeConfig.for_device("cpu")
+    assert auto.adaptive and not fixed.adaptive
+    assert MSDModel(target).tree == MSDModel(target, tree="auto").tree == auto
+    assert MSDModel(target, tree="fixed").tree == MSDModel(target, compile="eager").tree == fixed
+    assert MSDModel(target, tree=TreeConfig(2, 2, 5)).tree == TreeConfig(2, 2, 5)
+    assert MSDModel(target).tree_for(2) == fixed.for_batch(2)
+    with pytest.raises(UserError, match='give "auto", "fixed"'):
+        MSDModel(target, tree="fast")  # type: ignore[arg-type]
