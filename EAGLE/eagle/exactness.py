@@ -1,10 +1,11 @@
 """Is sampled output distributed as the target's own? Chi-square over many draws of real trees.
 
-For one prompt the engine drafts a tree and verifies it once. Then acceptance runs ``draws`` times on the same logits,
-as it does in decoding, and each token that comes out is counted by the node it was drawn at. At every node that was
-reached often enough the counts are compared with the target's processed distribution there. A token drawn at a node
-without drafted children is a bonus token after full acceptance; one that leaves the tree at an inner node is a bonus
-token after partial acceptance; both are among the counts.
+For one prompt the engine chooses a first token, drafts a tree and verifies it once. Then the choice and the acceptance
+run ``draws`` times on the same logits, as they do in decoding, and each token that comes out is counted by the node it
+was drawn at. At every node that was reached often enough the counts are compared with the target's processed
+distribution there. A token drawn at a node without drafted children is a bonus token after full acceptance. One that
+leaves the tree at a node with children is a bonus token after partial acceptance: it is among the counts of its node,
+and compared once more with the target's distribution over the tokens that were not drafted there.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from eagle.model.tree import DraftTree
 
 CHUNK = 10_000  # draws at once
 ENOUGH = 500  # draws at a node, from which on it is tested
+FIRST, ROOT, INNER = "first token", "second token", "inside the tree"
+PARTIAL, FULL = "bonus after partial acceptance", "bonus after full acceptance"
 POOLED = 5.0  # categories expected less often than this are counted together
 
 SETTINGS: dict[str, dict[str, float]] = {
@@ -60,8 +63,11 @@ def processors_of(settings: Mapping[str, float]) -> LogitsProcessorList:
 
 @dataclass(frozen=True)
 class Fit:
-    """One comparison. ``where``: how the token follows the root; ``variation``: total variation distance between counts
-    and distribution; ``p``: chi-square p-value, 0 where an impossible token came out."""
+    """One comparison.
+
+    ``where``: where the token stands in the answer; ``nodes``: of the tree; ``variation``: total variation distance
+    between counts and distribution; ``p``: chi-square p-value, 0 where an impossible token came out.
+    """
 
     setting: str
     where: str
@@ -71,16 +77,28 @@ class Fit:
     p: float
 
 
+class Recorder(TokenChooser):
+    """A greedy choice that keeps the logits [N, V] it was made from."""
+
+    def __init__(self) -> None:
+        super().__init__(LogitsProcessorList(), do_sample=False)
+        self.seen: list[Tensor] = []
+
+    def choose(self, logits: Tensor, prefix: Tensor) -> Tensor:
+        self.seen.append(logits.float())
+        return super().choose(logits, prefix)
+
+
 @torch.inference_mode()
-def first_cycle(model: MSDModel, inputs: Mapping[str, Any], tree: TreeConfig) -> tuple[DraftTree, Tensor]:
-    """The engine's first tree for a prompt and the target's logits [N, V] at its nodes."""
-    chooser, stopper = TokenChooser(LogitsProcessorList(), False), Stopper([], inputs["input_ids"].shape[1])
+def first_cycle(model: MSDModel, inputs: Mapping[str, Any], tree: TreeConfig) -> tuple[Tensor, DraftTree, Tensor]:
+    """The target's logits [1, V] for the first token, the engine's first tree, and the logits [N, V] at its nodes."""
+    chooser, stopper = Recorder(), Stopper([], inputs["input_ids"].shape[1])
     stopper.max_new_tokens = tree.depth + 3
     decoder = Decoder(model.target, model.draft, dict(inputs), chooser, stopper, tree)
     decoder.prefill()
     trees = decoder.draft()
     _, logits = decoder.verify(trees)
-    return trees[0], logits[0].float()
+    return chooser.seen[0], trees[0], logits[0].float()
 
 
 def draw(tree: DraftTree, logits: Tensor, chooser: TokenChooser, draws: int) -> Tensor:
@@ -112,31 +130,41 @@ def pooled(counts: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
 def place_of(tree: DraftTree, node: int) -> str:
     """Where a token drawn at a node stands in the answer."""
     if node == 0:
-        return "first token"
-    inner = bool((tree.parents == node).any())
-    return "inside the tree" if inner else "bonus after full acceptance"
+        return ROOT
+    return INNER if bool((tree.parents == node).any()) else FULL
 
 
 def compare(
     tree: DraftTree, logits: Tensor, counts: Tensor, processors: LogitsProcessorList, setting: str
 ) -> list[Fit]:
     """One `Fit` for each kind of place; the chi-square statistics of its nodes are joined."""
-    scores = processors(torch.zeros(len(logits), 1, dtype=torch.long), logits.clone())
-    wanted = scores.double().softmax(-1)  # [N, V]
-    groups: dict[str, list[int]] = {}
+    wanted = distribution(logits, processors)  # [N, V]
+    groups: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for node in range(tree.size):
+        drafted = tree.tokens[tree.parents == node]  # tokens of its children
+        others = counts[node].index_fill(0, drafted, 0)
         if int(counts[node].sum()) >= ENOUGH:
-            groups.setdefault(place_of(tree, node), []).append(node)
-    fits = []
-    for place, nodes in groups.items():
-        impossible = any(int(counts[node][wanted[node] == 0].sum()) for node in nodes)
-        parts = [pooled(counts[node], wanted[node]) for node in nodes]
-        total = int(counts[nodes].sum())
-        variation = sum(float((observed - expected).abs().sum()) / 2 for observed, expected in parts) / total
-        statistics = [(float(((o - e)[e > 0] ** 2 / e[e > 0]).sum()), int((e > 0).sum()) - 1) for o, e in parts]
-        p = 0.0 if impossible else joined_p(statistics)
-        fits.append(Fit(setting, place, len(nodes), total, variation, p))
-    return fits
+            groups.setdefault(place_of(tree, node), []).append((counts[node], wanted[node]))
+        if len(drafted) and int(others.sum()) >= ENOUGH:
+            left = wanted[node].index_fill(0, drafted, 0.0)
+            groups.setdefault(PARTIAL, []).append((others, left / left.sum()))
+    return [fit_of(setting, place, pairs) for place, pairs in groups.items()]
+
+
+def distribution(logits: Tensor, processors: LogitsProcessorList) -> Tensor:
+    """Processed probabilities [N, V] of logits [N, V], float64."""
+    scores: Tensor = processors(torch.zeros(len(logits), 1, dtype=torch.long), logits.clone())
+    return scores.double().softmax(-1)
+
+
+def fit_of(setting: str, place: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Fit:
+    """The comparison of counts [V] with probabilities [V] at some nodes, taken together."""
+    impossible = any(int(counts[wanted == 0].sum()) for counts, wanted in pairs)
+    parts = [pooled(counts, wanted) for counts, wanted in pairs]
+    total = sum(int(counts.sum()) for counts, _ in pairs)
+    variation = sum(float((observed - expected).abs().sum()) / 2 for observed, expected in parts) / total
+    statistics = [(float(((o - e)[e > 0] ** 2 / e[e > 0]).sum()), int((e > 0).sum()) - 1) for o, e in parts]
+    return Fit(setting, place, len(pairs), total, variation, 0.0 if impossible else joined_p(statistics))
 
 
 def joined_p(statistics: Sequence[tuple[float, int]]) -> float:
@@ -162,10 +190,13 @@ def check_prompt(
     settings: Mapping[str, Mapping[str, float]] = SETTINGS,
 ) -> list[Fit]:
     """All settings on one prompt."""
-    drafted, logits = first_cycle(model, inputs, tree)
+    first, drafted, logits = first_cycle(model, inputs, tree)
     fits = []
     for number, (name, chosen) in enumerate(settings.items()):
         processors = processors_of(chosen)
         chooser = TokenChooser(processors, True, torch.Generator(device=logits.device).manual_seed(seed + number))
+        tokens = chooser.sample(first, torch.zeros(1, 1, dtype=torch.long), draws)[:, 0]
+        counts = tokens.bincount(minlength=first.shape[-1])
+        fits.append(fit_of(name, FIRST, [(counts, distribution(first, processors)[0])]))
         fits += compare(drafted, logits, draw(drafted, logits, chooser, draws), processors, name)
     return fits

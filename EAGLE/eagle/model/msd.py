@@ -20,6 +20,7 @@ from eagle.model.config import TreeConfig
 from eagle.model.cost import cost_of
 from eagle.model.decode import Decoder
 from eagle.model.draft import DraftModel
+from eagle.model.pair import fit_pair
 from eagle.model.planner import Acceptance, CostCurve, Planner
 from eagle.model.sampling import TokenChooser
 from eagle.model.static import StaticEngine
@@ -77,7 +78,7 @@ class MSDModel:
         own = Compression() if draft is None else draft.config.options.compression
         self.compression = own.replaced(draft_image_tokens, draft_image_merge)
         if draft is not None:
-            check_pair(target, draft)
+            fit_pair(target, draft)
             draft.prepare_for_decoding(target.model.get_output_embeddings())
         backend = "inductor" if compile is True else compile
         self._static = StaticEngine(target, draft, backend) if backend else None
@@ -188,9 +189,10 @@ class MSDModel:
         output.stats.first_token = output.first_token_at - start
         return output
 
-    def __call__(self, model: Any, input_ids: Tensor, **kwargs: Any) -> MSDOutput | Tensor:
-        """For ``target.generate(**inputs, custom_generate=msd)``: returns the sequences."""
-        output = self._decode(model, input_ids, use_msd=True, tree=None, seed=None, bound_streamer=None, **kwargs)
+    def __call__(self, model: Any, input_ids: Tensor, streamer: Any = None, **kwargs: Any) -> MSDOutput | Tensor:
+        """For ``target.generate(**inputs, custom_generate=msd)``: returns the sequences. transformers keeps a streamer
+        that is given to its `generate` from such a function; ``custom_generate=partial(msd, streamer=s)`` binds one."""
+        output = self._decode(model, input_ids, use_msd=True, tree=None, seed=None, bound_streamer=streamer, **kwargs)
         return output if kwargs["generation_config"].return_dict_in_generate else output.sequences
 
     @torch.inference_mode()
@@ -265,16 +267,3 @@ def check_request(input_ids: Tensor, settings: GenerationConfig, streamer: Any) 
             f"a streamer for {input_ids.shape[0]} prompts: streamers print one answer",
             fix="generate one prompt at a time, or leave the streamer out",
         )
-
-
-def check_pair(target: Target, draft: DraftModel) -> None:
-    """Raises `UserError` unless the draft was made for a target of this shape."""
-    for what, base, own in (
-        ("hidden size", target.hidden_size, draft.config.hidden_size),
-        ("vocabulary", target.model.get_input_embeddings().num_embeddings, draft.config.vocab_size),
-    ):
-        if base != own:
-            raise UserError(
-                f"the draft does not fit the base model: {what} {own} in the draft, {base} in the base",
-                fix="use the draft that was trained for this base model",
-            )
