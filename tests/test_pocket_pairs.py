@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from eagle import MSDModel
+from eagle import MSDModel, TreeConfig
 from eagle.commands.questions import read_questions
 from pocket.evaluate import evaluate, load_answerer, read_items
 
@@ -39,6 +40,21 @@ def test_the_draft_is_accepted_and_changes_nothing(name: str) -> None:
         assert torch.equal(output.sequences, expected), question.id
         tokens, cycles = tokens + output.stats.new_tokens - 1, cycles + output.stats.cycles
     assert tokens / cycles > 3, "the draft is hardly ever right"
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_draft_is_accepted_in_a_batch_as_alone(name: str) -> None:
+    """Answers cannot tell a draft that reads another sequence's rows; accepted tokens can."""
+    model = MSDModel.from_pretrained(POCKET / name, POCKET / f"{name}-msd", dtype="float32")
+    asked = list(read_questions(HELDOUT, limit=3))
+    prompts = [model.target.chat_prompt(each.question, num_images=len(each.images)) for each in asked]
+    pictures = [Image.open(path) for each in asked for path in each.images]
+    settings = {"max_new_tokens": 32, "temperature": 0.0, "tree": TreeConfig(4, 3, 10)}
+    alone = [model.generate(**each.inputs(model.target), **settings).stats for each in asked]
+    together = model.generate(**model.target.prepare(prompts, pictures), **settings).stats
+    accepted = sum(sum(stats.accept_lengths) for stats in alone)
+    assert accepted > 40
+    assert abs(sum(together.accept_lengths) - accepted) <= 5 * len(asked), "the last cycle of each may differ"
 
 
 def test_weights_stay_small() -> None:

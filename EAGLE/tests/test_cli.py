@@ -7,7 +7,9 @@ import torch
 from tiny_draft import make_draft
 from tiny_llava import make_image, make_liuhaotian
 
+from eagle import exactness
 from eagle.cli import main
+from eagle.model.sampling import TokenChooser
 from eagle.model.targets import load_target
 
 REPORT_KEYS = {"speedup", "tau", "tokens_per_second", "baseline_name", "phases_ms", "histogram", "versions", "hardware",
@@ -105,6 +107,35 @@ def test_bench_writes_its_report(pair, capsys, tmp_path):
     assert report["new_tokens"] == 24
     out = capsys.readouterr().out
     assert "speed-up" in out and "first token" in out and "share of a cycle: draft" in out
+
+
+def test_exactness_prints_its_table(pair, capsys, tmp_path):
+    out = tmp_path / "fits.json"
+    options = ["--data", str(pair / "questions.jsonl"), "--limit", "1", "--draws", "1500", "--out", str(out)]
+    assert main(["exactness", *models(pair), *options]) == 0
+    fits = json.loads(out.read_text())
+    assert {fit["setting"] for fit in fits} == set(exactness.SETTINGS)
+    assert {"first token", "second token"} <= {fit["where"] for fit in fits}
+    assert f"0/{len(fits)} comparisons fail" in capsys.readouterr().out
+
+
+def test_exactness_fails_where_a_setting_is_ignored(pair, capsys, monkeypatch):
+    monkeypatch.setattr(TokenChooser, "scores", lambda self, logits, prefix: logits.float())
+    options = ["--data", str(pair / "questions.jsonl"), "--limit", "1", "--draws", "1500"]
+    assert main(["exactness", *models(pair), *options]) == 1
+
+
+def test_throughput_of_each_batch_size(pair, capsys, tmp_path):
+    out = tmp_path / "report.json"
+    options = ["--batch-sizes", "1", "2", "--max-new-tokens", "6", "--out", str(out)]
+    assert main(["throughput", *models(pair), "--data", str(pair / "questions.jsonl"), *options]) == 0
+    report = json.loads(out.read_text())
+    assert [row["batch"] for row in report["rows"]] == [1, 2]
+    assert [row["tree"]["total_tokens"] for row in report["rows"]] == [32, 6]
+    assert all(row["speedup"] == pytest.approx(row["msd"] / row["plain"]) for row in report["rows"])
+    assert "speed-up" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["throughput", *models(pair), "--data", str(pair / "questions.jsonl"), "--batch-sizes", "0"])
 
 
 def test_bench_takes_more_contestants(pair, capsys, tmp_path):

@@ -69,7 +69,7 @@ def look_at_draft(name: str, hub: bool) -> tuple[Contents | None, list[Check]]:
 
 def check_pair(base: Contents, draft: Contents) -> list[Check]:
     """Whether the draft was made for a base of this shape and family."""
-    checks = []
+    checks, added = [], ""
     fields, own = text_fields(base), text_fields(draft)
     rows, columns = embedding_shape(base) or (fields.get("vocab_size"), fields.get("hidden_size"))
     for what, theirs, ours in (
@@ -77,7 +77,8 @@ def check_pair(base: Contents, draft: Contents) -> list[Check]:
         ("vocabulary", rows, own.get("vocab_size")),
     ):
         if what == "vocabulary" and isinstance(theirs, int) and isinstance(ours, int) and ours < theirs:
-            continue  # tokens added behind those of the draft: loading finds out whether the others are the same
+            added = f", {theirs - ours} of them from the base, if its first {ours} are the draft's"
+            continue
         if theirs is None:
             checks.append(Check(PAIR, State.WARNING, f"the base's {what} is not known", "use msd generate to find out"))
         elif theirs != ours:
@@ -87,7 +88,7 @@ def check_pair(base: Contents, draft: Contents) -> list[Check]:
     if not checks and ("qwen" in kinds[0]) != ("qwen" in kinds[1]):
         found = f"base is {kinds[0]}, draft was made for {kinds[1]}"
         checks.append(Check(PAIR, State.PROBLEM, found, "use the draft that was trained for this base model"))
-    return checks or [Check(PAIR, State.OK, f"fit together: hidden size {columns}, vocabulary {rows}")]
+    return checks or [Check(PAIR, State.OK, f"fit together: hidden size {columns}, vocabulary {rows}{added}")]
 
 
 def footprint(base: Contents, draft: Contents | None) -> Footprint | None:

@@ -192,6 +192,9 @@ def test_exit_status_and_table(
         name in out for name in ("Python", "packages", "memory", "disk", "room for these models", *published.PUBLISHED)
     )
     swapped = ["--base-model", str(repositories / "tiny/hf"), "--msd-model", str(repositories / "tiny/llava-msd")]
+    assert main(["doctor", *swapped]) == 0  # a draft of the original release
+    assert re.search(r"vocabulary \d+, 8 of them from the base", capsys.readouterr().out)
+    swapped = ["--base-model", str(repositories / "tiny/llava"), "--msd-model", str(repositories / "tiny/hf-msd")]
     assert main(["doctor", *swapped]) == 1
     assert re.search(
         r"base and draft +│ problem │ vocabulary \d+ in the draft, \d+ in the base", capsys.readouterr().out

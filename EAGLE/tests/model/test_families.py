@@ -11,6 +11,7 @@ from PIL import Image
 from tiny_draft import make_draft
 from tiny_llava import make_image, make_liuhaotian
 from tiny_stock import make_llava_next, make_qwen
+from transformers import PreTrainedModel
 
 from eagle import MSDModel, TreeConfig
 from eagle.model.checkpoint import load_draft
@@ -99,7 +100,95 @@ def test_rows_of_a_batch_are_as_if_alone(model: MSDModel) -> None:
         assert together[row].tolist() == expected.tolist()
 
 
-def test_video(model: MSDModel) -> None:
+def drafted_rows(model: MSDModel, inputs: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> list:
+    """What the draft's layer reads of each prompt, [1, P, H] each."""
+    assert model.draft is not None
+    original, rows = model.draft.fuse, []
+
+    def fuse(*arguments: torch.Tensor) -> torch.Tensor:
+        rows.append(original(*arguments))
+        return rows[-1]
+
+    monkeypatch.setattr(model.draft, "fuse", fuse)
+    model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    monkeypatch.setattr(model.draft, "fuse", original)
+    return rows[: len(inputs["input_ids"])]
+
+
+def embeddings(model: MSDModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[1, P, H] what the target's language model reads, the projected pictures in their places."""
+    seen = []
+    hook = model.target.model.model.language_model.register_forward_pre_hook(
+        lambda _, __, named: seen.append(named["inputs_embeds"]), with_kwargs=True
+    )
+    with torch.inference_mode():
+        model.target.model(**{**inputs, **model.target.complete_inputs(inputs["input_ids"], inputs)})
+    hook.remove()
+    return seen[0]
+
+
+def is_picture(model: MSDModel, ids: torch.Tensor) -> torch.Tensor:
+    config = model.target.config
+    return (ids == config.image_token_id) | (ids == getattr(config, "video_token_id", -1))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "USER: [] [] [] Which? ASSISTANT:",
+        "USER: Hi. ASSISTANT: Yes. USER: [] or []? ASSISTANT: Red. USER: []",
+    ],
+)
+def test_the_draft_reads_each_picture_position_itself(
+    model: MSDModel, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Decoupled: where the next token is a picture's, the layer's input is that position's projected feature."""
+    inputs = inputs_of(model, text, SIZES)
+    ids = inputs["input_ids"][0]
+    places = is_picture(model, ids).nonzero().flatten()
+    (rows,) = drafted_rows(model, inputs, monkeypatch)
+    wanted = embeddings(model, inputs)
+    assert len(places) > 12
+    torch.testing.assert_close(rows[0, places - 1], wanted[0, places], atol=1e-5, rtol=1e-5)
+    others = (~is_picture(model, ids)).nonzero().flatten()[1:]
+    assert not torch.isclose(rows[0, others - 1], wanted[0, others], atol=1e-3).all(dim=-1).any()
+
+
+def test_the_draft_reads_the_pictures_of_each_row_of_a_batch(
+    model: MSDModel, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    texts = ["USER: [] Which? ASSISTANT:", "USER: Hi ASSISTANT:", "USER: [] and []. ASSISTANT:"]
+    texts = [text.replace("[]", mark(model)) for text in texts]
+    pictures = [make_image(width=w, height=h, seed=i) for i, (w, h) in enumerate(SIZES)]
+    together = drafted_rows(model, model.target.prepare(texts, pictures), monkeypatch)
+    for rows, text, own in zip(together, texts, (pictures[:1], [], pictures[1:]), strict=True):
+        alone = model.target.prepare(text, own)
+        places = is_picture(model, alone["input_ids"][0]).nonzero().flatten()
+        torch.testing.assert_close(rows[0, places - 1], embeddings(model, alone)[0, places], atol=1e-5, rtol=1e-5)
+        assert bool(len(places)) == bool(own)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_settings_of_loading_reach_transformers(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """A quantised target is transformers' own affair."""
+
+    class SeenError(Exception):
+        pass
+
+    def see(cls: type, *_: object, **settings: object) -> None:
+        raise SeenError(settings)
+
+    FAMILIES[name](tmp_path / "base")
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(see))
+    asked = {"quantization_config": {"load_in_4bit": True}, "device_map": {"": "cpu"}}
+    with pytest.raises(SeenError) as seen:
+        MSDModel.from_pretrained(tmp_path / "base", **asked)
+    assert asked.items() <= seen.value.args[0].items()
+
+
+def test_video(model: MSDModel, monkeypatch: pytest.MonkeyPatch) -> None:
     if "qwen" not in model.target.family:
         pytest.skip("the family has no video")
     frames = [Image.fromarray(np.full((56, 84, 3), 40 * i, np.uint8)) for i in range(6)]
@@ -111,6 +200,10 @@ def test_video(model: MSDModel) -> None:
     )  # fmt: skip
     assert (inputs["input_ids"] == model.target.config.video_token_id).sum() > 4
     check(model, dict(inputs), TREES[0])
+    (rows,) = drafted_rows(model, dict(inputs), monkeypatch)
+    places = is_picture(model, inputs["input_ids"][0]).nonzero().flatten()
+    wanted = embeddings(model, dict(inputs))[0, places]
+    torch.testing.assert_close(rows[0, places - 1], wanted, atol=1e-5, rtol=1e-5)
 
 
 @torch.inference_mode()

@@ -1,12 +1,13 @@
 """`MSDModel.generate` on tiny real models: equal to transformers, and exact at its edges."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from tiny_draft import make_draft
 from tiny_llava import make_image, make_liuhaotian, make_llava_hf
-from transformers import TextStreamer
+from transformers import LogitsProcessor, LogitsProcessorList, TextIteratorStreamer, TextStreamer
 
 from eagle import MSDModel, TreeConfig
 from eagle.model.targets import load_target
@@ -117,6 +118,41 @@ def test_streams_what_it_returns(model, capsys):
     output = model.generate(**inputs, temperature=0.0, max_new_tokens=25, streamer=streamer)
     text = model.tokenizer.decode(output.sequences[0, inputs["input_ids"].shape[1] :])
     assert capsys.readouterr().out.strip() == text.strip()
+
+
+def test_a_streamer_is_bound_to_custom_generate(model, capsys):
+    """transformers hands none on to a function, so it is bound."""
+    inputs = inputs_of(model, "image")
+    expected = plain(model, inputs, max_new_tokens=12)
+    text = model.tokenizer.decode(expected[0, inputs["input_ids"].shape[1] :])
+    printing = partial(model, streamer=TextStreamer(model.tokenizer, skip_prompt=True))
+    found = model.target.model.generate(**inputs, custom_generate=printing, do_sample=False, max_new_tokens=12)
+    assert torch.equal(found, expected)
+    assert capsys.readouterr().out.strip() == text.strip()
+    pieces = TextIteratorStreamer(model.tokenizer, skip_prompt=True, timeout=60)
+    bound = partial(model, streamer=pieces)
+    model.target.model.generate(**inputs, custom_generate=bound, do_sample=False, max_new_tokens=12)
+    assert "".join(pieces).strip() == text.strip()
+
+
+def test_a_processor_of_ones_own_equals_transformers(model):
+    class Never(LogitsProcessor):
+        """Forbids what came two tokens before."""
+
+        def __call__(self, input_ids, scores):
+            return scores.scatter(1, input_ids[:, -2:-1], -torch.inf)
+
+    inputs = inputs_of(model, "image")
+    expected = plain(model, inputs, max_new_tokens=25, logits_processor=LogitsProcessorList([Never()]))
+    assert not torch.equal(expected, plain(model, inputs, max_new_tokens=25))
+    own = LogitsProcessorList([Never()])
+    output = model.generate(**inputs, temperature=0.0, max_new_tokens=25, logits_processor=own)
+    assert torch.equal(output.sequences, expected)
+
+
+def test_beam_search_through_custom_generate_is_refused(model):
+    with pytest.raises(UserError, match="num_beams=2"):
+        model.target.model.generate(**inputs_of(model, "text"), custom_generate=model, num_beams=2, max_new_tokens=4)
 
 
 def test_sampling_is_repeatable_by_seed(model):
