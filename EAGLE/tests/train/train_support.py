@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -12,9 +15,12 @@ from eagle.ge_data.shards import Index, Sample, Source, write_shard
 from eagle.model.base_weights import BaseTensors
 from eagle.model.config import DraftConfig
 from eagle.model.draft import DraftModel
+from eagle.train import main_deepspeed
+from eagle.train.engine import METRICS
 from eagle.train.objective import DraftObjective
 from eagle.train.settings import TrainConfig
 
+SCRIPT = Path(main_deepspeed.__file__)
 HIDDEN, VOCAB = 16, 40
 DRAFT = {"model_type": "llava", "hidden_size": HIDDEN, "intermediate_size": 32, "num_attention_heads": 2,
          "vocab_size": VOCAB, "rms_norm_eps": 1e-5}  # fmt: skip
@@ -68,3 +74,35 @@ def write_configs(folder: Path, bf16: bool = False, **train) -> tuple[Path, Path
         "bf16": {"enabled": bf16}, "zero_optimization": {"stage": 2},
     }))  # fmt: skip
     return config, deepspeed
+
+
+def logged(folder: Path) -> list[dict[str, float]]:
+    """What a run has logged of its training steps."""
+    return json.loads((folder / "training.json").read_text())["steps"]
+
+
+def curve(folder: Path) -> list[tuple[int, float]]:
+    """(step, loss) of each log."""
+    return [(row["step"], row["loss"]) for row in logged(folder)]
+
+
+def assert_same_curve(whole: Path, parts: Path) -> None:
+    """Both runs have logged at the same steps, and the same values but for 1e-5."""
+    for expected, got in zip(logged(whole), logged(parts), strict=True):
+        for name in ("step", "epoch", "learning_rate", *METRICS):
+            assert got[name] == pytest.approx(expected[name], abs=1e-5), (name, expected["step"])
+
+
+def environment() -> dict[str, str]:
+    """Of a process that imports the packages from this source tree."""
+    paths = [str(SCRIPT.parents[2]), str(SCRIPT.parents[3] / "LLaVA"), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+
+
+def launch(command: list[str]) -> str:
+    """Runs a command to its end, as from a shell in eagle/train; returns what it printed. The first start on a machine
+    compiles an op for a minute or two."""
+    done = subprocess.run(command, cwd=SCRIPT.parent, env=environment(), capture_output=True, text=True, timeout=500,
+                          check=False)  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
