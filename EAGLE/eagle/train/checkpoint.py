@@ -42,6 +42,7 @@ TEMPORARY, REPLACED = ".tmp-", ".old-"
 # what torch raises for a state that is cut off, altered or not its own
 DAMAGE = (RuntimeError, ValueError, TypeError, LookupError, EOFError, OSError, pickle.UnpicklingError)
 SHARED = ("step", "best", "history", "run")  # parts of the progress that are the same in all processes
+STATES = "states_"  # begins the names of what a run knows of its stored states
 PACKAGES = ("msd-eagle", "msd-llava", "torch", "transformers", "deepspeed", "safetensors", "numpy")
 
 
@@ -150,12 +151,18 @@ class CheckpointStore:
         progress = Progress(**read)
         given = json.loads(json.dumps(run))
         for key in {**given, **progress.run}:
-            if given.get(key) != progress.run.get(key):
+            before, current = progress.run.get(key), given.get(key)
+            unknown = key.startswith(STATES) and None in (
+                before,
+                current,
+            )  # as in runs from before
+            if before != current and not unknown:
                 raise UserError(
-                    f"the interrupted run had {key}={progress.run.get(key)}, this one has {given.get(key)}",
+                    f"the interrupted run had {key}={before}, this one has {current}",
                     where=folder,
                     fix="resume with the same settings and data, or start in another --cpdir",
                 )
+        progress.run = {**progress.run, **given}
         random = folder / "state" / f"random-{engine.rank:03d}.pt"
         try:
             engine.load(folder / "state")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,23 +46,27 @@ def make_objective(seed: int = 0, **settings) -> DraftObjective:
     return DraftObjective(DraftModel(DraftConfig.from_dict(DRAFT)), base, TrainConfig(**settings))
 
 
-def write_base(folder: Path, seed: int = 0) -> Path:
+def write_base(folder: Path, seed: int = 0, scale: float = 1.0) -> Path:
     """A base model as far as training reads it."""
     folder.mkdir(parents=True)
     torch.manual_seed(seed)
-    tensors = {"model.embed_tokens.weight": torch.randn(VOCAB, HIDDEN), "lm_head.weight": torch.randn(VOCAB, HIDDEN)}
+    embed, head = scale * torch.randn(VOCAB, HIDDEN), torch.randn(VOCAB, HIDDEN)
+    tensors = {"model.embed_tokens.weight": embed, "lm_head.weight": head}
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"model_type": "llava"}))
     return folder
 
 
-def write_corpus(folder: Path, count: int, image: int = 0, seed: int = 0, hidden_dtype: str | None = None) -> Path:
-    """``count`` random samples in one shard."""
+def write_corpus(
+    folder: Path, count: int, image: int = 0, seed: int = 0, hidden_dtype: str | None = None, **source: Any
+) -> Path:
+    """``count`` random samples in one shard; ``source`` replaces what it says of the model."""
     folder.mkdir(parents=True)
-    source = Source("llava", "base", None, "bfloat16", HIDDEN, VOCAB, 0, hidden_dtype=hidden_dtype)
+    about = Source("llava", "base", None, "bfloat16", HIDDEN, VOCAB, 0, hidden_dtype=hidden_dtype)
+    about = replace(about, **source)
     samples = [(i, make_sample(8 + i % 5, image, seed=seed + i)) for i in range(count)]
-    info = write_shard(folder, 0, count, samples, [], source)
-    Index.of(source, [info]).save(folder)
+    info = write_shard(folder, 0, count, samples, [], about)
+    Index.of(about, [info]).save(folder)
     return folder
 
 
