@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from time import perf_counter
 from typing import Any
 
 from torch import Tensor
@@ -32,11 +32,11 @@ class Meter:
     @property
     def seconds(self) -> float:
         """Time that the clock has gone since the last log."""
-        return self._seconds + (0.0 if self._started is None else time.perf_counter() - self._started)
+        return self._seconds + (0.0 if self._started is None else perf_counter() - self._started)
 
     def go(self) -> None:
         """Lets the clock go."""
-        self._started = time.perf_counter()
+        self._started = perf_counter()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
