@@ -28,9 +28,10 @@ def test_a_run_leaves_a_published_checkpoint_and_its_record(arguments, run, tmp_
     assert (folder / "latest").read_text().strip() == "step-00000008"
     config = json.loads((folder / "final" / "config.json").read_text())
     assert "train" not in config and config["num_hidden_layers"] == 1
-    provenance = json.loads((folder / "best" / "provenance.json").read_text())
-    assert {"commit", "argv", "versions", "data", "settings", "date"} <= set(provenance)
-    assert provenance["data"]["image"]["samples"] == 10
+    for name in ("best", "final", "step-00000008"):
+        provenance = json.loads((folder / name / "provenance.json").read_text())
+        assert {"commit", "argv", "versions", "data", "settings", "date"} <= set(provenance)
+        assert provenance["data"]["image"]["samples"] == 10 and provenance["settings"]["epochs"] == 4
     draft = load_draft(folder / "final")
     base = torch.load(folder / "step-00000008" / "state" / "engine.pt", weights_only=True)["objective"]
     torch.testing.assert_close(draft.fc.weight, base["draft.fc.weight"].bfloat16())
@@ -58,10 +59,11 @@ def test_killed_and_resumed_gives_the_same_losses(arguments, run, tmp_path, caps
     assert run(arguments("whole", "--tracker", "none", **settings)) == 0
     command = [sys.executable, str(SCRIPT), *arguments("killed", "--tracker", "none", **settings)]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while not (tmp_path / "killed" / "latest").exists() and time.time() < deadline:
+    deadline = time.time() + 500
+    while not (tmp_path / "killed" / "latest").exists():
+        assert process.poll() is None, "it ended by itself"
+        assert time.time() < deadline, "it saves nothing"
         time.sleep(0.01)
-    assert process.poll() is None, "it ended by itself"
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "killed" / "final").exists(), "it ended before it was killed"
@@ -84,6 +86,29 @@ def test_a_checkpoint_without_the_sums_since_the_last_log_can_go_on(arguments, r
     torch.save(state, file)
     assert run(arguments("old", "--tracker", "none", "--resume", log_every=4)) == 0
     assert [step for step, _ in curve(tmp_path / "old")] == [4, 8]
+
+
+@pytest.mark.parametrize("stop", [None, 2, 4, 6])
+@pytest.mark.parametrize(("taus", "best"), [((2, 3, 1, 2.5), 4), ((2, 1, 1.5, 3), 8)])
+def test_best_is_the_draft_with_the_highest_tau(arguments, run, tmp_path, monkeypatch, taus, best, stop):
+    """Validated after steps 2, 4, 6 and 8, in one go or resumed; the mean over both sets counts."""
+    results = iter([tau + side for tau in taus for side in (1.5, -1.5)])
+
+    def validated(engine, batches):
+        return {"loss": 1.0, "top1": 0.5, "top3": 0.5, "tau": next(results), "accept_at": []}
+
+    monkeypatch.setattr("eagle.train.trainer.validate", validated)
+    settings = {"validate_every": 2, "save_every": 2, "keep_last": 9, "validation_share": 0.2}
+    if stop is not None:
+        assert run(arguments("ck", "--tracker", "none", "--max-steps", str(stop), **settings)) == 0
+    assert run(arguments("ck", "--tracker", "none", "--resume", **settings)) == 0
+    saved = {
+        step: (tmp_path / "ck" / f"step-0000000{step}" / "model.safetensors").read_bytes() for step in (2, 4, 6, 8)
+    }
+    assert len(set(saved.values())) == 4
+    assert (tmp_path / "ck" / "best" / "model.safetensors").read_bytes() == saved[best]
+    progress = json.loads((tmp_path / "ck" / "step-00000008" / "progress.json").read_text())
+    assert progress["best"] == 3 and next(results, None) is None
 
 
 def test_hidden_states_in_8_bit_train_as_those_in_16_bit(arguments, run, tmp_path):
