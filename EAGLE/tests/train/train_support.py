@@ -108,7 +108,7 @@ def environment() -> dict[str, str]:
 def launch(command: list[str]) -> str:
     """Runs a command to its end, as from a shell in eagle/train; returns what it printed. The first start on a machine
     compiles an op for a minute or two."""
-    done = subprocess.run(command, cwd=SCRIPT.parent, env=environment(), capture_output=True, text=True, timeout=500,
+    done = subprocess.run(command, cwd=SCRIPT.parent, env=environment(), capture_output=True, text=True, timeout=900,
                           check=False)  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
