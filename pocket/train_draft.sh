@@ -2,8 +2,8 @@
 # Makes a pocket draft: conversations in pocket/build/draft-*, then the pipeline's own steps 2 to 4. Resumes.
 #   pocket/train_draft.sh                   pocket/llava-msd
 #   TARGET=qwen2vl pocket/train_draft.sh    pocket/qwen2vl-msd
-# Environment: TARGET, IMAGES, TEXTS (conversations to write), BUILD; STATES_ONLY=1 ends before the training; further
-# flags go to main_deepspeed.py.
+# Environment: TARGET, IMAGES, TEXTS (conversations to write), BUILD (where the work lies), OUT (where the draft goes, in
+# the place of the one above); STATES_ONLY=1 ends before the training; further flags go to main_deepspeed.py.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python="${PYTHON:-.venv/bin/python}"
@@ -24,5 +24,6 @@ scripts/3_allocate.sh
 [ -z "${STATES_ONLY:-}" ] || exit 0
 DS_CONFIG=pocket_ds_config.json CONFIG="pocket_${target}_config.json" scripts/4_train.sh "$@"
 
-mkdir -p "pocket/$target-msd"
-cp "$build/checkpoints/final/config.json" "$build/checkpoints/final/model.safetensors" "pocket/$target-msd/"
+out="${OUT:-pocket/$target-msd}"
+mkdir -p "$out"
+cp "$build/checkpoints/final/"{config.json,model.safetensors,provenance.json} "$out/"

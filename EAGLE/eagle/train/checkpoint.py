@@ -24,7 +24,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
@@ -34,24 +34,28 @@ import torch
 from eagle.locks import take
 from eagle.model.checkpoint import save_draft
 from eagle.train.engine import Engine
+from eagle.train.meter import Meter
 from llava.errors import UserError
 from llava.files import atomic_write, read_json
 
 TEMPORARY, REPLACED = ".tmp-", ".old-"
 # what torch raises for a state that is cut off, altered or not its own
 DAMAGE = (RuntimeError, ValueError, TypeError, LookupError, EOFError, OSError, pickle.UnpicklingError)
+SHARED = ("step", "best", "history", "run")  # parts of the progress that are the same in all processes
+STATES = "states_"  # begins the names of what a run knows of its stored states
 PACKAGES = ("msd-eagle", "msd-llava", "torch", "transformers", "deepspeed", "safetensors", "numpy")
 
 
 @dataclass
 class Progress:
     """Where a run is: ``step`` optimizer steps done; ``best`` the best validation score; ``history`` all logged values;
-    ``run`` the settings that a resumed run must share."""
+    ``run`` the settings that a resumed run must share; ``meter`` what this process has measured since the last log."""
 
     step: int = 0
     best: float | None = None
     history: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"steps": [], "validations": []})
     run: dict[str, Any] = field(default_factory=dict)
+    meter: Meter = field(default_factory=Meter)
 
 
 class CheckpointStore:
@@ -115,10 +119,10 @@ class CheckpointStore:
         temporary = self._begin(engine, name)
         engine.save(temporary / "state")
         with atomic_write(temporary / "state" / f"random-{engine.rank:03d}.pt") as file:
-            torch.save(_random_state(), file)
+            torch.save({**_random_state(), "meter": progress.meter.state()}, file)
         engine.barrier()
         if engine.is_main:
-            write_json(temporary / "progress.json", asdict(progress))
+            write_json(temporary / "progress.json", {name: getattr(progress, name) for name in SHARED})
             self._finish(engine, temporary, name)
             with atomic_write(self.folder / "latest") as pointer:
                 pointer.write_text(name + "\n", encoding="utf-8")
@@ -140,23 +144,32 @@ class CheckpointStore:
             UserError: a setting that decides the loss curve differs; the message names it. Or a file is damaged.
         """
         read = read_json(folder / "progress.json", "progress of the interrupted run")
-        if not isinstance(read, dict) or set(read) != {each.name for each in fields(Progress)}:
+        if not isinstance(read, dict) or set(read) != set(SHARED):
             raise UserError(
                 "checkpoint is damaged (progress.json)", where=folder, fix="remove it and resume from the one before"
             )
         progress = Progress(**read)
         given = json.loads(json.dumps(run))
         for key in {**given, **progress.run}:
-            if given.get(key) != progress.run.get(key):
+            before, current = progress.run.get(key), given.get(key)
+            unknown = key.startswith(STATES) and None in (
+                before,
+                current,
+            )  # as in runs from before
+            if before != current and not unknown:
                 raise UserError(
-                    f"the interrupted run had {key}={progress.run.get(key)}, this one has {given.get(key)}",
+                    f"the interrupted run had {key}={before}, this one has {current}",
                     where=folder,
                     fix="resume with the same settings and data, or start in another --cpdir",
                 )
+        progress.run = {**progress.run, **given}
         random = folder / "state" / f"random-{engine.rank:03d}.pt"
         try:
             engine.load(folder / "state")
-            _set_random_state(torch.load(random, weights_only=True))
+            own = torch.load(random, weights_only=True)
+            _set_random_state(own)
+            if "meter" in own:  # runs from before it was kept can go on
+                progress.meter.restore(own["meter"])
         except DAMAGE as error:
             raise UserError(
                 f"checkpoint is damaged ({type(error).__name__})",

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from eagle.ge_data.shards import ShardDataset
 from eagle.model.base_weights import BaseTensors, load_base_tensors
 from eagle.model.checkpoint import load_draft
 from eagle.model.config import DraftConfig
@@ -34,6 +33,7 @@ from eagle.train.online import Processes, load_corpus
 from eagle.train.schedule import BatchSizes, Schedule
 from eagle.train.settings import TrainConfig, add_setting_flags, override, read_config, remembering
 from eagle.train.sources import add_source_flags, check_sources
+from eagle.train.stored import load_stored
 from eagle.train.tracking import TRACKERS, Tracker
 from eagle.train.trainer import Trainer, TrainingData
 from llava.errors import UserError, run_cli
@@ -57,7 +57,8 @@ def train(held: ExitStack) -> None:
     if args.online:
         data = load_online(args, draft_config, base, config, Processes(rank, world, own_device()))
     else:
-        data = load_stored(args, draft_config, config)
+        folders = {TEXT: args.tmpdir_t, IMAGE: args.tmpdir_v}
+        data = load_stored(folders, draft_config.hidden_size, base, config)
     deepspeed_config = suit_device(deepspeed_config, main=rank == 0)
     sizes = BatchSizes.from_deepspeed(deepspeed_config, world, where=args.deepspeed_config)
     schedule = data.schedule(sizes, config)
@@ -132,23 +133,6 @@ def own_device() -> torch.device:
     from eagle.train import engine_deepspeed
 
     return engine_deepspeed.own_device()
-
-
-def load_stored(args: argparse.Namespace, draft_config: DraftConfig, config: TrainConfig) -> TrainingData:
-    """The corpora that were given, split into training and validation."""
-    sets: dict[str, Any] = {}
-    for name, folder in ((TEXT, args.tmpdir_t), (IMAGE, args.tmpdir_v)):
-        if folder is None:
-            continue
-        sets[name] = ShardDataset(folder)
-        hidden = sets[name].meta.hidden_size
-        if hidden != draft_config.hidden_size:
-            raise UserError(
-                f"hidden states of size {hidden}, the draft config has {draft_config.hidden_size}",
-                where=folder,
-                fix="choose the config made for this base model",
-            )
-    return TrainingData.split(sets, config)
 
 
 def open_store(args: argparse.Namespace, data: TrainingData, config: TrainConfig, main: bool) -> CheckpointStore:

@@ -8,6 +8,7 @@ Micro-batch, accumulation, clipping and precision are DeepSpeed's and live in it
 from __future__ import annotations
 
 import argparse
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from llava.errors import UserError
 from llava.files import read_json
 
 SECTION = "train"
+SECTIONS = (SECTION, "msd")
 
 
 def setting(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:
@@ -112,8 +114,23 @@ def read_config(path: str | Path) -> tuple[DraftConfig, TrainConfig]:
     content = read_json(path, "training config")
     if not isinstance(content, dict) or not isinstance(content.get(SECTION, {}), dict):
         raise UserError("training config is no JSON object with a 'train' object", where=path)
+    reject_misplaced(content, path)
     draft = {key: value for key, value in content.items() if key != SECTION}
     return DraftConfig.from_dict(draft, where=path), TrainConfig.from_dict(content.get(SECTION, {}), where=path)
+
+
+def reject_misplaced(content: Mapping[str, Any], where: str | Path) -> None:
+    """Raises `UserError` for a setting beside the ``"train"`` section, and for a misspelt name of a section.
+
+    Other keys are those of a published ``config.json``, of which every base model has its own. ``max_length`` is among
+    them: transformers used to write it there.
+    """
+    for key in content:
+        if key in {f.name for f in fields(TrainConfig)} - {"max_length"}:
+            raise UserError(f"'{key}' stands beside section '{SECTION}'", where=where, fix="move it into the section")
+        near = difflib.get_close_matches(key.lower(), SECTIONS, n=1, cutoff=0.66)
+        if near and key not in SECTIONS:
+            raise UserError(f"unknown key '{key}'", where=where, fix=f"did you mean '{near[0]}'?")
 
 
 def add_setting_flags(parser: argparse.ArgumentParser) -> None:

@@ -81,7 +81,7 @@ def _tensorboard(folder: Path, done: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder), purge_step=done or None)
+    return SummaryWriter(str(folder), purge_step=done + 1)  # the first step that is logged again
 
 
 def _wandb(folder: Path, settings: Mapping[str, Any]) -> Any:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
-
-from torch import Tensor
 
 from eagle.train.checkpoint import CheckpointStore, Progress
 from eagle.train.curriculum import IMAGE, TEXT, Item, epoch_items, image_probability, micro_batches, split_indices
@@ -69,13 +66,12 @@ class Trainer:
     ) -> None:
         self.engine, self.data, self.schedule, self.config = engine, data, schedule, config
         self.store, self.tracker, self.progress = store, tracker, progress
-        self._sums: Tensor | None = None
-        self._since, self._started = 0, time.perf_counter()
 
     def run(self) -> bool:
         """Returns whether training is complete."""
         progress, schedule = self.progress, self.schedule
         limit = min(self.config.max_steps or schedule.total_steps, schedule.total_steps)
+        progress.meter.go()
         while progress.step < limit:
             epoch = progress.step // schedule.steps_per_epoch
             for step_batches in islice(self._epoch(epoch), limit - progress.step):
@@ -113,10 +109,8 @@ class Trainer:
     def _step(self, step_batches: list[Batch], epoch: int) -> None:
         """One optimizer step and whatever is due after it."""
         progress, schedule, config = self.progress, self.schedule, self.config
-        metrics = self.engine.step(step_batches, schedule.learning_rate(progress.step))
-        self._sums = metrics if self._sums is None else self._sums + metrics
+        progress.meter.add(self.engine.step(step_batches, schedule.learning_rate(progress.step)))
         progress.step += 1
-        self._since += 1
         self.tracker.advance()
         last = progress.step == schedule.total_steps
         saves = last or progress.step % (config.save_every or schedule.steps_per_epoch) == 0
@@ -124,14 +118,18 @@ class Trainer:
             self._check_loss()
         if progress.step % config.log_every == 0 or last:
             self._log(epoch)
-        if last or progress.step % (config.validate_every or schedule.steps_per_epoch) == 0:
-            self._validate()
-        if saves:
-            self.store.save(self.engine, progress)
+        validates = last or progress.step % (config.validate_every or schedule.steps_per_epoch) == 0
+        if not (validates or saves):
+            return
+        with progress.meter.paused():
+            if validates:
+                self._validate()
+            if saves:
+                self.store.save(self.engine, progress)
 
     def _check_loss(self) -> None:
         """Raises `UserError` where the loss is no number any more, before such a draft takes a good one's place."""
-        if self._sums is not None and not bool(self._sums.isfinite().all()):
+        if not self.progress.meter.finite():
             raise UserError(
                 f"the loss is not a number, at step {self.progress.step} or just before",
                 where=self.store.folder,
@@ -140,9 +138,9 @@ class Trainer:
 
     def _log(self, epoch: int) -> None:
         """Means since the last log, over all processes."""
-        assert self._sums is not None
-        means = self.engine.mean(self._sums / self._since).tolist()
-        seconds = time.perf_counter() - self._started
+        meter = self.progress.meter
+        assert meter.sums is not None
+        means = self.engine.mean(meter.sums / meter.steps).tolist()
         text, image = self.schedule.text, self.schedule.image
         config = self.config
         share = image_probability(epoch, self.schedule.epochs, config.text_share, config.image_start, config.image_end)
@@ -150,11 +148,11 @@ class Trainer:
             **dict(zip(METRICS, means, strict=True)),
             "learning_rate": self.schedule.learning_rate(self.progress.step - 1),
             "image_probability": share if text and image else float(image > 0),
-            "samples_per_second": self._since * self.schedule.sizes.total / seconds,
+            "samples_per_second": meter.steps * self.schedule.sizes.total / meter.seconds,
         }
         self.progress.history["steps"].append({"step": self.progress.step, "epoch": epoch, **values})
         self.tracker.log(self.progress.step, values)
-        self._sums, self._since, self._started = None, 0, time.perf_counter()
+        meter.clear()
 
     def _validate(self) -> None:
         """Validates on each data set; keeps the draft with the best mean simulated tau as ``best``."""
@@ -180,4 +178,5 @@ class Trainer:
         """Saves where the run stops, unless that step has just been saved."""
         latest = self.store.latest()
         if latest is None or latest.name != f"step-{self.progress.step:08d}":
-            self.store.save(self.engine, self.progress)
+            with self.progress.meter.paused():
+                self.store.save(self.engine, self.progress)

@@ -21,7 +21,7 @@ NAMES = [
 def write(folder, names, ending, sharded, head=True, config=None):
     save = save_file if ending == "safetensors" else torch.save
     stem = "model" if ending == "safetensors" else "pytorch_model"
-    parts = [{names[0]: EMBED}, {"model.layers.0.x": OTHER}, {names[1]: HEAD} if head else {"y": OTHER}]
+    parts = [{names[0]: EMBED}, {"model.layers.0.x": OTHER}, {names[1]: HEAD} if head else {"y": OTHER.clone()}]
     (folder / "config.json").write_text(json.dumps(config or {}))
     if not sharded:
         save({k: v for part in parts for k, v in part.items()}, folder / f"{stem}.{ending}")
@@ -53,9 +53,15 @@ def test_only_the_needed_shards_are_opened(tmp_path, monkeypatch):
     assert opened == ["pytorch_model-0.bin", "pytorch_model-2.bin"]
 
 
-def test_tied_head(tmp_path):
-    base = load_base_tensors(write(tmp_path, NAMES[0], "safetensors", True, False, {"tie_word_embeddings": True}))
-    assert base.head is base.embed
+@pytest.mark.parametrize("where", ["config", "text_config"])
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("ending", ["bin", "safetensors"])
+@pytest.mark.parametrize("names", NAMES)
+def test_tied_head(tmp_path, names, ending, sharded, where):
+    tied = {"tie_word_embeddings": True}
+    config = tied if where == "config" else {"text_config": tied}
+    base = load_base_tensors(write(tmp_path, names, ending, sharded, False, config))
+    assert torch.equal(base.embed, EMBED) and base.head is base.embed
 
 
 @pytest.mark.parametrize("layout", ["liuhaotian", "llava_hf"])

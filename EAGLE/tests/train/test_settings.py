@@ -29,6 +29,33 @@ def test_unknown_key_names_the_nearest_known(tmp_path):
         read_config(write(tmp_path / "c.json", epoch=3))
 
 
+@pytest.mark.parametrize(("key", "message"), [
+    ("trian", r"unknown key 'trian'.*did you mean 'train'"),
+    ("Train", r"unknown key 'Train'.*did you mean 'train'"),
+    ("training", r"unknown key 'training'.*did you mean 'train'"),
+    ("msds", r"unknown key 'msds'.*did you mean 'msd'"),
+    ("epochs", r"'epochs' stands beside section 'train'.*move it into"),
+    ("learning_rate", r"'learning_rate' stands beside section 'train'"),
+])  # fmt: skip
+def test_settings_outside_of_their_section_are_refused(tmp_path, key, message):
+    (tmp_path / "c.json").write_text(json.dumps({**DRAFT, "train": {"epochs": 3}, key: {}}))
+    with pytest.raises(UserError, match=message):
+        read_config(tmp_path / "c.json")
+
+
+def test_keys_of_published_configs_are_not_taken_for_settings(tmp_path):
+    """Those of the pocket bases, of LLaVA-1.5-7B (`max_length`) and of Qwen2-VL."""
+    published = {"max_length": 4096, "pretraining_tp": 1, "mm_projector_type": "mlp2x_gelu",
+                 "tie_word_embeddings": False, "tune_mm_mlp_adapter": False, "transformers_version": "4.31.0",
+                 "torch_dtype": "float16",
+                 "attention_dropout": 0.0, "max_window_layers": 28, "unfreeze_mm_vision_tower": True}  # fmt: skip
+    for base in ("llava", "qwen2vl"):
+        text = json.loads((FOLDER.parents[2] / "pocket" / base / "config.json").read_text())
+        published = {**text, **text.get("text_config", {}), **published}
+        (tmp_path / "c.json").write_text(json.dumps({**published, **DRAFT, "train": {"epochs": 3}}))
+        assert read_config(tmp_path / "c.json")[1] == TrainConfig(epochs=3)
+
+
 @pytest.mark.parametrize("train", [{"epochs": "3"}, {"epochs": 0}, {"epochs": 1.5}, {"noise": -1}, {"seed": True}])
 def test_bad_values_are_refused(tmp_path, train):
     with pytest.raises(UserError, match=f"training setting {next(iter(train))}="):
@@ -61,6 +88,7 @@ def test_every_setting_is_read_somewhere():
     ("llava_v15_13B_config.json", (5120, 40, 40, 13824, 32000)),
     ("qwen2vl_config.json", (3584, 28, 4, 18944, 152064)),
     ("pocket_llava_config.json", (256, 4, 4, 640, 2048)),
+    ("pocket_qwen2vl_config.json", (256, 4, 4, 640, 2048)),
 ])  # fmt: skip
 def test_shipped_configs(name, shape):
     import torch

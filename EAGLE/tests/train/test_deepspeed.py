@@ -1,0 +1,84 @@
+"""Whole runs through DeepSpeed's launcher, with one process and with two."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from online_support import Case
+from train_support import SCRIPT, assert_same_curve, curve, environment, launch
+
+from eagle.model.checkpoint import load_draft
+
+
+def launched(processes):
+    """The launcher's part of the documented command."""
+    launcher = shutil.which("deepspeed") or str(Path(sys.executable).parent / "deepspeed")
+    where = ["--include", "localhost:0"] if processes == 1 else ["--num_accelerators", str(processes)]
+    return [launcher, "--master_port", "29517", *where]
+
+
+@pytest.fixture
+def command(arguments):
+    """The documented command for 1 or 2 processes, from inside eagle/train, with the shipped ds_config.json."""
+
+    def make(processes, cpdir, *extra, **train):
+        argv = arguments(cpdir, "--tracker", "none", *extra, deepspeed="ds_config.json", **train)
+        return [*launched(processes), "main_deepspeed.py", *argv]
+
+    return make
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_deepspeed_command_and_resume(command, tmp_path, processes):
+    """Stopped and resumed, between two logs."""
+    assert f"x {processes} processes" in launch(command(processes, "whole", log_every=3))
+    launch(command(processes, "parts", "--max-steps", "2", log_every=3))
+    assert "resumed after step 2" in launch(command(processes, "parts", "--resume", log_every=3))
+    assert load_draft(tmp_path / "whole" / "final").fc.weight.dtype == torch.bfloat16
+    assert_same_curve(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.slow
+def test_two_processes_killed_and_resumed_give_the_same_losses(command, tmp_path):
+    """SIGKILL to launcher and workers at once, as a machine that goes away."""
+    settings = {"epochs": 48, "save_every": 3, "log_every": 4}  # of one step each
+    launch(command(2, "whole", **settings))
+    process = subprocess.Popen(command(2, "killed", **settings), cwd=SCRIPT.parent,
+                               env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               start_new_session=True)  # fmt: skip
+    deadline = time.time() + 900
+    while not (tmp_path / "killed" / "latest").exists() and time.time() < deadline:
+        assert process.poll() is None, "it ended by itself"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "final").exists(), "it ended before it was killed"
+    resumed = re.search(r"resumed after step (\d+)", launch(command(2, "killed", "--resume", **settings)))
+    assert 0 < int(resumed.group(1)) < 48 and int(resumed.group(1)) % 3 == 0
+    assert [step for step, _ in curve(tmp_path / "killed")] == list(range(4, 49, 4))
+    assert_same_curve(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_two_processes_train_online_as_on_stored_states(tmp_path):
+    """Each with its own base model; stopped and resumed, by the rows that both found together."""
+    case = Case("llava", tmp_path)
+    case.allocate()
+    assert "x 2 processes" in launch([*launched(2), *case.command("stored", *case.stored)])
+    out = launch([*launched(2), *case.command("online", *case.online, "--max-steps", "2")])
+    assert "rows, skipped: 1 missing_picture" in out and "10 rows, skipped: 1 empty" in out
+    again = launch([*launched(2), *case.command("online", *case.online, "--resume")])
+    assert "resumed after step 2" in again and "skipped" not in again
+    assert case.curve("online") == pytest.approx(case.curve("stored"), abs=1e-4)
+    assert len(case.curve("online")) == 4
+    for one, other in zip(case.history("stored")["validations"], case.history("online")["validations"], strict=True):
+        for kind in ("text", "image"):
+            assert other["results"][kind]["loss"] == pytest.approx(one["results"][kind]["loss"], abs=1e-4)

@@ -1,0 +1,112 @@
+"""Stored hidden states are those of the base, and those that an interrupted run had."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from train_support import write_base, write_corpus
+
+from eagle.ge_data.extract import fingerprint
+from eagle.ge_data.shards import Index, ShardDataset
+from eagle.model.base_weights import load_base_tensors
+
+STOP = ("--tracker", "none", "--max-steps", "1")
+GO_ON = ("--tracker", "none", "--resume", "--max-steps", "2")
+
+
+def print_of(base, dtype=torch.float32):
+    """The fingerprint that the allocation writes when it runs in ``dtype``."""
+    return fingerprint(load_base_tensors(base).embed.to(dtype))
+
+
+@pytest.fixture
+def refused(run, capsys):
+    def call(argv):
+        assert run(argv) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+        return line
+
+    return call
+
+
+def test_states_of_another_base_of_the_same_sizes_are_refused(arguments, run, refused, tmp_path):
+    other = print_of(write_base(tmp_path / "other", seed=1))
+    corpus = write_corpus(tmp_path / "foreign", 10, image=3, fingerprint=other, model="owner/other")
+    line = refused(arguments("ck", "--tmpdir_v", str(corpus)))
+    assert f"hidden states of another model (owner/other): its embedding is {other}" in line and str(corpus) in line
+    assert not (tmp_path / "ck").exists()
+    assert run(arguments("ck", *STOP, "--tmpdir_v", str(corpus), "--basepath", str(tmp_path / "other"))) == 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_states_that_the_base_made_in_any_dtype_are_accepted(arguments, run, tmp_path, dtype):
+    """Small weights are rounded differently on the way through float16."""
+    base = tmp_path / "small"
+    write_base(base, scale=1e-5)
+    stored = "float16" if dtype == "float16" else "bfloat16"
+    own = print_of(base, getattr(torch, dtype))
+    assert (own == print_of(base)) == (dtype != "float16")
+    corpus = write_corpus(tmp_path / "own", 10, image=3, fingerprint=own, dtype=stored)
+    assert run(arguments("ck", *STOP, "--tmpdir_v", str(corpus), "--basepath", str(base))) == 0
+
+
+def test_two_families_are_refused(arguments, refused, tmp_path):
+    corpus = write_corpus(tmp_path / "qwen", 10, image=3, family="qwen2_vl")
+    assert "hidden states of family qwen2_vl, those in" in refused(arguments("ck", "--tmpdir_v", str(corpus)))
+
+
+@pytest.mark.parametrize(("changed", "key"), [
+    ({"seed": 7}, "states_text_sums"),
+    ({"hidden_dtype": "int8"}, "states_text_hidden_dtype"),
+])  # fmt: skip
+def test_a_run_is_not_resumed_on_other_states(arguments, run, refused, tmp_path, changed, key):
+    assert run(arguments("ck", *STOP)) == 0
+    corpus = write_corpus(tmp_path / "changed", 12, **changed)
+    assert f"the interrupted run had {key}=" in refused(arguments("ck", *GO_ON, "--tmpdir_t", str(corpus)))
+
+
+def test_a_run_is_not_resumed_on_another_base(arguments, run, refused, tmp_path):
+    pairs = []
+    for seed in (0, 1):
+        base = write_base(tmp_path / f"base{seed}", seed=seed)
+        corpus = write_corpus(tmp_path / f"text{seed}", 12, fingerprint=print_of(base))
+        pairs.append(["--basepath", str(base), "--tmpdir_t", str(corpus)])
+    assert run(arguments("ck", *STOP, *pairs[0])) == 0
+    line = refused(arguments("ck", *GO_ON, *pairs[1]))
+    assert f"had states_text_fingerprint={print_of(tmp_path / 'base0')}, this one has" in line
+    assert run(arguments("ck", *GO_ON, *pairs[0])) == 0
+
+
+def test_what_is_not_known_is_no_difference(arguments, run, tmp_path):
+    """An index rebuilt from the shards has no checksums; a run from before states were compared has none of it."""
+    moved = tmp_path / "moved"
+    assert run(arguments("ck", *STOP)) == 0
+    shutil.copytree(tmp_path / "text", moved)
+    (moved / "index.json").unlink()
+    assert all(shard.sha256 is None for shard in ShardDataset(moved).meta.shards)
+    record = tmp_path / "ck" / "step-00000001" / "progress.json"
+    progress = json.loads(record.read_text())
+    kept = {key: value for key, value in progress["run"].items() if not key.startswith("states_image")}
+    assert len(progress["run"]) - len(kept) == 3
+    record.write_text(json.dumps({**progress, "run": kept}))
+    assert run(arguments("ck", *GO_ON, "--tmpdir_t", str(moved))) == 0
+    after = json.loads((tmp_path / "ck" / "step-00000002" / "progress.json").read_text())["run"]
+    assert after == progress["run"]
+
+
+def test_sums_are_those_of_all_shards():
+    from eagle.train.stored import identity
+
+    def index(*sums):
+        shards = tuple(Shard(sha256=each) for each in sums)
+        return Index("llava", "m", None, "bfloat16", 4, 8, 0, shards=shards)
+
+    class Shard:
+        start = end = samples = tokens = image_tokens = 1
+
+        def __init__(self, sha256):
+            self.sha256 = sha256
+
+    assert identity(index("a", "b"))["sums"] != identity(index("a", "c"))["sums"]
+    assert "sums" not in identity(index("a", None))
