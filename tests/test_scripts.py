@@ -74,7 +74,8 @@ def test_training_stored_and_online(commands) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tasks", "asks"), [("", True), ("chartqa_msd", True), ("mme,chartqa_msd", True), ("mme", False), ("xchartqa", False)]
+    ("tasks", "asks"),
+    [("", True), ("chartqa_msd", True), ("mme,chartqa_msd", True), ("mme", False), ("xchartqa", False)],
 )
 def test_embedded_models_get_the_embedded_questions(commands, tmp_path: Path, tasks: str, asks: bool) -> None:
     """ChartQA's and ours of it: without them lmms-eval would ask the hub."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from eval_support import read
 
 from lmms_eval_msd.offline import write_chartqa
 
@@ -35,11 +36,6 @@ def run(data: Path, *command: str, path: Path | None = None) -> subprocess.Compl
     )
     result.stdout += result.stderr
     return result
-
-
-def read(folder: Path, ending: str) -> str:
-    (path,) = folder.rglob(f"*{ending}")
-    return path.read_text()
 
 
 def test_real_task_gives_equal_answers(base, draft, data, monkeypatch):
@@ -233,31 +229,3 @@ def test_failed_evaluation_fails(base, data):
     result = run(data, "lmms_eval", "--model", "llava_msd", "--model_args", f"pretrained={base}", "--tasks", "no_such")
     assert result.returncode == 1, result.stdout
     assert "no_such" in result.stdout
-
-
-def script(base: Path, draft: Path, questions: Path, out: Path) -> subprocess.CompletedProcess[str]:
-    """scripts/5_evaluate.sh on two questions."""
-    packages = os.pathsep.join(str(REPO / name) for name in ("LLaVA", "EAGLE", "lmms-eval"))
-    env = os.environ | {"PYTHON": sys.executable, "OUT": str(out), "QUESTIONS": str(questions), "LIMIT": "2"}
-    env |= {"HF_HOME": str(out / "hf"), "HF_HUB_OFFLINE": "1", "PORT": "29508", "PYTHONPATH": packages}
-    command = [str(REPO / "scripts" / "5_evaluate.sh"), str(base), str(draft)]
-    return subprocess.run(command, env=env, text=True, capture_output=True, timeout=3600)
-
-
-@pytest.mark.slow
-def test_script(base, draft, questions, tmp_path):
-    result = script(base, draft, questions, tmp_path)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert json.loads(read(tmp_path, "compare.json"))["tasks"]["chartqa"]["answers_equal"] == 2
-    (report,) = [json.loads(path.read_text()) for path in tmp_path.rglob("msd/**/*_msd.json")]
-    assert report["tasks"]["chartqa"]["speedup"] > 0
-
-
-@pytest.mark.slow
-def test_script_that_fails(base, questions, tmp_path):
-    """Half of it worked: that is no success."""
-    result = script(base, tmp_path / "no-draft", questions, tmp_path)
-    assert result.returncode != 0, result.stdout + result.stderr
-    assert "error: " in result.stderr
-    assert "no-draft" in result.stderr
-    assert list(tmp_path.rglob("compare.json")) == []
