@@ -19,7 +19,8 @@ def script(*arguments: str | Path, out: Path, questions: Path, **settings: str) 
     """The script on some of ``questions``, without a network."""
     packages = os.pathsep.join(str(REPO / name) for name in ("LLaVA", "EAGLE", "lmms-eval"))
     env = os.environ | {"PYTHON": sys.executable, "OUT": str(out), "QUESTIONS": str(questions), "PYTHONPATH": packages}
-    env |= {"HF_HOME": str(out / "hf"), "HF_HUB_OFFLINE": "1", "PORT": "29508", "LIMIT": "2"} | settings
+    env |= {"HF_HOME": str(out / "hf"), "HF_HUB_OFFLINE": "1", "PORT": "29508", "LIMIT": "2"}
+    env |= {"COLUMNS": "200"} | settings  # a table whose headings stay in one line
     command = [str(REPO / "scripts" / "5_evaluate.sh"), *map(str, arguments)]
     return subprocess.run(command, env=env, text=True, capture_output=True, timeout=3600)
 
