@@ -50,7 +50,7 @@ def test_pocket_pairs_answer_as_the_base_alone(name, model, tmp_path):
         assert (row["answers_equal"], row["answers"]) == (4, 4), task
         assert "relaxed_overall" in row["metrics"]
         assert all(score["base"] == score["msd"] for score in row["metrics"].values()), task
-        assert row["tau"] > 2, task
+        assert row["tau"] > (2 if task == "chartqa_msd" else 1.5), task  # some short answers end in the first cycle
         assert row["speedup"] > 0
     (chart,) = tmp_path.rglob("compare.png")
     assert chart.read_bytes().startswith(b"\x89PNG")
