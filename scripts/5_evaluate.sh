@@ -5,7 +5,7 @@
 #   scripts/5_evaluate.sh BASE DRAFT chartqa,textvqa_val              the same as arguments
 # Environment: BASE DRAFT TASKS LIMIT OUT; MODEL (llava_msd, llava_next_msd, qwen2_vl_msd, qwen2_5_vl_msd), NUM_PROCESSES,
 # PORT, BATCH_SIZE, GEN_KWARGS, MODEL_ARGS (more of lmms-eval's model arguments, such as dtype=float32), QUESTIONS (a
-# FILE.jsonl to ask instead of ChartQA's test split).
+# FILE.jsonl to ask instead of ChartQA's test split, in chartqa and chartqa_msd; the embedded models get their own).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root="$PWD"
@@ -17,7 +17,9 @@ out="${OUT:-outputs/evaluate}"
 questions="${QUESTIONS:-}"
 if [ -z "$base" ] && [ -z "$draft" ]; then
     base=pocket/llava draft=pocket/llava-msd
-    [ "${3:-${TASKS:-chartqa}}" != chartqa ] || questions="${questions:-pocket/data/heldout.jsonl}"
+    case ",$tasks," in
+        *,chartqa,* | *,chartqa_msd,*) questions="${questions:-pocket/data/heldout.jsonl}" ;;
+    esac
 elif [ -z "$base" ] || [ -z "$draft" ]; then
     echo "error: BASE and DRAFT belong together, one is missing" >&2
     exit 2

@@ -71,3 +71,28 @@ def test_training_stored_and_online(commands) -> None:
     (online,) = commands("4_train.sh", ONLINE="1", PICTURES="p", COUNT="9")
     files = "--online --annotations_v w/image.json --annotations_t w/text.json --image-folder p --limit 9"
     assert files in online and "--tmpdir" not in online
+
+
+@pytest.mark.parametrize(
+    ("tasks", "asks"),
+    [("", True), ("chartqa_msd", True), ("mme,chartqa_msd", True), ("mme", False), ("xchartqa", False)],
+)
+def test_embedded_models_get_the_embedded_questions(commands, tmp_path: Path, tasks: str, asks: bool) -> None:
+    """ChartQA's and ours of it: without them lmms-eval would ask the hub."""
+    (tmp_path / "data").mkdir()
+    lines = commands("5_evaluate.sh", OUT=str(tmp_path), TASKS=tasks)
+    written = f"python -m lmms_eval_msd.offline --jsonl pocket/data/heldout.jsonl --out {tmp_path}/data"
+    assert (written in lines) == asks
+    base, msd, compared = lines[-3:]
+    for line in (base, msd):
+        assert f"--tasks {tasks or 'chartqa'} " in line and f"pretrained={REPO}/pocket/llava " in line
+    assert "--use_msd" not in base and f"--use_msd --msd_model_path {REPO}/pocket/llava-msd" in msd
+    assert "lmms_eval_msd.compare" in compared
+
+
+def test_questions_for_other_models_are_those_given(commands, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    flags = ("owner/base", "owner/draft", "chartqa_msd")
+    assert not any("offline" in line for line in commands("5_evaluate.sh", *flags, OUT=str(tmp_path)))
+    first = commands("5_evaluate.sh", *flags, OUT=str(tmp_path), QUESTIONS="q.jsonl")[0]
+    assert "lmms_eval_msd.offline --jsonl q.jsonl" in first

@@ -12,6 +12,7 @@ from lmms_eval_msd.conversation import IMAGE_MARK, Conversation, Prompt
 from lmms_eval_msd.visuals import Visual, pictures_only
 
 ASPECTS = ("pad", "crop")
+PROCESSORS = "processor"  # as `chat_template`: the one that the checkpoint's processor brings along
 
 
 class LlavaConversation(Conversation):
@@ -20,7 +21,7 @@ class LlavaConversation(Conversation):
     Args:
         target: the base model.
         system: system prompt instead of the conversation's own.
-        template: chat template (Jinja) instead of the tokenizer's.
+        template: chat template (Jinja) instead of the tokenizer's, or "processor" for the processor's.
         aspect: LLaVA-1.5: "pad" makes pictures square with a border, "crop" cuts their middle out as `llava_hf` does;
             None leaves it to the checkpoint.
     """
@@ -29,6 +30,8 @@ class LlavaConversation(Conversation):
         self, target: Target, system: str | None = None, template: str | None = None, aspect: str | None = None
     ) -> None:
         self.target, self.system, self.template = target, system, template
+        if template == PROCESSORS and not getattr(target.processor, "chat_template", None):
+            raise UserError("the processor of this base model has no chat template", fix="leave chat_template out")
         if aspect is not None:
             if aspect not in ASPECTS or not hasattr(target.processor, "aspect"):
                 raise UserError(
@@ -51,10 +54,12 @@ class LlavaConversation(Conversation):
         return self.target.prepare(texts if len(texts) > 1 else texts[0], pictures)
 
     def _around(self, question: str, num_images: int) -> str:
-        """The first of these that there is: the chosen template, the tokenizer's, the processor's, LLaVA-1.5's own.
+        """The first of these that there is: the chosen template, the tokenizer's, LLaVA-1.5's own, as in `llava_hf`.
 
         A tokenizer's template that expects a list of parts would lose the question, and is passed over.
         """
+        if self.template == PROCESSORS:
+            return self.target.chat_prompt(_without_marks(question), num_images, system=self.system)
         template = self.template or getattr(self.target.tokenizer, "chat_template", None)
         if template:
             text = self._rendered(question, template)
@@ -62,8 +67,6 @@ class LlavaConversation(Conversation):
                 return text
             if self.template:
                 raise UserError("chat_template does not write the question", template[:60])
-        if getattr(self.target.processor, "chat_template", None):
-            return self.target.chat_prompt(_without_marks(question), num_images, system=self.system)
         return build_prompt(question, system=self.system)
 
     def _rendered(self, question: str, template: str) -> str:

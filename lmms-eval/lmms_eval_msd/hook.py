@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
 from loguru import logger
 
 from llava.errors import UserError, cli_errors
@@ -70,9 +71,24 @@ def _parse_known_args(original: Callable[..., Any], parser: argparse.ArgumentPar
     namespace, rest = original(parser, *args, **kwargs)
     with cli_errors():
         check_flags(namespace)
-    if namespace.model in MODELS:
+    if not MODELS.keys().isdisjoint(models_to_come(parser, namespace)):
         with_warning(join_processes)
     return namespace, rest
+
+
+def models_to_come(parser: argparse.ArgumentParser, args: argparse.Namespace) -> set[str]:
+    """What will be evaluated: `--model` where it is given, as lmms-eval has it, else the models of a `--config` file.
+
+    A file that cannot be read names none; lmms-eval reads it next and says what is wrong with it.
+    """
+    if not getattr(args, "config", None) or args.model != parser.get_default("model"):
+        return {args.model}
+    try:
+        content = yaml.safe_load(Path(args.config).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return set()
+    runs = content if isinstance(content, list) else [content]
+    return {str(run.get("model", args.model)) for run in runs if isinstance(run, dict)}
 
 
 def _extend(parser: argparse.ArgumentParser) -> None:

@@ -33,8 +33,9 @@ class GenerationSettings:
     ) -> GenerationSettings:
         """Reads `generation_kwargs`, with `--gen_kwargs` merged in by lmms-eval.
 
-        As in lmms-eval's own models the temperature decides between greedy search and sampling where it is given,
-        because `--gen_kwargs temperature=1` leaves a task's `do_sample: false` behind; else `do_sample` decides.
+        Where the temperature is given it decides between greedy search and sampling, as in lmms-eval's own models,
+        because `--gen_kwargs temperature=1` leaves a task's `do_sample: false` behind. Else `do_sample` decides, of
+        which lmms-eval's own models take no notice: without a temperature they are greedy.
 
         Args:
             given: the task's settings; they stay as they are.

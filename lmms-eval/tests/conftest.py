@@ -60,6 +60,12 @@ def qwen2_5(models: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def family_bases(base: Path, llava_next: Path, qwen2: Path, qwen2_5: Path) -> dict[str, Path]:
+    """A base model for each name of `--model`."""
+    return {"llava_msd": base, "llava_next_msd": llava_next, "qwen2_vl_msd": qwen2, "qwen2_5_vl_msd": qwen2_5}
+
+
+@pytest.fixture(scope="session")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A question file of four lines; the last one has two pictures."""
     folder = tmp_path_factory.mktemp("questions")

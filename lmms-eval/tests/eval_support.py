@@ -102,3 +102,9 @@ def make_video(path: Path, frames: int = 10, size: int = 56) -> Path:
             container.mux(stream.encode(av.VideoFrame.from_image(picture)))
         container.mux(stream.encode())
     return path
+
+
+def read(folder: Path, ending: str) -> str:
+    """The text of the only file below ``folder`` whose name ends so."""
+    (path,) = folder.rglob(f"*{ending}")
+    return path.read_text(encoding="utf-8")

@@ -7,6 +7,7 @@ from eval_support import IMAGES, TREE, load, request
 from tiny_draft import make_draft
 
 from eagle.model.targets import load_target
+from lmms_eval_msd import MODELS
 from lmms_eval_msd import model as models
 
 
@@ -23,10 +24,12 @@ def some_requests():
     ]
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen"])
-@pytest.mark.parametrize("speculative", [False, True])
-def test_batches_change_nothing(family, speculative, tmp_path, base, qwen2):
-    folder, model_class = (base, models.LlavaMSD) if family == "llava" else (qwen2, models.Qwen2VLMSD)
+@pytest.mark.parametrize(
+    ("name", "speculative"),
+    [("llava_msd", False), ("qwen2_vl_msd", False), *((name, True) for name in MODELS)],
+)
+def test_batches_change_nothing(name, speculative, tmp_path, family_bases):
+    folder, model_class = family_bases[name], getattr(models, MODELS[name].rpartition(".")[2])
     draft = make_draft(tmp_path / "draft", load_target(folder)) if speculative else None
     single, several = (load(model_class, folder, draft, batch_size=size, **TREE) for size in (1, "3"))
     alone, together = single.generate_until(some_requests()), several.generate_until(some_requests())

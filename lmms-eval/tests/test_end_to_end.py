@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from eval_support import read
 
 from lmms_eval_msd.offline import write_chartqa
 
@@ -25,21 +26,19 @@ def data(questions, tmp_path_factory) -> Path:
 
 
 def run(data: Path, *command: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs a module in ``data``; ``path`` is searched for modules and distributions before all others."""
+    """Runs a module in ``data``."""
+    return python(data, "-m", *command, path=path)
+
+
+def python(data: Path, *command: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs Python in ``data``; ``path`` is searched for modules and distributions before all others."""
     folders = ([] if path is None else [path]) + [REPO / name for name in ("LLaVA", "EAGLE", "lmms-eval")]
     packages = os.pathsep.join(map(str, folders))
     env = os.environ | {"PYTHONPATH": packages, "HF_HUB_OFFLINE": "1", "HF_HOME": str(data / "hf"), "COLUMNS": "200"}
     env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(
-        [sys.executable, "-m", *command], cwd=data, env=env, text=True, capture_output=True, timeout=1800
-    )
+    result = subprocess.run([sys.executable, *command], cwd=data, env=env, text=True, capture_output=True, timeout=1800)
     result.stdout += result.stderr
     return result
-
-
-def read(folder: Path, ending: str) -> str:
-    (path,) = folder.rglob(f"*{ending}")
-    return path.read_text()
 
 
 def test_real_task_gives_equal_answers(base, draft, data, monkeypatch):
@@ -72,6 +71,38 @@ def test_real_task_gives_equal_answers(base, draft, data, monkeypatch):
     assert taus[0] == 1.0 < taus[1]
 
 
+def test_few_shot_examples_and_system_instruction(base, data, monkeypatch, tmp_path):
+    """`--num_fewshot` and `--system_instruction`: lmms-eval puts both before the question, and the model reads them."""
+    import lmms_eval.tasks
+    from lmms_eval.evaluator import simple_evaluate
+
+    from lmms_eval_msd.conversation_llava import LlavaConversation
+    from lmms_eval_msd.hook import TASKS
+
+    task = (TASKS / "chartqa_msd.yaml").read_text().replace("chartqa_msd\n", "chartqa_few\n").replace(" 512", " 6")
+    few = "fewshot_split: test\nfewshot_config:\n  sampler: default\n"
+    (tmp_path / "chartqa_few.yaml").write_text(task + few)
+    written, write = [], LlavaConversation.write
+    monkeypatch.setattr(LlavaConversation, "write", lambda *given: written.append(write(*given)) or written[-1])
+    monkeypatch.chdir(data)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", data / "cache")
+    results = simple_evaluate(
+        model="llava_msd",
+        model_args=f"pretrained={base},dtype=float32",
+        tasks=["chartqa_few"],
+        device="cpu",
+        task_manager=lmms_eval.tasks.TaskManager(include_path=str(tmp_path), include_defaults=False),
+        num_fewshot=1,
+        system_instruction="Be brief.",
+    )
+    assert len(written) == len(results["samples"]["chartqa_few"]) == 3
+    for number, prompt in enumerate(written):
+        first, last = prompt.text.split("USER: <image>\nBe brief.How many shapes ")[1].split("\n\nHow many shapes ")
+        assert first.endswith(f"as a single word. {first[0]}")  # a question, and its answer after it
+        assert last.startswith(f"{number}?") and last.endswith(" ASSISTANT:")
+        assert len(prompt.visuals) == 1
+
+
 def test_dummy_model_is_left_alone(data, monkeypatch, tmp_path, capsys):
     """lmms-eval's own model with our hooks in place: its scores, and nothing of ours in the results."""
     import lmms_eval.tasks
@@ -100,14 +131,33 @@ def test_dummy_model_is_left_alone(data, monkeypatch, tmp_path, capsys):
     assert "decoding" not in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_help_and_a_run_of_another_model(data):
-    """The flags are in the help; lmms-eval's own commands and models work as before."""
-    result = run(data, "lmms_eval", "eval", "--help")
+CONSOLE_SCRIPT = ("-c", "from lmms_eval.cli.dispatch import main; main()")  # of the command `lmms-eval`
+
+
+def assert_flags_in_help(data: Path, *command: str) -> None:
+    result = python(data, *command, "eval", "--help")
     assert result.returncode == 0, result.stdout
     assert all(flag in result.stdout for flag in ("--use_msd", "--msd_model_path DRAFT", "--msd_baseline RESULTS"))
     assert "(llava_msd, llava_next_msd, qwen2_vl_msd, qwen2_5_vl_msd)" in result.stdout
-    assert run(data, "lmms_eval", "--help").returncode == 0
+
+
+def test_flags_in_the_help_of_the_console_script(data):
+    """lmms-eval's real parser in a process of its own: the plugin is found, and its hook works."""
+    assert_flags_in_help(data, *CONSOLE_SCRIPT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["lmms_eval", "lmms_eval_msd"])
+def test_help_of_the_modules(module, data):
+    assert_flags_in_help(data, "-m", module)
+    result = run(data, module, "--help")
+    assert result.returncode == 0, result.stdout
+    assert "Run model evaluation" in result.stdout
+
+
+@pytest.mark.slow
+def test_run_of_another_model(data):
+    """lmms-eval's own models work as before."""
     out = data / "dummy"
     result = run(data, "lmms_eval", "--model", "dummy", "--tasks", "chartqa", "--output_path", str(out))
     assert result.returncode == 0, result.stdout
@@ -159,25 +209,32 @@ def test_command_of_the_readme(base, draft, data):
 
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives(base, draft, data):
-    """Scores, answers and counts; and both processes end. (`accelerate launch --cpu` starts two only with MPI.)"""
+    """Scores, answers and counts; and both processes end. (`accelerate launch --cpu` starts two only with MPI.)
+
+    The two read their settings from a file, of which lmms-eval's parser knows nothing.
+    """
+    settings = {"model": "llava_msd", "model_args": f"pretrained={base},dtype=float32,msd_depth=2,msd_total_tokens=8"}
+    settings |= {"use_msd": True, "msd_model_path": str(draft), "tasks": "chartqa,chartqa_msd", "log_samples": True}
+    settings |= {"gen_kwargs": "max_new_tokens=12"}
     two = ["torch.distributed.run", "--nproc_per_node=2", "--master_port=29507", "-m"]
-    model = ["--model", "llava_msd", "--model_args", f"pretrained={base},dtype=float32,msd_depth=2,msd_total_tokens=8"]
-    flags = ["--use_msd", "--msd_model_path", str(draft), "--tasks", "chartqa", "--log_samples"]
     saved, answers = {}, {}
     for name, launcher in (("one", []), ("two", two)):
         out = data / name
-        result = run(data, *launcher, "lmms_eval", *model, *flags, "--output_path", str(out))
+        (data / f"{name}.yaml").write_text(yaml.safe_dump(settings | {"output_path": str(out)}))
+        result = run(data, *launcher, "lmms_eval", "--config", f"{name}.yaml")
         assert result.returncode == 0, result.stdout
         assert result.stdout.count("MSD decoding, float32") == 1
         saved[name] = json.loads(read(out, "_results.json"))
-        samples = [json.loads(line) for line in read(out, "_samples_chartqa.jsonl").splitlines()]
-        answers[name] = sorted((each["doc_id"], each["filtered_resps"][0]) for each in samples)
-    assert answers["one"] == answers["two"]
-    assert len(answers["one"]) == 3
+        for task in ("chartqa", "chartqa_msd"):
+            samples = [json.loads(line) for line in read(out, f"_samples_{task}.jsonl").splitlines()]
+            answers[name, task] = sorted((each["doc_id"], each["filtered_resps"][0]) for each in samples)
+            assert len(answers[name, task]) == 3
     assert saved["one"]["results"] == saved["two"]["results"]
     assert [saved[name]["msd"]["processes"] for name in saved] == [1, 2]
-    for key in ("answers", "tokens", "cycles", "tau", "histogram", "acceptance_by_position"):
-        assert saved["one"]["msd"]["tasks"]["chartqa"][key] == saved["two"]["msd"]["tasks"]["chartqa"][key], key
+    for task in ("chartqa", "chartqa_msd"):
+        assert answers["one", task] == answers["two", task]
+        for key in ("answers", "tokens", "cycles", "tau", "histogram", "acceptance_by_position"):
+            assert saved["one"]["msd"]["tasks"][task][key] == saved["two"]["msd"]["tasks"][task][key], (task, key)
 
 
 @pytest.mark.slow
@@ -233,31 +290,3 @@ def test_failed_evaluation_fails(base, data):
     result = run(data, "lmms_eval", "--model", "llava_msd", "--model_args", f"pretrained={base}", "--tasks", "no_such")
     assert result.returncode == 1, result.stdout
     assert "no_such" in result.stdout
-
-
-def script(base: Path, draft: Path, questions: Path, out: Path) -> subprocess.CompletedProcess[str]:
-    """scripts/5_evaluate.sh on two questions."""
-    packages = os.pathsep.join(str(REPO / name) for name in ("LLaVA", "EAGLE", "lmms-eval"))
-    env = os.environ | {"PYTHON": sys.executable, "OUT": str(out), "QUESTIONS": str(questions), "LIMIT": "2"}
-    env |= {"HF_HOME": str(out / "hf"), "HF_HUB_OFFLINE": "1", "PORT": "29508", "PYTHONPATH": packages}
-    command = [str(REPO / "scripts" / "5_evaluate.sh"), str(base), str(draft)]
-    return subprocess.run(command, env=env, text=True, capture_output=True, timeout=3600)
-
-
-@pytest.mark.slow
-def test_script(base, draft, questions, tmp_path):
-    result = script(base, draft, questions, tmp_path)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert json.loads(read(tmp_path, "compare.json"))["tasks"]["chartqa"]["answers_equal"] == 2
-    (report,) = [json.loads(path.read_text()) for path in tmp_path.rglob("msd/**/*_msd.json")]
-    assert report["tasks"]["chartqa"]["speedup"] > 0
-
-
-@pytest.mark.slow
-def test_script_that_fails(base, questions, tmp_path):
-    """Half of it worked: that is no success."""
-    result = script(base, tmp_path / "no-draft", questions, tmp_path)
-    assert result.returncode != 0, result.stdout + result.stderr
-    assert "error: " in result.stderr
-    assert "no-draft" in result.stderr
-    assert list(tmp_path.rglob("compare.json")) == []

@@ -20,13 +20,17 @@ def own_parser(monkeypatch):
 
 
 def parse(*argv: str) -> argparse.Namespace:
+    return make_parser().parse_args(argv)
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", default="")
     for option in sorted(hook.EVAL_OPTIONS):
         parser.add_argument(option, type=str, default="")
     hook.add_flags(parser)
     hook.add_flags(parser)
-    return parser.parse_args(argv)
+    return parser
 
 
 def test_flags_become_model_args():
@@ -64,6 +68,39 @@ def test_flags_that_cannot_work(argv, message):
 )
 def test_flags_that_can_work(argv):
     hook.check_flags(parse(*argv))
+
+
+@pytest.mark.parametrize(
+    ("content", "argv", "models"),
+    [
+        ("{model: llava_msd}", [], {"llava_msd"}),
+        ("[{model: dummy}, {model: qwen2_vl_msd}, {tasks: mme}]", [], {"dummy", "qwen2_vl_msd", ""}),
+        ("{model: llava_msd}", ["--model", "dummy"], {"dummy"}),  # lmms-eval lets the command line win
+        ("{model: [", [], set()),
+        ("text", [], set()),
+    ],
+)
+def test_models_of_a_config_file(content, argv, models, tmp_path):
+    (tmp_path / "run.yaml").write_text(content)
+    parser = make_parser()
+    assert hook.models_to_come(parser, parser.parse_args(["--config", str(tmp_path / "run.yaml"), *argv])) == models
+    assert hook.models_to_come(parser, parser.parse_args(["--config", str(tmp_path / "none.yaml")])) == set()
+    assert hook.models_to_come(parser, parser.parse_args(["--model", "llava_hf"])) == {"llava_hf"}
+
+
+@pytest.mark.parametrize(("model", "told"), [("llava_msd", "true"), ("llava_hf", None)])
+def test_config_file_joins_processes(model, told, tmp_path, monkeypatch):
+    """The parser that lmms-eval parses with knows nothing of the file's model."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "")
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    monkeypatch.setattr(hook, "add_tasks", lambda: None)
+    monkeypatch.setattr(hook, "_extend", lambda parser: None)
+    (tmp_path / "run.yaml").write_text(f"{{model: {model}, tasks: chartqa}}")
+    hook.install()
+    make_parser().parse_args(["--config", str(tmp_path / "run.yaml")])
+    assert os.environ.get("ACCELERATE_USE_CPU") == told
 
 
 def test_comma_in_path():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 from eval_support import IMAGES, load, make_video, request, upstream
 
@@ -12,6 +15,13 @@ from lmms_eval_msd.conversation_qwen import Text, interleaved
 from lmms_eval_msd.visuals import visuals_of
 
 ANY_STOP = {"until": []}
+# as published with llava-hf's checkpoints: pictures first, no system prompt of its own
+PARTS_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\\n' }}{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] + ' ' }}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
 
 
 def compare(theirs, texts, ours, context, visuals, settings=None):
@@ -43,6 +53,42 @@ def test_llava_next_as_llava_hf(llava_next, monkeypatch):
     for visuals in (IMAGES[:1], IMAGES[1:]):
         one, other = compare(theirs, texts, ours, "How many shapes?", visuals)
         assert one == other
+
+
+def with_template(folder, copy, file):
+    """A copy of a checkpoint with the template in one of the two files that checkpoints have it in."""
+    shutil.copytree(folder, copy)
+    (copy / file).write_text(
+        PARTS_TEMPLATE if file.endswith(".jinja") else json.dumps({"chat_template": PARTS_TEMPLATE})
+    )
+    return copy
+
+
+def test_template_of_the_processor_alone(llava_next, llava_hf, tmp_path, monkeypatch):
+    """chat_template.json gives the tokenizer none: `llava_hf` writes Vicuna's conversation, and so do we."""
+    pairs = [(llava_next, models.LlavaNextMSD, {}), (llava_hf, models.LlavaMSD, {"image_aspect": "crop"})]
+    for number, (source, model_class, options) in enumerate(pairs):
+        folder = with_template(source, tmp_path / str(number), "chat_template.json")
+        theirs, texts = upstream("llava_hf", "LlavaHf", folder, monkeypatch, dtype="float32")
+        assert theirs._image_processor.chat_template == PARTS_TEMPLATE
+        one, other = compare(theirs, texts, load(model_class, folder, **options), "How many?", IMAGES[:1])
+        assert one == other
+        assert texts[-1].startswith("A chat between a curious user")
+
+
+def test_template_of_parts_for_the_tokenizer_too(llava_next, tmp_path, monkeypatch):
+    """With chat_template.jinja `llava_hf` loses the question; ours is what both write without a template."""
+    folder = with_template(llava_next, tmp_path / "base", "chat_template.jinja")
+    theirs, texts = upstream("llava_hf", "LlavaHf", folder, monkeypatch, dtype="float32")
+    ours = load(models.LlavaNextMSD, folder)
+    prompt = ours.conversation.write("How many?", IMAGES[:1]).text
+    assert prompt == load(models.LlavaNextMSD, llava_next).conversation.write("How many?", IMAGES[:1]).text
+    theirs.tokenizer.apply_chat_template([{"role": "user", "content": "How many?"}], tokenize=False)
+    assert "How many?" not in texts[-1]
+    own = load(models.LlavaNextMSD, folder, chat_template="processor")
+    assert own.conversation.write("How many?", IMAGES[:1]).text == "USER: <image>\nHow many? ASSISTANT:"
+    with pytest.raises(UserError, match="has no chat template"):
+        load(models.LlavaNextMSD, llava_next, chat_template="processor")
 
 
 @pytest.mark.parametrize(("version", "name"), [("2", "Qwen2_VL"), ("2_5", "Qwen2_5_VL")])
