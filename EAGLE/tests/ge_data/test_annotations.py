@@ -110,6 +110,16 @@ def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert again.read_text() == output.read_text()
 
 
+def test_convert_makes_no_id_good_that_is_none(tmp_path: Path) -> None:
+    """Rows that the allocation skips for their id are the same rows after it."""
+    ids = [None, [1], {"a": 1}, 1.5, True, 7, "x", 10**30]
+    source, output = tmp_path / "in.json", tmp_path / "out.json"
+    source.write_text(json.dumps([{"id": value} for value in ids] + [{}]))
+    _, changes = convert(source, output)
+    assert [row.value["id"] for row in iter_rows(output)] == ["0", *ids[1:5], "7", "x", str(10**30), "8"]
+    assert changes == {"ids made text": 2, "ids added (the row's number)": 2}
+
+
 def test_convert_empty_array(tmp_path: Path) -> None:
     (tmp_path / "in.json").write_text("[ ]")
     assert convert(tmp_path / "in.json", tmp_path / "out.json")[0] == 0
