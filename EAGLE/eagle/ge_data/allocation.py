@@ -7,8 +7,9 @@
 `_t` takes the rows without picture, `_v` those with one; they are shuffled, and [A, B) counts in the shuffled order
 (all by default). Killed at any moment and started again, it goes on: finished shards are not touched. Ranges of one
 corpus may be made one after the other in one folder. `--shard I/N` is one of N equal parts of them, for N machines,
-each with a folder of its own; their shards put into one folder are the whole. `--hidden-dtype int8` halves the disk that hidden states take;
-with `--regenerate` the model answers the questions itself, its answers take the place of the file's.
+each with a folder of its own; their shards put into one folder are the whole. `--hidden-dtype int8` halves the disk
+that hidden states take; with `--regenerate` the model answers the questions itself, its answers take the place of the
+file's.
 """
 
 from __future__ import annotations
