@@ -47,7 +47,8 @@ def parser() -> argparse.ArgumentParser:
     add("--image-data-path", type=Path, help="folder of the pictures; without it the rows without picture are read")
     add("--rows", type=int, default=256, help="rows to read each way, whole shards (default: 256)")
     add("--shard-size", type=int, default=64, help="as of the allocation (default: 64)")
-    add("--batch-tokens", type=int, default=8192, help="as of the allocation (default: 8192)")
+    add("--max-length", type=int, default=2048, help="where conversations are cut (default: 2048)")
+    add("--batch-tokens", type=int, help="as of the allocation (default: 8192, on a CPU 1024)")
     add("--hidden-dtype", choices=("auto", "int8"), default="auto", help="as of the allocation (default: auto)")
     add("--dtype", default="auto", help="of the model (default: the checkpoint's)")
     add("--out", type=Path, help="also write the figures as JSON")
@@ -58,7 +59,7 @@ def extractors(options: argparse.Namespace, folder: Path) -> dict[str, Extractor
     """The two ways, sharing one model."""
     kind = TEXT if options.image_data_path is None else IMAGE
     target = load_target(options.model, dtype=options.dtype)
-    limit = min(2048, getattr(target.config.get_text_config(), "max_position_embeddings", 2048))
+    limit = min(options.max_length, getattr(target.config.get_text_config(), "max_position_embeddings", 2048))
     selection = Selection.of(options.json_data_path, kind, options.image_data_path or Path(), limit, seed=42)
     if len(selection.rows) < options.rows or options.rows < 2 * options.shard_size:
         raise UserError(

@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     add("--max-length", type=positive, default=2048, help="longest sequence; longer rows are cut (default: 2048)")
     add("--seed", type=int, default=42, help="of the shuffle and of sampled answers (default: 42)")
     add("--shard-size", type=positive, default=64, help="rows of a shard (default: 64)")
-    add("--batch-tokens", type=positive, default=8192, help="most tokens of a forward, padded (default: 8192)")
+    add("--batch-tokens", type=positive, help="most tokens of a forward, padded (default: 8192, on a CPU 1024)")
     own = made.add_argument_group("the model's own answers")
     own.add_argument("--regenerate", action="store_true", help="they take the place of those in the annotation file")
     own.add_argument("--msd-model", help="draft that speeds them up: folder or hub name (default: plain decoding)")

@@ -45,7 +45,7 @@ class Extractor(Reader):
         selection: Selection,
         folder: Path,
         source: Source,
-        batch_tokens: int,
+        batch_tokens: int | None,
         regenerator: Regenerator | None = None,
     ) -> None:
         super().__init__(target, template, source, batch_tokens)

@@ -17,6 +17,8 @@ from eagle.ge_data.template import Prepared, Template
 from eagle.model.targets import Target
 from llava.errors import UserError
 
+BATCH_TOKENS = {"cpu": 1024, "accelerator": 8192}
+"""Tokens of a forward by default. A CPU is busy with few, and its caches hold no more."""
 PADDING_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 """Largest relative difference of a row's hidden states that rounding explains; a wrong position or mask gives 0.5 and
 more."""
@@ -29,11 +31,13 @@ class Reader:
         target: the base model; its padded batches are checked once.
         template: of the target's family.
         source: what the samples say of themselves; states are rounded to its dtype.
-        batch_tokens: most tokens in one forward, padding included; a longer row is read alone.
+        batch_tokens: most tokens in one forward, padding included; a longer row is read alone. None: what suits the
+            target's device.
     """
 
-    def __init__(self, target: Target, template: Template, source: Source, batch_tokens: int) -> None:
-        self.target, self.template, self.source, self.batch_tokens = target, template, source, batch_tokens
+    def __init__(self, target: Target, template: Template, source: Source, batch_tokens: int | None) -> None:
+        self.target, self.template, self.source = target, template, source
+        self.batch_tokens = batch_tokens or BATCH_TOKENS["cpu" if target.device.type == "cpu" else "accelerator"]
         self._padding_checked = False
 
     def read(self, items: Sequence[Prepared]) -> list[Sample]:

@@ -54,7 +54,7 @@ class Job:
     dtype: str
     selection: Selection
     folder: Path
-    batch_tokens: int
+    batch_tokens: int | None
     source: Source | None
     hidden_dtype: str | None = None
     answers: Answers | None = None
