@@ -75,12 +75,17 @@ def _fix_turn(turn: Any, changes: Counter[str]) -> Any:
     return {**turn, "from": role}
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="python -m eagle.ge_data.convert", description=__doc__.splitlines()[0])
+    made.add_argument("--input", required=True, type=Path, help="annotation file, a JSON array")
+    made.add_argument("--output", required=True, type=Path, help="file to write")
+    return made
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m eagle.ge_data.convert", description=__doc__.splitlines()[0])
-    parser.add_argument("--input", required=True, type=Path, help="annotation file, a JSON array")
-    parser.add_argument("--output", required=True, type=Path, help="file to write")
-    arguments = parser.parse_args(argv)
+    arguments = parser().parse_args(argv)
     rows, changes = convert(arguments.input, arguments.output)
     print(f"{rows} rows -> {arguments.output}")
     for change, count in changes.most_common():

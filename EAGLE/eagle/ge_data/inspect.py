@@ -114,13 +114,18 @@ def shown_sample(data: ShardDataset, number: int, model: str | None) -> Text:
         return Text(f"{ASK} ({error})")
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="python -m eagle.ge_data.inspect", description=__doc__.splitlines()[0])
+    made.add_argument("folder", type=Path, help="folder of the shards")
+    made.add_argument("--model", help="base model, for the sample's text (default: the one the shards name)")
+    made.add_argument("--sample", type=int, default=0, help="which one, the assistant's words in green (default: 0)")
+    return made
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m eagle.ge_data.inspect", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="folder of the shards")
-    parser.add_argument("--model", help="base model, for the sample's text (default: the one the shards name)")
-    parser.add_argument("--sample", type=int, default=0, help="which one, the assistant's words in green (default: 0)")
-    options = parser.parse_args(argv)
+    options = parser().parse_args(argv)
     without = check(options.folder, load_index(options.folder))
     data = ShardDataset(options.folder)
     console = Console()
