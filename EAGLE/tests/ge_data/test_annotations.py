@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -148,3 +151,35 @@ def test_convert_in_bounded_memory(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8e6
+
+
+PEAK = """
+from pathlib import Path
+from eagle.ge_data.convert import main
+main(["--input", "in.json", "--output", "out.json"])
+print(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
+def test_convert_a_gigabyte_in_bounded_memory(tmp_path: Path) -> None:
+    """The peak of a process of its own, Python and all."""
+    source, output = tmp_path / "in.json", tmp_path / "out.json"
+    row = json.dumps({"id": 1, "conversations": [{"from": "human", "value": "x" * 2000}] * 4})
+    block, count = ",".join([row] * 1000), 130
+    try:
+        with source.open("w") as file:
+            file.write("[")
+            for number in range(count):
+                file.write(("," if number else "") + block)
+            file.write("]")
+        assert source.stat().st_size > 1e9
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        command = [sys.executable, "-c", PEAK]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        assert f"{count * 1000} rows" in done.stdout and output.stat().st_size > 1e9
+        assert int(done.stdout.split("VmHWM:")[1].split()[0]) < 100_000, "kB"
+    finally:
+        source.unlink(missing_ok=True)
+        output.unlink(missing_ok=True)
