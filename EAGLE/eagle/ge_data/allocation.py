@@ -240,7 +240,7 @@ def run(options: argparse.Namespace, notify: Callable[[str], None]) -> int:
             max_new_tokens=None if answers is None else answers.max_new_tokens,
         )
         settings.claim(options.outdir)
-        done = finished(options.outdir)
+        done = finished(options.outdir, notify)
         ranges = missing(start, end, options.shard_size, done)
         status = 0
         if ranges:

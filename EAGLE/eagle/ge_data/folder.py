@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
@@ -82,18 +82,21 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def finished(folder: Path) -> list[ShardInfo]:
+def finished(folder: Path, notify: Callable[[str], None]) -> list[ShardInfo]:
     """The whole shards of a folder; none in a new one.
 
     Those that the index has no checksum of (a kill came between shard and index, or they were moved here) are read for
-    one, and the index is written anew.
+    one, and the index is written anew; ``notify`` is told before, for it takes its time.
     """
     if not (folder / INDEX).exists() and not any(folder.glob(PATTERN)):
         return []
     index = load_index(folder, strict=False)
+    unread = sum(shard.sha256 is None for shard in index.shards)
+    if not unread:
+        return list(index.shards)
+    notify(f"reading {unread:,} shards for their checksums")
     shards = [shard if shard.sha256 else replace(shard, sha256=sha256(folder / shard.file)) for shard in index.shards]
-    if shards != list(index.shards):
-        Index.of(index.source, shards).save(folder)
+    Index.of(index.source, shards).save(folder)
     return shards
 
 

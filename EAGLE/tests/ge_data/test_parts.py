@@ -40,7 +40,9 @@ def test_parts_make_up_the_whole(span: tuple[int, int], parts: int, size: int) -
     assert not empty or (span[1] - span[0]) < parts * size
 
 
-def test_machines_joined_are_the_whole(base: Path, annotations: Write, tmp_path: Path) -> None:
+def test_machines_joined_are_the_whole(
+    base: Path, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Also where one machine was stopped half-way: the run that joins makes the rest. As in docs/data.md."""
     data = annotations([text_row(n, n % 3 + 1) for n in range(ROWS)])
     assert allocate(base, data, tmp_path / "whole") == 0
@@ -52,6 +54,7 @@ def test_machines_joined_are_the_whole(base: Path, annotations: Write, tmp_path:
     for path in (tmp_path / "1").glob("rows-*"):
         shutil.move(path, joined)
     assert allocate(tmp_path / "no model needed", data, joined) == 0
+    assert capsys.readouterr().err.count("reading 3 shards for their checksums") == 1
     assert load_index(joined) == load_index(tmp_path / "whole"), "checksums too"
     for one, other in zip(ShardDataset(joined), ShardDataset(tmp_path / "whole"), strict=True):
         assert one.id == other.id and torch.equal(one.hidden, other.hidden)
