@@ -6,7 +6,7 @@
 #   scripts/3_allocate.sh --batch-tokens 16384                    further flags go to eagle.ge_data.allocation
 # Environment: BASE, FAMILY (llava_v15 or qwen2_vl), PICTURES (folder of the pictures), COUNT (rows of each file; all
 # by default), GPUS (0,1,...; all by default), HIDDEN_DTYPE (auto or int8), MAX_LENGTH (tokens of a conversation), SHARD
-# (rows of a shard), WORK as in step 2. REGENERATE (1: the base answers itself) with DRAFT (which speeds it up),
+# (I/N: part I of N, from 0, one for each machine), SHARD_SIZE (rows of a shard), WORK as in step 2. REGENERATE (1: the base answers itself) with DRAFT (which speeds it up),
 # TEMPERATURE and MAX_NEW_TOKENS. Results: WORK/hidden_t, WORK/hidden_v.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -25,5 +25,6 @@ for kind in t v; do
     "$python" -m eagle.ge_data.allocation --outdir "$work/hidden_$kind" --model_type "${FAMILY:-llava_v15}_$kind" \
         --model "${BASE:-pocket/llava}" --image_data_path "${PICTURES:-pocket/data}" --json_data_path "$work/$file" \
         ${COUNT:+--limit "$COUNT"} ${GPUS:+--gpus "$GPUS"} ${HIDDEN_DTYPE:+--hidden-dtype "$HIDDEN_DTYPE"} \
-        ${MAX_LENGTH:+--max-length "$MAX_LENGTH"} ${SHARD:+--shard-size "$SHARD"} ${answers[@]+"${answers[@]}"} "$@"
+        ${MAX_LENGTH:+--max-length "$MAX_LENGTH"} ${SHARD:+--shard "$SHARD"} \
+        ${SHARD_SIZE:+--shard-size "$SHARD_SIZE"} ${answers[@]+"${answers[@]}"} "$@"
 done

@@ -11,15 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from eagle.ge_data.index import load_index
+
 REPO = Path(__file__).resolve().parents[1]
-BASE = REPO / "pocket" / "llava"
+QWEN = {"FAMILY": "qwen2_vl", "BASE": "pocket/qwen2vl", "CONFIG": "pocket_qwen2vl_config.json"}
+LLAVA = {"BASE": "pocket/llava"}  # and the scripts' own defaults
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    if not (BASE / "config.json").is_file():
-        pytest.fail("pocket/llava is not here: a checkout of the repository has it")
-    return tmp_path_factory.mktemp("pipeline")
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    return tmp_path / "pipeline"
 
 
 def run(work: Path, script: str, *flags: str, **settings: str) -> str:
@@ -33,29 +34,52 @@ def run(work: Path, script: str, *flags: str, **settings: str) -> str:
     return done.stdout
 
 
-def test_five_steps(work):
+def make_draft(work: Path, count: int, epochs: int, **settings: str) -> Path:
+    """Steps 2 to 4, with ``count`` rows of each kind; the draft's folder."""
     run(work, "2_convert.sh")
     assert all((work / name).is_file() for name in ("text.json", "image.json"))
 
-    run(work, "3_allocate.sh", COUNT="12")
-    run(work, "4_train.sh", "--epochs", "2", "--validation-limit", "2", PORT="29611")
+    run(work, "3_allocate.sh", COUNT=str(count), **settings)
+    for kind in "tv":
+        index = load_index(work / f"hidden_{kind}")
+        assert index.samples == count and index.model == Path(settings["BASE"]).name
+        assert index.family == settings.get("FAMILY", "llava")
+        assert (index.image_tokens > 0) == (kind == "v") and all(shard.sha256 for shard in index.shards)
+
+    run(work, "4_train.sh", "--epochs", str(epochs), "--validation-limit", "2", PORT="29611", **settings)
     draft = work / "checkpoints" / "final"
     assert {"config.json", "model.safetensors"} <= {file.name for file in draft.iterdir()}
+    return draft
 
+
+def check_answer(base: Path, draft: Path) -> None:
+    """The draft decodes with its base."""
     picture = next((REPO / "pocket" / "data" / "images" / "heldout").iterdir())
-    models = ["--base-model", str(BASE), "--msd-model", str(draft), "--dtype", "float32"]
+    models = ["--base-model", str(base), "--msd-model", str(draft), "--dtype", "float32"]
     command = [sys.executable, "-m", "eagle.cli", "generate", *models, "--image", str(picture), "--json"]
     command += ["--prompt", "Describe the picture.", "--max-new-tokens", "16"]
     answer = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPO).stdout)
     assert answer["new_tokens"] <= 16
 
+
+@pytest.mark.parametrize(
+    ("settings", "model"), [(LLAVA, "llava_msd"), pytest.param(QWEN, "qwen2_vl_msd", marks=pytest.mark.slow)]
+)
+def test_five_steps(work: Path, settings: dict[str, str], model: str) -> None:
+    draft, base = make_draft(work, count=12, epochs=2, **settings), REPO / settings["BASE"]
+    check_answer(base, draft)
     out = work / "evaluation"
     questions = str(REPO / "pocket" / "data" / "heldout.jsonl")
     run(
-        work, "5_evaluate.sh", str(BASE), str(draft), "chartqa",
-        LIMIT="3", OUT=str(out), QUESTIONS=questions, MODEL_ARGS="dtype=float32", PORT="29612",
+        work, "5_evaluate.sh", str(base), str(draft), "chartqa",
+        LIMIT="3", OUT=str(out), QUESTIONS=questions, MODEL=model, MODEL_ARGS="dtype=float32", PORT="29612",
     )  # fmt: skip
     comparison = json.loads(next(out.glob("*/compare.json")).read_text())
     task = comparison["tasks"]["chartqa"]
     assert task["answers"] == task["answers_equal"] == 3
     assert all(score["base"] == score["msd"] for score in task["metrics"].values())
+
+
+def test_data_of_qwen_feed_training(work: Path) -> None:
+    """Its two model types, from the documented commands to a draft that decodes."""
+    check_answer(REPO / QWEN["BASE"], make_draft(work, count=6, epochs=1, **QWEN))

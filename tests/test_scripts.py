@@ -42,7 +42,10 @@ def test_allocation_by_default(commands) -> None:
     ("settings", "flags"),
     [
         ({"HIDDEN_DTYPE": "int8"}, "--hidden-dtype int8"),
-        ({"MAX_LENGTH": "4096", "SHARD": "32"}, "--max-length 4096 --shard-size 32"),
+        (
+            {"MAX_LENGTH": "4096", "SHARD": "1/8", "SHARD_SIZE": "32"},
+            "--max-length 4096 --shard 1/8 --shard-size 32",
+        ),
         ({"REGENERATE": "1"}, "--regenerate"),
         ({"REGENERATE": "0", "DRAFT": "d"}, ""),
         (

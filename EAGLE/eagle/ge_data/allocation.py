@@ -1,19 +1,22 @@
 """Generate training data: the target reads conversations, its hidden states are stored in shards.
 
     python -m eagle.ge_data.allocation --outdir D --model_type llava_v15_t|llava_v15_v|qwen2_vl_t|... \\
-        --model BASE --image_data_path image_data --json_data_path FILE [--start A --end B] [--gpus 0,1,...] \\
-        [--hidden-dtype int8] [--regenerate [--msd-model DRAFT] [--temperature T] [--max-new-tokens N]]
+        --model BASE --image_data_path image_data --json_data_path FILE [--start A --end B] [--shard I/N] \\
+        [--gpus 0,1,...] [--hidden-dtype int8] [--regenerate [--msd-model DRAFT] [--temperature T] [--max-new-tokens N]]
 
 `_t` takes the rows without picture, `_v` those with one; they are shuffled, and [A, B) counts in the shuffled order
 (all by default). Killed at any moment and started again, it goes on: finished shards are not touched. Ranges of one
-corpus may be made one after the other in one folder. `--hidden-dtype int8` halves the disk that hidden states take;
-with `--regenerate` the model answers the questions itself, its answers take the place of the file's.
+corpus may be made one after the other in one folder. `--shard I/N` is one of N equal parts of them, for N machines,
+each with a folder of its own; their shards put into one folder are the whole. `--hidden-dtype int8` halves the disk
+that hidden states take; with `--regenerate` the model answers the questions itself, its answers take the place of the
+file's.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -41,9 +44,19 @@ MAX_NEW_TOKENS = 1024
 MODEL_TYPES = tuple(f"{family}_{kind}" for family in FAMILIES for kind in KINDS)
 
 
+def part(text: str) -> tuple[int, int]:
+    """An argparse type: ``I/N``, part I of N, from 0."""
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    number, parts = (int(found[1]), int(found[2])) if found else (0, 0)
+    if number >= parts:
+        raise argparse.ArgumentTypeError(f"'{text}' is no part, give 0/2 for the first of two and 1/2 for the second")
+    return number, parts
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog="python -m eagle.ge_data.allocation", description=__doc__.splitlines()[0])
+    about = __doc__.splitlines()[0]
+    made = argparse.ArgumentParser(prog="python -m eagle.ge_data.allocation", description=about, allow_abbrev=False)
     add = made.add_argument
     add("--outdir", required=True, type=Path, help="folder of the shards; started again, it is completed")
     add("--model_type", required=True, choices=MODEL_TYPES, help="family of --model; _t text, _v image rows")
@@ -53,6 +66,9 @@ def parser() -> argparse.ArgumentParser:
     add("--start", type=int, default=0, help="first row of the shuffled selection (default: 0)")
     add("--end", type=int, help="row after the last one (default: all)")
     add("--limit", type=positive, help="at most so many rows")
+    add(
+        "--shard", type=part, metavar="I/N", help="part I, from 0, of N equal parts of these rows: one for each machine"
+    )
     add("--gpus", help="one worker on each: 0,1,... or cpu (default: all GPUs, else this process's CPU)")
     add("--dtype", choices=DTYPES, default="auto", help="dtype of the base model (default: the checkpoint's)")
     add("--hidden-dtype", choices=HIDDEN_DTYPES, default=AUTO, help=f"stored hidden states (default: {AUTO}, 16 bit)")
@@ -91,8 +107,8 @@ def select(options: argparse.Namespace) -> tuple[Selection, Range]:
     """The shuffled rows of the wanted kind, and the range of them that is wanted.
 
     Raises:
-        UserError: the file cannot be read, no row is of that kind, the range is empty, or there is no folder of
-        pictures.
+        UserError: the file cannot be read, no row is of that kind, the range or the part of it is empty, or there is
+        no folder of pictures.
     """
     kind = KINDS[options.model_type.rsplit("_", 1)[1]]
     selection = Selection.of(options.json_data_path, kind, options.image_data_path, options.max_length, options.seed)
@@ -105,7 +121,33 @@ def select(options: argparse.Namespace) -> tuple[Selection, Range]:
             f"rows {options.start} to {end} are none of the {rows} {kind} rows",
             fix="see --start, --end and --limit",
         )
-    return selection, (options.start, end)
+    return selection, part_of((options.start, end), options.shard, options.shard_size)
+
+
+def part_of(span: Range, shard: tuple[int, int] | None, shard_size: int) -> Range:
+    """Part I of N of a range, cut where shards are: at multiples of ``shard_size``. The parts make up the whole.
+
+    >>> [part_of((3, 20), (number, 2), 4) for number in range(2)]
+    [(3, 8), (8, 20)]
+
+    Raises:
+        UserError: nothing is left for this part.
+    """
+    if shard is None:
+        return span
+    (start, end), (number, parts) = span, shard
+
+    def cut(place: int) -> int:
+        at = start + (end - start) * place // parts
+        return at if place in (0, parts) else max(start, at - at % shard_size)
+
+    first, last = cut(number), cut(number + 1)
+    if first == last:
+        raise UserError(
+            f"part {number}/{parts} of rows {start} to {end} is empty",
+            fix=f"take fewer parts, or a smaller --shard-size than {shard_size}",
+        )
+    return first, last
 
 
 def devices(gpus: str | None) -> list[str]:
@@ -198,7 +240,7 @@ def run(options: argparse.Namespace, notify: Callable[[str], None]) -> int:
             max_new_tokens=None if answers is None else answers.max_new_tokens,
         )
         settings.claim(options.outdir)
-        done = finished(options.outdir)
+        done = finished(options.outdir, notify)
         ranges = missing(start, end, options.shard_size, done)
         status = 0
         if ranges:

@@ -20,12 +20,20 @@ from eagle.ge_data.conversations import ROLES
 from llava.errors import UserError, run_cli
 from llava.files import atomic_write
 
+ADDED = "ids added (the row's number)"
+
 
 def fix_row(row: Row, number: int, changes: Counter[str]) -> Row:
-    """A row in the common shape, keys in their old order; counts in ``changes`` what was done to it."""
+    """A row in the common shape, keys in their old order; counts in ``changes`` what was done to it.
+
+    An id that is no text and no whole number stays, so that the allocation names the row.
+    """
     fixed: Row = {}
     for key, value in row.items():
-        if key == "id" and not isinstance(value, str):
+        if key == "id" and value is None:
+            changes[ADDED] += 1
+            value = str(number)
+        elif key == "id" and type(value) is int:
             changes["ids made text"] += 1
             value = str(value)
         if key == "items" and "conversations" not in row:
@@ -35,7 +43,7 @@ def fix_row(row: Row, number: int, changes: Counter[str]) -> Row:
             value = [_fix_turn(turn, changes) for turn in value]
         fixed[key] = value
     if "id" not in row:
-        changes["ids added (the row's number)"] += 1
+        changes[ADDED] += 1
         fixed = {"id": str(number), **fixed}
     return fixed
 
@@ -67,12 +75,17 @@ def _fix_turn(turn: Any, changes: Counter[str]) -> Any:
     return {**turn, "from": role}
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="python -m eagle.ge_data.convert", description=__doc__.splitlines()[0])
+    made.add_argument("--input", required=True, type=Path, help="annotation file, a JSON array")
+    made.add_argument("--output", required=True, type=Path, help="file to write")
+    return made
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m eagle.ge_data.convert", description=__doc__.splitlines()[0])
-    parser.add_argument("--input", required=True, type=Path, help="annotation file, a JSON array")
-    parser.add_argument("--output", required=True, type=Path, help="file to write")
-    arguments = parser.parse_args(argv)
+    arguments = parser().parse_args(argv)
     rows, changes = convert(arguments.input, arguments.output)
     print(f"{rows} rows -> {arguments.output}")
     for change, count in changes.most_common():

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 
 from eagle.ge_data.checked import shown
-from eagle.ge_data.index import INDEX, PATTERN, Index, ShardInfo, Skipped, load_index, read_about
+from eagle.ge_data.index import INDEX, PATTERN, Index, ShardInfo, Skipped, load_index, read_about, sha256
 from eagle.locks import take
 from llava.errors import UserError
 from llava.files import atomic_write, read_json
@@ -43,13 +43,13 @@ class Settings:
     max_new_tokens: int | None = None
 
     def claim(self, folder: Path) -> None:
-        """Writes ``settings.json``, or compares with the one that is there.
+        """Writes ``settings.json``, or compares with the one that is there once there is a shard.
 
         Raises:
             UserError: the folder was begun with other settings, or holds shards without settings.
         """
-        path, own = folder / SETTINGS, asdict(self)
-        if path.exists():
+        path, own, begun = folder / SETTINGS, asdict(self), any(folder.glob(PATTERN))
+        if begun and path.exists():
             defaults = {item.name: item.default for item in fields(self) if item.default is not MISSING}
             found = read_json(path, "settings of the corpus")
             if not isinstance(found, dict):
@@ -62,7 +62,7 @@ class Settings:
             ]
             if changed:
                 raise UserError(f"the folder was begun with {', '.join(changed)}", folder, "take another --outdir")
-        elif any(folder.glob(PATTERN)):
+        elif begun:
             raise UserError(f"the folder has shards but no {SETTINGS}", folder, "take another --outdir")
         else:
             with atomic_write(path) as temporary:
@@ -82,11 +82,22 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def finished(folder: Path) -> list[ShardInfo]:
-    """The whole shards of a folder; none in a new one."""
+def finished(folder: Path, notify: Callable[[str], None]) -> list[ShardInfo]:
+    """The whole shards of a folder; none in a new one.
+
+    Those that the index has no checksum of (a kill came between shard and index, or they were moved here) are read for
+    one, and the index is written anew; ``notify`` is told before, for it takes its time.
+    """
     if not (folder / INDEX).exists() and not any(folder.glob(PATTERN)):
         return []
-    return list(load_index(folder, strict=False).shards)
+    index = load_index(folder, strict=False)
+    unread = sum(shard.sha256 is None for shard in index.shards)
+    if not unread:
+        return list(index.shards)
+    notify(f"reading {unread:,} shards for their checksums")
+    shards = [shard if shard.sha256 else replace(shard, sha256=sha256(folder / shard.file)) for shard in index.shards]
+    Index.of(index.source, shards).save(folder)
+    return shards
 
 
 def missing(start: int, end: int, shard_size: int, done: Sequence[ShardInfo]) -> list[tuple[int, int]]:

@@ -2,7 +2,8 @@
 
     python -m eagle.ge_data.inspect D [--model BASE] [--sample I]
 
-With a model, one sample is shown as text; only the tokenizer is loaded.
+One sample is shown as text, with the tokenizer of the base model: --model, or else the model that the shards name,
+where it is a hub name or a folder here.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from torch import Tensor
 
 from eagle.ge_data.index import AGAIN, INDEX, Index, gigabytes, load_index, sha256
 from eagle.ge_data.shards import OpenShard, Sample, ShardDataset
-from eagle.ge_data.templates import TEMPLATES
+from eagle.ge_data.templates import template_class
 from llava.errors import UserError, run_cli
 
 BINS = 8
 BAR = 40
+ASK = "give --model BASE to see a sample as text"
 
 
 def check(folder: Path, index: Index) -> int:
@@ -72,8 +74,12 @@ def table(data: ShardDataset, without: int) -> Table:
 
 
 def decoded(sample: Sample, family: str, model: str) -> Text:
-    """A sample's text: image tokens as a count, the assistant's tokens in green."""
-    tokenizer = TEMPLATES[family].load_processor(model).tokenizer
+    """A sample's text: image tokens as a count, the assistant's tokens in green.
+
+    Raises:
+        UserError: the family has no template, or the model's tokenizer cannot be loaded.
+    """
+    tokenizer = template_class(family).load_processor(model).tokenizer
     kinds = torch.where(sample.image_mask, 2, sample.loss_mask.long())
     text = Text()
     for part in torch.tensor_split(torch.arange(len(kinds)), (kinds.diff().nonzero().flatten() + 1).tolist()):
@@ -85,22 +91,47 @@ def decoded(sample: Sample, family: str, model: str) -> Text:
     return text
 
 
+def shown_sample(data: ShardDataset, number: int, model: str | None) -> Text:
+    """Sample ``number`` as text, or how it can be had: a model that the shards name need not be at hand.
+
+    Args:
+        model: the base; None for the one that the shards name.
+
+    Raises:
+        UserError: no such sample, no template for the family, or no tokenizer in a model that was given.
+    """
+    meta = data.meta
+    template_class(meta.family)
+    if not 0 <= number < len(data):
+        raise UserError(f"no sample {number}, there are {len(data)}", fix="see --sample")
+    if model is not None:
+        return decoded(data[number], meta.family, model)
+    if "/" not in meta.model and not Path(meta.model).is_dir():
+        return Text(ASK)
+    try:
+        return decoded(data[number], meta.family, meta.model)
+    except UserError as error:
+        return Text(f"{ASK} ({error})")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="python -m eagle.ge_data.inspect", description=__doc__.splitlines()[0])
+    made.add_argument("folder", type=Path, help="folder of the shards")
+    made.add_argument("--model", help="base model, for the sample's text (default: the one the shards name)")
+    made.add_argument("--sample", type=int, default=0, help="which one, the assistant's words in green (default: 0)")
+    return made
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m eagle.ge_data.inspect", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="folder of the shards")
-    parser.add_argument("--model", help="base model: show a sample as text, the assistant's words in green")
-    parser.add_argument("--sample", type=int, default=0, help="which sample (default: 0)")
-    options = parser.parse_args(argv)
+    options = parser().parse_args(argv)
     without = check(options.folder, load_index(options.folder))
     data = ShardDataset(options.folder)
     console = Console()
     console.print(table(data, without))
     console.print(Text("tokens a sample\n" + "\n".join(histogram(data.lengths()))))
-    if options.model is not None:
-        if not 0 <= options.sample < len(data):
-            raise UserError(f"no sample {options.sample}, there are {len(data)}", fix="see --sample")
-        console.print(decoded(data[options.sample], data.meta.family, options.model))
+    console.print(shown_sample(data, options.sample, options.model))
     return 0
 
 

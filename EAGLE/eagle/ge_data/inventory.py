@@ -2,18 +2,53 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from eagle.ge_data.annotations import iter_rows
-from eagle.ge_data.conversations import image_names
+from eagle.ge_data.conversations import REASONS, Unusable, image_names
 from eagle.ge_data.image_sets import CoverSet, PictureSet, Source
 from eagle.ge_data.picture_folder import expected_pictures, gone_covers, picture_names
 
 FIRST = 5
 """So many missing names are shown."""
+LONGEST = 200
+"""Characters of a name that are shown."""
 OTHER = "other"
+
+
+@dataclass
+class Needs:
+    """What an annotation file names. ``names``: of pictures, by folder; ``with_pictures``: rows that name some;
+    ``unusable``: rows whose names are none, by reason (a key of `REASONS`)."""
+
+    names: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    rows: int = 0
+    with_pictures: int = 0
+    unusable: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def of(cls, annotations: Path) -> Needs:
+        """Those of a file.
+
+        Raises:
+            UserError: it is missing or broken.
+        """
+        needs = cls()
+        for row in iter_rows(annotations):
+            needs.rows += 1
+            try:
+                names = image_names(row.value)
+            except Unusable as unusable:
+                needs.unusable[unusable.reason] += 1
+                continue
+            needs.with_pictures += bool(names)
+            for name in names:
+                folder, _, last = name.rpartition("/")
+                needs.names[folder].add(last)
+        return needs
 
 
 def report_sets(root: Path, sources: Sequence[Source]) -> tuple[list[str], bool]:
@@ -31,7 +66,8 @@ def report_sets(root: Path, sources: Sequence[Source]) -> tuple[list[str], bool]
 
 
 def report_needed(root: Path, sources: Sequence[Source], annotations: Path, all_sets: bool) -> tuple[list[str], bool]:
-    """Lines on the pictures that an annotation file names, and whether all are there.
+    """Lines on the pictures that an annotation file names, and whether all are there. Rows whose names are none are
+    counted and do not matter: the allocation skips them.
 
     Args:
         all_sets: also report names that belong to no set.
@@ -39,8 +75,11 @@ def report_needed(root: Path, sources: Sequence[Source], annotations: Path, all_
     Raises:
         UserError: the file is missing or broken.
     """
-    needed, rows, with_pictures = _needed(annotations)
-    lines, whole = [f"{annotations}: {rows:,} rows, {with_pictures:,} with pictures"], True
+    needs = Needs.of(annotations)
+    needed = needs.names
+    lines, whole = [f"{annotations}: {needs.rows:,} rows, {needs.with_pictures:,} with pictures"], True
+    for reason, count in sorted(needs.unusable.items()):
+        lines.append(f"{count:,} rows name no usable picture: {REASONS[reason]}")
     sets = [source for source in sources if isinstance(source, PictureSet)]
     for source in sets:
         names = needed.pop(source.path, set())
@@ -50,7 +89,7 @@ def report_needed(root: Path, sources: Sequence[Source], annotations: Path, all_
         whole = whole and not missing
     if all_sets and needed:
         names = {_joined(folder, name) for folder, found in needed.items() for name in found}
-        missing = {name for name in names if not (root / name).is_file()}
+        missing = {name for name in names if not _is_file(root / name)}
         lines += _needed_lines(OTHER, len(names), sorted(missing), 0)
         whole = whole and not missing
     return lines, whole
@@ -67,18 +106,18 @@ def _picture_line(root: Path, source: PictureSet) -> tuple[str, bool]:
     return text + (f", {missing:,} missing" if missing else ", complete"), not missing
 
 
-def _needed(annotations: Path) -> tuple[dict[str, set[str]], int, int]:
-    """Names by folder; rows; rows with pictures."""
-    needed: defaultdict[str, set[str]] = defaultdict(set)
-    rows = with_pictures = 0
-    for row in iter_rows(annotations):
-        names = image_names(row.value)
-        rows += 1
-        with_pictures += bool(names)
-        for name in names:
-            folder, _, last = name.rpartition("/")
-            needed[folder].add(last)
-    return needed, rows, with_pictures
+def _is_file(path: Path) -> bool:
+    """False too for a name that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _shown(name: str) -> str:
+    """A name as one printable piece of a line."""
+    name = name if name.isprintable() else repr(name)
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 3]}..."
 
 
 def _joined(folder: str, name: str) -> str:
@@ -92,7 +131,7 @@ def _gone_names(root: Path, source: PictureSet) -> set[str]:
 def _needed_lines(label: str, needed: int, missing: Sequence[str], gone: int) -> list[str]:
     text = f"{label:<9} {needed:>7,} needed, {needed - len(missing):>7,} there, {len(missing):>7,} missing"
     lines = [text + (f", {gone:,} of them gone from the web" if gone else "")]
-    lines += [f"{'':<9} {name}" for name in missing[:FIRST]]
+    lines += [f"{'':<9} {_shown(name)}" for name in missing[:FIRST]]
     if len(missing) > FIRST:
         lines.append(f"{'':<9} and {len(missing) - FIRST:,} more")
     return lines

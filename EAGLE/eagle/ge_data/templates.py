@@ -15,14 +15,24 @@ FAMILIES = {"llava_v15": "llava", "qwen2_vl": "qwen2_vl", "qwen2_5_vl": "qwen2_5
 """Names of the families on the command line."""
 
 
+def template_class(family: str) -> type[Template]:
+    """The template of a family of models.
+
+    Raises:
+        UserError: the family has none.
+    """
+    if family not in TEMPLATES:
+        known = ", ".join(TEMPLATES)
+        raise UserError("no conversation template for this family of models", family, f"known: {known}")
+    return TEMPLATES[family]
+
+
 def template_of(target: Any) -> Template:
     """The template of a `Target`'s family.
 
     Raises:
         UserError: the family has none.
     """
-    if target.family not in TEMPLATES:
-        known = ", ".join(TEMPLATES)
-        raise UserError("no conversation template for this family of models", target.family, f"known: {known}")
     config = target.config
-    return TEMPLATES[target.family](target.processor, config.image_token_id, getattr(config, "video_token_id", None))
+    made = template_class(target.family)
+    return made(target.processor, config.image_token_id, getattr(config, "video_token_id", None))

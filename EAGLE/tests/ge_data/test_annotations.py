@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -110,6 +113,16 @@ def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert again.read_text() == output.read_text()
 
 
+def test_convert_makes_no_id_good_that_is_none(tmp_path: Path) -> None:
+    """Rows that the allocation skips for their id are the same rows after it."""
+    ids = [None, [1], {"a": 1}, 1.5, True, 7, "x", 10**30]
+    source, output = tmp_path / "in.json", tmp_path / "out.json"
+    source.write_text(json.dumps([{"id": value} for value in ids] + [{}]))
+    _, changes = convert(source, output)
+    assert [row.value["id"] for row in iter_rows(output)] == ["0", *ids[1:5], "7", "x", str(10**30), "8"]
+    assert changes == {"ids made text": 2, "ids added (the row's number)": 2}
+
+
 def test_convert_empty_array(tmp_path: Path) -> None:
     (tmp_path / "in.json").write_text("[ ]")
     assert convert(tmp_path / "in.json", tmp_path / "out.json")[0] == 0
@@ -138,3 +151,35 @@ def test_convert_in_bounded_memory(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8e6
+
+
+PEAK = """
+from pathlib import Path
+from eagle.ge_data.convert import main
+main(["--input", "in.json", "--output", "out.json"])
+print(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
+def test_convert_a_gigabyte_in_bounded_memory(tmp_path: Path) -> None:
+    """The peak of a process of its own, Python and all."""
+    source, output = tmp_path / "in.json", tmp_path / "out.json"
+    row = json.dumps({"id": 1, "conversations": [{"from": "human", "value": "x" * 2000}] * 4})
+    block, count = ",".join([row] * 1000), 130
+    try:
+        with source.open("w") as file:
+            file.write("[")
+            for number in range(count):
+                file.write(("," if number else "") + block)
+            file.write("]")
+        assert source.stat().st_size > 1e9
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        command = [sys.executable, "-c", PEAK]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        assert f"{count * 1000} rows" in done.stdout and output.stat().st_size > 1e9
+        assert int(done.stdout.split("VmHWM:")[1].split()[0]) < 100_000, "kB"
+    finally:
+        source.unlink(missing_ok=True)
+        output.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from io import BytesIO
@@ -20,11 +21,13 @@ from hub_server import HubServer
 from huggingface_hub import hf_hub_download
 
 from eagle.ge_data import download, fetch
+from eagle.ge_data.conversations import REASONS
 from eagle.ge_data.folder import locked
 from eagle.ge_data.image_sets import SOURCES, ArchiveSet
 from llava.errors import run_cli
 
 from .conftest import Write, image_row, text_row
+from .mangle_rows import mangled_rows
 from .test_covers import picture
 
 ARCHIVES = [source.name for source in SOURCES if isinstance(source, ArchiveSet)]
@@ -320,6 +323,21 @@ def test_check_of_an_annotation_file(run: Run, root: Path, annotations: Write, s
     (root / "mine").mkdir()
     (root / "mine" / "a.png").write_bytes(b"x")
     assert "other 2 needed, 1 there, 1 missing" in " ".join(run("--check", "--annotations", str(file))[1].split())
+
+
+def test_check_counts_names_that_are_none(run: Run, root: Path, annotations: Write) -> None:
+    """Damaged rows do not end the check; the allocation skips the same rows for the same reasons."""
+    (root / "mine").mkdir(parents=True)
+    (root / "mine" / "a.png").write_bytes(b"x")
+    names = Counter(row.reason for row in mangled_rows(3, each=12) if row.kind == "v")
+    damaged = [row.row for row in mangled_rows(3, each=12)]
+    out = run("--check", "--annotations", str(annotations([image_row(1, "mine/a.png"), *damaged])))[1]
+    for reason in ("image_name", "outside_picture"):
+        assert names[reason] == 12 and f"12 rows name no usable picture: {REASONS[reason]}" in out
+    assert "other" in out and "\0" not in out and max(map(len, out.splitlines())) < 300
+    whole = annotations([image_row(1, "mine/a.png"), {**image_row(2), "image": 5}, image_row(3, "../a.png")])
+    status, out, _ = run("--check", "--annotations", str(whole))
+    assert status == 0 and f"{whole}: 3 rows, 1 with pictures" in out
 
 
 BAD = {

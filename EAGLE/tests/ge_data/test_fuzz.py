@@ -186,11 +186,24 @@ def test_flipped_bits_in_an_annotation_file(tmp_path: Path) -> None:
 
 
 def test_conversion_passes_damage_on(annotations: Write, tmp_path: Path) -> None:
-    """It repairs names and ids and leaves the rest to the allocation, row for row."""
+    """It repairs names and ids and leaves the rest to the allocation, row for row: none that has to be skipped becomes
+    a good one."""
     rows = [row for row, _, _ in mangled_rows(SEED, each=3)] + [junk_somewhere(Random(seed)) for seed in range(100)]
     assert convert(annotations(rows), tmp_path / "out.json")[0] == len(rows)
     fixed = list(iter_rows(tmp_path / "out.json"))
-    assert len(fixed) == len(rows) and all(isinstance(row.value["id"], str) for row in fixed)
+    assert len(fixed) == len(rows)
+
+    def used(row: Row, number: int) -> Any:
+        try:
+            return read_conversation(row, number)
+        except Unusable as unusable:
+            return unusable.reason
+
+    found = [used(row, number) for number, row in enumerate(rows)]
+    assert [used(row.value, number) for number, row in enumerate(fixed)] == found
+    assert {"id", "no_conversation", "empty", "image_name"} < {reason for reason in found if isinstance(reason, str)}
+    whole = [type(row.get("id")) in (int, str, type(None)) for row in rows]
+    assert [isinstance(row.value["id"], str) for row in fixed] == whole and not all(whole)
 
 
 @pytest.mark.filterwarnings("ignore")  # PIL warns of what it reads in spite of the damage

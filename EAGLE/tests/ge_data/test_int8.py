@@ -101,7 +101,7 @@ def test_bytes_of_a_text_token(tmp_path: Path) -> None:
         sizes[kind] = info.bytes / 500
     hidden_and_embedding = 2 * 2 * WIDTH
     assert sizes["int8"] <= 0.27 * hidden_and_embedding
-    assert sizes[None] > 0.49 * hidden_and_embedding
+    assert 0.49 * hidden_and_embedding < sizes[None] <= 0.51 * hidden_and_embedding
 
 
 def test_allocation_stores_the_targets_states_in_8_bit(annotations: Write, pictures: Path, tmp_path: Path) -> None:

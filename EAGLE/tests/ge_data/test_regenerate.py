@@ -262,20 +262,26 @@ def test_answers_of_the_data_set_are_not_needed() -> None:
             read_conversation(row, 0, keep_answers=False)
 
 
-def test_sampling_depends_on_the_seed_and_not_on_the_order(llava: Target, annotations: Write, tmp_path: Path) -> None:
+@pytest.mark.parametrize("drafted", [False, True])
+def test_sampling_depends_on_the_seed_and_not_on_the_order(
+    llava: Any, annotations: Write, tmp_path: Path, drafted: bool
+) -> None:
     data = annotations([text_row(n) for n in range(5)])
-    warm = ("--temperature", "1.0")
+    draft = ("--msd-model", str(llava.draft)) if drafted else ()
+    warm = ("--temperature", "1.0", *draft)
     assert regenerate(llava, data, tmp_path / "one", "t", *warm) == 0
     assert regenerate(llava, data, tmp_path / "two", "t", *warm, "--shard-size", "2") == 0
     assert regenerate(llava, data, tmp_path / "other", "t", *warm, "--seed", "7") == 0
-    assert regenerate(llava, data, tmp_path / "greedy") == 0
+    assert regenerate(llava, data, tmp_path / "greedy", "t", *draft) == 0
     one = {sample.id: sample.input_ids.tolist() for sample in ShardDataset(tmp_path / "one")}
     assert len(one) > 1
     for name, same in (("two", len(one)), ("other", 0), ("greedy", 0)):
         found = {sample.id: sample.input_ids.tolist() for sample in ShardDataset(tmp_path / name)}
         assert sum(found[key] == one[key] for key in one.keys() & found.keys()) == same, name
     assert len({answer_seed(*place) for place in [(1, 2, 3), (12, 3, 4), (1, 23, 4), (1, 2, 4), (2, 2, 3)]}) == 5
-    assert load_index(tmp_path / "one").regeneration == Regeneration(None, None, 1.0, 42, TOKENS)
+    record = load_index(tmp_path / "one").regeneration
+    assert record is not None and bool(record.draft_fingerprint) == drafted
+    assert record == Regeneration("draft" if drafted else None, record.draft_fingerprint, 1.0, 42, TOKENS)
 
 
 def test_the_record_names_draft_and_settings(

@@ -1,0 +1,53 @@
+"""`inspect` on corpora that it cannot show as text, and on those that name a model it finds by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from eagle.ge_data import inspect
+from eagle.ge_data.inspect import ASK
+from eagle.ge_data.shards import Source, write_shard
+from llava.errors import run_cli
+
+from .conftest import Write, allocate, text_row
+from .test_shards import H, make_sample
+
+
+def corpus(folder: Path, family: str = "llava", model: str = "tiny") -> Path:
+    write_shard(folder, 0, 1, [(0, make_sample("a", 5, 2))], [], Source(family, model, None, "bfloat16", H, 100, 99))
+    return folder
+
+
+@pytest.mark.parametrize("more", [[], ["--model", "x"]])
+def test_an_unknown_family_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]) -> None:
+    folder = corpus(tmp_path, family="mamba")
+    assert run_cli(lambda: inspect.main([str(folder), *more])) == 2
+    assert capsys.readouterr().err == (
+        "error: no conversation template for this family of models: mamba (known: llava, qwen2_vl, qwen2_5_vl)\n"
+    )
+
+
+def test_the_model_that_the_shards_name_is_found(
+    base: Path, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert allocate(base, annotations([text_row(1)]), tmp_path / "out") == 0
+    for here, expected in ((base.parent, "Name two rivers. ASSISTANT:"), (tmp_path, ASK)):
+        monkeypatch.chdir(here)
+        capsys.readouterr()
+        assert run_cli(lambda: inspect.main([str(tmp_path / "out")])) == 0
+        assert expected in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_named_model_that_is_no_model_here(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of that name by chance: the corpus is whole, so the status is good."""
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    folder = corpus(tmp_path / "out")
+    assert run_cli(lambda: inspect.main([str(folder)])) == 0
+    assert f"{ASK} (" in capsys.readouterr().out
+    assert run_cli(lambda: inspect.main([str(folder), "--model", "tiny"])) == 2
+    assert run_cli(lambda: inspect.main([str(folder), "--sample", "1"])) == 2

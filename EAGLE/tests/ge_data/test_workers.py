@@ -1,0 +1,71 @@
+"""The processes that do the work, and the board that counts for all of them."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from eagle.ge_data.allocation import Board, devices
+from eagle.ge_data.index import INDEX, ShardInfo, load_index
+from eagle.ge_data.source import Source
+
+from .conftest import Write, allocate, rows_of, text_row
+from .test_shards import SOURCE
+
+
+def test_one_worker_for_each_visible_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert devices(None) == ["cuda:0", "cuda:1"]
+    assert devices("1, 0") == ["cuda:1", "cuda:0"] and devices("cpu") == []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert devices(None) == [] and devices("cpu,cpu") == ["cpu", "cpu"]
+
+
+def test_a_worker_that_is_killed_is_named_and_the_other_finishes(
+    base: Path, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two real processes; one ends by SIGKILL when the first shard is there. The next run makes what it had begun."""
+    rows, kept, killed = 60, Board.shard, []
+
+    def shard(self: Board, source: Source, info: ShardInfo) -> None:
+        kept(self, source, info)
+        if not killed:
+            killed.append(multiprocessing.active_children()[0].pid)
+            os.kill(killed[0], signal.SIGKILL)
+
+    monkeypatch.setattr(Board, "shard", shard)
+    data, out = annotations([text_row(n) for n in range(rows)]), tmp_path / "out"
+    assert allocate(base, data, out, "t", "--gpus", "cpu,cpu") == 1
+    assert "error: worker cpu failed: ended with status -9 and no word" in capsys.readouterr().err
+    begun = 2  # ranges that a worker holds: one it reads, one it prepares
+    assert rows // 3 - begun <= len(load_index(out).shards) <= rows // 3
+    assert allocate(base, data, out, "t", "--gpus", "cpu,cpu") == 0
+    assert len(killed) == 1 and sorted(rows_of(out)[0]) == list(range(rows))
+
+
+def test_the_board_counts_samples_tokens_time_and_disk(tmp_path: Path) -> None:
+    """Of all workers together, and of the shards that were there before."""
+    before = ShardInfo("rows-00000000-00000010.safetensors", 0, 10, 10, 0, 0, {}, 10**9)
+    new = ShardInfo("rows-00000010-00000020.safetensors", 10, 20, 8, 0, 0, {"empty": 2}, 2 * 10**9)
+    board = Board(tmp_path, [before], rows=100, waiting=90)
+    try:
+        assert str(board.bar).count("10/100") == 1
+        board.progress(4, 600)
+        assert "1.00 GB" in str(board.bar) and " of " not in str(board.bar)
+        board.progress(6, 900)
+        board.shard(SOURCE, new)
+        board.progress(5, 500)
+        shown = str(board.bar)
+    finally:
+        board.bar.close()
+    assert "25/100" in shown and board.tokens == 2000
+    assert re.search(r"<\d\d:\d\d, +[\d.]+ ?k?sample/s", shown), "time that is left, and the rate"
+    assert re.search(r" [1-9]\d* tokens/s, 3\.00 GB of 19\.00 GB\]", shown), "1 GB and 90 rows of 0.2 GB"
+    assert [shard["start"] for shard in json.loads((tmp_path / INDEX).read_text())["shards"]] == [0, 10]
