@@ -94,7 +94,16 @@ def test_another_error_is_not_taken_for_it(model: MSDModel, monkeypatch: pytest.
 
 def test_the_command_tells(pair: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     fail_over(monkeypatch, 4, CPU)
-    models = ["--base-model", str(pair / "base"), "--msd-model", str(pair / "draft"), "--dtype", "float32"]
+    models = [
+        "--base-model",
+        str(pair / "base"),
+        "--msd-model",
+        str(pair / "draft"),
+        "--dtype",
+        "float32",
+        "--tree",
+        "fixed",
+    ]
     assert main(["generate", *models, "--prompt", "Name a river.", "--max-new-tokens", "12"]) == 0
     assert "trees halved for lack of memory]" in capsys.readouterr().out
 
