@@ -136,16 +136,21 @@ def test_a_streamer_is_bound_to_custom_generate(model, capsys):
 
 
 def test_a_processor_of_ones_own_equals_transformers(model):
-    class Never(LogitsProcessor):
-        """Forbids what came two tokens before."""
+    inputs = inputs_of(model, "image")
+    free = plain(model, inputs, max_new_tokens=25)
+    unwanted = int(free[0, inputs["input_ids"].shape[1] + 4])
+
+    class NotAfterItself(LogitsProcessor):
+        """Forbids one token, and what came two tokens before."""
 
         def __call__(self, input_ids, scores):
-            return scores.scatter(1, input_ids[:, -2:-1], -torch.inf)
+            return scores.scatter(1, input_ids[:, -2:-1], -torch.inf).index_fill(
+                1, torch.tensor([unwanted]), -torch.inf
+            )
 
-    inputs = inputs_of(model, "image")
-    expected = plain(model, inputs, max_new_tokens=25, logits_processor=LogitsProcessorList([Never()]))
-    assert not torch.equal(expected, plain(model, inputs, max_new_tokens=25))
-    own = LogitsProcessorList([Never()])
+    own = LogitsProcessorList([NotAfterItself()])
+    expected = plain(model, inputs, max_new_tokens=25, logits_processor=own)
+    assert not torch.equal(expected, free)
     output = model.generate(**inputs, temperature=0.0, max_new_tokens=25, logits_processor=own)
     assert torch.equal(output.sequences, expected)
 
