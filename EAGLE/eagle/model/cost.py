@@ -35,7 +35,7 @@ NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 CONTEXT = 256
 """Positions that are cached while it is measured."""
 ROUNDS, WARM_UP = 7, 2
-SCHEMA = 1
+SCHEMA = 2
 log = logging.getLogger(__name__)
 
 

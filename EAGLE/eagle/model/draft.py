@@ -28,6 +28,7 @@ from transformers.activations import ACT2FN
 from eagle.model.cache import KVCache
 from eagle.model.config import DraftConfig
 from eagle.model.tree import top_children
+from eagle.model.weight_order import arrange, arranged
 
 
 class RMSNorm(nn.Module):
@@ -54,13 +55,14 @@ def share_storage(*layers: nn.Linear) -> nn.Linear:
         device=layers[0].weight.device, dtype=layers[0].weight.dtype,
     )  # fmt: skip
     fused.requires_grad_(False)
+    fused.weight.data = arranged(torch.cat([layer.weight for layer in layers]))
+    if bias:
+        fused.bias.data = torch.cat([layer.bias for layer in layers])
     start = 0
     for layer in layers:
         end = start + layer.out_features
-        fused.weight[start:end] = layer.weight
         layer.weight.data = fused.weight.data[start:end]
         if bias:
-            fused.bias[start:end] = layer.bias
             layer.bias.data = fused.bias.data[start:end]
         start = end
     return fused
@@ -239,11 +241,13 @@ class DraftModel(nn.Module):
         return torch.where(next_is_image.unsqueeze(-1), next_embeds, text)
 
     def prepare_for_decoding(self, head: nn.Module | None = None) -> DraftModel:
-        """Joins the projections that read the same input, and copies the rows of the target's ``lm_head`` that a draft
-        with a trimmed vocabulary needs. Call it once, after loading; training does not need it."""
+        """Joins the projections that read the same input, arranges the weights for few rows, and copies the rows of the
+        target's ``lm_head`` that a draft with a trimmed vocabulary needs. Call it once, after loading; training does not
+        need it."""
         if self.head_tokens is not None and head is not None:
             weight = cast(Tensor, head.weight)
-            self._trimmed = weight[self.head_tokens.to(weight.device)].to(self.device, self.dtype)
+            self._trimmed = arranged(weight[self.head_tokens.to(weight.device)].to(self.device, self.dtype))
+        arrange(self)
         attention, mlp = self.layer.self_attn, self.layer.mlp
         attention.fused = [share_storage(attention.q_proj, attention.k_proj, attention.v_proj)]
         mlp.fused = [share_storage(mlp.gate_proj, mlp.up_proj)]

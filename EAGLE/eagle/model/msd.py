@@ -77,6 +77,7 @@ class MSDModel:
         self._costs: dict[tuple[int, int], CostCurve] = {}
         own = Compression() if draft is None else draft.config.options.compression
         self.compression = own.replaced(draft_image_tokens, draft_image_merge)
+        target.prepare_for_decoding()
         if draft is not None:
             fit_pair(target, draft)
             draft.prepare_for_decoding(target.model.get_output_embeddings())

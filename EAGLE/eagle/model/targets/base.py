@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eagle.model.cache import KVCache
+from eagle.model.weight_order import arrange
 from llava.errors import UserError
 
 MASKED_ATTENTION = ("sdpa", "eager")
@@ -139,6 +140,12 @@ class Target(ABC):
         text = self.config.get_text_config()
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         return heads, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+    def prepare_for_decoding(self) -> None:
+        """Arranges the weights that verification multiplies with (`eagle.model.weight_order`); once, after loading."""
+        embedding = self.model.get_input_embeddings().weight
+        for part in (self.text_model, self.model.get_output_embeddings()):
+            arrange(part, skip=[embedding])
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """A cache of ``capacity`` rows for each of ``batch`` sequences, each layer on its own device."""
