@@ -241,9 +241,9 @@ class DraftModel(nn.Module):
         return torch.where(next_is_image.unsqueeze(-1), next_embeds, text)
 
     def prepare_for_decoding(self, head: nn.Module | None = None) -> DraftModel:
-        """Joins the projections that read the same input, arranges the weights for few rows, and copies the rows of the
-        target's ``lm_head`` that a draft with a trimmed vocabulary needs. Call it once, after loading; training does not
-        need it."""
+        """Joins the projections that read the same input, arranges the weights for few rows, and copies the rows of
+        the target's ``lm_head`` that a draft with a trimmed vocabulary needs. Call it once, after loading; training
+        does not need it."""
         if self.head_tokens is not None and head is not None:
             weight = cast(Tensor, head.weight)
             self._trimmed = arranged(weight[self.head_tokens.to(weight.device)].to(self.device, self.dtype))
