@@ -7,12 +7,13 @@ models, dtype, device, threads and the versions of torch and transformers. Delet
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -145,17 +146,27 @@ def measure(
         return once
 
     deep = max(1, min(tree.depth, 6))
-    extend = seconds_of(draft_levels(0), rounds)
-    step = max((seconds_of(draft_levels(deep), rounds) - extend) / deep, 1e-7)
-    return CostCurve(nodes, tuple(seconds_of(verify(count), rounds) for count in nodes), step, extend)
+    runs = [draft_levels(0), draft_levels(deep), *(verify(count) for count in nodes)]
+    extend, drafted, *verified = seconds_of(runs, rounds)
+    return CostCurve(nodes, monotone(verified), max((drafted - extend) / deep, 1e-7), extend)
 
 
-def seconds_of(run: Callable[[], Any], rounds: int = ROUNDS) -> float:
-    """The median time of a call."""
-    taken = []
+def seconds_of(runs: Sequence[Callable[[], Any]], rounds: int = ROUNDS) -> list[float]:
+    """The median time of each of ``runs``. They take turns, so that a slow moment of the machine is one of them all."""
+    taken: list[list[float]] = [[] for _ in runs]
     for number in range(WARM_UP + rounds):
-        start = time.perf_counter()
-        run()
-        if number >= WARM_UP:
-            taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+        for run, times in zip(runs, taken, strict=True):
+            start = time.perf_counter()
+            run()
+            if number >= WARM_UP:
+                times.append(time.perf_counter() - start)
+    return [statistics.median(times) for times in taken]
+
+
+def monotone(seconds: Sequence[float]) -> tuple[float, ...]:
+    """Times of growing sizes, none above that of a larger one: what was is a disturbance.
+
+    >>> monotone([2.0, 5.0, 3.0, 4.0])
+    (2.0, 3.0, 3.0, 4.0)
+    """
+    return tuple(itertools.accumulate(reversed(seconds), min))[::-1]
