@@ -24,6 +24,7 @@ from eagle.benchmark import versions
 from eagle.hardware import hardware
 from eagle.model.config import DraftConfig
 from eagle.model.draft import DraftModel
+from eagle.model.weight_order import arrange
 from llava.errors import UserError, run_cli
 from llava.files import atomic_write
 
@@ -41,6 +42,7 @@ def build(options: argparse.Namespace, dtype: torch.dtype) -> tuple[DraftModel, 
             nn.Linear(options.hidden, options.vocabulary, bias=False, dtype=dtype),
         )
     draft.head_tokens = torch.randperm(options.vocabulary)[: options.keep].sort().values
+    arrange(head)  # as a target's
     return draft.prepare_for_decoding(head), head
 
 

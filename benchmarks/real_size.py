@@ -151,6 +151,7 @@ def measure_costs(shape: Shape, tree: TreeConfig, device: torch.device, options:
     load_seconds = None
     if not options.no_load:
         target, load_seconds = write_and_load(target, dtype, device)
+    target.prepare_for_decoding()
     draft = random_draft(small, dtype, device).prepare_for_decoding(target.model.get_output_embeddings())
     depths = (max(1, built // 2), built)
     shorter = with_layers(target, depths[0], lambda: costs(target, draft, tree, options))

@@ -34,6 +34,7 @@ from eagle.model.config import DraftConfig, TreeConfig
 from eagle.model.draft import DraftModel
 from eagle.model.drafter import Drafter
 from eagle.model.targets.base import Prefill
+from eagle.model.weight_order import arrange
 from llava.errors import run_cli
 from llava.files import atomic_write
 
@@ -58,6 +59,7 @@ def build(options: argparse.Namespace) -> tuple[DraftModel, nn.Linear]:
             draft = DraftModel(config).to(dtype)
     sizes = (draft.config.hidden_size, draft.config.vocab_size)
     head = nn.Linear(*sizes, bias=False, dtype=dtype, device=options.device)
+    arrange(head)  # as a target's
     draft.prepare_for_decoding(head)
     return draft, head
 
