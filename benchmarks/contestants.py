@@ -82,19 +82,21 @@ def build(
             left_out[name] = "a batch has this tree in any case"
         else:
             tree = tree_of(name, model, cell.batch)
-            runners.append(Runner(name, with_engine(model, True, settings, tree)))
+            own = settings | {"seed": suite.seed} if name == "msd reset" else settings  # a seed begins without memory
+            runners.append(Runner(name, with_engine(model, True, own, tree)))
     if not any(runner.plain for runner in runners):
         raise UserError(f"cell '{cell.name}' has no plain baseline", suite.where, f"add one of {', '.join(PLAIN)}")
     return runners, left_out
 
 
 def tree_of(name: str, model: MSDModel, batch: int) -> TreeConfig:
-    """The tree of ``msd`` (the default one), ``msd fixed`` or ``msd D/K/N``; a batch shares its nodes."""
+    """The tree of ``msd`` (the default one), ``msd reset`` (the same, but each request begins without what earlier ones
+    taught about acceptance), ``msd fixed`` or ``msd D/K/N``; a batch shares its nodes."""
     kind, _, bounds = name.partition(" ")
-    if kind != "msd" or (bounds not in ("", "fixed") and bounds.count("/") != 2):
-        known = [*PLAIN, *SINGLE, "msd", "msd fixed", "msd D/K/N"]
+    if kind != "msd" or (bounds not in ("", "reset", "fixed") and bounds.count("/") != 2):
+        known = [*PLAIN, *SINGLE, "msd", "msd reset", "msd fixed", "msd D/K/N"]
         raise UserError(f"no contestant '{name}'", fix=f"there are {', '.join(known)}")
-    if not bounds:
+    if bounds in ("", "reset"):
         return model.tree_for(batch)
     tree = TreeConfig.named("fixed", model.device) if bounds == "fixed" else tree_bounds(bounds)
     return tree.for_batch(batch)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_llava import make_image, make_liuhaotian
+from tiny_draft import make_draft
+from tiny_llava import make_image, make_liuhaotian, make_llava_hf
 
 from benchmarks import readme, suite
 from benchmarks.assistant import first_layers
@@ -18,6 +19,7 @@ from benchmarks.spec import Cell, Suite, read_suite
 from benchmarks.work import positions_of, work_of
 from eagle import MSDModel
 from eagle.benchmark import Answer, new_tokens
+from eagle.model.planner import Acceptance
 from eagle.model.stats import Stats
 from eagle.model.targets import load_target
 from llava.errors import UserError
@@ -135,6 +137,21 @@ def test_contestants_answer_alike() -> None:
     assert {len(answer.tokens[0]) for answer in answers.values()} == {8}
     assert all(answer.tokens == answers["autoregressive"].tokens for answer in answers.values())
     assert all(0 < answer.stats.first_token < answer.stats.seconds for answer in answers.values())
+
+
+def test_what_earlier_requests_taught_is_forgotten_by_msd_reset_alone(tmp_path: Path) -> None:
+    base = make_llava_hf(tmp_path / "base")
+    draft = make_draft(tmp_path / "draft", load_target(base, dtype=torch.float32), agree=1.0)
+    model = MSDModel.from_pretrained(base, draft, dtype=torch.float32)
+    learnt = model._acceptance
+    names = ("autoregressive", "msd reset", "msd")
+    runners, _ = build(Cell("c", "m", new_tokens=8, contestants=names), Suite("x", {}, ()), model)
+    taught = []
+    for runner in runners:
+        runner.answer(RandomPrompt(40))
+        taught.append(float(learnt._expected.sum()))
+    untaught = float(Acceptance()._expected.sum())
+    assert taught[:2] == [untaught, untaught] and taught[2] != untaught
 
 
 def test_a_batch_leaves_out_what_cannot_take_one() -> None:
