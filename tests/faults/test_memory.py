@@ -68,7 +68,7 @@ def test_a_smaller_tree_and_the_same_answer(
     assert model.tree == TREE, "the next request begins with the whole tree"
 
 
-def test_a_batch_and_an_adaptive_tree(model: MSDModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch(model: MSDModel, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = ["USER: <image>\nHow many? ASSISTANT:", "USER: Name a river. ASSISTANT:"]
     inputs = model.target.prepare(prompts, [make_image()])
     expected = model.generate(**inputs, max_new_tokens=20, temperature=0.0)

@@ -1,5 +1,8 @@
 """What a cycle costs on this machine: measured once for a pair of models, kept on disk with a record of how.
 
+It is measured after `CONTEXT` cached positions and believed from then on, also under another load of the machine and in
+longer contexts, so that one seed gives the same tokens each time.
+
 The record is ``MSD_CACHE`` (or the user's cache folder) ``/costs/<key>.json``; the key is made of the shapes of both
 models, dtype, device, threads and the versions of torch and transformers. Delete the file to measure again.
 """
@@ -21,12 +24,14 @@ from typing import Any
 
 import torch
 import transformers
+from tqdm import tqdm
 
 from eagle.hardware import hardware
 from eagle.model.config import TreeConfig
 from eagle.model.draft import DraftModel
 from eagle.model.drafter import Drafter
 from eagle.model.masks import MaskBuffer
+from eagle.model.memory import is_out_of_memory
 from eagle.model.planner import CostCurve
 from eagle.model.targets.base import Target
 from llava.errors import UserError
@@ -36,6 +41,10 @@ NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 CONTEXT = 256
 """Positions that are cached while it is measured."""
 ROUNDS, WARM_UP = 7, 2
+BUDGET = 20.0
+"""Seconds after which no further round begins."""
+DELAY = 2.0
+"""Seconds before a bar shows that something is measured."""
 SCHEMA = 2
 log = logging.getLogger(__name__)
 
@@ -49,6 +58,8 @@ def cost_of(target: Target, draft: DraftModel, tree: TreeConfig) -> CostCurve:
     if known is not None:
         return known
     cost = measure(target, draft, tree)
+    if cost.nodes[-1] < tree.total_tokens:
+        return cost  # for want of memory, which another time may be there
     record = {
         "schema": SCHEMA, "measured": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "context": CONTEXT, "rounds": ROUNDS, "described": described, "seconds": asdict(cost),
@@ -78,8 +89,14 @@ def describe(target: Target, draft: DraftModel, tree: TreeConfig) -> dict[str, A
         "family": target.family,
         "target": {name: getattr(text, name, None) for name in shape} | {"vocab_size": target.vocab_size},
         "attention": text._attn_implementation,
-        "draft": {"hidden_size": draft.config.hidden_size, "intermediate_size": draft.config.intermediate_size},
-        "tree": {"top_k": tree.top_k, "total_tokens": tree.total_tokens},
+        "draft": {
+            "hidden_size": draft.config.hidden_size,
+            "intermediate_size": draft.config.intermediate_size,
+            "head_tokens": None if draft.head_tokens is None else len(draft.head_tokens),
+        },
+        "tree": {"depth": tree.depth, "top_k": tree.top_k, "total_tokens": tree.total_tokens},
+        "quantisation": str(getattr(target.config, "quantization_config", None)),
+        "devices": len({parameter.device for parameter in target.model.parameters()}),
         "dtype": str(target.dtype),
         "device": device.type,
         "hardware": hardware(device),
@@ -111,14 +128,18 @@ def read(path: Path) -> CostCurve | None:
 def measure(
     target: Target, draft: DraftModel, tree: TreeConfig, context: int = CONTEXT, rounds: int = ROUNDS
 ) -> CostCurve:
-    """Times verifications of some sizes and draft steps after ``context`` positions, ``rounds`` times each."""
+    """Times verifications of some sizes and draft steps after ``context`` positions, up to ``rounds`` times each. Sizes
+    that memory does not suffice for are left out, and with them all larger ones.
+
+    Raises:
+        UserError: memory does not suffice for a single token.
+    """
     end = (target.eos_token_ids or (0,))[0]  # a token that is surely no picture's
     ids = torch.full((1, context), end, device=target.device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    nodes = (*(n for n in NODES if n < tree.total_tokens), tree.total_tokens)
-    cache = target.new_cache(1, context + nodes[-1])
-    (prefill,) = list(target.prefill_each(inputs, cache))
-    masks = MaskBuffer(nodes[-1], context + nodes[-1], target.dtype, target.device)
+    sizes = (*(n for n in NODES if n < tree.total_tokens), tree.total_tokens)
+    cache = target.new_cache(1, context + sizes[-1])
+    (prefill,) = list(target.prefill_each({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, cache))
+    masks = MaskBuffer(sizes[-1], context + sizes[-1], target.dtype, target.device)
 
     def verify(count: int) -> Callable[[], None]:
         tokens = torch.full((1, count), end, device=target.device)
@@ -126,9 +147,9 @@ def measure(
         positions = prefill.next_position + torch.arange(count, device=target.device)[None]
 
         def once() -> None:
+            cache.truncate([context])
             mask = masks.window([context], block) if count > 1 else None
             target.head(target.verify(tokens, positions, mask, cache)).argmax(dim=-1).cpu()
-            cache.truncate([context])
 
         return once
 
@@ -141,25 +162,44 @@ def measure(
 
         def once() -> None:
             drafter.extend([rows[0]], [rows[1]])
-            drafter.expand(levels).scores.cpu()
+            drafter.expand(levels, lambda scores: len(scores.cpu()) > 0).scores.cpu()  # each level goes to the host
 
         return once
 
     deep = max(1, min(tree.depth, 6))
-    runs = [draft_levels(0), draft_levels(deep), *(verify(count) for count in nodes)]
-    extend, drafted, *verified = seconds_of(runs, rounds)
-    return CostCurve(nodes, monotone(verified), max((drafted - extend) / deep, 1e-7), extend)
+    verified = list(itertools.takewhile(has_room, map(verify, sizes)))
+    if not verified:
+        raise UserError("out of memory with a single token", str(target.device), "try --dtype bfloat16")
+    extend, drafted, *seconds = seconds_of([draft_levels(0), draft_levels(deep), *verified], rounds)
+    return CostCurve(sizes[: len(verified)], monotone(seconds), max((drafted - extend) / deep, 1e-7), extend)
+
+
+def has_room(run: Callable[[], Any]) -> bool:
+    """Whether memory suffices for ``run``; it is run once."""
+    try:
+        run()
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            return False
+        raise
+    return True
 
 
 def seconds_of(runs: Sequence[Callable[[], Any]], rounds: int = ROUNDS) -> list[float]:
-    """The median time of each of ``runs``. They take turns, so that a slow moment of the machine is one of them all."""
+    """The median time of each of ``runs``. They take turns, so that a slow moment of the machine is one of them all.
+    There are fewer ``rounds``, but at least one, where they would take longer than `BUDGET`; a bar tells of it."""
     taken: list[list[float]] = [[] for _ in runs]
-    for number in range(WARM_UP + rounds):
+    start = time.perf_counter()
+    turns = tqdm(range(WARM_UP + rounds), desc="costs of this machine, once", unit="round", delay=DELAY, leave=False)
+    for number in turns:
+        if number > WARM_UP and time.perf_counter() - start > BUDGET:
+            break
         for run, times in zip(runs, taken, strict=True):
-            start = time.perf_counter()
+            before = time.perf_counter()
             run()
             if number >= WARM_UP:
-                times.append(time.perf_counter() - start)
+                times.append(time.perf_counter() - before)
+    turns.close()
     return [statistics.median(times) for times in taken]
 
 

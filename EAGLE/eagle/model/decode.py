@@ -34,6 +34,8 @@ from eagle.model.targets.base import Target
 from eagle.model.tree import DraftTree, best_part, root_only, select_nodes
 from llava.errors import UserError
 
+NO_CHOICE = -1
+"""The choice at a node where the target's output is not a number: no token, so nothing is accepted below it."""
 OUT_OF_MEMORY = "ask for fewer new tokens, or take a shorter prompt, a smaller batch or --dtype bfloat16"
 
 
@@ -96,7 +98,7 @@ class Decoder:
             with self.stats.phase("verify"):
                 trees, hidden, logits = self.verify_within_memory(trees)
             with self.stats.phase("accept"):
-                accepted = self.accept(trees, logits)
+                accepted = self.accept(trees, hidden, logits)
             with self.stats.phase("commit"):
                 self.commit(trees, accepted, hidden)
             self._drop_finished()
@@ -158,7 +160,7 @@ class Decoder:
         trees of the request are no larger. Gives the trees that were verified, too.
 
         Raises:
-            UserError: memory does not suffice for one token, or the scores are not numbers.
+            UserError: memory does not suffice for one token.
         """
         while True:
             try:
@@ -175,7 +177,6 @@ class Decoder:
             self.stats.cut_trees += 1
             trees = [best_part(tree, size) if tree.size > size else tree for tree in trees]
             self.scores = on_host(trees[0].scores)
-        check_numbers(hidden)
         return trees, hidden, logits
 
     def verify(self, trees: list[DraftTree]) -> tuple[Tensor, Tensor]:
@@ -191,12 +192,24 @@ class Decoder:
         hidden = self.target.verify(tokens, positions, closed, self.cache)
         return hidden, self.target.head(hidden)
 
-    def accept(self, trees: list[DraftTree], logits: Tensor) -> list[Accepted]:
-        """For each sequence the drafted path that the target agrees with, and its bonus token."""
+    def accept(self, trees: list[DraftTree], hidden: Tensor, logits: Tensor) -> list[Accepted]:
+        """For each sequence the drafted path that the target agrees with, and its bonus token.
+
+        Raises:
+            UserError: the target's output there is not a number.
+        """
         if self.chooser.row_wise:
+            broken = hidden.isnan().any(dim=-1)  # [B, N]; told with the choices, so that nothing waits for it alone
+            if self.chooser.do_sample:
+                logits = logits.masked_fill(broken.to(logits.device).unsqueeze(-1), 0.0)
             chosen = self.chooser.choose(logits.flatten(0, 1), self.active[0].context)  # [B * N]
             rows = chosen.view(logits.shape[:2]).to(trees[0].tokens.device)
-            return accept_all_at_once(trees, [row[: tree.size] for tree, row in zip(trees, rows, strict=True)])
+            rows = rows.masked_fill(broken.to(rows.device), NO_CHOICE)
+            found = accept_all_at_once(trees, [row[: tree.size] for tree, row in zip(trees, rows, strict=True)])
+            if any(each.tokens[-1] == NO_CHOICE for each in found):
+                raise not_a_number()
+            return found
+        check_numbers(hidden)
         return [
             accept_step_by_step(tree, sequence.choice_in(rows))
             for tree, sequence, rows in zip(trees, self.active, logits, strict=True)
@@ -241,10 +254,15 @@ class Decoder:
 def check_numbers(values: Tensor) -> None:
     """Raises `UserError` where the target gives NaN: every later token would be one and the same."""
     if bool(values.isnan().any()):
-        raise UserError(
-            "the base model's output is not a number",
-            fix="its weights are damaged, or --dtype float16 overflows: try bfloat16 or float32",
-        )
+        raise not_a_number()
+
+
+def not_a_number() -> UserError:
+    """What is said of a target that gives NaN."""
+    return UserError(
+        "the base model's output is not a number",
+        fix="its weights are damaged, or --dtype float16 overflows: try bfloat16 or float32",
+    )
 
 
 def on_host(scores: Tensor) -> Floats:

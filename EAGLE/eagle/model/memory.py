@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 
-CPU_ALLOCATOR = "DefaultCPUAllocator"  # torch has no class of its own for the CPU's failure
+TOLD = ("DefaultCPUAllocator", "CUDA error: out of memory", "ALLOC_FAILED")
+"""Parts of messages of failures that torch has no class of its own for: the CPU's, CUDA's outside of torch's allocator,
+and those of cuBLAS and cuDNN."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` says that a tensor found no room, on an accelerator or on the CPU."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and CPU_ALLOCATOR in str(error)
+        isinstance(error, RuntimeError) and any(told in str(error) for told in TOLD)
     )

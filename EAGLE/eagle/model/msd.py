@@ -74,7 +74,7 @@ class MSDModel:
         self.tree = TreeConfig.named(tree or ("fixed" if compile else "auto"), target.device)
         self.exact_phases = False  # wait for the device at the ends of phases: for accounting, not for speed
         self._acceptance = Acceptance()  # learnt over all requests
-        self._costs: dict[tuple[int, int], CostCurve] = {}
+        self._costs: dict[tuple[int, ...], CostCurve] = {}
         own = Compression() if draft is None else draft.config.options.compression
         self.compression = own.replaced(draft_image_tokens, draft_image_merge)
         target.prepare_for_decoding()
@@ -182,6 +182,8 @@ class MSDModel:
         decode = partial(self._decode, use_msd=use_msd, tree=tree, seed=seed, bound_streamer=streamer)
         kwargs.update(self.target.complete_inputs(input_ids, kwargs), do_sample=do_sample)
         settings = {key: value for key, value in kwargs.items() if value is not None}
+        if use_msd:
+            self._know_costs(tree or self.tree_for(input_ids.shape[0]), input_ids.shape[0])
         start = time.perf_counter()
         output = self.target.model.generate(
             input_ids=input_ids, stopping_criteria=criteria, custom_generate=decode, **settings
@@ -215,13 +217,14 @@ class MSDModel:
         check_request(input_ids, generation_config, bound_streamer)
         if bound_streamer is not None:
             bound_streamer.put(input_ids.cpu())
-        generator = None if seed is None else torch.Generator(device=self.target.head_device).manual_seed(seed)
+        generator = None if seed is None else torch.Generator(device=input_ids.device).manual_seed(seed)
         tree = tree or self.tree_for(input_ids.shape[0])
         draft = self.draft if use_msd and tree.total_tokens > 1 else None
         planner = None
-        if draft is not None and tree.adaptive and input_ids.shape[0] == 1:
+        cost = self._know_costs(tree, input_ids.shape[0]) if draft is not None else None
+        if cost is not None:
             known = self._acceptance if seed is None else Acceptance()  # a seed gives the same tokens each time
-            planner = Planner(self._cost_of(draft, tree), tree.total_tokens, known)
+            planner = Planner(cost, min(tree.total_tokens, cost.nodes[-1]), known)
         decoder = Decoder(
             self.target,
             draft,
@@ -248,11 +251,14 @@ class MSDModel:
             return TreeConfig.for_device(self.target.device).for_batch(batch)
         return self.tree.for_batch(batch)
 
-    def _cost_of(self, draft: DraftModel, tree: TreeConfig) -> CostCurve:
-        """Measured at first use."""
-        bounds = (tree.top_k, tree.total_tokens)
+    @torch.inference_mode()
+    def _know_costs(self, tree: TreeConfig, batch: int) -> CostCurve | None:
+        """The costs that an adapting tree is chosen by, measured at first use; None where no tree adapts."""
+        if self.draft is None or not tree.adaptive or batch > 1:
+            return None
+        bounds = (tree.depth, tree.top_k, tree.total_tokens)
         if bounds not in self._costs:
-            self._costs[bounds] = cost_of(self.target, draft, tree)
+            self._costs[bounds] = cost_of(self.target, self.draft, tree)
         return self._costs[bounds]
 
 

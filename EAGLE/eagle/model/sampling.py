@@ -39,7 +39,7 @@ class TokenChooser:
     Args:
         processors: prepared logits processors.
         do_sample: sample, or take the arg-max of the processed scores.
-        generator: random state of this request; None uses the device's global one.
+        generator: random state of this request, on the device of the prompts; None uses the device's global one.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class TokenChooser:
         return torch.multinomial(shares, draws, replacement=True, generator=self.generator).T
 
     def scores(self, logits: Tensor, prefix: Tensor) -> Tensor:
-        """Processed logits [N, V], float32."""
-        raw = logits.to(torch.float32, copy=True)
+        """Processed logits [N, V], float32, on the device of ``prefix``: processors hold tensors of their own there."""
+        raw = logits.to(prefix.device, torch.float32, copy=True)
         scores: Tensor = self.processors(prefix.expand(raw.shape[0], -1), raw)
         return scores

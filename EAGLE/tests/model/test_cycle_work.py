@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from tiny_draft import make_draft
+from tiny_llava import make_llava_hf
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from eagle import MSDModel
 from eagle.model.cache import KVCache
-from eagle.model.config import DraftConfig
-from eagle.model.decode import on_host, scores_of_tree
+from eagle.model.config import DraftConfig, TreeConfig
+from eagle.model.decode import Decoder, on_host, scores_of_tree
 from eagle.model.draft import DraftModel
 from eagle.model.masks import batch_mask
+from eagle.model.targets import load_target
 from eagle.model.tree import Candidates, select_nodes
 
 HEADS, SIZE, ROWS = 4, 32, 9
@@ -69,3 +77,47 @@ def test_scores_of_a_tree_are_known_on_the_host() -> None:
     for size in range(1, 8):
         tree = select_nodes(candidates, torch.tensor([9]), size)
         assert np.array_equal(scores_of_tree(on_host(scores), size), on_host(tree.scores))
+
+
+class Copies(TorchDispatchMode):
+    """Counts what waits for a device: single values that are read, and whole tensors that go to the host."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.values, self.tensors = 0, 0
+        copy = torch.Tensor.cpu
+
+        def counted(tensor: torch.Tensor) -> torch.Tensor:
+            self.tensors += 1
+            return copy(tensor)
+
+        monkeypatch.setattr(torch.Tensor, "cpu", counted)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.values += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_one_copy_to_the_host_a_cycle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:  # fmt: skip
+    """With a fixed tree; what `generate` prepares and the prompt come before."""
+    base = make_llava_hf(tmp_path / "base")
+    head = make_draft(tmp_path / "draft", load_target(base, dtype=torch.float32), agree=0.7)
+    msd = MSDModel.from_pretrained(base, head, dtype=torch.float32, tree=TreeConfig(3, 2, 6))
+    inputs, found = msd.target.prepare(msd.target.chat_prompt("How many?")), []
+    for name in ("draft", "verify_within_memory", "accept", "commit"):
+        part = getattr(Decoder, name)
+
+        def counting(self: Decoder, *given: Any, part: Any = part) -> Any:
+            with monkeypatch.context() as patch, Copies(patch) as copies:
+                result = part(self, *given)
+            found.append((copies.values, copies.tensors))
+            return result
+
+        monkeypatch.setattr(Decoder, name, counting)
+    stats = msd.generate(**inputs, max_new_tokens=24, temperature=temperature, seed=1).stats
+    assert stats.cycles > 3 and sum(stats.accept_lengths) > 0
+    assert found[:4] == [(0, 0), (0, 0), (0, 1), (0, 0)]
+    assert sum(values for values, _ in found) == 0 and sum(copies for _, copies in found) == stats.cycles

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +12,6 @@ from tiny_llava import make_image, make_liuhaotian
 from tiny_stock import make_qwen
 
 from eagle import MSDModel, TreeConfig
-from eagle.model import cost as costs
-from eagle.model.cost import cost_of, describe, key_of
 from eagle.model.planner import PAUSES, TRIAL, Acceptance, CostCurve, Planner
 from eagle.model.targets import load_target
 from llava.errors import UserError
@@ -95,7 +92,7 @@ def test_greedy_output_is_that_of_generate(base: Path, tmp_path: Path, agree: fl
     target = load_target(base, dtype=torch.float32)
     draft = make_draft(tmp_path / "draft", target, agree=agree)
     msd = MSDModel.from_pretrained(base, draft, dtype=torch.float32, tree="auto")
-    msd._costs = {(msd.tree.top_k, msd.tree.total_tokens): cost}
+    msd._costs = {(msd.tree.depth, msd.tree.top_k, msd.tree.total_tokens): cost}
     inputs = msd.target.prepare(msd.target.chat_prompt("How many?", num_images=1), [make_image()])
     wanted = target.model.generate(**inputs, max_new_tokens=60, do_sample=False)
     output = msd.generate(**inputs, max_new_tokens=60, temperature=0.0)
@@ -110,7 +107,7 @@ def test_greedy_output_is_that_of_generate(base: Path, tmp_path: Path, agree: fl
 def test_a_draft_that_never_agrees_ends_in_plain_decoding(base: Path, tmp_path: Path) -> None:
     draft = make_draft(tmp_path / "draft", load_target(base, dtype=torch.float32), agree=0.0)
     msd = MSDModel.from_pretrained(base, draft, dtype=torch.float32, tree="auto")
-    msd._costs = {(msd.tree.top_k, msd.tree.total_tokens): CostCurve((1, 32), (10.0, 40.0), 2.0, 3.0)}
+    msd._costs = {(msd.tree.depth, msd.tree.top_k, msd.tree.total_tokens): CostCurve((1, 32), (10.0, 40.0), 2.0, 3.0)}
     inputs = msd.target.prepare(msd.target.chat_prompt("How many?"), [])
     stats = msd.generate(**inputs, max_new_tokens=64, temperature=0.0, eos_token_id=None).stats
     assert stats.tree_sizes.count(1) > 40
@@ -122,36 +119,6 @@ def test_batches_take_a_fixed_tree(base: Path, tmp_path: Path) -> None:
     prompts = [msd.target.chat_prompt(text) for text in ("How many?", "Which colour has it?")]
     output = msd.generate(**msd.target.prepare(prompts), max_new_tokens=8, temperature=0.0)
     assert not msd._costs and output.stats.cycles
-
-
-def test_costs_are_measured_once_and_recorded(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
-    monkeypatch.setenv("MSD_CACHE", str(tmp_path / "cache"))
-    target = load_target(base, dtype=torch.float32)
-    msd = MSDModel.from_pretrained(base, make_draft(tmp_path / "draft", target, agree=1.0), dtype=torch.float32)
-    assert msd.draft is not None
-    tree = TreeConfig(3, 2, 8, adaptive=True)
-    cost = cost_of(msd.target, msd.draft, tree)
-    assert cost.nodes == (1, 2, 3, 4, 6, 8)
-    assert min(*cost.verify, cost.step, cost.extend) > 0
-    (record,) = (tmp_path / "cache" / "costs").iterdir()
-    assert record.stem == key_of(describe(msd.target, msd.draft, tree))
-
-    monkeypatch.setattr(costs, "measure", lambda *_: pytest.fail("measured again"))
-    assert cost_of(msd.target, msd.draft, tree) == cost
-
-    monkeypatch.setattr(costs, "measure", lambda *_: FLAT)
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("MSD_CACHE", str(tmp_path / "file"))  # cannot be a folder: measured, and nothing fails
-    assert cost_of(msd.target, msd.draft, tree) == FLAT
-    monkeypatch.setenv("MSD_CACHE", str(tmp_path / "cache"))
-
-    for broken in ("{", json.dumps({"schema": 1}), json.dumps({**json.loads(record.read_text()), "schema": 99})):
-        record.write_text(broken)
-        monkeypatch.setattr(costs, "measure", lambda *_: FLAT)
-        assert cost_of(msd.target, msd.draft, tree) == FLAT
-        assert json.loads(record.read_text())["seconds"]["step"] == 1.0
 
 
 def test_which_tree_a_model_takes(base: Path) -> None:
