@@ -46,7 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
             "device": str(model.device),
         }
         host, port = listener.getsockname()[:2]
-        print(f"msd web: http://{host}:{port}  (Ctrl-C ends it)", flush=True)
+        shown = f"[{host}]" if ":" in host else host
+        print(f"msd web: http://{shown}:{port}  (Ctrl-C ends it)", flush=True)
         serve(Page(model, about, arguments.max_new_tokens, samples), listener, host)
     return 0
 
@@ -55,7 +56,7 @@ def require_packages() -> None:
     """Raises `UserError` where the packages of the extra `web` are not installed."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"msd web needs {', '.join(missing)}", fix="pip install 'msd-eagle[web]'")
+        raise UserError(f"msd web needs {', '.join(missing)}", fix=f"pip install {' '.join(missing)}")
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -65,7 +66,8 @@ def listen(host: str, port: int) -> socket.socket:
         UserError: the port is taken, or the address is not this machine's.
     """
     try:
-        return socket.create_server((host, port))
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
         raise UserError(
             f"cannot listen ({getattr(error, 'strerror', None) or error})",

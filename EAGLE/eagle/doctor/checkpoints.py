@@ -14,8 +14,9 @@ from eagle.doctor.headers import read_shapes
 from eagle.doctor.memory import Footprint
 from eagle.model.base_weights import EMBED_NAMES, HEAD_NAMES
 from eagle.model.checkpoint import misfits
-from eagle.model.config import DraftConfig
+from eagle.model.config import HEAD_TOKENS, DraftConfig
 from eagle.model.draft import DraftModel
+from eagle.model.head_tokens import read_head_tokens
 from eagle.model.targets import FAMILIES
 from eagle.model.targets.llava import LlavaTarget
 from llava.errors import UserError
@@ -55,6 +56,10 @@ def look_at_draft(name: str, hub: bool) -> tuple[Contents | None, list[Check]]:
         if contents is None:
             return None, [_not_here(DRAFT, name)]
         config = DraftConfig.from_dict(contents.config, where=f"{name}/config.json", tensors=contents.tensors)
+        if config.options.head_tokens is not None and HEAD_TOKENS not in contents.files:
+            raise UserError(f"{HEAD_TOKENS} missing", name, "make it again: python -m eagle.ge_data.vocabulary")
+        if config.options.head_tokens is not None and contents.folder is not None:
+            read_head_tokens(contents.folder, config)
     except UserError as error:
         return None, [Check.of_error(DRAFT, error)]
     shapes = {tensor: shape for tensor, shape in (contents.tensors or {}).items() if shape is not None}

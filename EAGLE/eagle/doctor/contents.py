@@ -27,11 +27,14 @@ BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 @dataclass(frozen=True)
 class Contents:
     """``place`` in words; ``config`` config.json; ``tensors`` name → shape. A shape is None where only the name is
-    known; ``tensors`` is None where the file was not looked into (one .bin on the hub)."""
+    known; ``tensors`` is None where the file was not looked into (one .bin on the hub). ``files``: names of all;
+    ``folder``: where they are, None on the hub."""
 
     place: str
     config: dict[str, Any]
     tensors: dict[str, tuple[int, ...] | None] | None
+    files: frozenset[str] = frozenset()
+    folder: Path | None = None
 
 
 def open_contents(name: str, what: str, weights: Callable[[Path], list[Path]], hub: bool) -> Contents | None:
@@ -73,7 +76,7 @@ def _in_folder(folder: Path, place: str, what: str, weights: Callable[[Path], li
     tensors: dict[str, tuple[int, ...] | None] = {}
     for path in weights(folder):
         tensors |= read_shapes(path)
-    return Contents(place, config, tensors)
+    return Contents(place, config, tensors, frozenset(path.name for path in folder.iterdir()), folder)
 
 
 def _cached(name: str) -> Path | None:
@@ -88,17 +91,17 @@ def _cached(name: str) -> Path | None:
 def _on_hub(name: str, what: str) -> Contents:
     with hub_errors(what, name):
         config = _object(Path(hf_hub_download(name, "config.json")), f"{what} config")
-        files = set(HfApi().list_repo_files(name))
+        files = frozenset(HfApi().list_repo_files(name))
         if files & {SAFETENSORS, SAFETENSORS_INDEX}:
-            return Contents("hub", config, _hub_shapes(name))
+            return Contents("hub", config, _hub_shapes(name), files)
         if BIN_INDEX in files:
             index = _object(Path(hf_hub_download(name, BIN_INDEX)), "weight index")["weight_map"]
             if missing := sorted(set(index.values()) - files):
                 raise UserError("weight files missing", where=name, fix=", ".join(missing))
-            return Contents("hub", config, dict.fromkeys(index))
+            return Contents("hub", config, dict.fromkeys(index), files)
     if BIN not in files:
         raise UserError("no weights", where=name, fix=f"expected {SAFETENSORS} or {BIN}, or shards with an index")
-    return Contents("hub", config, None)
+    return Contents("hub", config, None, files)
 
 
 def _hub_shapes(name: str) -> dict[str, tuple[int, ...] | None]:

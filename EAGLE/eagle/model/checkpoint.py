@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from eagle.model.config import DraftConfig
+from eagle.model.config import HEAD_TOKENS, DraftConfig
 from eagle.model.draft import DraftModel
-from eagle.model.head_tokens import HEAD_TOKENS, read_head_tokens, write_head_tokens
+from eagle.model.head_tokens import read_head_tokens, write_head_tokens
 from llava.errors import UserError
 from llava.files import atomic_write
 

@@ -22,6 +22,10 @@ from llava.files import read_json
 POSITION_KINDS = ("plain", "mrope")
 
 
+HEAD_TOKENS = "head_tokens.safetensors"
+"""The file beside a draft with its trimmed vocabulary."""
+
+
 def reject_unknown(given: Iterable[str], known: Iterable[str], where: str | Path) -> None:
     """Raises `UserError` for the first key of ``given`` that is not in ``known``, and names the nearest known key."""
     known = list(known)
@@ -38,7 +42,7 @@ class DraftOptions:
 
     ``positions``: how the draft numbers its inputs: ``plain`` 0, 1, 2, ... (all published drafts) or ``mrope``, the
     target's three rows. ``head_tokens``: file beside it with the ids [K] that are drafted from, the most frequent of
-    the vocabulary (`eagle.model.vocabulary`); without it all are. ``decoupled``: false feeds image positions through
+    the vocabulary (`eagle.ge_data.vocabulary`); without it all are. ``decoupled``: false feeds image positions through
     ``fc([image feature ; hidden state])`` as text positions are, which is EAGLE's way and MSD's ablation.
     ``image_tokens``, ``image_merge``: rows that it keeps of a picture, and how they are merged
     (`eagle.model.compression`); without them all.
@@ -64,6 +68,12 @@ class DraftOptions:
             )
         if not isinstance(options.decoupled, bool):
             raise UserError(f"decoupled is {options.decoupled!r}", where=where, fix="use true or false")
+        if options.head_tokens not in (None, HEAD_TOKENS):
+            raise UserError(
+                f"head_tokens is {options.head_tokens!r}",
+                where=where,
+                fix=f"the file beside the draft is {HEAD_TOKENS}",
+            )
         try:
             _ = options.compression
         except UserError as error:

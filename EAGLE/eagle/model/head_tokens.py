@@ -10,11 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from eagle.model.config import DraftConfig
+from eagle.model.config import HEAD_TOKENS, DraftConfig
 from llava.errors import UserError
 from llava.files import atomic_write, read_json
-
-HEAD_TOKENS = "head_tokens.safetensors"
 
 
 def read_head_tokens(folder: Path, config: DraftConfig) -> Tensor:
@@ -23,7 +21,7 @@ def read_head_tokens(folder: Path, config: DraftConfig) -> Tensor:
     Raises:
         UserError: the file is missing or broken, or an id is outside the vocabulary.
     """
-    path = folder / Path(config.options.head_tokens or HEAD_TOKENS).name
+    path = folder / HEAD_TOKENS
     fix = "make it again: python -m eagle.ge_data.vocabulary"
     try:
         tokens = load_file(path)["tokens"]

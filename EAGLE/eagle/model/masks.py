@@ -11,6 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+ALIGNED = 16
+"""Rows of a mask begin at multiples of so many columns: kernels that want aligned rows take them without a copy."""
+
 
 class MaskBuffer:
     """Masks of up to ``rows`` query rows over up to ``capacity`` cached rows.
@@ -20,7 +23,8 @@ class MaskBuffer:
     """
 
     def __init__(self, rows: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._buffer = torch.zeros(rows, capacity, dtype=dtype, device=device)
+        wide = -(-capacity // ALIGNED) * ALIGNED
+        self._buffer = torch.zeros(rows, wide, dtype=dtype, device=device)
         self._closed = torch.finfo(dtype).min
         self._written = (0, 0)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from eagle.train.dataset import Batch
 from eagle.train.engine import METRICS, Engine, adamw, metrics_of
 from eagle.train.objective import DraftObjective, parameter_groups
+from eagle.train.pickles import check_states
 from eagle.train.schedule import BatchSizes
 from eagle.train.settings import TrainConfig
 from llava.errors import UserError
@@ -69,6 +70,7 @@ class DeepSpeedEngine(Engine):
     def load(self, folder: Path) -> None:
         if not (folder / TAG).is_dir():
             raise UserError("was not written by a DeepSpeed run", where=folder, fix="resume with the same launcher")
+        check_states(folder / TAG)
         self.engine.load_checkpoint(str(folder), tag=TAG)
 
     def sum(self, values: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import argparse
 import os
 import sys
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,11 +159,32 @@ def build_objective(
         print(f"vocabulary: {vocab} as in the base model (the config says {draft_config.vocab_size})", flush=True)
     if args.init:
         draft = load_draft(args.init, dtype=torch.float32)
+        wanted = remembering(replace(draft_config, vocab_size=draft.config.vocab_size), config)
         draft.config = remembering(draft.config, config)
+        check_init(draft.config, wanted, args.init)
     else:
         torch.manual_seed(config.seed)
         draft = DraftModel(remembering(replace(draft_config, vocab_size=vocab), config))
     return DraftObjective(draft.train(), base, config)
+
+
+OWN = ("model_type", "input_layernorm", "attention_bias", "fc_bias", "options", "head_tokens")
+"""What a draft's tensors and files decide by themselves; options are compared one by one."""
+
+
+def check_init(own: DraftConfig, wanted: DraftConfig, name: str) -> None:
+    """Refuses a draft to start from whose shape or ``"msd"`` section the training config does not have.
+
+    Raises:
+        UserError: the first key that differs.
+    """
+    for part, theirs, ours in (("", own, wanted), ("msd.", own.options, wanted.options)):
+        for key in fields(theirs):
+            given, asked = getattr(theirs, key.name), getattr(ours, key.name)
+            if key.compare and key.name not in OWN and given != asked:
+                raise UserError(
+                    f"--init has {part}{key.name}={given}, --config {asked}", name, "take the draft's own config.json"
+                )
 
 
 def build_engine(

@@ -128,7 +128,7 @@ def reject_misplaced(content: Mapping[str, Any], where: str | Path) -> None:
     for key in content:
         if key in {f.name for f in fields(TrainConfig)} - {"max_length"}:
             raise UserError(f"'{key}' stands beside section '{SECTION}'", where=where, fix="move it into the section")
-        near = difflib.get_close_matches(key.lower(), SECTIONS, n=1, cutoff=0.66)
+        near = difflib.get_close_matches(key.lower(), SECTIONS, n=1, cutoff=0.75)
         if near and key not in SECTIONS:
             raise UserError(f"unknown key '{key}'", where=where, fix=f"did you mean '{near[0]}'?")
 

@@ -20,9 +20,11 @@ from eagle.doctor.checkpoints import check_pair, footprint, look_at_base, look_a
 from eagle.doctor.machine import Machine
 from eagle.doctor.memory import POSITIONS, check_fit
 from eagle.model.checkpoint import load_draft, save_draft
-from eagle.model.config import DraftConfig
+from eagle.model.config import HEAD_TOKENS, DraftConfig
 from eagle.model.draft import DraftModel
+from eagle.model.head_tokens import write_head_tokens
 from eagle.model.targets import load_target
+from llava.errors import UserError
 
 BASES: dict[str, Callable[[Path], Path]] = {
     "liuhaotian": make_liuhaotian,
@@ -203,3 +205,17 @@ def test_a_hub_name_without_the_hub_is_a_warning(monkeypatch: pytest.MonkeyPatch
         contents, (check,) = look("tiny/nowhere", hub=False)
         assert contents is None
         assert check.state is State.WARNING and "--hub" in check.mend
+
+
+@pytest.mark.parametrize("spoil", [lambda file: file.unlink(), lambda file: file.write_bytes(b"no")])
+def test_a_trimmed_vocabulary_that_cannot_be_loaded(
+    llava_pair: tuple[Path, Path], tmp_path: Path, spoil: Callable[[Path], object]
+) -> None:
+    draft = copy(llava_pair[1], tmp_path)
+    write_head_tokens(draft, torch.tensor([3, 4]))
+    assert [check.state for check in look_at_draft(str(draft), hub=False)[1]] == [State.OK]
+    spoil(draft / HEAD_TOKENS)
+    (check,) = look_at_draft(str(draft), hub=False)[1]
+    assert check.state is State.PROBLEM and "eagle.ge_data.vocabulary" in check.mend
+    with pytest.raises(UserError):
+        load_draft(draft)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_draft import make_draft
 from tiny_llava import make_image, make_liuhaotian
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
@@ -217,3 +218,21 @@ def test_same_seed_same_tokens() -> None:
 def test_settings_cover_what_users_turn() -> None:
     wanted = itertools.chain((f"T {t}" for t in (0.3, 0.7, 1.0, 1.5)), ("top-k 3", "top-p 0.8"))
     assert set(wanted) <= set(SETTINGS)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_scores_on_another_device_than_the_prompt(do_sample: bool) -> None:
+    """A model spread over several devices has its head on the last one, and processors' tensors with the prompt; fake
+    tensors know devices without having them."""
+    with FakeTensorMode():
+        prefix = torch.zeros(1, 5, dtype=torch.long, device="cuda:0")
+        ends = torch.tensor([2], device="cuda:0")
+        processors = LogitsProcessorList(
+            [
+                hf.RepetitionPenaltyLogitsProcessor(1.05),
+                hf.MinNewTokensLengthLogitsProcessor(1, 8, ends, device="cuda:0"),
+            ]
+        )
+        chooser = TokenChooser(processors, do_sample)
+        chosen = chooser.choose(torch.zeros(3, 20, dtype=torch.bfloat16, device="cuda:1"), prefix)
+        assert chosen.shape == (3,)

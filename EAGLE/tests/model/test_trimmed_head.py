@@ -13,7 +13,8 @@ from tiny_llava import make_image, make_liuhaotian
 from eagle import MSDModel, TreeConfig
 from eagle.ge_data.vocabulary import most_frequent
 from eagle.model.checkpoint import load_draft
-from eagle.model.head_tokens import HEAD_TOKENS, write_head_tokens
+from eagle.model.config import HEAD_TOKENS
+from eagle.model.head_tokens import write_head_tokens
 from eagle.model.targets import load_target
 from llava.errors import UserError
 

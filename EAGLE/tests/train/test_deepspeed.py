@@ -17,6 +17,16 @@ from train_support import SCRIPT, assert_same_curve, curve, environment, launch
 from eagle.model.checkpoint import load_draft
 
 
+class Evil:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.folder),))
+
+
 def launched(processes):
     """The launcher's part of the documented command."""
     launcher = shutil.which("deepspeed") or str(Path(sys.executable).parent / "deepspeed")
@@ -44,6 +54,18 @@ def test_deepspeed_command_and_resume(command, tmp_path, processes):
     assert "resumed after step 2" in launch(command(processes, "parts", "--resume", log_every=3))
     assert load_draft(tmp_path / "whole" / "final").fc.weight.dtype == torch.bfloat16
     assert_same_curve(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.slow
+def test_a_state_that_would_run_code_is_refused(command, tmp_path):
+    """DeepSpeed itself would run it."""
+    launch(command(1, "parts", "--max-steps", "2"))
+    (state,) = (tmp_path / "parts").glob("step-*/state/state/*optim_states.pt")
+    torch.save({**torch.load(state, weights_only=False), "more": Evil(tmp_path / "ran")}, state)
+    done = subprocess.run(command(1, "parts", "--resume"), cwd=SCRIPT.parent, env=environment(), capture_output=True,
+                          text=True, check=False)  # fmt: skip
+    assert done.returncode != 0 and "checkpoint is damaged" in done.stderr + done.stdout
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.slow

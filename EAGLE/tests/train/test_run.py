@@ -148,6 +148,22 @@ def test_resume_without_a_checkpoint_starts_anew_and_init_takes_a_draft(argument
     assert torch.equal(load_draft(tmp_path / "second" / "final").fc.weight, load_draft(draft).fc.weight)
 
 
+def test_init_of_another_kind_is_refused(arguments, run, tmp_path, capsys):
+    """What the config asks for is not silently that of the draft."""
+    assert run(arguments("first", "--tracker", "none", "--epochs", "1")) == 0
+    draft, config = str(tmp_path / "first" / "final"), tmp_path / "draft.json"
+    content = json.loads(config.read_text())
+    for change, told in (
+        ({"msd": {"decoupled": False}}, "--init has msd.decoupled=True, --config False"),
+        ({"msd": {"image_tokens": 3}}, "--init has msd.image_tokens=None, --config 3"),
+        ({"intermediate_size": 48}, "--config 48"),
+    ):
+        other = tmp_path / "other.json"
+        other.write_text(json.dumps({**content, **change}))
+        assert run([*arguments("second", "--tracker", "none", "--init", draft), "--config", str(other)]) == 2
+        assert told in capsys.readouterr().err
+
+
 def test_a_kill_between_the_two_renames_of_a_replacement_is_put_right(tmp_path):
     store = CheckpointStore(tmp_path, 1, {})
     for name, text in (("best", "old"), (".tmp-best", "new")):
