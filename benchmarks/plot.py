@@ -27,7 +27,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=DPI)
 
 
-def draw_compact(cells: Sequence[dict[str, Any]], titles: Sequence[str], path: Path, source: str) -> None:
+def draw_compact(cells: Sequence[Mapping[str, Any]], titles: Sequence[str], path: Path, source: str) -> None:
     """Writes a PNG of some cells under titles of their own; ``source`` is kept in the file."""
     figure = panels(cells, titles, COMPACT_WIDTH)
     figure.suptitle("Speed-up over the strongest plain decoding of the same run", fontsize=10)
@@ -35,7 +35,7 @@ def draw_compact(cells: Sequence[dict[str, Any]], titles: Sequence[str], path: P
         figure.savefig(temporary, format="png", dpi=COMPACT_DPI, metadata={"Software": None, "Source": source})
 
 
-def panels(cells: Sequence[dict[str, Any]], titles: Sequence[str], width: float) -> Figure:
+def panels(cells: Sequence[Mapping[str, Any]], titles: Sequence[str], width: float) -> Figure:
     """A figure with a panel a cell."""
     rows = -(-len(cells) // COLUMNS)
     longest = max(len(cell["results"]) for cell in cells)

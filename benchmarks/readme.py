@@ -32,7 +32,7 @@ BLOCK = re.compile(r"(<!-- figures: )(\S+)( -->\n)(.*?)(<!-- end of figures -->)
 PLOT = "docs/speed.png"
 PAIRS = {"llava": "LLaVA", "qwen2vl": "Qwen2-VL"}
 NAMES = {
-    "autoregressive": "our loop without a draft",
+    "autoregressive": "our autoregressive loop",
     "transformers dynamic": "transformers `generate`",
     "transformers static": "transformers `generate`, static cache",
     "prompt lookup": "transformers' prompt lookup",

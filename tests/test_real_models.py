@@ -56,13 +56,13 @@ def column(name: str) -> dict[str, str]:
         "first line: `export`": " ".join(words),
         "download of the base": f"{2 * sizes.base / 1e9:.1f} GB",
         "draft": f"{sizes.draft * 2 / 1e9:.1f} GB, {trained / 1e6:.0f} million weights trained",
-        "disk of hidden states (int8)":
+        "disk of hidden states (in int8)":
             f"{2 * hidden * ROWS * (2 * TOKENS + images) / 1e12:.2f} TB "
             f"({hidden * ROWS * (2 * TOKENS + 2 * images) / 1e12:.2f} TB)",
         "GPU memory, training": f"{(2 * (trained + 2 * table) + 14 * trained) / 1e9:.1f} GB + activations",
-        "GPU memory, step 5 (3: the base)": f"{sizes.bytes('bfloat16') / 1e9:.0f} GB at {POSITIONS} positions",
+        "GPU memory, decoding": f"{sizes.bytes('bfloat16') / 1e9:.0f} GB at {POSITIONS} positions",
         "optimizer steps, 1 GPU (8)": f"{steps[0]:,} ({steps[1]:,})".replace(",", " "),
-        "computing of step 3, one A100 (at 40 %)": f"{reading / SPEED / 3600:.1f} h",
+        "computing of step 3, one A100 at 40 %": f"{reading / SPEED / 3600:.1f} h",
         "computing of step 4, the same": f"{training / SPEED / 3600:.0f} h",
     }  # fmt: skip
 
