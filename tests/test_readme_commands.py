@@ -59,7 +59,6 @@ STANDS_FOR = {
     "picture.png": str(PICTURE),
     "BASE=liuhaotian/llava-v1.5-7b": f"BASE={POCKET}/llava",
     "llava_v15_7B_config.json": "pocket_llava_config.json",
-    " ds_config.json": " pocket_ds_config.json",
     "WORK=outputs/llava-7b": "WORK=$TMP/work",
     "COUNT=68000": "COUNT=6",
     "image_data/annotations/ShareGPT_V3_unfiltered_cleaned_split.json": f"{POCKET}/data/train_t.json",
@@ -137,7 +136,7 @@ def bash(script: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"PYTHONPATH": packages, "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1", "TMP": str(tmp_path)}
     env |= {"PATH": f"{programs(tmp_path / 'bin')}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     env |= {"OUT": str(tmp_path / "out"), "LIMIT": "1", "MODEL_ARGS": "dtype=float32", "PORT": "29641"}
-    env |= {"DS_CONFIG": "pocket_ds_config.json", "QUESTIONS": str(POCKET / "data" / "heldout.jsonl")}
+    env |= {"QUESTIONS": str(POCKET / "data" / "heldout.jsonl")}
     env |= {"GEN_KWARGS": "temperature=0,max_new_tokens=8", "HF_HOME": str(tmp_path / "hf")}
     return subprocess.run(
         ["bash", "-euxc", script], env=env, cwd=REPO, capture_output=True, text=True, timeout=1800, check=False
