@@ -19,7 +19,7 @@ REPO = Path(__file__).resolve().parents[1]
 README = (REPO / "README.md").read_text(encoding="utf-8")
 PICTURE = REPO / "pocket" / "data" / "images" / "heldout" / "h0000.png"
 SHORT = "--limit 1 --max-new-tokens 8 --dtype float32"
-TINY_TRAINING = "--max-steps 2 --validation-limit 1 --tracker none"
+TINY_TRAINING = "--epochs 1 --validation-limit 2 --tracker none"
 
 
 class Rule(NamedTuple):
