@@ -45,8 +45,10 @@ bench: $(STAMP)  ## time everyone against everyone: one table, one plot, one JSO
 bench-quick: $(STAMP)  ## the same in a minute, without meaning
 	$(BIN)/python -m benchmarks.suite --quick --out $(OUT)
 
-figures: $(STAMP)  ## write the table of speed into README.md
+figures: $(STAMP)  ## README's tables and plot from their report, and the figures of docs/method.md
 	$(BIN)/python -m benchmarks.readme
+	$(BIN)/python -m benchmarks.figure_inputs
+	$(BIN)/python -m benchmarks.figure_tree
 
 quality: $(STAMP)  ## lint, formatting, dead code, types
 	$(BIN)/ruff check .

@@ -121,7 +121,8 @@ def measure(cell: Cell, suite: Suite, models: Sequence[MSDModel]) -> dict[str, A
             progress.update()
             if number >= 0:
                 loads.append(load_average)
-    return row_of_cell(cell, runners, left_out, suite, loads, random)
+    row = row_of_cell(cell, runners, left_out, suite, loads, random)
+    return row | {"dtype": str(models[0].dtype).removeprefix("torch.")}
 
 
 if __name__ == "__main__":

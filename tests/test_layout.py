@@ -12,13 +12,13 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from repository import REPO, repository_files
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-REPO = Path(__file__).resolve().parents[1]
 PACKAGES = {"llava": "LLaVA", "eagle": "EAGLE", "lmms_eval_msd": "lmms-eval"}
 MAY_NOT_IMPORT = {
     "llava": {"eagle", "lmms_eval_msd", "lmms_eval", "pocket", "deepspeed"},
@@ -31,18 +31,6 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 PLACEHOLDERS = {-200, 575, 576, 151652, 151653, 151655, 151656}  # ids and counts of single checkpoints
 ELSEWHERE = "|".join(["/" + "work/", "/" + "root/", "/" + "opt/", "/" + "home/[a-z]", "/" + "Users/[A-Za-z]"])
 MACHINE_PATH = re.compile(rf"(?<![\w.~-])(?:{ELSEWHERE})")
-
-
-@cache
-def repository_files() -> tuple[Path, ...]:
-    """Files that git tracks or would add; all files where there is no git."""
-    listing = ["git", "-C", str(REPO), "ls-files", "-co", "--exclude-standard", "-z"]
-    if shutil.which("git") and (REPO / ".git").exists():
-        names = subprocess.run(listing, check=True, capture_output=True, text=True).stdout.split("\0")
-        found = [REPO / name for name in names if name]
-    else:
-        found = [p for p in REPO.rglob("*") if not {".venv", "__pycache__"} & set(p.parts)]
-    return tuple(sorted(p for p in found if p.is_file()))
 
 
 def source_files(package: str) -> list[Path]:

@@ -42,12 +42,26 @@ def test_links_lead_somewhere():
 
 
 def test_the_file_tree_names_real_files():
+    """Files are named from the folder of the line that has none before it, or beside the line's first file."""
     tree = re.search(r"## What is where\n\n```\n(.*?)```", README, re.DOTALL).group(1)
-    folder = REPO
+    folder, seen = REPO, 0
     for line in tree.splitlines():
-        words = line.split()
-        if line.startswith(" "):
-            assert all((folder / word).exists() for word in words if re.fullmatch(r"[\w/]+\.py|\w+/", word)), line
-        else:
-            folder = REPO / words[0]
+        first, *rest = line.split()
+        if not line.startswith(" "):
+            folder = REPO / first
             assert folder.is_dir(), line
+        elif (folder / first).exists():
+            rest.append(first)
+        beside = (folder / first).parent if first.endswith(".py") else folder / first
+        for name in (word.strip(",:;()") for word in rest):
+            if re.fullmatch(r"[\w/]+\.(py|sh)", name):
+                seen += 1
+                assert any((place / name).is_file() for place in (folder, beside)), f"{name}: {line}"
+    assert seen > 15
+
+
+def test_the_file_tree_names_every_folder_of_code():
+    tree = re.search(r"## What is where\n\n```\n(.*?)```", README, re.DOTALL).group(1)
+    named = set(tree.replace("\n", " ").split())
+    packages = {f"{path.name}/" for path in (REPO / "EAGLE" / "eagle").iterdir() if (path / "__init__.py").is_file()}
+    assert packages - named - {"model/"} == set() and any(word.startswith("model/") for word in named)
