@@ -80,6 +80,8 @@ def build(
             runners.append(Runner(name, SINGLE[name](model, settings, suite)))
         elif name == "msd fixed" and cell.batch > 1:
             left_out[name] = "a batch has this tree in any case"
+        elif name == "msd reset" and cell.temperature > 0:
+            left_out[name] = "with a seed 'msd' begins each request so"
         else:
             tree = tree_of(name, model, cell.batch)
             own = settings | {"seed": suite.seed} if name == "msd reset" else settings  # a seed begins without memory
