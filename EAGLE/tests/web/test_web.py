@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import http.client
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from eagle.model.targets import load_target
 from eagle.web.app import MAX_BODY, Page
 from eagle.web.ask import Ask
 from eagle.web.stream import Detokenizer, PieceStreamer, answer
+from llava.errors import UserError
 
 PATIENCE = 600  # seconds until a server that says nothing is given up
 QUESTION = "How many shapes can you count here?"
@@ -190,6 +192,16 @@ def error_of(capsys: pytest.CaptureFixture[str], *options: str) -> str:
     assert main(["web", "--base-model", "nowhere", *options]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6")
+def test_listens_on_ipv6() -> None:
+    try:
+        listener = web.listen("::1", 0)
+    except UserError:
+        pytest.skip("this machine has no address ::1")
+    with listener, socket.create_connection(listener.getsockname()[:2], timeout=10):
+        assert listener.family is socket.AF_INET6
 
 
 def test_missing_package_taken_port_and_no_model(
