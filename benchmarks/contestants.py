@@ -93,7 +93,7 @@ def build(
 
 def tree_of(name: str, model: MSDModel, batch: int) -> TreeConfig:
     """The tree of ``msd`` (the default one), ``msd reset`` (the same, but each request begins without what earlier ones
-    taught about acceptance), ``msd fixed`` or ``msd D/K/N``; a batch shares its nodes."""
+    taught about acceptance), ``msd fixed`` or ``msd D/K/N``; a large batch has smaller ones."""
     kind, _, bounds = name.partition(" ")
     if kind != "msd" or (bounds not in ("", "reset", "fixed") and bounds.count("/") != 2):
         known = [*PLAIN, *SINGLE, "msd", "msd reset", "msd fixed", "msd D/K/N"]

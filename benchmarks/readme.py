@@ -38,6 +38,7 @@ NAMES = {
     "prompt lookup": "transformers' prompt lookup",
     "assistant": "transformers' assisted decoding",
     "msd": "**MSD**",
+    "msd reset": "MSD, without memory of earlier requests",
     "msd fixed": "MSD, fixed tree",
 }
 DTYPES = ("float32", "bfloat16", "float16")
@@ -88,10 +89,10 @@ def label(contestant: str) -> str:
 
 
 def table_of(temperature: float, cells: Sequence[Cell]) -> str:
-    """One temperature: a row a contestant, three columns a pair. A pair's strongest plain baseline is in italics."""
+    """One temperature: a row a contestant, four columns a pair. A pair's strongest plain baseline is in italics."""
     pairs = [name_of(cell) for cell in cells]
-    head = "".join(f" {pair}: tokens/s | τ | speed-up |" for pair in pairs)
-    lines = [f"| {how(temperature)} |{head}", "|---|" + "---:|" * (3 * len(cells))]
+    head = "".join(f" {pair}: tokens/s | τ | speed-up | after the first token |" for pair in pairs)
+    lines = [f"| {how(temperature)} |{head}", "|---|" + "---:|" * (4 * len(cells))]
     names = dict.fromkeys(name for cell in cells for name in cell["results"])
     for name in names:
         values = " | ".join(values_of(cell, name) for cell in cells)
@@ -100,14 +101,18 @@ def table_of(temperature: float, cells: Sequence[Cell]) -> str:
 
 
 def values_of(cell: Cell, name: str) -> str:
-    """Speed, τ and speed-up of a contestant; nothing where it did not run."""
+    """Speed, τ and speed-up of a contestant, of the whole request and of what follows its first token; nothing where it
+    did not run."""
     row = cell["results"].get(name)
     if row is None:
-        return " | | "
+        return " | | | "
+    later = row["decoding_tokens_per_second"] / cell["results"][cell["baseline_name"]]["decoding_tokens_per_second"]
     mark = NOISY if cell["doubtful"] else ""
     style = "*" if name == cell["baseline_name"] else "**" if name == "msd" else ""
     tau = f"{row['tau']:.2f}" if row["phases_share"] and row["tau"] > 1 else ""
-    return f"{mark}{row['tokens_per_second']:.0f} | {tau} | {style}{mark}{row['speedup']:.2f}x{style}"
+    return (
+        f"{mark}{row['tokens_per_second']:.0f} | {tau} | {style}{mark}{row['speedup']:.2f}x{style} | {mark}{later:.2f}x"
+    )
 
 
 def caption(report: Mapping[str, Any], cells: Sequence[Cell], where: str) -> str:
@@ -123,7 +128,7 @@ def caption(report: Mapping[str, Any], cells: Sequence[Cell], where: str) -> str
         f"{everyone}; "
         f"{settings['rounds']} interleaved rounds of {questions} held-out questions, answers of up to "
         f"{max(cell['new_tokens'] for cell in cells)} tokens; medians; speed-up over the strongest plain decoding (in "
-        f"italics).{noisy} `{report['command']}`, commit {str(report['commit'])[:12]} ([report]({where})).\n"
+        f"italics), of the whole request with its picture and prompt, and of decoding alone.{noisy} `{report['command']}`, commit {str(report['commit'])[:12]} ([report]({where})).\n"
     )
 
 

@@ -182,6 +182,10 @@ class DraftConfig:
         return out
 
 
+BATCH_NODES = 60
+"""Nodes of all trees of a batch together that pay in one forward, on a CPU too (`msd throughput`, docs/decoding.md)."""
+
+
 @dataclass(frozen=True)
 class TreeConfig:
     """A draft tree's bounds (EAGLE-2, arXiv 2406.16858, section 4).
@@ -234,11 +238,11 @@ class TreeConfig:
         return cls(depth=10, top_k=10, total_tokens=96, adaptive=True)
 
     def for_batch(self, batch: int) -> TreeConfig:
-        """The tree of each sequence when ``batch`` of them are verified in one forward, which then has as many nodes as
-        this tree. Where that leaves no drafted node, plain decoding is as good."""
-        if batch == 1:
-            return self
-        return TreeConfig(self.depth, min(self.top_k, max(1, self.top_k // batch)), max(1, self.total_tokens // batch))
+        """The tree of each sequence when ``batch`` of them are verified in one forward: the same as alone until all have
+        more nodes together than this tree or `BATCH_NODES`, from there on a share. Where that leaves no drafted node,
+        plain decoding is as good."""
+        nodes = max(1, min(self.total_tokens, max(self.total_tokens, BATCH_NODES) // batch))
+        return TreeConfig(self.depth, -(-self.top_k * nodes // self.total_tokens), nodes) if batch > 1 else self
 
     def shortened(self, tokens_left: int) -> TreeConfig:
         """The same tree, no deeper than ``tokens_left`` new tokens can use (the bonus token is one of them)."""

@@ -123,5 +123,8 @@ def test_a_batch_cannot_be_streamed(model):
 
 def test_the_batch_shares_the_nodes_of_one_tree():
     assert TreeConfig(5, 10, 60).for_batch(1) == TreeConfig(5, 10, 60)
-    assert TreeConfig(5, 10, 60).for_batch(4).total_tokens == 15
-    assert TreeConfig(6, 3, 12).for_batch(16).total_tokens == 1
+    assert TreeConfig(5, 10, 60).for_batch(4) == TreeConfig(5, 3, 15)
+    assert TreeConfig(5, 10, 60).for_batch(100).total_tokens == 1
+    assert [TreeConfig(6, 3, 12).for_batch(batch).total_tokens for batch in (2, 5, 8, 30, 60)] == [12, 12, 7, 2, 1]
+    assert TreeConfig(6, 3, 12).for_batch(2) == TreeConfig(6, 3, 12)
+    assert TreeConfig(6, 3, 12).for_batch(8).top_k == 2
