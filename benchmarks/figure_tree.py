@@ -58,9 +58,9 @@ class RecordingDecoder(Decoder):
         super().__init__(*args, **kwargs)
         self.cycles: list[Cycle] = []
 
-    def accept(self, trees: list[DraftTree], logits: torch.Tensor) -> list[Accepted]:
+    def accept(self, trees: list[DraftTree], hidden: torch.Tensor, logits: torch.Tensor) -> list[Accepted]:
         """The base's, of the only sequence."""
-        accepted = super().accept(trees, logits)
+        accepted = super().accept(trees, hidden, logits)
         self.cycles.append(Cycle(trees[0], accepted[0], self.active[0].tokens[:-1]))
         return accepted
 

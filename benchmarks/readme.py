@@ -110,9 +110,8 @@ def values_of(cell: Cell, name: str) -> str:
     mark = NOISY if cell["doubtful"] else ""
     style = "*" if name == cell["baseline_name"] else "**" if name == "msd" else ""
     tau = f"{row['tau']:.2f}" if row["phases_share"] and row["tau"] > 1 else ""
-    return (
-        f"{mark}{row['tokens_per_second']:.0f} | {tau} | {style}{mark}{row['speedup']:.2f}x{style} | {mark}{later:.2f}x"
-    )
+    whole = f"{mark}{row['tokens_per_second']:.0f} | {tau} | {style}{mark}{row['speedup']:.2f}x{style}"
+    return f"{whole} | {mark}{later:.2f}x"
 
 
 def caption(report: Mapping[str, Any], cells: Sequence[Cell], where: str) -> str:
@@ -128,7 +127,8 @@ def caption(report: Mapping[str, Any], cells: Sequence[Cell], where: str) -> str
         f"{everyone}; "
         f"{settings['rounds']} interleaved rounds of {questions} held-out questions, answers of up to "
         f"{max(cell['new_tokens'] for cell in cells)} tokens; medians; speed-up over the strongest plain decoding (in "
-        f"italics), of the whole request with its picture and prompt, and of decoding alone.{noisy} `{report['command']}`, commit {str(report['commit'])[:12]} ([report]({where})).\n"
+        f"italics), of the whole request with its picture and prompt, and of decoding alone.{noisy} "
+        f"`{report['command']}`, commit {str(report['commit'])[:12]} ([report]({where})).\n"
     )
 
 

@@ -34,6 +34,7 @@ class Rule(NamedTuple):
 HERE = "tests/test_readme_commands.py"
 RULES = (
     Rule("make demo", by=f"{HERE}::test_make_targets_do_what_the_readme_says"),
+    Rule("make bench", by=f"{HERE}::test_make_targets_do_what_the_readme_says"),
     Rule("make test", by=f"{HERE}::test_make_targets_do_what_the_readme_says"),
     Rule("pip install", by=f"{HERE}::test_installation_is_that_of_ci"),
     Rule("scripts/1_setup.sh", by=f"{HERE}::test_installation_is_that_of_ci"),
@@ -177,6 +178,9 @@ def test_make_targets_do_what_the_readme_says() -> None:
     recipes = dict(re.findall(r"^(\w+): \$\(STAMP\).*\n\t(.+)$", (REPO / "Makefile").read_text(), re.MULTILINE))
     assert recipes["demo"] == "$(BIN)/msd demo"
     assert "-m pytest $(PYTEST)" in recipes["test"]
+    assert recipes["bench"].startswith(
+        "$(BIN)/python -m benchmarks.suite "
+    )  # tests/test_benchmarks.py runs a small one
     assert 'make test VENV="$work/venv"' in (REPO / ".ci" / "run").read_text()
     assert "bash scripts/1_setup.sh" in (REPO / "Makefile").read_text()
 

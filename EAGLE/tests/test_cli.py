@@ -131,7 +131,7 @@ def test_throughput_of_each_batch_size(pair, capsys, tmp_path):
     assert main(["throughput", *models(pair), "--data", str(pair / "questions.jsonl"), *options]) == 0
     report = json.loads(out.read_text())
     assert [row["batch"] for row in report["rows"]] == [1, 2]
-    assert [row["tree"]["total_tokens"] for row in report["rows"]] == [32, 6]
+    assert [row["tree"]["total_tokens"] for row in report["rows"]] == [32, 12]
     assert all(row["speedup"] == pytest.approx(row["msd"] / row["plain"]) for row in report["rows"])
     assert "speed-up" in capsys.readouterr().out
     with pytest.raises(SystemExit):

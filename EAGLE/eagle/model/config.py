@@ -238,9 +238,9 @@ class TreeConfig:
         return cls(depth=10, top_k=10, total_tokens=96, adaptive=True)
 
     def for_batch(self, batch: int) -> TreeConfig:
-        """The tree of each sequence when ``batch`` of them are verified in one forward: the same as alone until all have
-        more nodes together than this tree or `BATCH_NODES`, from there on a share. Where that leaves no drafted node,
-        plain decoding is as good."""
+        """The tree of each sequence when ``batch`` of them are verified in one forward: the same as alone until all
+        have more nodes together than this tree or `BATCH_NODES`, from there on a share. Where that leaves no drafted
+        node, plain decoding is as good."""
         nodes = max(1, min(self.total_tokens, max(self.total_tokens, BATCH_NODES) // batch))
         return TreeConfig(self.depth, -(-self.top_k * nodes // self.total_tokens), nodes) if batch > 1 else self
 
