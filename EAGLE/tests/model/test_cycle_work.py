@@ -104,8 +104,8 @@ def test_one_copy_to_the_host_a_cycle(
 ) -> None:  # fmt: skip
     """With a fixed tree; what `generate` prepares and the prompt come before."""
     base = make_llava_hf(tmp_path / "base")
-    head = make_draft(tmp_path / "draft", load_target(base, dtype=torch.float32), agree=0.7)
-    msd = MSDModel.from_pretrained(base, head, dtype=torch.float32, tree=TreeConfig(3, 2, 6))
+    head = make_draft(tmp_path / "draft", load_target(base, dtype=torch.float32), agree=1.0)
+    msd = MSDModel.from_pretrained(base, head, dtype=torch.float32, tree=TreeConfig(1, 60, 100))
     inputs, found = msd.target.prepare(msd.target.chat_prompt("How many?")), []
     for name in ("draft", "verify_within_memory", "accept", "commit"):
         part = getattr(Decoder, name)
