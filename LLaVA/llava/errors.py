@@ -19,6 +19,7 @@ INTERRUPT_STATUS = 130
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_TEXTS = ("No space left", "File too large", "quota exceeded", "PytorchStreamWriter failed", "unexpected pos")
 MAKE_ROOM = "free some space and start again; what was finished is kept"
+LESS_MEMORY = "take 16 bit, a shorter prompt, a smaller batch or a smaller model; `msd doctor` says what fits"
 
 
 class UserError(Exception):
@@ -53,20 +54,29 @@ def is_full_disk(error: BaseException) -> bool:
 
 @contextmanager
 def cli_errors() -> Iterator[None]:
-    """Turns a `UserError` into one line on stderr and exit status 2, so too a full disk; Ctrl-C into status 130."""
+    """Turns a `UserError` into one line on stderr and exit status 2, so too a full disk and a full memory; Ctrl-C into
+    status 130."""
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(USER_ERROR_STATUS) from None
+        _give_up(error)
     except OSError as error:
         if not is_full_disk(error):
             raise
-        full = UserError(f"no room left to write ({error.strerror})", error.filename, MAKE_ROOM)
-        print(f"error: {full}", file=sys.stderr)
-        raise SystemExit(USER_ERROR_STATUS) from None
+        _give_up(UserError(f"no room left to write ({error.strerror})", error.filename, MAKE_ROOM))
+    except (RuntimeError, MemoryError) as error:
+        from llava.memory import is_out_of_memory, told_by  # torch is loaded by now, or memory was too small for it
+
+        if not is_out_of_memory(error):
+            raise
+        _give_up(UserError("out of memory", told_by(error), LESS_MEMORY))
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPT_STATUS) from None
+
+
+def _give_up(error: UserError) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(USER_ERROR_STATUS) from None
 
 
 def run_cli(main: Callable[[], int | None]) -> int:

@@ -6,9 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from llava.errors import OneLineParser, UserError, cli_errors, run_cli
+from llava.errors import LESS_MEMORY, OneLineParser, UserError, cli_errors, run_cli
 from llava.files import atomic_write, read_json
+
+SAID = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 14.58 GiB of which 1 GiB is free."
+FULL = f"{SAID} Of the allocated memory 12 GiB is allocated by PyTorch. If reserved memory is large try setting this."
 
 
 def test_user_error_is_one_line() -> None:
@@ -31,6 +35,8 @@ def fail(error: BaseException) -> int:
         (lambda: fail(SystemExit(3)), 3, ""),
         (lambda: fail(SystemExit("stop")), 1, "stop\n"),
         (lambda: fail(SystemExit()), 0, ""),
+        (lambda: fail(torch.OutOfMemoryError(FULL)), 2, f"error: out of memory: {SAID} ({LESS_MEMORY})\n"),
+        (lambda: fail(MemoryError()), 2, f"error: out of memory ({LESS_MEMORY})\n"),
     ],
 )
 def test_exit_status(main, status: int, stderr: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,9 +44,10 @@ def test_exit_status(main, status: int, stderr: str, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err == stderr
 
 
-def test_defects_keep_their_traceback() -> None:
-    with pytest.raises(ZeroDivisionError), cli_errors():
-        fail(ZeroDivisionError())
+@pytest.mark.parametrize("error", [ZeroDivisionError(), RuntimeError("sizes do not match")])
+def test_defects_keep_their_traceback(error: Exception) -> None:
+    with pytest.raises(type(error)), cli_errors():
+        fail(error)
 
 
 def test_parser_complains_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

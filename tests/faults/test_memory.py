@@ -1,4 +1,4 @@
-"""Out of memory while a tree is verified: a smaller tree, the same answer."""
+"""Out of memory while a tree is verified: a smaller tree, the same answer. Anywhere else: one line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from eagle.model.msd import MSDModel
 from eagle.model.targets import load_target
 from eagle.model.targets.base import Target
 from eagle.model.tree import Candidates, ancestor_mask, best_part, select_nodes
-from llava.errors import UserError
+from llava.errors import LESS_MEMORY, UserError
 
 TREE = TreeConfig(depth=4, top_k=4, total_tokens=24)
 CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory")
@@ -92,20 +92,28 @@ def test_another_error_is_not_taken_for_it(model: MSDModel, monkeypatch: pytest.
     assert len(sizes) == 1
 
 
+def generate(pair: Path) -> list[str]:
+    """A command."""
+    models = ["--base-model", str(pair / "base"), "--msd-model", str(pair / "draft"), "--dtype", "float32"]
+    return ["generate", *models, "--tree", "fixed", "--prompt", "Name a river.", "--max-new-tokens", "12"]
+
+
 def test_the_command_tells(pair: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     fail_over(monkeypatch, 4, CPU)
-    models = [
-        "--base-model",
-        str(pair / "base"),
-        "--msd-model",
-        str(pair / "draft"),
-        "--dtype",
-        "float32",
-        "--tree",
-        "fixed",
-    ]
-    assert main(["generate", *models, "--prompt", "Name a river.", "--max-new-tokens", "12"]) == 0
+    assert main(generate(pair)) == 0
     assert "trees halved for lack of memory]" in capsys.readouterr().out
+
+
+def test_a_prompt_without_room_is_one_line(
+    pair: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise CPU
+
+    monkeypatch.setattr(Target, "prefill_each", full)
+    assert main(generate(pair)) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error"))
+    assert line.startswith("error: out of memory: [enforce fail") and line.endswith(f"({LESS_MEMORY})")
 
 
 def test_the_best_part_is_the_tree_that_would_have_been_selected() -> None:

@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--shard", type=part, metavar="I/N", help="part I, from 0, of N equal parts of these rows: one for each machine"
     )
-    add("--gpus", help="one worker on each: 0,1,... or cpu (default: all GPUs, else this process's CPU)")
+    add("--gpus", help="one worker on each: 0,1,..., cpu or cpu,cpu (default: all GPUs, else this process's CPU)")
     add("--dtype", choices=DTYPES, default="auto", help="dtype of the base model (default: the checkpoint's)")
     add("--hidden-dtype", choices=HIDDEN_DTYPES, default=AUTO, help=f"stored hidden states (default: {AUTO}, 16 bit)")
     add("--max-length", type=positive, default=2048, help="longest sequence; longer rows are cut (default: 2048)")

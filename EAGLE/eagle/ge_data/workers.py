@@ -106,7 +106,9 @@ def run_workers(job: Job, ranges: Sequence[Range], devices: Sequence[str], event
     try:
         for device in devices:
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(job, device, theirs), name=f"ge_data {device}", daemon=True)
+            share = threads(devices) if device == "cpu" else None
+            what = (job, device, share, theirs)
+            process = context.Process(target=_serve, args=what, name=f"ge_data {device}", daemon=True)
             process.start()
             theirs.close()
             workers[ours] = (device, process)
@@ -150,9 +152,16 @@ def _handle(
     return None
 
 
-def _serve(job: Job, device: str, connection: Connection) -> None:
-    """A worker process: asks for ranges until there are none."""
+def threads(devices: Sequence[str]) -> int:
+    """Of this process's threads, those of each worker on the CPU: together they do not outnumber its cores."""
+    return max(1, torch.get_num_threads() // max(1, devices.count("cpu")))
+
+
+def _serve(job: Job, device: str, share: int | None, connection: Connection) -> None:
+    """A worker process: asks for ranges until there are none, computing with ``share`` threads (None: the default)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops us
+    if share is not None:
+        torch.set_num_threads(share)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def ranges() -> Iterator[Range]:

@@ -31,11 +31,11 @@ from eagle.model.config import TreeConfig
 from eagle.model.draft import DraftModel
 from eagle.model.drafter import Drafter
 from eagle.model.masks import MaskBuffer
-from eagle.model.memory import is_out_of_memory
 from eagle.model.planner import CostCurve
 from eagle.model.targets.base import Target
 from llava.errors import UserError
 from llava.files import atomic_write
+from llava.memory import is_out_of_memory
 
 NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 CONTEXT = 256

@@ -22,7 +22,6 @@ from eagle.model.config import TreeConfig
 from eagle.model.draft import DraftModel
 from eagle.model.drafter import Drafter
 from eagle.model.masks import MaskBuffer
-from eagle.model.memory import is_out_of_memory
 from eagle.model.planner import Floats, Planner
 from eagle.model.sampling import TokenChooser
 from eagle.model.sequence import Sequence, sequences_of
@@ -33,6 +32,7 @@ from eagle.model.stopping import Stopper
 from eagle.model.targets.base import Target
 from eagle.model.tree import DraftTree, best_part, root_only, select_nodes
 from llava.errors import UserError
+from llava.memory import is_out_of_memory
 
 NO_CHOICE = -1
 """The choice at a node where the target's output is not a number: no token, so nothing is accepted below it."""

@@ -15,6 +15,7 @@ import torch
 from eagle.ge_data.allocation import Board, devices
 from eagle.ge_data.index import INDEX, ShardInfo, load_index
 from eagle.ge_data.source import Source
+from eagle.ge_data.workers import threads
 
 from .conftest import Write, allocate, rows_of, text_row
 from .test_shards import SOURCE
@@ -48,6 +49,14 @@ def test_a_worker_that_is_killed_is_named_and_the_other_finishes(
     assert rows // 3 - begun <= len(load_index(out).shards) <= rows // 3
     assert allocate(base, data, out, "t", "--gpus", "cpu,cpu") == 0
     assert len(killed) == 1 and sorted(rows_of(out)[0]) == list(range(rows))
+
+
+@pytest.mark.parametrize(("devices", "cores", "share"), [("cpu", 8, 8), ("cpu,cpu", 8, 4), ("cpu,cpu,cpu", 2, 1)])
+def test_workers_on_the_cpu_share_its_cores(
+    monkeypatch: pytest.MonkeyPatch, devices: str, cores: int, share: int
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    assert threads(devices.split(",")) == share
 
 
 def test_the_board_counts_samples_tokens_time_and_disk(tmp_path: Path) -> None:

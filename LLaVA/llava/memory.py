@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 TOLD = ("DefaultCPUAllocator", "CUDA error: out of memory", "ALLOC_FAILED")
@@ -14,3 +16,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(told in str(error) for told in TOLD)
     )
+
+
+def told_by(error: BaseException) -> str | None:
+    """What the device says of its memory, without advice on environment variables: the first sentences, if any."""
+    sentences = re.split(r"(?<=\.)\s", str(error).strip())
+    return " ".join(sentences[:3]) or None
