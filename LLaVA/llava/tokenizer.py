@@ -62,9 +62,9 @@ def from_sentencepiece(path: Path, legacy: bool = False) -> Tokenizer:
     pieces = sentencepiece.SentencePieceProcessor()
     try:
         pieces.load(str(path))
-    except (OSError, RuntimeError) as error:
+        vocabulary = {pieces.id_to_piece(index): index for index in range(pieces.get_piece_size())}
+    except (OSError, RuntimeError, UnicodeDecodeError) as error:
         raise UserError(f"tokenizer cannot be read ({error})", path) from None
-    vocabulary = {pieces.id_to_piece(index): index for index in range(pieces.get_piece_size())}
     plain = {
         piece: index
         for piece, index in vocabulary.items()

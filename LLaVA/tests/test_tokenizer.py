@@ -96,6 +96,20 @@ def test_broken_or_missing_files(tmp_path: Path) -> None:
         load_tokenizer(Source.of(tmp_path))
 
 
+def test_a_piece_that_is_not_utf8(tmp_path: Path, pieces: sentencepiece.SentencePieceProcessor) -> None:
+    """A bit that the disk has changed: sentencepiece loads the file and cannot give the piece."""
+    folder = make_liuhaotian(tmp_path / "model")
+    piece = next(
+        text for text in map(pieces.id_to_piece, range(pieces.get_piece_size())) if text.isascii() and len(text) == 3
+    )
+    whole = (folder / "tokenizer.model").read_bytes()
+    stored = b"\x0a\x03" + piece.encode()
+    assert stored in whole
+    (folder / "tokenizer.model").write_bytes(whole.replace(stored, stored[:-1] + b"\xe9", 1))
+    with pytest.raises(UserError, match=r"tokenizer cannot be read.*tokenizer\.model"):
+        load_tokenizer(Source.of(folder))
+
+
 def test_special_token_outside_the_vocabulary(tmp_path: Path) -> None:
     write_tokenizer_model(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "[PAD]"}')
