@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from .errors import UserError
 
@@ -78,7 +78,7 @@ class Source:
             return Path(hf_hub_download(self.name, file, **self.hub))
         except EntryNotFoundError:
             raise
-        except (OSError, HFValidationError, ValueError) as error:
+        except Exception as error:  # the HTTP library's own, such as a proxy's refusal, have no class in common
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UserError("no such folder, and the hub says no", self.name, reason) from None
 

@@ -62,3 +62,18 @@ def test_names_of_repositories() -> None:
 def test_hub_options_are_parted_from_the_rest() -> None:
     options = {"revision": "v2", "token": None, "max_memory": {0: 1}, "cache_dir": "c"}
     assert split_hub_options(options) == ({"revision": "v2", "cache_dir": "c"}, {"max_memory": {0: 1}})
+
+
+@pytest.mark.parametrize("text", ["407 Proxy Authentication Required\nmore", ""])
+def test_what_the_http_library_raises_is_one_line(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """Its errors have no class in common with the hub library's."""
+
+    class ProxyError(Exception):
+        pass
+
+    def refused(*_: object, **__: object) -> None:
+        raise ProxyError(text)
+
+    monkeypatch.setattr("llava.hub.hf_hub_download", refused)
+    with pytest.raises(UserError, match=text.splitlines()[0] if text else "ProxyError"):
+        load_model("tiny/llava")

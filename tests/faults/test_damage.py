@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -18,6 +19,7 @@ from eagle.ge_data.index import load_index
 from eagle.model.checkpoint import load_draft
 from eagle.model.targets import load_target
 from eagle.train import main_deepspeed
+from eagle.train.engine import PlainEngine
 from llava.errors import UserError, run_cli
 
 
@@ -91,6 +93,25 @@ def test_a_damaged_checkpoint_of_a_training(
     shutil.rmtree(newest)
     assert run(training("--resume", save_every=2)) == 0
     assert "resumed after step 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), torch.distributed.DistError("peer"), OSError(errno.EIO, "disk")],
+)
+def test_a_device_in_trouble_is_no_damaged_checkpoint(
+    training: Callable[..., list[str]], run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Nobody shall be told to remove a good one."""
+    assert run(training(save_every=2, max_steps=2)) == 0
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(PlainEngine, "load", fail)
+    monkeypatch.setattr("sys.argv", ["main_deepspeed.py", *training("--resume", save_every=2)])
+    with pytest.raises(type(error)):
+        main_deepspeed.main()
 
 
 class Evil:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from eagle.cli import main
 from eagle.model.checkpoint import load_draft
+from eagle.model.draft import DraftModel
 from eagle.model.targets.base import Target
 from eagle.train import main_deepspeed
 from eagle.train.engine import PlainEngine
@@ -54,10 +56,32 @@ def test_nan_in_the_middle_of_an_answer(
     assert len(calls) == 2
 
 
-def test_a_draft_of_nan_is_named(own_pair: Path) -> None:
+def test_a_draft_that_gives_nan_makes_decoding_slow_and_not_wrong(
+    pair: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every second forward of the draft overflows; trees of each kind, greedy."""
+    models = ["--base-model", str(pair / "base"), "--dtype", "float32"]
+    request = [*models, "--prompt", "Name a river.", "--max-new-tokens", "24"]
+    assert main(["generate", *request, "--no-msd"]) == 0
+    expected = capsys.readouterr().out.splitlines()[0]
+    forward, calls = DraftModel.forward, []
+
+    def overflowing(self, *inputs, **more):
+        calls.append(1)
+        return forward(self, *inputs, **more) * (NAN if len(calls) % 2 else 1)
+
+    monkeypatch.setattr(DraftModel, "forward", overflowing)
+    for tree in ("auto", "fixed"):
+        assert main(["generate", *request, "--msd-model", str(pair / "draft"), "--tree", tree]) == 0
+        assert capsys.readouterr().out.splitlines()[0] == expected
+    assert len(calls) > 4
+
+
+@pytest.mark.parametrize("value", [NAN, math.inf])
+def test_a_draft_of_nan_is_named(own_pair: Path, value: float) -> None:
     draft = own_pair / "draft"
     tensors = load_file(draft / "model.safetensors")
-    tensors["fc.bias"][3] = NAN
+    tensors["fc.bias"][3] = value
     save_file(tensors, draft / "model.safetensors")
     with pytest.raises(UserError, match=r"not numbers in fc\.bias: .*model\.safetensors"):
         load_draft(draft)

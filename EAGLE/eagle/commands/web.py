@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import ipaddress
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_length_option(parser, default=512)
     parser.add_argument("--samples", type=positive, default=SAMPLES, help=f"pictures to pick from (default: {SAMPLES})")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
+    parser.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME",
+        help="a name that requests may ask for beside this machine's own, as a proxy passes it on; once for each",
+    )  # fmt: skip
     parser.add_argument("--port", type=int, default=7860, help="0 takes a free one (default: 7860)")
 
 
@@ -48,7 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(f"msd web: http://{shown}:{port}  (Ctrl-C ends it)", flush=True)
-        serve(Page(model, about, arguments.max_new_tokens, samples), listener, host)
+        names = allowed(host, arguments.allow_host)
+        serve(Page(model, about, arguments.max_new_tokens, samples), listener, names)
     return 0
 
 
@@ -84,14 +90,19 @@ def samples_of(arguments: argparse.Namespace) -> list[Question]:
     return [] if data is None else choose(read_questions(data, arguments.limit), arguments.samples)
 
 
-def serve(page: Any, listener: socket.socket, host: str) -> None:
-    """Answers requests until Ctrl-C. On a loopback address only requests that name it are answered, so that no page of
-    another origin gets in by a name of its own."""
+def allowed(host: str, more: Sequence[str]) -> list[str]:
+    """The names that a request may ask for, "*" is any. On a loopback address it must name that, or one of ``more``
+    (which a proxy passes on), so that no page of another origin gets in by a name of its own."""
+    if not ipaddress.ip_address(host).is_loopback:
+        return list(more) or ["*"]
+    return [f"[{host}]" if ":" in host else host, "localhost", *more]
+
+
+def serve(page: Any, listener: socket.socket, hosts: Sequence[str]) -> None:
+    """Answers requests for ``hosts`` until Ctrl-C."""
     import uvicorn
 
     from eagle.web.app import application
 
-    loopback = ipaddress.ip_address(host).is_loopback
-    hosts = [host, "localhost"] if loopback else ["*"]
     config = uvicorn.Config(application(page, hosts), log_level="warning", timeout_graceful_shutdown=2)
     uvicorn.Server(config).run(sockets=[listener])

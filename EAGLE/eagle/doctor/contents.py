@@ -83,8 +83,11 @@ def _cached(name: str) -> Path | None:
     """The repository's folder in the cache, where that has weights."""
     try:
         folder = Path(snapshot_download(name, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
+    except LocalEntryNotFoundError as error:
+        incomplete = getattr(error, "snapshot_path", None)  # what a loader has no use for may not be there
+        if incomplete is None:
+            return None
+        folder = Path(incomplete)
     return folder if any(path.suffix in (".safetensors", ".bin") for path in folder.iterdir()) else None
 
 

@@ -34,17 +34,26 @@ def look() -> tuple[Machine, list[Check]]:
     if torch.cuda.is_available():
         checks, free = [], 0
         for number in range(torch.cuda.device_count()):
-            own_free, total = torch.cuda.mem_get_info(number)
-            free += own_free
             name = torch.cuda.get_device_name(number)
+            try:
+                own_free, total = torch.cuda.mem_get_info(number)
+            except RuntimeError as error:  # not even the driver's own memory fits
+                mend = "end what fills it, or hide it by CUDA_VISIBLE_DEVICES"
+                found = f"{name}: {next(iter(str(error).splitlines()), 'cannot be used')}"
+                checks.append(Check(f"device cuda:{number}", State.PROBLEM, found, mend))
+                continue
+            free += own_free
             found = f"{name}, {gib(own_free)} of {gib(total)} free"
             checks.append(Check(f"device cuda:{number}", State.OK, found))
         return Machine("cuda", free), checks
     machine = Machine("cpu", free_cpu_memory(), slow_in_16_bit=not cpu_has_bfloat16())
     found = f"no CUDA device; CPU with {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    if shutil.which("nvidia-smi") and torch.version.cuda is None:
-        mend = "install a torch built for CUDA"
-        return machine, [Check("device", State.WARNING, f"{found}; this torch has no CUDA", mend)]
+    if shutil.which("nvidia-smi"):
+        why, mend = "this torch has no CUDA", "install a torch built for CUDA"
+        if torch.version.cuda is not None:
+            why = f"this torch (CUDA {torch.version.cuda}) cannot use the driver"
+            mend = "see nvidia-smi and CUDA_VISIBLE_DEVICES; take a newer driver, or a torch built for an older CUDA"
+        return machine, [Check("device", State.WARNING, f"{found}; {why}", mend)]
     if machine.slow_in_16_bit:
         mend = "use --dtype float32 (--dtype auto does)"
         found += "; no instructions for 16 bit, which is slow here"

@@ -44,6 +44,7 @@ REASONS = {
     "image_cut": "the longest allowed sequence would cut through the image tokens",
     "answer_cut": "nothing of an answer is left in the longest allowed sequence",
     "answer_picture": "the target's own answer has the token of a picture",
+    "too_large": "memory does not suffice for the conversation, even alone",
     "not_finite": "the target's hidden states are not finite numbers",
 }
 

@@ -1,6 +1,7 @@
 """The target reads conversations, and its hidden states become shards.
 
-While the target computes, the next shard's pictures and ids are prepared in threads. With a `Regenerator` the target
+While the target computes, the next shard's pictures and ids are prepared in threads, and another one writes the last
+shard. With a `Regenerator` the target
 first answers the questions itself, one conversation after the other.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -52,20 +54,24 @@ class Extractor(Reader):
         self.selection, self.folder, self.regenerator = selection, folder, regenerator
 
     def run(self, ranges: Iterable[Range], report: Report) -> Iterator[ShardInfo]:
-        """Makes a shard for each range, preparing the next one meanwhile.
+        """Makes a shard for each range, preparing the next one and writing the last one meanwhile.
 
         Args:
             report: called as ``report(rows, tokens)`` as the work goes on; rows of a range add up to its length.
         """
-        with ThreadPoolExecutor(THREADS) as pool:
+        with ThreadPoolExecutor(THREADS) as pool, ThreadPoolExecutor(1) as writer:
             waiting: tuple[Range, list[Future[Ready]]] | None = None
-            for coming in ranges:
-                following = (coming, [pool.submit(self._prepare, index) for index in range(*coming)])
+            written: Future[ShardInfo] | None = None
+            for coming in chain(ranges, [None]):
+                following = coming and (coming, [pool.submit(self._prepare, index) for index in range(*coming)])
                 if waiting is not None:
-                    yield self._shard(*waiting, report)
+                    outcome = self._outcome(*waiting, report)
+                    if written is not None:
+                        yield written.result()
+                    written = writer.submit(self._write, waiting[0], outcome)
                 waiting = following
-            if waiting is not None:
-                yield self._shard(*waiting, report)
+            if written is not None:
+                yield written.result()
 
     def _prepare(self, index: int) -> Ready:
         """Row ``index`` of the shuffled selection as model inputs, or as an outline to be answered, or why not."""
@@ -86,7 +92,8 @@ class Extractor(Reader):
         report(1, int(answered.loss_mask.sum()))
         return answered
 
-    def _shard(self, span: Range, futures: Sequence[Future[Ready]], report: Report) -> ShardInfo:
+    def _outcome(self, span: Range, futures: Sequence[Future[Ready]], report: Report) -> list[Sample | Skipped | None]:
+        """What became of each row of a range."""
         outcome: list[Sample | Skipped | None] = [None] * len(futures)
         prepared: dict[int, Prepared] = {}
         for place, future in enumerate(futures):
@@ -98,10 +105,11 @@ class Extractor(Reader):
         report(len(futures) - len(prepared), 0)
         for places in batches({place: len(item.input_ids) for place, item in prepared.items()}, self.batch_tokens):
             items = [prepared.pop(place) for place in places]
-            for place, sample in zip(places, self.samples(items), strict=True):
-                outcome[place] = sample
+            for place, item, sample in zip(places, items, self.samples(items), strict=True):
+                number = self.selection.number(span[0] + place)
+                outcome[place] = sample or Skipped(number, item.id, "too_large")
             report(0 if self.regenerator else len(items), sum(len(item.input_ids) for item in items))
-        return self._write(span, outcome)
+        return outcome
 
     def _write(self, span: Range, outcome: Sequence[Sample | Skipped | None]) -> ShardInfo:
         samples, skipped = [], []

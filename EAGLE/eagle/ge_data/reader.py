@@ -16,6 +16,7 @@ from eagle.ge_data.source import INT8
 from eagle.ge_data.template import Prepared, Template
 from eagle.model.targets import Target
 from llava.errors import UserError
+from llava.memory import is_out_of_memory
 
 BATCH_TOKENS = {"cpu": 1024, "accelerator": 8192}
 """Tokens of a forward by default. A CPU is busy with few, and its caches hold no more."""
@@ -49,29 +50,38 @@ class Reader:
         lengths = {place: len(item.input_ids) for place, item in enumerate(items)}
         found: dict[int, Sample] = {}
         for places in batches(lengths, self.batch_tokens):
-            found.update(zip(places, self.samples([items[place] for place in places]), strict=True))
+            batch = [items[place] for place in places]
+            for place, item, sample in zip(places, batch, self.samples(batch), strict=True):
+                if sample is None:
+                    length = len(item.input_ids)
+                    raise UserError(f"a conversation of {length} tokens is too much for the GPU's memory", item.id)
+                found[place] = sample
         return [found[place] for place in range(len(items))]
 
-    def samples(self, items: Sequence[Prepared]) -> list[Sample]:
-        """One forward over a batch; in halves where the GPU's memory does not suffice.
-
-        Raises:
-            UserError: not even one conversation fits into the GPU's memory.
-        """
-        try:
-            samples = self._forward(items)
-        except torch.OutOfMemoryError:
-            samples = []
-        if not samples:
-            torch.cuda.empty_cache()
+    def samples(self, items: Sequence[Prepared]) -> list[Sample | None]:
+        """One forward over a batch; in halves where the GPU's memory does not suffice. None for a conversation that
+        does not fit even alone."""
+        samples = self._within_memory(items)
+        if samples is None and len(items) == 1:
+            samples = self._within_memory(items)  # what else was in the cache is gone now
+        if samples is None:
             if len(items) == 1:
-                length = len(items[0].input_ids)
-                raise UserError(f"a conversation of {length} tokens is too much for the GPU's memory", items[0].id)
+                return [None]
             half = len(items) // 2
             return self.samples(items[:half]) + self.samples(items[half:])
         if not self._padding_checked and len(items) > 1:
             self._check_padding(items[0], samples[0])
-        return samples
+        return list(samples)
+
+    def _within_memory(self, items: Sequence[Prepared]) -> list[Sample] | None:
+        """`_forward`; None, and an empty cache, where memory does not suffice."""
+        try:
+            return self._forward(items)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        torch.cuda.empty_cache()  # after the handler, which held the failed forward's tensors
+        return None
 
     @torch.inference_mode()
     def _forward(self, items: Sequence[Prepared]) -> list[Sample]:
@@ -102,7 +112,10 @@ class Reader:
         difference = (alone - padded.hidden.float()).norm() / alone.norm()
         tolerance = max(PADDING_TOLERANCE[self.target.dtype], PADDING_TOLERANCE[DTYPES[self.source.dtype]] / 10)
         if difference > tolerance:
-            raise RuntimeError(f"padding changes the hidden states by {float(difference):.3g} (allowed {tolerance:g})")
+            raise RuntimeError(
+                f"padding changes the hidden states by {float(difference):.3g} (allowed {tolerance:g}); with "
+                "--batch-tokens 1 every conversation is read alone"
+            )
         self._padding_checked = True
 
 

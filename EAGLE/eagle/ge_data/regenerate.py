@@ -21,7 +21,7 @@ from eagle.ge_data.conversations import Unusable
 from eagle.ge_data.source import Regeneration
 from eagle.ge_data.template import Outline, Prepared, Template
 from eagle.model.msd import MSDModel
-from llava.errors import UserError
+from llava.memory import is_out_of_memory
 
 
 class Regenerator:
@@ -45,8 +45,8 @@ class Regenerator:
                 they do not depend on the order of the work.
 
         Raises:
-            Unusable: not even the first question has room, every answer is empty, or the target says an image token.
-            UserError: the conversation is too long for the GPU's memory.
+            Unusable: not even the first question has room, every answer is empty, the target says an image token, or
+            memory does not suffice.
         """
         ids: list[int] = []
         spoken: list[bool] = []
@@ -82,8 +82,10 @@ class Regenerator:
         inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
         try:
             output = self.model.generate(**inputs, **settings)
-        except torch.OutOfMemoryError:
-            raise UserError(f"an answer to {len(ids)} tokens is too much for the GPU's memory") from None
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise Unusable("too_large") from None
         return output.sequences[0, len(ids) :].tolist()
 
     def _sampling(self, row: int, turn: int) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -154,7 +155,8 @@ class ShardDataset:
     """The samples of a corpus, read from disk when asked for.
 
     Memory is bounded by the samples that are asked for: only ``OPEN_SHARDS`` files are kept open (mapped). Safe to
-    hand to worker processes. ``meta`` is the `Index` (``meta.hidden_size``, ``meta.family``, ``meta.samples``, ...).
+    hand to worker processes, and to ask from several threads. ``meta`` is the `Index` (``meta.hidden_size``,
+    ``meta.family``, ``meta.samples``, ...).
 
     Raises:
         UserError: see `load_index`; also where the corpus has no samples.
@@ -169,6 +171,7 @@ class ShardDataset:
         self._shards = [shard for shard in self.meta.shards if shard.samples]
         self._ends = list(accumulate(shard.samples for shard in self._shards))
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        self._lock = Lock()
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -184,13 +187,18 @@ class ShardDataset:
         index %= len(self)
         number = bisect_right(self._ends, index)
         before = self._ends[number - 1] if number else 0
-        return self._shard(number).sample(index - before)
+        with self._lock:
+            return self._shard(number).sample(index - before)
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_open", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open, self._lock = OrderedDict(), Lock()
 
     def lengths(self) -> Tensor:
         """Tokens of each sample [len(self)] int64, without reading any state."""

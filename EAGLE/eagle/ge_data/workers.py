@@ -106,8 +106,7 @@ def run_workers(job: Job, ranges: Sequence[Range], devices: Sequence[str], event
     try:
         for device in devices:
             ours, theirs = context.Pipe()
-            share = threads(devices) if device == "cpu" else None
-            what = (job, device, share, theirs)
+            what = (job, device, threads(devices), theirs)
             process = context.Process(target=_serve, args=what, name=f"ge_data {device}", daemon=True)
             process.start()
             theirs.close()
@@ -153,15 +152,15 @@ def _handle(
 
 
 def threads(devices: Sequence[str]) -> int:
-    """Of this process's threads, those of each worker on the CPU: together they do not outnumber its cores."""
-    return max(1, torch.get_num_threads() // max(1, devices.count("cpu")))
+    """Of this process's threads, those of each worker: together they do not outnumber its cores, neither in computing
+    nor, beside a GPU, in preparing pictures."""
+    return max(1, torch.get_num_threads() // len(devices))
 
 
-def _serve(job: Job, device: str, share: int | None, connection: Connection) -> None:
-    """A worker process: asks for ranges until there are none, computing with ``share`` threads (None: the default)."""
+def _serve(job: Job, device: str, share: int, connection: Connection) -> None:
+    """A worker process: asks for ranges until there are none, computing with ``share`` threads."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops us
-    if share is not None:
-        torch.set_num_threads(share)
+    torch.set_num_threads(share)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def ranges() -> Iterator[Range]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -28,6 +28,7 @@ EMBED_NAMES = (
     "model.language_model.model.embed_tokens.weight",  # LLaVA-1.6 written by transformers 5.4
 )
 HEAD_NAMES = ("lm_head.weight", "language_model.lm_head.weight")
+CONFIG = "config.json"
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -52,7 +53,7 @@ def load_base_tensors(path: str | Path, **hub: Any) -> BaseTensors:
         UserError: nothing is there, a file is broken, or no tensor has a known name.
     """
     find = _finder(path, **hub)
-    config = read_json(find("config.json") or Path(path) / "config.json", "base model config")
+    config = read_json(find(CONFIG) or Path(path) / CONFIG, "base model config")
     files = _weight_map(find, path)
     embed = _read(files, EMBED_NAMES, find, path)
     if embed is None:
@@ -78,6 +79,10 @@ def _finder(path: str | Path, **hub: Any) -> Finder:
             try:
                 return Path(hf_hub_download(str(path), name, **hub))
             except RemoteEntryNotFoundError:
+                return None
+            except LocalEntryNotFoundError:  # without network; of all files only this one is in every repository
+                if name == CONFIG:
+                    raise
                 return None
 
     return fetch

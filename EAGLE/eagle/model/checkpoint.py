@@ -12,7 +12,6 @@ from zipfile import is_zipfile
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -34,8 +33,10 @@ def hub_errors(what: str, name: str | Path) -> Iterator[None]:
         raise UserError(f"{what} not found", where=name, fix="give a folder, or a hub name such as owner/model")
     try:
         yield
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except UserError:
+        raise
+    except Exception as error:  # the HTTP library's own, such as a proxy's refusal, have no class in common
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"{what} is no folder here, and the hub did not give it", where=name, fix=reason) from error
 
 
@@ -97,7 +98,7 @@ def load_draft(
         raise UserError(
             "draft does not fit its config: " + "; ".join(problems), where=path, fix="is this an MSD draft?"
         )
-    if broken := [name for name, tensor in tensors.items() if tensor.isnan().any()]:
+    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise UserError(
             f"draft has values that are not numbers in {', '.join(broken)}", path, "take another checkpoint"
         )

@@ -89,6 +89,13 @@ class Decoder:
 
     def run(self) -> list[list[int]]:
         """Decodes to the end; returns the new tokens of each sequence."""
+        try:
+            return self._run()
+        finally:
+            if self.static is not None:  # also after Ctrl-C: graphs are bound to these caches
+                self.static.release(self.cache, self.drafter)
+
+    def _run(self) -> list[list[int]]:
         with self.stats.phase("prefill"):
             self.prefill()
         start = time.perf_counter()
@@ -105,8 +112,6 @@ class Decoder:
         self.stats.loop = time.perf_counter() - start
         if self.streamer is not None:
             self.streamer.end()
-        if self.static is not None:
-            self.static.release(self.cache, self.drafter)
         return [sequence.tokens for sequence in self.sequences]
 
     def prefill(self) -> None:
@@ -267,7 +272,7 @@ def not_a_number() -> UserError:
 
 def on_host(scores: Tensor) -> Floats:
     """[N] as the planner takes them."""
-    return scores.double().cpu().numpy()
+    return scores.cpu().double().numpy()  # widened here: not every accelerator has 64 bit
 
 
 def scores_of_tree(scores: Floats, size: int) -> Floats:

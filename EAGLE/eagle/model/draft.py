@@ -245,6 +245,7 @@ class DraftModel(nn.Module):
         the target's ``lm_head`` that a draft with a trimmed vocabulary needs. Call it once, after loading; training
         does not need it."""
         if self.head_tokens is not None and head is not None:
+            self.head_tokens = self.head_tokens.to(self.device)
             weight = cast(Tensor, head.weight)
             self._trimmed = arranged(weight[self.head_tokens.to(weight.device)].to(self.device, self.dtype))
         arrange(self)

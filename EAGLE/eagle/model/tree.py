@@ -14,6 +14,7 @@ Worked example, ``top_k`` 2, ``depth`` 1, ``total_tokens`` 5::
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -49,10 +50,15 @@ class Candidates(NamedTuple):
 
 
 def top_children(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The ``top_k`` most probable next tokens of each row. ``logits`` [..., V] → ids, log-probabilities [..., k]."""
+    """The ``top_k`` most probable next tokens of each row. ``logits`` [..., V] → ids, log-probabilities [..., k].
+
+    What is not a number is the least probable of all (-inf), so that a tree stays a tree: a child is never above its
+    parent.
+    """
     logits = logits.float()  # [..., V]
     values, ids = logits.topk(min(top_k, logits.shape[-1]), dim=-1)  # [..., k]
-    return ids, values - logits.logsumexp(dim=-1, keepdim=True)
+    logprobs = values - logits.logsumexp(dim=-1, keepdim=True)
+    return ids, logprobs.masked_fill(logprobs.isnan(), -math.inf)
 
 
 def choose_frontier(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

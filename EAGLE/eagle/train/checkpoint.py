@@ -16,6 +16,7 @@ A folder is written under a temporary name and renamed when it is complete.
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
 import pickle
@@ -37,10 +38,16 @@ from eagle.train.engine import Engine
 from eagle.train.meter import Meter
 from llava.errors import UserError
 from llava.files import atomic_write, read_json
+from llava.memory import is_out_of_memory
 
 TEMPORARY, REPLACED = ".tmp-", ".old-"
-# what torch raises for a state that is cut off, altered or not its own
-DAMAGE = (RuntimeError, ValueError, TypeError, LookupError, EOFError, OSError, pickle.UnpicklingError)
+# what torch and DeepSpeed raise for a state that is cut off, altered, not its own, or without one of its files
+DAMAGE = (
+    RuntimeError, ValueError, TypeError, LookupError, EOFError, OSError, AssertionError,
+    pickle.UnpicklingError,
+)  # fmt: skip
+ELSEWHERE = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.ENOMEM, errno.ETIMEDOUT)
+MACHINE = ("CUDA error", "NCCL error", "CUDNN_STATUS", "CUBLAS_STATUS")  # parts of messages that blame no file
 SHARED = ("step", "best", "history", "run")  # parts of the progress that are the same in all processes
 STATES = "states_"  # begins the names of what a run knows of its stored states
 PACKAGES = ("msd-eagle", "msd-llava", "torch", "transformers", "deepspeed", "safetensors", "numpy")
@@ -152,10 +159,7 @@ class CheckpointStore:
         given = json.loads(json.dumps(run))
         for key in {**given, **progress.run}:
             before, current = progress.run.get(key), given.get(key)
-            unknown = key.startswith(STATES) and None in (
-                before,
-                current,
-            )  # as in runs from before
+            unknown = key.startswith(STATES) and None in (before, current)  # as in runs from before
             if before != current and not unknown:
                 raise UserError(
                     f"the interrupted run had {key}={before}, this one has {current}",
@@ -171,6 +175,8 @@ class CheckpointStore:
             if "meter" in own:  # runs from before it was kept can go on
                 progress.meter.restore(own["meter"])
         except DAMAGE as error:
+            if not blames_file(error):
+                raise
             raise UserError(
                 f"checkpoint is damaged ({type(error).__name__})",
                 where=folder,
@@ -190,6 +196,14 @@ class CheckpointStore:
         save_draft(engine.objective.draft, temporary)
         write_json(temporary / "provenance.json", {**self.provenance, "date": now()})
         replace_folder(temporary, self.folder / name)
+
+
+def blames_file(error: BaseException) -> bool:
+    """Whether one of `DAMAGE` says that a state is damaged, and not that a device is full or broken."""
+    if isinstance(error, OSError):
+        return error.errno not in ELSEWHERE
+    others = isinstance(error, torch.distributed.DistError) or any(told in str(error) for told in MACHINE)
+    return not (others or is_out_of_memory(error))
 
 
 def replace_folder(temporary: Path, final: Path) -> None:

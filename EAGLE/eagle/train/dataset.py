@@ -39,11 +39,14 @@ from torch.utils.data import DataLoader, Dataset
 from eagle.model.compression import Compression
 from eagle.model.positions import mrope_positions
 from eagle.train.curriculum import Item
+from eagle.train.prefetch import ahead
 from llava.errors import UserError
 
 if TYPE_CHECKING:
     from eagle.ge_data.shards import Sample
 
+AHEAD = 2
+"""Batches that a thread loads while one is trained on."""
 NO_COMPRESSION = Compression()
 Read = Callable[[Sequence[Any]], "list[Sample]"]
 
@@ -53,22 +56,42 @@ class Batch:
     """B samples padded on the right to S positions. Padding follows all real rows, so causal attention never sees it.
 
     ``input_ids`` [B, S] (0 at image tokens and padding); ``image_mask`` [B, S]; ``image_features`` [I, H] of all
-    samples in order; ``hidden`` [B, S, H] true states; ``inputs`` [B, S, H] the same with noise; ``counts`` [B, S-1]
-    rows that count; ``positions`` [3, B, S] M-RoPE positions (0 at padding), None for plain ones.
+    samples in order; ``hidden`` [B, S, H] true states; ``counts`` [B, S-1] rows that count; ``positions`` [3, B, S]
+    M-RoPE positions (0 at padding), None for plain ones. ``noise`` its strength, ``seeds`` one for each sample, and
+    ``lengths`` the rows of each.
     """
 
     input_ids: Tensor
     image_mask: Tensor
     image_features: Tensor
     hidden: Tensor
-    inputs: Tensor
     counts: Tensor
     positions: Tensor | None = None
+    noise: float = 0.0
+    seeds: Sequence[int] = ()
+    lengths: Sequence[int] = ()
+
+    @property
+    def inputs(self) -> Tensor:
+        """[B, S, H] the states with noise, which is made where they are: a GPU has it sooner than it could be sent."""
+        if not self.noise:
+            return self.hidden
+        inputs = self.hidden.clone()
+        for row, (seed, length) in enumerate(zip(self.seeds, self.lengths, strict=True)):
+            inputs[row, :length] = add_noise(self.hidden[row, :length], self.noise, seed)
+        return inputs
 
     def to(self, device: torch.device | str) -> Batch:
-        tensors: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {name: part.to(device, non_blocking=True) for name, part in tensors.items() if part is not None}
-        return Batch(**moved)
+        return self._with(lambda part: part.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """In memory that a GPU copies from while the CPU goes on; a `DataLoader` asks for it."""
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {name: change(part) for name, part in parts.items() if isinstance(part, Tensor)}
+        return replace(self, **changed)
 
 
 def rows_that_count(loss_mask: Tensor) -> Tensor:
@@ -82,10 +105,12 @@ def rows_that_count(loss_mask: Tensor) -> Tensor:
 
 
 def add_noise(hidden: Tensor, strength: float, seed: int) -> Tensor:
-    """``hidden`` [S, H] + (U - 0.5) * strength * 512 / S, U uniform on [0, 1) (the published recipe)."""
+    """``hidden`` [S, H] + (U - 0.5) * strength * 512 / S, U uniform on [0, 1) (the published recipe). One seed
+    gives the same noise on devices of one kind."""
     if strength == 0:
         return hidden
-    uniform = torch.rand(hidden.shape, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator(hidden.device).manual_seed(seed)
+    uniform = torch.rand(hidden.shape, generator=generator, device=hidden.device)
     return (hidden.float() + (uniform - 0.5) * (strength * 512 / hidden.shape[0])).to(hidden.dtype)
 
 
@@ -155,7 +180,6 @@ def collate(
     ids, image = torch.zeros(size, dtype=torch.long), torch.zeros(size, dtype=torch.bool)
     counts = torch.zeros(size[0], size[1] - 1, dtype=torch.bool)
     hidden = torch.zeros(*size, width, dtype=samples[0].hidden.dtype)
-    inputs = torch.zeros_like(hidden)
     kind = torch.long if compression.tokens is None else torch.float32  # merged rows stand at means
     numbers = torch.zeros(3, *size, dtype=kind) if positions == "mrope" else None
     features = []
@@ -166,11 +190,10 @@ def collate(
         if length > 1:
             counts[row, : length - 1] = rows_that_count(sample.loss_mask[:length].bool())
         hidden[row, :length] = sample.hidden[:length]
-        inputs[row, :length] = add_noise(sample.hidden[:length], noise, seeds[row] if noise else 0)
         features.append(sample.image_features[: int(mask.sum())])
         if numbers is not None and own is not None:
             numbers[:, row, :length] = own[:, :length]
-    return Batch(ids, image, torch.cat(features), hidden, inputs, counts, numbers)
+    return Batch(ids, image, torch.cat(features), hidden, counts, numbers, noise, tuple(seeds), tuple(lengths))
 
 
 def sample_positions(sample: Sample) -> Tensor:
@@ -260,10 +283,10 @@ def batches(
     pin_memory: bool = False,
     read: Read | None = None,
 ) -> Iterator[Batch]:
-    """One `Batch` for each of ``pieces``, in order.
+    """One `Batch` for each of ``pieces``, in order. The next ones are loaded meanwhile.
 
     Args:
-        workers: processes that load the next ones meanwhile.
+        workers: processes that do so; 0 for a thread of this one.
         read: turns what ``samples`` hold into `Sample`s, in this process; None where they are ones.
     """
     join = partial(
@@ -276,5 +299,6 @@ def batches(
     )
     load = partial(DataLoader, samples, batch_sampler=pieces, num_workers=workers)
     if read is None:
-        return iter(load(collate_fn=join, pin_memory=pin_memory))
+        loaded = iter(load(collate_fn=join, pin_memory=pin_memory))
+        return loaded if workers else ahead(loaded, AHEAD)
     return map(partial(join, read=read), load(collate_fn=list))

@@ -62,7 +62,7 @@ class TrainConfig:
     max_steps: int = setting(0, "stop after so many steps and save, to go on with --resume; 0 is no limit", 0)
     simulated_depth: int = setting(6, "tokens drafted in validation's simulated decoding", 1, 16)
     validation_limit: int = setting(256, "samples of each data set that a validation uses at most", 1)
-    workers: int = setting(0, "processes that load samples", 0)
+    workers: int = setting(0, "processes that load samples, 0 for a thread", 0)
 
     def __post_init__(self) -> None:
         for f in fields(self):

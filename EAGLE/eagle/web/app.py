@@ -29,6 +29,7 @@ HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'",
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
+    "X-Accel-Buffering": "no",  # a proxy such as nginx shall pass an answer on as it comes
 }
 
 

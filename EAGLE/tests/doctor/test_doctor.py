@@ -106,6 +106,31 @@ def test_cuda_devices_are_listed_and_added_up(monkeypatch: pytest.MonkeyPatch) -
     assert [check.found for check in checks] == ["card 0, 1.0 GiB of 80.0 GiB free", "card 1, 2.0 GiB of 80.0 GiB free"]
 
 
+def test_cuda_devices_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver too old for this torch, and a card that another process fills; both made up."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    _, (check,) = machine.look()
+    assert check.state is State.WARNING and "CUDA 13.0) cannot use the driver" in check.found
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "has no CUDA" in machine.look()[1][0].found
+
+    def full(number: int) -> tuple[int, int]:
+        if number == 0:
+            raise RuntimeError("CUDA error: out of memory\nand more")
+        return GIB, GIB
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", full)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"card {number}")
+    here, checks = machine.look()
+    assert here == machine.Machine("cuda", GIB)
+    assert [check.state for check in checks] == [State.PROBLEM, State.OK]
+    assert checks[0].found == "card 0: CUDA error: out of memory"
+
+
 def test_memory_within_a_control_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(machine, "GROUP_LIMIT", tmp_path / "memory.max")
     free = machine.free_cpu_memory()
@@ -226,6 +251,22 @@ def test_models_on_the_hub_are_seen_without_a_download(repositories: Path, tmp_p
         fetched = [path for method, path in hub.requests if method == "GET" and path.endswith((".bin", ".safetensors"))]
         assert {Path(path).suffix for path in fetched} <= {".safetensors"}  # headers, by range
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".bin", ".safetensors")]
+
+
+def test_a_draft_in_the_cache_is_seen_without_network(repositories: Path, tmp_path: Path) -> None:
+    """Loading fetches config and weights; what else the repository has is of no account."""
+    (repositories / "tiny/hf-msd/README.md").write_text("a card")
+    code = "import sys; from eagle.model.checkpoint import load_draft; load_draft('tiny/hf-msd')"
+    look = (
+        "from eagle.doctor.checkpoints import look_at_draft\n"
+        "print(*[(check.state.value, check.found) for check in look_at_draft('tiny/hf-msd', hub=False)[1]])"
+    )
+    with HubServer(repositories) as hub:
+        environment = hub.environment(tmp_path)
+        assert run(["-c", code], **environment).returncode == 0
+        done = run(["-c", look], **{**environment, "HF_HUB_OFFLINE": "1"})
+    (repositories / "tiny/hf-msd/README.md").unlink()
+    assert "('ok'" in done.stdout and "not in the hub cache" not in done.stdout, done.stdout + done.stderr
 
 
 def test_unreachable_hub_is_a_problem_and_the_rest_is_still_told(

@@ -126,8 +126,28 @@ def test_memory_of_the_gpu_is_shared_in_halves(target: Target, tmp_path: Path, m
         return forward(self, batch)
 
     monkeypatch.setattr(Extractor, "_forward", small)
-    assert [sample.id for sample in extractor.samples(items)] == [item.id for item in items]
+    assert [sample.id for sample in extractor.samples(items) if sample] == [item.id for item in items]
     assert sizes[0] == 5 and max(sizes[1:]) == 3
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")]
+)
+def test_a_conversation_that_never_fits_is_skipped_and_the_rest_is_made(
+    base: Path, annotations: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    forward = Extractor._forward
+
+    def small(self: Extractor, batch: Any) -> Any:
+        if any(item.id == "4" for item in batch):
+            raise error
+        return forward(self, batch)
+
+    monkeypatch.setattr(Extractor, "_forward", small)
+    data, out = annotations([text_row(n) for n in range(7)]), tmp_path / "out"
+    assert allocate(base, data, out, "t") == 0
+    (line,) = (out / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(line)["reason"] == "too_large" and load_index(out).samples == 6
 
 
 def test_batches() -> None:

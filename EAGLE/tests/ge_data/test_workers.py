@@ -45,16 +45,16 @@ def test_a_worker_that_is_killed_is_named_and_the_other_finishes(
     data, out = annotations([text_row(n) for n in range(rows)]), tmp_path / "out"
     assert allocate(base, data, out, "t", "--gpus", "cpu,cpu") == 1
     assert "error: worker cpu failed: ended with status -9 and no word" in capsys.readouterr().err
-    begun = 2  # ranges that a worker holds: one it reads, one it prepares
+    begun = 3  # ranges that a worker holds: one it writes, one it reads, one it prepares
     assert rows // 3 - begun <= len(load_index(out).shards) <= rows // 3
     assert allocate(base, data, out, "t", "--gpus", "cpu,cpu") == 0
     assert len(killed) == 1 and sorted(rows_of(out)[0]) == list(range(rows))
 
 
-@pytest.mark.parametrize(("devices", "cores", "share"), [("cpu", 8, 8), ("cpu,cpu", 8, 4), ("cpu,cpu,cpu", 2, 1)])
-def test_workers_on_the_cpu_share_its_cores(
-    monkeypatch: pytest.MonkeyPatch, devices: str, cores: int, share: int
-) -> None:
+@pytest.mark.parametrize(
+    ("devices", "cores", "share"), [("cpu", 8, 8), ("cpu,cpu", 8, 4), ("cuda:0,cuda:1", 96, 48), ("cpu,cpu,cpu", 2, 1)]
+)
+def test_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch, devices: str, cores: int, share: int) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
     assert threads(devices.split(",")) == share
 

@@ -173,3 +173,18 @@ def test_joined_projections_change_nothing(config):
     torch.testing.assert_close(draft(rows, positions), before)
     assert all(torch.equal(tensors[name], value) for name, value in draft.state_dict().items())
     assert set(draft.state_dict()) == set(tensors)
+
+
+@pytest.mark.parametrize("text", ["407 Proxy Authentication Required\nmore", ""])
+def test_what_the_http_library_raises_is_one_line(monkeypatch, text):
+    """Its errors have no class in common with the hub library's."""
+
+    class ProxyError(Exception):
+        pass
+
+    def refused(*_, **__):
+        raise ProxyError(text)
+
+    monkeypatch.setattr("eagle.model.checkpoint.snapshot_download", refused)
+    with pytest.raises(UserError, match=text.splitlines()[0] if text else "ProxyError"):
+        load_draft("tiny/draft")

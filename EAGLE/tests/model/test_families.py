@@ -17,6 +17,7 @@ from eagle import MSDModel, TreeConfig
 from eagle.model.checkpoint import load_draft
 from eagle.model.drafter import Drafter
 from eagle.model.targets import load_target
+from llava.errors import UserError
 
 FAMILIES = {
     "qwen2_vl": make_qwen,
@@ -186,6 +187,20 @@ def test_settings_of_loading_reach_transformers(
     with pytest.raises(SeenError) as seen:
         MSDModel.from_pretrained(tmp_path / "base", **asked)
     assert asked.items() <= seen.value.args[0].items()
+
+
+@pytest.mark.parametrize("away", ["lm_head", "model.language_model.layers.1"])
+def test_a_base_that_is_offloaded_is_refused(tmp_path: Path, away: str) -> None:
+    """As `device_map="auto"` does on a GPU with too little room."""
+    base = make_qwen(tmp_path / "base")
+    places = {
+        "model.visual": "cpu", "model.language_model.embed_tokens": "cpu", "model.language_model.layers.0": "cpu",
+        "model.language_model.layers.1": "cpu", "model.language_model.norm": "cpu",
+        "model.language_model.rotary_emb": "cpu", "lm_head": "cpu",
+    }  # fmt: skip
+    assert not load_target(base, dtype="float32", device_map=places).offloaded
+    with pytest.raises(UserError, match=r"was offloaded.*16 bit"):
+        load_target(base, dtype="float32", device_map=places | {away: "disk"}, offload_folder=tmp_path / "away")
 
 
 def test_video(model: MSDModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,6 +80,20 @@ def test_top_children_gives_log_probabilities():
     assert logprobs[0].tolist() == pytest.approx([math.log(math.exp(x) / total) for x in (2, 1)], abs=1e-6)
 
 
+def test_a_tree_of_what_is_no_number_is_a_tree():
+    """The first level is sound, what follows a is not: nothing of it comes before its parent."""
+    nan = torch.full((4,), math.nan)
+    ids, scores = top_children(torch.stack([torch.tensor([3.0, 1.0, 0.0, 2.0]), nan]), 2)
+    assert scores[0].isfinite().all() and scores[1].tolist() == [-math.inf, -math.inf]
+    assert ((ids >= 0) & (ids < 4)).all()
+    below = scores[0][:1] + scores[1]  # [2] paths through a
+    drafted = Candidates(torch.cat([ids[0], ids[1]]), torch.cat([scores[0], below]), torch.tensor([-1, -1, 0, 0]))
+    for total in range(1, 6):
+        tree = select_nodes(drafted, torch.tensor([R]), total)
+        assert tree.parents.tolist() == [-1, 0, 0, 1, 1][:total]
+        assert tree.depths.tolist() == [0, 1, 1, 2, 2][:total]
+
+
 def test_frontier_names_each_childs_row():
     flat, rows = choose_frontier(torch.tensor([[-0.2, -1.0], [-0.5, -0.6]]), top_k=3)
     assert (flat.tolist(), rows.tolist()) == ([0, 2, 3], [0, 1, 1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import http.client
 import json
@@ -25,7 +26,7 @@ from eagle.model.config import TreeConfig
 from eagle.model.decode import Decoder
 from eagle.model.msd import MSDModel
 from eagle.model.targets import load_target
-from eagle.web.app import MAX_BODY, Page
+from eagle.web.app import MAX_BODY, Page, application
 from eagle.web.ask import Ask
 from eagle.web.stream import Detokenizer, PieceStreamer, answer
 from llava.errors import UserError
@@ -53,7 +54,7 @@ def port(model: MSDModel, folder: Path) -> Iterator[int]:
     """A running server; a daemon thread, as it ends with Ctrl-C alone."""
     page = Page(model, {"base_model": "base"}, 40, [Question("a", QUESTION, (folder / "a.png",))])
     listener = web.listen("127.0.0.1", 0)
-    threading.Thread(target=web.serve, args=(page, listener, "127.0.0.1"), daemon=True).start()
+    threading.Thread(target=web.serve, args=(page, listener, web.allowed("127.0.0.1", [])), daemon=True).start()
     yield listener.getsockname()[1]
 
 
@@ -202,6 +203,36 @@ def test_listens_on_ipv6() -> None:
         pytest.skip("this machine has no address ::1")
     with listener, socket.create_connection(listener.getsockname()[:2], timeout=10):
         assert listener.family is socket.AF_INET6
+
+
+@pytest.mark.parametrize(
+    ("host", "more", "asked", "status"),
+    [
+        ("127.0.0.1", [], "127.0.0.1:7860", 200),
+        ("127.0.0.1", [], "localhost:7860", 200),
+        ("127.0.0.1", [], "elsewhere.example", 400),
+        ("127.0.0.1", ["models.example"], "models.example", 200),
+        ("127.0.0.1", ["models.example"], "elsewhere.example", 400),
+        ("::1", [], "[::1]:7860", 200),
+        ("::1", [], "elsewhere.example", 400),
+        ("0.0.0.0", [], "elsewhere.example", 200),
+        ("0.0.0.0", ["models.example"], "elsewhere.example", 400),
+    ],
+)
+def test_names_that_requests_may_ask_for(model: MSDModel, host: str, more: list[str], asked: str, status: int) -> None:
+    """Straight to the application: what a browser sends as Host of an address."""
+    app, answered = application(Page(model, {}, 40, []), web.allowed(host, more)), []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: dict[str, Any]) -> None:
+        answered.append(message)
+
+    headers = [(b"host", asked.encode())]
+    scope = {"type": "http", "method": "GET", "path": "/about", "headers": headers, "query_string": b""}
+    asyncio.run(app(scope, receive, send))
+    assert answered[0]["status"] == status
 
 
 def test_missing_package_taken_port_and_no_model(

@@ -30,10 +30,17 @@ def load_target(path: str | Path, dtype: Any = "auto", device_map: Any = None, *
             transformers' ``from_pretrained`` takes, such as ``quantization_config``.
 
     Raises:
-        UserError: nothing is there, or its ``model_type`` is none of ours.
+        UserError: nothing is there, its ``model_type`` is none of ours, or the devices have no room for all of it.
     """
     hub = {key: kwargs[key] for key in HUB_KEYS if key in kwargs}
-    return family_of(path, **hub).load(str(path), dtype=dtype, device_map=device_map, **kwargs)
+    target = family_of(path, **hub).load(str(path), dtype=dtype, device_map=device_map, **kwargs)
+    if target.offloaded:
+        raise UserError(
+            "a part of the base model found no room on the devices and was offloaded, where it cannot be decoded with",
+            where=path,
+            fix="take 16 bit, a quantization_config, a smaller model, more devices, or --device-map cpu",
+        )
+    return target
 
 
 def family_of(path: str | Path, **hub: Any) -> type[Target]:

@@ -122,6 +122,12 @@ class Target(ABC):
         return self.model.get_output_embeddings().weight.device
 
     @property
+    def offloaded(self) -> bool:
+        """Whether accelerate keeps weights that each cycle needs on the disk or in CPU memory, for lack of room."""
+        parts = (self.text_model, self.model.get_output_embeddings())
+        return any(weight.is_meta for part in parts for weight in part.parameters())
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.model.get_input_embeddings().weight.dtype
 
