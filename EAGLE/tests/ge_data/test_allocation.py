@@ -139,7 +139,7 @@ def test_a_conversation_that_never_fits_is_skipped_and_the_rest_is_made(
     forward = Extractor._forward
 
     def small(self: Extractor, batch: Any) -> Any:
-        if any(item.id == "4" for item in batch):
+        if any(item.id == str(text_row(4)["id"]) for item in batch):
             raise error
         return forward(self, batch)
 
