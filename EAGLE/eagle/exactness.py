@@ -1,8 +1,8 @@
 """Is sampled output distributed as the target's own? Chi-square over many draws of real trees.
 
 For one prompt the engine chooses a first token, drafts a tree and verifies it once. Then the choice and the acceptance
-run ``draws`` times on the same logits, as they do in decoding, and each token that comes out is counted by the node it
-was drawn at. At every node that was reached often enough the counts are compared with the target's processed
+run ``draws`` times on the same logits, as they do in decoding, with other noise for each place each time, and each token
+that comes out is counted by the node it was drawn at. All settings see the same noise. At every node that was reached often enough the counts are compared with the target's processed
 distribution there. A token drawn at a node without drafted children is a bonus token after full acceptance. One that
 leaves the tree at a node with children is a bonus token after partial acceptance: it is among the counts of its node,
 and compared once more with the target's distribution over the tokens that were not drafted there.
@@ -10,7 +10,7 @@ and compared once more with the target's distribution over the tokens that were 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,12 @@ from eagle.model.accept import accepted_nodes
 from eagle.model.config import TreeConfig
 from eagle.model.decode import Decoder
 from eagle.model.msd import MSDModel
+from eagle.model.noise import gumbel
 from eagle.model.sampling import TokenChooser
 from eagle.model.stopping import Stopper
 from eagle.model.tree import DraftTree
 
-CHUNK = 10_000  # draws at once
+AT_ONCE = 1 << 22  # numbers of noise at once, for all draws, nodes and tokens
 ENOUGH = 500  # draws at a node, from which on it is tested
 FIRST, ROOT, INNER = "first token", "second token", "inside the tree"
 PARTIAL, FULL = "bonus after partial acceptance", "bonus after full acceptance"
@@ -84,9 +85,9 @@ class Recorder(TokenChooser):
         super().__init__(LogitsProcessorList(), do_sample=False)
         self.seen: list[Tensor] = []
 
-    def choose(self, logits: Tensor, prefix: Tensor) -> Tensor:
+    def choose(self, logits: Tensor, prefix: Tensor, noise: Tensor | None = None) -> Tensor:
         self.seen.append(logits.float())
-        return super().choose(logits, prefix)
+        return super().choose(logits, prefix, noise)
 
 
 @torch.inference_mode()
@@ -101,16 +102,36 @@ def first_cycle(model: MSDModel, inputs: Mapping[str, Any], tree: TreeConfig) ->
     return chooser.seen[0], trees[0], logits[0].float()
 
 
-def draw(tree: DraftTree, logits: Tensor, chooser: TokenChooser, draws: int) -> Tensor:
-    """[N, V] how often each token came out at each node in ``draws`` acceptances: every accepted node gives one."""
-    counts = torch.zeros_like(logits, dtype=torch.long)
-    prefix = torch.zeros(1, 1, dtype=torch.long)
-    for start in range(0, draws, CHUNK):
-        number = min(CHUNK, draws - start)
-        chosen = chooser.sample(logits, prefix, number)  # [number, N]
-        accepted = accepted_nodes(tree, chosen).long()
-        counts.scatter_add_(1, chosen.T, accepted.T)
-    return counts
+def noises(places: int, nodes: int, logits: Tensor, draws: int, seed: int) -> Iterator[Tensor]:
+    """Noise for ``draws`` answers in parts [n, places, V] that are small enough for ``nodes`` rows of logits [..., V]."""
+    generator = torch.Generator(device=logits.device).manual_seed(seed)
+    part = max(1, AT_ONCE // (max(places, nodes) * logits.shape[-1]))
+    for start in range(0, draws, part):
+        yield gumbel([min(part, draws - start), places, logits.shape[-1]], generator, logits.device)
+
+
+def choices(tree: DraftTree, scores: Tensor, chooser: TokenChooser, noise: Tensor) -> Tensor:
+    """[draws, N] the target's choice at every node, for each draw with its own noise.
+
+    Args:
+        scores: [N, V] processed.
+        noise: [draws, D, V] of the places that follow the root.
+    """
+    possible = torch.arange(scores.shape[1], device=scores.device)
+    if (few := (scores > -torch.inf).any(dim=0)).sum() < len(few) / 4:  # after top-k or top-p
+        possible = possible[few]
+        scores, noise = scores[:, possible], noise[..., possible]
+    chosen = noise.new_empty(len(noise), tree.size, dtype=torch.long)
+    for depth in range(noise.shape[1]):
+        level = (tree.depths == depth).nonzero()[:, 0]
+        chosen[:, level] = possible[chooser.pick(scores[level], noise[:, depth : depth + 1])]
+    return chosen
+
+
+def tally(tree: DraftTree, chosen: Tensor, vocabulary: int) -> Tensor:
+    """[N, V] how often each token came out at each node, from choices [draws, N]: every accepted node gives one."""
+    accepted = accepted_nodes(tree, chosen).long()  # [draws, N]
+    return chosen.new_zeros(tree.size, vocabulary).scatter_add_(1, chosen.T, accepted.T)
 
 
 def pooled(counts: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,12 +212,19 @@ def check_prompt(
 ) -> list[Fit]:
     """All settings on one prompt."""
     first, drafted, logits = first_cycle(model, inputs, tree)
+    prefix = torch.zeros(1, 1, dtype=torch.long, device=logits.device)
+    choosers = {name: TokenChooser(processors_of(setting), True) for name, setting in settings.items()}
+    scores = {name: chooser.scores(torch.cat([first, logits]), prefix) for name, chooser in choosers.items()}
+    firsts = {name: torch.zeros_like(first[0], dtype=torch.long) for name in settings}
+    counts = {name: torch.zeros_like(logits, dtype=torch.long) for name in settings}
+    for noise in noises(int(drafted.depths.max()) + 2, drafted.size, logits, draws, seed):
+        for name, chooser in choosers.items():
+            tokens = chooser.pick(scores[name][:1], noise[:, :1])[:, 0]
+            firsts[name] += tokens.bincount(minlength=first.shape[-1])
+            chosen = choices(drafted, scores[name][1:], chooser, noise[:, 1:])
+            counts[name] += tally(drafted, chosen, first.shape[-1])
     fits = []
-    for number, (name, chosen) in enumerate(settings.items()):
-        processors = processors_of(chosen)
-        chooser = TokenChooser(processors, True, torch.Generator(device=logits.device).manual_seed(seed + number))
-        tokens = chooser.sample(first, torch.zeros(1, 1, dtype=torch.long), draws)[:, 0]
-        counts = tokens.bincount(minlength=first.shape[-1])
-        fits.append(fit_of(name, FIRST, [(counts, distribution(first, processors)[0])]))
-        fits += compare(drafted, logits, draw(drafted, logits, chooser, draws), processors, name)
+    for name, chooser in choosers.items():
+        fits.append(fit_of(name, FIRST, [(firsts[name], distribution(first, chooser.processors)[0])]))
+        fits += compare(drafted, logits, counts[name], chooser.processors, name)
     return fits

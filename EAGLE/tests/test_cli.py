@@ -76,6 +76,14 @@ def test_verify_counts_mismatches(pair, capsys):
     assert capsys.readouterr().out.startswith("0/3 mismatches")
 
 
+def test_verify_compares_sampled_answers(pair, capsys):
+    check = ["verify", *models(pair), "--data", str(pair / "questions.jsonl"), "--max-new-tokens", "20"]
+    assert main([*check, "--temperature", "0.8", "--seed", "3"]) == 0
+    assert "0/3 mismatches (torch.float32, temperature 0.8, seed 3, 20 new tokens)" in capsys.readouterr().out
+    assert main([*check, "--temperature", "-1"]) == 2
+    assert "--temperature -1.0" in capsys.readouterr().err
+
+
 def test_verify_fails_when_answers_differ(pair, capsys, monkeypatch):
     """A decoder that drops the last token must be caught."""
     from eagle.model.decode import Decoder

@@ -7,7 +7,7 @@ on without it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -53,6 +53,7 @@ class Decoder:
             method ``put_cycle(tokens, accepted)`` gets those of a cycle together, the first ``accepted`` of which were
             drafted; the prefill's token comes so too.
         wait: waits for the device, for exact times of the phases (`Stats`).
+        seeds: of each sequence's chance; None draws from the device's global random state.
     """
 
     def __init__(
@@ -68,11 +69,12 @@ class Decoder:
         compression: Compression | None = None,
         static: StaticEngine | None = None,
         wait: Callable[[], None] | None = None,
+        seeds: Iterable[int] | None = None,
     ) -> None:
         self.planner = planner
         self.target, self.inputs, self.chooser, self.stopper, self.streamer = target, inputs, chooser, stopper, streamer
         self.tree = tree if draft is not None else TreeConfig(depth=0, top_k=1, total_tokens=1)
-        self.sequences = sequences_of(inputs["input_ids"], inputs.get("attention_mask"), chooser)
+        self.sequences = sequences_of(inputs["input_ids"], inputs.get("attention_mask"), chooser, seeds)
         self.active = list(self.sequences)
         batch, length = len(self.active), max(sequence.length for sequence in self.active) + stopper.max_new_tokens
         rows = length + self.tree.total_tokens
@@ -120,7 +122,8 @@ class Decoder:
             sequence = self.sequences[row]
             logits = self.target.head(prefill.hidden[:, -1])  # [1, V]
             check_numbers(logits)
-            first = sequence.chooser.choose(logits, sequence.context)  # [1]
+            noise = sequence.noise_ahead(1, logits.shape[-1])
+            first = sequence.chooser.choose(logits, sequence.context, noise)  # [1]
             sequence.next_position = prefill.next_position
             self._emit(sequence, [int(first)])
             self.first_token_at = time.perf_counter()
@@ -205,9 +208,8 @@ class Decoder:
         """
         if self.chooser.row_wise:
             broken = hidden.isnan().any(dim=-1)  # [B, N]; told with the choices, so that nothing waits for it alone
-            if self.chooser.do_sample:
-                logits = logits.masked_fill(broken.to(logits.device).unsqueeze(-1), 0.0)
-            chosen = self.chooser.choose(logits.flatten(0, 1), self.active[0].context)  # [B * N]
+            noise = self._noise(trees, logits.shape[-1])
+            chosen = self.chooser.choose(logits.flatten(0, 1), self.active[0].context, noise)  # [B * N]
             rows = chosen.view(logits.shape[:2]).to(trees[0].tokens.device)
             rows = rows.masked_fill(broken.to(rows.device), NO_CHOICE)
             found = accept_all_at_once(trees, [row[: tree.size] for tree, row in zip(trees, rows, strict=True)])
@@ -219,6 +221,17 @@ class Decoder:
             accept_step_by_step(tree, sequence.choice_in(rows))
             for tree, sequence, rows in zip(trees, self.active, logits, strict=True)
         ]
+
+    def _noise(self, trees: list[DraftTree], vocabulary: int) -> Tensor | None:
+        """[B * N, V] for the token that follows each node; None where nothing is sampled."""
+        if not self.chooser.do_sample:
+            return None
+        rows = []
+        for sequence, tree in zip(self.active, trees, strict=True):
+            ahead = sequence.noise_ahead(self.tree.depth + 2, vocabulary)  # [D, V]
+            assert ahead is not None
+            rows.append(ahead[tree.depths.to(ahead.device)])  # [n, V]
+        return pad_sequence(rows, batch_first=True).flatten(0, 1)
 
     def commit(self, trees: list[DraftTree], accepted: list[Accepted], hidden: Tensor) -> None:
         """Keeps the accepted rows, emits the new tokens and lays out the true hidden states for the draft."""

@@ -20,6 +20,7 @@ from eagle.model.config import TreeConfig
 from eagle.model.cost import cost_of
 from eagle.model.decode import Decoder
 from eagle.model.draft import DraftModel
+from eagle.model.noise import seeds_of
 from eagle.model.pair import fit_pair
 from eagle.model.planner import Acceptance, CostCurve, Planner
 from eagle.model.sampling import TokenChooser
@@ -148,7 +149,7 @@ class MSDModel:
         tree: TreeConfig | None = None,
         temperature: float | None = None,
         do_sample: bool | None = None,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         stop_strings: str | Sequence[str] | None = None,
         stopping_criteria: Sequence[Any] | None = None,
         streamer: Any = None,
@@ -162,7 +163,8 @@ class MSDModel:
             use_msd: False decodes plainly, in the same loop.
             tree: bounds for this call only, of each sequence's tree; by default the model's, smaller for a batch.
             temperature: 0 is greedy. None of a setting means the checkpoint's generation config, as in transformers.
-            seed: makes sampling repeatable, apart from the global random state.
+            seed: makes sampling repeatable, apart from the global random state; one, or one for each row of a batch. The
+                same answer comes with any draft and tree, or none, and in any batch, as far as rounding allows.
             stop_strings: texts that end the answer.
             streamer: a transformers streamer; for a single prompt.
             kwargs: model inputs, and any setting of transformers' `generate` for greedy search or sampling.
@@ -209,7 +211,7 @@ class MSDModel:
         *,
         use_msd: bool,
         tree: TreeConfig | None,
-        seed: int | None,
+        seed: int | Sequence[int] | None,
         bound_streamer: Any,
         **model_inputs: Any,
     ) -> MSDOutput:
@@ -217,7 +219,6 @@ class MSDModel:
         check_request(input_ids, generation_config, bound_streamer)
         if bound_streamer is not None:
             bound_streamer.put(input_ids.cpu())
-        generator = None if seed is None else torch.Generator(device=input_ids.device).manual_seed(seed)
         tree = tree or self.tree_for(input_ids.shape[0])
         draft = self.draft if use_msd and tree.total_tokens > 1 else None
         planner = None
@@ -229,7 +230,7 @@ class MSDModel:
             self.target,
             draft,
             {"input_ids": input_ids, **model_inputs},
-            TokenChooser(logits_processor, generation_config.do_sample, generator),
+            TokenChooser(logits_processor, generation_config.do_sample),
             Stopper(stopping_criteria, input_ids.shape[1]),
             tree,
             bound_streamer,
@@ -237,6 +238,7 @@ class MSDModel:
             compression=self.compression,
             static=self._static,
             wait=torch.accelerator.synchronize if self.exact_phases and torch.accelerator.is_available() else None,
+            seeds=None if seed is None else seeds_of(seed, input_ids.shape[0]),
         )
         answers = [torch.tensor(tokens, dtype=input_ids.dtype, device=input_ids.device) for tokens in decoder.run()]
         padding = generation_config.pad_token_id or 0

@@ -39,13 +39,10 @@ class TokenChooser:
     Args:
         processors: prepared logits processors.
         do_sample: sample, or take the arg-max of the processed scores.
-        generator: random state of this request, on the device of the prompts; None uses the device's global one.
     """
 
-    def __init__(
-        self, processors: LogitsProcessorList, do_sample: bool, generator: torch.Generator | None = None
-    ) -> None:
-        self.processors, self.do_sample, self.generator = processors, do_sample, generator
+    def __init__(self, processors: LogitsProcessorList, do_sample: bool) -> None:
+        self.processors, self.do_sample = processors, do_sample
         self.row_wise = all(type(processor) in ROW_WISE for processor in processors)
 
     def of_row(self, row: int, batch: int) -> TokenChooser:
@@ -57,29 +54,29 @@ class TokenChooser:
             for name, value in vars(processor).items():
                 if name in ROW_SETTINGS and isinstance(value, Tensor) and value.shape[:1] == (batch,):
                     setattr(processor, name, value[row : row + 1])
-        return TokenChooser(own, self.do_sample, self.generator)
+        return TokenChooser(own, self.do_sample)
 
-    def choose(self, logits: Tensor, prefix: Tensor) -> Tensor:
+    def choose(self, logits: Tensor, prefix: Tensor, noise: Tensor | None = None) -> Tensor:
         """One token for each row.
 
         Args:
             logits: [N, V] raw.
             prefix: [N, S] or [1, S] ids before the choice; read only by processors that are not row-wise.
+            noise: [N, V] Gumbel noise of the places of the tokens (`eagle.model.noise`), where tokens are sampled.
 
         Returns:
             [N] ids.
         """
         if not self.do_sample and not self.processors:
             return logits.argmax(dim=-1)
-        scores = self.scores(logits, prefix)
+        return self.pick(self.scores(logits, prefix), noise)
+
+    def pick(self, scores: Tensor, noise: Tensor | None) -> Tensor:
+        """The choice [..., N] from processed scores [N, V] with noise [..., N, V], or without where it is greedy."""
         if not self.do_sample:
             return scores.argmax(dim=-1)
-        return torch.multinomial(scores.softmax(dim=-1), 1, generator=self.generator).squeeze(-1)
-
-    def sample(self, logits: Tensor, prefix: Tensor, draws: int) -> Tensor:
-        """What ``draws`` calls of `choose` would give for the same logits while sampling, [draws, N] ids."""
-        shares = self.scores(logits, prefix).softmax(dim=-1)
-        return torch.multinomial(shares, draws, replacement=True, generator=self.generator).T
+        assert noise is not None
+        return (scores + noise).argmax(dim=-1)
 
     def scores(self, logits: Tensor, prefix: Tensor) -> Tensor:
         """Processed logits [N, V], float32, on the device of ``prefix``: processors hold tensors of their own there."""
