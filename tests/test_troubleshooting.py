@@ -12,6 +12,7 @@ PAGE = REPO / "docs" / "troubleshooting.md"
 SOURCES = ("LLaVA/llava", "EAGLE/eagle", "lmms-eval/lmms_eval_msd", "benchmarks")
 GAP = "…"
 PASSED_ON = {"message", "failure.message", "error.what"}  # a message that was made elsewhere: argparse's, a worker's
+KINDS = ("UserError", "OutOfMemory")
 ROW = re.compile(r"^\| `([^`]+)` \| (.+) \|$", re.MULTILINE)
 
 
@@ -30,7 +31,7 @@ def messages() -> Iterator[tuple[str | None, str, str]]:
     """(template, source text, place) of each UserError that is made."""
     for path in sorted(path for folder in SOURCES for path in (REPO / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "UserError"):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in KINDS):
                 continue
             what = node.args[0] if node.args else next(word.value for word in node.keywords if word.arg == "what")
             yield template(what), ast.unparse(what), f"{path.relative_to(REPO).as_posix()}:{node.lineno}"

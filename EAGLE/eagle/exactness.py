@@ -1,11 +1,12 @@
 """Is sampled output distributed as the target's own? Chi-square over many draws of real trees.
 
-For one prompt the engine chooses a first token, drafts a tree and verifies it once. Then the choice and the acceptance
-run ``draws`` times on the same logits, as they do in decoding, with other noise for each place each time, and each token
-that comes out is counted by the node it was drawn at. All settings see the same noise. At every node that was reached often enough the counts are compared with the target's processed
-distribution there. A token drawn at a node without drafted children is a bonus token after full acceptance. One that
-leaves the tree at a node with children is a bonus token after partial acceptance: it is among the counts of its node,
-and compared once more with the target's distribution over the tokens that were not drafted there.
+For one prompt the engine chooses a first token, drafts a tree and verifies it once. Then the choice and the
+acceptance run ``draws`` times on the same logits, as they do in decoding, each time with fresh noise for each place,
+and each token that comes out is counted by the node it was drawn at. All settings see the same noise. At every node
+that was reached often enough the counts are compared with the target's processed distribution there. A token drawn at
+a node without drafted children is a bonus token after full acceptance. One that leaves the tree at a node with
+children is a bonus token after partial acceptance: it is among the counts of its node, and compared once more with
+the target's distribution over the tokens that were not drafted there.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def first_cycle(model: MSDModel, inputs: Mapping[str, Any], tree: TreeConfig) ->
 
 
 def noises(places: int, nodes: int, logits: Tensor, draws: int, seed: int) -> Iterator[Tensor]:
-    """Noise for ``draws`` answers in parts [n, places, V] that are small enough for ``nodes`` rows of logits [..., V]."""
+    """Noise for ``draws`` answers, in parts [n, places, V] small enough for ``nodes`` rows of logits [..., V]."""
     generator = torch.Generator(device=logits.device).manual_seed(seed)
     part = max(1, AT_ONCE // (max(places, nodes) * logits.shape[-1]))
     for start in range(0, draws, part):

@@ -44,6 +44,10 @@ class UserError(Exception):
         return " ".join(line.split())
 
 
+class OutOfMemory(UserError):
+    """Memory does not suffice for the least that there is to do."""
+
+
 def is_full_disk(error: BaseException) -> bool:
     """Whether ``error`` says that a disk is full, or a quota or a limit of a file's size is reached. The writers of
     torch and safetensors say so in words only."""

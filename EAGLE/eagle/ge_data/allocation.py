@@ -2,7 +2,8 @@
 
     python -m eagle.ge_data.allocation --outdir D --model_type llava_v15_t|llava_v15_v|qwen2_vl_t|... \\
         --model BASE --image_data_path image_data --json_data_path FILE [--start A --end B] [--shard I/N] \\
-        [--gpus 0,1,...] [--hidden-dtype int8] [--regenerate [--msd-model DRAFT] [--temperature T] [--max-new-tokens N]]
+        [--gpus 0,1,...] [--hidden-dtype int8] \\
+        [--regenerate [--msd-model DRAFT] [--temperature T] [--max-new-tokens N] [--at-once B]]
 
 `_t` takes the rows without picture, `_v` those with one; they are shuffled, and [A, B) counts in the shuffled order
 (all by default). Killed at any moment and started again, it goes on: finished shards are not touched. Ranges of one
@@ -41,6 +42,7 @@ from llava.errors import UserError, run_cli
 KINDS = {"t": TEXT, "v": IMAGE}
 HIDDEN_DTYPES = (AUTO, INT8)
 MAX_NEW_TOKENS = 1024
+AT_ONCE = 8
 MODEL_TYPES = tuple(f"{family}_{kind}" for family in FAMILIES for kind in KINDS)
 
 
@@ -81,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--msd-model", help="draft that speeds them up: folder or hub name (default: plain decoding)")
     own.add_argument("--temperature", type=float, help="0 is greedy (default)")
     own.add_argument("--max-new-tokens", type=positive, help=f"of the longest answer (default: {MAX_NEW_TOKENS})")
+    own.add_argument("--at-once", type=positive, help=f"conversations answered together (default: {AT_ONCE})")
     return made
 
 
@@ -91,7 +94,7 @@ def answers_wanted(options: argparse.Namespace) -> Answers | None:
         UserError: settings of answers without --regenerate, or a temperature that is none.
     """
     given = {"--msd-model": options.msd_model, "--temperature": options.temperature}
-    given["--max-new-tokens"] = options.max_new_tokens
+    given |= {"--max-new-tokens": options.max_new_tokens, "--at-once": options.at_once}
     if not options.regenerate:
         for flag, value in given.items():
             if value is not None:
@@ -100,7 +103,8 @@ def answers_wanted(options: argparse.Namespace) -> Answers | None:
     temperature = options.temperature or 0.0
     if not 0 <= temperature < math.inf:
         raise UserError(f"--temperature {temperature}", fix="give 0 for greedy decoding, or more")
-    return Answers(options.msd_model, temperature, options.seed, options.max_new_tokens or MAX_NEW_TOKENS)
+    longest, together = options.max_new_tokens or MAX_NEW_TOKENS, options.at_once or AT_ONCE
+    return Answers(options.msd_model, temperature, options.seed, longest, together)
 
 
 def select(options: argparse.Namespace) -> tuple[Selection, Range]:

@@ -2,7 +2,7 @@
 
 While the target computes, the next shard's pictures and ids are prepared in threads, and another one writes the last
 shard. With a `Regenerator` the target
-first answers the questions itself, one conversation after the other.
+first answers the questions itself.
 """
 
 from __future__ import annotations
@@ -79,28 +79,33 @@ class Extractor(Reader):
             return self.selection.outline(self.template, index)
         return self.selection.prepare(self.template, index)
 
-    def _answered(self, ready: Ready, index: int, report: Report) -> Prepared | Skipped:
-        """Row ``index`` of the shuffled selection with the target's own answers, if it waits for them."""
-        if not isinstance(ready, Outline):
-            return ready
-        assert self.regenerator is not None
-        number = self.selection.number(index)
-        try:
-            answered = self.regenerator.answered(ready, number)
-        except Unusable as unusable:
-            return Skipped(number, ready.id, unusable.reason)
-        report(1, int(answered.loss_mask.sum()))
-        return answered
+    def _answered(
+        self, span: Range, waiting: dict[int, Outline], report: Report
+    ) -> Iterator[tuple[int, Prepared | Skipped]]:
+        """The rows of a range that wait for the target's own answers: their places, and what became of them."""
+        if self.regenerator is None:
+            return
+        places = list(waiting)
+        numbers = [self.selection.number(span[0] + place) for place in places]
+        for found, answered in self.regenerator.answered(list(waiting.values()), numbers):
+            place = places[found]
+            if isinstance(answered, Unusable):
+                yield place, Skipped(numbers[found], waiting[place].id, answered.reason)
+                continue
+            report(1, int(answered.loss_mask.sum()))
+            yield place, answered
 
     def _outcome(self, span: Range, futures: Sequence[Future[Ready]], report: Report) -> list[Sample | Skipped | None]:
         """What became of each row of a range."""
         outcome: list[Sample | Skipped | None] = [None] * len(futures)
+        ready = dict(enumerate(future.result() for future in futures))
+        waiting = {place: item for place, item in ready.items() if isinstance(item, Outline)}
+        ready.update(self._answered(span, waiting, report))
         prepared: dict[int, Prepared] = {}
-        for place, future in enumerate(futures):
-            result = self._answered(future.result(), span[0] + place, report)
+        for place, result in ready.items():
             if isinstance(result, Skipped):
                 outcome[place] = result
-            else:
+            elif isinstance(result, Prepared):
                 prepared[place] = result
         report(len(futures) - len(prepared), 0)
         for places in batches({place: len(item.input_ids) for place, item in prepared.items()}, self.batch_tokens):

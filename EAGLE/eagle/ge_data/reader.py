@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eagle.ge_data.shards import DTYPES, Sample, Source
 from eagle.ge_data.source import INT8
-from eagle.ge_data.template import Prepared, Template
+from eagle.ge_data.template import Prepared, Template, join_images
 from eagle.model.targets import Target
 from llava.errors import UserError
 from llava.memory import is_out_of_memory
@@ -144,9 +144,5 @@ def collate(items: Sequence[Prepared]) -> dict[str, Tensor]:
     for row, item in enumerate(items):
         input_ids[row, : len(item.input_ids)] = item.input_ids
         attention_mask[row, : len(item.input_ids)] = 1
-    images: dict[str, list[Tensor]] = {}
-    for item in items:
-        for name, value in item.images.items():
-            images.setdefault(name, []).append(value)
-    joined = {name: torch.cat(values) for name, values in images.items()}
-    return {"input_ids": input_ids, "attention_mask": attention_mask, **joined}
+    images = join_images(item.images for item in items)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, **images}

@@ -1,5 +1,6 @@
-"""The target answers the questions of a conversation itself; its answers take the place of the data set's.
+"""The target answers the questions of conversations itself; its answers take the place of the data set's.
 
+Several conversations go on together, turn by turn: what each is told depends on itself alone (but for rounding).
 Ids stay those that the target said: they are never turned into text and back. Which tokens count in the loss::
 
     question                    no
@@ -11,17 +12,60 @@ Ids stay those that the target said: they are never turned into text and back. W
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from eagle.ge_data.conversations import Unusable
 from eagle.ge_data.source import Regeneration
-from eagle.ge_data.template import Outline, Prepared, Template
+from eagle.ge_data.template import Outline, Prepared, Template, Turn
 from eagle.model.msd import MSDModel
+from eagle.model.noise import mixed
+from llava.errors import OutOfMemory
 from llava.memory import is_out_of_memory
+
+
+@dataclass
+class Talk:
+    """A conversation that is being answered.
+
+    ``row``: its number in the annotation file; ``ids`` and ``spoken`` so far; ``pictures`` that they show; ``said``
+    tokens of answers; ``reason`` why it cannot be used.
+    """
+
+    outline: Outline
+    row: int
+    ids: list[int] = field(default_factory=list)
+    spoken: list[bool] = field(default_factory=list)
+    pictures: int = 0
+    said: int = 0
+    full: bool = False
+    reason: str | None = None
+
+    def ask(self, number: int, max_length: int) -> bool:
+        """Takes up the question of a turn; false where there is none, or no room for an answer."""
+        if self.full or self.reason is not None or number >= len(self.outline.turns):
+            return False
+        turn = self.outline.turns[number]
+        self.full = len(self.ids) + len(turn.asked) >= max_length
+        if self.full:
+            return False
+        self.ids += turn.asked
+        self.spoken += [False] * len(turn.asked)
+        self.pictures += turn.pictures
+        return True
+
+    def hear(self, turn: Turn, answer: list[int], ends: set[int]) -> None:
+        """Takes up what the target said to the last question, at least one id."""
+        ended = answer[-1:] == turn.end[:1]
+        if answer[-1] in ends:
+            answer.pop()
+        self.ids += answer + turn.end
+        self.spoken += [True] * len(answer)
+        self.spoken += [ended and place == 0 for place in range(len(turn.end))]
+        self.said += len(answer)
 
 
 class Regenerator:
@@ -32,71 +76,100 @@ class Regenerator:
         template: of the target's family.
         settings: how answers are chosen, and their longest length.
         max_length: longest conversation; the turn that reaches it is the last.
+        at_once: conversations that are answered together, fewer where memory does not suffice.
     """
 
-    def __init__(self, model: MSDModel, template: Template, settings: Regeneration, max_length: int) -> None:
+    def __init__(
+        self, model: MSDModel, template: Template, settings: Regeneration, max_length: int, at_once: int = 1
+    ) -> None:
         self.model, self.template, self.settings, self.max_length = model, template, settings, max_length
+        self.at_once = at_once
 
-    def answered(self, outline: Outline, row: int) -> Prepared:
-        """The conversation with an answer to each question that has room for one.
+    def answered(self, outlines: Sequence[Outline], rows: Sequence[int]) -> Iterator[tuple[int, Prepared | Unusable]]:
+        """Each conversation with an answer to every question that has room for one, those of like length together.
 
         Args:
-            row: its number in the annotation file. Samples are drawn from this, the turn and the seed alone, so that
-                they do not depend on the order of the work.
+            rows: their numbers in the annotation file. Samples are drawn from this, the turn and the seed alone, so
+                that they do not depend on the order of the work.
 
-        Raises:
-            Unusable: not even the first question has room, every answer is empty, the target says an image token, or
-            memory does not suffice.
+        Yields:
+            Place in ``outlines``, and what became of it. It is `Unusable` if not even the first question has room, all
+            answers are empty, the target says an image token, or memory does not suffice for it alone.
         """
-        ids: list[int] = []
-        spoken: list[bool] = []
-        pictures, said = 0, 0
-        for number, turn in enumerate(outline.turns):
-            room = self.max_length - len(ids) - len(turn.asked)
-            if room < 1:
-                break
-            ids += turn.asked
-            pictures += turn.pictures
-            images = self.template.first_pictures(outline.images, pictures)
-            ends = {*self.model.target.eos_token_ids, *turn.end[:1]}
-            settings = {"max_new_tokens": min(room, self.settings.max_new_tokens), "eos_token_id": sorted(ends)}
-            answer = self._answer(ids, images, {**settings, **self._sampling(row, number)})
-            ended = answer[-1:] == turn.end[:1]
-            if answer[-1] in ends:
-                answer.pop()
-            if not self.template.media_ids.isdisjoint(answer):
-                raise Unusable("answer_picture")
-            ids += answer + turn.end
-            spoken += [False] * len(turn.asked) + [True] * len(answer)
-            spoken += [ended and place == 0 for place in range(len(turn.end))]
-            said += len(answer)
-        if not said:
-            raise Unusable("empty" if ids else "answer_cut")
-        images = self.template.first_pictures(outline.images, pictures)
-        kept = slice(self.max_length)
-        return Prepared(outline.id, torch.tensor(ids[kept]), torch.tensor(spoken[kept]), images)
+        order = sorted(range(len(outlines)), key=lambda place: sum(len(turn.asked) for turn in outlines[place].turns))
+        for start in range(0, len(order), self.at_once):
+            places = order[start : start + self.at_once]
+            talks = [Talk(outlines[place], rows[place]) for place in places]
+            self._converse(talks)
+            yield from zip(places, map(self._outcome, talks), strict=True)
 
-    def _answer(self, ids: list[int], images: dict[str, Tensor], settings: dict[str, Any]) -> list[int]:
-        """What the target says to the conversation ``ids``, with its end token if it comes to it: at least one id."""
-        inputs: dict[str, Any] = self.template.request(ids, images)
-        inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
+    def _converse(self, talks: Sequence[Talk]) -> None:
+        """All turns of some conversations."""
+        for number in range(max(len(talk.outline.turns) for talk in talks)):
+            self._turn([talk for talk in talks if talk.ask(number, self.max_length)], number)
+
+    def _turn(self, talks: Sequence[Talk], number: int) -> None:
+        """One answer to each of these conversations; in halves where memory does not suffice."""
+        if not talks:
+            return
         try:
-            output = self.model.generate(**inputs, **settings)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            answers = self._answers(talks, number)
+        except (RuntimeError, MemoryError, OutOfMemory) as error:
+            if not (isinstance(error, OutOfMemory) or is_out_of_memory(error)):
                 raise
-            raise Unusable("too_large") from None
-        return output.sequences[0, len(ids) :].tolist()
+            answers = None
+        if answers is None and len(talks) > 1:  # after the handler, which held the failed forward's tensors
+            half = len(talks) // 2
+            self._turn(talks[:half], number)
+            self._turn(talks[half:], number)
+        elif answers is None:
+            talks[0].reason = "too_large"
+        for talk, answer in zip(talks, answers or [], strict=False):
+            if self.template.media_ids.isdisjoint(answer):
+                turn = talk.outline.turns[number]
+                talk.hear(turn, answer, self._ends(turn))
+            else:
+                talk.reason = "answer_picture"
 
-    def _sampling(self, row: int, turn: int) -> dict[str, Any]:
-        """Settings of `MSDModel.generate` for one answer."""
+    def _answers(self, talks: Sequence[Talk], number: int) -> list[list[int]]:
+        """What the target says to each, with its end token if it comes to it: at least one id."""
+        images = [self.template.first_pictures(talk.outline.images, talk.pictures) for talk in talks]
+        inputs: dict[str, Any] = self.template.request([talk.ids for talk in talks], images)
+        inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
+        limits = [min(self.max_length - len(talk.ids), self.settings.max_new_tokens) for talk in talks]
+        ends = self._ends(talks[0].outline.turns[number])
+        settings = self._sampling([talk.row for talk in talks], number)
+        settings |= {"max_new_tokens": max(limits), "eos_token_id": sorted(ends)}
+        output = self.model.generate(**inputs, **settings)
+        new = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
+        return [up_to_end(answer[:limit], ends) for answer, limit in zip(new, limits, strict=True)]
+
+    def _ends(self, turn: Turn) -> set[int]:
+        """Tokens that end an answer: those of the target, and the one that closes the turn."""
+        return {*self.model.target.eos_token_ids, *turn.end[:1]}
+
+    def _sampling(self, rows: Iterable[int], turn: int) -> dict[str, Any]:
+        """Settings of `MSDModel.generate` for answers to one turn."""
         if self.settings.temperature == 0:
             return {"temperature": 0.0}
-        seed = answer_seed(self.settings.seed or 0, row, turn)
-        return {"temperature": self.settings.temperature, "top_p": 1.0, "top_k": 0, "seed": seed}
+        seeds = [mixed(self.settings.seed or 0, row, turn) for row in rows]
+        return {"temperature": self.settings.temperature, "top_p": 1.0, "top_k": 0, "seed": seeds}
+
+    def _outcome(self, talk: Talk) -> Prepared | Unusable:
+        if talk.reason is None and not talk.said:
+            talk.reason = "empty" if talk.ids else "answer_cut"
+        if talk.reason is not None:
+            return Unusable(talk.reason)
+        images = self.template.first_pictures(talk.outline.images, talk.pictures)
+        kept = slice(self.max_length)
+        return Prepared(talk.outline.id, torch.tensor(talk.ids[kept]), torch.tensor(talk.spoken[kept]), images)
 
 
-def answer_seed(seed: int, row: int, turn: int) -> int:
-    """A seed of 63 bits for one answer, the same on every machine."""
-    digest = hashlib.sha256(f"{seed} {row} {turn}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+def up_to_end(answer: list[int], ends: set[int]) -> list[int]:
+    """An answer with its end token, without what fills up its row of the batch.
+
+    >>> up_to_end([5, 2, 0, 0], {2}), up_to_end([5, 6], {2})
+    ([5, 2], [5, 6])
+    """
+    places = (place for place, token in enumerate(answer) if token in ends)
+    return answer[: next(places, len(answer)) + 1]

@@ -8,7 +8,7 @@ text.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -138,15 +138,17 @@ class Template(ABC):
             raise Unusable("answer_cut")
         return Prepared(conversation.id, ids[:max_length], loss_mask[:max_length], encoded.images)
 
-    def request(self, ids: list[int], images: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Inputs of `generate` for one conversation that waits for an answer: what the processor would give.
+    def request(self, prompts: Sequence[list[int]], images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Inputs of `generate` for conversations that wait for an answer: what the processor would give.
 
         Args:
-            ids: [S], with one id for each image feature.
-            images: image inputs of the pictures in ``ids``.
+            prompts: ids of each, with one for each image feature.
+            images: image inputs of the pictures in each.
         """
-        input_ids = torch.tensor([ids])  # [1, S]
-        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **images}
+        longest = max(map(len, prompts))
+        input_ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts])  # [B, S]
+        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
+        return {"input_ids": input_ids, "attention_mask": mask, **join_images(images)}
 
     def outline(self, conversation: Conversation, image_root: Path, max_length: int) -> Outline:
         """The questions of a conversation, with the ids that they have whatever is answered.
@@ -178,6 +180,15 @@ class Template(ABC):
         if len(conversation.images) * self.least_picture_tokens > max_length:
             raise Unusable("image_cut")  # before thousands of them fill the memory
         return [_open_picture(root / name) for name in conversation.images]
+
+
+def join_images(images: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The image inputs of several conversations as those of a batch; some may have none."""
+    parts: dict[str, list[Tensor]] = {}
+    for one in images:
+        for name, value in one.items():
+            parts.setdefault(name, []).append(value)
+    return {name: torch.cat(values) for name, values in parts.items()}
 
 
 def owners(lengths: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[int]:

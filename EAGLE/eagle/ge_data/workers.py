@@ -35,12 +35,13 @@ from llava.errors import UserError
 @dataclass(frozen=True)
 class Answers:
     """How the target answers: ``msd_model`` a draft's folder or hub name, None for plain decoding; ``temperature`` 0 is
-    greedy; ``max_new_tokens`` of the longest answer."""
+    greedy; ``max_new_tokens`` of the longest answer; ``at_once`` conversations answered together."""
 
     msd_model: str | None
     temperature: float
     seed: int
     max_new_tokens: int
+    at_once: int
 
 
 @dataclass(frozen=True)
@@ -206,8 +207,9 @@ def _extractor(job: Job, device: str) -> Extractor:
         )
     selection = job.selection.within(target)
     template, regenerator = template_of(target), None
-    if regeneration is not None:
-        regenerator = Regenerator(MSDModel(target, draft), template, regeneration, selection.max_length)
+    if regeneration is not None and job.answers is not None:
+        model, together = MSDModel(target, draft), job.answers.at_once
+        regenerator = Regenerator(model, template, regeneration, selection.max_length, together)
     return Extractor(target, template, selection, job.folder, source, job.batch_tokens, regenerator)
 
 

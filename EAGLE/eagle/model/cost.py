@@ -33,7 +33,7 @@ from eagle.model.drafter import Drafter
 from eagle.model.masks import MaskBuffer
 from eagle.model.planner import CostCurve
 from eagle.model.targets.base import Target
-from llava.errors import UserError
+from llava.errors import OutOfMemory, UserError
 from llava.files import atomic_write
 from llava.memory import is_out_of_memory
 
@@ -132,7 +132,7 @@ def measure(
     that memory does not suffice for are left out, and with them all larger ones.
 
     Raises:
-        UserError: memory does not suffice for a single token.
+        OutOfMemory: memory does not suffice for a single token.
     """
     end = (target.eos_token_ids or (0,))[0]  # a token that is surely no picture's
     ids = torch.full((1, context), end, device=target.device)
@@ -169,7 +169,7 @@ def measure(
     deep = max(1, min(tree.depth, 6))
     verified = list(itertools.takewhile(has_room, map(verify, sizes)))
     if not verified:
-        raise UserError("out of memory with a single token", str(target.device), "try --dtype bfloat16")
+        raise OutOfMemory("out of memory with a single token", str(target.device), "try --dtype bfloat16")
     extend, drafted, *seconds = seconds_of([draft_levels(0), draft_levels(deep), *verified], rounds)
     return CostCurve(sizes[: len(verified)], monotone(seconds), max((drafted - extend) / deep, 1e-7), extend)
 

@@ -31,7 +31,7 @@ from eagle.model.stats import Stats
 from eagle.model.stopping import Stopper
 from eagle.model.targets.base import Target
 from eagle.model.tree import DraftTree, best_part, root_only, select_nodes
-from llava.errors import UserError
+from llava.errors import OutOfMemory, UserError
 from llava.memory import is_out_of_memory
 
 NO_CHOICE = -1
@@ -168,7 +168,7 @@ class Decoder:
         trees of the request are no larger. Gives the trees that were verified, too.
 
         Raises:
-            UserError: memory does not suffice for one token.
+            OutOfMemory: it does not suffice for one token.
         """
         while True:
             try:
@@ -179,7 +179,7 @@ class Decoder:
                     raise
             size = max(tree.size for tree in trees) // 2  # after the handler, which held the failed forward's tensors
             if size == 0:
-                raise UserError("out of memory with a single token", str(self.target.device), OUT_OF_MEMORY)
+                raise OutOfMemory("out of memory with a single token", str(self.target.device), OUT_OF_MEMORY)
             self.cache.truncate(self.past)
             self.tree = replace(self.tree, total_tokens=size)
             self.stats.cut_trees += 1

@@ -163,8 +163,8 @@ class MSDModel:
             use_msd: False decodes plainly, in the same loop.
             tree: bounds for this call only, of each sequence's tree; by default the model's, smaller for a batch.
             temperature: 0 is greedy. None of a setting means the checkpoint's generation config, as in transformers.
-            seed: makes sampling repeatable, apart from the global random state; one, or one for each row of a batch. The
-                same answer comes with any draft and tree, or none, and in any batch, as far as rounding allows.
+            seed: makes sampling repeatable, apart from the global random state; one, or one for each row of a batch.
+                The same answer comes with any draft and tree, or none, and in any batch, as far as rounding allows.
             stop_strings: texts that end the answer.
             streamer: a transformers streamer; for a single prompt.
             kwargs: model inputs, and any setting of transformers' `generate` for greedy search or sampling.

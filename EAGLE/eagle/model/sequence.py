@@ -18,8 +18,8 @@ class Sequence:
 
     ``prompt`` [1, S] ids without padding; ``context`` [1, P] the same filled up on the left to the padded length, for
     logits processors and stopping criteria, which count positions from there; ``chooser`` the target's choice of its
-    tokens, ``noise`` its chance; ``tokens`` the new ones; ``next_position`` [1] position number of the newest token; ``certain`` accepted
-    rows that the draft has not read yet, hidden [n, H] and tokens [n].
+    tokens, ``noise`` its chance; ``tokens`` the new ones; ``next_position`` [1] position number of the newest token;
+    ``certain`` accepted rows that the draft has not read yet, hidden [n, H] and tokens [n].
     """
 
     prompt: Tensor
@@ -63,8 +63,8 @@ class Sequence:
 def sequences_of(
     input_ids: Tensor, attention_mask: Tensor | None, chooser: TokenChooser, seeds: Iterable[int] | None = None
 ) -> list[Sequence]:
-    """The sequences of a batch, padded on either side. ``input_ids``, ``attention_mask`` [B, P]; ``seeds`` of each, None
-    draws from the device's global random state.
+    """The sequences of a batch, padded on either side. ``input_ids``, ``attention_mask`` [B, P]; ``seeds`` of each;
+    without them all draw from the device's global random state.
 
     The filling of ``context`` repeats the prompt's first token, which is in the prompt anyway: a pad token is often an
     end token too, and a repetition penalty would make that less likely.

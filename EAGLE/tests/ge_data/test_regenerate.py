@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tiny_stock import make_qwen
 from eagle.ge_data import allocation, inspect
 from eagle.ge_data.conversations import Unusable, read_conversation
 from eagle.ge_data.index import load_index
-from eagle.ge_data.regenerate import Regenerator, answer_seed
+from eagle.ge_data.regenerate import Regenerator
 from eagle.ge_data.shards import Sample, ShardDataset
 from eagle.ge_data.source import Regeneration
 from eagle.ge_data.template import Prepared
@@ -24,7 +25,7 @@ from eagle.model.checkpoint import load_draft
 from eagle.model.config import TreeConfig
 from eagle.model.msd import MSDModel
 from eagle.model.targets import Target, load_target
-from llava.errors import run_cli
+from llava.errors import OutOfMemory, run_cli
 
 from .conftest import Write, image_row, rows_of, text_row, turns
 
@@ -162,7 +163,10 @@ def prepared(
     msd = model if isinstance(model, MSDModel) else MSDModel(model)
     template, settings = template_of(msd.target), Regeneration(None, None, 0.0, None, limit)
     outline = template.outline(read_conversation(row, 0, keep_answers=False), folder, max_length)
-    return Regenerator(msd, template, settings, max_length).answered(outline, 0)
+    ((_, made),) = Regenerator(msd, template, settings, max_length).answered([outline], [0])
+    if isinstance(made, Unusable):
+        raise made
+    return made
 
 
 def saying(target: Target, token: int, instead: int) -> Target:
@@ -278,7 +282,6 @@ def test_sampling_depends_on_the_seed_and_not_on_the_order(
     for name, same in (("two", len(one)), ("other", 0), ("greedy", 0)):
         found = {sample.id: sample.input_ids.tolist() for sample in ShardDataset(tmp_path / name)}
         assert sum(found[key] == one[key] for key in one.keys() & found.keys()) == same, name
-    assert len({answer_seed(*place) for place in [(1, 2, 3), (12, 3, 4), (1, 23, 4), (1, 2, 4), (2, 2, 3)]}) == 5
     record = load_index(tmp_path / "one").regeneration
     assert record is not None and bool(record.draft_fingerprint) == drafted
     assert record == Regeneration("draft" if drafted else None, record.draft_fingerprint, 1.0, 42, TOKENS)
@@ -298,6 +301,69 @@ def test_the_record_names_draft_and_settings(
     assert f"the model's own: greedy, at most {TOKENS} tokens, draft draft" in shown and "And? ASSISTANT:" in shown
 
 
+def some_talk(n: int) -> dict[str, Any]:
+    """Conversations of 1 to 3 turns, of different lengths, most with pictures."""
+    pictures = [[], ["a.png"], ["b.png", "a.png"], ["b.png"]][n % 4]
+    asked = [
+        f"{'<image>' * (turn < len(pictures))} {'really ' * n} what of {turn}?" for turn in range(max(n % 3 + 1, 2))
+    ]
+    return {"id": str(n), "image": pictures, "conversations": turns(*(part for text in asked for part in (text, "x")))}
+
+
+@pytest.mark.parametrize("warmth", [0.0, 1.0])
+def test_many_at_once_are_what_each_is_alone(target: Any, photos: Path, warmth: float) -> None:
+    template, settings = template_of(target), Regeneration(None, None, warmth, 3, TOKENS)
+    outlines = [template.outline(read_conversation(some_talk(n), n, keep_answers=False), photos, 400) for n in range(7)]
+    longest = sorted(sum(len(turn.asked) for turn in outline.turns) for outline in outlines)[-1]
+    draft = load_draft(target.draft)
+    made: dict[int, dict[int, Prepared | Unusable]] = {}
+    for at_once, drafted in ((1, None), (3, None), (4, draft), (7, draft)):
+        regenerator = Regenerator(MSDModel(target, drafted), template, settings, longest, at_once)
+        made[at_once] = dict(regenerator.answered(outlines, list(range(10, 17))))
+        assert made[at_once].keys() == set(range(7))
+        for place, alone in made[1].items():
+            found = made[at_once][place]
+            assert type(found) is type(alone)
+            if isinstance(found, Prepared) and isinstance(alone, Prepared):
+                assert found.id == str(place) and found.input_ids.tolist() == alone.input_ids.tolist()
+                assert torch.equal(found.loss_mask, alone.loss_mask) and found.images.keys() == alone.images.keys()
+    done = {place: found for place, found in made[7].items() if isinstance(found, Prepared)}
+    assert len({len(found.input_ids) for found in done.values()}) > 3
+    answers = {place: len(runs(found.loss_mask)) for place, found in done.items()}
+    assert any(answers[place] < len(outlines[place].turns) for place in done), "some turn has no room"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), OutOfMemory("out of memory with a single token"), MemoryError()],
+)
+def test_fewer_at_once_where_memory_does_not_suffice(llava: Any, tmp_path: Path, error: Exception) -> None:
+    template, settings = template_of(llava), Regeneration(None, None, 0.0, None, TOKENS)
+    rows = [{"conversations": turns(f"{'really ' * n}?", "x", "And?", "y")} for n in range(5)]
+    outlines = [template.outline(read_conversation(row, 0, keep_answers=False), tmp_path, 400) for row in rows]
+    model, sizes = MSDModel(llava), []
+    largest = max(len(outline.turns[0].asked) for outline in outlines)
+
+    def generate(input_ids: torch.Tensor, **settings: Any) -> Any:
+        sizes.append(len(input_ids))
+        if len(input_ids) > 2 or input_ids.shape[1] == largest:
+            raise error
+        return MSDModel.generate(model, input_ids, **settings)
+
+    model_like = copy.copy(model)
+    model_like.generate = generate  # type: ignore[method-assign]
+    whole = dict(Regenerator(model, template, settings, 400, 1).answered(outlines, range(5)))
+    found = dict(Regenerator(model_like, template, settings, 400, 5).answered(outlines, range(5)))
+    assert sizes[:4] == [5, 2, 3, 1]
+    refused = [place for place, made in found.items() if isinstance(made, Unusable)]
+    assert len(refused) == 1 and str(found[refused[0]]) == "too_large"
+    for place in found.keys() - set(refused):
+        assert torch.equal(found[place].input_ids, whole[place].input_ids)
+    with pytest.raises(RuntimeError, match="a defect"):
+        error = RuntimeError("a defect")
+        list(Regenerator(model_like, template, settings, 400, 5).answered(outlines, range(5)))
+
+
 def test_stopped_anywhere_and_resumed(
     llava: Any, annotations: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,11 +372,12 @@ def test_stopped_anywhere_and_resumed(
     assert regenerate(llava, data, tmp_path / "whole", "t", *flags) == 0
     answered, calls = Regenerator.answered, []
 
-    def interrupted(self: Regenerator, *args: Any) -> Prepared:
-        calls.append(args)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return answered(self, *args)
+    def interrupted(self: Regenerator, *args: Any) -> Iterator[Any]:
+        for made in answered(self, *args):
+            calls.append(made)
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            yield made
 
     monkeypatch.setattr(Regenerator, "answered", interrupted)
     assert regenerate(llava, data, tmp_path / "parts", "t", *flags) == 130
@@ -365,6 +432,7 @@ WRONG = {
     "--msd-model is for answers of the model's own": ["--msd-model", "x"],
     "--temperature is for answers": ["--temperature", "0"],
     "--max-new-tokens is for answers": ["--max-new-tokens", "9"],
+    "--at-once is for answers": ["--at-once", "2"],
     "--temperature -1.0": ["--regenerate", "--temperature", "-1"],
     "--temperature nan": ["--regenerate", "--temperature", "nan"],
     "draft not found": ["--regenerate", "--msd-model", "./nothing"],

@@ -80,7 +80,9 @@ def test_transformers_finds_it_by_searching_in_noisy_scores(model: MSDModel, mor
     inputs = prepare(model, 1)
     warp, noise = noisy_processors(0.7, 4, inputs["input_ids"])
     settings = {"do_sample": False, "max_new_tokens": 30, "eos_token_id": None}
-    found = model.target.model.generate(**inputs, **settings, logits_processor=LogitsProcessorList([warp, *more, noise]))
+    found = model.target.model.generate(
+        **inputs, **settings, logits_processor=LogitsProcessorList([warp, *more, noise])
+    )
     limits = {"top_k": 5, "top_p": 0.9} if more else {}
     assert said(model, 1, seed=4, **limits)[0] == found[0, inputs["input_ids"].shape[1] :].tolist()
 
