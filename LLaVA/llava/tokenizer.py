@@ -20,7 +20,7 @@ from .hub import Source
 
 SPACE = "\u2581"
 SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
-_PROBES = ("USER: What is in the picture?", "a  b\n\ncd", "1234 + 5,6 = \u00e9\u65e5\U0001f999", "\n")
+_PROBES = ("USER: What is in the picture?", "a  b\n\ncd       e", "1234 + 5,6 = \u00e9\u65e5\U0001f999", "\n")
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerFast:
@@ -65,13 +65,13 @@ def from_sentencepiece(path: Path, legacy: bool = False) -> Tokenizer:
         vocabulary = {pieces.id_to_piece(index): index for index in range(pieces.get_piece_size())}
     except (OSError, RuntimeError, UnicodeDecodeError) as error:
         raise UserError(f"tokenizer cannot be read ({error})", path) from None
-    plain = {
-        piece: index
+    scores = {
+        piece: pieces.get_score(index)
         for piece, index in vocabulary.items()
         if not (pieces.is_control(index) or pieces.is_unknown(index) or pieces.is_byte(index))
     }
     unknown = pieces.id_to_piece(pieces.unk_id())
-    backend = Tokenizer(BPE(vocabulary, _merges(plain), unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    backend = Tokenizer(BPE(vocabulary, _merges(scores), unk_token=unknown, fuse_unk=True, byte_fallback=True))
     if legacy:
         backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
     else:
@@ -92,15 +92,16 @@ def from_sentencepiece(path: Path, legacy: bool = False) -> Tokenizer:
     return backend
 
 
-def _merges(vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """Every way to make a piece of two others, the piece with the lower id first: sentencepiece's order of merging."""
+def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
+    """Every way to make a piece of two others, in sentencepiece's order: that of scores, which is not always that of ids.
+    Llama's runs of spaces have low ids and come last; all have one score, and grow from the left, the longest first."""
     merges = [
-        (index, cut, piece)
-        for piece, index in vocabulary.items()
+        (-score, -cut, piece)
+        for piece, score in scores.items()
         for cut in range(1, len(piece))
-        if piece[:cut] in vocabulary and piece[cut:] in vocabulary
+        if piece[:cut] in scores and piece[cut:] in scores
     ]
-    return [(piece[:cut], piece[cut:]) for _, cut, piece in sorted(merges)]
+    return [(piece[:-back], piece[-back:]) for _, back, piece in sorted(merges)]
 
 
 def _settings(source: Source) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,25 @@ def test_ids_are_those_of_sentencepiece(folder: Path, pieces: sentencepiece.Sent
         assert tokenizer.decode(pieces.encode(text)) == pieces.decode(pieces.encode(text))
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)
     assert tokenizer.padding_side == "left" and len(tokenizer) == pieces.get_piece_size()
+
+
+def test_runs_of_spaces_are_merged_last(folder: Path, pieces: sentencepiece.SentencePieceProcessor) -> None:
+    """As in Llama's model: their ids come before those of all words, their scores after."""
+    runs = [pieces.piece_to_id("\u2581" * length) for length in (2, 3, 4, 8)]
+    words = range(max(runs) + 1, pieces.get_piece_size())
+    assert min(runs) == 3 + 256 and max(map(pieces.get_score, runs)) < min(map(pieces.get_score, words))
+    tokenizer = load_tokenizer(Source.of(folder))
+    shuffled = random.Random(0)
+    texts = [f"red{' ' * length}green" for length in range(80)] + [f"\n{' ' * length}" for length in range(80)]
+    for _ in range(300):
+        parts = shuffled.choices([" ", "  ", "     ", "the", "red", "\n", "\u00e9", "1", "="], k=20)
+        texts.append("q" + "".join(parts))
+    used = set()
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert ids == pieces.encode(text), text
+        used.update(ids)
+    assert used >= set(runs)
 
 
 def test_special_tokens_in_text(folder: Path, pieces: sentencepiece.SentencePieceProcessor) -> None:

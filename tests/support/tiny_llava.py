@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import struct
 from collections.abc import Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass
@@ -269,7 +270,7 @@ def write_weights(folder: Path, weights: Mapping[str, torch.Tensor], *, shards: 
 
 @lru_cache(maxsize=1)
 def tokenizer_model() -> bytes:
-    """A sentencepiece BPE model with byte fallback and Llama's special ids (unk 0, bos 1, eos 2)."""
+    """A sentencepiece BPE model with byte fallback, Llama's special ids (unk 0, bos 1, eos 2) and runs of spaces."""
     model = io.BytesIO()
     with redirect_stderr(io.StringIO()):
         sentencepiece.SentencePieceTrainer.train(
@@ -279,7 +280,43 @@ def tokenizer_model() -> bytes:
             remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, split_digits=True, num_threads=1,
             hard_vocab_limit=False, minloglevel=2,
         )  # fmt: skip
-    return model.getvalue()
+    return with_runs_of_spaces(model.getvalue())
+
+
+def with_runs_of_spaces(model: bytes) -> bytes:
+    """The same model with pieces of 2, 4, 8 and 3 spaces as Llama's has them: first after the bytes, and with scores below
+    those of all others, so that the order of ids is not the order of merging.
+
+    A model file is a protobuf message; its first field, repeated, is a piece: text, score, and kind where it is no
+    ordinary one.
+    """
+    pieces, rest, start = [], b"", 0
+    while start < len(model):
+        size, body = varint(model, start + 1)
+        end = body + size
+        if model[start] == 0x0A:
+            pieces.append(model[start:end])
+        else:
+            rest += model[start:end]
+        start = end
+    runs = []
+    for length in (2, 4, 8, 3):
+        text = ("\u2581" * length).encode()
+        piece = b"\x0a" + bytes([len(text)]) + text + b"\x15" + struct.pack("<f", -1e9)
+        runs.append(b"\x0a" + bytes([len(piece)]) + piece)
+    ordinary = 3 + 256
+    return b"".join([*pieces[:ordinary], *runs, *pieces[ordinary:]]) + rest
+
+
+def varint(data: bytes, start: int) -> tuple[int, int]:
+    """A protobuf number at ``start``, and where it ends."""
+    value = shift = 0
+    while True:
+        byte = data[start]
+        value |= (byte & 127) << shift
+        start, shift = start + 1, shift + 7
+        if byte < 128:
+            return value, start
 
 
 def tokenizer_size() -> int:
