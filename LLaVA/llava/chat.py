@@ -73,11 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = _device(options.device)
     if options.seed is not None:
         torch.manual_seed(options.seed)
-    model, processor = load_pretrained(options.model_path, dtype=options.dtype)
+    there = None if device.type == "cpu" else {"": device}  # not by way of the host, which may want another dtype
+    model, processor = load_pretrained(options.model_path, dtype=options.dtype, device_map=there)
     generation: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "do_sample": options.temperature > 0}
     if options.temperature > 0:
         generation |= {"temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
-    chat = Chat(model.to(device), processor, images, options.conv_mode, options.system, generation)
+    chat = Chat(model, processor, images, options.conv_mode, options.system, generation)
     if options.prompt is not None:
         chat.ask(options.prompt)
         return 0

@@ -93,8 +93,8 @@ def from_sentencepiece(path: Path, legacy: bool = False) -> Tokenizer:
 
 
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Every way to make a piece of two others, in sentencepiece's order: that of scores, which is not always that of ids.
-    Llama's runs of spaces have low ids and come last; all have one score, and grow from the left, the longest first."""
+    """Every way to make a piece of two others, in sentencepiece's order: that of scores, not of ids. Llama's runs of
+    spaces have low ids and come last; all have one score, and grow from the left, the longest first."""
     merges = [
         (-score, -cut, piece)
         for piece, score in scores.items()

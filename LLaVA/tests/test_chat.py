@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_llava import make_image, make_liuhaotian
 
 from llava import chat, load_pretrained
 from llava.chat import Chat
-from llava.errors import run_cli
+from llava.errors import UserError, run_cli
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +29,12 @@ def command(folder: Path, *arguments: str, stdin: str = "") -> subprocess.Comple
 
 def test_one_question_in_a_subprocess(folder: Path) -> None:
     image = str(folder / "a.png")
-    options = ("--image-file", image, "--max-new-tokens", "6", "--temperature", "0", "--prompt", "How many?")
+    options = ("--image-file", image, "--max-new-tokens", "6", "--temperature", "0", "--prompt", "What is it?")
     done = command(folder, *options)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     model, processor = load_pretrained(folder)
-    inputs = processor(processor.chat_prompt("How many?", 1), image)
+    inputs = processor(processor.chat_prompt("What is it?", 1), image)
     output = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert done.stdout.strip() == processor.decode(output).strip()
 
@@ -57,11 +58,11 @@ def test_conversation_goes_on(
     monkeypatch.setattr(chat.LlavaProcessor, "__call__", spy)
     model, processor = load_pretrained(folder)
     talk = Chat(model, processor, [make_image()], system="S", generation={"max_new_tokens": 3, "do_sample": False})
-    first = talk.ask("How many?")
+    first = talk.ask("What is it?")
     talk.ask("Why?")
     assert prompts == [
-        ("S USER: <image>\nHow many? ASSISTANT:", 1),
-        (f"S USER: <image>\nHow many? ASSISTANT: {first}</s>USER: Why? ASSISTANT:", 1),
+        ("S USER: <image>\nWhat is it? ASSISTANT:", 1),
+        (f"S USER: <image>\nWhat is it? ASSISTANT: {first}</s>USER: Why? ASSISTANT:", 1),
     ]
     assert first in capsys.readouterr().out
 
@@ -70,10 +71,10 @@ def test_lines_of_stdin(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     asked = []
     monkeypatch.setattr(Chat, "ask", lambda self, question: asked.append(question))
     monkeypatch.setattr("sys.stdin", (folder.parent / "lines").open("w+"))
-    sys.stdin.write("How many?\n\n  Why? \nlast")
+    sys.stdin.write("What is it?\n\n  Why? \nlast")
     sys.stdin.seek(0)
     assert chat.main(["--model-path", str(folder), "--device", "cpu"]) == 0
-    assert asked == ["How many?", "Why?", "last"]
+    assert asked == ["What is it?", "Why?", "last"]
     sys.stdin.close()
 
 
@@ -99,3 +100,20 @@ def test_bad_options(folder: Path, capsys: pytest.CaptureFixture[str], arguments
     assert run_cli(lambda: chat.main(["--model-path", str(folder), *arguments])) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith(f"error: {message}") and captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("device", "there"), [("cpu", None), ("meta", {"": torch.device("meta")})])
+def test_weights_go_straight_to_the_device(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, device: str, there: dict[str, torch.device] | None
+) -> None:
+    """By way of the host "auto" would be the host's dtype."""
+    asked: dict[str, object] = {}
+
+    def load(path: str, **options: object) -> None:
+        asked.update(options)
+        raise UserError("enough")
+
+    monkeypatch.setattr(chat, "load_pretrained", load)
+    with pytest.raises(UserError, match="enough"):
+        chat.main(["--model-path", str(folder), "--device", device])
+    assert asked == {"dtype": "auto", "device_map": there}

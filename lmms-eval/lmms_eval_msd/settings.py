@@ -57,8 +57,8 @@ class GenerationSettings:
         settings.pop("do_sample", None)
         for key in ("top_p", "top_k"):
             value = _number(key, settings.pop(key, None))
-            if do_sample and value:  # 0 means "off" in tasks
-                engine[key] = int(value) if key == "top_k" else value
+            if do_sample and value is not None:  # 0 means "off" in tasks
+                engine[key] = int(value) if key == "top_k" else value or 1.0
         known = GenerationConfig().to_dict().keys()
         for key, value in settings.items():
             if key in known and key not in NOT_OURS:

@@ -16,7 +16,11 @@ read = GenerationSettings.from_task
         ({"max_gen_toks": 8}, {"max_new_tokens": 8, "do_sample": False}),
         (  # --gen_kwargs temperature=0.7 over a task's do_sample: false
             {"temperature": 0.7, "do_sample": False, "top_p": 0.9, "top_k": 0},
-            {"max_new_tokens": 1024, "do_sample": True, "temperature": 0.7, "top_p": 0.9},
+            {"max_new_tokens": 1024, "do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0},
+        ),
+        (
+            {"temperature": 0.7, "top_p": 0},
+            {"max_new_tokens": 1024, "do_sample": True, "temperature": 0.7, "top_p": 1.0},
         ),
         (  # greedy search has no top_p
             {"temperature": 0, "top_p": 1.0, "top_k": 5, "do_sample": True},

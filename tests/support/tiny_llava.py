@@ -284,8 +284,8 @@ def tokenizer_model() -> bytes:
 
 
 def with_runs_of_spaces(model: bytes) -> bytes:
-    """The same model with pieces of 2, 4, 8 and 3 spaces as Llama's has them: first after the bytes, and with scores below
-    those of all others, so that the order of ids is not the order of merging.
+    """The same model with pieces of 2, 4, 8 and 3 spaces as Llama's has them: first after the bytes, and with scores
+    below those of all others, so that the order of ids is not the order of merging.
 
     A model file is a protobuf message; its first field, repeated, is a piece: text, score, and kind where it is no
     ordinary one.

@@ -100,6 +100,8 @@ def make_qwen(
         model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config))
     _silence_specials(model, list(ids.values()))
     model.generation_config.eos_token_id = ids["<|im_end|>"]
+    published = {"do_sample": True, "temperature": 0.01, "top_p": 0.001, "top_k": 1, "repetition_penalty": 1.0}
+    model.generation_config.update(**published)
     model.generation_config.pad_token_id = ids["<|endoftext|>"]
     model.save_pretrained(folder)
     limits = {"min_pixels": 56 * 56, "max_pixels": 112 * 112}

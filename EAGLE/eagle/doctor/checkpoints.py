@@ -19,9 +19,11 @@ from eagle.model.draft import DraftModel
 from eagle.model.head_tokens import read_head_tokens
 from eagle.model.targets import FAMILIES
 from eagle.model.targets.llava import LlavaTarget
+from eagle.model.targets.stock import load_processor
 from llava.errors import UserError
 from llava.hub import Source
 from llava.layout import build_config, open_checkpoint
+from llava.tokenizer import load_tokenizer
 from llava.weights import find_weights, is_old_buffer
 
 BASE, DRAFT, PAIR = "base model", "draft", "base and draft"
@@ -44,6 +46,7 @@ def look_at_base(name: str, hub: bool) -> tuple[Contents | None, list[Check]]:
         mend = "download or copy the checkpoint again"
         return contents, [Check(BASE, State.PROBLEM, f"missing tensors: {_some(missing)}", mend)]
     checks = [Check(BASE, State.OK, f"{name} ({contents.place}): {_describe(contents)}")]
+    checks += _check_processor(contents, name)
     if contents.config["model_type"] in LlavaTarget.model_types:
         checks += _check_tower(contents, name, hub)
     return contents, checks
@@ -163,6 +166,19 @@ def _check_family(contents: Contents, name: str) -> None:
             where=name,
             fix=f"supported: {', '.join(known)}",
         )
+
+
+def _check_processor(contents: Contents, name: str) -> list[Check]:
+    """The tokenizer, and where the image processor is in the same files that too, opened as for decoding."""
+    where = name if contents.folder is None else str(contents.folder)
+    try:
+        if contents.config["model_type"] in LlavaTarget.model_types:
+            load_tokenizer(Source.of(where))
+        else:
+            load_processor(where)
+    except UserError as error:
+        return [Check.of_error("tokenizer", error)]
+    return []
 
 
 def _check_tower(contents: Contents, name: str, hub: bool) -> list[Check]:

@@ -122,6 +122,8 @@ def _decode(model: MSDModel, ask: Ask, turn: threading.Lock, streamer: PieceStre
                 **inputs,
                 use_msd=ask.msd and model.draft is not None,
                 temperature=ask.temperature,
+                top_p=1.0,  # not the checkpoint's, with which some never sample
+                top_k=0,
                 max_new_tokens=ask.max_new_tokens,
                 streamer=streamer,
             )

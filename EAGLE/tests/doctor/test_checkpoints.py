@@ -219,3 +219,12 @@ def test_a_trimmed_vocabulary_that_cannot_be_loaded(
     assert check.state is State.PROBLEM and "eagle.ge_data.vocabulary" in check.mend
     with pytest.raises(UserError):
         load_draft(draft)
+
+
+def test_a_tokenizer_that_does_not_load_is_told(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base = copy(pair[0], tmp_path)
+    for name in ("tokenizer.model", "tokenizer.json"):
+        if (base / name).exists():
+            (base / name).write_bytes(b"nothing of the kind")
+    found = problems(look_at_base(str(base), False)[1])
+    assert len(found) == 1 and found[0].startswith("tokenizer: ") and "cannot be" in found[0]

@@ -90,6 +90,18 @@ def test_pieces_are_the_answer_and_depths_are_those_of_the_cycles(model: MSDMode
     assert end["tau"] == output.stats.tau
 
 
+def test_the_temperature_samples_whatever_the_checkpoint_says(model: MSDModel, port: int) -> None:
+    """Qwen2-VL's own generation config takes the likeliest token at any temperature."""
+    settings = model.target.model.generation_config
+    before = settings.top_k
+    settings.top_k = 1
+    try:
+        answers = {events(port, question=QUESTION, temperature=1.5, max_new_tokens=12)[-1]["text"] for _ in range(4)}
+    finally:
+        settings.top_k = before
+    assert len(answers) > 1
+
+
 def test_plain_decoding_has_no_drafted_token_and_the_same_answer(port: int) -> None:
     fast, plain = (events(port, question=QUESTION, msd=msd, max_new_tokens=20) for msd in (True, False))
     assert fast[-1]["text"] == plain[-1]["text"]
