@@ -30,11 +30,11 @@ setup: $(STAMP)  ## make the environment and install the three packages
 demo: $(STAMP)  ## decode with the embedded models
 	$(BIN)/msd demo
 
-test: $(STAMP)  ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST)
+test: $(STAMP)  ## run the tests, on the CPU where there is a GPU too
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST)
 
 test-all: $(STAMP)  ## run all tests, the slow ones too
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST) -m "slow or not slow"
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST) -m "slow or not slow"
 
 test-lowest: $(LOWEST_STAMP)  ## run the tests that need the models on the oldest transformers
 	OMP_NUM_THREADS=1 $(LOWEST_VENV)/bin/python -m pytest $(PYTEST) $(LOWEST_TESTS)

@@ -16,6 +16,7 @@ from eagle.ge_data.templates import FAMILIES
 from eagle.model.config import DraftConfig
 from eagle.model.draft import DraftModel
 from eagle.train.settings import TrainConfig
+from llava.files import read_json
 from lmms_eval_msd import MODELS
 
 REPO = Path(__file__).resolve().parents[1]
@@ -47,6 +48,8 @@ def column(name: str) -> dict[str, str]:
     trained = sum(p.numel() for p in draft.parameters()) - table
     assert sizes.draft == trained + table, "the config's draft is not the one of this base"
     images = IMAGE_TOKENS[given["model_type"]]
+    zero = read_json(REPO / "EAGLE/eagle/train/ds_config.json", "DeepSpeed config")["zero_optimization"]
+    bucket = zero["reduce_bucket_size"]
     samples = int(ROWS * (1 - train.validation_share))
     steps = [samples // (4 * gpus) * train.epochs for gpus in (1, 8)]
     reading = 2 * sizes.base * 2 * ROWS * TOKENS
@@ -59,7 +62,7 @@ def column(name: str) -> dict[str, str]:
         "disk of hidden states (in int8)":
             f"{2 * hidden * ROWS * (2 * TOKENS + images) / 1e12:.2f} TB "
             f"({hidden * ROWS * (2 * TOKENS + 2 * images) / 1e12:.2f} TB)",
-        "GPU memory, training": f"{(2 * (trained + 2 * table) + 14 * trained) / 1e9:.1f} GB + activations",
+        "GPU memory, training": f"{(2 * (trained + 2 * table) + 14 * trained + 4 * bucket) / 1e9:.1f} GB + activations",
         "GPU memory, decoding": f"{sizes.bytes('bfloat16') / 1e9:.0f} GB at {POSITIONS} positions",
         "optimizer steps, 1 GPU (8)": f"{steps[0]:,} ({steps[1]:,})".replace(",", " "),
         "computing of step 3, one A100 at 40 %": f"{reading / SPEED / 3600:.1f} h",

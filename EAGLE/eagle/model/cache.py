@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+BLOCK = 256
+"""Rows of a cache on an accelerator are a multiple of this."""
+
 
 class Store(NamedTuple):
     """All layers of one device: ``keys``, ``values`` [layers, B, heads, capacity, head_dim]."""
@@ -115,10 +118,13 @@ class KVCache(Cache):
             devices: the device of each layer, in order.
             batch: sequences.
             heads, head_dim: of the keys and values.
-            capacity: rows (positions) of each sequence, tree nodes included.
+            capacity: rows (positions) of each sequence, tree nodes included; more where memory is an accelerator's, so
+                that the next request finds a block of its size.
         """
         stores = {}
         for device in dict.fromkeys(devices):
+            if device.type != "cpu":
+                capacity = -(-capacity // BLOCK) * BLOCK
             layers = sum(where == device for where in devices)
             shape = (layers, batch, heads, capacity, head_dim)
             stores[device] = Store(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))

@@ -88,7 +88,7 @@ def describe(target: Target, draft: DraftModel, tree: TreeConfig) -> dict[str, A
     return {
         "family": target.family,
         "target": {name: getattr(text, name, None) for name in shape} | {"vocab_size": target.vocab_size},
-        "attention": text._attn_implementation,
+        "attention": [text._attn_implementation, torch.backends.cuda.cudnn_sdp_enabled()],
         "draft": {
             "hidden_size": draft.config.hidden_size,
             "intermediate_size": draft.config.intermediate_size,

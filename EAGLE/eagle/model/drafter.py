@@ -104,8 +104,11 @@ class Drafter:
         true_rows = pad_sequence(list(hidden), batch_first=True).to(device)  # [B, n, H]
         batch = len(counts)
         output = self._read(following, true_rows)  # [B, n, H]
-        ends = torch.tensor(counts, device=device) - 1
-        self._last = output[torch.arange(batch, device=device), ends] if batch > 1 else output[:, -1]
+        if batch > 1:
+            ends = torch.tensor(counts, device=device) - 1
+            self._last = output[torch.arange(batch, device=device), ends]
+        else:
+            self._last = output[:, -1]
         self._certain = [certain + count for certain, count in zip(self._certain, counts, strict=True)]
         self.cache.truncate(self._certain)
 

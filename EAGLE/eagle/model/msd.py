@@ -237,7 +237,7 @@ class MSDModel:
             planner,
             compression=self.compression,
             static=self._static,
-            wait=torch.accelerator.synchronize if self.exact_phases and torch.accelerator.is_available() else None,
+            wait=self.target.synchronize if self.exact_phases else None,
             seeds=None if seed is None else seeds_of(seed, input_ids.shape[0]),
         )
         answers = [torch.tensor(tokens, dtype=input_ids.dtype, device=input_ids.device) for tokens in decoder.run()]

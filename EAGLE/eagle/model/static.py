@@ -38,7 +38,8 @@ from eagle.model.targets.base import Target
 from llava.errors import UserError
 
 SIZES = (1, 8, 16, 32, 64, 128)
-"""Tree sizes that are verified as they are; the tree's own largest is another."""
+"""Tree sizes that are verified as they are; the tree's own largest is another. Where a graph is recorded for each size
+only the first: padding costs an accelerator little, and a recording much."""
 GRAPHS = 256
 """Graphs of one part that are kept; torch's own limit is 8, and columns times sizes are more."""
 
@@ -133,6 +134,7 @@ class StaticEngine:
             )
         self.target, self.draft = target, draft
         compiled = Compiler(backend, target.device)
+        self.sizes = SIZES[:1] if compiled.graphs else SIZES
         move = compiled(move_rows)
         self.target_caches = CachePool(partial(self._target_cache, move), compiled.graphs)
         self.verify_nodes = compiled(verifier(target))
@@ -154,7 +156,7 @@ class StaticEngine:
             hidden states [1, N, H] and logits [1, N, V].
         """
         count = tokens.shape[1]
-        size = min(each for each in (*SIZES, largest) if each >= count)
+        size = min(each for each in (*self.sizes, largest) if each >= count)
         columns = cache.open(size)
         tokens, positions = (F.pad(part, (0, size - count)) for part in (tokens, positions))
         hidden, logits = self.verify_nodes(

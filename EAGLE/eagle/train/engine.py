@@ -140,7 +140,7 @@ class PlainEngine(Engine):
         file = folder / "engine.pt"
         if not file.is_file():
             raise UserError("was not written by a run without launcher", where=folder, fix="use the same launcher")
-        state = torch.load(file, map_location=self.device, weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
 

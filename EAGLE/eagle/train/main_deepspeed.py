@@ -25,6 +25,7 @@ from eagle.model.base_weights import BaseTensors, load_base_tensors
 from eagle.model.checkpoint import load_draft
 from eagle.model.config import DraftConfig
 from eagle.model.draft import DraftModel
+from eagle.model.kernels import leave_out_cudnn_attention
 from eagle.train.checkpoint import CheckpointStore, Progress, describe_run
 from eagle.train.curriculum import IMAGE, TEXT
 from eagle.train.engine import Engine, PlainEngine, read_deepspeed_config, suit_device
@@ -48,6 +49,7 @@ def main() -> None:
 def train(held: ExitStack) -> None:
     """Settings → data → base tensors → engine → resume → train."""
     args = parse_args()
+    leave_out_cudnn_attention()
     draft_config, config = read_config(args.config)
     config = override(config, args)
     deepspeed_config = read_deepspeed_config(args.deepspeed_config)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from starlette.routing import Route
 from eagle.commands.questions import Question
 from eagle.model.msd import MSDModel
 from eagle.web.ask import Ask
-from eagle.web.stream import PieceStreamer, answer
+from eagle.web.stream import Answerer, PieceStreamer
 from llava.errors import UserError
 
 FOLDER = Path(__file__).parent
@@ -44,7 +43,7 @@ class Page:
 
     def __init__(self, model: MSDModel, about: dict[str, Any], longest: int, samples: Sequence[Question] = ()) -> None:
         self.model, self.about, self.longest, self.samples = model, about, longest, list(samples)
-        self._turn = threading.Lock()
+        self._answerer = Answerer(model)
 
     def routes(self) -> list[Route]:
         return [
@@ -98,7 +97,7 @@ class Page:
             return JSONResponse({"message": "the request is not JSON"}, status_code=400)
         except UserError as error:
             return JSONResponse({"message": str(error)}, status_code=400)
-        lines = _lines(answer(self.model, ask, self._turn))
+        lines = _lines(self._answerer.answer(ask))
         return StreamingResponse(lines, media_type="application/x-ndjson", headers=HEADERS)
 
 

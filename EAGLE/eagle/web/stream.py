@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
@@ -67,12 +68,12 @@ class PieceStreamer:
 
     def put(self, value: Tensor) -> None:
         """The prompt [1, P], which the page does not show; starts the clock."""
-        self._check()
+        self.check()
         self._began = time.perf_counter()
 
     def put_cycle(self, tokens: list[int], accepted: int) -> None:
         """The new tokens of a cycle, of which the first ``accepted`` were drafted, at depth 1, 2, ..."""
-        self._check()
+        self.check()
         self._tokens += len(tokens)
         self._cycles += 1
         pieces = [[self._text.add(token), place if place <= accepted else 0] for place, token in enumerate(tokens, 1)]
@@ -94,48 +95,63 @@ class PieceStreamer:
             }
         )
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises `Gone` when nobody reads any more."""
         if self.gone.is_set():
             raise Gone
 
 
-def answer(model: MSDModel, ask: Ask, turn: threading.Lock) -> PieceStreamer:
-    """Starts an answer in a thread of its own; what it sends comes out of the streamer's ``events``.
+class Answerer:
+    """Decodes in one thread of its own, so that answers are made one after the other and none slows another. It is
+    always the same thread, since what is compiled or planned for a device may belong to a thread."""
 
-    Args:
-        turn: held while decoding, so that answers are made one after the other and none slows another.
-    """
-    streamer = PieceStreamer(model.tokenizer)
-    threading.Thread(target=_decode, args=(model, ask, turn, streamer), daemon=True).start()
-    return streamer
+    def __init__(self, model: MSDModel) -> None:
+        self.model = model
+        self._waiting: SimpleQueue[tuple[Ask, PieceStreamer]] = SimpleQueue()
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def answer(self, ask: Ask) -> PieceStreamer:
+        """Puts an answer into the queue; what it sends comes out of the streamer's ``events``."""
+        streamer = PieceStreamer(self.model.tokenizer)
+        self._waiting.put((ask, streamer))
+        return streamer
+
+    def _work(self) -> None:
+        """A defect is told to the page and to the terminal, and the next answer is made nevertheless."""
+        while True:
+            ask, streamer = self._waiting.get()
+            try:
+                decode(self.model, ask, streamer)
+            except Exception as error:
+                streamer.events.put(
+                    {"kind": "error", "message": f"{type(error).__name__}: see the terminal of msd web"}
+                )
+                traceback.print_exc()
 
 
-def _decode(model: MSDModel, ask: Ask, turn: threading.Lock, streamer: PieceStreamer) -> None:
-    """Fills the streamer's events; a defect is told to the page and keeps its traceback in the terminal."""
+def decode(model: MSDModel, ask: Ask, streamer: PieceStreamer) -> None:
+    """Fills the streamer's events."""
     try:
+        streamer.check()
         picture = ask.picture()
         target = model.target
         prompt = target.chat_prompt(ask.question, num_images=int(picture is not None))
         inputs = target.prepare(prompt, [] if picture is None else [picture])
-        with turn:
-            output = model.generate(
-                **inputs,
-                use_msd=ask.msd and model.draft is not None,
-                temperature=ask.temperature,
-                top_p=1.0,  # not the checkpoint's, with which some never sample
-                top_k=0,
-                max_new_tokens=ask.max_new_tokens,
-                streamer=streamer,
-            )
+        output = model.generate(
+            **inputs,
+            use_msd=ask.msd and model.draft is not None,
+            temperature=ask.temperature,
+            top_p=1.0,  # not the checkpoint's, with which some never sample
+            top_k=0,
+            max_new_tokens=ask.max_new_tokens,
+            streamer=streamer,
+        )
     except Gone:
         streamer.events.put({"kind": "gone"})
         return
     except UserError as error:
         streamer.events.put({"kind": "error", "message": str(error)})
         return
-    except BaseException as error:
-        streamer.events.put({"kind": "error", "message": f"{type(error).__name__}: see the terminal of msd web"})
-        raise
     stats = output.stats
     tokens = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     streamer.events.put(

@@ -28,7 +28,7 @@ from eagle.model.msd import MSDModel
 from eagle.model.targets import load_target
 from eagle.web.app import MAX_BODY, Page, application
 from eagle.web.ask import Ask
-from eagle.web.stream import Detokenizer, PieceStreamer, answer
+from eagle.web.stream import Answerer, Detokenizer, PieceStreamer, decode
 from llava.errors import UserError
 
 PATIENCE = 600  # seconds until a server that says nothing is given up
@@ -172,19 +172,42 @@ def test_decoding_ends_when_the_reader_leaves(model: MSDModel, monkeypatch: pyte
         return verify(self, trees)
 
     monkeypatch.setattr(Decoder, "verify", slow)
-    streamer = answer(model, Ask(QUESTION, max_new_tokens=40), threading.Lock())
+    streamer = Answerer(model).answer(Ask(QUESTION, max_new_tokens=40))
     assert streamer.events.get(timeout=PATIENCE)["new_tokens"] == 1
     streamer.gone.set()
     first.set()
     assert streamer.events.get(timeout=PATIENCE) == {"kind": "gone"}
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_defect_is_told_to_the_page(model: MSDModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Decoder, "verify", lambda self, trees: 1 / 0)
-    streamer = answer(model, Ask(QUESTION), threading.Lock())
+def test_a_defect_is_told_to_the_page(
+    model: MSDModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The next answer is made nevertheless, in the same thread; one whose reader has left is not begun."""
+    threads, verify = set(), Decoder.verify
+
+    def broken(self: Decoder, trees: Any) -> Any:
+        threads.add(threading.get_ident())
+        raise ZeroDivisionError
+
+    def whole(self: Decoder, trees: Any) -> Any:
+        threads.add(threading.get_ident())
+        return verify(self, trees)
+
+    answerer = Answerer(model)
+    monkeypatch.setattr(Decoder, "verify", broken)
+    streamer = answerer.answer(Ask(QUESTION))
     kinds = [streamer.events.get(timeout=PATIENCE) for _ in range(2)]
     assert kinds[-1]["kind"] == "error" and "ZeroDivisionError" in kinds[-1]["message"]
+    monkeypatch.setattr(Decoder, "verify", whole)
+    streamer = answerer.answer(Ask(QUESTION, max_new_tokens=5))
+    while (event := streamer.events.get(timeout=PATIENCE))["kind"] == "tokens":
+        assert event["new_tokens"] <= 5
+    assert event["kind"] == "end" and len(threads) == 1
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    left = PieceStreamer(model.tokenizer)
+    left.gone.set()
+    decode(model, Ask(QUESTION), left)
+    assert left.events.get(timeout=PATIENCE) == {"kind": "gone"}
 
 
 def test_characters_of_several_tokens_come_whole() -> None:

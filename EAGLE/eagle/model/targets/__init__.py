@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 
 from eagle.model.checkpoint import HUB_KEYS, hub_errors
+from eagle.model.kernels import leave_out_cudnn_attention
 from eagle.model.targets.base import Prefill, Target
 from eagle.model.targets.llava import LlavaTarget
 from eagle.model.targets.llava_next import LlavaNextTarget
@@ -32,6 +33,7 @@ def load_target(path: str | Path, dtype: Any = "auto", device_map: Any = None, *
     Raises:
         UserError: nothing is there, its ``model_type`` is none of ours, or the devices have no room for all of it.
     """
+    leave_out_cudnn_attention()
     hub = {key: kwargs[key] for key in HUB_KEYS if key in kwargs}
     target = family_of(path, **hub).load(str(path), dtype=dtype, device_map=device_map, **kwargs)
     if target.offloaded:

@@ -121,6 +121,12 @@ class Target(ABC):
         """Where logits are: the device of ``lm_head``; another than `device` where a model is spread over several."""
         return self.model.get_output_embeddings().weight.device
 
+    def synchronize(self) -> None:
+        """Waits for all devices of the model."""
+        for device in {parameter.device for parameter in self.model.parameters()}:
+            if device.type not in ("cpu", "meta"):
+                torch.accelerator.synchronize(device)
+
     @property
     def offloaded(self) -> bool:
         """Whether accelerate keeps weights that each cycle needs on the disk or in CPU memory, for lack of room."""
