@@ -17,6 +17,10 @@ from torch import Tensor
 from llava.errors import UserError
 
 
+AT_ONCE = 8
+"""Places that are drawn together: always whole groups, so that noise does not depend on how far ahead it was wanted."""
+
+
 def gumbel(shape: Sequence[int], generator: torch.Generator | None, device: torch.device | str) -> Tensor:
     """Standard Gumbel noise, float32."""
     waits = torch.empty(*shape, device=device).exponential_(generator=generator)
@@ -39,7 +43,7 @@ class Noise:
     def rows(self, first: int, count: int, vocabulary: int) -> Tensor:
         """[count, V] for the places from ``first`` on; those before it are not asked for again."""
         while self._first + len(self._rows) < first + count:
-            self._rows.append(gumbel([vocabulary], self.generator, self.device))
+            self._rows += gumbel([AT_ONCE, vocabulary], self.generator, self.device)
         self._rows, self._first = self._rows[first - self._first :], first
         return torch.stack(self._rows[:count])
 
