@@ -16,7 +16,6 @@ from torch import Tensor
 
 from llava.errors import UserError
 
-
 AT_ONCE = 8
 """Places that are drawn together: always whole groups, so that noise does not depend on how far ahead it was wanted."""
 
