@@ -10,8 +10,9 @@ from types import ModuleType
 import pytest
 import torch
 from tiny_draft import make_draft
-from tiny_llava import make_image, tokenizer_size, write_tokenizer_model
+from tiny_llava import make_image
 from tiny_stock import TEXT
+from tiny_tokenizer import tokenizer_size, write_tokenizer_model
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_llava import TinySizes, make_image, make_liuhaotian, tokenizer_size
+from tiny_llava import TinySizes, make_image, make_liuhaotian
+from tiny_tokenizer import tokenizer_size
 
 from benchmarks import simulated_tau, steps, study_report, training_study
 from benchmarks.study_cells import CELLS, REFERENCE, choose, training_config

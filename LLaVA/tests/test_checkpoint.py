@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_llava import TinySizes, make_image, make_liuhaotian, make_llava_hf, tokenizer_size
+from tiny_llava import TinySizes, make_image, make_liuhaotian, make_llava_hf
+from tiny_tokenizer import tokenizer_size
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from llava import UserError, load_config, load_model, load_pretrained, load_processor

@@ -8,7 +8,8 @@ import pytest
 import sentencepiece
 import torch
 from PIL import Image
-from tiny_llava import TinySizes, make_image, make_liuhaotian, make_llava_hf, tokenizer_model
+from tiny_llava import TinySizes, make_image, make_liuhaotian, make_llava_hf
+from tiny_tokenizer import tokenizer_model
 
 from llava import LlavaProcessor, UserError, load_processor
 from llava.processor import IMAGE_TOKEN

@@ -9,14 +9,8 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from tiny_llava import (
-    CORPUS,
-    make_liuhaotian,
-    make_llava_hf,
-    tokenizer_model,
-    write_tokenizer_json,
-    write_tokenizer_model,
-)
+from tiny_llava import make_liuhaotian, make_llava_hf
+from tiny_tokenizer import CORPUS, tokenizer_model, write_tokenizer_json, write_tokenizer_model
 
 from llava.errors import UserError
 from llava.hub import Source

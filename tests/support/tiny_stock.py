@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tiny_llava import CORPUS, tokenizer_size, write_tokenizer_model
+from tiny_tokenizer import CORPUS, tokenizer_size, write_tokenizer_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CLIPVisionConfig,

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from file_server import FileServer
+from tiny_draft import make_draft
 from tiny_llava import make_image, make_liuhaotian, make_llava_hf
 
 from eagle.ge_data import allocation
@@ -17,6 +18,8 @@ from eagle.model.targets import Target, load_target
 from llava.errors import run_cli
 
 Write = Callable[[list[Any]], Path]
+TOKENS = 8
+"""Of the longest answer that a target makes itself."""
 
 
 def turns(*texts: str) -> list[dict[str, str]]:
@@ -112,3 +115,21 @@ def rows_of(folder: Path) -> tuple[list[int], list[int]]:
     """File rows of the samples and of the skipped ones, in shard order."""
     headers = [read_about(folder / shard.file) for shard in load_index(folder).shards]
     return tuple([row["row"] for about in headers for row in about[kind]] for kind in ("samples", "skipped"))
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Target:
+    base = make_liuhaotian(tmp_path_factory.mktemp("one") / "base")
+    loaded = load_target(base, dtype="float32")
+    loaded.folder = base  # type: ignore[attr-defined]
+    loaded.draft = make_draft(base.parent / "draft", loaded, seed=1, agree=1.0)  # type: ignore[attr-defined]
+    return loaded
+
+
+def regenerate(target: Any, data: Path, out: Path, kind: str = "t", *more: str, pictures: Path = Path()) -> int:
+    """The command with --regenerate on this process's CPU."""
+    family = {"llava": "llava_v15"}.get(target.family, target.family)
+    flags = ["--outdir", str(out), "--model_type", f"{family}_{kind}", "--model", str(target.folder), "--gpus", "cpu"]
+    flags += ["--image_data_path", str(pictures), "--json_data_path", str(data), "--shard-size", "3"]
+    flags += ["--dtype", "float32", "--regenerate", "--max-new-tokens", str(TOKENS), *more]
+    return run_cli(lambda: allocation.main(flags))

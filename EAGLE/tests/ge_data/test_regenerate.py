@@ -13,7 +13,7 @@ from tiny_draft import make_draft
 from tiny_llava import make_image, make_liuhaotian, make_llava_hf
 from tiny_stock import make_qwen
 
-from eagle.ge_data import allocation, inspect
+from eagle.ge_data import inspect
 from eagle.ge_data.conversations import Unusable, read_conversation
 from eagle.ge_data.index import load_index
 from eagle.ge_data.regenerate import Regenerator
@@ -27,7 +27,7 @@ from eagle.model.msd import MSDModel
 from eagle.model.targets import Target, load_target
 from llava.errors import OutOfMemory, run_cli
 
-from .conftest import Write, image_row, rows_of, text_row, turns
+from .conftest import TOKENS, Write, image_row, regenerate, rows_of, text_row, turns
 
 MAKERS: dict[str, Any] = {
     "liuhaotian": make_liuhaotian,
@@ -35,7 +35,6 @@ MAKERS: dict[str, Any] = {
     "qwen2_vl": make_qwen,
     "qwen2_5_vl": lambda folder: make_qwen(folder, version="2.5"),
 }
-TOKENS = 8
 
 
 @pytest.fixture(scope="module")
@@ -54,24 +53,6 @@ def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     loaded.folder = base  # type: ignore[attr-defined]
     loaded.draft = make_draft(base.parent / "draft", loaded, seed=1, agree=1.0)  # type: ignore[attr-defined]
     return loaded
-
-
-@pytest.fixture(scope="module")
-def llava(tmp_path_factory: pytest.TempPathFactory) -> Target:
-    base = make_liuhaotian(tmp_path_factory.mktemp("one") / "base")
-    loaded = load_target(base, dtype="float32")
-    loaded.folder = base  # type: ignore[attr-defined]
-    loaded.draft = make_draft(base.parent / "draft", loaded, seed=1, agree=1.0)  # type: ignore[attr-defined]
-    return loaded
-
-
-def regenerate(target: Any, data: Path, out: Path, kind: str = "t", *more: str, pictures: Path = Path()) -> int:
-    """The command with --regenerate on this process's CPU."""
-    family = {"llava": "llava_v15"}.get(target.family, target.family)
-    flags = ["--outdir", str(out), "--model_type", f"{family}_{kind}", "--model", str(target.folder), "--gpus", "cpu"]
-    flags += ["--image_data_path", str(pictures), "--json_data_path", str(data), "--shard-size", "3"]
-    flags += ["--dtype", "float32", "--regenerate", "--max-new-tokens", str(TOKENS), *more]
-    return run_cli(lambda: allocation.main(flags))
 
 
 def runs(mask: torch.Tensor) -> list[tuple[int, int]]:
@@ -386,73 +367,3 @@ def test_stopped_anywhere_and_resumed(
     assert len(calls) == 4 + 2, "finished shards are not made again"
     assert sorted(rows_of(tmp_path / "parts")[0]) == list(range(5))
     assert_same(ShardDataset(tmp_path / "whole"), ShardDataset(tmp_path / "parts"))
-
-
-REFUSED = {
-    "temperature 0.0 instead of 0.5": ["--temperature", "0.5"],
-    "max_new_tokens 8 instead of 13": ["--max-new-tokens", "13"],
-    "msd_model None instead of 'draft'": ["--msd-model"],
-    "seed 42 instead of 1": ["--seed", "1"],
-}
-
-
-@pytest.mark.parametrize("message", REFUSED)
-def test_a_resume_with_other_settings_is_refused(
-    llava: Any, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], message: str
-) -> None:
-    data, out = annotations([text_row(n) for n in range(4)]), tmp_path / "out"
-    assert regenerate(llava, data, out, "t", "--limit", "1") == 0
-    more = REFUSED[message] + ([str(llava.draft)] if REFUSED[message] == ["--msd-model"] else [])
-    assert regenerate(llava, data, out, "t", *more) == 2
-    assert f"error: the folder was begun with {message}" in capsys.readouterr().err
-    assert load_index(out).samples == 1
-
-
-def test_answers_of_both_kinds_do_not_mix(
-    llava: Any, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data, out = annotations([text_row(n) for n in range(4)]), tmp_path / "out"
-    assert regenerate(llava, data, out, "t", "--limit", "1") == 0
-    flags = ["--outdir", str(out), "--model_type", "llava_v15_t", "--model", str(llava.folder), "--gpus", "cpu"]
-    assert run_cli(lambda: allocation.main([*flags, "--dtype", "float32", "--json_data_path", str(data)])) == 2
-    assert "begun with regenerate True instead of False" in capsys.readouterr().err
-
-
-def test_another_draft_of_the_same_name_is_refused(
-    llava: Any, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data, out = annotations([text_row(n) for n in range(4)]), tmp_path / "out"
-    assert regenerate(llava, data, out, "t", "--limit", "1", "--msd-model", str(llava.draft)) == 0
-    other = make_draft(tmp_path / "draft", llava, seed=9)
-    assert regenerate(llava, data, out, "t", "--msd-model", str(other)) == 2
-    assert "another model or draft, with regeneration" in capsys.readouterr().err
-
-
-WRONG = {
-    "--msd-model is for answers of the model's own": ["--msd-model", "x"],
-    "--temperature is for answers": ["--temperature", "0"],
-    "--max-new-tokens is for answers": ["--max-new-tokens", "9"],
-    "--at-once is for answers": ["--at-once", "2"],
-    "--temperature -1.0": ["--regenerate", "--temperature", "-1"],
-    "--temperature nan": ["--regenerate", "--temperature", "nan"],
-    "draft not found": ["--regenerate", "--msd-model", "./nothing"],
-}
-
-
-@pytest.mark.parametrize("message", WRONG)
-def test_wrong_flags_are_one_line(
-    llava: Any, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], message: str
-) -> None:
-    flags = ["--outdir", str(tmp_path / "out"), "--model_type", "llava_v15_t", "--model", str(llava.folder)]
-    flags += ["--json_data_path", str(annotations([text_row(1)])), "--gpus", "cpu", *WRONG[message]]
-    assert run_cli(lambda: allocation.main(flags)) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and message in error
-
-
-def test_a_draft_that_does_not_fit_is_named(
-    llava: Any, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    wide = make_draft(tmp_path / "wide", llava, hidden_size=64)
-    assert regenerate(llava, annotations([text_row(1)]), tmp_path / "out", "t", "--msd-model", str(wide)) == 2
-    assert "the draft does not fit the base model: hidden size 64" in capsys.readouterr().err
