@@ -82,6 +82,17 @@ class OnGPU(Tensor):
         return self.place or torch.device("cuda", 0)
 
     @property
+    def data(self) -> OnGPU:  # type: ignore[override]
+        return OnGPU(self.memory, self.place)
+
+    @data.setter
+    def data(self, new: Tensor) -> None:
+        if not isinstance(new, OnGPU):
+            raise DeviceMix("a tensor of a GPU gets data of the host (CUDA would take it, this one cannot)")
+        Tensor.data.__set__(self, new)  # type: ignore[attr-defined]
+        self.memory, self.place = new.memory, new.place
+
+    @property
     def is_meta(self) -> bool:  # type: ignore[override]
         return False
 

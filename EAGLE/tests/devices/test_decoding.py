@@ -10,6 +10,8 @@ from accelerate import dispatch_model
 from pretended_gpu import PretendedGPU
 
 from eagle import MSDModel
+from eagle.model.compression import Compression
+from eagle.model.planner import Acceptance
 
 from .conftest import ADAPTIVE, GPU, Pair, moved
 
@@ -25,9 +27,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "penalty": {"temperature": 0.0, "repetition_penalty": 1.2, "min_new_tokens": 4},
     "penalty, sampled": {"temperature": 1.0, "repetition_penalty": 1.2, "seed": 3},
     "stop string": {"temperature": 0.0, "stop_strings": ["no such text"]},
-    "no image rows": {"temperature": 0.0, "draft_image_tokens": 0},
-    "pooled": {"temperature": 0.0, "draft_image_tokens": 2},
-    "clustered": {"temperature": 0.0, "draft_image_tokens": 2, "draft_image_merge": "kmeans"},
+    "no image rows": {"temperature": 0.0, "compression": Compression(0)},
+    "pooled": {"temperature": 0.0, "compression": Compression(2)},
+    "clustered": {"temperature": 0.0, "compression": Compression(2, "kmeans")},
 }  # fmt: skip
 BATCHES: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
@@ -50,23 +52,15 @@ class Listener:
         self.heard.append(-1)
 
 
-def answer(model: MSDModel, inputs: dict[str, torch.Tensor], settings: dict[str, Any]) -> list[list[int]]:
-    """New ids of each sequence, which must be where the prompt is."""
+def answer(
+    model: MSDModel, inputs: dict[str, torch.Tensor], compression: Compression | None = None, **settings: Any
+) -> tuple[list[list[int]], list[int]]:
+    """New ids of each sequence, which must be where the prompt is, and how many drafted ones each cycle accepted."""
     torch.manual_seed(1)
-    settings = dict(settings)
-    changes = {name: settings.pop(name) for name in list(settings) if name.startswith("draft_image")}
-    before, model.compression = model.compression, model.compression.replaced(*padded(changes))
-    try:
-        output = model.generate(**inputs, max_new_tokens=TOKENS, **settings)
-    finally:
-        model.compression = before
+    model.compression, model._acceptance = compression or Compression(), Acceptance()  # nothing learnt before
+    output = model.generate(**inputs, max_new_tokens=TOKENS, **settings)
     assert output.sequences.device == inputs["input_ids"].device
-    return output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
-
-
-def padded(changes: dict[str, Any]) -> tuple[Any, Any]:
-    """Arguments of `Compression.replaced`."""
-    return changes.get("draft_image_tokens"), changes.get("draft_image_merge")
+    return output.sequences[:, inputs["input_ids"].shape[1] :].tolist(), output.stats.accept_lengths
 
 
 @pytest.fixture(scope="module")
@@ -95,13 +89,13 @@ def spread(pair: Pair) -> MSDModel:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_one_gpu(pair: Pair, model: MSDModel, gpu: PretendedGPU, name: str) -> None:
     assert model.draft is not None and model.target.device == model.draft.device == GPU
-    on_host = answer(pair.host, pair.inputs, SETTINGS[name])
-    assert answer(model, moved(pair.inputs), SETTINGS[name]) == on_host
+    on_host = answer(pair.host, pair.inputs, **SETTINGS[name])
+    assert answer(model, moved(pair.inputs), **SETTINGS[name]) == on_host
 
 
 @pytest.mark.parametrize("name", BATCHES)
 def test_a_batch_on_one_gpu(pair: Pair, model: MSDModel, gpu: PretendedGPU, name: str) -> None:
-    assert answer(model, moved(pair.several), BATCHES[name]) == answer(pair.host, pair.several, BATCHES[name])
+    assert answer(model, moved(pair.several), **BATCHES[name]) == answer(pair.host, pair.several, **BATCHES[name])
 
 
 def test_a_streamer_hears_the_host(pair: Pair, model: MSDModel, gpu: PretendedGPU) -> None:
@@ -116,10 +110,10 @@ def test_two_gpus(pair: Pair, spread: MSDModel, gpu: PretendedGPU, name: str) ->
     layers = [next(layer.parameters()).device for layer in spread.target.text_model.layers]
     assert spread.draft is not None and set(layers) == {GPU, SECOND}
     assert spread.target.device == GPU and spread.draft.device == spread.target.head_device == SECOND
-    assert answer(spread, moved(pair.inputs), SETTINGS[name]) == answer(pair.host, pair.inputs, SETTINGS[name])
+    assert answer(spread, moved(pair.inputs), **SETTINGS[name]) == answer(pair.host, pair.inputs, **SETTINGS[name])
     assert gpu.transfers
 
 
 @pytest.mark.parametrize("name", BATCHES)
 def test_a_batch_on_two_gpus(pair: Pair, spread: MSDModel, gpu: PretendedGPU, name: str) -> None:
-    assert answer(spread, moved(pair.several), BATCHES[name]) == answer(pair.host, pair.several, BATCHES[name])
+    assert answer(spread, moved(pair.several), **BATCHES[name]) == answer(pair.host, pair.several, **BATCHES[name])

@@ -109,6 +109,16 @@ def test_writes_and_views_share_memory(gpu: PretendedGPU) -> None:
     assert whole.tolist() == [[5, 7, 7], [0, 7, 7]]
 
 
+def test_a_parameter_gets_other_data(gpu: PretendedGPU) -> None:
+    layer, rows = torch.nn.Linear(3, 2, bias=False).to(GPU), torch.ones(4, 3, device="cuda:1")
+    layer.weight.data = rows[1:3]
+    assert layer.weight.device == torch.device("cuda:1") and layer(rows).tolist() == [[3.0, 3.0]] * 4
+    rows.fill_(2.0)
+    assert layer.weight.tolist() == [[2.0] * 3] * 2
+    layer.to(GPU)
+    assert layer.weight.device == torch.device(GPU) and isinstance(layer.weight, torch.nn.Parameter)
+
+
 def test_gradients(gpu: PretendedGPU) -> None:
     layer = torch.nn.Linear(3, 2)
     layer(here()).square().sum().backward()
