@@ -1,10 +1,10 @@
-"""Pretended CUDA devices on a machine that has none: tensors in the host's memory that behave as if they were elsewhere.
+"""Pretended CUDA devices on a machine that has none: device mixes raise, and what makes the host wait is counted.
 
-Inside ``with PretendedGPU() as gpu`` a tensor that is made on, or moved to, ``cuda:N`` is an `OnGPU`. Its numbers are an
-ordinary tensor of the host, so results are those of the CPU. What CUDA would refuse raises `DeviceMix`:
+Inside ``with PretendedGPU() as gpu`` a tensor that is made on, or moved to, ``cuda:N`` is an `OnGPU`. Its numbers are
+an ordinary tensor of the host, so results are those of the CPU. What CUDA would refuse raises `DeviceMix`:
 
-* an operation on tensors of different devices. As on CUDA, a number (no dimensions) of the host may stand in a pointwise
-  operation or be written with an index, an index may come from the host, and a copy may cross;
+* an operation on tensors of different devices. As on CUDA, a number (no dimensions) of the host may stand in a
+  pointwise operation or be written with an index, an index may come from the host, and a copy may cross;
 * random numbers from a generator of another device.
 
 What makes the host wait for a device is counted in ``gpu.waits``, by kind and by the function of ours that asked:
@@ -14,32 +14,43 @@ What makes the host wait for a device is counted in ``gpu.waits``, by kind and b
 ``size``      a result whose size depends on values: `nonzero`, a boolean index, `unique`, ...
 ``to GPU``    a copy from the host's ordinary memory: `torch.tensor(list, device=gpu)`, `.to(gpu)`, an index of the host
 
-Copies from one device to another are counted in ``gpu.transfers``: they wait for nothing.
+Copies from one GPU to another are counted in ``gpu.transfers``: the host does not wait for them.
 
-What is not pretended: streams and time, memory that ends, kernels (CUDA's rounding, bfloat16), CUDA graphs, compiled
-code, `torch.cuda.is_available()`, which stays false. A tensor that C++ code makes without an input to go by belongs to
-no device, and is taken everywhere; numbers in the memory of a module go over with `module.to(device)`.
-No pytest in here.
+Not pretended: streams and time, memory that ends, kernels (their rounding, bfloat16), CUDA graphs, compiled code,
+`torch.load` onto a GPU, other threads, and `torch.cuda.is_available()`, which stays false. A tensor that C++ code makes
+without an input to go by belongs to no device, and is taken everywhere. No pytest in here.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from pretended_tensor import (
+    GENERATORS,
+    HOST,
+    DeviceMix,
+    OnGPU,
+    PretendedGenerator,
+    changed,
+    full,
+    in_memory,
+    is_on_gpu,
+    placed,
+    tensors_in,
+)
 from repository import REPO
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-HOST = torch.device("cpu")
 OURS = tuple(str(REPO / folder) for folder in ("LLaVA/llava", "EAGLE/eagle", "lmms-eval/lmms_eval_msd"))
 COPIES = {"copy_", "_to_copy", "_local_scalar_dense", "lift_fresh", "detach", "is_same_size"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
@@ -50,105 +61,6 @@ SIZED_BY_VALUES = {
     "repeat_interleave",
 }  # fmt: skip
 NO_TENSOR = {*NUMBERS, "is_same_size"}
-GENERATORS: dict[int, torch.device] = {}
-"""Device of each pretended generator, by the address of its state: all that an operation is handed of it."""
-
-
-class DeviceMix(RuntimeError):
-    """CUDA would refuse this."""
-
-
-class OnGPU(Tensor):
-    """A tensor on a pretended device.
-
-    ``memory``: the numbers, in the host's memory; ``place``: the device, None where C++ code made it without saying.
-    """
-
-    memory: Tensor
-    place: torch.device | None
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @staticmethod
-    def __new__(cls, memory: Tensor, place: torch.device | None) -> OnGPU:
-        made: OnGPU = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, memory.size(), strides=memory.stride(), storage_offset=memory.storage_offset(), dtype=memory.dtype,
-            device="meta",  # the one device that autograd runs without a driver
-        )  # fmt: skip
-        made.memory, made.place = memory, place
-        return made
-
-    @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        return self.place or torch.device("cuda", 0)
-
-    @property
-    def data(self) -> OnGPU:  # type: ignore[override]
-        return OnGPU(self.memory, self.place)
-
-    @data.setter
-    def data(self, new: Tensor) -> None:
-        if not isinstance(new, OnGPU):
-            raise DeviceMix("a tensor of a GPU gets data of the host (CUDA would take it, this one cannot)")
-        Tensor.data.__set__(self, new)  # type: ignore[attr-defined]
-        self.memory, self.place = new.memory, new.place
-
-    @property
-    def is_meta(self) -> bool:  # type: ignore[override]
-        return False
-
-    @property
-    def is_cuda(self) -> bool:  # type: ignore[override]
-        return True
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise DeviceMix(f"{func}: a tensor of {PretendedGPU.__name__} outside of it")
-
-    def item(self) -> Any:  # type: ignore[override]
-        if PretendedGPU.active is not None:
-            PretendedGPU.active.waits["number: " + asker()] += 1
-        return self.memory.item()  # C++ code that makes a tensor of a list reads it where no mode is on
-
-    def tolist(self) -> Any:  # type: ignore[override]
-        return self.cpu().tolist()
-
-    def cpu(self) -> Tensor:  # type: ignore[override]
-        return self.to(HOST)
-
-    def __bool__(self) -> bool:
-        return bool(self.item())
-
-    def __int__(self) -> int:
-        return int(self.item())
-
-    def __float__(self) -> float:
-        return float(self.item())
-
-    def __index__(self) -> int:
-        return int(self.item())
-
-    def __repr__(self) -> str:  # type: ignore[override]
-        return f"OnGPU({self.memory}, {self.place})"
-
-
-class PretendedGenerator(torch.Generator):
-    """A generator of any device; its numbers are those of a generator of the host."""
-
-    def __new__(cls, device: Any = HOST) -> PretendedGenerator:
-        made = super().__new__(cls)
-        made.place = full(device)
-        GENERATORS[made._cdata] = made.place
-        return made
-
-    def __init__(self, device: Any = HOST) -> None:
-        """`__new__` has done it."""
-
-    @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        return self.place
-
-    def __del__(self) -> None:
-        GENERATORS.pop(self._cdata, None)
 
 
 class Calls(TorchFunctionMode):
@@ -158,7 +70,7 @@ class Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.to:
             args = [full(part) if isinstance(part, str | torch.device) else part for part in args]
-            kwargs = {name: full(part) if name == "device" and part is not None else part for name, part in kwargs.items()}
+            kwargs = {name: full(part) if name == "device" and part else part for name, part in kwargs.items()}
         elif func in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(args[1], list):
             args = (args[0], torch.tensor(args[1]), *args[2:])
         elif func is scaled_dot_product_attention and is_on_gpu(args[0]) and not args[0].requires_grad:
@@ -171,9 +83,7 @@ class Calls(TorchFunctionMode):
 
 class PretendedGPU(TorchDispatchMode):
     """Pretends that there are GPUs. ``waits``, ``transfers``: counts of "kind: file function" since the last
-    `forget`; ``active``: the one that pretends now."""
-
-    active: PretendedGPU | None = None
+    `forget`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -190,6 +100,7 @@ class PretendedGPU(TorchDispatchMode):
         grad_mode = torch.inference_mode  # on inference tensors the parts of an operation do not come by here
         for holder, name, instead in (
             (torch, "Generator", PretendedGenerator),
+            (OnGPU, "on_read", staticmethod(self._read)),
             (torch.cuda, "_lazy_init", lambda: None),
             (torch.cuda, "empty_cache", lambda: None),
             (grad_mode, "__enter__", enter_no_grad),
@@ -198,7 +109,6 @@ class PretendedGPU(TorchDispatchMode):
             self._undo.enter_context(mock.patch.object(holder, name, instead))
         torch._C._set_only_lift_cpu_tensors(True)  # type: ignore[attr-defined]
         self._undo.callback(torch._C._set_only_lift_cpu_tensors, False)  # type: ignore[attr-defined]
-        self._undo.enter_context(mock.patch.object(PretendedGPU, "active", self))
         self._undo.enter_context(Calls())
         super().__enter__()
         return self
@@ -228,6 +138,9 @@ class PretendedGPU(TorchDispatchMode):
         if func._schema.is_mutable and args and is_on_gpu(args[0]):  # in place: the same tensor comes back
             return args[0]
         return changed(lambda tensor: OnGPU(tensor, place), out)
+
+    def _read(self) -> None:
+        self.waits["number: " + asker()] += 1
 
     def _count(self, name: str, args: Sequence[Any], to: torch.device | None, non_blocking: bool) -> None:
         if name == "_to_copy":
@@ -280,7 +193,7 @@ def refuse_generator(name: str, generator: torch.Generator | None, device: torch
     """Raises `DeviceMix` where random numbers for ``device`` are to come from a generator of another."""
     if generator is None or device is None:
         return
-    own = GENERATORS.get(generator._cdata, HOST)
+    own = GENERATORS.get(generator._cdata, HOST)  # type: ignore[attr-defined]
     if own != device:
         raise DeviceMix(f"{name} on {device} with a generator of {own} ({asker()})")
 
@@ -294,42 +207,6 @@ def asker() -> str:
             return f"{Path(code.co_filename).name} {code.co_name}"
         frame = frame.f_back  # type: ignore[assignment]
     return "elsewhere"
-
-
-def is_on_gpu(value: Any) -> bool:
-    return isinstance(value, OnGPU)
-
-
-def placed(tensors: Iterable[Tensor]) -> torch.device | None:
-    """The device of the first pretended tensor that has one."""
-    return next((tensor.place for tensor in tensors if isinstance(tensor, OnGPU) and tensor.place), None)
-
-
-def full(device: Any) -> torch.device:
-    """The device with its number: ``cuda`` is ``cuda:0``."""
-    device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return [tensor for part in parts for tensor in tensors_in(part)]
-
-
-def changed(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """The same lists, tuples and dicts with other tensors."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {name: changed(change, part) for name, part in value.items()}
-    return type(value)(changed(change, part) for part in value) if type(value) in (list, tuple) else value
-
-
-def in_memory(value: Any) -> Any:
-    """The same with host tensors in place of pretended ones."""
-    return changed(lambda tensor: tensor.memory if isinstance(tensor, OnGPU) else tensor, value)
 
 
 def enter_no_grad(self: Any) -> None:

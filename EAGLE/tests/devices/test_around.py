@@ -100,9 +100,10 @@ def test_regenerated_answers(
 
 def test_samples_for_training(pair: Pair, model: MSDModel, gpu: PretendedGPU, pictures: Path) -> None:
     """Hidden states of a padded batch, with its check, come to the host as the CPU computes them."""
-    read = []
+    template = template_of(pair.host.target)
+    talks = [read_conversation(row, number) for number, row in enumerate(rows())]
+    items, read = [template.prepare(talk, pictures, LONGEST) for talk in talks], []
     for each in (model, pair.host):
-        items = regenerated(each, pictures, 0.0)
         reader = Reader(each.target, template_of(each.target), source_of(each.target, str(pair.base)), 2000)
         read.append(reader.read(items))
         assert reader._padding_checked

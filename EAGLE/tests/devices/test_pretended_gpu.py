@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from pretended_gpu import DeviceMix, OnGPU, PretendedGPU
+from pretended_gpu import PretendedGPU
+from pretended_tensor import DeviceMix, OnGPU
 from torch import Tensor
 
 GPU = "cuda:0"

@@ -16,7 +16,8 @@ from eagle.model.decode import Decoder
 
 from .conftest import ADAPTIVE, Pair, moved
 
-TOKENS = 12
+TOKENS = 10
+pytestmark = pytest.mark.parametrize("pair", ["llava"], indirect=True)  # the families share these parts
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,9 @@ class Cycles:
         for place, count in self.places.items():
             self.waits[place.split(":")[0]] += count
 
+    def by_kind(self, *kinds: str) -> tuple[int, ...]:
+        return tuple(self.waits[kind] for kind in kinds)
+
     def show(self) -> str:
         return f"{self.count} cycles: " + ", ".join(f"{count} {place}" for place, count in sorted(self.places.items()))
 
@@ -74,14 +78,14 @@ def test_a_fixed_tree(
     """One copy to the host. To the GPU go the root, the accepted path, its tokens for the draft and their number, and
     the rows of the cache that move."""
     cycles = Cycles(gpu, monkeypatch, model, {**moved(pair.inputs), **settings})
-    assert cycles.waits["to host"] == cycles.count and cycles.waits["number"] == cycles.waits["size"] == 0, cycles.show()
+    assert cycles.by_kind("to host", "number", "size") == (cycles.count, 0, 0), cycles.show()
     several = sum(length > 0 for length in cycles.accepted)
     assert cycles.waits["to GPU"] <= 4 * cycles.count + several, cycles.show()
 
 
 def test_plain_decoding(pair: Pair, model: MSDModel, gpu: PretendedGPU, monkeypatch: pytest.MonkeyPatch) -> None:
     cycles = Cycles(gpu, monkeypatch, model, {**moved(pair.inputs), "temperature": 0.0, "use_msd": False})
-    assert cycles.waits["to host"] == cycles.count and cycles.waits["number"] == cycles.waits["size"] == 0, cycles.show()
+    assert cycles.by_kind("to host", "number", "size") == (cycles.count, 0, 0), cycles.show()
     assert cycles.waits["to GPU"] <= cycles.count, cycles.show()
 
 
@@ -120,6 +124,6 @@ def test_stop_strings(pair: Pair, model: MSDModel, gpu: PretendedGPU, monkeypatc
 def test_a_batch(pair: Pair, model: MSDModel, gpu: PretendedGPU, monkeypatch: pytest.MonkeyPatch) -> None:
     """Still one copy to the host; more lists of numbers go to the GPU, some for each forward of the draft."""
     cycles = Cycles(gpu, monkeypatch, model, {**moved(pair.several), "temperature": 0.0})
-    assert cycles.waits["to host"] == cycles.count and cycles.waits["number"] == cycles.waits["size"] == 0, cycles.show()
+    assert cycles.by_kind("to host", "number", "size") == (cycles.count, 0, 0), cycles.show()
     forwards = 2 + model.tree.depth  # verification, the certain rows, and the levels
     assert cycles.waits["to GPU"] <= (8 + 3 * forwards) * cycles.count, cycles.show()
