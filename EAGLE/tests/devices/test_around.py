@@ -87,7 +87,9 @@ def regenerated(model: MSDModel, pictures: Path, temperature: float) -> list[Pre
     return [found[0], found[1]]  # type: ignore[list-item]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("pair", "temperature"), [("llava", 0.0), ("llava", 1.0), ("qwen2_vl", 1.0)], indirect=["pair"]
+)
 def test_regenerated_answers(
     pair: Pair, model: MSDModel, gpu: PretendedGPU, pictures: Path, temperature: float
 ) -> None:

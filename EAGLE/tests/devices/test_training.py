@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,9 +23,9 @@ from .conftest import GPU
 ONE_STEP = ["--max-steps", "1", "--validate-every", "1", "--validation-limit", "2", "--rollout-steps", "2"]
 
 
-@pytest.fixture(scope="module", params=["llava", "qwen2_vl"])
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    made = Case(request.param, tmp_path_factory.mktemp(request.param))
+@pytest.fixture
+def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
+    made = Case(request.param, tmp_path)
     made.allocate()
     return made
 
@@ -37,7 +38,7 @@ def load_on_gpu(*args: Any, device_map: Any, **kwargs: Any) -> Target:
     return target
 
 
-@pytest.mark.parametrize("how", ["stored", "online"])
+@pytest.mark.parametrize(("case", "how"), [("llava", "stored"), ("qwen2_vl", "online")], indirect=["case"])
 def test_one_step(case: Case, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     """Losses and validation are the CPU's; the draft that is saved can be loaded without a GPU."""
     flags, devices = [*getattr(case, how), *ONE_STEP], []
