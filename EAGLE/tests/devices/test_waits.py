@@ -1,0 +1,129 @@
+"""How often a cycle waits for the GPU: copies to the host, numbers that are read, copies of small lists to the GPU.
+
+Counted on a pretended GPU, from the end of the prefill to the end of the answer (docs/speed.md).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from pretended_gpu import PretendedGPU
+
+from eagle import MSDModel
+from eagle.model.decode import Decoder
+
+from .conftest import ADAPTIVE, Pair, moved
+
+TOKENS = 10
+pytestmark = pytest.mark.parametrize("pair", ["llava"], indirect=True)  # the families share these parts
+
+
+@pytest.fixture(scope="module")
+def model(pair: Pair) -> MSDModel:
+    """The pair on one pretended GPU."""
+    with PretendedGPU():
+        return pair.on_gpu()
+
+
+class Cycles:
+    """What the cycles of an answer did. ``waits``: by kind; ``places``: for messages; ``count``: cycles, of all
+    sequences together one; ``levels``: of the draft tree that an adapting tree was asked about; ``new``: tokens."""
+
+    def __init__(self, gpu: PretendedGPU, patch: pytest.MonkeyPatch, model: MSDModel, settings: dict[str, Any]) -> None:
+        self.count, self.levels, self.drafted, self.places = 0, 0, 0, Counter[str]()
+        prefill, draft, run, deeper = Decoder.prefill, Decoder.draft, Decoder._run, Decoder._deeper
+
+        def counted_prefill(decoder: Decoder) -> None:
+            prefill(decoder)
+            gpu.forget()
+
+        def counted_draft(decoder: Decoder) -> Any:
+            self.count += 1
+            trees = draft(decoder)
+            self.drafted += max(tree.size for tree in trees) > 1
+            return trees
+
+        def counted_deeper(decoder: Decoder, scores: Any) -> bool:
+            self.levels += 1
+            return deeper(decoder, scores)
+
+        def counted_run(decoder: Decoder) -> Any:
+            tokens = run(decoder)
+            self.places.update(gpu.waits)
+            self.new = sum(map(len, tokens)) - len(tokens)  # but for the prefill's
+            return tokens
+
+        patch.setattr(Decoder, "prefill", counted_prefill)
+        patch.setattr(Decoder, "draft", counted_draft)
+        patch.setattr(Decoder, "_deeper", counted_deeper)
+        patch.setattr(Decoder, "_run", counted_run)
+        self.accepted = model.generate(max_new_tokens=TOKENS, **settings).stats.accept_lengths
+        self.waits: Counter[str] = Counter()
+        for place, count in self.places.items():
+            self.waits[place.split(":")[0]] += count
+
+    def by_kind(self, *kinds: str) -> tuple[int, ...]:
+        return tuple(self.waits[kind] for kind in kinds)
+
+    def show(self) -> str:
+        return f"{self.count} cycles: " + ", ".join(f"{count} {place}" for place, count in sorted(self.places.items()))
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"temperature": 1.0, "seed": 1, "top_p": 0.9}], ids=str)
+def test_a_fixed_tree(
+    pair: Pair, model: MSDModel, gpu: PretendedGPU, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    """One copy to the host. To the GPU go the root, the accepted path, its tokens for the draft and their number, and
+    the rows of the cache that move."""
+    cycles = Cycles(gpu, monkeypatch, model, {**moved(pair.inputs), **settings})
+    assert cycles.by_kind("to host", "number", "size") == (cycles.count, 0, 0), cycles.show()
+    several = sum(length > 0 for length in cycles.accepted)
+    assert cycles.waits["to GPU"] <= 4 * cycles.count + several, cycles.show()
+
+
+def test_plain_decoding(pair: Pair, model: MSDModel, gpu: PretendedGPU, monkeypatch: pytest.MonkeyPatch) -> None:
+    cycles = Cycles(gpu, monkeypatch, model, {**moved(pair.inputs), "temperature": 0.0, "use_msd": False})
+    assert cycles.by_kind("to host", "number", "size") == (cycles.count, 0, 0), cycles.show()
+    assert cycles.waits["to GPU"] <= cycles.count, cycles.show()
+
+
+def test_a_tree_that_adapts(pair: Pair, model: MSDModel, gpu: PretendedGPU, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more copy to the host for each level that is asked about, and one for the size of a tree."""
+    settings = {"temperature": 0.0, "tree": ADAPTIVE}
+    cycles = Cycles(gpu, monkeypatch, model, {**moved(pair.inputs), **settings})
+    assert cycles.levels > 0, cycles.show()
+    own = cycles.waits["to host"] - cycles.count - cycles.levels
+    assert cycles.drafted <= own <= cycles.count and cycles.waits["number"] == cycles.waits["size"] == 0, cycles.show()
+    assert cycles.waits["to GPU"] <= 5 * cycles.count, cycles.show()
+
+
+def test_processors_of_earlier_tokens(
+    pair: Pair, model: MSDModel, gpu: PretendedGPU, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tree's tokens and parents go to the host, and whether the output is a number; then one number for each new
+    token, whose path goes to the GPU before it."""
+    settings = {"temperature": 0.0, "repetition_penalty": 1.2}
+    cycles = Cycles(gpu, monkeypatch, model, {**moved(pair.inputs), **settings})
+    assert cycles.waits["to host"] <= 2 * cycles.count and cycles.waits["size"] == 0, cycles.show()
+    chosen = sum(length + 1 for length in cycles.accepted)
+    assert cycles.waits["number"] <= cycles.count + chosen, cycles.show()
+    assert cycles.waits["to GPU"] <= 5 * cycles.count + chosen, cycles.show()
+
+
+def test_stop_strings(pair: Pair, model: MSDModel, gpu: PretendedGPU, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' criterion is asked after each new token: its ids go to the GPU, its answer comes back."""
+    settings = {"temperature": 0.0, "stop_strings": ["no such text"]}
+    cycles = Cycles(gpu, monkeypatch, model, {**moved(pair.inputs), **settings})
+    assert cycles.waits["to host"] == cycles.count and cycles.waits["size"] == 0, cycles.show()
+    assert cycles.waits["number"] <= cycles.new, cycles.show()
+    assert cycles.waits["to GPU"] <= 5 * cycles.count + cycles.new, cycles.show()
+
+
+def test_a_batch(pair: Pair, model: MSDModel, gpu: PretendedGPU, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Still one copy to the host; more lists of numbers go to the GPU, some for each forward of the draft."""
+    cycles = Cycles(gpu, monkeypatch, model, {**moved(pair.several), "temperature": 0.0})
+    assert cycles.by_kind("to host", "number", "size") == (cycles.count, 0, 0), cycles.show()
+    forwards = 2 + model.tree.depth  # verification, the certain rows, and the levels
+    assert cycles.waits["to GPU"] <= (8 + 3 * forwards) * cycles.count, cycles.show()
