@@ -175,8 +175,10 @@ def devices(gpus: str | None) -> list[str]:
 class Board:
     """Keeps ``index.json`` up to date and shows how far the work is."""
 
-    def __init__(self, folder: Path, done: Sequence[ShardInfo], rows: int, waiting: int) -> None:
-        self.folder, self.shards = folder, list(done)
+    def __init__(
+        self, folder: Path, done: Sequence[ShardInfo], rows: int, waiting: int, source: Source | None = None
+    ) -> None:
+        self.folder, self.shards, self._source = folder, list(done), source
         self.tokens, self._began, self._new_bytes, self._new_rows = 0, time.monotonic(), 0, 0
         self._waiting = waiting
         slow = 0.1 if sys.stderr.isatty() else 30
@@ -197,7 +199,8 @@ class Board:
         self.shards.append(info)
         self._new_bytes += info.bytes
         self._new_rows += info.end - info.start
-        Index.of(source, self.shards).save(self.folder)
+        self._source = source.completed(self._source)
+        Index.of(self._source, self.shards).save(self.folder)
 
     def _expected(self) -> int:
         """Bytes of the whole, as far as the new shards tell."""
@@ -282,7 +285,7 @@ def work(
     notify: Callable[[str], None],
 ) -> int:
     """Hands the ranges to the workers. Raises the first UserError among their failures, after all have ended."""
-    board = Board(job.folder, done, rows, sum(last - first for first, last in ranges))
+    board = Board(job.folder, done, rows, sum(last - first for first, last in ranges), job.source)
     events = Events(board.progress, board.shard, notify)
     with board.bar:
         if not workers:

@@ -166,13 +166,13 @@ def load_index(folder: str | Path, strict: bool = True) -> Index:
     for name in sorted(files.keys() - {shard.file for shard in listed}):
         about = read_about(files[name])
         found = source_in(about, files[name])
-        if source is not None and found != source:
+        if source is not None and (differences := found.differences(source)):
             raise UserError(
-                f"shard of another corpus, with {found.differences(source)}",
+                f"shard of another corpus, with {differences}",
                 files[name],
                 "keep one folder for each model, data set and way of storing",
             )
-        source = found
+        source = found.completed(source)
         shards.append(shard_info(files[name], about, None))
     assert source is not None
     index = Index.of(source, shards)

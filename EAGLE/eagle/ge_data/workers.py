@@ -199,9 +199,9 @@ def _extractor(job: Job, device: str) -> Extractor:
     draft = None if job.answers is None else _draft(job.answers, target)
     regeneration = None if job.answers is None else _regeneration(job.answers, draft)
     source = source_of(target, job.model, job.hidden_dtype, regeneration)
-    if job.source is not None and job.source != source:
+    if job.source is not None and (differences := job.source.differences(source)):
         raise UserError(
-            f"the folder's shards are of another model or draft, with {job.source.differences(source)}",
+            f"the folder's shards are of another model or draft, with {differences}",
             job.folder,
             "take another --outdir",
         )

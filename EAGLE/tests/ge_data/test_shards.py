@@ -74,7 +74,7 @@ def test_meta(corpus: tuple[Path, list[Sample]]) -> None:
     assert meta.image_tokens == sum(len(s.image_features) for s in samples)
     assert meta.skipped == {"too_long": 1, "empty": 3}
     written = json.loads((folder / INDEX).read_text())
-    assert written["schema"] == 3 and written["counts"]["skipped"] == meta.skipped
+    assert written["schema"] == 4 and written["counts"]["skipped"] == meta.skipped
     assert all(len(shard["sha256"]) == 64 for shard in written["shards"])
 
 
@@ -146,7 +146,7 @@ def break_missing(folder: Path) -> None:
 
 def break_schema(folder: Path) -> None:
     index = folder / INDEX
-    index.write_text(index.read_text().replace('"schema": 3', '"schema": 7'))
+    index.write_text(index.read_text().replace('"schema": 4', '"schema": 7'))
 
 
 def break_index(folder: Path) -> None:
