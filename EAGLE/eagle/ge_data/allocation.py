@@ -2,13 +2,14 @@
 
     python -m eagle.ge_data.allocation --outdir D --model_type llava_v15_t|llava_v15_v|qwen2_vl_t|... \\
         --model BASE --image_data_path image_data --json_data_path FILE [--start A --end B] [--shard I/N] \\
-        [--gpus 0,1,...] [--hidden-dtype int8] \\
+        [--gpus 0,1,...] [--hidden-dtype int8] [--again] \\
         [--regenerate [--msd-model DRAFT] [--temperature T] [--max-new-tokens N] [--at-once B]]
 
 `_t` takes the rows without picture, `_v` those with one; they are shuffled, and [A, B) counts in the shuffled order
 (all by default). Killed at any moment and started again, it goes on: finished shards are not touched. Ranges of one
 corpus may be made one after the other in one folder. `--shard I/N` is one of N equal parts of them, for N machines,
-each with a folder of its own; their shards put into one folder are the whole. `--hidden-dtype int8` halves the disk
+each with a folder of its own; their shards put into one folder are the whole. `--again` also makes those shards anew in
+which rows were skipped for want of pictures that are there by now. `--hidden-dtype int8` halves the disk
 that hidden states take; with `--regenerate` the model answers the questions itself, its answers take the place of the
 file's.
 """
@@ -32,7 +33,9 @@ from eagle.commands.options import DTYPES, positive
 from eagle.ge_data.conversations import REASONS
 from eagle.ge_data.extract import model_name
 from eagle.ge_data.folder import AUTO, Settings, finished, locked, missing, write_skipped
-from eagle.ge_data.index import Index, ShardInfo, gigabytes, load_index, sha256
+from eagle.ge_data.index import PATTERN, Index, ShardInfo, gigabytes, load_index, sha256
+from eagle.ge_data.missing_pictures import REASONS as PICTURE_REASONS
+from eagle.ge_data.missing_pictures import look_for_pictures, mended_shards
 from eagle.ge_data.selection import IMAGE, TEXT, Range, Selection
 from eagle.ge_data.source import INT8, Source
 from eagle.ge_data.templates import FAMILIES
@@ -77,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     add("--max-length", type=positive, default=2048, help="longest sequence; longer rows are cut (default: 2048)")
     add("--seed", type=int, default=42, help="of the shuffle and of sampled answers (default: 42)")
     add("--shard-size", type=positive, default=64, help="rows of a shard (default: 64)")
+    add("--again", action="store_true", help="make shards anew that skipped rows whose pictures can be read by now")
     add("--batch-tokens", type=positive, help="most tokens of a forward, padded (default: 8192, on a CPU 1024)")
     own = made.add_argument_group("the model's own answers")
     own.add_argument("--regenerate", action="store_true", help="they take the place of those in the annotation file")
@@ -249,19 +253,47 @@ def run(options: argparse.Namespace, notify: Callable[[str], None]) -> int:
         settings.claim(options.outdir)
         done = finished(options.outdir, notify)
         ranges = missing(start, end, options.shard_size, done)
+        if options.again:
+            ranges, done = with_mended(options, selection, (start, end), ranges, done, notify)
         status = 0
         if ranges:
-            job = job_of(options, selection, done)
+            if (line := look_for_pictures(selection, ranges, bool(done))) is not None:
+                notify(line)
+            job = job_of(options, selection)
             status = work(job, done, ranges, end - start, workers, notify)
         index = load_index(options.outdir)
         write_skipped(options.outdir, index)
+    if lost := sum(index.skipped.get(reason, 0) for reason in PICTURE_REASONS):
+        notify(f"{lost:,} rows were skipped for their pictures; once these are there, --again makes their shards anew")
     Console().print(summary(index, options.outdir, time.monotonic() - began))
     if not index.samples:
         raise UserError("every row was skipped", options.outdir, "skipped.jsonl tells why")
     return status
 
 
-def job_of(options: argparse.Namespace, selection: Selection, done: Sequence[ShardInfo]) -> Job:
+def with_mended(
+    options: argparse.Namespace,
+    selection: Selection,
+    span: Range,
+    ranges: Sequence[Range],
+    done: Sequence[ShardInfo],
+    notify: Callable[[str], None],
+) -> tuple[list[Range], list[ShardInfo]]:
+    """The ranges to make with those of shards to be made anew (see `mended_shards`), and the shards that stay.
+
+    The old ones stay in the folder until each is replaced. The index lets go of them before: killed at any moment, what
+    then lies there is read as it is.
+    """
+    mended = mended_shards(options.outdir, done, selection, span)
+    notify(f"--again: {len(mended):,} shards have rows whose pictures can be read by now")
+    if not mended:
+        return list(ranges), list(done)
+    kept = [shard for shard in done if shard not in mended]
+    Index.of(load_index(options.outdir, strict=False).source, kept).save(options.outdir)
+    return sorted([*ranges, *((shard.start, shard.end) for shard in mended)]), kept
+
+
+def job_of(options: argparse.Namespace, selection: Selection) -> Job:
     """What the workers are told."""
     return Job(
         model=options.model,
@@ -270,7 +302,7 @@ def job_of(options: argparse.Namespace, selection: Selection, done: Sequence[Sha
         selection=selection,
         folder=options.outdir,
         batch_tokens=options.batch_tokens,
-        source=load_index(options.outdir, strict=False).source if done else None,
+        source=load_index(options.outdir, strict=False).source if any(options.outdir.glob(PATTERN)) else None,
         hidden_dtype=None if options.hidden_dtype == AUTO else options.hidden_dtype,
         answers=answers_wanted(options),
     )
