@@ -31,6 +31,13 @@ def test_turns() -> None:
     assert (conversation.system, conversation.turns) == ("Be brief.", (("q", "a"),))
 
 
+@pytest.mark.parametrize("speaker", ["gpt", "assistant", "chatgpt", "bing", "bard"])
+def test_names_of_the_assistant(speaker: str) -> None:
+    """All those of the ShareGPT file."""
+    row = {"id": 1, "conversations": [{"from": "human", "value": "q"}, {"from": speaker, "value": "a"}]}
+    assert read_conversation(row, 0).turns == (("q", "a"),)
+
+
 UNUSABLE: list[tuple[dict[str, Any], str]] = [
     ({"id": 1}, "no_conversation"),
     ({"conversations": "text"}, "no_conversation"),
