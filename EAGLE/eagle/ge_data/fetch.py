@@ -36,7 +36,10 @@ TIMEOUT = 60.0
 """Seconds without a byte after which a connection counts as broken."""
 CHUNK = 1 << 20
 AGENT = "msd-download"
+PLAIN = "identity"
+"""What HTTP calls a body that is not packed for the way."""
 GONE = (404, 410)
+PROXY_ASKS = 407
 PASSING = (408, 425, 429)
 
 T = TypeVar("T")
@@ -52,6 +55,10 @@ class Passing(Exception):
 
 class Gone(UserError):
     """The server does not have the file (any more)."""
+
+
+class Refused(UserError):
+    """The server, or the address itself, says no to this one file; another try would not help."""
 
 
 class _OutOfRange(Passing):
@@ -107,7 +114,7 @@ def fetch_bytes(address: str, limit: int) -> bytes:
             while (total is None or len(data) < total) and (chunk := _read(response)):
                 data += chunk
                 if len(data) > limit:
-                    raise UserError(f"file of more than {limit} bytes", address)
+                    raise Refused(f"file of more than {limit} bytes", address)
             if total is not None and len(data) < total:
                 raise Passing(f"the connection ended after {len(data)} of {total} bytes")
             return data
@@ -144,22 +151,25 @@ def open_address(address: str, headers: Mapping[str, str] | None = None) -> HTTP
     """Asks for an address, redirects followed; proxies are those of the environment.
 
     Raises:
-        Gone, UserError: another try would not help.
+        Gone, Refused, UserError: another try would not help.
         Passing: it might.
     """
     if not address.startswith(("http://", "https://")):
-        raise UserError("not an http or https address", address)
+        raise Refused("not an http or https address", address)
     quoted = quote(address, safe="%/:=&?~#+!$,;'@()*[]")
     try:
-        request = Request(quoted, headers={"User-Agent": AGENT, **(headers or {})})
+        request = Request(quoted, headers={"User-Agent": AGENT, "Accept-Encoding": PLAIN, **(headers or {})})
         response: HTTPResponse = urlopen(request, timeout=TIMEOUT)
     except HTTPError as error:
         with error:
             raise _judged(error, address) from None
     except (InvalidURL, ValueError) as error:
-        raise UserError(f"not an address ({error})", address) from None
+        raise Refused(f"not an address ({error})", address) from None
     except (OSError, HTTPException) as error:
         raise Passing(_reason(error)) from None
+    if (packed := response.headers.get("Content-Encoding", PLAIN).strip().lower()) != PLAIN:
+        response.close()
+        raise Refused(f"the server packs what it sends ({packed}), unasked", address, "--mirror takes another address")
     return response
 
 
@@ -267,7 +277,9 @@ def _judged(error: HTTPError, address: str) -> Exception:
     if error.code in PASSING or error.code >= 500:
         wait = error.headers.get("Retry-After", "")
         return Passing(f"the server says {said}", float(wait) if wait.isdecimal() else None)
-    return UserError(f"the server refuses ({said})", address, "--mirror takes another address")
+    if error.code == PROXY_ASKS:
+        return UserError(f"the proxy refuses ({said})", address, "see the environment's http_proxy, https_proxy")
+    return Refused(f"the server refuses ({said})", address, "--mirror takes another address")
 
 
 def _reason(error: OSError | HTTPException) -> str:

@@ -340,6 +340,48 @@ def test_check_counts_names_that_are_none(run: Run, root: Path, annotations: Wri
     assert status == 0 and f"{whole}: 3 rows, 1 with pictures" in out
 
 
+PAGE = b"<html>[quota exceeded]</html>"
+
+
+@pytest.mark.parametrize("came", [PAGE, b"", b"version https://git-lfs.github.com/spec/v1", ROWS.rstrip()[:-1]])
+def test_what_is_no_annotation_file_is_not_kept(run: Run, root: Path, server: FileServer, came: bytes) -> None:
+    server.put("llava", came)
+    status, out, errors = run("--only", "annotations")
+    assert status == 2 and "sharegpt: " in out
+    assert errors.startswith("error: llava: what came is no annotation file") and server.url("llava") in errors
+    assert tree(root) == ["annotations/ShareGPT_V3_unfiltered_cleaned_split.json"]
+    server.put("llava", b"\xef\xbb\xbf \n" + ROWS + b"\n ")
+    assert run("--only", "llava")[0] == 0
+
+
+def test_a_page_that_an_earlier_release_kept_is_named(run: Run, root: Path) -> None:
+    path = root / "annotations/llava_v1_5_mix665k.json"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(PAGE)
+    status, _, errors = run("--only", "llava")
+    assert status == 2 and errors.startswith("error: llava: not an annotation file") and str(path) in errors
+    assert path.read_bytes() == PAGE, "it may be the user's own"
+    path.unlink()
+    assert run("--only", "llava")[0] == 0
+
+
+def test_covers_that_are_gone_do_not_fail_the_check(
+    run: Run, root: Path, server: FileServer, annotations: Write
+) -> None:
+    """OCR-VQA ends well: all that can be had is there."""
+    server.put("refused", b"", statuses=[403] * 9)
+    server.put("page", b"<html>sold out</html>")
+    covers = {name: {"imageURL": server.url(name)} for name in ("k1", "k2", "k3", "refused", "page")}
+    server.put("ocr_vqa", json.dumps(covers).encode())
+    status, out, errors = run("--only", "ocr_vqa")
+    assert (status, errors) == (0, "") and "2 pictures" in out and "3 gone from the web" in out
+    needed = annotations([image_row(n, f"ocr_vqa/images/{name}.jpg") for n, name in enumerate(covers)])
+    status, out, _ = run("--check", "--annotations", str(needed))
+    assert status == 0 and "5 needed, 2 there, 3 missing, 3 of them gone from the web" in " ".join(out.split())
+    needed = annotations([image_row(n, f"ocr_vqa/images/{name}.jpg") for n, name in enumerate([*covers, "k9"])])
+    assert run("--check", "--annotations", str(needed))[0] == 1
+
+
 BAD = {
     "--only coco,cocoa": "no set 'cocoa': --only (known are annotations, coco,",
     "--only ,": "no set named",
