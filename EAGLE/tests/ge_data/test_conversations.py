@@ -91,6 +91,10 @@ SPOKEN: list[tuple[dict[str, Any], list[str]]] = [
     (row_of("q", "  a"), ["  a</s>"]),
     (row_of("q", "", "r", "b"), ["</s>", "b</s>"]),
     (row_of("q", "a</s>b"), ["a</s>b</s>"]),
+    (
+        row_of("What is <unk> in <image>?", "<unk>", "<unk>", "a <unk>", image="a.png"),
+        ["<unk></s>", "a <unk></s>"],
+    ),
 ]
 
 
