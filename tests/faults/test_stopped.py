@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -60,6 +61,33 @@ def test_hidden_states(start: Start, pair: Path, tmp_path: Path, how: signal.Sig
     assert run_cli(lambda: allocation.main(arguments)) == 0
     assert len(ShardDataset(out)) == 150 and not list(out.glob(".*.tmp*"))
     assert all((out / name).read_bytes() == data for name, data in kept.items())
+
+
+def test_hidden_states_of_two_workers_stopped_by_ctrl_c(start: Start, pair: Path, tmp_path: Path) -> None:
+    """The terminal tells every process of the group; none of them says a word, none stays, and what is there is
+    whole."""
+    arguments, out = corpus(pair, tmp_path, 60), tmp_path / "out"
+    both = ["cpu,cpu" if word == "cpu" else word for word in arguments]
+    process = start("-m", "eagle.ge_data.allocation", *both, own_group=True)
+    when(process, lambda: len(list(out.glob("rows-*"))) > 1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130 and "Traceback" not in errors, errors
+    assert group_ends(process.pid)
+    assert 1 < len(list(ShardDataset(out))) == len(list(out.glob("rows-*"))) < 60
+    take(out).close()
+
+
+def group_ends(group: int) -> bool:
+    """Whether the last process of a group ends soon."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def test_training_stopped_by_ctrl_c(

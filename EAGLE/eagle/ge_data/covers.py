@@ -18,8 +18,9 @@ from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-from eagle.ge_data.fetch import Gone, Refused, fetch_bytes, progress_bar
+from eagle.ge_data.fetch import Gone, Refused, fetch_bytes
 from eagle.ge_data.picture_folder import gone_covers, picture_names, remember_gone
+from eagle.ge_data.progress import progress_bar
 from llava.errors import UserError
 from llava.files import read_json
 

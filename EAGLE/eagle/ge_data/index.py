@@ -255,8 +255,13 @@ def _source_fields(source: Source) -> dict[str, Any]:
 
 
 def _read_index(path: Path) -> tuple[Source, list[ShardInfo]]:
-    value = read_json(path, "index of the shards")
-    check_schema(value.get("schema") if isinstance(value, Mapping) else None, path)
+    try:
+        value = read_json(path, "index of the shards")
+    except UserError as error:
+        raise UserError(error.what, error.where, WITHOUT) from None
+    if not isinstance(value, Mapping) or "schema" not in value:
+        raise UserError("index of the shards is incomplete or wrong (no schema)", path, WITHOUT)
+    check_schema(value["schema"], path)
     own = {name: value[name] for name in value if name not in BESIDE}
     source = read_source(own, value["schema"], path, WITHOUT)
     wrong = wrong_fields({name: value[name] for name in value if name in BESIDE}, BESIDE)

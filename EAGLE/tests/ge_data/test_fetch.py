@@ -166,6 +166,31 @@ def test_same_bytes_again_are_no_progress(server: FileServer, target: Path, wait
     assert len(file.requests) == module.TRIES
 
 
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({}, "run the command again: what is done is kept"),
+        ({"etags": [f'"{n % 2}"' for n in range(99)]}, "it begins anew, for the server lets no download go on"),
+        ({"etags": [f'"{n % 2}"' for n in range(99)], "if_range": False}, "run the command again)"),
+        ({"ranges": False}, "it begins anew, for the server lets no download go on"),
+        ({"etag": None}, "it begins anew, for the server lets no download go on"),
+        ({"statuses": [503] * 99}, "run the command again)"),
+    ],
+)
+def test_what_is_said_of_the_next_run_is_true(
+    server: FileServer, target: Path, waits: list[float], how: dict[str, object], said: str
+) -> None:
+    drops = [1000, *[0] * 99] if not how else [1000] * 99
+    file = server.put("file.zip", DATA, drop_after=drops, **how)
+    with pytest.raises(UserError, match="download failed") as caught:
+        fetch(server.url("file.zip"), target, "file")
+    assert said in str(caught.value)
+    asked, file.statuses, file.drop_after = len(file.requests), [], []
+    fetch(server.url("file.zip"), target, "file")
+    check_whole(target)
+    assert sum(r.sent for r in file.requests[asked:]) == len(DATA) - (1000 if not how else 0)
+
+
 @pytest.mark.parametrize(("status", "kind"), [(404, Gone), (410, Gone), (403, Refused), (407, UserError)])
 def test_final_answers_are_final(
     server: FileServer, target: Path, waits: list[float], status: int, kind: type[UserError]

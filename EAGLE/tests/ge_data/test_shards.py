@@ -193,6 +193,19 @@ def test_damaged_folder_is_named(corpus: tuple[Path, list[Sample]], damage) -> N
         ShardDataset(folder)
 
 
+@pytest.mark.parametrize("text", ["", '{"schema": 4,', "[]", "null", "7", "{}", '{"schema": 4}', "\x00", "[" * 99_999])
+def test_a_damaged_index_can_be_deleted(corpus: tuple[Path, list[Sample]], text: str) -> None:
+    """And its message says so."""
+    folder, _ = corpus
+    (folder / INDEX).write_text(text)
+    with pytest.raises(
+        UserError, match=r"(index of the shards|source of the states) .*\(delete it, the shards suffice\)$"
+    ):
+        ShardDataset(folder)
+    (folder / INDEX).unlink()
+    assert len(ShardDataset(folder)) == 5
+
+
 def test_no_folder_and_no_samples(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no folder"):
         ShardDataset(tmp_path / "nothing")
