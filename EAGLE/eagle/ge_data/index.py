@@ -260,7 +260,8 @@ def _read_index(path: Path) -> tuple[Source, list[ShardInfo]]:
     except UserError as error:
         raise UserError(error.what, error.where, WITHOUT) from None
     if not isinstance(value, Mapping) or "schema" not in value:
-        raise UserError("index of the shards is incomplete or wrong (no schema)", path, WITHOUT)
+        wrong = "no schema version"
+        raise UserError(f"index of the shards is incomplete or wrong ({wrong})", path, WITHOUT)
     check_schema(value["schema"], path)
     own = {name: value[name] for name in value if name not in BESIDE}
     source = read_source(own, value["schema"], path, WITHOUT)

@@ -8,8 +8,7 @@ import re
 import shlex
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,8 +16,6 @@ from zipfile import ZipFile
 
 import pytest
 from file_server import FileServer
-from hub_server import HubServer
-from huggingface_hub import hf_hub_download
 
 from eagle.ge_data import download, fetch
 from eagle.ge_data.conversations import REASONS
@@ -236,44 +233,6 @@ def test_no_list_of_covers(run: Run, root: Path, server: FileServer, statuses: l
     status, _, errors = run("--only", "ocr_vqa")
     assert status == 2 and "give it as --ocr-vqa-list" in errors.splitlines()[0]
     assert tree(root) == [], "a page that is no list is not kept"
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: FileServer) -> Iterator[HubServer]:
-    """A hub that has one of the two annotation files."""
-    folder = tmp_path / "hub" / "anon8231489123" / "ShareGPT_Vicuna_unfiltered"
-    folder.mkdir(parents=True)
-    (folder / "ShareGPT_V3_unfiltered_cleaned_split.json").write_bytes(ROWS)
-    (tmp_path / "hub" / "liuhaotian" / "LLaVA-Instruct-150K").mkdir(parents=True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-    with HubServer(tmp_path / "hub") as running:
-        monkeypatch.setattr(download, "hf_hub_download", partial(hf_hub_download, endpoint=running.address))
-        yield running
-
-
-def test_annotations_from_the_hub(hub: HubServer, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["--root", str(root), "--only", "annotations"]
-    assert run_cli(lambda: download.main(command)) == 2
-    shown = capsys.readouterr()
-    assert "error: llava: the hub does not have llava_v1_5_mix665k.json" in shown.err
-    assert shown.err.splitlines()[-1].startswith("error: 1 of 2 sets failed: llava")
-    assert tree(root) == ["annotations/ShareGPT_V3_unfiltered_cleaned_split.json"]
-    assert (root / tree(root)[0]).read_bytes() == ROWS
-    asked = len(hub.requests)
-    assert run_cli(lambda: download.main([*command[:-1], "sharegpt"])) == 0
-    assert len(hub.requests) == asked, "a file that is there is not asked for"
-
-
-def test_hub_that_cannot_be_reached(
-    hub: HubServer, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert run_cli(lambda: download.main(["--root", str(root), "--only", "sharegpt"])) == 2
-    first, last = capsys.readouterr().err.splitlines()
-    expected = "error: sharegpt: download of ShareGPT_V3_unfiltered_cleaned_split.json from the hub failed ("
-    assert first.startswith(expected) and last.startswith("error: 1 of 1 sets failed: sharegpt")
-    assert hub.requests == []
 
 
 def test_check_tells_what_is_there(run: Run, root: Path, server: FileServer) -> None:
