@@ -38,11 +38,7 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("--root", type=Path, default=Path("image_data"), help="folder of all sets (default: image_data)")
     add("--only", metavar="SET,...", help="only these: coco, gqa, ocr_vqa, textvqa, vg, annotations (default: all)")
-    add(
-        "--check",
-        action="store_true",
-        help="download nothing, tell what is there; status 1 if more is missing than is gone",
-    )
+    add("--check", action="store_true", help="download nothing, tell what is there; status 1 if something is missing")
     add("--annotations", type=Path, metavar="FILE", help="with --check: tell what this annotation file needs")
     add("--workers", type=positive, default=16, help="connections at a time for OCR-VQA's covers (default: 16)")
     add("--ocr-vqa-list", type=Path, metavar="FILE", help=f"OCR-VQA's dataset.json, if you have it ({LIST_PAGE})")
