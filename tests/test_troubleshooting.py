@@ -12,7 +12,7 @@ PAGE = REPO / "docs" / "troubleshooting.md"
 SOURCES = ("LLaVA/llava", "EAGLE/eagle", "lmms-eval/lmms_eval_msd", "benchmarks")
 GAP = "…"
 PASSED_ON = {"message", "failure.message", "error.what"}  # a message that was made elsewhere: argparse's, a worker's
-KINDS = ("UserError", "OutOfMemory")
+KINDS = ("UserError", "OutOfMemory", "Refused")
 ROW = re.compile(r"^\| `([^`]+)` \| (.+) \|$", re.MULTILINE)
 
 

@@ -24,10 +24,15 @@ READ_ERRORS = (
 ImageInput = str | Path | bytes | Image.Image
 
 
+class PictureUnreachable(UserError):
+    """The file system is at fault, and not the picture."""
+
+
 def load_image(source: ImageInput) -> Image.Image:
     """Reads a picture from a file, from bytes, or from a PIL picture, as RGB.
 
     Raises:
+        PictureUnreachable: the file is there, and the system does not let it be read.
         UserError: the file is missing, is no picture, is broken, or is larger than PIL's limit of pixels.
     """
     name = source if isinstance(source, str | Path) else f"<{type(source).__name__}>"
@@ -45,6 +50,8 @@ def load_image(source: ImageInput) -> Image.Image:
     except Image.DecompressionBombError:
         raise UserError("picture has too many pixels", name, "make it smaller") from None
     except READ_ERRORS as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise PictureUnreachable(f"picture cannot be read ({error.strerror})", name) from None
         raise UserError(f"picture cannot be read ({error})", name) from None
 
 

@@ -97,15 +97,30 @@ class LlavaProcessor:
         Raises:
             UserError: the text has a character that the tokenizer can only write with the image id.
         """
-        ids = list(self._begin)
+        return self.encode_with_spans(prompt)[0]
+
+    def encode_with_spans(self, prompt: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """As `encode`, and for each id the characters (start, end) of the prompt that it stands for: those of the mark
+        for an image id, (0, 0) for the begin-of-sequence id.
+
+        Raises:
+            UserError: as `encode`.
+        """
+        ids, spans, offset = list(self._begin), [(0, 0)] * len(self._begin), 0
         for number, piece in enumerate(prompt.split(IMAGE_TOKEN)):
             if number:
                 ids += [self.image_token_id] * self.image_token_count
-            piece_ids = self._ids(f" {piece}" if self._eats_space and piece.startswith((" ", "\u2581")) else piece)
-            if self.image_token_id in piece_ids:
+                spans += [(offset, offset + len(IMAGE_TOKEN))] * self.image_token_count
+                offset += len(IMAGE_TOKEN)
+            lead = " " if self._eats_space and piece.startswith((" ", "\u2581")) else ""
+            encoding = self._backend.encode(lead + piece, add_special_tokens=False)
+            if self.image_token_id in encoding.ids:
                 raise UserError("prompt has characters the tokenizer does not know", piece.strip()[:60])
-            ids += piece_ids
-        return ids
+            ids += encoding.ids
+            shift = offset - len(lead)
+            spans += [(max(start + shift, offset), max(end + shift, offset)) for start, end in encoding.offsets]
+            offset += len(piece)
+        return ids, spans
 
     def pixel_values(self, images: Sequence[ImageInput]) -> torch.Tensor:
         """Pictures [n] to normalised pixels [n, 3, h, w] float32."""

@@ -85,6 +85,31 @@ def test_unk_in_a_prompt_is_plain_text(tmp_path: Path) -> None:
     assert processor.decode(processor.encode("a <unk> b")) == "a <unk> b"
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "USER: <image>\nHow many shapes?",
+        "  two spaces <image>  two",
+        "a <unk> b</s>USER: x",
+        "<image><image>",
+        "",
+        "ü 日🦙",
+    ],
+)
+def test_each_id_stands_for_a_place_in_the_prompt(processor: LlavaProcessor, prompt: str) -> None:
+    ids, spans = processor.encode_with_spans(prompt)
+    assert ids == processor.encode(prompt) and len(spans) == len(ids) and spans[0] == (0, 0)
+    assert spans == sorted(spans) and all(0 <= start <= end <= len(prompt) for start, end in spans)
+    for index, (start, end) in zip(ids[1:], spans[1:], strict=True):
+        shown = processor.tokenizer.convert_ids_to_tokens(index)
+        if index == processor.image_token_id:
+            assert prompt[start:end] == IMAGE_TOKEN
+        elif shown != "\u2581" and not shown.startswith("<0x"):
+            assert prompt[start:end].strip(" ") == shown.replace("\u2581", "")
+    covered = {place for start, end in spans for place in range(start, end)}
+    assert all(place in covered for place, character in enumerate(prompt) if character != " ")
+
+
 @pytest.mark.parametrize(("marks", "pictures"), [(0, 1), (1, 0), (2, 1), (1, 2)])
 def test_marks_and_pictures_must_agree(processor: LlavaProcessor, marks: int, pictures: int) -> None:
     images = [make_image()] * pictures

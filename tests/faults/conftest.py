@@ -88,17 +88,19 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts a command of this Python in the background; what still runs at the end is killed."""
+    """Starts a command of this Python in the background, in a group of processes of its own if that is wanted; what
+    still runs at the end is killed."""
     running: list[subprocess.Popen] = []
 
-    def begin(*command: str) -> subprocess.Popen:
+    def begin(*command: str, own_group: bool = False) -> subprocess.Popen:
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(REPO / name) for name in ("LLaVA", "EAGLE", "lmms-eval")]),
             "OMP_NUM_THREADS": "1",
         }
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        process = subprocess.Popen([sys.executable, *command], env=environment, preexec_fn=hear_ctrl_c, **pipes)
+        process = subprocess.Popen([sys.executable, *command], env=environment, preexec_fn=hear_ctrl_c,
+                                   start_new_session=own_group, **pipes)  # fmt: skip
         running.append(process)
         return process
 

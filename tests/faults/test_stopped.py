@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -60,6 +61,37 @@ def test_hidden_states(start: Start, pair: Path, tmp_path: Path, how: signal.Sig
     assert run_cli(lambda: allocation.main(arguments)) == 0
     assert len(ShardDataset(out)) == 150 and not list(out.glob(".*.tmp*"))
     assert all((out / name).read_bytes() == data for name, data in kept.items())
+
+
+@pytest.mark.parametrize("shards", [0, pytest.param(2, marks=pytest.mark.slow)], ids=["starting", "at work"])
+def test_hidden_states_of_two_workers_stopped_by_ctrl_c(start: Start, pair: Path, tmp_path: Path, shards: int) -> None:
+    """The terminal tells every process of the group; none of them says a word, none stays, and what is there is
+    whole."""
+    arguments, out = corpus(pair, tmp_path, 60), tmp_path / "out"
+    both = ["cpu,cpu" if word == "cpu" else word for word in arguments]
+    process = start("-m", "eagle.ge_data.allocation", *both, own_group=True)
+    when(process, lambda: group_size(process.pid) >= 3 and len(list(out.glob("rows-*"))) >= shards)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130 and "Traceback" not in errors, errors
+    assert ends(process.pid), "a worker stays"
+    there = list(out.glob("rows-*"))
+    assert shards <= len(there) < 60 and (not there or len(list(ShardDataset(out))) == len(there))
+    take(out).close()
+
+
+def group_size(group: int) -> int:
+    """Processes of a group, a worker at its start included."""
+    listed = subprocess.run(["ps", "-A", "-o", "pgid="], capture_output=True, text=True, check=True).stdout.split()
+    return listed.count(str(group))
+
+
+def ends(group: int) -> bool:
+    """Whether the last process of a group ends soon."""
+    deadline = time.monotonic() + 60
+    while group_size(group) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not group_size(group)
 
 
 def test_training_stopped_by_ctrl_c(

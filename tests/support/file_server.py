@@ -34,7 +34,8 @@ class File:
 
     ``ranges``: whether ``Range`` is understood; ``if_range``: whether ``If-Range`` is; ``statuses``: answers of the
     first requests; ``drop_after``: the first answers with a body end, line and all, after so many bytes of it;
-    ``barrier``: requests wait here for each other, and fail (418) if not enough come.
+    ``etags``: those of the first answers with a body, before ``etag`` is for all; ``barrier``: requests wait here for
+    each other, and fail (418) if not enough come.
     """
 
     content: bytes
@@ -48,6 +49,7 @@ class File:
     headers: dict[str, str] = field(default_factory=dict)
     drop_after: list[int] = field(default_factory=list)
     barrier: Barrier | None = None
+    etags: list[str] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
 
     @property
@@ -119,6 +121,8 @@ class FileServer:
             if file.statuses:
                 return file.statuses.pop(0), 0, None
             start, status = 0, 200
+            if file.etags:
+                file.etag = file.etags.pop(0)
             asked = re.fullmatch(r"bytes=(\d+)-", call.headers.get("Range", ""))
             condition = call.headers.get("If-Range")
             same = not file.if_range or condition in (None, file.etag, file.modified)

@@ -2,13 +2,14 @@
 
     python -m eagle.ge_data.allocation --outdir D --model_type llava_v15_t|llava_v15_v|qwen2_vl_t|... \\
         --model BASE --image_data_path image_data --json_data_path FILE [--start A --end B] [--shard I/N] \\
-        [--gpus 0,1,...] [--hidden-dtype int8] \\
+        [--gpus 0,1,...] [--hidden-dtype int8] [--again] \\
         [--regenerate [--msd-model DRAFT] [--temperature T] [--max-new-tokens N] [--at-once B]]
 
 `_t` takes the rows without picture, `_v` those with one; they are shuffled, and [A, B) counts in the shuffled order
 (all by default). Killed at any moment and started again, it goes on: finished shards are not touched. Ranges of one
 corpus may be made one after the other in one folder. `--shard I/N` is one of N equal parts of them, for N machines,
-each with a folder of its own; their shards put into one folder are the whole. `--hidden-dtype int8` halves the disk
+each with a folder of its own; their shards put into one folder are the whole. `--again` also makes those shards anew in
+which rows were skipped for want of pictures that are there by now. `--hidden-dtype int8` halves the disk
 that hidden states take; with `--regenerate` the model answers the questions itself, its answers take the place of the
 file's.
 """
@@ -25,18 +26,19 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
-from tqdm import tqdm
 
 from eagle.commands.options import DTYPES, positive
-from eagle.ge_data.conversations import REASONS
+from eagle.ge_data.board import Board, summary
 from eagle.ge_data.extract import model_name
 from eagle.ge_data.folder import AUTO, Settings, finished, locked, missing, write_skipped
-from eagle.ge_data.index import Index, ShardInfo, gigabytes, load_index, sha256
+from eagle.ge_data.index import PATTERN, Index, ShardInfo, load_index, sha256
+from eagle.ge_data.missing_pictures import REASONS as PICTURE_REASONS
+from eagle.ge_data.missing_pictures import look_for_pictures, mended_shards
 from eagle.ge_data.selection import IMAGE, TEXT, Range, Selection
-from eagle.ge_data.source import INT8, Source
+from eagle.ge_data.shards import shard_name
+from eagle.ge_data.source import INT8
 from eagle.ge_data.templates import FAMILIES
-from eagle.ge_data.workers import Answers, Events, Job, run_here, run_workers
+from eagle.ge_data.workers import Answers, Events, Failure, Job, run_here, run_workers
 from llava.errors import UserError, run_cli
 
 KINDS = {"t": TEXT, "v": IMAGE}
@@ -77,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     add("--max-length", type=positive, default=2048, help="longest sequence; longer rows are cut (default: 2048)")
     add("--seed", type=int, default=42, help="of the shuffle and of sampled answers (default: 42)")
     add("--shard-size", type=positive, default=64, help="rows of a shard (default: 64)")
+    add("--again", action="store_true", help="make shards anew that skipped rows whose pictures can be read by now")
     add("--batch-tokens", type=positive, help="most tokens of a forward, padded (default: 8192, on a CPU 1024)")
     own = made.add_argument_group("the model's own answers")
     own.add_argument("--regenerate", action="store_true", help="they take the place of those in the annotation file")
@@ -172,53 +175,6 @@ def devices(gpus: str | None) -> list[str]:
     return [] if names == ["cpu"] else names
 
 
-class Board:
-    """Keeps ``index.json`` up to date and shows how far the work is."""
-
-    def __init__(self, folder: Path, done: Sequence[ShardInfo], rows: int, waiting: int) -> None:
-        self.folder, self.shards = folder, list(done)
-        self.tokens, self._began, self._new_bytes, self._new_rows = 0, time.monotonic(), 0, 0
-        self._waiting = waiting
-        slow = 0.1 if sys.stderr.isatty() else 30
-        self.bar = tqdm(total=rows, initial=rows - waiting, unit="sample", mininterval=slow, smoothing=0.05)
-
-    def progress(self, rows: int, tokens: int) -> None:
-        """Rows were read."""
-        self.tokens += tokens
-        per_second = self.tokens / max(time.monotonic() - self._began, 1e-9)
-        disk = gigabytes(sum(shard.bytes for shard in self.shards))
-        if self._new_rows:
-            disk += f" of {gigabytes(self._expected())}"
-        self.bar.set_postfix_str(f"{per_second:.0f} tokens/s, {disk}", refresh=False)
-        self.bar.update(rows)
-
-    def shard(self, source: Source, info: ShardInfo) -> None:
-        """A shard is on disk."""
-        self.shards.append(info)
-        self._new_bytes += info.bytes
-        self._new_rows += info.end - info.start
-        Index.of(source, self.shards).save(self.folder)
-
-    def _expected(self) -> int:
-        """Bytes of the whole, as far as the new shards tell."""
-        before = sum(shard.bytes for shard in self.shards) - self._new_bytes
-        return before + self._new_bytes * self._waiting // self._new_rows
-
-
-def summary(index: Index, folder: Path, seconds: float) -> Table:
-    """What is in the folder now."""
-    table = Table(title=str(folder), show_header=False)
-    table.add_row("samples", f"{index.samples:,}")
-    table.add_row("tokens", f"{index.tokens:,}")
-    table.add_row("image tokens", f"{index.image_tokens:,}")
-    table.add_row("shards", f"{len(index.shards):,}")
-    table.add_row("disk", gigabytes(index.bytes))
-    for reason, count in sorted(index.skipped.items()):
-        table.add_row(f"skipped: {reason}", f"{count:,}  ({REASONS.get(reason, 'by another release')})")
-    table.add_row("time of this run", f"{seconds:.1f} s")
-    return table
-
-
 def run(options: argparse.Namespace, notify: Callable[[str], None]) -> int:
     """Makes what is missing; returns the exit status, 1 if a worker failed by a defect.
 
@@ -246,19 +202,67 @@ def run(options: argparse.Namespace, notify: Callable[[str], None]) -> int:
         settings.claim(options.outdir)
         done = finished(options.outdir, notify)
         ranges = missing(start, end, options.shard_size, done)
-        status = 0
+        if options.again:
+            ranges, done = with_mended(options, selection, (start, end), ranges, done, notify)
+        failures: list[Failure] = []
+        stopped: UserError | None = None
         if ranges:
-            job = job_of(options, selection, done)
-            status = work(job, done, ranges, end - start, workers, notify)
-        index = load_index(options.outdir)
-        write_skipped(options.outdir, index)
-    Console().print(summary(index, options.outdir, time.monotonic() - began))
-    if not index.samples:
+            if (line := look_for_pictures(selection, ranges, bool(done))) is not None:
+                notify(line)
+            try:
+                failures = work(job_of(options, selection), done, ranges, end - start, workers, notify)
+            except UserError as error:
+                stopped = error
+        for failure in failures:
+            notify(f"error: worker {failure.device} failed: {failure.message}")
+        index = conclude(options.outdir, began, notify) if any(options.outdir.glob(PATTERN)) else None
+    if stopped is not None:
+        raise stopped
+    for failure in failures:
+        if failure.user:
+            raise UserError(failure.message, f"worker {failure.device}")
+    if not failures and index is not None and not index.samples:
         raise UserError("every row was skipped", options.outdir, "skipped.jsonl tells why")
-    return status
+    return 1 if failures else 0
 
 
-def job_of(options: argparse.Namespace, selection: Selection, done: Sequence[ShardInfo]) -> Job:
+def conclude(folder: Path, began: float, notify: Callable[[str], None]) -> Index:
+    """Writes what was skipped and shows what is in the folder now, whether or not all is well.
+
+    Args:
+        began: when the run did, by `time.monotonic`.
+    """
+    index = load_index(folder)
+    write_skipped(folder, index)
+    if lost := sum(index.skipped.get(reason, 0) for reason in PICTURE_REASONS):
+        notify(f"{lost:,} rows were skipped for their pictures; once these are there, --again makes their shards anew")
+    Console().print(summary(index, folder, time.monotonic() - began))
+    return index
+
+
+def with_mended(
+    options: argparse.Namespace,
+    selection: Selection,
+    span: Range,
+    ranges: Sequence[Range],
+    done: Sequence[ShardInfo],
+    notify: Callable[[str], None],
+) -> tuple[list[Range], list[ShardInfo]]:
+    """The ranges to make with those of shards to be made anew (see `mended_shards`), and the shards that stay.
+
+    The old ones stay in the folder until each is replaced. The index lets go of them before: killed at any moment, what
+    then lies there is read as it is.
+    """
+    mended = mended_shards(options.outdir, done, selection, span)
+    notify(f"--again: {len(mended):,} shards have rows whose pictures can be read by now")
+    if not mended:
+        return list(ranges), list(done)
+    kept = [shard for shard in done if shard not in mended]
+    Index.of(load_index(options.outdir, strict=False).source, kept).save(options.outdir)
+    return sorted([*ranges, *((shard.start, shard.end) for shard in mended)]), kept
+
+
+def job_of(options: argparse.Namespace, selection: Selection) -> Job:
     """What the workers are told."""
     return Job(
         model=options.model,
@@ -267,7 +271,7 @@ def job_of(options: argparse.Namespace, selection: Selection, done: Sequence[Sha
         selection=selection,
         folder=options.outdir,
         batch_tokens=options.batch_tokens,
-        source=load_index(options.outdir, strict=False).source if done else None,
+        source=load_index(options.outdir, strict=False).source if any(options.outdir.glob(PATTERN)) else None,
         hidden_dtype=None if options.hidden_dtype == AUTO else options.hidden_dtype,
         answers=answers_wanted(options),
     )
@@ -280,20 +284,22 @@ def work(
     rows: int,
     workers: Sequence[str],
     notify: Callable[[str], None],
-) -> int:
-    """Hands the ranges to the workers. Raises the first UserError among their failures, after all have ended."""
-    board = Board(job.folder, done, rows, sum(last - first for first, last in ranges))
+) -> list[Failure]:
+    """Hands the ranges to the workers; returns those that failed, after all have ended.
+
+    Raises:
+        UserError: bad input, where this process does the work.
+    """
+    waiting = sum(last - first for first, last in ranges)
+    old = [job.folder / shard_name(*span) for span in ranges]
+    replaced = sum(path.stat().st_size for path in old if path.exists())
+    board = Board(job.folder, done, rows, waiting, job.source, notify, replaced)
     events = Events(board.progress, board.shard, notify)
     with board.bar:
         if not workers:
             run_here(job, ranges, events)
-            return 0
-        failures = run_workers(job, ranges, workers, events)
-    for failure in failures:
-        if failure.user:
-            raise UserError(failure.message, f"worker {failure.device}")
-        notify(f"error: worker {failure.device} failed: {failure.message}")
-    return 1 if failures else 0
+            return []
+        return run_workers(job, ranges, workers, events)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

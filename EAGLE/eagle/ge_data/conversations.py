@@ -20,6 +20,7 @@ ROLES = {
     "assistant": ASSISTANT,
     "chatgpt": ASSISTANT,
     "bing": ASSISTANT,
+    "bard": ASSISTANT,
     "system": SYSTEM,
 }
 TURN_KEYS = ("conversations", "items")

@@ -7,6 +7,7 @@ saved as ``NAME.jpg``, as the conversations name it, and turned into a JPEG wher
 from __future__ import annotations
 
 import os
+import random
 import re
 from collections.abc import Generator, Mapping
 from contextlib import closing
@@ -17,8 +18,9 @@ from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-from eagle.ge_data.fetch import Gone, fetch_bytes, progress_bar
-from eagle.ge_data.picture_folder import GONE_LIST, gone_covers, picture_names
+from eagle.ge_data.fetch import Gone, Refused, fetch_bytes
+from eagle.ge_data.picture_folder import gone_covers, picture_names, remember_gone
+from eagle.ge_data.progress import progress_bar
 from llava.errors import UserError
 from llava.files import read_json
 
@@ -27,6 +29,8 @@ MAX_COVER = 1 << 25
 QUALITY = 95
 HOPELESS = 100
 """So many covers in a row without an answer that makes sense end the set: the fault is not the covers'."""
+CONTROLS = 10
+"""So many covers that are there are asked for again, to see whose fault it is; more than half of them have to come."""
 LIST_PAGE = "https://ocr-vqa.github.io"
 LIST_FIX = f"get dataset.json from {LIST_PAGE} and give it as --ocr-vqa-list"
 Outcome = tuple[str, UserError | None]
@@ -71,74 +75,110 @@ def missing_covers(addresses: Mapping[str, str], folder: Path) -> dict[str, str]
 
 
 def fetch_covers(addresses: Mapping[str, str], folder: Path, workers: int) -> Tally:
-    """Downloads the covers that are missing, several at a time. What is gone is written to `GONE_LIST`.
+    """Downloads the covers that are missing, several at a time. What is gone is written to ``gone.txt``.
+
+    A cover that is refused, or has something else in its place, counts as gone once the run is over, and if at least as
+    many others came in it: else a proxy's page for everything would be taken for all of them.
 
     Raises:
         UserError: covers failed that may be there (all others have been fetched), or none succeeds any more.
         OSError: the disk.
     """
-    todo = missing_covers(addresses, folder)
+    todo, there = missing_covers(addresses, folder), picture_names(folder)
+    before = {name: address for name, address in addresses.items() if f"{name}.jpg" in there}
     folder.mkdir(parents=True, exist_ok=True)
     failed: dict[str, UserError] = {}
-    in_a_row = gone = 0
+    refused: dict[str, Refused] = {}
+    in_a_row = gone = came = 0
     with (
         progress_bar("ocr_vqa", " covers", len(todo)) as bar,
         closing(_outcomes(todo, folder, workers)) as outcomes,
     ):
         for name, error in outcomes:
             in_a_row = in_a_row + 1 if error and not isinstance(error, Gone) else 0
+            came += error is None
             if isinstance(error, Gone):
                 gone += 1
-                with (folder.parent / GONE_LIST).open("a", encoding="utf-8") as file:
-                    file.write(f"{name}\t{todo[name]}\n")
+                remember_gone(folder, name, todo[name], error.what)
+            elif isinstance(error, Refused):
+                refused[name] = error
             elif error:
                 failed[name] = error
-            bar.set_postfix_str(f"{gone} gone, {len(failed)} failed", refresh=False)
+            bar.set_postfix_str(f"{gone} gone, {len(failed) + len(refused)} failed", refresh=False)
             bar.update(1)
             if in_a_row == HOPELESS:
-                raise UserError(f"the last {HOPELESS} covers all failed, {name}: {error}", folder, "see the network")
+                again = come_again(before, workers, CONTROLS) if isinstance(error, Refused) else 0
+                if again <= CONTROLS // 2:
+                    raise UserError(
+                        f"the last {HOPELESS} covers all failed, {name}: {error}", folder, "see the network"
+                    )
+                in_a_row = 0
+    if came < len(refused):
+        came += come_again(before, workers, len(refused) - came)
+    if came < len(refused):
+        failed = {**refused, **failed}
+    else:
+        for name, error in refused.items():
+            remember_gone(folder, name, todo[name], error.what)
     if failed:
-        name, error = next(iter(failed.items()))
+        name, first = next(iter(failed.items()))
         raise UserError(
-            f"{len(failed)} of {len(todo)} covers failed, the first {name}: {error}",
+            f"{len(failed)} of {len(todo)} covers failed, the first {name}: {first}",
             fix="run the command again: what is done is kept",
         )
     return Tally(len(picture_names(folder)), len(gone_covers(folder)))
 
 
-def _outcomes(todo: Mapping[str, str], folder: Path, workers: int) -> Generator[Outcome, None, None]:
-    """What became of each cover, as soon as it is known."""
+def come_again(covers: Mapping[str, str], workers: int, count: int) -> int:
+    """Asks again for ``count`` of covers that have come before and returns how many come: what else is refused then is
+    refused for itself. Nothing is saved."""
+    chosen = dict(random.sample(sorted(covers.items()), min(count, len(covers))))
+    came = 0
+    with progress_bar("ocr_vqa, asked again", " covers", len(chosen)) as bar:
+        for _, error in _outcomes(chosen, None, workers):
+            came += error is None
+            bar.update(1)
+    return came
+
+
+def _outcomes(todo: Mapping[str, str], folder: Path | None, workers: int) -> Generator[Outcome, None, None]:
+    """What became of each cover, as soon as it is known. ``folder``: where it is saved; None for nowhere."""
 
     def work(cover: tuple[str, str]) -> Outcome:
         name, address = cover
         try:
-            save_cover(fetch_bytes(address, MAX_COVER), folder / f"{name}.jpg", address)
+            data = as_cover(fetch_bytes(address, MAX_COVER), address)
         except UserError as error:
             return name, error
+        if folder is not None:
+            save_cover(data, folder / f"{name}.jpg")
         return name, None
 
     with ThreadPool(workers) as pool:
         yield from pool.imap_unordered(work, todo.items())
 
 
-def save_cover(data: bytes, path: Path, address: str) -> None:
-    """Saves a picture as JPEG: as it is if it is one, else converted, on white where it is transparent.
+def as_cover(data: bytes, address: str) -> bytes:
+    """A picture as JPEG: as it is if it is one, else converted, on white where it is transparent.
 
     Raises:
         Gone: the picture is a single pixel, which book shops send for a cover they do not have.
-        UserError: it cannot be read as a picture.
+        Refused: it cannot be read as a picture.
     """
     try:
         with Image.open(BytesIO(data)) as image:
             image.load()
             if max(image.size) == 1:
                 raise Gone("the server has only a placeholder", address)
-            if image.format != "JPEG":
-                data = _as_jpeg(image)
+            return data if image.format == "JPEG" else _as_jpeg(image)
     except UnidentifiedImageError:
-        raise UserError("what the server sent is no picture", address) from None
+        raise Refused("what the server sent is no picture", address) from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"not a whole picture ({error})", address) from None
+        raise Refused(f"not a whole picture ({error})", address) from None
+
+
+def save_cover(data: bytes, path: Path) -> None:
+    """Writes a cover, whole or not at all."""
     part = path.with_name(f".{path.name}.part")
     part.write_bytes(data)
     os.replace(part, path)

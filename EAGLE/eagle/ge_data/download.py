@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from codecs import BOM_UTF8
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from llava.errors import OneLineParser, UserError, run_cli
 
 ARCHIVES = "archives"
 """Folder in the root for archives until they are unpacked."""
+END = 1 << 16
+"""Bytes at either end of an annotation file that are looked at."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,13 +56,32 @@ def get_annotations(source: AnnotationFile, root: Path) -> str:
     """
     path = root / source.path
     if path.exists():
+        if not is_array(path):
+            raise UserError(
+                "not an annotation file, which is a JSON array", path, "delete it and run the command again"
+            )
         return f"there already, {path}"
     if source.address.startswith(HUB):
         need_space(path.parent, source.size, path.name)
         _from_hub(source.address.removeprefix(HUB), path)
     else:
         fetch(source.address, path, source.name, lambda total, have: need_space(root, (total or 0) - have, path.name))
+    if not is_array(path):
+        path.unlink()
+        raise UserError(
+            "what came is no annotation file, which is a JSON array; it was deleted",
+            source.address,
+            "--mirror takes another address",
+        )
     return str(path)
+
+
+def is_array(path: Path) -> bool:
+    """Whether a file begins and ends as a JSON array does; no page of a server that means something else will."""
+    with path.open("rb") as file:
+        first = file.read(END).removeprefix(BOM_UTF8).lstrip()[:1]
+        file.seek(max(0, path.stat().st_size - END))
+        return first == b"[" and file.read().rstrip()[-1:] == b"]"
 
 
 def get_archive(source: ArchiveSet, root: Path, keep: bool) -> str:

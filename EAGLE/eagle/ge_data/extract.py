@@ -8,12 +8,15 @@ first answers the questions itself.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
 from eagle.ge_data.conversations import Unusable
@@ -24,6 +27,7 @@ from eagle.ge_data.shards import DTYPES, Sample, ShardInfo, Skipped, Source, wri
 from eagle.ge_data.source import Regeneration
 from eagle.ge_data.template import Outline, Prepared, Template
 from eagle.model.targets import Target
+from llava.hub import is_repository_name
 
 THREADS = 4
 Ready = Prepared | Outline | Skipped
@@ -143,7 +147,7 @@ def source_of(
     return Source(
         family=target.family,
         model=model_name(name),
-        commit=getattr(target.config, "_commit_hash", None),
+        commit=commit_of(name),
         dtype=str(stored).removeprefix("torch."),
         hidden_size=target.hidden_size,
         vocab_size=target.vocab_size,
@@ -151,7 +155,20 @@ def source_of(
         fingerprint=fingerprint(target.model.get_input_embeddings().weight),
         hidden_dtype=hidden_dtype,
         regeneration=regeneration,
+        layer_fingerprint=layer_fingerprint(target.text_model),
     )
+
+
+def commit_of(model: str) -> str | None:
+    """The hub's commit of a model: of its snapshot in the hub's cache, by hub name or as a folder; None elsewhere."""
+    if Path(model).is_dir():
+        snapshot = Path(model).resolve()
+    elif is_repository_name(model) and isinstance(found := try_to_load_from_cache(model, "config.json"), str):
+        snapshot = Path(found).parent
+    else:
+        return None
+    known = snapshot.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", snapshot.name)
+    return snapshot.name if known else None
 
 
 def model_name(model: str) -> str:
@@ -162,5 +179,18 @@ def model_name(model: str) -> str:
 def fingerprint(weight: Tensor) -> str:
     """16 hexadecimal digits of a matrix of weights, such as the token embedding [V, H] (rows 3 to 66, as bfloat16):
     tells weights apart, not paths."""
+    return hashlib.sha256(_part(weight)).hexdigest()[:16]
+
+
+def layer_fingerprint(text_model: Any) -> str:
+    """`fingerprint` of all matrices of the last layer together, in the order of their names."""
+    digest = hashlib.sha256()
+    for _, weight in sorted(text_model.layers[-1].named_parameters()):
+        if weight.dim() == 2:
+            digest.update(_part(weight))
+    return digest.hexdigest()[:16]
+
+
+def _part(weight: Tensor) -> bytes:
     part = weight.detach()[3:67].to("cpu", torch.bfloat16).contiguous()
-    return hashlib.sha256(part.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
+    return part.view(torch.int16).numpy().tobytes()

@@ -12,7 +12,6 @@ import json
 import os
 import random
 import re
-import sys
 from collections.abc import Callable, Mapping
 from http.client import HTTPException, HTTPResponse, InvalidURL
 from pathlib import Path
@@ -22,8 +21,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import quote
 from urllib.request import Request, urlopen
 
-from tqdm import tqdm
-
+from eagle.ge_data.progress import progress_bar
 from llava.errors import UserError
 from llava.files import atomic_write, read_json
 
@@ -36,7 +34,11 @@ TIMEOUT = 60.0
 """Seconds without a byte after which a connection counts as broken."""
 CHUNK = 1 << 20
 AGENT = "msd-download"
+AGAIN = "run the command again"
+PLAIN = "identity"
+"""What HTTP calls a body that is not packed for the way."""
 GONE = (404, 410)
+PROXY_ASKS = 407
 PASSING = (408, 425, 429)
 
 T = TypeVar("T")
@@ -52,6 +54,10 @@ class Passing(Exception):
 
 class Gone(UserError):
     """The server does not have the file (any more)."""
+
+
+class Refused(UserError):
+    """The server, or the address itself, says no to this one file; another try would not help."""
 
 
 class _OutOfRange(Passing):
@@ -84,7 +90,7 @@ def fetch(
     path.parent.mkdir(parents=True, exist_ok=True)
     with progress_bar(label, "B") as bar:
         transfer = _Transfer(address, path, check, bar)
-        retried(transfer.attempt, address, transfer.have)
+        retried(transfer.attempt, address, transfer.have, transfer.fix)
     if md5 is not None and (found := _md5(transfer.part, label)) != md5:
         transfer.forget()
         raise UserError(
@@ -107,7 +113,7 @@ def fetch_bytes(address: str, limit: int) -> bytes:
             while (total is None or len(data) < total) and (chunk := _read(response)):
                 data += chunk
                 if len(data) > limit:
-                    raise UserError(f"file of more than {limit} bytes", address)
+                    raise Refused(f"file of more than {limit} bytes", address)
             if total is not None and len(data) < total:
                 raise Passing(f"the connection ended after {len(data)} of {total} bytes")
             return data
@@ -115,12 +121,15 @@ def fetch_bytes(address: str, limit: int) -> bytes:
     return retried(attempt, address)
 
 
-def retried(work: Callable[[], T], where: str, progress: Callable[[], int] = lambda: 0) -> T:
+def retried(
+    work: Callable[[], T], where: str, progress: Callable[[], int] = lambda: 0, fix: Callable[[], str] = lambda: AGAIN
+) -> T:
     """Calls ``work`` until it returns; waits longer and longer after a `Passing` failure.
 
     Args:
         where: what is worked on, for the message.
         progress: grows with what is done; tries count anew when it is more than ever before.
+        fix: what the user can do after the last try.
 
     Raises:
         UserError: `TRIES` failures in a row.
@@ -134,8 +143,7 @@ def retried(work: Callable[[], T], where: str, progress: Callable[[], int] = lam
                 failures, best = 0, progress()
             failures += 1
             if failures == TRIES:
-                fix = "run the command again: what is done is kept"
-                raise UserError(f"download failed {TRIES} times ({failure})", where, fix) from None
+                raise UserError(f"download failed {TRIES} times ({failure})", where, fix()) from None
             pause = PAUSE * 2 ** (failures - 1) * random.uniform(0.75, 1.25)
             sleep(min(LONGEST_PAUSE, pause if failure.wait is None else failure.wait))
 
@@ -144,29 +152,26 @@ def open_address(address: str, headers: Mapping[str, str] | None = None) -> HTTP
     """Asks for an address, redirects followed; proxies are those of the environment.
 
     Raises:
-        Gone, UserError: another try would not help.
+        Gone, Refused, UserError: another try would not help.
         Passing: it might.
     """
     if not address.startswith(("http://", "https://")):
-        raise UserError("not an http or https address", address)
+        raise Refused("not an http or https address", address)
     quoted = quote(address, safe="%/:=&?~#+!$,;'@()*[]")
     try:
-        request = Request(quoted, headers={"User-Agent": AGENT, **(headers or {})})
+        request = Request(quoted, headers={"User-Agent": AGENT, "Accept-Encoding": PLAIN, **(headers or {})})
         response: HTTPResponse = urlopen(request, timeout=TIMEOUT)
     except HTTPError as error:
         with error:
             raise _judged(error, address) from None
     except (InvalidURL, ValueError) as error:
-        raise UserError(f"not an address ({error})", address) from None
+        raise Refused(f"not an address ({error})", address) from None
     except (OSError, HTTPException) as error:
         raise Passing(_reason(error)) from None
+    if (packed := response.headers.get("Content-Encoding", PLAIN).strip().lower()) != PLAIN:
+        response.close()
+        raise Refused(f"the server packs what it sends ({packed}), unasked", address, "--mirror takes another address")
     return response
-
-
-def progress_bar(label: str, unit: str, total: int | None = None) -> Any:
-    """A bar with rate and time left; where nobody watches it prints seldom."""
-    slow = 0.1 if sys.stderr.isatty() else 30
-    return tqdm(total=total, desc=label, unit=unit, unit_scale=unit == "B", mininterval=slow, smoothing=0.05)
 
 
 class _Transfer:
@@ -176,6 +181,7 @@ class _Transfer:
         self.address, self.check, self.bar = address, check, bar
         self.part = path.with_name(f"{path.name}.part")
         self.version = path.with_name(f"{path.name}.part.json")
+        self._begun_anew = False
 
     def have(self) -> int:
         """Bytes that are here."""
@@ -184,6 +190,14 @@ class _Transfer:
     def forget(self) -> None:
         self.part.unlink(missing_ok=True)
         self.version.unlink(missing_ok=True)
+
+    def fix(self) -> str:
+        """What the user can do after the last try: not always is what is here of use to the next."""
+        if not self.have():
+            return AGAIN
+        if self._begun_anew or not self._known():
+            return f"{AGAIN}: it begins anew, for the server lets no download go on; --mirror takes another address"
+        return f"{AGAIN}: what is done is kept"
 
     def attempt(self) -> None:
         """One request, from the first byte or from where the last one ended.
@@ -198,12 +212,16 @@ class _Transfer:
                 if response.status == 206:
                     self._check_continues(response, known)
                 else:
-                    self.forget()
+                    self._begin_anew()
                 self._receive(response)
         except _OutOfRange as failure:
             if failure.total != self.have():
-                self.forget()
+                self._begin_anew()
                 raise
+
+    def _begin_anew(self) -> None:
+        self._begun_anew = self._begun_anew or self.have() > 0
+        self.forget()
 
     def _known(self) -> dict[str, str]:
         """The version that ``part`` is of, {} if there is no part or a server has not told."""
@@ -216,7 +234,7 @@ class _Transfer:
         same = all(now.get(name, value) == value for name, value in known.items())
         first = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
         if not same or first is None or int(first[1]) != self.have():
-            self.forget()
+            self._begin_anew()
             raise Passing("the file changed on the server, starting anew")
 
     def _receive(self, response: HTTPResponse) -> None:
@@ -267,7 +285,9 @@ def _judged(error: HTTPError, address: str) -> Exception:
     if error.code in PASSING or error.code >= 500:
         wait = error.headers.get("Retry-After", "")
         return Passing(f"the server says {said}", float(wait) if wait.isdecimal() else None)
-    return UserError(f"the server refuses ({said})", address, "--mirror takes another address")
+    if error.code == PROXY_ASKS:
+        return UserError(f"the proxy refuses ({said})", address, "see the environment's http_proxy, https_proxy")
+    return Refused(f"the server refuses ({said})", address, "--mirror takes another address")
 
 
 def _reason(error: OSError | HTTPException) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from eagle.ge_data.checked import shown
 from eagle.ge_data.index import INDEX, PATTERN, Index, ShardInfo, Skipped, load_index, read_about, sha256
+from eagle.ge_data.progress import checking
 from eagle.locks import take
 from llava.errors import UserError
 from llava.files import atomic_write, read_json
@@ -91,11 +92,16 @@ def finished(folder: Path, notify: Callable[[str], None]) -> list[ShardInfo]:
     if not (folder / INDEX).exists() and not any(folder.glob(PATTERN)):
         return []
     index = load_index(folder, strict=False)
-    unread = sum(shard.sha256 is None for shard in index.shards)
+    unread = [shard for shard in index.shards if shard.sha256 is None]
     if not unread:
         return list(index.shards)
-    notify(f"reading {unread:,} shards for their checksums")
-    shards = [shard if shard.sha256 else replace(shard, sha256=sha256(folder / shard.file)) for shard in index.shards]
+    notify(f"reading {len(unread):,} shards for their checksums")
+    sums = {}
+    with checking(sum(shard.bytes for shard in unread)) as bar:
+        for shard in unread:
+            sums[shard.file] = sha256(folder / shard.file)
+            bar.update(shard.bytes)
+    shards = [replace(shard, sha256=shard.sha256 or sums[shard.file]) for shard in index.shards]
     Index.of(index.source, shards).save(folder)
     return shards
 

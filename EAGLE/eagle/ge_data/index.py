@@ -166,13 +166,13 @@ def load_index(folder: str | Path, strict: bool = True) -> Index:
     for name in sorted(files.keys() - {shard.file for shard in listed}):
         about = read_about(files[name])
         found = source_in(about, files[name])
-        if source is not None and found != source:
+        if source is not None and (differences := found.differences(source)):
             raise UserError(
-                f"shard of another corpus, with {found.differences(source)}",
+                f"shard of another corpus, with {differences}",
                 files[name],
                 "keep one folder for each model, data set and way of storing",
             )
-        source = found
+        source = found.completed(source)
         shards.append(shard_info(files[name], about, None))
     assert source is not None
     index = Index.of(source, shards)
@@ -255,8 +255,14 @@ def _source_fields(source: Source) -> dict[str, Any]:
 
 
 def _read_index(path: Path) -> tuple[Source, list[ShardInfo]]:
-    value = read_json(path, "index of the shards")
-    check_schema(value.get("schema") if isinstance(value, Mapping) else None, path)
+    try:
+        value = read_json(path, "index of the shards")
+    except UserError as error:
+        raise UserError(error.what, error.where, WITHOUT) from None
+    if not isinstance(value, Mapping) or "schema" not in value:
+        wrong = "no schema version"
+        raise UserError(f"index of the shards is incomplete or wrong ({wrong})", path, WITHOUT)
+    check_schema(value["schema"], path)
     own = {name: value[name] for name in value if name not in BESIDE}
     source = read_source(own, value["schema"], path, WITHOUT)
     wrong = wrong_fields({name: value[name] for name in value if name in BESIDE}, BESIDE)

@@ -20,6 +20,7 @@ from rich.text import Text
 from torch import Tensor
 
 from eagle.ge_data.index import AGAIN, INDEX, Index, gigabytes, load_index, sha256
+from eagle.ge_data.progress import checking
 from eagle.ge_data.shards import OpenShard, Sample, ShardDataset
 from eagle.ge_data.templates import template_class
 from llava.errors import UserError, run_cli
@@ -36,12 +37,14 @@ def check(folder: Path, index: Index) -> int:
         UserError: a shard is not what was written, or the index says something else.
     """
     without = 0
-    for shard in index.shards:
-        if shard.sha256 is None:
-            without += 1
-        elif sha256(folder / shard.file) != shard.sha256:
-            raise UserError("shard is not what was written, its checksum differs", folder / shard.file, AGAIN)
-        OpenShard(folder / shard.file, shard, index.source)
+    with checking(index.bytes) as bar:
+        for shard in index.shards:
+            if shard.sha256 is None:
+                without += 1
+            elif sha256(folder / shard.file) != shard.sha256:
+                raise UserError("shard is not what was written, its checksum differs", folder / shard.file, AGAIN)
+            OpenShard(folder / shard.file, shard, index.source)
+            bar.update(shard.bytes)
     return without
 
 

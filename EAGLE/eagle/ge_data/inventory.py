@@ -66,8 +66,8 @@ def report_sets(root: Path, sources: Sequence[Source]) -> tuple[list[str], bool]
 
 
 def report_needed(root: Path, sources: Sequence[Source], annotations: Path, all_sets: bool) -> tuple[list[str], bool]:
-    """Lines on the pictures that an annotation file names, and whether all are there. Rows whose names are none are
-    counted and do not matter: the allocation skips them.
+    """Lines on the pictures that an annotation file names, and whether all are there that can be had. Rows whose names
+    are none are counted and do not matter: the allocation skips them.
 
     Args:
         all_sets: also report names that belong to no set.
@@ -86,7 +86,7 @@ def report_needed(root: Path, sources: Sequence[Source], annotations: Path, all_
         missing = names - picture_names(root / source.path)
         gone = missing & _gone_names(root, source)
         lines += _needed_lines(source.name, len(names), sorted(f"{source.path}/{n}" for n in missing), len(gone))
-        whole = whole and not missing
+        whole = whole and not missing - gone
     if all_sets and needed:
         names = {_joined(folder, name) for folder, found in needed.items() for name in found}
         missing = {name for name in names if not _is_file(root / name)}

@@ -16,7 +16,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".gif")
 COMPLETE = ".complete.json"
 """File in the root: how many pictures the archive of each unpacked set had."""
 GONE_LIST = "gone.txt"
-"""File beside the folder of covers: name and address of those that their servers do not have any more."""
+"""File beside the folder of covers: name, address and reason of those that cannot be had from there, parted by tabs."""
 
 
 def is_picture(name: str) -> bool:
@@ -45,7 +45,13 @@ def gone_covers(folder: Path) -> dict[str, str]:
     """Name (without suffix) and address of the covers of a folder that are known to be gone."""
     path = folder.parent / GONE_LIST
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return dict(line.split("\t", 1) for line in lines if "\t" in line)
+    return dict(line.split("\t")[:2] for line in lines if "\t" in line)
+
+
+def remember_gone(folder: Path, name: str, address: str, reason: str) -> None:
+    """Notes that a cover is gone."""
+    with (folder.parent / GONE_LIST).open("a", encoding="utf-8") as file:
+        file.write("\t".join(" ".join(part.split()) for part in (name, address, reason)) + "\n")
 
 
 def need_space(folder: Path, size: int, what: str) -> None:

@@ -235,7 +235,7 @@ class OpenShard:
     def __init__(self, path: Path, listed: ShardInfo, source: Source) -> None:
         self._path, self._source = path, source
         about = read_about(path)
-        if source_in(about, path) != source or shard_info(path, about, listed.sha256) != listed:
+        if source_in(about, path).differences(source) or shard_info(path, about, listed.sha256) != listed:
             raise UserError("the index does not say what the shard holds", path, f"delete {INDEX}, the shards suffice")
         self._ids = [sample["id"] for sample in about["samples"]]
         self._file = open_shard(path).__enter__()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,10 @@ import torch
 from eagle.ge_data.checked import Check, count, number, one_of, optional, record, shown, text, wrong_fields
 from llava.errors import UserError
 
-SCHEMA = 3
-READABLE = (1, 2, 3)
+SCHEMA = 4
+READABLE = (1, 2, 3, 4)
 """Schema 1 knows no ``hidden_dtype`` and no ``regeneration``: states are 16 bit, answers those of the data set. Shards
-have the grids of their pictures since `GRIDS_SINCE`."""
+have the grids of their pictures since `GRIDS_SINCE`, and ``layer_fingerprint`` since schema 4."""
 GRIDS_SINCE = 3
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,7 +45,8 @@ class Source:
     """What every shard of a corpus shares.
 
     ``model``: hub name, or name of the folder. ``commit``: of the model, if known. ``dtype``: 16 bit, of the states as
-    they are read. ``fingerprint``: of a part of the model's weights, see `eagle.ge_data.extract.fingerprint`.
+    they are read. ``fingerprint``: of the token embedding, see `eagle.ge_data.extract.fingerprint`;
+    ``layer_fingerprint``: of the language model's last layer, which a fine-tune with a frozen embedding changes.
     ``hidden_dtype``: "int8" where hidden states are stored as `eagle.ge_data.quantise` writes them, None where they are
     stored as ``dtype``. ``regeneration``: where answers are the target's own and not the data set's.
     """
@@ -60,12 +61,26 @@ class Source:
     fingerprint: str | None = None
     hidden_dtype: str | None = None
     regeneration: Regeneration | None = None
+    layer_fingerprint: str | None = None
 
     def differences(self, other: Source) -> str:
-        """Where this one differs from ``other``, for a message; "" if they are equal."""
+        """Where this one differs from ``other``, for a message; "" if they may share a corpus. What one of them does
+        not know (`NOT_ALWAYS_KNOWN`) is no difference."""
         own, there = asdict(self), asdict(other)
-        return ", ".join(f"{name} {own[name]!r} instead of {there[name]!r}" for name in own if own[name] != there[name])
+        return ", ".join(
+            f"{name} {own[name]!r} instead of {there[name]!r}"
+            for name in own
+            if own[name] != there[name] and not (name in NOT_ALWAYS_KNOWN and None in (own[name], there[name]))
+        )
 
+    def completed(self, other: Source | None) -> Source:
+        """The same, with what only ``other`` knows."""
+        unknown = [name for name in NOT_ALWAYS_KNOWN if getattr(self, name) is None]
+        return self if other is None else replace(self, **{name: getattr(other, name) for name in unknown})
+
+
+NOT_ALWAYS_KNOWN = ("commit", "layer_fingerprint")
+"""Fields that shards of earlier releases, and of models outside the hub's cache, leave open."""
 
 REGENERATION: dict[str, Check] = {
     "draft": optional(text),
@@ -84,7 +99,11 @@ FIELDS: dict[str, Check] = {
     "image_token_id": count,
     "fingerprint": optional(text),
 }
-SINCE_SCHEMA_2: dict[str, Check] = {"hidden_dtype": one_of(None, INT8), "regeneration": optional(record(REGENERATION))}
+SINCE: dict[int, dict[str, Check]] = {
+    2: {"hidden_dtype": one_of(None, INT8), "regeneration": optional(record(REGENERATION))},
+    4: {"layer_fingerprint": optional(text)},
+}
+"""Fields by the schema version that brought them."""
 
 
 def read_source(value: Any, schema: int, path: Path, fix: str) -> Source:
@@ -96,7 +115,10 @@ def read_source(value: Any, schema: int, path: Path, fix: str) -> Source:
     Raises:
         UserError: a field is missing, unknown, or of a kind that no program of ours writes.
     """
-    wrong = wrong_fields(value, FIELDS if schema == 1 else {**FIELDS, **SINCE_SCHEMA_2})
+    wanted = dict(FIELDS)
+    for version, fields in SINCE.items():
+        wanted |= fields if schema >= version else {}
+    wrong = wrong_fields(value, wanted)
     if wrong:
         raise UserError(f"source of the states is incomplete or wrong ({wrong})", path, fix)
     regeneration = value.get("regeneration")

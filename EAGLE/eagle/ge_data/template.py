@@ -19,8 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from eagle.ge_data.conversations import MARK, Conversation, Unusable
-from llava.errors import UserError
-from llava.image import load_image
+from eagle.ge_data.pictures import open_picture
 
 BLANK = "OK"
 """Stands for an answer that is not known yet. Any short word does: its ids are dropped, and ids on the other sides of
@@ -126,6 +125,7 @@ class Template(ABC):
 
         Raises:
             Unusable: a picture is missing or broken, a picture or every answer would be cut, or the text has no ids.
+            UserError: the file system does not let a picture be read.
         """
         pictures = self._open_pictures(conversation, image_root, max_length)
         segments = self.segments(conversation)
@@ -179,7 +179,7 @@ class Template(ABC):
     def _open_pictures(self, conversation: Conversation, root: Path, max_length: int) -> list[Image.Image]:
         if len(conversation.images) * self.least_picture_tokens > max_length:
             raise Unusable("image_cut")  # before thousands of them fill the memory
-        return [_open_picture(root / name) for name in conversation.images]
+        return [open_picture(root / name) for name in conversation.images]
 
 
 def join_images(images: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -229,16 +229,3 @@ def mark_first(question: str) -> str:
     if question.count(MARK) != 1:
         return question
     return f"{MARK}\n{question.replace(MARK, '').strip()}".strip()
-
-
-def _open_picture(path: Path) -> Image.Image:
-    try:
-        found = path.is_file()
-    except OSError:  # such as a name of thousands of characters
-        found = False
-    if not found:
-        raise Unusable("missing_picture")
-    try:
-        return load_image(path)
-    except UserError:
-        raise Unusable("broken_picture") from None

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from zipfile import BadZipFile, ZipFile, ZipInfo
 
-from eagle.ge_data.fetch import progress_bar
 from eagle.ge_data.picture_folder import is_picture, need_space
+from eagle.ge_data.progress import progress_bar
 from llava.errors import UserError
 
 UNPACKING = ".unpacking"

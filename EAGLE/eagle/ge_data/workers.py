@@ -12,7 +12,9 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,7 @@ def run_workers(job: Job, ranges: Sequence[Range], devices: Sequence[str], event
     What a failed worker had begun is left for the next run.
     """
     context = multiprocessing.get_context("spawn")
+    resource_tracker.ensure_running()  # the first start would do it, and let Ctrl-C through again
     waiting = iter(ranges)
     workers: dict[Connection, tuple[str, Any]] = {}
     failures: list[Failure] = []
@@ -109,7 +112,8 @@ def run_workers(job: Job, ranges: Sequence[Range], devices: Sequence[str], event
             ours, theirs = context.Pipe()
             what = (job, device, threads(devices), theirs)
             process = context.Process(target=_serve, args=what, name=f"ge_data {device}", daemon=True)
-            process.start()
+            with _deaf_to_ctrl_c():
+                process.start()
             theirs.close()
             workers[ours] = (device, process)
         while workers:
@@ -150,6 +154,17 @@ def _handle(
         process.join()
         return Failure(device, *values)
     return None
+
+
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """What is started here is deaf to Ctrl-C from its first moment: a terminal sends it to all processes, and a worker
+    that still loads its modules would end with a traceback. For this process it waits until the block is over."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def threads(devices: Sequence[str]) -> int:
@@ -199,9 +214,9 @@ def _extractor(job: Job, device: str) -> Extractor:
     draft = None if job.answers is None else _draft(job.answers, target)
     regeneration = None if job.answers is None else _regeneration(job.answers, draft)
     source = source_of(target, job.model, job.hidden_dtype, regeneration)
-    if job.source is not None and job.source != source:
+    if job.source is not None and (differences := job.source.differences(source)):
         raise UserError(
-            f"the folder's shards are of another model or draft, with {job.source.differences(source)}",
+            f"the folder's shards are of another model or draft, with {differences}",
             job.folder,
             "take another --outdir",
         )

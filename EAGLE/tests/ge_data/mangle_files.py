@@ -179,7 +179,7 @@ REWRITES: dict[str, Damage] = {
     **{f"about without {name}": rewrite(drop(name))
        for name in ("schema", "source", "start", "samples", "skipped", "tokens")},
     **{f"source without {name}": rewrite(drop("source", name))
-       for name in ("family", "dtype", "hidden_size", "hidden_dtype", "regeneration")},
+       for name in ("family", "dtype", "hidden_size", "hidden_dtype", "regeneration", "layer_fingerprint")},
     "schema as text": rewrite(put("schema", value="2")),
     "schema true": rewrite(put("schema", value=True)),
     "source a list": rewrite(put("source", value=[1])),
@@ -210,7 +210,10 @@ INDEXES: dict[str, Damage] = {
     "not UTF-8": index(lambda value: b'{"schema": 2, "model": "\xff"}'),
     "too deep": index(lambda value: b"[" * 100_000),
     "huge number": index(lambda value: b'{"schema": ' + b"9" * 5000 + b"}"),
-    **{f"without {name}": index(drop(name)) for name in ("schema", "family", "hidden_dtype", "counts", "shards")},
+    **{
+        f"without {name}": index(drop(name))
+        for name in ("schema", "family", "hidden_dtype", "layer_fingerprint", "counts", "shards")
+    },
     **{f"shard without {name}": index(drop("shards", 0, name)) for name in ("file", "start", "bytes", "sha256")},
     "unknown field": index(put("more", value=1)),
     "shards a text": index(put("shards", value="rows")),

@@ -357,7 +357,7 @@ def test_empty_selections(
     data = annotations([text_row(1)])
     assert allocate(base, data, tmp_path / "out", "v", pictures=pictures) == 2
     assert "no image rows among the 1 rows" in capsys.readouterr().err
-    data = annotations([image_row(1, "nothing.png")])
+    data = annotations([image_row(1, "broken.png")])
     assert allocate(base, data, tmp_path / "skipped", "v", pictures=pictures) == 2
     assert "every row was skipped" in capsys.readouterr().err
 

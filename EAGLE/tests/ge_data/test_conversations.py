@@ -31,6 +31,13 @@ def test_turns() -> None:
     assert (conversation.system, conversation.turns) == ("Be brief.", (("q", "a"),))
 
 
+@pytest.mark.parametrize("speaker", ["gpt", "assistant", "chatgpt", "bing", "bard"])
+def test_names_of_the_assistant(speaker: str) -> None:
+    """All those of the ShareGPT file."""
+    row = {"id": 1, "conversations": [{"from": "human", "value": "q"}, {"from": speaker, "value": "a"}]}
+    assert read_conversation(row, 0).turns == (("q", "a"),)
+
+
 UNUSABLE: list[tuple[dict[str, Any], str]] = [
     ({"id": 1}, "no_conversation"),
     ({"conversations": "text"}, "no_conversation"),
@@ -84,6 +91,10 @@ SPOKEN: list[tuple[dict[str, Any], list[str]]] = [
     (row_of("q", "  a"), ["  a</s>"]),
     (row_of("q", "", "r", "b"), ["</s>", "b</s>"]),
     (row_of("q", "a</s>b"), ["a</s>b</s>"]),
+    (
+        row_of("What is <unk> in <image>?", "<unk>", "<unk>", "a <unk>", image="a.png"),
+        ["<unk></s>", "a <unk></s>"],
+    ),
 ]
 
 

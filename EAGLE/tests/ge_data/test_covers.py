@@ -14,8 +14,8 @@ from file_server import FileServer
 from PIL import Image
 
 from eagle.ge_data import covers as module
-from eagle.ge_data.covers import fetch_covers, missing_covers, read_addresses, save_cover
-from eagle.ge_data.fetch import Gone
+from eagle.ge_data.covers import as_cover, fetch_covers, missing_covers, read_addresses, save_cover
+from eagle.ge_data.fetch import Gone, Refused
 from llava.errors import UserError
 
 
@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_jpeg_is_saved_as_it_came(tmp_path: Path) -> None:
-    save_cover(picture(), tmp_path / "a.jpg", "address")
+    save_cover(as_cover(picture(), "address"), tmp_path / "a.jpg")
     assert (tmp_path / "a.jpg").read_bytes() == picture() and os.listdir(tmp_path) == ["a.jpg"]
 
 
@@ -50,7 +50,7 @@ def test_jpeg_is_saved_as_it_came(tmp_path: Path) -> None:
 def test_other_formats_become_jpeg(
     tmp_path: Path, kind: str, mode: str, colour: object, expected: tuple[int, int, int] | None
 ) -> None:
-    save_cover(picture(kind, mode, colour=colour), tmp_path / "a.jpg", "address")
+    save_cover(as_cover(picture(kind, mode, colour=colour), "address"), tmp_path / "a.jpg")
     with Image.open(tmp_path / "a.jpg") as image:
         assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (40, 30))
         if expected is not None:
@@ -58,16 +58,14 @@ def test_other_formats_become_jpeg(
 
 
 @pytest.mark.parametrize("data", [b"", b"<html>no such book</html>", picture()[:-200], picture("PNG")[:40]])
-def test_what_is_no_whole_picture_is_not_saved(tmp_path: Path, data: bytes) -> None:
-    with pytest.raises(UserError, match=r"picture.*: address"):
-        save_cover(data, tmp_path / "a.jpg", "address")
-    assert os.listdir(tmp_path) == []
+def test_what_is_no_whole_picture_is_refused(data: bytes) -> None:
+    with pytest.raises(Refused, match=r"picture.*: address"):
+        as_cover(data, "address")
 
 
-def test_placeholder_of_one_pixel_is_a_cover_that_is_gone(tmp_path: Path) -> None:
+def test_placeholder_of_one_pixel_is_a_cover_that_is_gone() -> None:
     with pytest.raises(Gone):
-        save_cover(picture("GIF", "P", (1, 1), 0), tmp_path / "a.jpg", "address")
-    assert os.listdir(tmp_path) == []
+        as_cover(picture("GIF", "P", (1, 1), 0), "address")
 
 
 def test_gone_covers_are_listed_and_nothing_is_asked_twice(
@@ -78,7 +76,8 @@ def test_gone_covers_are_listed_and_nothing_is_asked_twice(
     addresses = {name: server.url(name) for name in files}
     assert fetch_covers(addresses, folder, workers=2) == (2, 1)
     assert sorted(os.listdir(folder)) == ["a.jpg", "c.jpg"]
-    assert (folder.parent / "gone.txt").read_text() == f"b\t{server.url('b')}\n"
+    said = f"b\t{server.url('b')}\tthe server has no such file (404 Not Found)\n"
+    assert (folder.parent / "gone.txt").read_text() == said
     assert {name: len(file.requests) for name, file in files.items()} == {"a": 1, "b": 1, "c": 2}
 
     (folder / "a.jpg").unlink()
@@ -97,16 +96,84 @@ def test_no_gone_list_without_gone_covers(server: FileServer, folder: Path) -> N
 
 
 def test_failed_covers_are_named_and_the_others_fetched(server: FileServer, folder: Path, waits: list[float]) -> None:
-    server.put("a", b"<html>sold out</html>")
+    server.put("a", picture(), statuses=[500] * 99)
     server.put("b", picture())
-    server.put("c", picture(), statuses=[500] * 99)
+    server.put("c", picture(), statuses=[429] * 99)
     with pytest.raises(UserError) as caught:
         fetch_covers({name: server.url(name) for name in "abc"}, folder, workers=1)
-    assert str(caught.value).startswith("2 of 3 covers failed, the first a: what the server sent is no picture")
-    assert os.listdir(folder) == ["b.jpg"]
+    assert str(caught.value).startswith("2 of 3 covers failed, the first a: download failed")
+    assert os.listdir(folder) == ["b.jpg"] and not (folder.parent / "gone.txt").exists()
     server.put("a", picture())
     server.put("c", picture())
     assert fetch_covers({name: server.url(name) for name in "abc"}, folder, workers=1) == (3, 0)
+
+
+REFUSALS: dict[str, dict[str, object]] = {
+    "no picture": {"content": b"<html>sold out</html>"},
+    "403": {"content": picture(), "statuses": [403] * 99},
+    "451": {"content": picture(), "statuses": [451] * 99},
+    "half a picture": {"content": picture()[:-300]},
+    "packed": {"content": picture(), "headers": {"Content-Encoding": "gzip"}},
+}
+
+
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_refused_covers_are_gone_where_as_many_come(server: FileServer, folder: Path, kind: str) -> None:
+    """Else every later download would end with their failure."""
+    names = {"good": {"content": picture()}, "bad": REFUSALS[kind]}
+    for name, how in names.items():
+        server.put(name, **how)  # type: ignore[arg-type]
+    addresses = {name: server.url(name) for name in names}
+    assert fetch_covers(addresses, folder, workers=1) == (1, 1)
+    assert fetch_covers(addresses, folder, workers=1) == (1, 1) and len(server.files["bad"].requests) == 1
+    (line,) = (folder.parent / "gone.txt").read_text().splitlines()
+    assert line.split("\t")[:2] == ["bad", server.url("bad")] and len(line.split("\t")) == 3
+
+
+def test_an_address_that_is_none_is_gone(server: FileServer, folder: Path) -> None:
+    server.put("good", picture())
+    addresses = {"good": server.url("good"), "bad": "//shop/1.jpg"}
+    assert fetch_covers(addresses, folder, workers=1) == (1, 1) and missing_covers(addresses, folder) == {}
+
+
+def test_a_page_for_everything_makes_no_cover_gone(server: FileServer, folder: Path) -> None:
+    addresses = {name: server.url(name) for name in "abc"}
+    for name in addresses:
+        server.put(name, b"<html>log in</html>")
+    server.put("a", picture())
+    with pytest.raises(UserError, match="2 of 3 covers failed, the first b: what the server sent is no picture"):
+        fetch_covers(addresses, folder, workers=1)
+    assert not (folder.parent / "gone.txt").exists() and len(server.files["a"].requests) == 1
+
+
+def test_the_refused_of_earlier_runs_are_gone_in_the_end(
+    server: FileServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing else is left to come, so covers that are there are asked for again: whose fault is it?"""
+    monkeypatch.setattr(module, "HOPELESS", 4)
+    good = {f"g{n}": server.url(f"g{n}") for n in range(12)}
+    bad = {f"b{n}": server.url(f"b{n}") for n in range(10)}
+    for name in good:
+        server.put(name, picture())
+    for name in bad:
+        server.put(name, b"", statuses=[403] * 99)
+    assert fetch_covers(good, folder, workers=2) == (12, 0)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    for name in good:
+        server.put(name, b"<html>log in</html>")
+    with pytest.raises(UserError, match="the last 4 covers all failed"):
+        fetch_covers(good | bad, folder, workers=1)
+    assert not (folder.parent / "gone.txt").exists()
+    for name in good:
+        server.put(name, picture())
+    assert fetch_covers(good | bad, folder, workers=1) == (12, 10)
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_the_list_of_an_earlier_release_is_read(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder.parent / "gone.txt").write_text("a\thttp://x/a.jpg\n")
+    assert missing_covers({"a": "http://x/a.jpg", "b": "http://x/b.jpg"}, folder) == {"b": "http://x/b.jpg"}
 
 
 def test_covers_come_several_at_a_time(server: FileServer, folder: Path) -> None:

@@ -8,8 +8,7 @@ import re
 import shlex
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,8 +16,6 @@ from zipfile import ZipFile
 
 import pytest
 from file_server import FileServer
-from hub_server import HubServer
-from huggingface_hub import hf_hub_download
 
 from eagle.ge_data import download, fetch
 from eagle.ge_data.conversations import REASONS
@@ -238,44 +235,6 @@ def test_no_list_of_covers(run: Run, root: Path, server: FileServer, statuses: l
     assert tree(root) == [], "a page that is no list is not kept"
 
 
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: FileServer) -> Iterator[HubServer]:
-    """A hub that has one of the two annotation files."""
-    folder = tmp_path / "hub" / "anon8231489123" / "ShareGPT_Vicuna_unfiltered"
-    folder.mkdir(parents=True)
-    (folder / "ShareGPT_V3_unfiltered_cleaned_split.json").write_bytes(ROWS)
-    (tmp_path / "hub" / "liuhaotian" / "LLaVA-Instruct-150K").mkdir(parents=True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-    with HubServer(tmp_path / "hub") as running:
-        monkeypatch.setattr(download, "hf_hub_download", partial(hf_hub_download, endpoint=running.address))
-        yield running
-
-
-def test_annotations_from_the_hub(hub: HubServer, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["--root", str(root), "--only", "annotations"]
-    assert run_cli(lambda: download.main(command)) == 2
-    shown = capsys.readouterr()
-    assert "error: llava: the hub does not have llava_v1_5_mix665k.json" in shown.err
-    assert shown.err.splitlines()[-1].startswith("error: 1 of 2 sets failed: llava")
-    assert tree(root) == ["annotations/ShareGPT_V3_unfiltered_cleaned_split.json"]
-    assert (root / tree(root)[0]).read_bytes() == ROWS
-    asked = len(hub.requests)
-    assert run_cli(lambda: download.main([*command[:-1], "sharegpt"])) == 0
-    assert len(hub.requests) == asked, "a file that is there is not asked for"
-
-
-def test_hub_that_cannot_be_reached(
-    hub: HubServer, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert run_cli(lambda: download.main(["--root", str(root), "--only", "sharegpt"])) == 2
-    first, last = capsys.readouterr().err.splitlines()
-    expected = "error: sharegpt: download of ShareGPT_V3_unfiltered_cleaned_split.json from the hub failed ("
-    assert first.startswith(expected) and last.startswith("error: 1 of 1 sets failed: sharegpt")
-    assert hub.requests == []
-
-
 def test_check_tells_what_is_there(run: Run, root: Path, server: FileServer) -> None:
     status, out, _ = run("--check")
     assert status == 1 and not root.exists() and not any(file.requests for file in server.files.values())
@@ -338,6 +297,48 @@ def test_check_counts_names_that_are_none(run: Run, root: Path, annotations: Wri
     whole = annotations([image_row(1, "mine/a.png"), {**image_row(2), "image": 5}, image_row(3, "../a.png")])
     status, out, _ = run("--check", "--annotations", str(whole))
     assert status == 0 and f"{whole}: 3 rows, 1 with pictures" in out
+
+
+PAGE = b"<html>[quota exceeded]</html>"
+
+
+@pytest.mark.parametrize("came", [PAGE, b"", b"version https://git-lfs.github.com/spec/v1", ROWS.rstrip()[:-1]])
+def test_what_is_no_annotation_file_is_not_kept(run: Run, root: Path, server: FileServer, came: bytes) -> None:
+    server.put("llava", came)
+    status, out, errors = run("--only", "annotations")
+    assert status == 2 and "sharegpt: " in out
+    assert errors.startswith("error: llava: what came is no annotation file") and server.url("llava") in errors
+    assert tree(root) == ["annotations/ShareGPT_V3_unfiltered_cleaned_split.json"]
+    server.put("llava", b"\xef\xbb\xbf \n" + ROWS + b"\n ")
+    assert run("--only", "llava")[0] == 0
+
+
+def test_a_page_that_an_earlier_release_kept_is_named(run: Run, root: Path) -> None:
+    path = root / "annotations/llava_v1_5_mix665k.json"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(PAGE)
+    status, _, errors = run("--only", "llava")
+    assert status == 2 and errors.startswith("error: llava: not an annotation file") and str(path) in errors
+    assert path.read_bytes() == PAGE, "it may be the user's own"
+    path.unlink()
+    assert run("--only", "llava")[0] == 0
+
+
+def test_covers_that_are_gone_do_not_fail_the_check(
+    run: Run, root: Path, server: FileServer, annotations: Write
+) -> None:
+    """OCR-VQA ends well: all that can be had is there."""
+    server.put("refused", b"", statuses=[403] * 9)
+    server.put("page", b"<html>sold out</html>")
+    covers = {name: {"imageURL": server.url(name)} for name in ("k1", "k2", "k3", "refused", "page")}
+    server.put("ocr_vqa", json.dumps(covers).encode())
+    status, out, errors = run("--only", "ocr_vqa")
+    assert (status, errors) == (0, "") and "2 pictures" in out and "3 gone from the web" in out
+    needed = annotations([image_row(n, f"ocr_vqa/images/{name}.jpg") for n, name in enumerate(covers)])
+    status, out, _ = run("--check", "--annotations", str(needed))
+    assert status == 0 and "5 needed, 2 there, 3 missing, 3 of them gone from the web" in " ".join(out.split())
+    needed = annotations([image_row(n, f"ocr_vqa/images/{name}.jpg") for n, name in enumerate([*covers, "k9"])])
+    assert run("--check", "--annotations", str(needed))[0] == 1
 
 
 BAD = {

@@ -11,7 +11,7 @@ import pytest
 from file_server import ETAG, File, FileServer
 
 from eagle.ge_data import fetch as module
-from eagle.ge_data.fetch import Gone, Passing, fetch, fetch_bytes, retried
+from eagle.ge_data.fetch import Gone, Passing, Refused, fetch, fetch_bytes, retried
 from llava.errors import UserError
 
 DATA = bytes(range(251)) * 400
@@ -166,7 +166,32 @@ def test_same_bytes_again_are_no_progress(server: FileServer, target: Path, wait
     assert len(file.requests) == module.TRIES
 
 
-@pytest.mark.parametrize(("status", "kind"), [(404, Gone), (410, Gone), (403, UserError)])
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({}, "run the command again: what is done is kept"),
+        ({"etags": [f'"{n % 2}"' for n in range(99)]}, "it begins anew, for the server lets no download go on"),
+        ({"etags": [f'"{n % 2}"' for n in range(99)], "if_range": False}, "run the command again)"),
+        ({"ranges": False}, "it begins anew, for the server lets no download go on"),
+        ({"etag": None}, "it begins anew, for the server lets no download go on"),
+        ({"statuses": [503] * 99}, "run the command again)"),
+    ],
+)
+def test_what_is_said_of_the_next_run_is_true(
+    server: FileServer, target: Path, waits: list[float], how: dict[str, object], said: str
+) -> None:
+    drops = [1000, *[0] * 99] if not how else [1000] * 99
+    file = server.put("file.zip", DATA, drop_after=drops, **how)
+    with pytest.raises(UserError, match="download failed") as caught:
+        fetch(server.url("file.zip"), target, "file")
+    assert said in str(caught.value)
+    asked, file.statuses, file.drop_after = len(file.requests), [], []
+    fetch(server.url("file.zip"), target, "file")
+    check_whole(target)
+    assert sum(r.sent for r in file.requests[asked:]) == len(DATA) - (1000 if not how else 0)
+
+
+@pytest.mark.parametrize(("status", "kind"), [(404, Gone), (410, Gone), (403, Refused), (407, UserError)])
 def test_final_answers_are_final(
     server: FileServer, target: Path, waits: list[float], status: int, kind: type[UserError]
 ) -> None:
@@ -214,6 +239,18 @@ def test_small_file(server: FileServer, waits: list[float]) -> None:
     assert len(file.requests) == 2
     with pytest.raises(UserError, match="more than 1000 bytes"):
         fetch_bytes(server.url("a b.jpg"), 1000)
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "GZIP"])
+def test_a_packed_body_is_refused(server: FileServer, target: Path, encoding: str) -> None:
+    """Its bytes are not the file's."""
+    server.put("file.zip", DATA, headers={"Content-Encoding": encoding})
+    with pytest.raises(Refused, match=rf"packs what it sends \({encoding.lower()}\)"):
+        fetch(server.url("file.zip"), target, "file")
+    assert not target.exists()
+    server.put("file.zip", DATA, headers={"Content-Encoding": "Identity"})
+    fetch(server.url("file.zip"), target, "file")
+    check_whole(target)
 
 
 def test_a_defect_is_not_retried(waits: list[float]) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from eagle.ge_data import inspect
+from eagle.ge_data import inspect, progress
+from eagle.ge_data.folder import finished
+from eagle.ge_data.index import load_index
 from eagle.ge_data.inspect import ASK
 from eagle.ge_data.shards import Source, write_shard
 from llava.errors import run_cli
@@ -18,6 +20,20 @@ from .test_shards import H, make_sample
 def corpus(folder: Path, family: str = "llava", model: str = "tiny") -> Path:
     write_shard(folder, 0, 1, [(0, make_sample("a", 5, 2))], [], Source(family, model, None, "bfloat16", H, 100, 99))
     return folder
+
+
+@pytest.mark.parametrize(("patience", "shown"), [(0.0, True), (60.0, False)])
+def test_a_check_that_takes_long_shows_a_bar(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, patience: float, shown: bool
+) -> None:
+    """`inspect` over all shards, and the allocation over those that it has no checksum of."""
+    monkeypatch.setattr(progress, "PATIENCE", patience)
+    folder = corpus(tmp_path)
+    said: list[str] = []
+    assert [shard.file for shard in finished(folder, said.append)] == ["rows-00000000-00000001.safetensors"]
+    assert ("checksums: 100%" in capsys.readouterr().err) is shown and len(said) == 1
+    assert inspect.check(folder, load_index(folder)) == 0
+    assert ("checksums: 100%" in capsys.readouterr().err) is shown
 
 
 @pytest.mark.parametrize("more", [[], ["--model", "x"]])

@@ -74,7 +74,7 @@ def test_meta(corpus: tuple[Path, list[Sample]]) -> None:
     assert meta.image_tokens == sum(len(s.image_features) for s in samples)
     assert meta.skipped == {"too_long": 1, "empty": 3}
     written = json.loads((folder / INDEX).read_text())
-    assert written["schema"] == 3 and written["counts"]["skipped"] == meta.skipped
+    assert written["schema"] == 4 and written["counts"]["skipped"] == meta.skipped
     assert all(len(shard["sha256"]) == 64 for shard in written["shards"])
 
 
@@ -146,7 +146,7 @@ def break_missing(folder: Path) -> None:
 
 def break_schema(folder: Path) -> None:
     index = folder / INDEX
-    index.write_text(index.read_text().replace('"schema": 3', '"schema": 7'))
+    index.write_text(index.read_text().replace('"schema": 4', '"schema": 7'))
 
 
 def break_index(folder: Path) -> None:
@@ -191,6 +191,19 @@ def test_damaged_folder_is_named(corpus: tuple[Path, list[Sample]], damage) -> N
     damage(folder)
     with pytest.raises(UserError, match=BREAKS[damage]):
         ShardDataset(folder)
+
+
+@pytest.mark.parametrize("text", ["", '{"schema": 4,', "[]", "null", "7", "{}", '{"schema": 4}', "\x00", "[" * 99_999])
+def test_a_damaged_index_can_be_deleted(corpus: tuple[Path, list[Sample]], text: str) -> None:
+    """And its message says so."""
+    folder, _ = corpus
+    (folder / INDEX).write_text(text)
+    with pytest.raises(
+        UserError, match=r"(index of the shards|source of the states) .*\(delete it, the shards suffice\)$"
+    ):
+        ShardDataset(folder)
+    (folder / INDEX).unlink()
+    assert len(ShardDataset(folder)) == 5
 
 
 def test_no_folder_and_no_samples(tmp_path: Path) -> None:

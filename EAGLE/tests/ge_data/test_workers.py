@@ -6,16 +6,22 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
+from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from eagle.ge_data import allocation
 from eagle.ge_data.allocation import Board, devices
+from eagle.ge_data.extract import Extractor
 from eagle.ge_data.index import INDEX, ShardInfo, load_index
 from eagle.ge_data.source import Source
-from eagle.ge_data.workers import threads
+from eagle.ge_data.workers import Events, Failure, Job, run_here, threads
+from llava.errors import UserError
 
 from .conftest import Write, allocate, rows_of, text_row
 from .test_shards import SOURCE
@@ -78,3 +84,83 @@ def test_the_board_counts_samples_tokens_time_and_disk(tmp_path: Path) -> None:
     assert re.search(r"<\d\d:\d\d, +[\d.]+ ?k?sample/s", shown), "time that is left, and the rate"
     assert re.search(r" [1-9]\d* tokens/s, 3\.00 GB of 19\.00 GB\]", shown), "1 GB and 90 rows of 0.2 GB"
     assert [shard["start"] for shard in json.loads((tmp_path / INDEX).read_text())["shards"]] == [0, 10]
+
+
+FAILURES = [
+    Failure("cuda:0", "ended with status -9 and no word", False),
+    Failure("cuda:1", "shard cannot be written (no room)", True),
+    Failure("cuda:2", "another defect", False),
+]
+
+
+@pytest.mark.parametrize("shards", [0, 1])
+@pytest.mark.parametrize("kinds", ["defects", "bad input too"])
+def test_all_failures_are_said_and_what_is_there_is_summed_up(
+    base: Path, annotations: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], shards: int, kinds: str,
+) -> None:  # fmt: skip
+    failures = [failure for failure in FAILURES if kinds == "bad input too" or not failure.user]
+
+    def fail(job: Job, ranges: Any, devices: Any, events: Events) -> list[Failure]:
+        run_here(job, ranges[:shards], events)
+        return failures
+
+    monkeypatch.setattr(allocation, "run_workers", fail)
+    monkeypatch.setattr(allocation, "devices", lambda gpus: ["cuda:0", "cuda:1", "cuda:2"])
+    data, out = annotations([text_row(0), {"id": "x"}, *(text_row(n) for n in range(1, 6))]), tmp_path / "out"
+    assert allocate(base, data, out) == (2 if kinds == "bad input too" else 1)
+    said = capsys.readouterr()
+    errors = [line for line in said.err.splitlines() if line.startswith("error: ")]
+    assert errors[: len(failures)] == [f"error: worker {f.device} failed: {f.message}" for f in failures]
+    last = ["error: shard cannot be written (no room): worker cuda:1"] if kinds == "bad input too" else []
+    assert errors[len(failures) :] == last
+    assert ("samples" in said.out) == bool(shards) == (out / "skipped.jsonl").exists()
+
+
+def test_bad_input_half_way_leaves_what_is_there_summed_up(
+    base: Path, annotations: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, without workers."""
+    write = Extractor._write
+
+    def fail(self: Extractor, span: tuple[int, int], outcome: Any) -> ShardInfo:
+        if span[0]:
+            raise UserError("shard cannot be written (no room)")
+        return write(self, span, outcome)
+
+    monkeypatch.setattr(Extractor, "_write", fail)
+    data, out = annotations([text_row(n) for n in range(7)]), tmp_path / "out"
+    assert allocate(base, data, out) == 2
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1] == "error: shard cannot be written (no room)"
+    assert "samples" in said.out and (out / "skipped.jsonl").exists() and load_index(out).samples == 3
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.mark.parametrize(("free", "full"), [(10**3, True), (10**9, False)])
+def test_a_disk_that_will_be_full_is_said_once(
+    base: Path, annotations: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], free: int, full: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(0, 0, free))
+    data = annotations([text_row(n) for n in range(9)])
+    assert allocate(base, data, tmp_path / "out") == 0, "a note, no refusal"
+    error = capsys.readouterr().err
+    assert error.count("the disk will be full before the end") == full
+    assert not full or re.search(r"end: 0\.0[1-9] MB are still to come, 0\.00 MB are free \(--hidden-dtype int8", error)
+
+
+@pytest.mark.parametrize(("replaced", "said"), [(0, 1), (10**9, 0)])
+def test_shards_that_are_replaced_make_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: int, said: int
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(0, 0, 10**9))
+    notes: list[str] = []
+    board = Board(tmp_path, [], rows=30, waiting=30, notify=notes.append, replaced=replaced)
+    for start in (0, 10):
+        board.shard(SOURCE, ShardInfo(f"rows-{start:08d}-{start + 10:08d}.safetensors", start, start + 10, 10, 0, 0, {},
+                                      9 * 10**8))  # fmt: skip
+    board.bar.close()
+    assert len(notes) == said and all("1.80 GB are still to come, 1.00 GB are free" in note for note in notes)
