@@ -29,7 +29,7 @@ from eagle.model.sampling import TokenChooser
 from eagle.model.stopping import Stopper
 from eagle.model.tree import DraftTree
 
-AT_ONCE = 1 << 22  # numbers of noise at once, for all draws, nodes and tokens
+AT_ONCE = 1 << 22  # numbers of noise at once, for all draws, places and tokens
 ENOUGH = 500  # draws at a node, from which on it is tested
 FIRST, ROOT, INNER = "first token", "second token", "inside the tree"
 PARTIAL, FULL = "bonus after partial acceptance", "bonus after full acceptance"
@@ -103,36 +103,41 @@ def first_cycle(model: MSDModel, inputs: Mapping[str, Any], tree: TreeConfig) ->
     return chooser.seen[0], trees[0], logits[0].float()
 
 
-def noises(places: int, nodes: int, logits: Tensor, draws: int, seed: int) -> Iterator[Tensor]:
-    """Noise for ``draws`` answers, in parts [n, places, V] small enough for ``nodes`` rows of logits [..., V]."""
+def noises(places: int, logits: Tensor, draws: int, seed: int) -> Iterator[Tensor]:
+    """Noise for ``draws`` answers to be chosen from logits [..., V], in parts [n, places, V]."""
     generator = torch.Generator(device=logits.device).manual_seed(seed)
-    part = max(1, AT_ONCE // (max(places, nodes) * logits.shape[-1]))
+    part = max(1, AT_ONCE // (places * logits.shape[-1]))
     for start in range(0, draws, part):
         yield gumbel([min(part, draws - start), places, logits.shape[-1]], generator, logits.device)
 
 
 def choices(tree: DraftTree, scores: Tensor, chooser: TokenChooser, noise: Tensor) -> Tensor:
-    """[draws, N] the target's choice at every node, for each draw with its own noise.
+    """[draws, N] the target's choice at each node that a draw comes to, with the draw's own noise for the node's place;
+    -1 at the others, which no draw accepts.
 
     Args:
         scores: [N, V] processed.
         noise: [draws, D, V] of the places that follow the root.
     """
-    possible = torch.arange(scores.shape[1], device=scores.device)
-    if (few := (scores > -torch.inf).any(dim=0)).sum() < len(few) / 4:  # after top-k or top-p
-        possible = possible[few]
-        scores, noise = scores[:, possible], noise[..., possible]
-    chosen = noise.new_empty(len(noise), tree.size, dtype=torch.long)
-    for depth in range(noise.shape[1]):
-        level = (tree.depths == depth).nonzero()[:, 0]
-        chosen[:, level] = possible[chooser.pick(scores[level], noise[:, depth : depth + 1])]
+    possible = (scores > -torch.inf).any(dim=0).nonzero()[:, 0]  # [v]
+    few = len(possible) < scores.shape[1] / 4  # after top-k or top-p
+    scores = scores[:, possible] if few else scores
+    chosen = torch.full((len(noise), tree.size), -1, device=noise.device)
+    nodes = zip(tree.parents.tolist(), tree.tokens.tolist(), tree.depths.tolist(), strict=True)
+    for node, (parent, token, depth) in enumerate(nodes):
+        here = torch.arange(len(noise)) if node == 0 else (chosen[:, parent] == token).nonzero()[:, 0]
+        own = noise[:, depth].index_select(0, here.to(noise.device))  # [n, V]
+        if few:
+            own = own.index_select(1, possible)
+        picked = chooser.pick(scores[node], own)
+        chosen[here, node] = possible[picked] if few else picked
     return chosen
 
 
 def tally(tree: DraftTree, chosen: Tensor, vocabulary: int) -> Tensor:
     """[N, V] how often each token came out at each node, from choices [draws, N]: every accepted node gives one."""
     accepted = accepted_nodes(tree, chosen).long()  # [draws, N]
-    return chosen.new_zeros(tree.size, vocabulary).scatter_add_(1, chosen.T, accepted.T)
+    return chosen.new_zeros(tree.size, vocabulary).scatter_add_(1, chosen.clamp(min=0).T, accepted.T)
 
 
 def pooled(counts: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
@@ -218,7 +223,7 @@ def check_prompt(
     scores = {name: chooser.scores(torch.cat([first, logits]), prefix) for name, chooser in choosers.items()}
     firsts = {name: torch.zeros_like(first[0], dtype=torch.long) for name in settings}
     counts = {name: torch.zeros_like(logits, dtype=torch.long) for name in settings}
-    for noise in noises(int(drafted.depths.max()) + 2, drafted.size, logits, draws, seed):
+    for noise in noises(int(drafted.depths.max()) + 2, logits, draws, seed):
         for name, chooser in choosers.items():
             tokens = chooser.pick(scores[name][:1], noise[:, :1])[:, 0]
             firsts[name] += tokens.bincount(minlength=first.shape[-1])

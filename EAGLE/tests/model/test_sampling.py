@@ -78,7 +78,7 @@ def chosen_by(chooser: TokenChooser) -> torch.Tensor:
     """[DRAWS, N] choices at the nodes of `drawn_tree`."""
     tree, logits = drawn_tree(), node_logits()
     scores = chooser.scores(logits, torch.zeros(1, 1, dtype=torch.long))
-    return torch.cat([choices(tree, scores, chooser, part) for part in noises(3, 5, logits, DRAWS, 5)])
+    return torch.cat([choices(tree, scores, chooser, part) for part in noises(3, logits, DRAWS, 5)])
 
 
 @pytest.mark.parametrize("name", SETTINGS)
