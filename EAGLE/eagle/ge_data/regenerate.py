@@ -118,13 +118,15 @@ class Regenerator:
             if not (isinstance(error, OutOfMemory) or is_out_of_memory(error)):
                 raise
             answers = None
-        if answers is None and len(talks) > 1:  # after the handler, which held the failed forward's tensors
+        if answers is None:  # after the handler, which held the failed forward's tensors
+            if len(talks) == 1:
+                talks[0].reason = "too_large"
+                return
             half = len(talks) // 2
             self._turn(talks[:half], number)
             self._turn(talks[half:], number)
-        elif answers is None:
-            talks[0].reason = "too_large"
-        for talk, answer in zip(talks, answers or [], strict=False):
+            return
+        for talk, answer in zip(talks, answers, strict=True):
             if self.template.media_ids.isdisjoint(answer):
                 turn = talk.outline.turns[number]
                 talk.hear(turn, answer, self._ends(turn))

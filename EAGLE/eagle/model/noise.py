@@ -22,7 +22,7 @@ AT_ONCE = 8
 
 def gumbel(shape: Sequence[int], generator: torch.Generator | None, device: torch.device | str) -> Tensor:
     """Standard Gumbel noise, float32."""
-    waits = torch.empty(*shape, device=device).exponential_(generator=generator)
+    waits = torch.empty(*shape, dtype=torch.float32, device=device).exponential_(generator=generator)
     return waits.clamp_(min=torch.finfo(waits.dtype).tiny).log_().neg_()
 
 
