@@ -14,7 +14,7 @@ OUT ?= outputs/bench
 BENCH_FLAGS ?=
 
 # what depends on transformers most, for the oldest one: LOWEST_TESTS="LLaVA/tests EAGLE/tests" is everything
-LOWEST_TESTS ?= LLaVA/tests EAGLE/tests/model EAGLE/tests/ge_data/test_qwen.py EAGLE/tests/train/test_overfit.py \
+LOWEST_TESTS ?= LLaVA/tests EAGLE/tests/decode EAGLE/tests/drafts EAGLE/tests/families EAGLE/tests/ge_data/test_qwen.py EAGLE/tests/train/test_overfit.py \
     EAGLE/tests/train/test_positions.py
 
 # the oldest transformers that the packages admit, read where pip reads it
@@ -47,8 +47,8 @@ bench-quick: $(STAMP)  ## the same in a minute, without meaning
 
 figures: $(STAMP)  ## README's tables and plot from their report, and the figures of docs/method.md
 	$(BIN)/python -m benchmarks.readme
-	$(BIN)/python -m benchmarks.figure_inputs
-	$(BIN)/python -m benchmarks.figure_tree
+	$(BIN)/python -m experiments.figure_inputs
+	$(BIN)/python -m experiments.figure_tree
 
 quality: $(STAMP)  ## lint, formatting, dead code, types
 	$(BIN)/ruff check .

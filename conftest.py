@@ -22,8 +22,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def costs_of_a_made_up_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Trees adapt to the same costs in every run; what other processes measure is kept in a folder of its own."""
-    from eagle.model import msd
-    from eagle.model.planner import CostCurve
+    from eagle.decode import msd
+    from eagle.decode.adaptive.planner import CostCurve
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MSD_CACHE", str(tmp_path_factory.getbasetemp().parent / "msd-cache"))

@@ -8,8 +8,8 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedModel
 
-from eagle.model.msd import MSDModel
-from eagle.model.targets import load_target
+from eagle.decode.msd import MSDModel
+from eagle.families import load_target
 from llava.errors import UserError
 
 LAYERS = "layers:"

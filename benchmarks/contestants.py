@@ -10,8 +10,8 @@ from benchmarks.rounds import Runner
 from benchmarks.spec import Cell, Suite
 from eagle.benchmark import Answer, Work, with_engine, with_prompt_lookup, with_transformers
 from eagle.commands.bench import tree_bounds
-from eagle.model.config import TreeConfig
-from eagle.model.msd import MSDModel
+from eagle.decode.msd import MSDModel
+from eagle.decode.tree_config import TreeConfig
 from llava.errors import UserError
 
 Way = Callable[[Work], Answer]

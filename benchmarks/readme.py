@@ -23,7 +23,7 @@ from PIL import Image
 from benchmarks import bench_table
 from benchmarks.plot import draw_compact
 from benchmarks.report import NOISY
-from eagle.ge_data.index import sha256
+from eagle.hidden_states.index import sha256
 from llava.errors import UserError, run_cli
 from llava.files import atomic_write, read_json
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from eagle.benchmark import Answer, Work
-from eagle.model.stats import Stats
+from eagle.decode.stats import Stats
 
 
 @dataclass

@@ -27,12 +27,12 @@ import psutil
 import torch
 from rich.progress import track
 
+from eagle.arguments import add_data_options, add_length_option, add_model_options, load_model, positive
 from eagle.benchmark import versions
 from eagle.commands.demo import use_pocket_defaults
-from eagle.commands.options import add_data_options, add_length_option, add_model_options, load_model, positive
-from eagle.commands.questions import Question, read_questions
-from eagle.hardware import hardware
-from eagle.model.msd import MSDModel
+from eagle.decode.msd import MSDModel
+from eagle.provenance import hardware
+from eagle.questions import Question, read_questions
 from llava.errors import UserError, run_cli
 from llava.files import atomic_write
 

@@ -13,15 +13,15 @@ from tiny_llava import make_image, make_liuhaotian, make_llava_hf
 from benchmarks import suite
 from benchmarks.assistant import first_layers
 from benchmarks.contestants import build
-from benchmarks.random_pair import RandomPrompt, Shape, random_pair
 from benchmarks.rounds import Runner, find_quiet, interleave_rounds
 from benchmarks.spec import Cell, Suite, read_suite
 from benchmarks.work import positions_of, work_of
 from eagle import MSDModel
 from eagle.benchmark import Answer, new_tokens
-from eagle.model.planner import Acceptance
-from eagle.model.stats import Stats
-from eagle.model.targets import load_target
+from eagle.decode.adaptive.planner import Acceptance
+from eagle.decode.stats import Stats
+from eagle.families import load_target
+from experiments.random_pair import RandomPrompt, Shape, random_pair
 from llava.errors import UserError
 
 REPO = Path(__file__).resolve().parents[1]

@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from eagle import MSDModel, TreeConfig
-from eagle.model import targets
-from eagle.model.checkpoint import load_draft
+from eagle import families as targets
+from eagle.drafts.checkpoint import load_draft
 from llava.errors import UserError
 from llava.hub import Source
 from llava.tokenizer import load_tokenizer

@@ -9,21 +9,22 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import allocation as allocation_benchmark
-from benchmarks import training_study
-from benchmarks.study_cells import choose
-from eagle.ge_data import allocation, convert, download, inspect
+from eagle.ge_data import allocation, convert, inspect
+from eagle.ge_data.download import __main__ as download
+from experiments import allocation as allocation_benchmark
+from experiments import training_study
+from experiments.study_cells import choose
 
 REPO = Path(__file__).resolve().parents[1]
 PAGE = (REPO / "docs" / "data.md").read_text(encoding="utf-8")
 BLOCKS = re.sub(r"\\\n", " ", "".join(re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)))
 WRITTEN = [*re.split(r"\n|&&", BLOCKS), *re.findall(r"`((?:python -m|pytest|[A-Z_]+=)[^`]*)`", PAGE)]
 PARSERS = {
-    "eagle.ge_data.download": download.parser,
+    "eagle.ge_data.download.__main__": download.parser,
     "eagle.ge_data.convert": convert.parser,
     "eagle.ge_data.allocation": allocation.parser,
     "eagle.ge_data.inspect": inspect.parser,
-    "benchmarks.allocation": allocation_benchmark.parser,
+    "experiments.allocation": allocation_benchmark.parser,
 }
 
 
@@ -43,11 +44,11 @@ def test_commands_parse(module: str) -> None:
 
 def test_every_module_of_a_command_is_checked() -> None:
     named = {words[2] for words in commands("python -m ")}
-    assert named == {*PARSERS, "benchmarks.training_study"}
+    assert named == {*PARSERS, "experiments.training_study"}
 
 
 def test_the_training_study_trains_cells_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    (words,) = commands("python -m benchmarks.training_study ")
+    (words,) = commands("python -m experiments.training_study ")
     monkeypatch.setattr(sys, "argv", words[2:])
     assert choose(training_study.parse_args().cells)
 
@@ -58,7 +59,7 @@ def test_settings_of_the_scripts_reach_them() -> None:
     given = dict(word.split("=", 1) for word in words[:-1])
     texts = "".join((REPO / name).read_text(encoding="utf-8") for name in (words[-1], "scripts/3_allocate.sh"))
     assert "STATES_ONLY" in given and all(f"${{{name}:" in texts for name in given)
-    (study,) = commands("python -m benchmarks.training_study ")
+    (study,) = commands("python -m experiments.training_study ")
     assert study[study.index("--data") + 1] == given["BUILD"]
 
 

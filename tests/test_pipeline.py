@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from eagle.ge_data.index import load_index
+from eagle.hidden_states.index import load_index
 
 REPO = Path(__file__).resolve().parents[1]
 QWEN = {"FAMILY": "qwen2_vl", "BASE": "pocket/qwen2vl", "CONFIG": "pocket_qwen2vl_config.json"}

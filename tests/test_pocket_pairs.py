@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from eagle import MSDModel, TreeConfig
-from eagle.commands.questions import read_questions
-from pocket.evaluate import evaluate, load_answerer, read_items
+from eagle.questions import read_questions
+from pocket.recipe.evaluate import evaluate, load_answerer, read_items
 
 POCKET = Path(__file__).resolve().parents[1] / "pocket"
 HELDOUT = POCKET / "data" / "heldout.jsonl"

@@ -11,9 +11,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from eagle.cli import parser
-from eagle.model.checkpoint import load_draft, save_draft
-from eagle.model.config import DraftConfig, DraftOptions
-from eagle.model.draft import DraftModel
+from eagle.drafts.checkpoint import load_draft, save_draft
+from eagle.drafts.config import DraftConfig, DraftOptions
+from eagle.drafts.msd import DraftModel
 from llava.errors import UserError
 
 REPO = Path(__file__).resolve().parents[1]

@@ -12,9 +12,9 @@ import torch
 
 from eagle.doctor.memory import POSITIONS
 from eagle.doctor.published import footprint
-from eagle.ge_data.templates import FAMILIES
-from eagle.model.config import DraftConfig
-from eagle.model.draft import DraftModel
+from eagle.drafts.config import DraftConfig
+from eagle.drafts.msd import DraftModel
+from eagle.families.templates import FAMILIES
 from eagle.train.settings import TrainConfig
 from llava.files import read_json
 from lmms_eval_msd import MODELS

@@ -11,8 +11,8 @@ from tiny_draft import make_draft
 from tiny_llava import make_image, make_liuhaotian
 
 from benchmarks import soak
-from eagle.model.decode import Decoder
-from eagle.model.targets import load_target
+from eagle.decode.decoder import Decoder
+from eagle.families import load_target
 from llava.errors import UserError, run_cli
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 import eagle.train
-from benchmarks import simulated_tau, training_cost, training_study
 from eagle.train.curriculum import image_probability
 from eagle.train.main_deepspeed import parse_args
 from eagle.train.settings import TrainConfig
+from experiments import simulated_tau, training_cost, training_study
 
 REPO = Path(__file__).resolve().parents[1]
 PAGE = (REPO / "docs" / "training.md").read_text(encoding="utf-8")

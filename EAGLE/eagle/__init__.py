@@ -9,19 +9,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from eagle.model.config import TreeConfig
-    from eagle.model.msd import MSDModel, MSDOutput
-    from eagle.model.stats import Stats
+    from eagle.decode.msd import MSDModel, MSDOutput
+    from eagle.decode.stats import Stats
+    from eagle.decode.tree_config import TreeConfig
 
 __version__ = "0.1.0"
 
 __all__ = ["MSDModel", "MSDOutput", "Stats", "TreeConfig", "__version__"]
 
 _HOMES = {
-    "MSDModel": "eagle.model.msd",
-    "MSDOutput": "eagle.model.msd",
-    "Stats": "eagle.model.stats",
-    "TreeConfig": "eagle.model.config",
+    "MSDModel": "eagle.decode.msd",
+    "MSDOutput": "eagle.decode.msd",
+    "Stats": "eagle.decode.stats",
+    "TreeConfig": "eagle.decode.tree_config",
 }
 
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
-from eagle.model.config import TreeConfig
-from eagle.model.msd import MSDModel
-from eagle.model.stats import Stats
-from eagle.model.targets import Target
+from eagle.decode.msd import MSDModel
+from eagle.decode.stats import Stats
+from eagle.decode.tree_config import TreeConfig
+from eagle.families import Target
 
 PACKAGES = ("msd-eagle", "torch", "transformers", "accelerate")
 

@@ -20,14 +20,14 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
-from eagle.model.accept import accepted_nodes
-from eagle.model.config import TreeConfig
-from eagle.model.decode import Decoder
-from eagle.model.msd import MSDModel
-from eagle.model.noise import gumbel
-from eagle.model.sampling import TokenChooser
-from eagle.model.stopping import Stopper
-from eagle.model.tree import DraftTree
+from eagle.decode.accept import accepted_nodes
+from eagle.decode.decoder import Decoder
+from eagle.decode.msd import MSDModel
+from eagle.decode.noise import gumbel
+from eagle.decode.sampling import TokenChooser
+from eagle.decode.stopping import Stopper
+from eagle.decode.tree import DraftTree
+from eagle.decode.tree_config import TreeConfig
 
 AT_ONCE = 1 << 22  # numbers of noise at once, for all draws, places and tokens
 ENOUGH = 500  # draws at a node, from which on it is tested

@@ -9,8 +9,8 @@ from tiny_llava import make_image, make_liuhaotian
 
 from eagle import exactness
 from eagle.cli import main
-from eagle.model.sampling import TokenChooser
-from eagle.model.targets import load_target
+from eagle.decode.sampling import TokenChooser
+from eagle.families import load_target
 
 REPORT_KEYS = {"speedup", "tau", "tokens_per_second", "baseline_name", "phases_ms", "histogram", "versions", "hardware",
                "settings"}  # fmt: skip
@@ -86,7 +86,7 @@ def test_verify_compares_sampled_answers(pair, capsys):
 
 def test_verify_fails_when_answers_differ(pair, capsys, monkeypatch):
     """A decoder that drops the last token must be caught."""
-    from eagle.model.decode import Decoder
+    from eagle.decode.decoder import Decoder
 
     monkeypatch.setattr(Decoder, "run", lambda self, honest=Decoder.run: [row[:-1] for row in honest(self)])
     assert main(["verify", *models(pair), "--data", str(pair / "questions.jsonl"), "--max-new-tokens", "9"]) == 1

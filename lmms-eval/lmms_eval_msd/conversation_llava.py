@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from eagle.model.targets import Target
+from eagle.families import Target
 from llava.conversation import build_prompt
 from llava.errors import UserError
 from lmms_eval_msd.conversation import IMAGE_MARK, Conversation, Prompt

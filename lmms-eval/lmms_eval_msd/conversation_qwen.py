@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from eagle.model.targets import Target
+from eagle.families import Target
 from llava.errors import UserError
 from lmms_eval_msd.conversation import IMAGE_MARK, Conversation, Prompt
 from lmms_eval_msd.video import provide_reader, thin_out

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from eagle.model.targets import family_of
+from eagle.families import family_of
 from llava.errors import UserError
 
 QWEN_SYSTEM = "You are a helpful assistant."

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from eagle.model.targets import Target
+from eagle.families import Target
 from lmms_eval_msd.conversation import Conversation, Prompt
 
 

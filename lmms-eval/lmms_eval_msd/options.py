@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from eagle import TreeConfig
-from eagle.model.checkpoint import HUB_KEYS
+from eagle.drafts.checkpoint import HUB_KEYS
 from llava.errors import UserError
 from lmms_eval_msd.families import Family
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from eagle.model.targets import Target
-from eagle.model.targets.stock import load_processor
+from eagle.families import Target
+from eagle.families.stock import load_processor
 from lmms_eval_msd.conversation import Conversation
 from lmms_eval_msd.conversation_llava import LlavaConversation
 from lmms_eval_msd.conversation_qwen import QwenConversation

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eagle import Stats
-from eagle.hardware import cpu_name
+from eagle.provenance import cpu_name
 from llava.files import atomic_write
 from lmms_eval_msd import MODELS
 from lmms_eval_msd.runs import Baseline, differences, speedup

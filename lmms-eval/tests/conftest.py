@@ -11,7 +11,7 @@ from tiny_draft import make_draft
 from tiny_llava import make_image, make_liuhaotian, make_llava_hf
 from tiny_stock import make_llava_next, make_qwen
 
-from eagle.model.targets import load_target
+from eagle.families import load_target
 
 sys.path.insert(0, str(Path(__file__).parent))
 from eval_support import QWEN_TEMPLATE, write_llava_processor

@@ -6,7 +6,7 @@ import pytest
 from eval_support import IMAGES, TREE, load, request
 from tiny_draft import make_draft
 
-from eagle.model.targets import load_target
+from eagle.families import load_target
 from lmms_eval_msd import MODELS
 from lmms_eval_msd import model as models
 

@@ -10,7 +10,7 @@ from eval_support import IMAGES, TREE, load, request
 from tiny_draft import make_draft
 from tiny_llava import make_image
 
-from eagle.model.targets import load_target
+from eagle.families import load_target
 from llava import UserError
 from lmms_eval_msd import MODELS, report
 from lmms_eval_msd import model as models

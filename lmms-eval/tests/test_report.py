@@ -10,7 +10,7 @@ from eval_support import IMAGES, TREE, load, request
 from rich.console import Console
 
 from eagle import Stats
-from eagle.hardware import cpu_name
+from eagle.provenance import cpu_name
 from llava import UserError
 from lmms_eval_msd import report
 from lmms_eval_msd.model import LlavaMSD

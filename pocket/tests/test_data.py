@@ -9,11 +9,11 @@ from random import Random
 import pytest
 from PIL import Image
 
-from pocket import make_data
-from pocket.draw import SIDE, draw
-from pocket.english import topics
-from pocket.sample import KINDS, converse, draw_picture_data
-from pocket.spec import Chart, is_heldout
+from pocket.recipe import make_data
+from pocket.recipe.draw import SIDE, draw
+from pocket.recipe.english import topics
+from pocket.recipe.sample import KINDS, converse, draw_picture_data
+from pocket.recipe.spec import Chart, is_heldout
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 

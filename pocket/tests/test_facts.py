@@ -6,8 +6,8 @@ from random import Random
 
 import pytest
 
-from pocket.facts import choice, is_right, number, word
-from pocket.sample import KINDS, ask, draw_picture_data
+from pocket.recipe.facts import choice, is_right, number, word
+from pocket.recipe.sample import KINDS, ask, draw_picture_data
 
 BRAZIL = "Brazil is drawn in red and its value is 35. Peru is drawn in blue and its value is 20."
 

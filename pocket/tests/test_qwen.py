@@ -12,17 +12,17 @@ from PIL import Image
 from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 
 from llava import load_pretrained
-from pocket import training
-from pocket.draw import draw, sketch_of
-from pocket.encode import IGNORE
-from pocket.encode import Tokenizer as LlavaTokenizer
-from pocket.qwen import export
-from pocket.qwen.encode import Qwen
-from pocket.qwen.model import fresh, take_over
-from pocket.qwen.tokenizer import SPECIAL, load_tokenizer, train_tokenizer
-from pocket.qwen.train_target import PLAN, start_model
-from pocket.qwen.train_tower import BATCH, Heads, Pictures, losses_of
-from pocket.sample import converse, draw_picture_data
+from pocket.recipe import training
+from pocket.recipe.draw import draw, sketch_of
+from pocket.recipe.encode import IGNORE
+from pocket.recipe.encode import Tokenizer as LlavaTokenizer
+from pocket.recipe.qwen import export
+from pocket.recipe.qwen.encode import Qwen
+from pocket.recipe.qwen.model import fresh, take_over
+from pocket.recipe.qwen.tokenizer import SPECIAL, load_tokenizer, train_tokenizer
+from pocket.recipe.qwen.train_target import PLAN, start_model
+from pocket.recipe.qwen.train_tower import BATCH, Heads, Pictures, losses_of
+from pocket.recipe.sample import converse, draw_picture_data
 
 TEACHER = Path(__file__).resolve().parents[1] / "llava"
 

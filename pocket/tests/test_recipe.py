@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pocket import recipe
+from pocket.recipe import __main__ as recipe
 
 
 class Ran:
@@ -37,15 +37,15 @@ def start(monkeypatch: pytest.MonkeyPatch, ran: Ran, *flags: str) -> None:
 
 
 def test_every_step_is_a_module() -> None:
-    assert all(find_spec(f"pocket.{step.name}") for step in recipe.steps())
+    assert all(find_spec(f"pocket.recipe.{step.name}") for step in recipe.steps())
 
 
 def test_an_interrupted_recipe_goes_on(build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = Ran(fail="pocket.qwen.train_tower")
+    first = Ran(fail="pocket.recipe.qwen.train_tower")
     with pytest.raises(SystemExit, match=r"qwen\.train_tower ended with status 1"):
         start(monkeypatch, first)
     names = [f"pocket.{step.name}" for step in recipe.steps()]
-    failed = names.index("pocket.qwen.train_tower")
+    failed = names.index("pocket.recipe.qwen.train_tower")
     assert [command[0] for command in first.commands] == names[: failed + 1]
     assert not any("--resume" in command for command in first.commands)
 

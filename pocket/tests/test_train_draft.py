@@ -1,4 +1,4 @@
-"""`pocket/train_draft.sh` passes its settings on and puts the draft where it is asked to."""
+"""`pocket/recipe/train_draft.sh` passes its settings on and puts the draft where it is asked to."""
 
 from __future__ import annotations
 

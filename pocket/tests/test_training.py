@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 
 from llava import load_pretrained
-from pocket import encode, export, patches, train_target, training
-from pocket.draw import sketch_of
-from pocket.encode import BOS, EOS, IGNORE, IMAGE_TOKEN_ID, IMAGE_TOKENS, Tokenizer
-from pocket.model import fresh, parameter_count
-from pocket.optimizer import Optimizers, orthogonal
-from pocket.sample import converse, draw_picture_data
-from pocket.spec import SCENE_COLOURS
-from pocket.train_target import FROM_SCRATCH, FURTHER, Llava
+from pocket.recipe import encode, export, patches, train_target, training
+from pocket.recipe.draw import sketch_of
+from pocket.recipe.encode import BOS, EOS, IGNORE, IMAGE_TOKEN_ID, IMAGE_TOKENS, Tokenizer
+from pocket.recipe.model import fresh, parameter_count
+from pocket.recipe.optimizer import Optimizers, orthogonal
+from pocket.recipe.sample import converse, draw_picture_data
+from pocket.recipe.spec import SCENE_COLOURS
+from pocket.recipe.train_target import FROM_SCRATCH, FURTHER, Llava
 
 MODEL = Path(__file__).resolve().parents[1] / "llava"
 

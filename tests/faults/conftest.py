@@ -17,7 +17,7 @@ from fault_support import hear_ctrl_c
 from tiny_draft import make_draft
 from tiny_llava import make_image, make_liuhaotian
 
-from eagle.model.targets import load_target
+from eagle.families import load_target
 
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO / "EAGLE" / "tests" / "train"))

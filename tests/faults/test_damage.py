@@ -15,9 +15,9 @@ import pytest
 import torch
 from fault_support import damaged
 
-from eagle.ge_data.index import load_index
-from eagle.model.checkpoint import load_draft
-from eagle.model.targets import load_target
+from eagle.drafts.checkpoint import load_draft
+from eagle.families import load_target
+from eagle.hidden_states.index import load_index
 from eagle.train import main_deepspeed
 from eagle.train.engine import PlainEngine
 from llava.errors import UserError, run_cli

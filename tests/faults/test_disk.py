@@ -11,9 +11,9 @@ import pytest
 import torch
 from fault_support import text_rows
 
+from eagle.drafts.checkpoint import load_draft, save_draft
 from eagle.ge_data import allocation, convert
-from eagle.ge_data.shards import ShardDataset
-from eagle.model.checkpoint import load_draft, save_draft
+from eagle.hidden_states.shards import ShardDataset
 from eagle.train import main_deepspeed
 from llava.errors import UserError, run_cli
 from llava.files import atomic_write

@@ -10,12 +10,12 @@ import torch
 from tiny_llava import make_image
 
 from eagle.cli import main
-from eagle.model.checkpoint import load_draft
-from eagle.model.config import TreeConfig
-from eagle.model.msd import MSDModel
-from eagle.model.targets import load_target
-from eagle.model.targets.base import Target
-from eagle.model.tree import Candidates, ancestor_mask, best_part, select_nodes
+from eagle.decode.msd import MSDModel
+from eagle.decode.tree import Candidates, ancestor_mask, best_part, select_nodes
+from eagle.decode.tree_config import TreeConfig
+from eagle.drafts.checkpoint import load_draft
+from eagle.families import load_target
+from eagle.families.base import Target
 from llava.errors import LESS_MEMORY, UserError
 
 TREE = TreeConfig(depth=4, top_k=4, total_tokens=24)

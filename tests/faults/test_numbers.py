@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eagle.cli import main
-from eagle.model.checkpoint import load_draft
-from eagle.model.draft import DraftModel
-from eagle.model.targets.base import Target
+from eagle.drafts.checkpoint import load_draft
+from eagle.drafts.msd import DraftModel
+from eagle.families.base import Target
 from eagle.train import main_deepspeed
 from eagle.train.engine import PlainEngine
 from llava.errors import UserError, run_cli

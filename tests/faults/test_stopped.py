@@ -15,7 +15,7 @@ import pytest
 from fault_support import text_rows
 
 from eagle.ge_data import allocation, convert
-from eagle.ge_data.shards import ShardDataset
+from eagle.hidden_states.shards import ShardDataset
 from eagle.locks import take
 from eagle.train import main_deepspeed
 from eagle.train.checkpoint import CheckpointStore

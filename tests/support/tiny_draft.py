@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from eagle.model.checkpoint import save_draft
-from eagle.model.config import DraftConfig
-from eagle.model.draft import DraftModel
-from eagle.model.targets import Target
+from eagle.drafts.checkpoint import save_draft
+from eagle.drafts.config import DraftConfig
+from eagle.drafts.msd import DraftModel
+from eagle.families import Target
 
 
 def make_draft(folder: str | Path, target: Target, seed: int = 0, agree: float = 0.6, **changes) -> Path:

@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from eagle.benchmark import Contestant, baselines, interleave, strongest, versions, with_engine, with_prompt_lookup
-from eagle.commands.options import (
+from eagle.arguments import (
     add_data_options,
     add_length_option,
     add_model_options,
@@ -23,10 +22,11 @@ from eagle.commands.options import (
     positive,
     sampling_settings,
 )
-from eagle.commands.questions import read_questions
-from eagle.hardware import hardware
-from eagle.model.config import TreeConfig
-from eagle.model.stats import Stats
+from eagle.benchmark import Contestant, baselines, interleave, strongest, versions, with_engine, with_prompt_lookup
+from eagle.decode.stats import Stats
+from eagle.decode.tree_config import TreeConfig
+from eagle.provenance import hardware
+from eagle.questions import read_questions
 from llava.files import atomic_write
 
 PLAIN_WIDTH = 120  # of the tables where they go to a file

@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import TextStreamer
 
-from eagle.commands.options import add_data_options, add_length_option, add_model_options, load_model, positive
-from eagle.commands.questions import Question, read_questions
-from eagle.model.msd import MSDModel
-from eagle.model.stats import Stats
+from eagle.arguments import add_data_options, add_length_option, add_model_options, load_model, positive
+from eagle.decode.msd import MSDModel
+from eagle.decode.stats import Stats
+from eagle.questions import Question, read_questions
 from llava.errors import UserError
 
 POCKET = Path(__file__).resolve().parents[3] / "pocket"

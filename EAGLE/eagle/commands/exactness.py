@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from eagle.commands.options import add_data_options, add_model_options, load_model, positive
-from eagle.commands.questions import read_questions
+from eagle.arguments import add_data_options, add_model_options, load_model, positive
 from eagle.exactness import Fit, check_prompt, significant
+from eagle.questions import read_questions
 from llava.files import atomic_write
 
 

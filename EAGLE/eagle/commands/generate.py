@@ -7,7 +7,7 @@ import json
 
 from transformers import TextStreamer
 
-from eagle.commands.options import (
+from eagle.arguments import (
     add_length_option,
     add_model_options,
     add_sampling_options,

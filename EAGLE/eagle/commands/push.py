@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from eagle.model.publish import push_to_hub, write_release
+from eagle.publish import push_to_hub, write_release
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from eagle.arguments import add_data_options, add_length_option, add_model_options, load_model, positive
 from eagle.benchmark import Contestant, interleave, versions, with_engine
-from eagle.commands.options import add_data_options, add_length_option, add_model_options, load_model, positive
-from eagle.commands.questions import Group, read_questions
-from eagle.hardware import hardware
-from eagle.model.msd import MSDModel
-from eagle.model.stats import Stats
+from eagle.decode.msd import MSDModel
+from eagle.decode.stats import Stats
+from eagle.provenance import hardware
+from eagle.questions import Group, read_questions
 from llava.errors import UserError
 from llava.files import atomic_write
 

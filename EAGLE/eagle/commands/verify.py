@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper
 
-from eagle.commands.options import add_data_options, add_length_option, add_model_options, load_model
-from eagle.commands.questions import read_questions
-from eagle.model.noise import Noise
+from eagle.arguments import add_data_options, add_length_option, add_model_options, load_model
+from eagle.decode.noise import Noise
+from eagle.questions import read_questions
 from llava.errors import UserError
 
 

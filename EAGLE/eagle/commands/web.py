@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from eagle.arguments import add_data_options, add_length_option, add_model_options, load_model, positive
 from eagle.commands.demo import POCKET, choose, use_pocket_defaults
-from eagle.commands.options import add_data_options, add_length_option, add_model_options, load_model, positive
-from eagle.commands.questions import Question, read_questions
+from eagle.questions import Question, read_questions
 from llava.errors import UserError
 
 PACKAGES = ("starlette", "uvicorn")

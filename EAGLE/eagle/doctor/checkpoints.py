@@ -12,14 +12,14 @@ from eagle.doctor.check import Check, State
 from eagle.doctor.contents import Contents, base_weights, draft_weights, open_contents
 from eagle.doctor.headers import read_shapes
 from eagle.doctor.memory import Footprint
-from eagle.model.base_weights import EMBED_NAMES, HEAD_NAMES
-from eagle.model.checkpoint import misfits
-from eagle.model.config import HEAD_TOKENS, DraftConfig
-from eagle.model.draft import DraftModel
-from eagle.model.head_tokens import read_head_tokens
-from eagle.model.targets import FAMILIES
-from eagle.model.targets.llava import LlavaTarget
-from eagle.model.targets.stock import load_processor
+from eagle.drafts.checkpoint import misfits
+from eagle.drafts.config import HEAD_TOKENS, DraftConfig
+from eagle.drafts.draft_vocab import read_head_tokens
+from eagle.drafts.msd import DraftModel
+from eagle.families import FAMILIES
+from eagle.families.base_weights import EMBED_NAMES, HEAD_NAMES
+from eagle.families.llava.target import LlavaTarget
+from eagle.families.stock import load_processor
 from llava.errors import UserError
 from llava.hub import Source
 from llava.layout import build_config, open_checkpoint

@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, SafetensorsParsingError
 
 from eagle.doctor.headers import read_shapes
-from eagle.model.checkpoint import hub_errors, weights_file
+from eagle.drafts.checkpoint import hub_errors, weights_file
 from llava.errors import UserError
 from llava.files import read_json
 from llava.hub import Source

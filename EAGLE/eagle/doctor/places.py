@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from eagle.doctor.check import Check, State
-from eagle.ge_data.image_sets import SOURCES, PictureSet
+from eagle.picture_sources import SOURCES, PictureSet
 
 PICTURES = {source.path: source.pictures for source in SOURCES if isinstance(source, PictureSet)}
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".webp")

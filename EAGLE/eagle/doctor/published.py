@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from eagle.doctor.memory import Footprint
-from eagle.model.config import DraftConfig
-from eagle.model.draft import DraftModel
+from eagle.drafts.config import DraftConfig
+from eagle.drafts.msd import DraftModel
 
 Model = tuple[type[PreTrainedModel], Any]  # class and config
 

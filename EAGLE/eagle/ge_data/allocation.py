@@ -27,18 +27,18 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from eagle.commands.options import DTYPES, positive
-from eagle.ge_data.board import Board, summary
+from eagle.arguments import DTYPES, positive
+from eagle.families.templates import FAMILIES
 from eagle.ge_data.extract import model_name
 from eagle.ge_data.folder import AUTO, Settings, finished, locked, missing, write_skipped
-from eagle.ge_data.index import PATTERN, Index, ShardInfo, load_index, sha256
 from eagle.ge_data.missing_pictures import REASONS as PICTURE_REASONS
 from eagle.ge_data.missing_pictures import look_for_pictures, mended_shards
+from eagle.ge_data.progress import Board, summary
 from eagle.ge_data.selection import IMAGE, TEXT, Range, Selection
-from eagle.ge_data.shards import shard_name
-from eagle.ge_data.source import INT8
-from eagle.ge_data.templates import FAMILIES
 from eagle.ge_data.workers import Answers, Events, Failure, Job, run_here, run_workers
+from eagle.hidden_states.index import PATTERN, Index, ShardInfo, load_index, sha256
+from eagle.hidden_states.shards import shard_name
+from eagle.hidden_states.source import INT8
 from llava.errors import UserError, run_cli
 
 KINDS = {"t": TEXT, "v": IMAGE}

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from eagle.conversations import ROLES
 from eagle.ge_data.annotations import Row, iter_rows
-from eagle.ge_data.conversations import ROLES
 from llava.errors import UserError, run_cli
 from llava.files import atomic_write
 

@@ -19,14 +19,14 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
-from eagle.ge_data.conversations import Unusable
+from eagle.conversations import Unusable
+from eagle.families import Target
+from eagle.families.template import Outline, Prepared, Template
 from eagle.ge_data.reader import Reader, batches
 from eagle.ge_data.regenerate import Regenerator
 from eagle.ge_data.selection import Range, Selection
-from eagle.ge_data.shards import DTYPES, Sample, ShardInfo, Skipped, Source, write_shard
-from eagle.ge_data.source import Regeneration
-from eagle.ge_data.template import Outline, Prepared, Template
-from eagle.model.targets import Target
+from eagle.hidden_states.shards import DTYPES, Sample, ShardInfo, Skipped, Source, write_shard
+from eagle.hidden_states.source import Regeneration
 from llava.hub import is_repository_name
 
 THREADS = 4

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 
-from eagle.ge_data.checked import shown
-from eagle.ge_data.index import INDEX, PATTERN, Index, ShardInfo, Skipped, load_index, read_about, sha256
-from eagle.ge_data.progress import checking
+from eagle.hidden_states.index import INDEX, PATTERN, Index, ShardInfo, Skipped, load_index, read_about, sha256
+from eagle.hidden_states.validation import shown
 from eagle.locks import take
+from eagle.progress_bars import checking
 from llava.errors import UserError
 from llava.files import atomic_write, read_json
 

@@ -19,10 +19,10 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from eagle.ge_data.index import AGAIN, INDEX, Index, gigabytes, load_index, sha256
-from eagle.ge_data.progress import checking
-from eagle.ge_data.shards import OpenShard, Sample, ShardDataset
-from eagle.ge_data.templates import template_class
+from eagle.families.templates import template_class
+from eagle.hidden_states.index import AGAIN, INDEX, Index, gigabytes, load_index, sha256
+from eagle.hidden_states.shards import OpenShard, Sample, ShardDataset
+from eagle.progress_bars import checking
 from llava.errors import UserError, run_cli
 
 BINS = 8

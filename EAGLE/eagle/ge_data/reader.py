@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from eagle.ge_data.shards import DTYPES, Sample, Source
-from eagle.ge_data.source import INT8
-from eagle.ge_data.template import Prepared, Template, join_images
-from eagle.model.targets import Target
+from eagle.families import Target
+from eagle.families.template import Prepared, Template, join_images
+from eagle.hidden_states.shards import DTYPES, Sample, Source
+from eagle.hidden_states.source import INT8
 from llava.errors import UserError
 from llava.memory import is_out_of_memory
 

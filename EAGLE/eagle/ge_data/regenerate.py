@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from eagle.ge_data.conversations import Unusable
-from eagle.ge_data.source import Regeneration
-from eagle.ge_data.template import Outline, Prepared, Template, Turn
-from eagle.model.msd import MSDModel
-from eagle.model.noise import mixed
+from eagle.conversations import Unusable
+from eagle.decode.msd import MSDModel
+from eagle.decode.noise import mixed
+from eagle.families.template import Outline, Prepared, Template, Turn
+from eagle.hidden_states.source import Regeneration
 from llava.errors import OutOfMemory
 from llava.memory import is_out_of_memory
 

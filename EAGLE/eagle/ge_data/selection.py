@@ -9,11 +9,11 @@ from typing import TypeVar
 
 import numpy as np
 
+from eagle.conversations import Conversation, Unusable, claims_pictures, id_to_show, read_conversation
+from eagle.families import Target
+from eagle.families.template import Outline, Prepared, Template
 from eagle.ge_data.annotations import Row, RowFile
-from eagle.ge_data.conversations import Conversation, Unusable, claims_pictures, id_to_show, read_conversation
-from eagle.ge_data.index import Skipped
-from eagle.ge_data.template import Outline, Prepared, Template
-from eagle.model.targets import Target
+from eagle.hidden_states.index import Skipped
 from llava.errors import UserError
 
 TEXT, IMAGE = "text", "image"

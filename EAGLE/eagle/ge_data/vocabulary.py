@@ -18,10 +18,10 @@ from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
 
-from eagle.commands.options import positive
-from eagle.ge_data.index import load_index, open_shard
-from eagle.model.config import DraftConfig
-from eagle.model.head_tokens import write_head_tokens
+from eagle.arguments import positive
+from eagle.drafts.config import DraftConfig
+from eagle.drafts.draft_vocab import write_head_tokens
+from eagle.hidden_states.index import load_index, open_shard
 from llava.errors import UserError, run_cli
 
 

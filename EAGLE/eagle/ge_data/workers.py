@@ -21,16 +21,16 @@ from typing import Any
 
 import torch
 
+from eagle.decode.msd import MSDModel
+from eagle.drafts.checkpoint import load_draft
+from eagle.drafts.msd import DraftModel
+from eagle.families import Target, load_target
+from eagle.families.templates import template_of
 from eagle.ge_data.extract import Extractor, fingerprint, model_name, source_of
-from eagle.ge_data.index import ShardInfo
 from eagle.ge_data.regenerate import Regenerator
 from eagle.ge_data.selection import Range, Selection, shortened
-from eagle.ge_data.source import Regeneration, Source
-from eagle.ge_data.templates import template_of
-from eagle.model.checkpoint import load_draft
-from eagle.model.draft import DraftModel
-from eagle.model.msd import MSDModel
-from eagle.model.targets import Target, load_target
+from eagle.hidden_states.index import ShardInfo
+from eagle.hidden_states.source import Regeneration, Source
 from llava.errors import UserError
 
 

@@ -32,8 +32,8 @@ from typing import IO, Any
 
 import torch
 
+from eagle.drafts.checkpoint import save_draft
 from eagle.locks import take
-from eagle.model.checkpoint import save_draft
 from eagle.train.engine import Engine
 from eagle.train.meter import Meter
 from llava.errors import UserError

@@ -36,14 +36,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from eagle.model.compression import Compression
-from eagle.model.positions import mrope_positions
+from eagle.drafts.compression import Compression
+from eagle.drafts.positions import mrope_positions
 from eagle.train.curriculum import Item
 from eagle.train.prefetch import ahead
 from llava.errors import UserError
 
 if TYPE_CHECKING:
-    from eagle.ge_data.shards import Sample
+    from eagle.hidden_states.shards import Sample
 
 AHEAD = 2
 """Batches that a thread loads while one is trained on."""
@@ -233,8 +233,8 @@ def check_sample(sample: Sample, vocab_size: int) -> None:
 
 
 class SampleSet(Protocol):
-    """Stored samples, as `eagle.ge_data.shards.ShardDataset`, or conversations that a target has still to read, as
-    `eagle.train.online.OnlineSet`."""
+    """Stored samples, as `eagle.hidden_states.shards.ShardDataset`, or conversations that a target has still to read,
+    as `eagle.train.online.OnlineSet`."""
 
     def __len__(self) -> int: ...
 

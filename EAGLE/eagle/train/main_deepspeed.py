@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from eagle.model.base_weights import BaseTensors, load_base_tensors
-from eagle.model.checkpoint import load_draft
-from eagle.model.config import DraftConfig
-from eagle.model.draft import DraftModel
-from eagle.model.kernels import leave_out_cudnn_attention
+from eagle.attention import leave_out_cudnn_attention
+from eagle.drafts.checkpoint import load_draft
+from eagle.drafts.config import DraftConfig
+from eagle.drafts.msd import DraftModel
+from eagle.families.base_weights import BaseTensors, load_base_tensors
 from eagle.train.checkpoint import CheckpointStore, Progress, describe_run
 from eagle.train.curriculum import IMAGE, TEXT
 from eagle.train.engine import Engine, PlainEngine, read_deepspeed_config, suit_device

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from eagle.model.base_weights import BaseTensors
-from eagle.model.config import DraftConfig
-from eagle.model.draft import DraftModel
+from eagle.drafts.config import DraftConfig
+from eagle.drafts.msd import DraftModel
+from eagle.families.base_weights import BaseTensors
 from eagle.train.dataset import Batch
 from eagle.train.loss import Losses, draft_loss
 from eagle.train.rollout import ahead, predict_steps, rollout_counts

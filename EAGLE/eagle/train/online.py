@@ -20,15 +20,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from eagle.families import load_target
+from eagle.families.template import Prepared, Template
+from eagle.families.templates import FAMILIES, template_of
 from eagle.ge_data.extract import source_of
-from eagle.ge_data.index import Skipped, sha256
 from eagle.ge_data.reader import Reader
 from eagle.ge_data.selection import Selection, shortened
-from eagle.ge_data.shards import Sample
-from eagle.ge_data.source import Source
-from eagle.ge_data.template import Prepared, Template
-from eagle.ge_data.templates import FAMILIES, template_of
-from eagle.model.targets import load_target
+from eagle.hidden_states.index import Skipped, sha256
+from eagle.hidden_states.shards import Sample
+from eagle.hidden_states.source import Source
 from eagle.train.checkpoint import CheckpointStore, write_json
 from eagle.train.settings import TrainConfig
 from llava.errors import UserError

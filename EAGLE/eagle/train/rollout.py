@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eagle.model.draft import DraftModel
+from eagle.drafts.msd import DraftModel
 
 
 class GrowingCache:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from eagle.model.config import DraftConfig, reject_unknown
+from eagle.drafts.config import DraftConfig, reject_unknown
 from llava.errors import UserError
 from llava.files import read_json
 

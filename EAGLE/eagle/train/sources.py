@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from eagle.commands.options import DTYPES, positive
-from eagle.ge_data.templates import FAMILIES
+from eagle.arguments import DTYPES, positive
+from eagle.families.templates import FAMILIES
 from llava.errors import UserError
 
 IMAGE_FOLDER = Path("image_data")

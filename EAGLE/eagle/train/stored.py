@@ -7,9 +7,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from eagle.families.base_weights import BaseTensors
 from eagle.ge_data.extract import fingerprint
-from eagle.ge_data.shards import DTYPES, Index, ShardDataset
-from eagle.model.base_weights import BaseTensors
+from eagle.hidden_states.shards import DTYPES, Index, ShardDataset
 from eagle.train.checkpoint import STATES
 from eagle.train.settings import TrainConfig
 from eagle.train.trainer import TrainingData

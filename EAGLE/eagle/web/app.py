@@ -15,8 +15,8 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from eagle.commands.questions import Question
-from eagle.model.msd import MSDModel
+from eagle.decode.msd import MSDModel
+from eagle.questions import Question
 from eagle.web.ask import Ask
 from eagle.web.stream import Answerer, PieceStreamer
 from llava.errors import UserError

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from eagle.model.config import reject_unknown
+from eagle.drafts.config import reject_unknown
 from llava.errors import UserError
 from llava.image import load_image
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from eagle.model.msd import MSDModel
+from eagle.decode.msd import MSDModel
 from eagle.web.ask import Ask
 from llava.errors import UserError
 

@@ -16,8 +16,8 @@ from tiny_stock import make_qwen
 from torch import Tensor
 
 from eagle import MSDModel, TreeConfig
-from eagle.model.checkpoint import load_draft
-from eagle.model.targets import load_target
+from eagle.drafts.checkpoint import load_draft
+from eagle.families import load_target
 
 BASES: dict[str, Callable[[Path], Path]] = {"llava": make_llava_hf, "qwen2_vl": make_qwen}
 FIXED = TreeConfig(2, 24, 80)

@@ -12,15 +12,15 @@ from tiny_llava import make_image
 
 from eagle import MSDModel, TreeConfig
 from eagle.commands.verify import first_difference, noisy_processors
+from eagle.conversations import read_conversation
+from eagle.decode.adaptive.cost import describe, measure
 from eagle.exactness import SETTINGS, check_prompt, significant
-from eagle.ge_data.conversations import read_conversation
+from eagle.families.template import Prepared
+from eagle.families.templates import template_of
 from eagle.ge_data.extract import source_of
 from eagle.ge_data.reader import Reader
 from eagle.ge_data.regenerate import Regenerator
-from eagle.ge_data.source import Regeneration
-from eagle.ge_data.template import Prepared
-from eagle.ge_data.templates import template_of
-from eagle.model.cost import describe, measure
+from eagle.hidden_states.source import Regeneration
 
 from .conftest import GPU, Pair, moved
 
@@ -54,7 +54,7 @@ def test_verify_with_noise(pair: Pair, model: MSDModel, gpu: PretendedGPU) -> No
 
 
 def test_costs(model: MSDModel, gpu: PretendedGPU, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eagle.model.cost.hardware", lambda device: {"gpu": str(device)})  # asks the driver
+    monkeypatch.setattr("eagle.decode.adaptive.cost.hardware", lambda device: {"gpu": str(device)})  # asks the driver
     assert model.draft is not None
     curve = measure(model.target, model.draft, TREE, context=8, rounds=1)
     assert curve.nodes[-1] == TREE.total_tokens and min(*curve.verify, curve.step, curve.extend) > 0

@@ -10,8 +10,8 @@ from accelerate import dispatch_model
 from pretended_gpu import PretendedGPU
 
 from eagle import MSDModel
-from eagle.model.compression import Compression
-from eagle.model.planner import Acceptance
+from eagle.decode.adaptive.planner import Acceptance
+from eagle.drafts.compression import Compression
 
 from .conftest import ADAPTIVE, GPU, Pair, moved
 

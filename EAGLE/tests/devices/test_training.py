@@ -10,8 +10,8 @@ import pytest
 import torch
 from pretended_gpu import PretendedGPU
 
-from eagle.model.checkpoint import load_draft
-from eagle.model.targets import Target, load_target
+from eagle.drafts.checkpoint import load_draft
+from eagle.families import Target, load_target
 from eagle.train import main_deepspeed, online
 from eagle.train.engine import PlainEngine
 from eagle.train.trainer import Trainer

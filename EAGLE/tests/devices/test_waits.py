@@ -12,7 +12,7 @@ import pytest
 from pretended_gpu import PretendedGPU
 
 from eagle import MSDModel
-from eagle.model.decode import Decoder
+from eagle.decode.decoder import Decoder
 
 from .conftest import ADAPTIVE, Pair, moved
 

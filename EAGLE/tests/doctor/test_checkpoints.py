@@ -19,11 +19,11 @@ from eagle.doctor.check import Check, State
 from eagle.doctor.checkpoints import check_pair, footprint, look_at_base, look_at_draft
 from eagle.doctor.machine import Machine
 from eagle.doctor.memory import POSITIONS, check_fit
-from eagle.model.checkpoint import load_draft, save_draft
-from eagle.model.config import HEAD_TOKENS, DraftConfig
-from eagle.model.draft import DraftModel
-from eagle.model.head_tokens import write_head_tokens
-from eagle.model.targets import load_target
+from eagle.drafts.checkpoint import load_draft, save_draft
+from eagle.drafts.config import HEAD_TOKENS, DraftConfig
+from eagle.drafts.draft_vocab import write_head_tokens
+from eagle.drafts.msd import DraftModel
+from eagle.families import load_target
 from llava.errors import UserError
 
 BASES: dict[str, Callable[[Path], Path]] = {

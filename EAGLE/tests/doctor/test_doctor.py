@@ -21,7 +21,7 @@ from tiny_llava import make_liuhaotian, make_llava_hf
 from eagle.cli import main
 from eagle.doctor import machine, packages, places, published
 from eagle.doctor.check import State
-from eagle.model.targets import load_target
+from eagle.families import load_target
 
 REPO = Path(__file__).resolve().parents[3]
 GIB = 2**30
@@ -256,7 +256,7 @@ def test_models_on_the_hub_are_seen_without_a_download(repositories: Path, tmp_p
 def test_a_draft_in_the_cache_is_seen_without_network(repositories: Path, tmp_path: Path) -> None:
     """Loading fetches config and weights; what else the repository has is of no account."""
     (repositories / "tiny/hf-msd/README.md").write_text("a card")
-    code = "import sys; from eagle.model.checkpoint import load_draft; load_draft('tiny/hf-msd')"
+    code = "import sys; from eagle.drafts.checkpoint import load_draft; load_draft('tiny/hf-msd')"
     look = (
         "from eagle.doctor.checkpoints import look_at_draft\n"
         "print(*[(check.state.value, check.found) for check in look_at_draft('tiny/hf-msd', hub=False)[1]])"

@@ -11,20 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from corpus_support import Write, allocate, command, image_row, rows_of, text_row, turns
 
+from eagle.conversations import read_conversation
+from eagle.families import Target
+from eagle.families.templates import template_of
 from eagle.ge_data import allocation, inspect
-from eagle.ge_data.conversations import read_conversation
 from eagle.ge_data.extract import Extractor, source_of
 from eagle.ge_data.folder import locked, missing
-from eagle.ge_data.index import ShardInfo, load_index
 from eagle.ge_data.reader import batches, collate
-from eagle.ge_data.shards import Sample, ShardDataset
-from eagle.ge_data.templates import template_of
 from eagle.ge_data.workers import Events, Failure, Job, _handle, run_here, run_workers
-from eagle.model.targets import Target
+from eagle.hidden_states.index import ShardInfo, load_index
+from eagle.hidden_states.shards import Sample, ShardDataset
 from llava.errors import run_cli
-
-from .conftest import Write, allocate, command, image_row, rows_of, text_row, turns
 
 ROUNDING = {"rtol": 2**-7, "atol": 1e-4}  # states are stored in bfloat16
 

@@ -11,27 +11,27 @@ from random import Random
 from typing import Any
 
 import pytest
+from corpus_support import Write, allocate, rows_of, text_row
+from mangle_files import CUTS, FLIPS, INDEXES, REWRITES, Damage
+from mangle_rows import HALF, Row, good_row, junk_somewhere, make_pictures, mangled_rows
 from PIL import Image
 from tiny_llava import make_image, make_liuhaotian
 from tiny_stock import make_qwen
 
+from eagle.conversations import REASONS, ROLES, Unusable, image_names, read_conversation
+from eagle.families import Target, load_target
+from eagle.families.template import Prepared, Template
+from eagle.families.templates import template_of
 from eagle.ge_data import allocation, inspect
 from eagle.ge_data.annotations import RowFile, iter_rows
-from eagle.ge_data.conversations import REASONS, ROLES, Unusable, image_names, read_conversation
 from eagle.ge_data.convert import convert
 from eagle.ge_data.folder import SETTINGS
-from eagle.ge_data.index import INDEX, Index
-from eagle.ge_data.shards import ShardDataset, Skipped, Source, write_shard
-from eagle.ge_data.template import Prepared, Template
-from eagle.ge_data.templates import template_of
-from eagle.model.targets import Target, load_target
+from eagle.hidden_states.index import INDEX, Index
+from eagle.hidden_states.shards import ShardDataset, Skipped, Source, write_shard
 from llava.errors import UserError, run_cli
 from llava.image import load_image
 
-from .conftest import Write, allocate, rows_of, text_row
-from .mangle_files import CUTS, FLIPS, INDEXES, REWRITES, Damage
-from .mangle_rows import HALF, Row, good_row, junk_somewhere, make_pictures, mangled_rows
-from .test_shards import H, make_sample
+from ..hidden_states.test_shards import H, make_sample
 
 SEED = 20
 MAX_LENGTH = 400

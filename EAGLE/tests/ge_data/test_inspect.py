@@ -5,16 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from corpus_support import Write, allocate, text_row
 
-from eagle.ge_data import inspect, progress
+from eagle import progress_bars as progress
+from eagle.ge_data import inspect
 from eagle.ge_data.folder import finished
-from eagle.ge_data.index import load_index
 from eagle.ge_data.inspect import ASK
-from eagle.ge_data.shards import Source, write_shard
+from eagle.hidden_states.index import load_index
+from eagle.hidden_states.shards import Source, write_shard
 from llava.errors import run_cli
 
-from .conftest import Write, allocate, text_row
-from .test_shards import H, make_sample
+from ..hidden_states.test_shards import H, make_sample
 
 
 def corpus(folder: Path, family: str = "llava", model: str = "tiny") -> Path:

@@ -11,18 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from corpus_support import Write, allocate, image_row, rows_of
 from tiny_llava import make_image
 
+from eagle.conversation_pictures import open_picture, picture_is_there
+from eagle.conversations import Unusable
 from eagle.ge_data import allocation
-from eagle.ge_data.conversations import Unusable
-from eagle.ge_data.index import load_index
 from eagle.ge_data.missing_pictures import LOOKED_AT
-from eagle.ge_data.pictures import open_picture, picture_is_there
-from eagle.ge_data.shards import ShardDataset
+from eagle.hidden_states.index import load_index
+from eagle.hidden_states.shards import ShardDataset
 from llava.errors import UserError
 from llava.image import PictureUnreachable, load_image
-
-from .conftest import Write, allocate, image_row, rows_of
 
 ROWS = 12
 

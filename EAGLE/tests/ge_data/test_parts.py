@@ -8,15 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from corpus_support import Write, allocate, command, text_row
 
 from eagle.ge_data import allocation, inspect
 from eagle.ge_data.allocation import part_of
 from eagle.ge_data.folder import SETTINGS
-from eagle.ge_data.index import INDEX, load_index
-from eagle.ge_data.shards import ShardDataset
+from eagle.hidden_states.index import INDEX, load_index
+from eagle.hidden_states.shards import ShardDataset
 from llava.errors import UserError, run_cli
-
-from .conftest import Write, allocate, command, text_row
 
 ROWS = 11
 

@@ -7,19 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from corpus_support import Write, image_row, text_row, turns
 from tiny_llava import make_image
 from tiny_stock import make_qwen
 
+from eagle.conversations import Unusable, read_conversation
+from eagle.families import Target, load_target
+from eagle.families.templates import template_of
 from eagle.ge_data import allocation
-from eagle.ge_data.conversations import Unusable, read_conversation
 from eagle.ge_data.reader import collate
-from eagle.ge_data.shards import ShardDataset
-from eagle.ge_data.templates import template_of
-from eagle.model.targets import Target, load_target
+from eagle.hidden_states.shards import ShardDataset
 from llava.errors import run_cli
 
-from .conftest import Write, image_row, text_row, turns
-from .test_conversations import spoken
+from ..families.test_conversations import spoken
 
 END = "<|im_end|>"
 SPOKEN: list[tuple[dict[str, Any], list[str]]] = [

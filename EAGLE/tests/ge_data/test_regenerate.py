@@ -9,25 +9,24 @@ from typing import Any
 
 import pytest
 import torch
+from corpus_support import TOKENS, Write, image_row, regenerate, rows_of, text_row, turns
 from tiny_draft import make_draft
 from tiny_llava import make_image, make_liuhaotian, make_llava_hf
 from tiny_stock import make_qwen
 
+from eagle.conversations import Unusable, read_conversation
+from eagle.decode.msd import MSDModel
+from eagle.decode.tree_config import TreeConfig
+from eagle.drafts.checkpoint import load_draft
+from eagle.families import Target, load_target
+from eagle.families.template import Prepared
+from eagle.families.templates import template_of
 from eagle.ge_data import inspect
-from eagle.ge_data.conversations import Unusable, read_conversation
-from eagle.ge_data.index import load_index
 from eagle.ge_data.regenerate import Regenerator
-from eagle.ge_data.shards import Sample, ShardDataset
-from eagle.ge_data.source import Regeneration
-from eagle.ge_data.template import Prepared
-from eagle.ge_data.templates import template_of
-from eagle.model.checkpoint import load_draft
-from eagle.model.config import TreeConfig
-from eagle.model.msd import MSDModel
-from eagle.model.targets import Target, load_target
+from eagle.hidden_states.index import load_index
+from eagle.hidden_states.shards import Sample, ShardDataset
+from eagle.hidden_states.source import Regeneration
 from llava.errors import OutOfMemory, run_cli
-
-from .conftest import TOKENS, Write, image_row, regenerate, rows_of, text_row, turns
 
 MAKERS: dict[str, Any] = {
     "liuhaotian": make_liuhaotian,

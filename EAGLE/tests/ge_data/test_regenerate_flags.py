@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from corpus_support import Write, regenerate, text_row
 from tiny_draft import make_draft
 
 from eagle.ge_data import allocation
-from eagle.ge_data.index import load_index
+from eagle.hidden_states.index import load_index
 from llava.errors import run_cli
-
-from .conftest import Write, regenerate, text_row
 
 REFUSED = {
     "temperature 0.0 instead of 0.5": ["--temperature", "0.5"],

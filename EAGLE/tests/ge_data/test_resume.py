@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from corpus_support import Write, allocate, command, image_row, rows_of, text_row
 
 from eagle.ge_data import inspect
-from eagle.ge_data.index import load_index, read_about, sha256
-from eagle.ge_data.shards import ShardDataset
+from eagle.hidden_states.index import load_index, read_about, sha256
+from eagle.hidden_states.shards import ShardDataset
 from llava.errors import run_cli
-
-from .conftest import Write, allocate, command, image_row, rows_of, text_row
 
 
 def shards_of(folder: Path) -> dict[str, tuple[int, str]]:

@@ -14,17 +14,17 @@ from typing import Any
 
 import pytest
 import torch
+from corpus_support import Write, allocate, rows_of, text_row
 
 from eagle.ge_data import allocation
 from eagle.ge_data.allocation import Board, devices
 from eagle.ge_data.extract import Extractor
-from eagle.ge_data.index import INDEX, ShardInfo, load_index
-from eagle.ge_data.source import Source
 from eagle.ge_data.workers import Events, Failure, Job, run_here, threads
+from eagle.hidden_states.index import INDEX, ShardInfo, load_index
+from eagle.hidden_states.source import Source
 from llava.errors import UserError
 
-from .conftest import Write, allocate, rows_of, text_row
-from .test_shards import SOURCE
+from ..hidden_states.test_shards import SOURCE
 
 
 def test_one_worker_for_each_visible_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from train_support import make_objective, make_sample
 
-from eagle.ge_data.shards import Sample
-from eagle.model.compression import Compression
+from eagle.drafts.compression import Compression
+from eagle.hidden_states.shards import Sample
 from eagle.train.dataset import add_noise, collate, rows_that_count
 from eagle.train.rollout import ahead, predict_steps, rollout_counts, rollout_mask
 from llava.errors import UserError

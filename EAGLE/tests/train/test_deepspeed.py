@@ -14,7 +14,7 @@ import torch
 from online_support import Case
 from train_support import SCRIPT, assert_same_curve, curve, environment, launch
 
-from eagle.model.checkpoint import load_draft
+from eagle.drafts.checkpoint import load_draft
 
 
 class Evil:

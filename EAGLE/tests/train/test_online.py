@@ -15,7 +15,7 @@ import torch
 from online_support import FAMILIES, LENGTH, Case, annotations
 from train_support import make_sample
 
-from eagle.ge_data.shards import ShardDataset
+from eagle.hidden_states.shards import ShardDataset
 from eagle.train import main_deepspeed, online
 from eagle.train.dataset import collate
 from eagle.train.online import OnlineReader, Processes, RowRecord
@@ -131,9 +131,9 @@ def test_states_that_are_not_finite_count_nothing() -> None:
 
 def test_processes_share_the_rows(monkeypatch: pytest.MonkeyPatch, llava: Case, tmp_path: Path) -> None:
     """Two processes find what one finds; the main one's record is everyone's."""
+    from eagle.families import load_target
+    from eagle.families.templates import template_of
     from eagle.ge_data.selection import Selection
-    from eagle.ge_data.templates import template_of
-    from eagle.model.targets import load_target
 
     template = template_of(load_target(llava.base, dtype="float32"))
     selection = Selection.of(llava.rows, "image", llava.folder / "pictures", LENGTH, 42)

@@ -8,13 +8,14 @@ import tiny_llava
 import tiny_stock
 import torch
 
-from eagle.ge_data.shards import Sample
-from eagle.model.base_weights import BaseTensors
-from eagle.model.config import DraftConfig, TreeConfig
-from eagle.model.draft import DraftModel
-from eagle.model.msd import MSDModel
-from eagle.model.targets import Target, load_target
-from eagle.model.targets.llava import LlavaTarget
+from eagle.decode.msd import MSDModel
+from eagle.decode.tree_config import TreeConfig
+from eagle.drafts.config import DraftConfig
+from eagle.drafts.msd import DraftModel
+from eagle.families import Target, load_target
+from eagle.families.base_weights import BaseTensors
+from eagle.families.llava.target import LlavaTarget
+from eagle.hidden_states.shards import Sample
 from eagle.train.dataset import collate
 from eagle.train.engine import PlainEngine
 from eagle.train.objective import DraftObjective

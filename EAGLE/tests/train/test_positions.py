@@ -11,18 +11,19 @@ from tiny_llava import make_image
 from tiny_stock import make_qwen
 from train_support import DRAFT, make_sample
 
-from eagle.ge_data.conversations import Conversation
+from eagle.conversations import Conversation
+from eagle.decode.drafter import Drafter
+from eagle.decode.tree_config import TreeConfig
+from eagle.drafts.checkpoint import load_draft
+from eagle.drafts.config import DraftConfig
+from eagle.drafts.msd import DraftModel
+from eagle.families import Target, load_target
+from eagle.families.base_weights import BaseTensors
+from eagle.families.template import Prepared
+from eagle.families.templates import template_of
 from eagle.ge_data.extract import source_of
 from eagle.ge_data.reader import Reader
-from eagle.ge_data.shards import Sample, ShardDataset, write_shard
-from eagle.ge_data.template import Prepared
-from eagle.ge_data.templates import template_of
-from eagle.model.base_weights import BaseTensors
-from eagle.model.checkpoint import load_draft
-from eagle.model.config import DraftConfig, TreeConfig
-from eagle.model.draft import DraftModel
-from eagle.model.drafter import Drafter
-from eagle.model.targets import Target, load_target
+from eagle.hidden_states.shards import Sample, ShardDataset, write_shard
 from eagle.train.dataset import collate, sample_positions
 from eagle.train.objective import DraftObjective
 from eagle.train.rollout import positions_ahead

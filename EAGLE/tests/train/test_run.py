@@ -11,7 +11,7 @@ import pytest
 import torch
 from train_support import SCRIPT, assert_same_curve, curve, environment, write_corpus
 
-from eagle.model.checkpoint import load_draft
+from eagle.drafts.checkpoint import load_draft
 from eagle.train.checkpoint import CheckpointStore, Progress, replace_folder
 from llava.errors import UserError
 

@@ -8,7 +8,7 @@ import pytest
 from train_support import DRAFT
 
 import eagle.train
-from eagle.model.draft import DraftModel
+from eagle.drafts.msd import DraftModel
 from eagle.train.engine import read_deepspeed_config
 from eagle.train.main_deepspeed import parse_args
 from eagle.train.schedule import BatchSizes

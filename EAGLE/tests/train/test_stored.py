@@ -7,9 +7,9 @@ import pytest
 import torch
 from train_support import write_base, write_corpus
 
+from eagle.families.base_weights import load_base_tensors
 from eagle.ge_data.extract import fingerprint
-from eagle.ge_data.shards import Index, ShardDataset
-from eagle.model.base_weights import load_base_tensors
+from eagle.hidden_states.shards import Index, ShardDataset
 
 STOP = ("--tracker", "none", "--max-steps", "1")
 GO_ON = ("--tracker", "none", "--resume", "--max-steps", "2")

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from eagle.ge_data.shards import Index, Sample, Source, write_shard
-from eagle.model.base_weights import BaseTensors
-from eagle.model.config import DraftConfig
-from eagle.model.draft import DraftModel
+from eagle.drafts.config import DraftConfig
+from eagle.drafts.msd import DraftModel
+from eagle.families.base_weights import BaseTensors
+from eagle.hidden_states.shards import Index, Sample, Source, write_shard
 from eagle.train import main_deepspeed
 from eagle.train.engine import METRICS
 from eagle.train.objective import DraftObjective

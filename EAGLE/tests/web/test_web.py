@@ -20,12 +20,12 @@ from tiny_llava import make_image, make_liuhaotian
 
 from eagle.cli import main
 from eagle.commands import web
-from eagle.commands.questions import Question
-from eagle.model.checkpoint import load_draft
-from eagle.model.config import TreeConfig
-from eagle.model.decode import Decoder
-from eagle.model.msd import MSDModel
-from eagle.model.targets import load_target
+from eagle.decode.decoder import Decoder
+from eagle.decode.msd import MSDModel
+from eagle.decode.tree_config import TreeConfig
+from eagle.drafts.checkpoint import load_draft
+from eagle.families import load_target
+from eagle.questions import Question
 from eagle.web.app import MAX_BODY, Page, application
 from eagle.web.ask import Ask
 from eagle.web.stream import Answerer, Detokenizer, PieceStreamer, decode

@@ -1,0 +1,1 @@
+"""The decoding engine: draft, verify, accept, commit."""

@@ -1,0 +1,1 @@
+"""Trees whose depth and size follow measured costs."""

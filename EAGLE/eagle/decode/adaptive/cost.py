@@ -1,0 +1,212 @@
+"""What a cycle costs on this machine: measured once for a pair of models, kept on disk with a record of how.
+
+It is measured after `CONTEXT` cached positions and believed from then on, also under another load of the machine and in
+longer contexts, so that one seed gives the same tokens each time.
+
+The record is ``MSD_CACHE`` (or the user's cache folder) ``/costs/<key>.json``; the key is made of the shapes of both
+models, dtype, device, threads and the versions of torch and transformers. Delete the file to measure again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from eagle.decode.adaptive.planner import CostCurve
+from eagle.decode.drafter import Drafter
+from eagle.decode.masks import MaskBuffer
+from eagle.decode.tree_config import TreeConfig
+from eagle.drafts.msd import DraftModel
+from eagle.families.base import Target
+from eagle.provenance import hardware
+from llava.errors import OutOfMemory, UserError
+from llava.files import atomic_write
+from llava.memory import is_out_of_memory
+
+NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+CONTEXT = 256
+"""Positions that are cached while it is measured."""
+ROUNDS, WARM_UP = 7, 2
+BUDGET = 20.0
+"""Seconds after which no further round begins."""
+DELAY = 2.0
+"""Seconds before a bar shows that something is measured."""
+SCHEMA = 2
+log = logging.getLogger(__name__)
+
+
+def cost_of(target: Target, draft: DraftModel, tree: TreeConfig) -> CostCurve:
+    """The recorded costs of this pair on this machine, measured now if there is no record. Where the folder cannot be
+    written they are measured by every process."""
+    described = describe(target, draft, tree)
+    path = folder() / f"{key_of(described)}.json"
+    known = read(path)
+    if known is not None:
+        return known
+    cost = measure(target, draft, tree)
+    if cost.nodes[-1] < tree.total_tokens:
+        return cost  # for want of memory, which another time may be there
+    record = {
+        "schema": SCHEMA, "measured": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "context": CONTEXT, "rounds": ROUNDS, "described": described, "seconds": asdict(cost),
+    }  # fmt: skip
+    try:
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    except (UserError, OSError) as error:
+        log.warning("costs are not kept for next time: %s", error)
+    return cost
+
+
+def folder() -> Path:
+    """Where records are kept."""
+    base = os.environ.get("MSD_CACHE")
+    if base:
+        return Path(base) / "costs"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "msd" / "costs"
+
+
+def describe(target: Target, draft: DraftModel, tree: TreeConfig) -> dict[str, Any]:
+    """Everything that the costs depend on, as JSON values."""
+    device = target.device
+    text = target.config.get_text_config()
+    shape = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    return {
+        "family": target.family,
+        "target": {name: getattr(text, name, None) for name in shape} | {"vocab_size": target.vocab_size},
+        "attention": [text._attn_implementation, torch.backends.cuda.cudnn_sdp_enabled()],
+        "draft": {
+            "hidden_size": draft.config.hidden_size,
+            "intermediate_size": draft.config.intermediate_size,
+            "head_tokens": None if draft.head_tokens is None else len(draft.head_tokens),
+        },
+        "tree": {"depth": tree.depth, "top_k": tree.top_k, "total_tokens": tree.total_tokens},
+        "quantisation": str(getattr(target.config, "quantization_config", None)),
+        "devices": len({parameter.device for parameter in target.model.parameters()}),
+        "dtype": str(target.dtype),
+        "device": device.type,
+        "hardware": hardware(device),
+        "versions": [torch.__version__, transformers.__version__],
+    }
+
+
+def key_of(described: dict[str, Any]) -> str:
+    """A short name for a description."""
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read(path: Path) -> CostCurve | None:
+    """A record; None if there is none or it cannot be used, which is no error: it is measured again."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        seconds = record["seconds"]
+        if record["schema"] != SCHEMA:
+            return None
+        nodes, verify = tuple(map(int, seconds["nodes"])), tuple(map(float, seconds["verify"]))
+        cost = CostCurve(nodes, verify, float(seconds["step"]), float(seconds["extend"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    sane = len(nodes) == len(verify) > 0 and min(*verify, cost.step, cost.extend, 1.0) > 0
+    return cost if sane else None
+
+
+@torch.inference_mode()
+def measure(
+    target: Target, draft: DraftModel, tree: TreeConfig, context: int = CONTEXT, rounds: int = ROUNDS
+) -> CostCurve:
+    """Times verifications of some sizes and draft steps after ``context`` positions, up to ``rounds`` times each. Sizes
+    that memory does not suffice for are left out, and with them all larger ones.
+
+    Raises:
+        OutOfMemory: memory does not suffice for a single token.
+    """
+    end = (target.eos_token_ids or (0,))[0]  # a token that is surely no picture's
+    ids = torch.full((1, context), end, device=target.device)
+    sizes = (*(n for n in NODES if n < tree.total_tokens), tree.total_tokens)
+    cache = target.new_cache(1, context + sizes[-1])
+    (prefill,) = list(target.prefill_each({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, cache))
+    masks = MaskBuffer(sizes[-1], context + sizes[-1], target.dtype, target.device)
+
+    def verify(count: int) -> Callable[[], None]:
+        tokens = torch.full((1, count), end, device=target.device)
+        block = torch.ones(1, count, count, dtype=torch.bool, device=target.device).tril()
+        positions = prefill.next_position + torch.arange(count, device=target.device)[None]
+
+        def once() -> None:
+            cache.truncate([context])
+            mask = masks.window([context], block) if count > 1 else None
+            target.head(target.verify(tokens, positions, mask, cache)).argmax(dim=-1).cpu()
+
+        return once
+
+    drafter = Drafter(draft, target.head, context + 8 * (rounds + WARM_UP), tree)
+    drafter.start(0, prefill, ids, ids[0, :1])
+    rows = (prefill.hidden[0, :4].to(draft.device), ids[0, :4].to(draft.device))
+
+    def draft_levels(depth: int) -> Callable[[], None]:
+        levels = TreeConfig(depth, tree.top_k, tree.total_tokens)
+
+        def once() -> None:
+            drafter.extend([rows[0]], [rows[1]])
+            drafter.expand(levels, lambda scores: len(scores.cpu()) > 0).scores.cpu()  # each level goes to the host
+
+        return once
+
+    deep = max(1, min(tree.depth, 6))
+    verified = list(itertools.takewhile(has_room, map(verify, sizes)))
+    if not verified:
+        raise OutOfMemory("out of memory with a single token", str(target.device), "try --dtype bfloat16")
+    extend, drafted, *seconds = seconds_of([draft_levels(0), draft_levels(deep), *verified], rounds)
+    return CostCurve(sizes[: len(verified)], monotone(seconds), max((drafted - extend) / deep, 1e-7), extend)
+
+
+def has_room(run: Callable[[], Any]) -> bool:
+    """Whether memory suffices for ``run``; it is run once."""
+    try:
+        run()
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            return False
+        raise
+    return True
+
+
+def seconds_of(runs: Sequence[Callable[[], Any]], rounds: int = ROUNDS) -> list[float]:
+    """The median time of each of ``runs``. They take turns, so that a slow moment of the machine is one of them all.
+    There are fewer ``rounds``, but at least one, where they would take longer than `BUDGET`; a bar tells of it."""
+    taken: list[list[float]] = [[] for _ in runs]
+    start = time.perf_counter()
+    turns = tqdm(range(WARM_UP + rounds), desc="costs of this machine, once", unit="round", delay=DELAY, leave=False)
+    for number in turns:
+        if number > WARM_UP and time.perf_counter() - start > BUDGET:
+            break
+        for run, times in zip(runs, taken, strict=True):
+            before = time.perf_counter()
+            run()
+            if number >= WARM_UP:
+                times.append(time.perf_counter() - before)
+    turns.close()
+    return [statistics.median(times) for times in taken]
+
+
+def monotone(seconds: Sequence[float]) -> tuple[float, ...]:
+    """Times of growing sizes, none above that of a larger one: what was is a disturbance.
+
+    >>> monotone([2.0, 5.0, 3.0, 4.0])
+    (2.0, 3.0, 3.0, 4.0)
+    """
+    return tuple(itertools.accumulate(reversed(seconds), min))[::-1]

@@ -1,0 +1,71 @@
+"""Whether base and draft belong together, looked at when they are loaded as a pair."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from eagle.drafts.msd import DraftModel
+from eagle.families import Target
+from llava.errors import UserError
+
+SAMPLE = 64  # rows of the embedding that are compared
+TOLERANCE = 0.1  # of their relative difference: rounding to 16 bit gives less than 0.01
+FIX = "use the draft that was trained for this base model"
+log = logging.getLogger(__name__)
+
+
+def fit_pair(target: Target, draft: DraftModel) -> None:
+    """Refuses a draft that cannot be this target's. A base may have tokens behind those that the draft knows, as the
+    ``-hf`` releases of LLaVA do: the draft, whose embedding is a copy of the base's, takes their rows from there.
+
+    Raises:
+        UserError: family, hidden size or vocabulary are of another base.
+    """
+    check_family(target.family, draft.config.model_type)
+    table = target.model.get_input_embeddings().weight  # [V, H]
+    (base, size), own = table.shape, draft.config.vocab_size
+    if size != draft.config.hidden_size:
+        raise misfit("hidden size", draft.config.hidden_size, size)
+    alike = same_rows(table, draft.embed_tokens.weight)
+    if own < base and alike:
+        extend(draft, table[own:])
+    elif own != base:
+        raise misfit("vocabulary", own, base)
+    elif not alike:
+        log.warning("the draft's token embedding is not the base's: %s, or few tokens will be accepted", FIX)
+
+
+def check_family(family: str, model_type: str) -> None:
+    """Raises `UserError` if the draft's ``model_type`` is of another kind of target than ``family``: LLaVA or Qwen."""
+    if ("qwen" in family) != ("qwen" in model_type):
+        raise misfit("family", model_type, family)
+
+
+def misfit(what: str, own: object, base: object) -> UserError:
+    """The error of a pair that does not fit."""
+    return UserError(f"the draft does not fit the base model: {what} {own} in the draft, {base} in the base", fix=FIX)
+
+
+@torch.no_grad()
+def same_rows(table: Tensor, own: Tensor) -> bool:
+    """Whether the draft's token embedding [V', H] is a copy of the base's first rows [V, H], by a sample of them.
+
+    Weights that are not in memory (meta) cannot be compared and count as a copy where the sizes agree.
+    """
+    if table.is_meta or own.is_meta:
+        return len(table) == len(own)
+    rows = torch.linspace(0, min(len(table), len(own)) - 1, SAMPLE).long()
+    wanted, found = table[rows.to(table.device)].float().cpu(), own[rows.to(own.device)].float().cpu()
+    return bool((found - wanted).norm() <= TOLERANCE * wanted.norm())
+
+
+def extend(draft: DraftModel, rows: Tensor) -> None:
+    """Appends ``rows`` [n, H] to the draft's token embedding."""
+    own = draft.embed_tokens.weight
+    joined = torch.cat([own.detach(), rows.detach().to(own)])  # [V, H]
+    draft.embed_tokens = nn.Embedding.from_pretrained(joined, freeze=not own.requires_grad)
+    draft.config = replace(draft.config, vocab_size=len(joined))

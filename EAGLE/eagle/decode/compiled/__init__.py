@@ -1,0 +1,1 @@
+"""Decoding through `torch.compile` with static shapes."""

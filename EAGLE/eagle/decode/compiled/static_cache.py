@@ -1,0 +1,112 @@
+"""A KV cache whose forwards have shapes that recur, so that a compiled forward can be used again.
+
+`KVCache` hands out as many columns as are in use, one more shape with every token. Here rows are written at places
+given by a tensor, and a forward sees a number of columns that grows in steps (`bucket`); the mask closes what is not in
+use. Columns hold zeros or rows of earlier requests, so all of them are finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eagle.kv_cache import KVCache, SlotLayer, Slots, Store
+
+STEP = 256
+"""Columns by which short forwards grow."""
+SMALLEST = 1024
+"""Columns of the smallest cache."""
+
+
+def bucket(columns: int) -> int:
+    """Columns that a forward sees when ``columns`` are in use: steps of `STEP`, above four of them of a quarter of the
+    next lower power of two, so that at most a quarter more than needed is read.
+
+    >>> [bucket(n) for n in (1, 256, 257, 1024, 1025, 2049, 8000)]
+    [256, 256, 512, 1024, 1280, 2560, 8192]
+    """
+    step = max(STEP, (1 << max(columns - 1, 1).bit_length() - 1) // 4)
+    return -(-columns // step) * step
+
+
+class Window:
+    """Where the next forward writes and how far it sees, the same for all layers: ``places`` [n] columns, ``columns``
+    their number."""
+
+    def __init__(self) -> None:
+        self.places = torch.zeros(0, dtype=torch.long)
+        self.columns = 0
+
+
+class StaticLayer(SlotLayer):
+    """One layer of a `StaticCache`."""
+
+    def __init__(self, store_k: Tensor, store_v: Tensor, window: Window) -> None:
+        super().__init__(store_k, store_v, [0], Slots())
+        self._window = window
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Writes rows [1, heads, n, head_dim] at the window's places; returns its columns."""
+        window = self._window
+        self.store_k.index_copy_(2, window.places, key_states)
+        self.store_v.index_copy_(2, window.places, value_states)
+        return self.store_k[:, :, : window.columns], self.store_v[:, :, : window.columns]
+
+
+class StaticCache(KVCache):
+    """All layers of one model on one device, for one sequence. A prompt is read into it by way of `sequence`, whose
+    shapes are its own.
+
+    Args:
+        layers: their number.
+        heads, head_dim: of the keys and values.
+        capacity: rows to hold; rounded up to a power of two.
+        move: `move_rows`, compiled.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        heads: int,
+        head_dim: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        move: Callable[[StaticCache, Tensor], None],
+    ) -> None:
+        shape = (1, 1, heads, max(SMALLEST, 1 << (capacity - 1).bit_length()), head_dim)
+        zeros = partial(torch.zeros, shape, dtype=dtype, device=device)
+        stores = {layer: Store(zeros(), zeros()) for layer in range(layers)}  # apart: a graph writes into each
+        super().__init__(stores, range(layers), [0])
+        self.window, self._move, self._device = Window(), move, device
+        self.layers = [StaticLayer(store.keys[0], store.values[0], self.window) for store in stores.values()]
+
+    def open(self, count: int) -> int:
+        """Makes the next ``count`` rows the window's; returns the number of columns that the forward sees."""
+        start = self.length
+        self.window.places = torch.arange(start, start + count, device=self._device)
+        self.window.columns = bucket(start + count)
+        return self.window.columns
+
+    def close(self, count: int) -> None:
+        """After the forward: ``count`` of the window's rows, from the first on, are in use."""
+        self.truncate([self.length + count])
+
+    def keep(self, bases: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
+        """`KVCache.keep` for the rows of the last window, in one compiled step."""
+        (base,), (path,) = bases, paths
+        if list(path) != list(range(len(path))):
+            order = [*path, *range(len(path), len(self.window.places))]
+            self._move(self, torch.tensor(order, device=self._device) + base)
+        self.truncate([base + len(path)])
+
+
+def move_rows(cache: StaticCache, source: Tensor) -> None:
+    """Copies columns ``source`` [n] of every layer to the places of the last window."""
+    for layer in cache.layers:
+        for store in (layer.store_k, layer.store_v):
+            store.index_copy_(2, cache.window.places, store.index_select(2, source))

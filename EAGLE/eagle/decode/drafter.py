@@ -1,0 +1,203 @@
+"""Grows draft trees: one forward of the draft head per level, on its own KV cache, for all sequences of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from eagle.decode.masks import MaskBuffer
+from eagle.decode.tree import Candidates, choose_frontier
+from eagle.decode.tree_config import TreeConfig
+from eagle.drafts.compression import Compression
+from eagle.drafts.msd import DraftModel
+from eagle.families.base import Prefill
+from eagle.kv_cache import KVCache
+
+
+class Drafter:
+    """The draft head at work on one request of ``batch`` sequences.
+
+    Its cache holds one row for each input row that is certain (rows of the target's true hidden states); the rows of
+    drafted nodes come after them and are forgotten when the next cycle starts.
+
+    Args:
+        head: the target's ``lm_head``, [..., H] → [..., V].
+        capacity: certain rows to hold: prompt and new tokens.
+        tree: the largest tree that will be grown.
+        compression: of the prompt's image rows; by default as the draft's config says.
+    """
+
+    def __init__(
+        self,
+        draft: DraftModel,
+        head: Callable[[Tensor], Tensor],
+        capacity: int,
+        tree: TreeConfig,
+        batch: int = 1,
+        compression: Compression | None = None,
+    ) -> None:
+        self.draft, self.head = draft, head
+        self.compression = compression or draft.config.options.compression
+        config, device = draft.config, draft.device
+        drafted = max(tree.depth, 1) * tree.top_k
+        extended = tree.depth + 2
+        rows = capacity + drafted + extended
+        self.cache = self._new_cache(batch, rows)
+        self._masks = MaskBuffer(max(tree.top_k, extended), rows, draft.dtype, device)
+        self._own = torch.eye(tree.top_k, dtype=torch.bool, device=device)
+        self._numbers = torch.arange(tree.top_k, device=device)
+        self._causal = torch.ones(1, extended, extended, dtype=torch.bool, device=device).tril()
+        self._rows, self._angles = rows, 0
+        self._number(rows)
+        self._certain = [0] * batch
+        self._shift = [0] * batch  # position number minus row number of new tokens; not 0 for M-RoPE alone
+        self._last = torch.zeros(batch, config.hidden_size, dtype=draft.dtype, device=device)  # after the certain rows
+
+    def start(self, row: int, prefill: Prefill, input_ids: Tensor, first_token: Tensor) -> None:
+        """Reads the prompt of sequence ``row``: row t pairs ``h_t`` with ``x_{t+1}``, the last row with the first new
+        token.
+
+        Args:
+            prefill: of this sequence alone, B = 1.
+            input_ids: [1, S]; ``first_token``: [1].
+        """
+        device = self.draft.device
+        next_ids = torch.cat([input_ids[0, 1:], first_token]).unsqueeze(0).to(device)  # [1, S]
+        next_is_image = torch.cat([prefill.image_mask[:, 1:], prefill.image_mask.new_zeros(1, 1)], dim=1).to(device)
+        features = prefill.embeds.roll(-1, dims=1).to(device)  # [1, S, H]; the wrapped last row is never an image
+        hidden, positions = prefill.hidden.to(device), prefill.positions.to(device)  # [1, S, H], [1 or 3, (1,) S]
+        plan = self.compression.plan(next_is_image[0], features[0])
+        if plan is not None:  # from here on S counts the rows that are left
+            hidden, next_ids, next_is_image = (plan.pick(part, 1) for part in (hidden, next_ids, next_is_image))
+            features = plan.mean(features[0])[None].to(features.dtype)
+            positions = plan.mean(positions.flatten(0, -2).T).T.unsqueeze(-2)  # [1 or 3, 1, S]
+        embeds = torch.where(next_is_image.unsqueeze(-1), features, self.draft.embed_tokens(next_ids))
+        x = self.draft.fuse(hidden, embeds, next_is_image)
+        count = x.shape[1]
+        rope = self._slice(0, count)
+        if self.draft.config.options.positions == "mrope":
+            rope = self.draft.rotary(positions, x.dtype)
+            self._shift[row] = int(prefill.next_position) - count
+            self._number(self._rows + self._shift[row])
+        self._last[row] = self.draft(x, None, None, self.cache.sequence(row), rope, last_only=True)[0, 0]
+        self._certain[row] = count
+        self.cache.truncate(self._certain)
+
+    def extend(self, hidden: Sequence[Tensor], tokens: Sequence[Tensor]) -> None:
+        """Feeds the rows that the last cycle made certain, in place of the drafted ones.
+
+        Args:
+            hidden: for each sequence [n, H], the target's hidden states on the accepted path, root included.
+            tokens: for each sequence [n], the token that follows each of them; the last is the bonus token.
+        """
+        self.cache.truncate(self._certain)
+        longest = self._causal.shape[-1]
+        if len(tokens) == 1 and tokens[0].shape[0] > longest:  # rows of several cycles that did not draft
+            self.extend([hidden[0][:longest]], [tokens[0][:longest]])
+            self.extend([hidden[0][longest:]], [tokens[0][longest:]])
+            return
+        device, counts = self.draft.device, [rows.shape[0] for rows in tokens]
+        following = pad_sequence(list(tokens), batch_first=True).to(device)  # [B, n]
+        true_rows = pad_sequence(list(hidden), batch_first=True).to(device)  # [B, n, H]
+        batch = len(counts)
+        output = self._read(following, true_rows)  # [B, n, H]
+        if batch > 1:
+            ends = torch.tensor(counts, device=device) - 1
+            self._last = output[torch.arange(batch, device=device), ends]
+        else:
+            self._last = output[:, -1]
+        self._certain = [certain + count for certain, count in zip(self._certain, counts, strict=True)]
+        self.cache.truncate(self._certain)
+
+    def _new_cache(self, batch: int, rows: int) -> KVCache:
+        config, draft = self.draft.config, self.draft
+        heads = config.num_key_value_heads
+        return KVCache.allocate([draft.device], batch, heads, config.head_dim, rows, draft.dtype)
+
+    def _read(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """One draft forward over rows that are certain: tokens [B, n], hidden [B, n, H] → outputs [B, n, H]."""
+        batch, count = tokens.shape
+        mask = None
+        if batch * count > 1:
+            mask = self._masks.window(self._certain, self._causal[:, :count, :count].expand(batch, -1, -1))
+        x = self.draft.fuse(hidden, self.draft.embed_tokens(tokens))
+        return self.draft(x, None, mask, self.cache, self._rope(0, count))
+
+    def expand(self, tree: TreeConfig, deeper: Callable[[Tensor], bool] | None = None) -> Candidates:
+        """Drafts ``tree.depth + 1`` levels; all drafted nodes are candidates of the tree, [B, M] each.
+
+        Args:
+            deeper: asked with the scores [B, m] of each level, unless it is the last anyway, whether to draft another.
+        """
+        hidden = self._last.unsqueeze(1)  # [B, 1, H]
+        tokens, scores = (part[:, 0] for part in self._children(hidden, tree.top_k))  # [B, k]
+        batch, width = tokens.shape
+        levels = [Candidates(tokens, scores, torch.full_like(tokens, -1))]
+        hidden = hidden.expand(-1, width, -1)  # [B, k, H] hidden state each frontier node was drawn from
+        indices = self._numbers[:width].expand(batch, -1)  # [B, k] candidate index of each frontier node
+        sight = self._own[:width, :width].expand(batch, -1, -1)  # [B, k, drafted so far]
+        total = width
+        for step in range(tree.depth):
+            if deeper is not None and not deeper(levels[-1].scores):
+                break
+            output, child_tokens, child_logprobs = self._step(tokens, hidden, sight, step, tree.top_k)
+            child_scores = child_logprobs + scores.unsqueeze(-1)  # [B, k, k]
+            parents = indices.repeat_interleave(child_tokens.shape[-1], dim=1)
+            levels.append(Candidates(child_tokens.flatten(1), child_scores.flatten(1), parents))
+            if step + 1 == tree.depth:
+                break
+            flat, rows = choose_frontier(child_scores, tree.top_k)  # [B, k]
+            tokens, scores = child_tokens.flatten(1).gather(1, flat), child_scores.flatten(1).gather(1, flat)
+            hidden = _take(output, rows)
+            indices, total = flat + total, total + child_tokens[0].numel()
+            own = self._own[: flat.shape[1], : flat.shape[1]].expand(batch, -1, -1)
+            sight = torch.cat([_take(sight, rows), own], dim=2)
+        return Candidates(*(torch.cat(parts, dim=1) for parts in zip(*levels, strict=True)))
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Goes on with the given sequences alone."""
+        self.cache = self.cache.select(rows)
+        self._certain, self._shift = ([values[row] for row in rows] for values in (self._certain, self._shift))
+        self._last = self._last[list(rows)]
+
+    def _children(self, hidden: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        """Drafted tokens after predicted hidden states [B, F, H], [B, F, k] each."""
+        return self.draft.likely_next(hidden, top_k, self.head)
+
+    def _step(
+        self, tokens: Tensor, hidden: Tensor, sight: Tensor, step: int, top_k: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One draft forward over the frontiers: tokens [B, k], hidden [B, k, H] → predicted hidden states [B, k, H] and
+        their children, [B, k, k] each."""
+        x = self.draft.fuse(hidden, self.draft.embed_tokens(tokens))  # [B, k, H]
+        mask = self._masks.window(self._certain, sight)
+        output = self.draft(x, None, mask, self.cache, self._rope(step, 1))
+        return output, *self._children(output, top_k)
+
+    def _rope(self, offset: int, count: int) -> tuple[Tensor, Tensor]:
+        """Rotary angles of ``count`` positions, ``offset`` after the certain rows, [1 or B, 1, count, D]; a single
+        position serves a whole level."""
+        starts = [certain + shift + offset for certain, shift in zip(self._certain, self._shift, strict=True)]
+        if len(starts) == 1:
+            return self._slice(starts[0], count)
+        device = self._cos.device
+        index = torch.tensor(starts, device=device).unsqueeze(1) + torch.arange(count, device=device)  # [B, count]
+        return self._cos[0, 0, index].unsqueeze(1), self._sin[0, 0, index].unsqueeze(1)
+
+    def _number(self, count: int) -> None:
+        """Angles of the positions below ``count``, which M-RoPE may lead past the rows (long videos)."""
+        if count > self._angles:
+            positions = torch.arange(count, device=self.draft.device).unsqueeze(0)
+            self._cos, self._sin = self.draft.rotary(positions, self.draft.dtype)  # [1, 1, count, D]
+            self._angles = count
+
+    def _slice(self, start: int, count: int) -> tuple[Tensor, Tensor]:
+        return self._cos[:, :, start : start + count], self._sin[:, :, start : start + count]
+
+
+def _take(values: Tensor, rows: Tensor) -> Tensor:
+    """``values`` [B, F, X] at ``rows`` [B, f] → [B, f, X]."""
+    return values.gather(1, rows.unsqueeze(-1).expand(-1, -1, values.shape[-1]))

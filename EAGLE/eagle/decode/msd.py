@@ -1,0 +1,278 @@
+"""`MSDModel`: a target and its draft, with the interface of a transformers model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
+
+from eagle.decode.adaptive.cost import cost_of
+from eagle.decode.adaptive.planner import Acceptance, CostCurve, Planner
+from eagle.decode.compatibility import fit_pair
+from eagle.decode.compiled.engine import StaticEngine
+from eagle.decode.decoder import Decoder
+from eagle.decode.noise import seeds_of
+from eagle.decode.sampling import TokenChooser
+from eagle.decode.stats import Stats
+from eagle.decode.stopping import Stopper
+from eagle.decode.tree_config import TreeConfig
+from eagle.drafts.checkpoint import HUB_KEYS, load_draft
+from eagle.drafts.compression import Compression
+from eagle.drafts.msd import DraftModel
+from eagle.families import Target, load_target
+from llava.errors import UserError
+
+
+@dataclass
+class MSDOutput:
+    """``sequences`` [B, P + n] prompts and new tokens, shorter answers filled up with pad tokens; ``stats`` acceptance
+    and time, of all sequences together; ``first_token_at`` when each had a token, on `time.perf_counter`'s clock."""
+
+    sequences: Tensor
+    stats: Stats
+    first_token_at: float = 0.0
+
+
+class MSDModel:
+    """Multimodal speculative decoding of one target with one draft. Same answers as the target alone.
+
+    Args:
+        target: the base model.
+        draft: its draft head; None decodes plainly.
+        tree: "auto" chooses depth and size of the draft tree anew in each cycle, from costs that are measured once on
+            this machine; "fixed" takes the same bounds in each cycle, what suits the target's device, or those given.
+            By default "auto", with ``compile`` "fixed", since costs are measured without it.
+        draft_image_tokens: input rows that the draft keeps of each picture, 0 for none, "all" for all; by default what
+            the draft's config says, else all. The target reads all in any case, so answers do not depend on it.
+        draft_image_merge: how they are merged, "pool" or "kmeans" (`eagle.drafts.compression`); by default what the
+            draft's config says, else "pool".
+        compile: run the models' parts of a cycle through `torch.compile` with static shapes (`eagle.decode.compiled`),
+            with CUDA graphs where CUDA is; a text names another backend than "inductor". The first requests are slow.
+
+    Raises:
+        UserError: base and draft do not fit together, or a setting is none of the known values.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        draft: DraftModel | None = None,
+        tree: TreeConfig | Literal["auto", "fixed"] | None = None,
+        *,
+        draft_image_tokens: int | str | None = None,
+        draft_image_merge: str | None = None,
+        compile: bool | str = False,
+    ) -> None:
+        self.target, self.draft = target, draft
+        self.tree = TreeConfig.named(tree or ("fixed" if compile else "auto"), target.device)
+        self.exact_phases = False  # wait for the device at the ends of phases: for accounting, not for speed
+        self._acceptance = Acceptance()  # learnt over all requests
+        self._costs: dict[tuple[int, ...], CostCurve] = {}
+        own = Compression() if draft is None else draft.config.options.compression
+        self.compression = own.replaced(draft_image_tokens, draft_image_merge)
+        target.prepare_for_decoding()
+        if draft is not None:
+            fit_pair(target, draft)
+            draft.prepare_for_decoding(target.model.get_output_embeddings())
+        backend = "inductor" if compile is True else compile
+        self._static = StaticEngine(target, draft, backend) if backend else None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base: str | Path,
+        draft: str | Path | None = None,
+        *,
+        dtype: Any = "auto",
+        device_map: Any = None,
+        tree: TreeConfig | Literal["auto", "fixed"] | None = None,
+        draft_revision: str | None = None,
+        draft_image_tokens: int | str | None = None,
+        draft_image_merge: str | None = None,
+        compile: bool | str = False,
+        **kwargs: Any,
+    ) -> MSDModel:
+        """Loads a base model and its draft from folders or the hub.
+
+        Args:
+            base, draft: folder or hub name; without ``draft`` the model decodes plainly.
+            dtype: of both; "auto" is the base checkpoint's own, float32 on a CPU that is slow in 16 bit.
+            device_map: as in transformers; the draft goes where the base's ``lm_head`` is.
+            tree, draft_image_tokens, draft_image_merge, compile: as for the class.
+            draft_revision: hub revision of the draft (``revision`` is the base's).
+            kwargs: as `eagle.families.load_target`.
+
+        Raises:
+            UserError: a checkpoint is missing or broken, or base and draft do not fit together.
+        """
+        target = load_target(base, dtype=dtype, device_map=device_map, **kwargs)
+        settings: dict[str, Any] = {
+            "draft_image_tokens": draft_image_tokens, "draft_image_merge": draft_image_merge, "compile": compile,
+        }  # fmt: skip
+        if draft is None:
+            return cls(target, None, tree, **settings)
+        hub = {key: kwargs[key] for key in HUB_KEYS if key in kwargs and key != "revision"}
+        if draft_revision is not None:
+            hub["revision"] = draft_revision
+        head = load_draft(draft, dtype=target.dtype, device=target.head_device, **hub)
+        return cls(target, head, tree, **settings)
+
+    @property
+    def processor(self) -> Any:
+        return self.target.processor
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.target.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return self.target.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.target.dtype
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        *,
+        use_msd: bool = True,
+        tree: TreeConfig | None = None,
+        temperature: float | None = None,
+        do_sample: bool | None = None,
+        seed: int | Sequence[int] | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        stopping_criteria: Sequence[Any] | None = None,
+        streamer: Any = None,
+        **kwargs: Any,
+    ) -> MSDOutput:
+        """Generates as `target.model.generate` would, several tokens per forward.
+
+        Args:
+            input_ids: [B, P] with one id per image feature, and the processor's other outputs among ``kwargs``; with an
+                ``attention_mask`` where prompts are padded.
+            use_msd: False decodes plainly, in the same loop.
+            tree: bounds for this call only, of each sequence's tree; by default the model's, smaller for a batch.
+            temperature: 0 is greedy. None of a setting means the checkpoint's generation config, as in transformers.
+            seed: makes sampling repeatable, apart from the global random state; one, or one for each row of a batch.
+                The same answer comes with any draft and tree, or none, and in any batch, as far as rounding allows.
+            stop_strings: texts that end the answer.
+            streamer: a transformers streamer; for a single prompt.
+            kwargs: model inputs, and any setting of transformers' `generate` for greedy search or sampling.
+
+        Raises:
+            UserError: the settings ask for beam search, or for streaming of a batch.
+        """
+        if temperature is not None and do_sample is None:
+            do_sample = temperature > 0
+        if do_sample:
+            kwargs["temperature"] = temperature
+        elif do_sample is False:
+            kwargs.update(temperature=None, top_p=None, top_k=None)
+        criteria = StoppingCriteriaList(stopping_criteria or [])
+        if stop_strings:
+            criteria.append(StopStringCriteria(self.tokenizer, stop_strings))
+        decode = partial(self._decode, use_msd=use_msd, tree=tree, seed=seed, bound_streamer=streamer)
+        kwargs.update(self.target.complete_inputs(input_ids, kwargs), do_sample=do_sample)
+        settings = {key: value for key, value in kwargs.items() if value is not None}
+        if use_msd:
+            self._know_costs(tree or self.tree_for(input_ids.shape[0]), input_ids.shape[0])
+        start = time.perf_counter()
+        output = self.target.model.generate(
+            input_ids=input_ids, stopping_criteria=criteria, custom_generate=decode, **settings
+        )
+        output.stats.seconds = time.perf_counter() - start
+        output.stats.first_token = output.first_token_at - start
+        return output
+
+    def __call__(self, model: Any, input_ids: Tensor, streamer: Any = None, **kwargs: Any) -> MSDOutput | Tensor:
+        """For ``target.generate(**inputs, custom_generate=msd)``: returns the sequences. transformers keeps a streamer
+        that is given to its `generate` from such a function; ``custom_generate=partial(msd, streamer=s)`` binds one."""
+        output = self._decode(model, input_ids, use_msd=True, tree=None, seed=None, bound_streamer=streamer, **kwargs)
+        return output if kwargs["generation_config"].return_dict_in_generate else output.sequences
+
+    @torch.inference_mode()
+    def _decode(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        *,
+        use_msd: bool,
+        tree: TreeConfig | None,
+        seed: int | Sequence[int] | None,
+        bound_streamer: Any,
+        **model_inputs: Any,
+    ) -> MSDOutput:
+        """What transformers' `generate` calls after it has prepared inputs, processors and criteria."""
+        check_request(input_ids, generation_config, bound_streamer)
+        if bound_streamer is not None:
+            bound_streamer.put(input_ids.cpu())
+        tree = tree or self.tree_for(input_ids.shape[0])
+        draft = self.draft if use_msd and tree.total_tokens > 1 else None
+        planner = None
+        cost = self._know_costs(tree, input_ids.shape[0]) if draft is not None else None
+        if cost is not None:
+            known = self._acceptance if seed is None else Acceptance()  # a seed gives the same tokens each time
+            planner = Planner(cost, min(tree.total_tokens, cost.nodes[-1]), known)
+        decoder = Decoder(
+            self.target,
+            draft,
+            {"input_ids": input_ids, **model_inputs},
+            TokenChooser(logits_processor, generation_config.do_sample),
+            Stopper(stopping_criteria, input_ids.shape[1]),
+            tree,
+            bound_streamer,
+            planner,
+            compression=self.compression,
+            static=self._static,
+            wait=self.target.synchronize if self.exact_phases else None,
+            seeds=None if seed is None else seeds_of(seed, input_ids.shape[0]),
+        )
+        answers = [torch.tensor(tokens, dtype=input_ids.dtype, device=input_ids.device) for tokens in decoder.run()]
+        padding = generation_config.pad_token_id or 0
+        joined = pad_sequence(answers, batch_first=True, padding_value=padding)
+        return MSDOutput(
+            sequences=torch.cat([input_ids, joined], dim=1), stats=decoder.stats, first_token_at=decoder.first_token_at
+        )
+
+    def tree_for(self, batch: int) -> TreeConfig:
+        """The tree of each sequence of a batch; one that adapts is for a single sequence."""
+        if batch > 1 and self.tree.adaptive:
+            return TreeConfig.for_device(self.target.device).for_batch(batch)
+        return self.tree.for_batch(batch)
+
+    @torch.inference_mode()
+    def _know_costs(self, tree: TreeConfig, batch: int) -> CostCurve | None:
+        """The costs that an adapting tree is chosen by, measured at first use; None where no tree adapts."""
+        if self.draft is None or not tree.adaptive or batch > 1:
+            return None
+        bounds = (tree.depth, tree.top_k, tree.total_tokens)
+        if bounds not in self._costs:
+            self._costs[bounds] = cost_of(self.target, self.draft, tree)
+        return self._costs[bounds]
+
+
+def check_request(input_ids: Tensor, settings: GenerationConfig, streamer: Any) -> None:
+    """Refuses what speculative decoding cannot honour."""
+    if settings.num_beams > 1:
+        raise UserError(
+            f"num_beams={settings.num_beams}: MSD verifies one continuation, beam search keeps several",
+            fix="use num_beams=1, or the target's own generate",
+        )
+    if streamer is not None and input_ids.shape[0] > 1:
+        raise UserError(
+            f"a streamer for {input_ids.shape[0]} prompts: streamers print one answer",
+            fix="generate one prompt at a time, or leave the streamer out",
+        )

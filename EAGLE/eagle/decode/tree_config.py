@@ -1,0 +1,81 @@
+"""Bounds of the draft tree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eagle.drafts.config import reject_unknown
+from llava.errors import UserError
+
+BATCH_NODES = 60
+"""Nodes of all trees of a batch together that pay in one forward, on a CPU too (`msd throughput`, docs/decoding.md)."""
+
+
+@dataclass(frozen=True)
+class TreeConfig:
+    """A draft tree's bounds (EAGLE-2, arXiv 2406.16858, section 4).
+
+    ``depth``: draft steps after the first one, so a path has at most ``depth + 1`` drafted tokens.
+    ``top_k``: nodes kept at each level, and children tried for each of them.
+    ``total_tokens``: nodes that the target verifies in one forward, the root included.
+    ``adaptive``: depth and nodes are upper bounds, and each cycle takes what pays (`eagle.decode.adaptive.planner`).
+    """
+
+    depth: int = 5
+    top_k: int = 10
+    total_tokens: int = 60
+    adaptive: bool = False
+
+    def __post_init__(self) -> None:
+        for name, low in (("depth", 0), ("top_k", 1), ("total_tokens", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < low:
+                raise UserError(f"tree setting {name}={value!r}", fix=f"give a whole number of at least {low}")
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any], where: str | Path = "tree settings") -> TreeConfig:
+        reject_unknown(settings, [f.name for f in fields(cls)], where)
+        return cls(**settings)
+
+    @classmethod
+    def for_device(cls, device: torch.device | str) -> TreeConfig:
+        """A tree that suits the kind of device. A CPU verifies 8 to 16 nodes for little more than one, and pays for
+        sixty; an accelerator verifies sixty for little more than one."""
+        if torch.device(device).type == "cpu":
+            return cls(depth=6, top_k=3, total_tokens=12)
+        return cls()
+
+    @classmethod
+    def named(cls, tree: TreeConfig | str, device: torch.device | str) -> TreeConfig:
+        """The tree that "auto" or "fixed" means on a device; other bounds stay."""
+        if isinstance(tree, TreeConfig):
+            return tree
+        kinds = {"auto": cls.auto, "fixed": cls.for_device}
+        if tree not in kinds:
+            raise UserError(f"tree={tree!r}", fix='give "auto", "fixed" or a TreeConfig')
+        return kinds[tree](device)
+
+    @classmethod
+    def auto(cls, device: torch.device | str) -> TreeConfig:
+        """Bounds within which each cycle takes what pays on this machine."""
+        if torch.device(device).type == "cpu":
+            return cls(depth=10, top_k=3, total_tokens=32, adaptive=True)
+        return cls(depth=10, top_k=10, total_tokens=96, adaptive=True)
+
+    def for_batch(self, batch: int) -> TreeConfig:
+        """The tree of each sequence when ``batch`` of them are verified in one forward: the same as alone until all
+        have more nodes together than this tree or `BATCH_NODES`, from there on a share. Where that leaves no drafted
+        node, plain decoding is as good."""
+        nodes = max(1, min(self.total_tokens, max(self.total_tokens, BATCH_NODES) // batch))
+        return TreeConfig(self.depth, -(-self.top_k * nodes // self.total_tokens), nodes) if batch > 1 else self
+
+    def shortened(self, tokens_left: int) -> TreeConfig:
+        """The same tree, no deeper than ``tokens_left`` new tokens can use (the bonus token is one of them)."""
+        if tokens_left <= 1:
+            return TreeConfig(depth=0, top_k=self.top_k, total_tokens=1)
+        return replace(self, depth=min(self.depth, tokens_left - 2))

@@ -1,0 +1,1 @@
+"""Draft heads: configuration, checkpoints and the modules themselves."""

@@ -1,0 +1,271 @@
+"""The target model as the engine sees it. A family is one small subclass that answers three questions: how a prompt is
+embedded, how positions are numbered, and how a conversation is written."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from inspect import signature
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from eagle.kv_cache import KVCache
+from eagle.weight_layout import arrange
+from llava.errors import UserError
+
+MASKED_ATTENTION = ("sdpa", "eager")
+
+
+class Prefill(NamedTuple):
+    """The target's view of a prompt.
+
+    ``hidden`` [B, S, H] after the final norm; ``embeds`` [B, S, H] the input rows, image rows being the projected image
+    features; ``image_mask`` [B, S] bool; ``positions`` [B, S], or [3, B, S] with M-RoPE, the position numbers;
+    ``next_position`` [B] that of the token after the prompt.
+    """
+
+    hidden: Tensor
+    embeds: Tensor
+    image_mask: Tensor
+    positions: Tensor
+    next_position: Tensor
+
+
+class Target(ABC):
+    """A stock transformers model and its processor.
+
+    ``family``: the adapter's name. ``model_types``: values of ``model_type`` in config.json that it serves.
+    """
+
+    family: ClassVar[str]
+    model_types: ClassVar[tuple[str, ...]]
+
+    def __init__(self, model: PreTrainedModel, processor: Any) -> None:
+        attention = model.config.get_text_config()._attn_implementation
+        if attention not in MASKED_ATTENTION:
+            raise UserError(
+                f"attention '{attention}' cannot verify a draft tree", fix=f"load with {' or '.join(MASKED_ATTENTION)}"
+            )
+        self.model = model.eval()
+        self.processor = processor
+
+    @classmethod
+    @abstractmethod
+    def load(cls, path: str, **kwargs: Any) -> Target:
+        """Loads model and processor. ``kwargs``: ``dtype``, ``device_map``, hub and quantisation settings."""
+
+    @abstractmethod
+    def embed_prompt(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Input rows of a prompt [B, S, H], image features in place, and the image mask [B, S]."""
+
+    @abstractmethod
+    def prompt_positions(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Position ids as the family's text model takes them, and ``next_position`` [B]."""
+
+    @abstractmethod
+    def text_positions(self, positions: Tensor) -> Tensor:
+        """Position numbers [B, N] of text tokens in the form that the family's text model takes."""
+
+    @abstractmethod
+    def prepare(self, prompt: str | Sequence[str], images: Sequence[Any] = ()) -> dict[str, Any]:
+        """Model inputs of a written prompt and its images, on the model's device."""
+
+    @abstractmethod
+    def chat_prompt(
+        self, question: str, num_images: int = 0, history: Sequence[tuple[str, str]] = (), system: str | None = None
+    ) -> str:
+        """The family's conversation template around a question; ``history`` is (question, answer) pairs."""
+
+    def complete_inputs(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What transformers' `generate` needs beside ``inputs`` and can be told from ``input_ids`` [B, P]."""
+        return {}
+
+    @property
+    def text_model(self) -> Any:
+        """The stock text model: embeddings in, hidden states after the final norm out."""
+        return self.model.model.language_model
+
+    @cached_property
+    def cache_argument(self) -> str:
+        """What the text model calls its cache: `cache` in newer releases of transformers."""
+        known = signature(type(self.text_model).forward).parameters
+        return "cache" if "cache" in known else "past_key_values"
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.get_text_config().hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.get_output_embeddings().out_features
+
+    @property
+    def device(self) -> torch.device:
+        """Where prompts and drafted tokens go: the device of the token embedding."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def head_device(self) -> torch.device:
+        """Where logits are: the device of ``lm_head``; another than `device` where a model is spread over several."""
+        return self.model.get_output_embeddings().weight.device
+
+    def synchronize(self) -> None:
+        """Waits for all devices of the model."""
+        for device in {parameter.device for parameter in self.model.parameters()}:
+            if device.type not in ("cpu", "meta"):
+                torch.accelerator.synchronize(device)
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether accelerate keeps weights that each cycle needs on the disk or in CPU memory, for lack of room."""
+        parts = (self.text_model, self.model.get_output_embeddings())
+        return any(weight.is_meta for part in parts for weight in part.parameters())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.get_input_embeddings().weight.dtype
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """End tokens, as the checkpoint's generation config (else its config) gives them."""
+        for config in (self.model.generation_config, self.config.get_text_config(), self.config):
+            eos = getattr(config, "eos_token_id", None)
+            if eos is not None:
+                return tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+        return ()
+
+    @property
+    def cache_shape(self) -> tuple[int, int]:
+        """Heads of keys and values, and the size of each."""
+        text = self.config.get_text_config()
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        return heads, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+    def prepare_for_decoding(self) -> None:
+        """Arranges the weights that verification multiplies with (`eagle.weight_layout`); once, after loading."""
+        embedding = self.model.get_input_embeddings().weight
+        for part in (self.text_model, self.model.get_output_embeddings()):
+            arrange(part, skip=[embedding])
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """A cache of ``capacity`` rows for each of ``batch`` sequences, each layer on its own device."""
+        heads, head_dim = self.cache_shape
+        devices = [next(layer.parameters()).device for layer in self.text_model.layers]
+        return KVCache.allocate(devices, batch, heads, head_dim, capacity, self.dtype)
+
+    def prefill(self, inputs: Mapping[str, Any]) -> Prefill:
+        """One forward over prompts, without a cache.
+
+        Args:
+            inputs: ``input_ids`` [B, S] with one id per image feature, ``attention_mask`` [B, S] where rows are padded,
+                and the family's image inputs.
+        """
+        input_ids = inputs["input_ids"]
+        embeds, image_mask = self.embed_prompt(input_ids, inputs)
+        positions, next_position = self.prompt_positions(input_ids, inputs)
+        output = self.text_model(
+            inputs_embeds=embeds,
+            attention_mask=inputs.get("attention_mask"),
+            position_ids=positions,
+            use_cache=False,
+        )
+        return Prefill(output.last_hidden_state, embeds, image_mask, positions, next_position)
+
+    def prefill_each(self, inputs: Mapping[str, Any], cache: KVCache) -> Iterator[Prefill]:
+        """Fills the cache, one sequence after the other and without their padding, so that each is read exactly as it
+        would be alone. Pictures of all sequences are encoded together.
+
+        Args:
+            inputs: as for `prefill`; padding may be on either side.
+            cache: an empty one for these sequences.
+
+        Yields:
+            The `Prefill` of each sequence, [1, its own length].
+        """
+        input_ids = inputs["input_ids"]
+        embeds, image_mask = self.embed_prompt(input_ids, inputs)
+        positions, next_position = self.prompt_positions(input_ids, inputs)
+        attention_mask = inputs.get("attention_mask")
+        lengths = []
+        for row in range(input_ids.shape[0]):
+            keep = slice(None) if attention_mask is None else attention_mask[row].bool()
+            own_embeds, own_images = embeds[row : row + 1, keep], image_mask[row : row + 1, keep]
+            own_positions = positions[..., row : row + 1, :][..., keep]
+            part = cache.sequence(row)
+            output = self.text_model(
+                inputs_embeds=own_embeds, position_ids=own_positions, use_cache=True, **{self.cache_argument: part}
+            )
+            lengths.append(part.length)
+            own_next = next_position[row : row + 1]
+            yield Prefill(output.last_hidden_state, own_embeds, own_images, own_positions, own_next)
+        cache.truncate(lengths)
+
+    def verify(self, tokens: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
+        """One forward over the nodes of a tree, appended to the cache.
+
+        Args:
+            tokens: [B, N] ids in node order.
+            positions: [B, N] position number of each node.
+            mask: [B, 1, N, longest past + N] additive; None for a single node of a single sequence, which sees
+                everything.
+
+        Returns:
+            [B, N, H] hidden states after the final norm.
+        """
+        output = self.text_model(
+            inputs_embeds=self.model.get_input_embeddings()(tokens),
+            attention_mask=mask,
+            position_ids=self.text_positions(positions),
+            use_cache=True,
+            **{self.cache_argument: cache},
+        )
+        return output.last_hidden_state
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """``lm_head``: [..., H] → logits [..., V]."""
+        head = self.model.get_output_embeddings()
+        return head(hidden.to(head.weight.device))
+
+
+def gather_image_features(
+    model: PreTrainedModel, inputs: Mapping[str, Any], modality: str, **kwargs: Any
+) -> Tensor | None:
+    """Projected features of all pictures (or videos) of a request, [I, H] in prompt order; None where there are none.
+
+    `generate` may have encoded them already (``mm_encoder_outputs``); then nothing is computed twice.
+    """
+    encoded = (inputs.get("mm_encoder_outputs") or {}).get(modality)
+    if encoded is None:
+        if all(value is None for value in kwargs.values()):
+            return None
+        encode = getattr(model.model, f"get_{modality}_features")
+        encoded = encode(**{key: value for key, value in kwargs.items() if value is not None}, return_dict=True)
+    features = encoded.pooler_output  # one tensor, or one a picture; with a dimension for pictures or without
+    joined = features if isinstance(features, Tensor) else torch.cat(list(features), dim=0)
+    return joined.flatten(0, -2)
+
+
+def place_features(embeds: Tensor, mask: Tensor, features: Tensor | None) -> Tensor:
+    """Puts ``features`` [I, H] into the rows of ``embeds`` [B, S, H] where ``mask`` [B, S] is true, in order."""
+    expected = int(mask.sum())
+    got = 0 if features is None else features.shape[0]
+    if expected != got:
+        raise UserError(
+            f"the prompt has places for {expected} image tokens, the images give {got}",
+            fix="give exactly the images that the prompt mentions",
+        )
+    if features is None:
+        return embeds
+    return embeds.masked_scatter(mask.unsqueeze(-1), features.to(embeds.device, embeds.dtype))

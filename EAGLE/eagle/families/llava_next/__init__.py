@@ -1,0 +1,1 @@
+"""LLaVA-1.6 (LLaVA-NeXT)."""

@@ -1,0 +1,100 @@
+"""Qwen2-VL and Qwen2.5-VL as target: M-RoPE positions in three rows, image tokens by the picture's size, videos."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
+
+from eagle.families.base import Target, gather_image_features, place_features
+from eagle.families.stock import load_stock, prepare_stock, stock_chat
+from llava.errors import UserError
+
+TEXT, IMAGE, VIDEO = 0, 1, 2  # transformers' mm_token_type_ids
+GRIDS = ("image_grid_thw", "video_grid_thw")
+
+
+class Qwen2VLTarget(Target):
+    """Qwen2-VL of any size, embeddings tied or not."""
+
+    family = "qwen2_vl"
+    model_types = ("qwen2_vl",)
+    model_class: type[PreTrainedModel] = Qwen2VLForConditionalGeneration
+
+    @classmethod
+    def load(cls, path: str, **kwargs: Any) -> Qwen2VLTarget:
+        return cls(*load_stock(cls.model_class, path, **kwargs))
+
+    def token_types(self, input_ids: Tensor) -> Tensor:
+        """[B, S]: 0 text, 1 image, 2 video."""
+        is_image, is_video = input_ids == self.config.image_token_id, input_ids == self.config.video_token_id
+        return is_image * IMAGE + is_video * VIDEO
+
+    def complete_inputs(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Token types, without which transformers 5 numbers pictures and videos as if they were text."""
+        if inputs.get("mm_token_type_ids") is not None or all(inputs.get(name) is None for name in GRIDS):
+            return {}
+        return {"mm_token_type_ids": self.token_types(input_ids)}
+
+    def embed_prompt(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        embeds = self.model.get_input_embeddings()(input_ids)  # [B, S, H]
+        types = self.token_types(input_ids)
+        for kind, modality, pixels, grid in (
+            (IMAGE, "image", "pixel_values", "image_grid_thw"),
+            (VIDEO, "video", "pixel_values_videos", "video_grid_thw"),
+        ):
+            given = {name: inputs.get(name) for name in (pixels, grid)}
+            features = gather_image_features(self.model, inputs, modality, **given)
+            embeds = place_features(embeds, types == kind, features)
+        return embeds, types != TEXT
+
+    def prompt_positions(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        attention_mask = inputs.get("attention_mask")
+        types = self.token_types(input_ids)
+        grids = {name: inputs.get(name) for name in GRIDS}
+        if not types.any():
+            seen = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            positions = (seen.cumsum(dim=-1) - 1).clamp(min=0).expand(3, -1, -1)  # [3, B, S]
+        elif any(grid is not None for grid in grids.values()):
+            rest = {"second_per_grid_ts": inputs.get("second_per_grid_ts"), "attention_mask": attention_mask}
+            positions, _ = self.model.model.get_rope_index(input_ids, mm_token_type_ids=types, **grids, **rest)
+        else:  # transformers' `generate` has encoded the pictures and computed their positions already
+            positions = inputs["position_ids"][-3:]
+            self._refuse_text_positions(types, positions)
+        if attention_mask is not None:
+            positions = positions.masked_fill(attention_mask == 0, 0)
+        return positions, positions.amax(dim=(0, 2)) + 1
+
+    @staticmethod
+    def _refuse_text_positions(types: Tensor, positions: Tensor) -> None:
+        """Raises `UserError` where pictures or videos were numbered as text: the tokens of a frame share their time."""
+        media = types != TEXT
+        neighbours = media[:, 1:] & media[:, :-1]  # [B, S - 1]
+        later = positions[0, :, 1:] > positions[0, :, :-1]
+        if (neighbours.any(dim=1) & (later | ~neighbours).all(dim=1)).any():
+            raise UserError(
+                "transformers has numbered the tokens of a picture or video as text",
+                fix="give generate the processor's mm_token_type_ids, or call MSDModel.generate",
+            )
+
+    def text_positions(self, positions: Tensor) -> Tensor:
+        return positions.expand(3, -1, -1)
+
+    def prepare(self, prompt: str | Sequence[str], images: Sequence[Any] = ()) -> dict[str, Any]:
+        return dict(prepare_stock(self.processor, prompt, images).to(self.device))
+
+    def chat_prompt(
+        self, question: str, num_images: int = 0, history: Sequence[tuple[str, str]] = (), system: str | None = None
+    ) -> str:
+        return stock_chat(self.processor, question, num_images, history, system)
+
+
+class Qwen2_5VLTarget(Qwen2VLTarget):
+    """Qwen2.5-VL: another vision tower and seconds on the time axis of videos, all else as Qwen2-VL."""
+
+    family = "qwen2_5_vl"
+    model_types = ("qwen2_5_vl",)
+    model_class = Qwen2_5_VLForConditionalGeneration

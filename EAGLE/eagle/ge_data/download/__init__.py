@@ -1,0 +1,1 @@
+"""Download of the annotation files and picture sets."""

@@ -1,0 +1,1 @@
+"""Stored hidden states: the contract between data generation and training."""

@@ -1,0 +1,83 @@
+"""What is looked at when a base and a draft are loaded as a pair."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_draft import make_draft
+from tiny_llava import make_image, make_llava_hf
+
+from eagle import MSDModel, TreeConfig
+from eagle.decode.compatibility import fit_pair
+from eagle.drafts.msd import DraftModel
+from eagle.families import Target, load_target
+from llava.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
+    return load_target(make_llava_hf(tmp_path_factory.mktemp("pair") / "base"), dtype=torch.float32)
+
+
+def draft_of(target: Target, folder: Path, rows: int = 0, **changes: object) -> DraftModel:
+    """A draft with ``rows`` more rows of vocabulary than the base, or fewer."""
+    from eagle.drafts.checkpoint import load_draft
+
+    draft = load_draft(make_draft(folder, target, agree=1.0, **changes), dtype=torch.float32, device="cpu")
+    size = draft.config.vocab_size + rows
+    weight = torch.cat([draft.embed_tokens.weight.detach(), torch.zeros(max(rows, 0), draft.config.hidden_size)])
+    draft.embed_tokens = torch.nn.Embedding.from_pretrained(weight[:size])
+    draft.config = replace(draft.config, vocab_size=size)
+    return draft
+
+
+def test_rows_added_behind_the_drafts_come_from_the_base(target: Target, tmp_path: Path) -> None:
+    """`llava-hf` releases have 64 rows more than the base that the published drafts were trained for."""
+    whole, less = draft_of(target, tmp_path), draft_of(target, tmp_path, -3)
+    answers = []
+    inputs = target.prepare(target.chat_prompt("How many?", num_images=1), [make_image()])
+    for draft in (whole, less):
+        msd = MSDModel(target, draft, TreeConfig(1, 60, 100))
+        answers.append(msd.generate(**inputs, max_new_tokens=24, temperature=0.0))
+    table = target.model.get_input_embeddings().weight
+    assert torch.equal(less.embed_tokens.weight, table) and less.config.vocab_size == len(table)
+    assert answers[0].stats.accept_lengths == answers[1].stats.accept_lengths
+    assert sum(answers[0].stats.accept_lengths) > 0
+    wanted = target.model.generate(**inputs, max_new_tokens=24, do_sample=False)
+    assert torch.equal(answers[1].sequences, wanted)
+
+
+@pytest.mark.parametrize("rows", [-3, 3])
+def test_another_vocabulary_is_refused(target: Target, tmp_path: Path, rows: int) -> None:
+    draft = draft_of(target, tmp_path, rows)
+    draft.embed_tokens.weight.data.normal_()  # of another base
+    size = target.model.get_input_embeddings().num_embeddings
+    with pytest.raises(UserError, match=f"vocabulary {size + rows} in the draft, {size} in the base"):
+        fit_pair(target, draft)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl"])
+def test_another_family_is_refused(target: Target, tmp_path: Path, model_type: str) -> None:
+    with pytest.raises(UserError, match=f"family {model_type} in the draft, llava in the base"):
+        MSDModel(target, draft_of(target, tmp_path, model_type=model_type))
+
+
+def test_another_hidden_size_is_refused(target: Target, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="hidden size 16 in the draft"):
+        fit_pair(target, draft_of(target, tmp_path, hidden_size=16))
+
+
+def test_an_embedding_of_another_base_is_told(
+    target: Target, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:  # fmt: skip
+    draft = draft_of(target, tmp_path)
+    with caplog.at_level(logging.WARNING, "eagle.decode.compatibility"):
+        fit_pair(target, draft.to(torch.bfloat16))  # rounding is no difference
+        assert not caplog.records
+        draft.embed_tokens.weight.data = draft.embed_tokens.weight.data.flip(0)
+        fit_pair(target, draft)
+    assert "token embedding is not the base's" in caplog.text

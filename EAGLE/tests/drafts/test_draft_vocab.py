@@ -1,0 +1,70 @@
+"""A draft that drafts from a part of the vocabulary: same answers, fewer rows of the head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_draft import make_draft
+from tiny_llava import make_image, make_liuhaotian
+
+from eagle import MSDModel, TreeConfig
+from eagle.drafts.checkpoint import load_draft
+from eagle.drafts.config import HEAD_TOKENS
+from eagle.drafts.draft_vocab import write_head_tokens
+from eagle.families import load_target
+from eagle.ge_data.vocabulary import most_frequent
+from llava.errors import UserError
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return make_liuhaotian(tmp_path / "base")
+
+
+@pytest.fixture
+def draft(base: Path, tmp_path: Path) -> Path:
+    return make_draft(tmp_path / "draft", load_target(base, dtype=torch.float32), agree=1.0)
+
+
+def test_answers_do_not_change_and_drafted_tokens_are_of_the_part(base: Path, draft: Path) -> None:
+    whole = MSDModel.from_pretrained(base, draft, dtype=torch.float32)
+    inputs = whole.target.prepare(whole.target.chat_prompt("How many?", num_images=1), [make_image()])
+    settings = {"max_new_tokens": 40, "temperature": 0.0, "tree": TreeConfig(3, 4, 16)}
+    wanted = whole.generate(**inputs, **settings)
+    said = wanted.sequences[0, inputs["input_ids"].shape[1] :].unique()
+    write_head_tokens(draft, said)
+    trimmed = MSDModel.from_pretrained(base, draft, dtype=torch.float32)
+    assert trimmed.draft is not None and trimmed.draft.head_tokens is not None
+    assert trimmed.draft.head_tokens.tolist() == said.tolist()
+    output = trimmed.generate(**inputs, **settings)
+    assert torch.equal(output.sequences, wanted.sequences)
+    assert output.stats.tau >= wanted.stats.tau  # only what is said is drafted
+    hidden = torch.randn(2, 5, trimmed.target.hidden_size)
+    ids, logprobs = trimmed.draft.likely_next(hidden, 4, trimmed.target.head)
+    assert set(ids.flatten().tolist()) <= set(said.tolist())
+    rows = trimmed.target.head(hidden)[..., said].log_softmax(-1)
+    assert torch.allclose(logprobs, rows.topk(4).values, atol=1e-5)
+
+
+def test_the_most_frequent_tokens_that_occur() -> None:
+    counts = torch.tensor([0, 5, 1, 0, 3, 1])
+    tokens, share = most_frequent(counts, 2)
+    assert tokens.tolist() == [1, 4] and share == pytest.approx(0.8)
+    assert most_frequent(counts, 6)[0].tolist() == [1, 4, 2, 5]
+
+
+@pytest.mark.parametrize("broken", ["missing", "no safetensors", "outside", "empty"])
+def test_a_broken_part_is_one_clear_line(draft: Path, broken: str) -> None:
+    write_head_tokens(draft, torch.tensor([3, 4]))
+    path = draft / HEAD_TOKENS
+    if broken == "missing":
+        path.unlink()
+    elif broken == "no safetensors":
+        path.write_bytes(b"{}")
+    else:
+        save_file({"tokens": torch.tensor([10**6] if broken == "outside" else [], dtype=torch.int32)}, path)
+    with pytest.raises(UserError, match="trimmed vocabulary"):
+        load_draft(draft)

@@ -1,0 +1,92 @@
+"""Embedding and head from every layout of a base."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from eagle.families import base_weights
+from eagle.families.base_weights import load_base_tensors
+from llava.errors import UserError
+
+EMBED, HEAD, OTHER = torch.arange(12.0).view(4, 3), -torch.arange(12.0).view(4, 3), torch.zeros(2, 2)
+NAMES = [
+    ("model.embed_tokens.weight", "lm_head.weight"),
+    ("model.language_model.embed_tokens.weight", "lm_head.weight"),
+    ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"),
+]
+
+
+def write(folder, names, ending, sharded, head=True, config=None):
+    save = save_file if ending == "safetensors" else torch.save
+    stem = "model" if ending == "safetensors" else "pytorch_model"
+    parts = [{names[0]: EMBED}, {"model.layers.0.x": OTHER}, {names[1]: HEAD} if head else {"y": OTHER.clone()}]
+    (folder / "config.json").write_text(json.dumps(config or {}))
+    if not sharded:
+        save({k: v for part in parts for k, v in part.items()}, folder / f"{stem}.{ending}")
+        return folder
+    weight_map = {}
+    for number, part in enumerate(parts):
+        file = f"{stem}-{number}.{ending}"
+        save(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / f"{stem}.{ending}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("ending", ["bin", "safetensors"])
+@pytest.mark.parametrize("names", NAMES)
+def test_every_layout(tmp_path, names, ending, sharded):
+    base = load_base_tensors(write(tmp_path, names, ending, sharded))
+    assert torch.equal(base.embed, EMBED) and torch.equal(base.head, HEAD)
+
+
+def test_only_the_needed_shards_are_opened(tmp_path, monkeypatch):
+    write(tmp_path, NAMES[0], "bin", True)
+    (tmp_path / "pytorch_model-1.bin").write_bytes(b"never read")
+    opened = []
+    read = base_weights._read_from
+    monkeypatch.setattr(base_weights, "_read_from", lambda file, names: opened.append(file.name) or read(file, names))
+    load_base_tensors(tmp_path)
+    assert opened == ["pytorch_model-0.bin", "pytorch_model-2.bin"]
+
+
+@pytest.mark.parametrize("where", ["config", "text_config"])
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("ending", ["bin", "safetensors"])
+@pytest.mark.parametrize("names", NAMES)
+def test_tied_head(tmp_path, names, ending, sharded, where):
+    tied = {"tie_word_embeddings": True}
+    config = tied if where == "config" else {"text_config": tied}
+    base = load_base_tensors(write(tmp_path, names, ending, sharded, False, config))
+    assert torch.equal(base.embed, EMBED) and base.head is base.embed
+
+
+@pytest.mark.parametrize("layout", ["liuhaotian", "llava_hf"])
+def test_stock_classes(tmp_path, layout):
+    import tiny_llava
+
+    path = getattr(tiny_llava, f"make_{layout}")(tmp_path / "base", shards=2)
+    base = load_base_tensors(path)
+    assert base.embed.shape == base.head.shape and base.embed.shape[1] == tiny_llava.TinySizes().hidden
+
+
+def test_errors_say_what_is_wrong(tmp_path):
+    with pytest.raises(UserError, match="base model not found"):
+        load_base_tensors(tmp_path / "absent")
+    with pytest.raises(UserError, match="base model config not found"):
+        load_base_tensors(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="no weights"):
+        load_base_tensors(tmp_path)
+    write(tmp_path, NAMES[0], "safetensors", True, head=False)
+    with pytest.raises(UserError, match="no lm_head"):
+        load_base_tensors(tmp_path)
+    (tmp_path / "model-0.safetensors").write_bytes(b"broken")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_base_tensors(tmp_path)
+    (tmp_path / "model-0.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model-0\.safetensors is missing"):
+        load_base_tensors(tmp_path)

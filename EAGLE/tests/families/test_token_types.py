@@ -1,0 +1,91 @@
+"""Inputs without transformers' ``mm_token_type_ids``: pictures and videos keep their positions."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_draft import make_draft
+from tiny_llava import make_image
+from tiny_stock import make_qwen
+
+from eagle import MSDModel
+from eagle.drafts.checkpoint import load_draft
+from eagle.families import load_target
+from llava import UserError
+
+PICTURE, VIDEO = ("<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>")
+GREEDY = {"max_new_tokens": 24, "do_sample": False}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> MSDModel:
+    folder = tmp_path_factory.mktemp("types")
+    target = load_target(make_qwen(folder / "base"), dtype="float32")
+    return MSDModel(target, load_draft(make_draft(folder / "draft", target), dtype=torch.float32))
+
+
+def video_inputs(model: MSDModel) -> dict[str, Any]:
+    metadata = {"total_num_frames": 4, "fps": 2.0, "frames_indices": list(range(4))}
+    frames = [np.full((56, 84, 3), 60 * i, np.uint8) for i in range(4)]
+    return dict(
+        model.processor(
+            text=[f"USER: {VIDEO} What happens? ASSISTANT:"], videos=[frames], video_metadata=[metadata],
+            do_sample_frames=False, return_tensors="pt",
+        )
+    )  # fmt: skip
+
+
+def inputs_of(model: MSDModel, kind: str) -> dict[str, Any]:
+    pictures = [make_image(width=112, height=84), make_image(width=60, height=112)]
+    if kind == "video":
+        return video_inputs(model)
+    texts = {
+        "text": ("USER: Name two rivers. ASSISTANT:", 0),
+        "picture": (f"USER: {PICTURE} What colours are these? ASSISTANT:", 1),
+        "batch": ([f"USER: {PICTURE} Which colours? ASSISTANT:", f"USER: And {PICTURE} ASSISTANT:"], 2),
+    }
+    text, count = texts[kind]
+    return model.target.prepare(text, pictures[:count])
+
+
+def without_types(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if name != "mm_token_type_ids"}
+
+
+@pytest.mark.parametrize("kind", ["text", "picture", "batch", "video"])
+def test_answers_are_those_with_token_types(model: MSDModel, kind: str) -> None:
+    inputs = inputs_of(model, kind)
+    given = model.target.complete_inputs(inputs["input_ids"], without_types(inputs))
+    if kind == "text":
+        assert given == {}
+    else:
+        assert torch.equal(given["mm_token_type_ids"], inputs["mm_token_type_ids"].to(torch.int64))
+        assert model.target.complete_inputs(inputs["input_ids"], inputs) == {}
+    expected = model.generate(**inputs, **GREEDY).sequences
+    assert torch.equal(model.generate(**without_types(inputs), **GREEDY).sequences, expected)
+    assert torch.equal(model.generate(**without_types(inputs), **GREEDY, use_msd=False).sequences, expected)
+
+
+@pytest.mark.parametrize(("kind", "grid"), [("picture", "image_grid_thw"), ("video", "video_grid_thw")])
+def test_positions_of_text_are_refused(model: MSDModel, kind: str, grid: str) -> None:
+    """What a caller's own `generate` hands on where it has encoded the pictures and numbered them as text."""
+    inputs = inputs_of(model, kind)
+    ids, grids = inputs["input_ids"], {grid: inputs[grid]}
+    right, _ = model.target.prompt_positions(ids, grids)
+    again, _ = model.target.prompt_positions(ids, {"position_ids": torch.cat([right[:1], right])})
+    assert torch.equal(again, right)
+    as_text = torch.arange(ids.shape[1]).expand(4, 1, -1)
+    with pytest.raises(UserError, match="tokens of a picture or video as text"):
+        model.target.prompt_positions(ids, {"position_ids": as_text})
+
+
+def test_transformers_interface_without_token_types_is_right_or_refused(model: MSDModel) -> None:
+    inputs = inputs_of(model, "picture")
+    expected = model.generate(**inputs, **GREEDY).sequences
+    try:
+        output = model.target.model.generate(**without_types(inputs), **GREEDY, custom_generate=model)
+    except UserError as error:
+        assert "mm_token_type_ids" in str(error)
+    else:
+        assert torch.equal(output, expected)

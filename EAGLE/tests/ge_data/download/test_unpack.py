@@ -1,0 +1,172 @@
+"""Archives: pictures into one flat folder, nothing anywhere else, all or nothing, nothing done twice."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
+
+import pytest
+
+from eagle.ge_data.download import unpack as module
+from eagle.ge_data.download.unpack import unpack
+from llava.errors import UserError
+
+PICTURES = {f"train/{n}.jpg": bytes([n]) * (100 + n) for n in range(4)}
+
+
+def make_zip(path: Path, members: Mapping[str, bytes], link: str | None = None) -> Path:
+    """A zip archive; ``link`` is the name of a member that is a symbolic link."""
+    with ZipFile(path, "w", ZIP_DEFLATED) as file:
+        for name, content in members.items():
+            file.writestr(ZipInfo(name), content)
+        if link:
+            info = ZipInfo(link)
+            info.external_attr = (stat.S_IFLNK | 0o777) << 16
+            file.writestr(info, "/etc")
+    return path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+WANTED = {Path(name).name: content for name, content in PICTURES.items()}
+
+
+def test_pictures_lie_flat(tmp_path: Path) -> None:
+    more = {"train/": b"", "__MACOSX/._0.jpg": b"x", "train/.DS_Store": b"x", "README.txt": b"x", "deep/er/B.PNG": b"b"}
+    archive = make_zip(tmp_path / "a.zip", {**PICTURES, **more})
+    assert unpack(archive, tmp_path / "set" / "images", "set") == 5
+    assert contents(tmp_path / "set" / "images") == {**WANTED, "B.PNG": b"b"}
+    assert os.listdir(tmp_path / "set") == ["images"]
+
+
+UNSAFE = {
+    "../evil.jpg": "leaves its folder",
+    "train/../../evil.jpg": "leaves its folder",
+    "..\\evil.jpg": "leaves its folder",
+    "/evil.jpg": "absolute",
+    "\\evil.jpg": "absolute",
+    "C:evil.jpg": "absolute",
+    "../notes.txt": "leaves its folder",
+}
+
+
+@pytest.mark.parametrize("name", UNSAFE)
+def test_path_that_leaves_the_folder(tmp_path: Path, name: str) -> None:
+    archive = make_zip(tmp_path / "a.zip", {**PICTURES, name: b"evil"})
+    with pytest.raises(UserError, match=UNSAFE[name]) as caught:
+        unpack(archive, tmp_path / "set" / "images", "set")
+    assert str(archive) in str(caught.value) and "nothing of it was unpacked" in str(caught.value)
+    assert os.listdir(tmp_path) == ["a.zip"]
+
+
+@pytest.mark.parametrize("name", ["train/link.jpg", "link"])
+def test_link_in_an_archive(tmp_path: Path, name: str) -> None:
+    archive = make_zip(tmp_path / "a.zip", PICTURES, link=name)
+    with pytest.raises(UserError, match=f"symbolic link, '{name}'"):
+        unpack(archive, tmp_path / "images", "set")
+    assert os.listdir(tmp_path) == ["a.zip"]
+
+
+def test_truncated_archive(tmp_path: Path) -> None:
+    archive = make_zip(tmp_path / "a.zip", PICTURES)
+    archive.write_bytes(archive.read_bytes()[:-30])
+    with pytest.raises(UserError, match=r"archive is broken.*delete it and run the command again"):
+        unpack(archive, tmp_path / "images", "set")
+    assert os.listdir(tmp_path) == ["a.zip"]
+
+
+def test_damaged_picture_is_found_and_the_rest_not_done_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = make_zip(tmp_path / "a.zip", {name: os.urandom(500) for name in PICTURES})
+    whole = archive.read_bytes()
+    with ZipFile(archive) as file:
+        at = file.infolist()[2].header_offset + 200
+    archive.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    with pytest.raises(UserError, match="archive is broken"):
+        unpack(archive, tmp_path / "images", "set")
+    assert not (tmp_path / "images").exists()
+    archive.write_bytes(whole)
+    done = spy_on_extract(monkeypatch)
+    assert unpack(archive, tmp_path / "images", "set") == 4
+    assert done == ["2.jpg", "3.jpg"]
+    with ZipFile(archive) as file:
+        assert contents(tmp_path / "images") == {Path(name).name: file.read(name) for name in PICTURES}
+
+
+def spy_on_extract(monkeypatch: pytest.MonkeyPatch, stop_before: str | None = None) -> list[str]:
+    """Names that are unpacked from now on; Ctrl-C before ``stop_before``."""
+    done: list[str] = []
+    extract = module._extract
+
+    def spy(file: ZipFile, info: ZipInfo, path: Path) -> None:
+        if path.name == stop_before:
+            raise KeyboardInterrupt
+        done.append(path.name)
+        extract(file, info, path)
+
+    monkeypatch.setattr(module, "_extract", spy)
+    return done
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new folder", "folder with pictures"])
+def test_interrupted_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
+    archive, folder = make_zip(tmp_path / "a.zip", PICTURES), tmp_path / "set" / "images"
+    if there:
+        folder.mkdir(parents=True)
+        (folder / "mine.jpg").write_bytes(b"mine")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        spy_on_extract(patch, stop_before="2.jpg")
+        unpack(archive, folder, "set")
+    assert [p.name for p in folder.glob("*.jpg")] == (["mine.jpg"] if there else [])
+    done = spy_on_extract(monkeypatch)
+    assert unpack(archive, folder, "set") == 4
+    assert done == ["2.jpg", "3.jpg"]
+    assert contents(folder) == {**WANTED, **({"mine.jpg": b"mine"} if there else {})}
+    assert os.listdir(tmp_path / "set") == ["images"]
+
+
+def test_pictures_that_are_there_are_kept(tmp_path: Path) -> None:
+    archive, folder = make_zip(tmp_path / "a.zip", PICTURES), tmp_path / "images"
+    folder.mkdir()
+    (folder / "0.jpg").write_bytes(b"\xff" * 100)
+    (folder / "1.jpg").write_bytes(b"cut")
+    unpack(archive, folder, "set")
+    assert contents(folder) == {**WANTED, "0.jpg": b"\xff" * 100}
+
+
+def test_linked_folder_stays_a_link(tmp_path: Path) -> None:
+    archive = make_zip(tmp_path / "a.zip", PICTURES)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "images").symlink_to(tmp_path / "elsewhere")
+    unpack(archive, tmp_path / "images", "set")
+    assert (tmp_path / "images").is_symlink() and contents(tmp_path / "elsewhere") == WANTED
+
+
+def test_pictures_that_cannot_be_told_apart(tmp_path: Path) -> None:
+    archive = make_zip(tmp_path / "a.zip", {"a/0.jpg": b"a", "b/0.jpg": b"b"})
+    with pytest.raises(UserError, match=r"two pictures '0\.jpg'"):
+        unpack(archive, tmp_path / "images", "set")
+
+
+def test_archive_without_pictures(tmp_path: Path) -> None:
+    archive = make_zip(tmp_path / "a.zip", {"readme.txt": b"a"})
+    with pytest.raises(UserError, match="no picture"):
+        unpack(archive, tmp_path / "images", "set")
+    assert not (tmp_path / "images").exists()
+
+
+def test_room_for_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive, folder = make_zip(tmp_path / "a.zip", PICTURES), tmp_path / "images"
+    free = sum(map(len, PICTURES.values())) - 1
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+    with pytest.raises(UserError, match=r"no room for the pictures of a\.zip"):
+        unpack(archive, folder, "set")
+    assert os.listdir(tmp_path) == ["a.zip"]
+    folder.mkdir()
+    (folder / "0.jpg").write_bytes(PICTURES["train/0.jpg"])
+    assert unpack(archive, folder, "set") == 4

@@ -1,0 +1,89 @@
+"""The preallocated cache against plain concatenation and selection."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from eagle.kv_cache import KVCache
+
+CPU = torch.device("cpu")
+
+
+def rows(count: int, seed: int) -> torch.Tensor:
+    return torch.randn(1, 2, count, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def test_append_and_keep_equal_concatenation():
+    cache = KVCache.allocate([CPU, CPU], 1, 2, 4, capacity=16, dtype=torch.float32)
+    past, drafted = rows(3, 0), rows(5, 1)
+    for layer in range(2):
+        cache.update(past + layer, past - layer, layer)
+        keys, values = cache.update(drafted + layer, drafted - layer, layer)
+        assert torch.equal(keys, torch.cat([past, drafted], 2) + layer)
+        assert torch.equal(values, torch.cat([past, drafted], 2) - layer)
+    cache.keep([3], [[0, 2, 4]])
+    assert cache.length == cache.get_seq_length() == 6
+    kept = torch.cat([past, drafted[:, :, [0, 2, 4]]], 2)
+    more = rows(1, 2)
+    for layer in range(2):
+        keys, values = cache.update(more, more, layer)
+        assert torch.equal(keys[:, :, :6], kept + layer)
+        assert torch.equal(values[:, :, :6], kept - layer)
+        assert torch.equal(keys[:, :, 6:], more)
+
+
+def test_a_prefix_is_kept_without_copying():
+    cache = KVCache.allocate([CPU], 1, 2, 4, capacity=8, dtype=torch.float32)
+    cache.update(rows(6, 0), rows(6, 1), 0)
+    before = cache.layers[0].store_k.clone()
+    cache.keep([2], [[0, 1]])
+    assert cache.length == 4
+    assert torch.equal(cache.layers[0].store_k, before)
+
+
+def test_full_cache_says_so():
+    cache = KVCache.allocate([CPU], 1, 2, 4, capacity=4, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="holds 4 rows, 5 were asked"):
+        cache.update(rows(5, 0), rows(5, 0), 0)
+
+
+def test_works_inside_stock_generate(tiny_llama):
+    model, prompt = tiny_llama
+    expected = model.generate(prompt, max_new_tokens=12, do_sample=False, past_key_values=DynamicCache())
+    config = model.config
+    cache = KVCache.allocate(
+        [CPU] * config.num_hidden_layers, 1, config.num_key_value_heads, config.head_dim, 64, torch.float32
+    )
+    assert torch.equal(model.generate(prompt, max_new_tokens=12, do_sample=False, past_key_values=cache), expected)
+
+
+def test_sequences_of_different_length_equal_caches_of_their_own():
+    """Each sequence of a batch keeps its own rows, whatever the others accept."""
+    cache = KVCache.allocate([CPU, CPU], 3, 2, 4, capacity=32, dtype=torch.float32)
+    alone = [KVCache.allocate([CPU, CPU], 1, 2, 4, capacity=32, dtype=torch.float32) for _ in range(3)]
+    lengths = [5, 2, 7]
+    for row, length in enumerate(lengths):
+        for layer in range(2):
+            cache.sequence(row).update(rows(length, 10 * row + layer), rows(length, 10 * row + layer), layer)
+            alone[row].update(rows(length, 10 * row + layer), rows(length, 10 * row + layer), layer)
+    cache.truncate(lengths)
+    for turn, paths in enumerate(([[0], [0, 2, 3], [0, 1]], [[0, 3], [0], [0, 1, 2, 3]])):
+        bases = cache.lengths
+        for layer in range(2):
+            drafted = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(100 + 10 * turn + layer))
+            keys, _ = cache.update(drafted, -drafted, layer)
+            for row in range(3):
+                own, _ = alone[row].update(drafted[row : row + 1], -drafted[row : row + 1], layer)
+                assert torch.equal(keys[row : row + 1, :, : own.shape[2]], own)
+        cache.keep(bases, paths)
+        for row in range(3):
+            alone[row].keep([bases[row]], [paths[row]])
+    assert cache.lengths == [8, 6, 13] == [each.length for each in alone]
+    storage = cache.layers[0].store_k.data_ptr()
+    kept = cache.select([0, 2])
+    assert kept.lengths == [8, 13]
+    assert torch.equal(kept.layers[1].store_v[1, :, :13], alone[2].layers[1].store_v[0, :, :13])
+    assert torch.equal(kept.layers[0].store_k[0, :, :8], alone[0].layers[0].store_k[0, :, :8])
+    assert kept.layers[0].store_k.shape[0] == 2 and kept.layers[0].store_k.data_ptr() == storage, "it was copied"
+    with pytest.raises(ValueError, match="ascending"):
+        kept.select([1, 0])

@@ -1,0 +1,137 @@
+"""Hidden-state data: batches by length against one conversation a forward, and the disk that a token takes.
+
+    python -m experiments.allocation --json-data-path image.json --image-data-path DIR [--rows 256] [--out FILE.json]
+
+Both ways read the same rows with the same model in one run, in turn, a shard at a time; the first shard of each is not
+counted. Bytes are those of the shards, against the hidden state and the text embedding of each token in 16 bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from eagle.benchmark import versions
+from eagle.families import load_target
+from eagle.families.templates import template_of
+from eagle.ge_data.extract import Extractor, source_of
+from eagle.ge_data.selection import IMAGE, TEXT, Selection
+from eagle.hidden_states.index import ShardInfo
+from eagle.provenance import hardware
+from llava.errors import UserError, run_cli
+from llava.files import atomic_write
+
+ONE, BATCHED = "one at a time", "batches by length"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="python -m experiments.allocation", description=__doc__.splitlines()[0])
+    add = made.add_argument
+    add("--model", default="pocket/llava", help="base model (default: pocket/llava)")
+    add("--json-data-path", type=Path, required=True, help="annotation file")
+    add("--image-data-path", type=Path, help="folder of the pictures; without it the rows without picture are read")
+    add("--rows", type=int, default=256, help="rows to read each way, whole shards (default: 256)")
+    add("--shard-size", type=int, default=64, help="as of the allocation (default: 64)")
+    add("--max-length", type=int, default=2048, help="where conversations are cut (default: 2048)")
+    add("--batch-tokens", type=int, help="as of the allocation (default: 8192, on a CPU 1024)")
+    add("--hidden-dtype", choices=("auto", "int8"), default="auto", help="as of the allocation (default: auto)")
+    add("--dtype", default="auto", help="of the model (default: the checkpoint's)")
+    add("--out", type=Path, help="also write the figures as JSON")
+    return made
+
+
+def extractors(options: argparse.Namespace, folder: Path) -> dict[str, Extractor]:
+    """The two ways, sharing one model."""
+    kind = TEXT if options.image_data_path is None else IMAGE
+    target = load_target(options.model, dtype=options.dtype)
+    limit = min(options.max_length, getattr(target.config.get_text_config(), "max_position_embeddings", 2048))
+    selection = Selection.of(options.json_data_path, kind, options.image_data_path or Path(), limit, seed=42)
+    if len(selection.rows) < options.rows or options.rows < 2 * options.shard_size:
+        raise UserError(
+            f"{len(selection.rows)} {kind} rows, {options.rows} asked for, in shards of {options.shard_size}",
+            options.json_data_path,
+            "give --rows and --shard-size so that there are at least two whole shards",
+        )
+    source = source_of(target, options.model, None if options.hidden_dtype == "auto" else options.hidden_dtype)
+    made = {}
+    for way, tokens in ((ONE, 1), (BATCHED, options.batch_tokens)):
+        place = folder / way.replace(" ", "-")
+        place.mkdir()
+        made[way] = Extractor(target, template_of(target), selection, place, replace(source), tokens)
+    return made
+
+
+def measure(ways: dict[str, Extractor], rows: int, shard_size: int) -> dict[str, list[tuple[float, ShardInfo]]]:
+    """Seconds and contents of each shard, by way."""
+    taken: dict[str, list[tuple[float, ShardInfo]]] = {way: [] for way in ways}
+    spans = [(start, start + shard_size) for start in range(0, rows - shard_size + 1, shard_size)]
+    for span in tqdm(spans, unit="shard"):
+        for way, extractor in ways.items():
+            began = time.perf_counter()
+            (info,) = extractor.run([span], lambda rows, tokens: None)
+            taken[way].append((time.perf_counter() - began, info))
+    return taken
+
+
+def report(taken: dict[str, list[tuple[float, ShardInfo]]], hidden_size: int) -> dict[str, Any]:
+    """Rates by way, their ratio shard by shard, bytes a token."""
+    counted = {way: shards[1:] for way, shards in taken.items()}
+    rates = {
+        way: {
+            "samples_per_second": sum(info.samples for _, info in shards) / sum(seconds for seconds, _ in shards),
+            "tokens_per_second": sum(info.tokens for _, info in shards) / sum(seconds for seconds, _ in shards),
+        }
+        for way, shards in counted.items()
+    }
+    ratios = [one[0] / both[0] for one, both in zip(counted[ONE], counted[BATCHED], strict=True)]
+    shards = [info for _, info in taken[BATCHED]]
+    tokens = sum(info.tokens for info in shards)
+    size = sum(info.bytes for info in shards) / tokens
+    return {
+        "rates": rates, "ratio": statistics.median(ratios), "ratios": ratios,
+        "samples": sum(info.samples for info in shards), "tokens": tokens,
+        "image_tokens": sum(info.image_tokens for info in shards),
+        "bytes_per_token": size, "share_of_hidden_and_embedding": size / (4 * hidden_size),
+    }  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    options = parser().parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        ways = extractors(options, Path(folder))
+        target = ways[ONE].target
+        found = report(measure(ways, options.rows, options.shard_size), target.hidden_size)
+    table = Table("way", "samples/s", "tokens/s", title=f"{found['samples']} conversations, {found['tokens']:,} tokens")
+    for way, rate in found["rates"].items():
+        table.add_row(way, f"{rate['samples_per_second']:.2f}", f"{rate['tokens_per_second']:.0f}")
+    console = Console()
+    console.print(table)
+    console.print(f"{found['ratio']:.2f}x (median of {len(found['ratios'])} shards)")
+    share = f"{100 * found['share_of_hidden_and_embedding']:.1f} % of hidden state and embedding in 16 bit"
+    console.print(f"{found['bytes_per_token']:.1f} bytes a token, {share}")
+    if options.out is not None:
+        settings = {name: str(value) for name, value in vars(options).items() if name != "out"}
+        found |= {"settings": settings, "hardware": hardware(torch.device(target.device)), "versions": versions()}
+        with atomic_write(options.out) as temporary:
+            temporary.write_text(json.dumps({**found, "date": f"{date.today()}"}, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
