@@ -35,7 +35,7 @@ from eagle.drafts.config import DraftConfig
 from eagle.drafts.msd import DraftModel
 from eagle.families.base import Prefill
 from eagle.provenance import hardware
-from eagle.weight_layout import arrange
+from eagle.weight_layout import to_input_major_layout
 from llava.errors import run_cli
 from llava.files import atomic_write
 
@@ -60,7 +60,7 @@ def build(options: argparse.Namespace) -> tuple[DraftModel, nn.Linear]:
             draft = DraftModel(config).to(dtype)
     sizes = (draft.config.hidden_size, draft.config.vocab_size)
     head = nn.Linear(*sizes, bias=False, dtype=dtype, device=options.device)
-    arrange(head)  # as a target's
+    to_input_major_layout(head)  # as a target's
     draft.prepare_for_decoding(head)
     return draft, head
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from eagle.decode.msd import MSDModel
+from eagle.decode.sampling import SamplingSettings
 from eagle.decode.tree_config import TreeConfig
 from eagle.drafts.compression import MERGES
 from llava.errors import UserError
@@ -72,13 +73,9 @@ def positive(text: str) -> int:
 
 
 def sampling_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments for `MSDModel.generate`. Top-k 0 means no limit, as in transformers."""
-    if arguments.temperature < 0:
-        raise UserError(f"--temperature {arguments.temperature}", fix="give 0 for greedy decoding, or more")
-    settings: dict[str, Any] = {"temperature": arguments.temperature}
-    if arguments.temperature > 0:
-        settings.update(top_p=arguments.top_p or 1.0, top_k=arguments.top_k or 0, seed=arguments.seed)
-    return settings
+    """Keyword arguments for `MSDModel.generate`. Without a limit the checkpoint's own is not used either."""
+    given = SamplingSettings(arguments.temperature, arguments.top_p or None, arguments.top_k, arguments.seed)
+    return given.for_engine()
 
 
 def tree_from(arguments: argparse.Namespace, device: torch.device) -> TreeConfig:

@@ -9,7 +9,7 @@ from tiny_llava import make_image, make_liuhaotian
 
 from eagle import exactness
 from eagle.cli import main
-from eagle.decode.sampling import TokenChooser
+from eagle.decode.sampling import Sampler
 from eagle.families import load_target
 
 REPORT_KEYS = {"speedup", "tau", "tokens_per_second", "baseline_name", "phases_ms", "histogram", "versions", "hardware",
@@ -128,7 +128,7 @@ def test_exactness_prints_its_table(pair, capsys, tmp_path):
 
 
 def test_exactness_fails_where_a_setting_is_ignored(pair, capsys, monkeypatch):
-    monkeypatch.setattr(TokenChooser, "scores", lambda self, logits, prefix: logits.float())
+    monkeypatch.setattr(Sampler, "scores", lambda self, logits, prefix: logits.float())
     options = ["--data", str(pair / "questions.jsonl"), "--limit", "1", "--draws", "1500"]
     assert main(["exactness", *models(pair), *options]) == 1
 
