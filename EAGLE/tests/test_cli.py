@@ -81,7 +81,7 @@ def test_verify_compares_sampled_answers(pair, capsys):
     assert main([*check, "--temperature", "0.8", "--seed", "3"]) == 0
     assert "0/3 mismatches (torch.float32, temperature 0.8, seed 3, 20 new tokens)" in capsys.readouterr().out
     assert main([*check, "--temperature", "-1"]) == 2
-    assert "--temperature -1.0" in capsys.readouterr().err
+    assert "temperature -1.0" in capsys.readouterr().err
 
 
 def test_verify_fails_when_answers_differ(pair, capsys, monkeypatch):
@@ -184,7 +184,7 @@ def bad_inputs(pair):
         "empty data": ([*check, "--data", str(pair / "empty.jsonl")], "empty"),
         "bad row": ([*check, "--data", str(pair / "bad.jsonl")], "bad.jsonl:2"),
         "lost picture": ([*check, "--data", str(pair / "lost.jsonl")], "lost.png"),
-        "negative temperature": ([*ask, "--temperature", "-1"], "--temperature"),
+        "negative temperature": ([*ask, "--temperature", "-1"], "temperature -1.0"),
     }
 
 
