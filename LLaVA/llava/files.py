@@ -77,3 +77,9 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def write_json(path: str | Path, content: Any, indent: int | None = 2) -> None:
+    """Writes JSON with a final newline. The file appears whole or not at all (`atomic_write`)."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
