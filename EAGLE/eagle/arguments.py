@@ -12,7 +12,6 @@ import torch
 from eagle.decode.msd import MSDModel
 from eagle.decode.sampling import SamplingSettings
 from eagle.decode.tree_config import TreeConfig
-from eagle.drafts.compression import MERGES
 from llava.errors import UserError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -38,9 +37,6 @@ def add_model_options(parser: argparse.ArgumentParser, dtype: str = "auto", requ
         "--draft-image-tokens", metavar="M",
         help="rows that the draft reads of each picture, 0 for none or 'all' (default: as the draft's config says)",
     )  # fmt: skip
-    parser.add_argument(
-        "--draft-image-merge", choices=MERGES, help="how they are merged (default: as the draft's config says)"
-    )
     parser.add_argument(
         "--compile", nargs="?", const="inductor", default=False, metavar="BACKEND",
         help="compile the models' parts of a cycle (torch.compile; the first answers are slow)",
@@ -100,7 +96,6 @@ def load_model(arguments: argparse.Namespace, need_draft: bool = True, dtype: st
         device_map=device_map_for(arguments.device_map),
         attn_implementation=arguments.attn_implementation,
         draft_image_tokens=arguments.draft_image_tokens,
-        draft_image_merge=arguments.draft_image_merge,
         compile=arguments.compile,
         **extra,
     )

@@ -52,13 +52,11 @@ class MSDModel:
     Args:
         target: the base model.
         draft: its draft head; None decodes plainly.
-        tree: "auto" chooses depth and size of the draft tree anew in each cycle, from costs that are measured once on
-            this machine; "fixed" takes the same bounds in each cycle, what suits the target's device, or those given.
-            By default "auto", with ``compile`` "fixed", since costs are measured without it.
-        draft_image_tokens: input rows that the draft keeps of each picture, 0 for none, "all" for all; by default what
-            the draft's config says, else all. The target reads all in any case, so answers do not depend on it.
-        draft_image_merge: how they are merged, "pool" or "kmeans" (`eagle.drafts.compression`); by default what the
-            draft's config says, else "pool".
+        tree: "auto" chooses depth and size of the draft tree in each cycle, from costs that are measured once on this
+            machine. "fixed" uses the same bounds in each cycle: those that suit the target's device, or those given.
+            The default is "auto", or "fixed" with ``compile``, because costs are measured without it.
+        draft_image_tokens: input rows that the draft keeps of each picture, 0 for none, "all" for all. The default is
+            what the draft's config says, else all. The target always reads all, so answers do not depend on it.
         compile: run the models' parts of a cycle through `torch.compile` with static shapes (`eagle.decode.compiled`),
             with CUDA graphs where CUDA is; a text names another backend than "inductor". The first requests are slow.
 
@@ -73,7 +71,6 @@ class MSDModel:
         tree: TreeConfig | Literal["auto", "fixed"] | None = None,
         *,
         draft_image_tokens: int | str | None = None,
-        draft_image_merge: str | None = None,
         compile: bool | str = False,
     ) -> None:
         self.target, self.draft = target, draft
@@ -82,7 +79,7 @@ class MSDModel:
         self._acceptance = Acceptance()  # learnt over all requests
         self._costs: dict[tuple[int, ...], CostCurve] = {}
         own = Compression() if draft is None else draft.config.options.compression
-        self.compression = own.replaced(draft_image_tokens, draft_image_merge)
+        self.compression = own.replaced(draft_image_tokens)
         target.prepare_for_decoding()
         if draft is not None:
             check_compatible(target, draft)
@@ -101,7 +98,6 @@ class MSDModel:
         tree: TreeConfig | Literal["auto", "fixed"] | None = None,
         draft_revision: str | None = None,
         draft_image_tokens: int | str | None = None,
-        draft_image_merge: str | None = None,
         compile: bool | str = False,
         **kwargs: Any,
     ) -> MSDModel:
@@ -111,7 +107,7 @@ class MSDModel:
             base, draft: folder or hub name; without ``draft`` the model decodes plainly.
             dtype: of both; "auto" is the base checkpoint's own, float32 on a CPU that is slow in 16 bit.
             device_map: as in transformers; the draft goes where the base's ``lm_head`` is.
-            tree, draft_image_tokens, draft_image_merge, compile: as for the class.
+            tree, draft_image_tokens, compile: as for the class.
             draft_revision: hub revision of the draft (``revision`` is the base's).
             kwargs: as `eagle.families.load_target`.
 
@@ -120,7 +116,7 @@ class MSDModel:
         """
         target = load_target(base, dtype=dtype, device_map=device_map, **kwargs)
         settings: dict[str, Any] = {
-            "draft_image_tokens": draft_image_tokens, "draft_image_merge": draft_image_merge, "compile": compile,
+            "draft_image_tokens": draft_image_tokens, "compile": compile,
         }  # fmt: skip
         if draft is None:
             return cls(target, None, tree, **settings)

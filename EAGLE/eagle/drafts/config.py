@@ -33,21 +33,21 @@ class DraftOptions:
         decoupled: False feeds image positions through ``fc([image feature ; hidden state])`` as text positions are.
             That is EAGLE's way, and MSD's ablation.
         image_tokens: rows that the draft keeps of a picture (`eagle.drafts.compression`). None keeps all.
-        image_merge: how these rows are merged.
+        image_merge: how these rows are merged. Only "pool" exists.
     """
 
     positions: Literal["plain", "mrope"] = "plain"
     head_tokens: Literal["head_tokens.safetensors"] | None = None
     decoupled: bool = True
     image_tokens: int | None = None
-    image_merge: str = "pool"
+    image_merge: Literal["pool"] = "pool"
 
     def __post_init__(self) -> None:
         _ = self.compression  # checks its two settings
 
     @property
     def compression(self) -> Compression:
-        return Compression(self.image_tokens, self.image_merge)
+        return Compression(self.image_tokens)
 
 
 @dataclass(frozen=True)
