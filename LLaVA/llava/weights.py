@@ -41,7 +41,7 @@ _OLD_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|embeddings\.position_ids
 
 
 def is_old_buffer(name: str) -> bool:
-    """Whether a tensor of this name is a buffer of old releases that a strict load may leave out."""
+    """Whether a tensor of this name is a buffer of old releases, which a strict load leaves out."""
     return _OLD_BUFFERS.search(name) is not None
 
 
@@ -167,12 +167,12 @@ def _read_errors(path: Path) -> Iterator[None]:
 
 
 def from_liuhaotian(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Gives tensors of the liuhaotian release their llava-hf names and drops the buffers of old releases."""
+    """Renames tensors of the liuhaotian release to llava-hf names and drops the buffers of old releases."""
     return {_rename(name, _LIUHAOTIAN_TO_HF): value for name, value in tensors.items() if not is_old_buffer(name)}
 
 
 def from_clip(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Gives the vision part of a CLIP checkpoint its llava-hf names; the other parts and old buffers are dropped."""
+    """Renames the vision part of a CLIP checkpoint to llava-hf names and drops other parts and old buffers."""
     return {
         _rename(name, _TOWER_TO_HF): value
         for name, value in tensors.items()

@@ -58,7 +58,7 @@ def check_python() -> Check:
 
 
 def check_packages() -> list[Check]:
-    """A finding for each package that is missing or out of the range that our packages declare, and one for the rest."""
+    """A finding for each package that is missing or outside the range that ours declare, and one for the rest."""
     checks: list[Check] = []
     ranges: dict[str, SpecifierSet] = {}
     for owner, (folder, state) in OWN.items():
@@ -110,11 +110,8 @@ def check_devices() -> tuple[Machine, list[Check]]:
             checks.append(Check(topic, State.OK, f"{name}, {gib(own_free)} of {gib(total)} free"))
         return Machine("cuda", free), checks
     machine = Machine("cpu", free_cpu_memory(), slow_in_16_bit=not cpu_has_bfloat16())
-    found, state, fix = (
-        f"no CUDA device; CPU with {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        State.OK,
-        "",
-    )
+    found = f"no CUDA device; CPU with {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    state, fix = State.OK, ""
     if shutil.which("nvidia-smi") and torch.version.cuda is None:
         found, state, fix = f"{found}; this torch has no CUDA", State.WARNING, "install a torch built for CUDA"
     elif shutil.which("nvidia-smi"):

@@ -242,7 +242,7 @@ def check_pair(base: Contents, draft: Contents) -> list[Check]:
 
 
 def footprint(base: Contents, draft: Contents | None) -> Footprint | None:
-    """Memory of base and draft, without a vision tower that is a checkpoint of its own; None if shapes are not known."""
+    """Memory of base and draft, without a vision tower of its own folder; None if shapes are not known."""
     shapes = [contents.shapes for contents in (base, draft) if contents is not None]
     if not all(shapes):
         return None

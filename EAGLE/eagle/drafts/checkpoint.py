@@ -46,9 +46,7 @@ def load_draft(
     if problems := misfits({name: tuple(tensor.shape) for name, tensor in tensors.items()}, draft):
         raise UserError(f"draft does not fit its config: {'; '.join(problems)}", paths[0], "is this an MSD draft?")
     if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise UserError(
-            f"draft has values that are not finite in {', '.join(broken)}", paths[0], "use another checkpoint"
-        )
+        raise UserError(f"draft is not finite in {', '.join(broken)}", paths[0], "use another checkpoint")
     draft.load_state_dict(tensors, assign=True)
     draft.rotary = type(draft.rotary)(config.head_dim, config.rope_theta, config.mrope_section)
     if config.options.head_tokens is not None:
