@@ -1,4 +1,4 @@
-"""Models named by their hub repository, from a cache written here; nothing is downloaded."""
+"""Models named by their hub repository, from a cache written here, without a download."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_names_of_repositories() -> None:
         Source.of("llava")
 
 
-def test_hub_options_are_parted_from_the_rest() -> None:
+def test_hub_options_are_split_from_the_rest() -> None:
     options = {"revision": "v2", "token": None, "max_memory": {0: 1}, "cache_dir": "c"}
     assert split_hub_options(options) == ({"revision": "v2", "cache_dir": "c"}, {"max_memory": {0: 1}})
 

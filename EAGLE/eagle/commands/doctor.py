@@ -66,7 +66,8 @@ def model_checks(arguments: argparse.Namespace, machine: Machine, hub: bool) -> 
     from eagle.doctor import models
     from eagle.doctor.memory import PUBLISHED, check_fit
 
-    checks, base, draft = [], None, None
+    checks: list[Check] = []
+    base = draft = None
     if arguments.base_model:
         base, checks = models.check_base(arguments.base_model, hub)
     if arguments.msd_model:

@@ -67,8 +67,8 @@ def check_packages() -> list[Check]:
             continue
         for requirement in map(Requirement, metadata.requires(owner) or []):
             if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-                name = canonicalize_name(requirement.name)
-                ranges[name] = ranges.get(name, SpecifierSet()) & requirement.specifier
+                key = canonicalize_name(requirement.name)
+                ranges[key] = ranges.get(key, SpecifierSet()) & requirement.specifier
     for name, wanted in ranges.items():
         version = _version(name)
         if version is None and name in OWN:

@@ -1,4 +1,4 @@
-"""`msd doctor`: packages, machine, hub and pictures; one table, exit status 1 where anything is a problem."""
+"""`msd doctor`: packages, machine, hub and pictures; one table, exit status 1 if anything is a problem."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_cpu_with_and_without_16_bit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cuda_devices_are_listed_and_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On made-up devices; no CUDA device was at hand."""
+    """On simulated devices."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (GIB * (number + 1), GIB * 80))
@@ -107,7 +107,7 @@ def test_cuda_devices_are_listed_and_added_up(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_cuda_devices_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A driver too old for this torch, and a card that another process fills; both made up."""
+    """A driver too old for this torch, and a card that another process fills; both simulated."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -246,7 +246,7 @@ def test_models_on_the_hub_are_seen_without_a_download(repositories: Path, tmp_p
 
 
 def test_a_draft_in_the_cache_is_seen_without_network(repositories: Path, tmp_path: Path) -> None:
-    """Loading fetches config and weights; what else the repository has is of no account."""
+    """Loading fetches config and weights; other files of the repository do not matter."""
     (repositories / "tiny/hf-msd/README.md").write_text("a card")
     code = "import sys; from eagle.drafts.checkpoint import load_draft; load_draft('tiny/hf-msd')"
     look = (
@@ -261,7 +261,7 @@ def test_a_draft_in_the_cache_is_seen_without_network(repositories: Path, tmp_pa
     assert "('ok'" in done.stdout and "not in the hub cache" not in done.stdout, done.stdout + done.stderr
 
 
-def test_unreachable_hub_is_a_problem_and_the_rest_is_still_told(
+def test_unreachable_hub_is_a_problem_and_the_rest_is_still_reported(
     repositories: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = f"http://127.0.0.1:{closed_port()}"

@@ -1,4 +1,4 @@
-"""Draft checkpoints: published layouts load strictly, broken ones are named in one line."""
+"""Draft checkpoints: published layouts load strictly, broken ones give one line that names the file."""
 
 import json
 import os
