@@ -28,8 +28,7 @@ def hub_errors(what: str, name: str | Path) -> Iterator[None]:
     Raises:
         UserError: ``name`` cannot be a repository, or the request failed.
     """
-    if Path(name).exists() or not is_repository_name(str(name)):
-        raise UserError(f"{what} not found", where=name, fix="give a folder, or a hub name such as owner/model")
+    _check_name(what, name)
     try:
         yield
     except UserError:
@@ -37,6 +36,11 @@ def hub_errors(what: str, name: str | Path) -> Iterator[None]:
     except Exception as error:  # errors of the HTTP library, such as a refusing proxy's, have no common base class
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"{what} is not a folder here, and the hub did not give it", where=name, fix=reason) from error
+
+
+def _check_name(what: str, name: str | Path) -> None:
+    if Path(name).exists() or not is_repository_name(str(name)):
+        raise UserError(f"{what} not found", where=name, fix="give a folder, or a hub name such as owner/model")
 
 
 def is_repository_name(name: str) -> bool:
@@ -77,8 +81,7 @@ class Source:
             UserError: it is neither a folder nor a possible name of a repository.
         """
         if not Path(path).is_dir():
-            with hub_errors(what, path):
-                pass
+            _check_name(what, path)
         return cls(str(path), dict(hub or {}), what)
 
     @property
