@@ -46,7 +46,7 @@ def load_draft(
     if problems := misfits({name: tuple(tensor.shape) for name, tensor in tensors.items()}, draft):
         raise UserError(f"draft does not fit its config: {'; '.join(problems)}", paths[0], "is this an MSD draft?")
     if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise UserError(f"draft is not finite in {', '.join(broken)}", paths[0], "use another checkpoint")
+        raise UserError(f"draft has NaN or infinite values in {', '.join(broken)}", paths[0], "use another checkpoint")
     draft.load_state_dict(tensors, assign=True)
     draft.rotary = type(draft.rotary)(config.head_dim, config.rope_theta, config.mrope_section)
     if config.options.head_tokens is not None:
@@ -57,7 +57,7 @@ def load_draft(
 
 
 def misfits(shapes: Mapping[str, tuple[int, ...]], draft: DraftModel) -> list[str]:
-    """Every tensor of a checkpoint that ``draft`` misses, does not know, or has in another shape."""
+    """Names the tensors of a checkpoint that are missing, unexpected, or of another shape than in ``draft``."""
     wanted = {name: tuple(tensor.shape) for name, tensor in draft.state_dict().items()}
     problems = [f"missing {name}" for name in wanted if name not in shapes]
     problems += [f"unexpected {name}" for name in shapes if name not in wanted]
