@@ -18,6 +18,7 @@ from .files import read_json
 from .hub import Source, is_repository_name
 
 CONFIG_FILE = "config.json"
+MODEL_TYPES = ("llava", "llava_llama")
 # liuhaotian's vocabulary has no id for pictures (its placeholder is negative, and an id past the end has no
 # embedding row), so the id of `<unk>` is used: a tokenizer with byte fallback never produces it, and the processor
 # keeps it out of padding and of prompts with a literal `<unk>`.
@@ -57,7 +58,7 @@ def open_checkpoint(source: Source) -> Checkpoint:
     architectures = fields.get("architectures") or []
     if model_type == "llava" and "text_config" in fields and "vision_config" in fields:
         return Checkpoint(source, fields, "llava-hf", None)
-    if model_type in ("llava", "llava_llama") and "mm_vision_tower" in fields:
+    if model_type in MODEL_TYPES and "mm_vision_tower" in fields:
         if architectures and "LlavaLlamaForCausalLM" not in architectures:
             raise UserError("not a LLaVA-1.5 model", path, f"architectures {architectures}")
         _check_supported(fields, path)

@@ -25,12 +25,11 @@ from eagle.drafts.draft_vocab import read_head_tokens
 from eagle.drafts.msd import DraftModel
 from eagle.families import family_of
 from eagle.families.base_weights import EMBED_NAMES, HEAD_NAMES
-from eagle.families.llava.target import LlavaTarget
 from eagle.families.stock import load_processor
 from llava.errors import UserError
 from llava.files import read_json
 from llava.hub import Source, cached_folder, hub_errors
-from llava.layout import build_config, open_checkpoint
+from llava.layout import MODEL_TYPES, build_config, open_checkpoint
 from llava.tokenizer import load_tokenizer
 from llava.weights import WEIGHT_FILES, find_weights, is_old_buffer, read_index, read_shapes
 
@@ -132,13 +131,14 @@ def check_base(name: str, hub: bool) -> tuple[Contents | None, list[Check]]:
         contents = open_contents(name, BASE, hub)
         if contents is None:
             return None, [_not_cached(BASE, name)]
-        is_llava = family_of(contents.where) is LlavaTarget
+        family_of(contents.where)  # raises UserError if the model_type is not supported
     except UserError as error:
         return None, [Check.of_error(BASE, error)]
     if missing := list(missing_tensors(contents)):
         fix = "download or copy the checkpoint again"
         return contents, [Check(BASE, State.PROBLEM, f"missing tensors: {_shorten(missing)}", fix)]
     checks = [Check(BASE, State.OK, f"{name} ({contents.place}): {contents}")]
+    is_llava = contents.model_type in MODEL_TYPES
     try:
         if is_llava:
             load_tokenizer(Source.of(contents.where))
