@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from eagle import TreeConfig
-from eagle.drafts.checkpoint import HUB_KEYS
 from llava.errors import UserError
+from llava.hub import HUB_KEYS
 from lmms_eval_msd.families import Family
 
 OWN = (
