@@ -16,9 +16,8 @@ from eagle.drafts.checkpoint import misfits
 from eagle.drafts.config import HEAD_TOKENS, DraftConfig
 from eagle.drafts.draft_vocab import read_head_tokens
 from eagle.drafts.msd import DraftModel
-from eagle.families import FAMILIES
+from eagle.families import FAMILIES, family_named
 from eagle.families.base_weights import EMBED_NAMES, HEAD_NAMES
-from eagle.families.llava.target import LlavaTarget
 from eagle.families.stock import load_processor
 from llava.errors import UserError
 from llava.hub import Source
@@ -47,7 +46,7 @@ def look_at_base(name: str, hub: bool) -> tuple[Contents | None, list[Check]]:
         return contents, [Check(BASE, State.PROBLEM, f"missing tensors: {_some(missing)}", mend)]
     checks = [Check(BASE, State.OK, f"{name} ({contents.place}): {_describe(contents)}")]
     checks += _check_processor(contents, name)
-    if contents.config["model_type"] in LlavaTarget.model_types:
+    if contents.config["model_type"] in family_named("llava").model_types:
         checks += _check_tower(contents, name, hub)
     return contents, checks
 
@@ -172,7 +171,7 @@ def _check_processor(contents: Contents, name: str) -> list[Check]:
     """The tokenizer, and where the image processor is in the same files that too, opened as for decoding."""
     where = name if contents.folder is None else str(contents.folder)
     try:
-        if contents.config["model_type"] in LlavaTarget.model_types:
+        if contents.config["model_type"] in family_named("llava").model_types:
             load_tokenizer(Source.of(where))
         else:
             load_processor(where)

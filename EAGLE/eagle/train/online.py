@@ -20,9 +20,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from eagle.families import load_target
+from eagle.families import TRAINING_NAMES, load_target, template_of
 from eagle.families.template import Prepared, Template
-from eagle.families.templates import FAMILIES, template_of
 from eagle.ge_data.extract import source_of
 from eagle.ge_data.reader import Reader
 from eagle.ge_data.selection import Selection, shortened
@@ -137,7 +136,7 @@ def load_corpus(
         for kind, path in files.items()
     }
     target = load_target(args.basepath, dtype=args.dtype, device_map={"": processes.device})
-    wanted = None if args.model_type is None else FAMILIES[args.model_type]
+    wanted = None if args.model_type is None else TRAINING_NAMES[args.model_type]
     if wanted not in (None, target.family):
         raise UserError(f"--model_type means a model of family {wanted}, this is {target.family}", args.basepath)
     template, source = template_of(target), source_of(target, args.basepath)

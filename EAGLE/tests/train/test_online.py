@@ -131,8 +131,7 @@ def test_states_that_are_not_finite_count_nothing() -> None:
 
 def test_processes_share_the_rows(monkeypatch: pytest.MonkeyPatch, llava: Case, tmp_path: Path) -> None:
     """Two processes find what one finds; the main one's record is everyone's."""
-    from eagle.families import load_target
-    from eagle.families.templates import template_of
+    from eagle.families import load_target, template_of
     from eagle.ge_data.selection import Selection
 
     template = template_of(load_target(llava.base, dtype="float32"))
