@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def test_the_loss_mask_covers_the_assistants_words(next_target: Target, photos: 
     template, conversation = template_of(next_target), read_conversation(record, 0)
     prepared = template.prepare(conversation, photos, 1000)
     edges = [0, *(prepared.loss_mask.int().diff().nonzero().flatten() + 1).tolist(), len(prepared.loss_mask)]
-    runs = [prepared.input_ids[a:b] for a, b in zip(edges, edges[1:], strict=False) if prepared.loss_mask[a]]
+    runs = [prepared.input_ids[a:b] for a, b in pairwise(edges) if prepared.loss_mask[a]]
     said = [next_target.tokenizer.decode(run).strip() for run in runs]
     assert said == [f"{answer}</s>" for _, answer in conversation.turns]
     prompt = "".join(segment.text for segment in template.segments(conversation))
