@@ -28,7 +28,7 @@ import torch
 from rich.console import Console
 
 from eagle.arguments import DTYPES, positive
-from eagle.families.templates import FAMILIES
+from eagle.families import TRAINING_NAMES
 from eagle.ge_data.extract import model_name
 from eagle.ge_data.folder import AUTO, Settings, finished, locked, missing, write_skipped
 from eagle.ge_data.missing_pictures import REASONS as PICTURE_REASONS
@@ -45,7 +45,7 @@ KINDS = {"t": TEXT, "v": IMAGE}
 HIDDEN_DTYPES = (AUTO, INT8)
 MAX_NEW_TOKENS = 1024
 AT_ONCE = 8
-MODEL_TYPES = tuple(f"{family}_{kind}" for family in FAMILIES for kind in KINDS)
+MODEL_TYPES = tuple(f"{family}_{kind}" for family in TRAINING_NAMES for kind in KINDS)
 
 
 def part(text: str) -> tuple[int, int]:
@@ -266,7 +266,7 @@ def job_of(options: argparse.Namespace, selection: Selection) -> Job:
     """What the workers are told."""
     return Job(
         model=options.model,
-        family=FAMILIES[options.model_type.rsplit("_", 1)[0]],
+        family=TRAINING_NAMES[options.model_type.rsplit("_", 1)[0]],
         dtype=options.dtype,
         selection=selection,
         folder=options.outdir,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from eagle.conversations import Unusable
 from eagle.families import Target
-from eagle.families.template import Outline, Prepared, Template
+from eagle.families.template import Prepared, PromptOutline, Template
 from eagle.ge_data.reader import Reader, batches
 from eagle.ge_data.regenerate import Regenerator
 from eagle.ge_data.selection import Range, Selection
@@ -30,7 +30,7 @@ from eagle.hidden_states.source import Regeneration
 from llava.hub import is_repository_name
 
 THREADS = 4
-Ready = Prepared | Outline | Skipped
+Ready = Prepared | PromptOutline | Skipped
 Report = Callable[[int, int], None]
 
 
@@ -84,7 +84,7 @@ class Extractor(Reader):
         return self.selection.prepare(self.template, index)
 
     def _answered(
-        self, span: Range, waiting: dict[int, Outline], report: Report
+        self, span: Range, waiting: dict[int, PromptOutline], report: Report
     ) -> Iterator[tuple[int, Prepared | Skipped]]:
         """The rows of a range that wait for the target's own answers: their places, and what became of them."""
         if self.regenerator is None:
@@ -103,7 +103,7 @@ class Extractor(Reader):
         """What became of each row of a range."""
         outcome: list[Sample | Skipped | None] = [None] * len(futures)
         ready = dict(enumerate(future.result() for future in futures))
-        waiting = {place: item for place, item in ready.items() if isinstance(item, Outline)}
+        waiting = {place: item for place, item in ready.items() if isinstance(item, PromptOutline)}
         ready.update(self._answered(span, waiting, report))
         prepared: dict[int, Prepared] = {}
         for place, result in ready.items():

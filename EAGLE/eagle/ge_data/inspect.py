@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from eagle.families.templates import template_class
+from eagle.families import family_named
 from eagle.hidden_states.index import AGAIN, INDEX, Index, gigabytes, load_index, sha256
 from eagle.hidden_states.shards import OpenShard, Sample, ShardDataset
 from eagle.progress_bars import checking
@@ -82,7 +82,7 @@ def decoded(sample: Sample, family: str, model: str) -> Text:
     Raises:
         UserError: the family has no template, or the model's tokenizer cannot be loaded.
     """
-    tokenizer = template_class(family).load_processor(model).tokenizer
+    tokenizer = family_named(family).template_class().load_processor(model).tokenizer
     kinds = torch.where(sample.image_mask, 2, sample.loss_mask.long())
     text = Text()
     for part in torch.tensor_split(torch.arange(len(kinds)), (kinds.diff().nonzero().flatten() + 1).tolist()):
@@ -104,7 +104,7 @@ def shown_sample(data: ShardDataset, number: int, model: str | None) -> Text:
         UserError: no such sample, no template for the family, or no tokenizer in a model that was given.
     """
     meta = data.meta
-    template_class(meta.family)
+    family_named(meta.family)
     if not 0 <= number < len(data):
         raise UserError(f"no sample {number}, there are {len(data)}", fix="see --sample")
     if model is not None:

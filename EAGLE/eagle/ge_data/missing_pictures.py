@@ -6,8 +6,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 
-from eagle.conversation_pictures import open_picture, picture_is_there
-from eagle.conversations import Unusable, image_names
+from eagle.conversations import Unusable, image_names, open_picture, picture_is_there
 from eagle.ge_data.selection import Range, Selection
 from eagle.hidden_states.index import ShardInfo, read_about
 from llava.errors import UserError

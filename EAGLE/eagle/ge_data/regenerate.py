@@ -22,7 +22,7 @@ from eagle.conversations import Unusable
 from eagle.decode.msd import MSDModel
 from eagle.decode.noise import mixed
 from eagle.decode.sampling import SamplingSettings
-from eagle.families.template import Outline, Prepared, Template, Turn
+from eagle.families.template import Prepared, PromptOutline, Template, Turn
 from eagle.hidden_states.source import Regeneration
 from llava.errors import OutOfMemory
 from llava.memory import is_out_of_memory
@@ -36,7 +36,7 @@ class Talk:
     tokens of answers; ``reason`` why it cannot be used.
     """
 
-    outline: Outline
+    outline: PromptOutline
     row: int
     ids: list[int] = field(default_factory=list)
     spoken: list[bool] = field(default_factory=list)
@@ -86,7 +86,9 @@ class Regenerator:
         self.model, self.template, self.settings, self.max_length = model, template, settings, max_length
         self.at_once = at_once
 
-    def answered(self, outlines: Sequence[Outline], rows: Sequence[int]) -> Iterator[tuple[int, Prepared | Unusable]]:
+    def answered(
+        self, outlines: Sequence[PromptOutline], rows: Sequence[int]
+    ) -> Iterator[tuple[int, Prepared | Unusable]]:
         """Each conversation with an answer to every question that has room for one, those of like length together.
 
         Args:

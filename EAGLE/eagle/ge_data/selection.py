@@ -11,7 +11,7 @@ import numpy as np
 
 from eagle.conversations import Conversation, Unusable, claims_pictures, id_to_show, read_conversation
 from eagle.families import Target
-from eagle.families.template import Outline, Prepared, Template
+from eagle.families.template import Prepared, PromptOutline, Template
 from eagle.ge_data.annotations import Row, RowFile
 from eagle.hidden_states.index import Skipped
 from llava.errors import UserError
@@ -19,7 +19,7 @@ from llava.errors import UserError
 TEXT, IMAGE = "text", "image"
 
 Range = tuple[int, int]
-Made = TypeVar("Made", Prepared, Outline)
+Made = TypeVar("Made", Prepared, PromptOutline)
 
 
 def wants_pictures(row: Row) -> bool:
@@ -65,10 +65,10 @@ class Selection:
         """Row ``index`` of the shuffled order as model inputs, or why it cannot be used."""
         return self._row(index, lambda conversation: template.prepare(conversation, self.image_root, self.max_length))
 
-    def outline(self, template: Template, index: int) -> Outline | Skipped:
+    def outline(self, template: Template, index: int) -> PromptOutline | Skipped:
         """The same without its answers."""
 
-        def write(conversation: Conversation) -> Outline:
+        def write(conversation: Conversation) -> PromptOutline:
             return template.outline(conversation, self.image_root, self.max_length)
 
         return self._row(index, write, keep_answers=False)

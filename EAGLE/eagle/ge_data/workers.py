@@ -24,8 +24,7 @@ import torch
 from eagle.decode.msd import MSDModel
 from eagle.drafts.checkpoint import load_draft
 from eagle.drafts.msd import DraftModel
-from eagle.families import Target, load_target
-from eagle.families.templates import template_of
+from eagle.families import Target, load_target, template_of
 from eagle.ge_data.extract import Extractor, fingerprint, model_name, source_of
 from eagle.ge_data.regenerate import Regenerator
 from eagle.ge_data.selection import Range, Selection, shortened
