@@ -80,10 +80,10 @@ class OnlineReader:
         self.reader = reader
 
     def __call__(self, items: Sequence[Prepared]) -> list[Sample]:
-        return [sample if sample.hidden.isfinite().all() else silent(sample) for sample in self.reader.read(items)]
+        return [sample if sample.hidden.isfinite().all() else mask_out(sample) for sample in self.reader.read(items)]
 
 
-def silent(sample: Sample) -> Sample:
+def mask_out(sample: Sample) -> Sample:
     """The sample with zeros for its states and no token that counts."""
     return replace(
         sample,

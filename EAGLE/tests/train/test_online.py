@@ -125,7 +125,7 @@ def test_states_that_are_not_finite_count_nothing() -> None:
             return list(items)
 
     batch = collate(OnlineReader(Fixed())([good, bad]), 40, 64)  # type: ignore[arg-type]
-    assert batch.counts[0].any() and not batch.counts[1].any()
+    assert batch.loss_mask[0].any() and not batch.loss_mask[1].any()
     assert batch.inputs.isfinite().all() and torch.equal(batch.hidden[0], good.hidden)
 
 
