@@ -95,7 +95,7 @@ class Batch:
 
 
 def draft_loss_mask(loss_mask: Tensor) -> Tensor:
-    """``loss_mask`` [S] → [S-1] bool; see the table above.
+    """Which rows of a sample the loss counts: ``loss_mask`` [S] of its tokens → [S-1] bool; see the table above.
 
     >>> draft_loss_mask(torch.tensor([0, 0, 0, 1, 1, 1, 0]).bool()).int().tolist()
     [0, 0, 1, 1, 0, 0]

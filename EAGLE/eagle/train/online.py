@@ -84,7 +84,7 @@ class OnlineReader:
 
 
 def mask_out(sample: Sample) -> Sample:
-    """The sample with zeros for its states and no token that counts."""
+    """The sample with zeros for its states and for its loss mask."""
     return replace(
         sample,
         loss_mask=torch.zeros_like(sample.loss_mask),
