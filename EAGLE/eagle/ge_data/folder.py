@@ -10,7 +10,7 @@ from pathlib import Path
 
 from eagle.hidden_states.index import INDEX, PATTERN, Index, ShardInfo, Skipped, load_index, read_about, sha256
 from eagle.hidden_states.validation import shown
-from eagle.locks import take
+from eagle.locks import lock_folder
 from eagle.progress_bars import checking
 from llava.errors import UserError
 from llava.files import atomic_write, read_json
@@ -77,7 +77,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another run writes here, or the folder cannot be made.
     """
-    with take(folder):
+    with lock_folder(folder):
         for stale in folder.glob(".*.tmp*"):
             stale.unlink(missing_ok=True)
         yield
