@@ -8,17 +8,33 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-from collections.abc import Iterable, Mapping
+import json
+import typing
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform
 
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from .errors import UserError
 
 T = TypeVar("T")
 _CONFIG = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
+_WANTED = {
+    "int_type": "give a whole number",
+    "int_from_float": "give a whole number",
+    "float_type": "give a number",
+    "bool_type": "give true or false",
+    "string_type": "give a text",
+    "dict_type": "give an object",
+    "dataclass_type": "give an object",
+    "tuple_type": "give a list",
+    "greater_than_equal": "give at least {ge}",
+    "less_than_equal": "give at most {le}",
+    "finite_number": "give a finite number",
+}
+"""What to say in place of pydantic's words, by the type of the error."""
 
 
 @dataclass_transform(frozen_default=True)
@@ -38,14 +54,15 @@ def strict_dataclass(cls: type[T]) -> type[T]:
         try:
             make(self, *args, **kwargs)
         except ValidationError as error:
-            raise one_line(error, [f.name for f in dataclasses.fields(made)]) from None
+            raise one_line(error, made) from None
 
     made.__init__ = checked
     return made
 
 
 def read_strict(kind: type[T], given: Any, where: str | Path) -> T:
-    """An object of a `strict_dataclass` from the keys of a JSON object.
+    """An object of a `strict_dataclass` from a parsed JSON object. Objects and lists inside it become the dataclasses
+    and tuples that the fields' types name.
 
     Args:
         where: the file or section, named in errors.
@@ -55,11 +72,13 @@ def read_strict(kind: type[T], given: Any, where: str | Path) -> T:
     """
     if not isinstance(given, Mapping):
         raise UserError(f"not a JSON object but {type(given).__name__}", where=where)
-    reject_unknown(given, [f.name for f in dataclasses.fields(kind)], where)  # type: ignore[arg-type]
     try:
-        return kind(**given)
-    except UserError as error:
-        raise UserError(error.what, where=where, fix=error.fix) from None
+        return TypeAdapter(kind).validate_json(json.dumps(given))
+    except ValidationError as error:
+        found = one_line(error, kind)
+    except UserError as error:  # of a __post_init__
+        found = error
+    raise UserError(found.what, where=where, fix=found.fix) from None
 
 
 def reject_unknown(given: Iterable[str], known: Iterable[str], where: str | Path | None) -> None:
@@ -67,19 +86,48 @@ def reject_unknown(given: Iterable[str], known: Iterable[str], where: str | Path
     known = list(known)
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(sorted(known))}"
-            raise UserError(f"unknown key '{key}'", where=where, fix=hint)
+            raise UserError(f"unknown key '{key}'", where=where, fix=_nearest(key, known))
 
 
-def one_line(error: ValidationError, known: Iterable[str] = ()) -> UserError:
-    """The first problem of a `ValidationError` as a `UserError`."""
-    first = error.errors(include_url=False)[0]
-    path = ".".join(str(part) for part in first["loc"])
-    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        near = difflib.get_close_matches(path, list(known), n=1)
-        return UserError(f"unknown key '{path}'", fix=f"did you mean '{near[0]}'?" if near else None)
+def one_line(error: ValidationError, kind: Any) -> UserError:
+    """The first problem that pydantic found in an object of ``kind``, as a `UserError`. Unknown keys come first."""
+    unknown = ("unexpected_keyword_argument", "extra_forbidden")
+    problems = error.errors(include_url=False)
+    first = next((problem for problem in problems if problem["type"] in unknown), problems[0])
+    names = [field.name for field in dataclasses.fields(kind)]
+    parts = list(first["loc"])
+    if parts and isinstance(parts[0], int) and parts[0] < len(names):  # a positional argument
+        parts[0] = names[parts[0]]
+    path = ".".join(str(part) for part in parts)
+    if first["type"] in unknown:
+        return UserError(f"unknown key '{path}'", fix=_nearest(str(parts[-1]), _keys_at(kind, parts[:-1])))
     if first["type"].startswith("missing"):
         return UserError(f"lacks '{path}'", fix="give it a value")
-    wanted = first["msg"].replace("Input should be", "give").replace("Value error, ", "")
-    return UserError(f"{path}={first['input']!r}", fix=wanted)
+    if not path:
+        return UserError(first["msg"])
+    plain = first["msg"].replace("Input should be", "give").replace("Value error, ", "")
+    wanted = _WANTED.get(first["type"], plain).format(**first.get("ctx", {}))
+    return UserError(f"{path}={_shown(first['input'])}", fix=wanted)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(str(key), known, n=1)
+    return f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(sorted(known))}"
+
+
+def _keys_at(kind: Any, path: Sequence[int | str]) -> list[str]:
+    """Names of the fields of the dataclass at ``path`` inside ``kind``."""
+    for part in path:
+        if dataclasses.is_dataclass(kind):
+            kind = typing.get_type_hints(kind).get(str(part))
+        else:  # dict[str, X], tuple[X, ...] or list[X]
+            arguments = typing.get_args(kind)
+            kind = arguments[1] if typing.get_origin(kind) is dict else next(iter(arguments), None)
+        options = typing.get_args(kind) if type(None) in typing.get_args(kind) else (kind,)
+        kind = next((option for option in options if option is not type(None)), None)  # X of X | None
+    return [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
