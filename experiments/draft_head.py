@@ -40,7 +40,7 @@ def build(options: argparse.Namespace, dtype: torch.dtype) -> tuple[DraftModel, 
             DraftModel(config).to(dtype),
             nn.Linear(options.hidden, options.vocabulary, bias=False, dtype=dtype),
         )
-    draft.head_tokens = torch.randperm(options.vocabulary)[: options.keep].sort().values
+    draft.draft_vocab = torch.randperm(options.vocabulary)[: options.keep].sort().values
     to_input_major_layout(head)  # as a target's
     return draft.prepare_for_decoding(head), head
 
@@ -50,10 +50,10 @@ def seconds_of_step(draft: DraftModel, head: nn.Linear, width: int, rounds: int)
     """Median time from ``width`` frontier nodes to their likely children, with the whole head and the trimmed one."""
     hidden = torch.randn(1, width, draft.config.hidden_size, dtype=draft.dtype, device=draft.device)
     tokens = torch.zeros(1, width, dtype=torch.long, device=draft.device)
-    kept = draft.head_tokens
+    kept = draft.draft_vocab
     taken: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds + 1):
-        for draft.head_tokens, times in zip((None, kept), taken, strict=True):
+        for draft.draft_vocab, times in zip((None, kept), taken, strict=True):
             start = time.perf_counter()
             rows = draft.fuse(hidden, draft.embed_tokens(tokens))
             draft.likely_next(draft(rows, torch.zeros_like(tokens)), width, head)[0].cpu()

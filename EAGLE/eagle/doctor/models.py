@@ -20,8 +20,8 @@ from huggingface_hub.errors import SafetensorsParsingError
 from eagle.doctor import Check, State
 from eagle.doctor.memory import Footprint
 from eagle.drafts.checkpoint import misfits
-from eagle.drafts.config import HEAD_TOKENS, DraftConfig
-from eagle.drafts.draft_vocab import read_head_tokens
+from eagle.drafts.config import DRAFT_VOCAB_FILE, DraftConfig
+from eagle.drafts.draft_vocab import read_draft_vocab
 from eagle.drafts.msd import DraftModel
 from eagle.families import family_of
 from eagle.families.base_weights import EMBED_NAMES, HEAD_NAMES
@@ -203,10 +203,10 @@ def check_draft(name: str, hub: bool) -> tuple[Contents | None, list[Check]]:
         if contents is None:
             return None, [_not_cached(DRAFT, name)]
         config = DraftConfig.from_dict(contents.config, where=f"{name}/config.json", tensors=contents.names)
-        if config.options.head_tokens is not None and HEAD_TOKENS not in contents.files:
-            raise UserError(f"{HEAD_TOKENS} missing", name, "make it again: python -m eagle.ge_data.vocabulary")
+        if config.options.head_tokens is not None and DRAFT_VOCAB_FILE not in contents.files:
+            raise UserError(f"{DRAFT_VOCAB_FILE} missing", name, "make it again: python -m eagle.ge_data.vocabulary")
         if config.options.head_tokens is not None and contents.place != "hub":
-            read_head_tokens(Path(contents.where), config)
+            read_draft_vocab(Path(contents.where), config)
     except UserError as error:
         return None, [Check.of_error(DRAFT, error)]
     with torch.device("meta"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from eagle.drafts.config import HEAD_TOKENS, DraftConfig
-from eagle.drafts.draft_vocab import read_head_tokens, write_head_tokens
+from eagle.drafts.config import DRAFT_VOCAB_FILE, DraftConfig
+from eagle.drafts.draft_vocab import read_draft_vocab, write_draft_vocab
 from eagle.drafts.msd import DraftModel
 from llava.errors import UserError
-from llava.files import atomic_write
+from llava.files import atomic_write, write_json
 from llava.hub import Source
 from llava.weights import find_weights, read_tensors
 
@@ -50,8 +49,8 @@ def load_draft(
     draft.load_state_dict(tensors, assign=True)
     draft.rotary = type(draft.rotary)(config.head_dim, config.rope_theta, config.mrope_section)
     if config.options.head_tokens is not None:
-        source.find(HEAD_TOKENS)  # downloads it beside the config
-        draft.head_tokens = read_head_tokens(config_file.parent, config)
+        source.find(DRAFT_VOCAB_FILE)  # downloads it beside the config
+        draft.draft_vocab = read_draft_vocab(config_file.parent, config)
     own = tensors["fc.weight"].dtype
     return draft.to(device=device, dtype=dtype if isinstance(dtype, torch.dtype) else own).eval().requires_grad_(False)
 
@@ -75,9 +74,8 @@ def save_draft(draft: DraftModel, folder: str | Path, dtype: torch.dtype = torch
     tensors = {name: t.detach().to("cpu", dtype).contiguous() for name, t in draft.state_dict().items()}
     with atomic_write(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
-    config = {**draft.config.to_dict(), "torch_dtype": str(dtype).removeprefix("torch.")}
-    with atomic_write(folder / "config.json") as temporary:
-        Path(temporary).write_text(json.dumps(config, indent=2) + "\n")
-    if draft.head_tokens is not None:
-        write_head_tokens(folder, draft.head_tokens)
+    dtype_name = str(dtype).removeprefix("torch.")
+    write_json(folder / "config.json", {**draft.config.to_dict(), "torch_dtype": dtype_name})
+    if draft.draft_vocab is not None:
+        write_draft_vocab(folder, draft.draft_vocab)
     return folder

@@ -1,24 +1,29 @@
 """Configuration of the draft head.
 
 A draft's ``config.json`` is the published one: the base model's text configuration with one layer, plus keys of the
-base that a draft does not need. So unknown keys are normal there. What is ours sits in its own section ``"msd"`` and
-is strict: an unknown key is an error that names the nearest known one.
+base that a draft does not need. So unknown keys are normal there. Options of this package are in the section ``"msd"``,
+where an unknown key is an error that names the nearest known one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from eagle.drafts.compression import Compression
+from pydantic import Field
+
 from llava.errors import UserError
 from llava.files import read_json
 from llava.strict import read_strict, strict_dataclass
 
-HEAD_TOKENS = "head_tokens.safetensors"
+if TYPE_CHECKING:
+    from eagle.drafts.compression import Compression
+
+DRAFT_VOCAB_FILE = "head_tokens.safetensors"
 """The file beside a draft with its trimmed vocabulary."""
+Size = Annotated[int, Field(ge=1)]
 
 
 @strict_dataclass
@@ -39,18 +44,17 @@ class DraftOptions:
     positions: Literal["plain", "mrope"] = "plain"
     head_tokens: Literal["head_tokens.safetensors"] | None = None
     decoupled: bool = True
-    image_tokens: int | None = None
+    image_tokens: int | None = Field(None, ge=0)
     image_merge: Literal["pool"] = "pool"
-
-    def __post_init__(self) -> None:
-        _ = self.compression  # checks its two settings
 
     @property
     def compression(self) -> Compression:
+        from eagle.drafts.compression import Compression  # imports torch
+
         return Compression(self.image_tokens)
 
 
-@dataclass(frozen=True)
+@strict_dataclass
 class DraftConfig:
     """Shape of a draft head. Sizes are counts of elements; ``rope_theta`` is the rotary base.
 
@@ -59,12 +63,12 @@ class DraftConfig:
     """
 
     model_type: str
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    vocab_size: int
-    head_dim: int
+    hidden_size: Size
+    intermediate_size: Size
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    vocab_size: Size
+    head_dim: Size
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     mrope_section: tuple[int, ...] | None = None
@@ -85,12 +89,18 @@ class DraftConfig:
             config: the parsed file. Text settings may sit at the top level or in ``text_config``.
             where: named in errors.
             tensors: names of the checkpoint's tensors, which decide the optional parts of the layer.
+
+        Raises:
+            UserError: a size is missing or wrong, or section "msd" has an unknown key or a wrong value.
         """
         text = {**config, **config.get("text_config", {})}
         required = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
         missing = [key for key in required if key not in text]
         if missing:
             raise UserError(f"lacks {', '.join(missing)}", where=where, fix="is this the config.json of a draft?")
+        for key in required:
+            if type(text[key]) is not int or text[key] < 1:
+                raise UserError(f"{key}={text[key]!r}", where=where, fix="give a whole number of at least 1")
         rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
         section = rope.get("mrope_section")
         family = str(config.get("model_type", "llava"))
@@ -100,7 +110,9 @@ class DraftConfig:
         def present(name: str, default: bool) -> bool:
             return default if names is None else name in names
 
-        return cls(
+        options = read_strict(DraftOptions, config.get("msd", {}), f"{where}, section 'msd'")
+        try:
+            return cls(
             model_type=family,
             hidden_size=text["hidden_size"],
             intermediate_size=text["intermediate_size"],
@@ -115,9 +127,11 @@ class DraftConfig:
             input_layernorm=present("layers.0.input_layernorm.weight", like_qwen),
             attention_bias=present("layers.0.self_attn.q_proj.bias", like_qwen),
             fc_bias=present("fc.bias", bool(config.get("bias", True))),
-            options=read_strict(DraftOptions, config.get("msd", {}), f"{where}, section 'msd'"),
+            options=options,
             published=dict(config),
         )
+        except UserError as error:
+            raise UserError(error.what, where=where, fix=error.fix) from None
 
     @classmethod
     def from_json(cls, path: str | Path, tensors: Iterable[str] | None = None) -> DraftConfig:
@@ -127,7 +141,7 @@ class DraftConfig:
         return cls.from_dict(read_json(path, "draft config"), where=path, tensors=tensors)
 
     def to_dict(self) -> dict[str, Any]:
-        """The published form: what was read, with our own section only where it differs from the defaults."""
+        """The published form: what was read, with section "msd" only if it differs from the defaults."""
         out = {
             **self.published,
             "model_type": self.model_type,

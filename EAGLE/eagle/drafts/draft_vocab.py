@@ -1,8 +1,7 @@
-"""The trimmed vocabulary of a draft: a file beside its weights, named in its config."""
+"""The trimmed vocabulary of a draft: a file beside its weights that its config names (key ``head_tokens``)."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -10,18 +9,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from eagle.drafts.config import HEAD_TOKENS, DraftConfig
+from eagle.drafts.config import DRAFT_VOCAB_FILE, DraftConfig
 from llava.errors import UserError
-from llava.files import atomic_write, read_json
+from llava.files import atomic_write, read_json, write_json
 
 
-def read_head_tokens(folder: Path, config: DraftConfig) -> Tensor:
-    """The trimmed vocabulary [K] of a draft.
+def read_draft_vocab(folder: Path, config: DraftConfig) -> Tensor:
+    """Token ids [K] of the draft's trimmed vocabulary.
 
     Raises:
         UserError: the file is missing or broken, or an id is outside the vocabulary.
     """
-    path = folder / HEAD_TOKENS
+    path = folder / DRAFT_VOCAB_FILE
     fix = "make it again: python -m eagle.ge_data.vocabulary"
     try:
         tokens = load_file(path)["tokens"]
@@ -33,11 +32,14 @@ def read_head_tokens(folder: Path, config: DraftConfig) -> Tensor:
     return tokens.long()
 
 
-def write_head_tokens(folder: Path, tokens: Tensor) -> None:
-    """Gives the draft in ``folder`` a trimmed vocabulary: ids [K], in any order."""
-    with atomic_write(folder / HEAD_TOKENS) as temporary:
+def write_draft_vocab(folder: Path, tokens: Tensor) -> None:
+    """Writes a trimmed vocabulary for the draft in ``folder`` and names it in its config.
+
+    Args:
+        tokens: [K] token ids, in any order.
+    """
+    with atomic_write(folder / DRAFT_VOCAB_FILE) as temporary:
         save_file({"tokens": tokens.unique().to("cpu", torch.int32)}, temporary)
     config = read_json(folder / "config.json", "draft config")
-    config["msd"] = {**config.get("msd", {}), "head_tokens": HEAD_TOKENS}
-    with atomic_write(folder / "config.json") as temporary:
-        Path(temporary).write_text(json.dumps(config, indent=2) + "\n")
+    config["msd"] = {**config.get("msd", {}), "head_tokens": DRAFT_VOCAB_FILE}
+    write_json(folder / "config.json", config)

@@ -17,6 +17,7 @@ final norm. State-dict keys are those of the published checkpoints. A draft whos
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import cast
 
@@ -25,10 +26,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from eagle.decode.tree import top_children
 from eagle.drafts.config import DraftConfig
 from eagle.kv_cache import KVCache
 from eagle.weight_layout import input_major, to_input_major_layout
+
+
+def top_children(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The ``top_k`` most probable next tokens of each row.
+
+    NaN becomes the lowest log-probability, -inf, so that a child never scores above its parent.
+
+    Args:
+        logits: [..., V].
+
+    Returns:
+        Ids and log-probabilities, [..., k] each.
+    """
+    logits = logits.float()  # [..., V]
+    values, ids = logits.topk(min(top_k, logits.shape[-1]), dim=-1)  # [..., k]
+    logprobs = values - logits.logsumexp(dim=-1, keepdim=True)
+    return ids, logprobs.masked_fill(logprobs.isnan(), -math.inf)
 
 
 class RMSNorm(nn.Module):
@@ -44,10 +61,10 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def share_storage(*layers: nn.Linear) -> nn.Linear:
+def fuse_linears(*layers: nn.Linear) -> nn.Linear:
     """One linear layer that computes all of ``layers`` in one product.
 
-    The given layers become windows on its weights: no memory is added, and state dicts stay as they are.
+    The given layers become views of its weights, so no memory is added and state dicts do not change.
     """
     bias = layers[0].bias is not None
     fused = nn.utils.skip_init(
@@ -115,7 +132,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(size, narrow, bias=bias)
         self.o_proj = nn.Linear(wide, size, bias=False)
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.fused: list[nn.Linear] = []  # a list, so that it is no submodule and not in the state dict
+        self.fused: list[nn.Linear] = []  # a list, so that it is not a submodule and not in the state dict
 
     def project(self, x: Tensor) -> Tensor:
         """Queries, keys and values of ``x`` [B, S, H], one after the other: [B, heads + 2 KV heads, S, D]."""
@@ -137,8 +154,8 @@ class Attention(nn.Module):
         batch, rows, _ = x.shape
         joined = self.project(x)
         value = joined[:, self.heads + self.kv_heads :]  # [B, KV heads, S, D]
-        turned = rotate(joined[:, : self.heads + self.kv_heads], *rope)
-        query, key = turned[:, : self.heads], turned[:, self.heads :]
+        rotated = rotate(joined[:, : self.heads + self.kv_heads], *rope)
+        query, key = rotated[:, : self.heads], rotated[:, self.heads :]
         if cache is not None:
             key, value = cache.update(key, value, 0)
         if last_only:  # it sees all rows, so it needs no mask
@@ -211,8 +228,8 @@ class DraftModel(nn.Module):
         self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=config.fc_bias)
         self.layers = nn.ModuleList([DraftLayer(config)])
         self.rotary = Rotary(config.head_dim, config.rope_theta, config.mrope_section)
-        self.head_tokens: Tensor | None = None  # [K] the vocabulary that is drafted from; None is all of it
-        self._trimmed: Tensor | None = None  # [K, H] the head's rows of these tokens
+        self.draft_vocab: Tensor | None = None  # [K] ids of the trimmed vocabulary; None is all of it
+        self._draft_vocab_head: Tensor | None = None  # [K, H] the head's rows of these tokens
 
     @property
     def layer(self) -> DraftLayer:
@@ -241,28 +258,35 @@ class DraftModel(nn.Module):
         return torch.where(next_is_image.unsqueeze(-1), next_embeds, text)
 
     def prepare_for_decoding(self, head: nn.Module | None = None) -> DraftModel:
-        """Joins the projections that read the same input, arranges the weights for few rows, and copies the rows of
-        the target's ``lm_head`` that a draft with a trimmed vocabulary needs. Call it once, after loading; training
-        does not need it."""
-        if self.head_tokens is not None and head is not None:
-            self.head_tokens = self.head_tokens.to(self.device)
+        """Fuses the projections that read the same input, changes the memory layout of the weights
+        (`eagle.weight_layout`), and copies the rows of the target's ``lm_head`` that a trimmed vocabulary needs. Call
+        it once, after loading. Training does not need it."""
+        if self.draft_vocab is not None and head is not None:
+            self.draft_vocab = self.draft_vocab.to(self.device)
             weight = cast(Tensor, head.weight)
-            self._trimmed = input_major(weight[self.head_tokens.to(weight.device)].to(self.device, self.dtype))
+            self._draft_vocab_head = input_major(weight[self.draft_vocab.to(weight.device)].to(self.device, self.dtype))
         to_input_major_layout(self)
         attention, mlp = self.layer.self_attn, self.layer.mlp
-        attention.fused = [share_storage(attention.q_proj, attention.k_proj, attention.v_proj)]
-        mlp.fused = [share_storage(mlp.gate_proj, mlp.up_proj)]
+        attention.fused = [fuse_linears(attention.q_proj, attention.k_proj, attention.v_proj)]
+        mlp.fused = [fuse_linears(mlp.gate_proj, mlp.up_proj)]
         return self.eval().requires_grad_(False)
 
     def likely_next(self, hidden: Tensor, top_k: int, head: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """The ``top_k`` most probable next tokens of predicted hidden states [..., H]: ids and log-probabilities
-        [..., k], on the draft's device. ``head`` is the target's; a trimmed vocabulary is read with its own rows, and
-        its probabilities are those among its tokens."""
-        if self._trimmed is None or self.head_tokens is None:
+        """The ``top_k`` most probable next tokens.
+
+        Args:
+            hidden: [..., H] predicted hidden states.
+            head: the target's ``lm_head``. A draft with a trimmed vocabulary uses its copy of the head's rows instead,
+                and its probabilities are normalised over these tokens.
+
+        Returns:
+            Ids and log-probabilities, [..., k] each, on the device of ``hidden``.
+        """
+        if self._draft_vocab_head is None or self.draft_vocab is None:
             ids, logprobs = top_children(head(hidden), top_k)
         else:
-            places, logprobs = top_children(F.linear(hidden, self._trimmed), top_k)
-            ids = self.head_tokens.to(places.device)[places]
+            indices, logprobs = top_children(F.linear(hidden, self._draft_vocab_head), top_k)
+            ids = self.draft_vocab.to(indices.device)[indices]
         return ids.to(hidden.device), logprobs.to(hidden.device)
 
     def forward(
@@ -278,13 +302,13 @@ class DraftModel(nn.Module):
 
         Args:
             x: [B, S, H] rows of `fuse`.
-            position_ids: [B, S], or [3, B, S] for a draft with M-RoPE positions; not read where ``rope`` is given.
+            position_ids: [B, S], or [3, B, S] for a draft with M-RoPE positions; ignored if ``rope`` is given.
             attention_mask: [B or 1, 1, S, past + S], bool (true = may look) or additive; None is plain causal, which
                 after cached rows is allowed for a single row only.
             cache: rows seen before; this call's rows are appended.
-            rope: cosines and sines of the rows as `Rotary` gives them, where the caller has them ready.
-            last_only: all rows enter the cache, but only the last one's hidden state is computed, [B, 1, H]; for the
-                prompt, whose rows no mask closes.
+            rope: cosines and sines of the rows from `Rotary`, if the caller has them already.
+            last_only: caches all rows, but computes only the last one's hidden state, [B, 1, H]. For the prompt, where
+                no row is masked.
         """
         rope = self.rotary(position_ids, x.dtype) if rope is None else rope
         causal = attention_mask is None and x.shape[1] > 1

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from eagle.arguments import positive
 from eagle.drafts.config import DraftConfig
-from eagle.drafts.draft_vocab import write_head_tokens
+from eagle.drafts.draft_vocab import write_draft_vocab
 from eagle.hidden_states.index import load_index, open_shard
 from llava.errors import UserError, run_cli
 
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokens, share = most_frequent(count_tokens(options.data, config.vocab_size), options.size)
     if not tokens.numel():
         raise UserError("no answer in this data", options.data[0], "is it made by eagle.ge_data.allocation?")
-    write_head_tokens(options.draft, tokens)
+    write_draft_vocab(options.draft, tokens)
     Console().print(
         f"{len(tokens):,} of {config.vocab_size:,} tokens, {share:.2%} of what the answers say: {options.draft}"
     )

@@ -83,9 +83,9 @@ def test_the_record_is_of_everything_that_the_costs_depend_on(pair: MSDModel) ->
     target, draft = pair.target, pair.draft
     assert draft is not None
     keys = [key_of(describe(target, draft, tree)) for tree in (TREE, TreeConfig(2, 2, 8), TreeConfig(3, 3, 8))]
-    draft.head_tokens = torch.arange(20)
+    draft.draft_vocab = torch.arange(20)
     keys.append(key_of(describe(target, draft, TREE)))
-    draft.head_tokens = torch.arange(30)
+    draft.draft_vocab = torch.arange(30)
     keys.append(key_of(describe(target, draft, TREE)))
     target.config.quantization_config = {"load_in_4bit": True}
     keys.append(key_of(describe(target, draft, TREE)))

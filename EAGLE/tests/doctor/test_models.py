@@ -20,8 +20,8 @@ from eagle.doctor.environment import Machine
 from eagle.doctor.memory import POSITIONS, check_fit
 from eagle.doctor.models import check_base, check_draft, check_pair, footprint
 from eagle.drafts.checkpoint import load_draft, save_draft
-from eagle.drafts.config import HEAD_TOKENS, DraftConfig
-from eagle.drafts.draft_vocab import write_head_tokens
+from eagle.drafts.config import DRAFT_VOCAB_FILE, DraftConfig
+from eagle.drafts.draft_vocab import write_draft_vocab
 from eagle.drafts.msd import DraftModel
 from eagle.families import load_target
 from llava.errors import UserError
@@ -212,9 +212,9 @@ def test_a_trimmed_vocabulary_that_cannot_be_loaded(
     llava_pair: tuple[Path, Path], tmp_path: Path, spoil: Callable[[Path], object]
 ) -> None:
     draft = copy(llava_pair[1], tmp_path)
-    write_head_tokens(draft, torch.tensor([3, 4]))
+    write_draft_vocab(draft, torch.tensor([3, 4]))
     assert [check.state for check in check_draft(str(draft), hub=False)[1]] == [State.OK]
-    spoil(draft / HEAD_TOKENS)
+    spoil(draft / DRAFT_VOCAB_FILE)
     (check,) = check_draft(str(draft), hub=False)[1]
     assert check.state is State.PROBLEM and "eagle.ge_data.vocabulary" in check.fix
     with pytest.raises(UserError):

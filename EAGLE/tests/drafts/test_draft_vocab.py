@@ -12,8 +12,8 @@ from tiny_llava import make_image, make_liuhaotian
 
 from eagle import MSDModel, TreeConfig
 from eagle.drafts.checkpoint import load_draft
-from eagle.drafts.config import HEAD_TOKENS
-from eagle.drafts.draft_vocab import write_head_tokens
+from eagle.drafts.config import DRAFT_VOCAB_FILE
+from eagle.drafts.draft_vocab import write_draft_vocab
 from eagle.families import load_target
 from eagle.ge_data.vocabulary import most_frequent
 from llava.errors import UserError
@@ -35,10 +35,10 @@ def test_answers_do_not_change_and_drafted_tokens_are_of_the_part(base: Path, dr
     settings = {"max_new_tokens": 40, "temperature": 0.0, "tree": TreeConfig(3, 4, 16)}
     wanted = whole.generate(**inputs, **settings)
     said = wanted.sequences[0, inputs["input_ids"].shape[1] :].unique()
-    write_head_tokens(draft, said)
+    write_draft_vocab(draft, said)
     trimmed = MSDModel.from_pretrained(base, draft, dtype=torch.float32)
-    assert trimmed.draft is not None and trimmed.draft.head_tokens is not None
-    assert trimmed.draft.head_tokens.tolist() == said.tolist()
+    assert trimmed.draft is not None and trimmed.draft.draft_vocab is not None
+    assert trimmed.draft.draft_vocab.tolist() == said.tolist()
     output = trimmed.generate(**inputs, **settings)
     assert torch.equal(output.sequences, wanted.sequences)
     assert output.stats.tau >= wanted.stats.tau  # only what is said is drafted
@@ -58,8 +58,8 @@ def test_the_most_frequent_tokens_that_occur() -> None:
 
 @pytest.mark.parametrize("broken", ["missing", "no safetensors", "outside", "empty"])
 def test_a_broken_part_is_one_clear_line(draft: Path, broken: str) -> None:
-    write_head_tokens(draft, torch.tensor([3, 4]))
-    path = draft / HEAD_TOKENS
+    write_draft_vocab(draft, torch.tensor([3, 4]))
+    path = draft / DRAFT_VOCAB_FILE
     if broken == "missing":
         path.unlink()
     elif broken == "no safetensors":

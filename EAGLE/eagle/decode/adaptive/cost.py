@@ -92,7 +92,7 @@ def describe(target: Target, draft: DraftModel, tree: TreeConfig) -> dict[str, A
         "draft": {
             "hidden_size": draft.config.hidden_size,
             "intermediate_size": draft.config.intermediate_size,
-            "head_tokens": None if draft.head_tokens is None else len(draft.head_tokens),
+            "head_tokens": None if draft.draft_vocab is None else len(draft.draft_vocab),
         },
         "tree": {"depth": tree.depth, "top_k": tree.top_k, "total_tokens": tree.total_tokens},
         "quantisation": str(getattr(target.config, "quantization_config", None)),
