@@ -113,23 +113,23 @@ class DraftConfig:
         options = read_strict(DraftOptions, config.get("msd", {}), f"{where}, section 'msd'")
         try:
             return cls(
-            model_type=family,
-            hidden_size=text["hidden_size"],
-            intermediate_size=text["intermediate_size"],
-            num_attention_heads=text["num_attention_heads"],
-            num_key_value_heads=text.get("num_key_value_heads") or text["num_attention_heads"],
-            vocab_size=text["vocab_size"],
-            head_dim=text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
-            rms_norm_eps=text.get("rms_norm_eps", 1e-6),
-            rope_theta=text.get("rope_theta") or rope.get("rope_theta") or 10000.0,
-            mrope_section=tuple(section) if section else None,
-            hidden_act=text.get("hidden_act", "silu"),
-            input_layernorm=present("layers.0.input_layernorm.weight", like_qwen),
-            attention_bias=present("layers.0.self_attn.q_proj.bias", like_qwen),
-            fc_bias=present("fc.bias", bool(config.get("bias", True))),
-            options=options,
-            published=dict(config),
-        )
+                model_type=family,
+                hidden_size=text["hidden_size"],
+                intermediate_size=text["intermediate_size"],
+                num_attention_heads=text["num_attention_heads"],
+                num_key_value_heads=text.get("num_key_value_heads") or text["num_attention_heads"],
+                vocab_size=text["vocab_size"],
+                head_dim=text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
+                rms_norm_eps=text.get("rms_norm_eps", 1e-6),
+                rope_theta=text.get("rope_theta") or rope.get("rope_theta") or 10000.0,
+                mrope_section=tuple(section) if section else None,
+                hidden_act=text.get("hidden_act", "silu"),
+                input_layernorm=present("layers.0.input_layernorm.weight", like_qwen),
+                attention_bias=present("layers.0.self_attn.q_proj.bias", like_qwen),
+                fc_bias=present("fc.bias", bool(config.get("bias", True))),
+                options=options,
+                published=dict(config),
+            )
         except UserError as error:
             raise UserError(error.what, where=where, fix=error.fix) from None
 
