@@ -7,15 +7,14 @@ of its own.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
 from experiments.random_pair import Shape
 from llava.errors import UserError
 from llava.files import read_json
-from llava.strict import reject_unknown
+from llava.strict import read_strict, strict_dataclass
 
 AXES = ("temperature", "batch", "new_tokens", "context")
 CONTESTANTS = (
@@ -25,7 +24,7 @@ CONTESTANTS = (
 """Who competes where a cell does not say; `benchmarks.contestants` builds them."""
 
 
-@dataclass(frozen=True)
+@strict_dataclass
 class Pair:
     """A base model with its draft: folders or hub names, or a ``random`` shape, whose figures are costs alone, since a
     random draft guesses nothing."""
@@ -34,8 +33,12 @@ class Pair:
     draft: str | None = None
     random: Shape | None = None
 
+    def __post_init__(self) -> None:
+        if (self.random is None) == (self.base is None):
+            raise UserError("a model of the suite needs 'base' and 'draft', or 'random'")
 
-@dataclass(frozen=True)
+
+@strict_dataclass
 class Cell:
     """One comparison.
 
@@ -60,7 +63,7 @@ class Cell:
         return f"{self.name}: T={self.temperature:g}, B={self.batch}, {self.new_tokens} tokens{context}"
 
 
-@dataclass(frozen=True)
+@strict_dataclass
 class Suite:
     """A suite file.
 
@@ -89,50 +92,23 @@ def read_suite(path: Path) -> Suite:
     """Reads a suite file (JSON).
 
     Raises:
-        UserError: it cannot be read, a key is unknown or missing, or a cell names a model that is not declared.
+        UserError: it cannot be read, a key is unknown, missing or wrong, or a cell names an undeclared model.
     """
-    given = _section(read_json(path, "suite file"), path)
-    models = {name: _pair(_section(pair, path), path) for name, pair in _section(given.get("models"), path).items()}
-    cells = [cell for entry in given.get("cells", ()) for cell in _cells(_section(entry, path), path)]
-    if not cells:
+    given = read_json(path, "suite file")
+    if isinstance(given, dict) and isinstance(given.get("cells"), list):
+        given = {**given, "cells": [cell for entry in given["cells"] for cell in _combinations(entry)]}
+    suite = replace(read_strict(Suite, given, path), where=str(path))
+    if not suite.cells:
         raise UserError("suite has no cells", where=path)
-    for cell in cells:
-        if cell.model not in models:
+    for cell in suite.cells:
+        if cell.model not in suite.models:
             raise UserError(f"cell '{cell.name}' is for the model '{cell.model}', which is not declared", where=path)
-    rest = {key: _frozen(value) for key, value in given.items() if key not in ("models", "cells")}
-    return _make(Suite, {**rest, "models": models, "cells": tuple(cells), "where": str(path)}, path)
+    return suite
 
 
-def _pair(section: Mapping[str, Any], where: Path) -> Pair:
-    pair = dict(section)
-    if pair.get("random") is not None:
-        pair["random"] = _make(Shape, _section(pair["random"], where), where)
-    made = _make(Pair, pair, where)
-    if (made.random is None) == (made.base is None):
-        raise UserError("a model of the suite needs 'base' and 'draft', or 'random'", where=where)
-    return made
-
-
-def _cells(entry: Mapping[str, Any], where: Path) -> list[Cell]:
-    listed = {axis: entry[axis] if isinstance(entry[axis], list) else [entry[axis]] for axis in AXES if axis in entry}
-    one = _make(Cell, {key: _frozen(value) for key, value in entry.items() if key not in AXES}, where)
-    values = itertools.product(*listed.values())
-    return [replace(one, **dict(zip(listed, combination, strict=True))) for combination in values]
-
-
-def _make(kind: Any, values: Mapping[str, Any], where: Path) -> Any:
-    reject_unknown(values, [each.name for each in fields(kind)], where)
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise UserError(f"suite file is incomplete ({error})", where=where) from None
-
-
-def _section(value: Any, where: Path) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise UserError(f"suite file has {type(value).__name__} where a section should be", where=where)
-    return value
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _combinations(entry: Any) -> list[Any]:
+    """The cells of one entry of the file: one for each combination of its values of `AXES`."""
+    if not isinstance(entry, dict):
+        return [entry]
+    listed = {axis: entry[axis] for axis in AXES if isinstance(entry.get(axis), list)}
+    return [{**entry, **dict(zip(listed, values, strict=True))} for values in itertools.product(*listed.values())]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from transformers import GenerationConfig
 from eagle import TreeConfig
 from llava.errors import UserError
 from llava.hub import HUB_KEYS
+from llava.strict import reject_unknown
 
 OWN = (
     "pretrained", "use_msd", "msd_model_path", "msd_baseline", "dtype", "device", "device_map", "batch_size",
@@ -56,11 +56,7 @@ class ModelArgs:
             UserError: the model has no such argument.
         """
         known = (*OWN, *TREE, *LOADING, *prompts)
-        for key in given:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
-                raise UserError(f"{model} has no model argument '{key}'", fix=hint)
+        reject_unknown(given, known, f"--model_args of {model}")
         bounds = {name: given[key] for key, name in TREE.items() if key in given}
         return cls(
             TreeConfig(**bounds) if bounds else None,

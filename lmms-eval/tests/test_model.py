@@ -149,7 +149,7 @@ def test_statistics_reach_the_results(base, draft, requests, tmp_path, capsys):
         ({"msd_dept": 3}, "did you mean 'msd_depth'"),
         ({"batch_size": "many"}, "batch_size"),
         ({"batch_size": 0}, "batch_size"),
-        ({"max_pixels": 3}, "llava_msd has no model argument 'max_pixels'"),
+        ({"max_pixels": 3}, "unknown key 'max_pixels': --model_args of llava_msd"),
         ({"image_aspect": "wide"}, "image_aspect"),
         ({"msd_baseline": "x"}, "msd_baseline without use_msd"),
     ],

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import replace
 from typing import Any
 
 from PIL import Image
+from pydantic import Field
 
 from llava.errors import UserError
 from llava.image import load_image
-from llava.strict import reject_unknown
+from llava.strict import read_strict, strict_dataclass
 
 MAX_TEMPERATURE = 2.0
 
 
-@dataclass(frozen=True)
+@strict_dataclass
 class Ask:
     """One question of the page.
 
@@ -28,37 +28,36 @@ class Ask:
     question: str
     image: str | None = None
     msd: bool = True
-    max_new_tokens: int = 256
-    temperature: float = 0.0
+    max_new_tokens: int = Field(256, ge=1)
+    temperature: float = Field(0.0, ge=0, le=MAX_TEMPERATURE, allow_inf_nan=False)
+
+    def __post_init__(self) -> None:
+        if not self.question.strip():
+            raise UserError("no question", fix="write one")
 
     @classmethod
     def from_dict(cls, given: Any, longest: int) -> Ask:
-        """Reads the object of a request; ``longest`` is the most tokens that this server gives.
+        """Reads the JSON object of a request.
+
+        Args:
+            given: the parsed request.
+            longest: the most new tokens that this server allows.
 
         Raises:
-            UserError: it is no such object.
+            UserError: it is not an object, or has a missing, unknown or wrong value.
         """
-        if not isinstance(given, Mapping):
-            raise UserError("the request is no JSON object")
-        reject_unknown(given, [field.name for field in fields(cls)], "request")
-        ask = cls(**{"question": "", "max_new_tokens": min(cls.max_new_tokens, longest), **given})
-        if not isinstance(ask.question, str) or not ask.question.strip():
-            raise UserError("no question", fix="write one")
-        if not isinstance(ask.msd, bool) or not isinstance(ask.image, str | None):
-            raise UserError(
-                "the request has a value of a wrong kind", "msd, image", "msd is true or false, image base64"
-            )
-        if type(ask.max_new_tokens) is not int or not 1 <= ask.max_new_tokens <= longest:
-            raise UserError(f"max_new_tokens {ask.max_new_tokens!r}", fix=f"give 1 to {longest}")
-        if type(ask.temperature) not in (int, float) or not 0 <= ask.temperature <= MAX_TEMPERATURE:
-            raise UserError(f"temperature {ask.temperature!r}", fix=f"give 0 to {MAX_TEMPERATURE:.0f}")
+        ask = read_strict(cls, given, "request")
+        if "max_new_tokens" not in given:
+            return replace(ask, max_new_tokens=min(ask.max_new_tokens, longest))
+        if ask.max_new_tokens > longest:
+            raise UserError(f"max_new_tokens={ask.max_new_tokens}", "request", f"give at most {longest}")
         return ask
 
     def picture(self) -> Image.Image | None:
-        """The picture [h, w] RGB; None where there is none.
+        """The picture [h, w] RGB, or None.
 
         Raises:
-            UserError: it is broken, or no picture.
+            UserError: it is not base64, not a picture, or damaged.
         """
         if self.image is None:
             return None
