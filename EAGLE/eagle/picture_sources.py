@@ -1,27 +1,24 @@
-"""What the training data is made of: each set's address, its place under the root, its size. No file is touched here.
+"""The sets of the training data: address, folder below the root, and size.
 
-All sizes are rounded and only for estimates; what a server says is what counts.
+Sizes are rounded and serve only for estimates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from llava.errors import UserError
 
 HUB = "hf:"
-"""Addresses that begin so name a data set repository of the Hugging Face hub."""
+"""Prefix of addresses that name a data set repository of the Hugging Face hub."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One thing to fetch.
-
-    ``path``: where it lies under the root; ``address``: http(s), or `HUB` and a repository; ``size``: bytes to
-    download.
-    """
+    """A set to download. ``path``: below the root; ``address``: http(s), or `HUB` and a repository; ``size``: of the
+    download, in bytes."""
 
     name: str
     title: str
@@ -31,32 +28,32 @@ class Source:
 
     @property
     def group(self) -> str:
-        """The first folder of ``path``: another word for the set, or for several together."""
+        """The first folder of ``path``, which also names the set on the command line."""
         return PurePosixPath(self.path).parts[0]
 
 
 @dataclass(frozen=True)
 class AnnotationFile(Source):
-    """Conversations; ``path`` is the file."""
+    """A file of conversations; ``path`` is the file."""
 
 
 @dataclass(frozen=True)
 class PictureSet(Source):
-    """A flat folder of pictures, ``pictures`` of them."""
+    """A flat folder of ``pictures`` pictures."""
 
     pictures: int
 
 
 @dataclass(frozen=True)
 class ArchiveSet(PictureSet):
-    """Pictures in one zip archive; ``md5`` of the archive where it is known."""
+    """Pictures in one zip archive. ``md5``: of the archive, if known."""
 
     md5: str | None = None
 
 
 @dataclass(frozen=True)
 class CoverSet(PictureSet):
-    """Pictures each at an address of its own; ``address`` is the list of them."""
+    """Pictures that have an address each. ``address``: of the list of their addresses."""
 
 
 SOURCES: tuple[Source, ...] = (
@@ -128,45 +125,36 @@ SOURCES: tuple[Source, ...] = (
 
 
 def choose(only: str | None = None, mirrors: Sequence[str] = ()) -> list[Source]:
-    """The sets that ``--only`` names (names or groups, parted by commas; all by default), in the table's order.
+    """The sets that ``--only`` names (names or groups, separated by commas; all by default), in the table's order.
 
     Args:
-        mirrors: ``SET=URL`` each, another address for a set.
+        mirrors: ``SET=URL``, another address for a set. The checksum of a mirrored archive is not checked.
 
     Raises:
-        UserError: a name is not known, or a mirror is no http(s) address.
+        UserError: unknown name, or a mirror that is not an http(s) address.
     """
-    addresses = _addresses(mirrors)
-    wanted = None if only is None else [word.strip() for word in only.split(",") if word.strip()]
-    known = {word for source in SOURCES for word in (source.name, source.group)}
-    for word in wanted or []:
-        _require(word, known, "--only")
-    if wanted == []:
-        raise UserError("no set named", "--only", f"known are {', '.join(sorted(known))}")
-    chosen = [s for s in SOURCES if wanted is None or s.name in wanted or s.group in wanted]
-    return [_mirrored(source, addresses) for source in chosen]
-
-
-def _addresses(mirrors: Sequence[str]) -> dict[str, str]:
+    names = {source.name for source in SOURCES}
+    known = names | {source.group for source in SOURCES}
     addresses = {}
     for mirror in mirrors:
-        name, mark, address = mirror.partition("=")
-        if not mark or not address.startswith(("http://", "https://")):
+        name, _, address = mirror.partition("=")
+        if not address.startswith(("http://", "https://")):
             raise UserError("not a mirror", f"--mirror {mirror}", "give SET=URL with an http or https address")
-        _require(name, {source.name for source in SOURCES}, "--mirror")
+        _check_known(name, names, "--mirror")
         addresses[name] = address
-    return addresses
+    wanted = sorted(known) if only is None else [word.strip() for word in only.split(",") if word.strip()]
+    for word in wanted or [""]:
+        _check_known(word, known, "--only")
+    chosen = []
+    for source in SOURCES:
+        if source.name in wanted or source.group in wanted:
+            if source.name in addresses:
+                unchecked = {"md5": None} if isinstance(source, ArchiveSet) else {}
+                source = replace(source, address=addresses[source.name], **unchecked)
+            chosen.append(source)
+    return chosen
 
 
-def _require(word: str, known: set[str], option: str) -> None:
+def _check_known(word: str, known: set[str], option: str) -> None:
     if word not in known:
-        raise UserError(f"no set '{word}'", option, f"known are {', '.join(sorted(known))}")
-
-
-def _mirrored(source: Source, addresses: Mapping[str, str]) -> Source:
-    """A mirror may have packed the pictures anew, so the checksum of the first archive does not hold for it."""
-    if source.name not in addresses:
-        return source
-    if isinstance(source, ArchiveSet):
-        return replace(source, address=addresses[source.name], md5=None)
-    return replace(source, address=addresses[source.name])
+        raise UserError(f"unknown set '{word}'", option, f"known are {', '.join(sorted(known))}")

@@ -23,7 +23,7 @@ from eagle.families import Target, load_target
 from eagle.families.template import Prepared, Template
 from eagle.families.templates import template_of
 from eagle.ge_data import allocation, inspect
-from eagle.ge_data.annotations import RowFile, iter_rows
+from eagle.ge_data.annotations import RecordFile, iter_records
 from eagle.ge_data.convert import convert
 from eagle.ge_data.folder import SETTINGS
 from eagle.hidden_states.index import INDEX, Index
@@ -172,7 +172,7 @@ def test_flipped_bits_in_an_annotation_file(tmp_path: Path) -> None:
         content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
         path.write_bytes(content)
         try:
-            file = RowFile(path)
+            file = RecordFile(path)
         except UserError as error:
             refused += 1
             assert "byte" in str(error)
@@ -190,7 +190,7 @@ def test_conversion_passes_damage_on(annotations: Write, tmp_path: Path) -> None
     a good one."""
     rows = [row for row, _, _ in mangled_rows(SEED, each=3)] + [junk_somewhere(Random(seed)) for seed in range(100)]
     assert convert(annotations(rows), tmp_path / "out.json")[0] == len(rows)
-    fixed = list(iter_rows(tmp_path / "out.json"))
+    fixed = list(iter_records(tmp_path / "out.json"))
     assert len(fixed) == len(rows)
 
     def used(row: Row, number: int) -> Any:
