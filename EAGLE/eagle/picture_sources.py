@@ -149,8 +149,8 @@ def choose(only: str | None = None, mirrors: Sequence[str] = ()) -> list[Source]
     for source in SOURCES:
         if source.name in wanted or source.group in wanted:
             if source.name in addresses:
-                unchecked = {"md5": None} if isinstance(source, ArchiveSet) else {}
-                source = replace(source, address=addresses[source.name], **unchecked)
+                source = replace(source, address=addresses[source.name])
+                source = replace(source, md5=None) if isinstance(source, ArchiveSet) else source
             chosen.append(source)
     return chosen
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from eagle.conversation_pictures import open_picture, picture_is_there
 from eagle.conversations import Conversation, Unusable, claims_pictures, id_to_show, image_names, read_conversation
 from eagle.ge_data.annotations import RecordFile
 from eagle.hidden_states.index import ShardInfo, Skipped, read_header
@@ -96,8 +97,6 @@ def check_pictures(selection: Selection, ranges: Sequence[Range], begun: bool) -
     Raises:
         UserError: no record has its pictures, so the folder is wrong; or the file system cannot tell.
     """
-    from eagle.conversation_pictures import picture_is_there
-
     indices = [index for first, last in ranges for index in range(first, last)]
     checked, missing = 0, []
     for index in indices[:: -(-len(indices) // MAX_CHECKED)]:
@@ -137,8 +136,6 @@ def repairable_shards(folder: Path, shards: Sequence[ShardInfo], selection: Sele
 
 def _is_readable(selection: Selection, number: int) -> bool:
     """Whether all pictures of a record can be read. ``number``: in the annotation file."""
-    from eagle.conversation_pictures import open_picture
-
     try:
         for name in _picture_names(selection, bisect_left(selection.records.numbers, number)):
             open_picture(selection.image_root / name)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import ConfigDict, Field, InstanceOf, TypeAdapter, ValidationError
 
@@ -40,7 +40,7 @@ def parse(kind: type[T], value: Any, what: str, path: Path, fix: str) -> T:
         wrong = f"missing: {', '.join(missing)}" if missing else ""
     try:
         if not wrong:
-            return _adapter(kind).validate_python(value)
+            return cast(T, _adapter(kind).validate_python(value))
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False)[:SHOWN]
         wrong = ", ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in found)
@@ -48,5 +48,5 @@ def parse(kind: type[T], value: Any, what: str, path: Path, fix: str) -> T:
 
 
 @cache
-def _adapter(kind: type[T]) -> TypeAdapter[T]:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
