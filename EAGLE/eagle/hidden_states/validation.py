@@ -40,7 +40,7 @@ def parse(kind: type[T], value: Any, what: str, path: Path, fix: str) -> T:
         wrong = f"missing: {', '.join(missing)}" if missing else ""
     try:
         if not wrong:
-            return cast(T, _adapter(kind).validate_python(value))
+            return cast(T, _adapter(cast(Any, kind)).validate_python(value))
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False)[:SHOWN]
         wrong = ", ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in found)
