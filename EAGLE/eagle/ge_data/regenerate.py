@@ -21,6 +21,7 @@ import torch
 from eagle.conversations import Unusable
 from eagle.decode.msd import MSDModel
 from eagle.decode.noise import mixed
+from eagle.decode.sampling import SamplingSettings
 from eagle.families.template import Outline, Prepared, Template, Turn
 from eagle.hidden_states.source import Regeneration
 from llava.errors import OutOfMemory
@@ -143,8 +144,7 @@ class Regenerator:
         settings = self._sampling([state.number for state in states], turn_number)
         settings |= {"max_new_tokens": max(limits), "eos_token_id": sorted(ends)}
         output = self.model.generate(**inputs, **settings)
-        new = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
-        return [up_to_end(answer[:limit], ends) for answer, limit in zip(new, limits, strict=True)]
+        return [answer[:limit] for answer, limit in zip(output.tokens, limits, strict=True)]
 
     def _ends(self, turn: Turn) -> set[int]:
         """Ids that end an answer: the target's, and the one that closes the turn."""
@@ -152,10 +152,8 @@ class Regenerator:
 
     def _sampling(self, numbers: Iterable[int], turn_number: int) -> dict[str, Any]:
         """Settings of `MSDModel.generate` for the answers of one turn."""
-        if self.settings.temperature == 0:
-            return {"temperature": 0.0}
         seeds = [mixed(self.settings.seed or 0, number, turn_number) for number in numbers]
-        return {"temperature": self.settings.temperature, "top_p": 1.0, "top_k": 0, "seed": seeds}
+        return SamplingSettings(self.settings.temperature, seed=seeds).for_engine()
 
     def _result(self, state: ConversationState) -> Prepared | Unusable:
         if state.unusable is None and not state.answer_tokens:
@@ -165,13 +163,3 @@ class Regenerator:
         images = self.template.first_pictures(state.outline.images, state.pictures)
         ids, loss_mask = (torch.tensor(values[: self.max_length]) for values in (state.ids, state.loss_mask))
         return Prepared(state.outline.id, ids, loss_mask, images)
-
-
-def up_to_end(answer: list[int], ends: set[int]) -> list[int]:
-    """An answer with its end token, without the padding after it.
-
-    >>> up_to_end([5, 2, 0, 0], {2}), up_to_end([5, 6], {2})
-    ([5, 2], [5, 6])
-    """
-    places = (place for place, token in enumerate(answer) if token in ends)
-    return answer[: next(places, len(answer)) + 1]

@@ -1,4 +1,7 @@
-"""Strict reading of JSON objects: files may be damaged, or written by another program."""
+"""Strict reading of JSON objects of nested dataclasses: files may be damaged, or written by another program.
+
+Unlike `llava.strict.read_strict`, which reads settings, a field with a default must be there too.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,10 @@ from typing import Annotated, Any, TypeVar, cast
 from pydantic import ConfigDict, Field, InstanceOf, TypeAdapter, ValidationError
 
 from llava.errors import UserError
+from llava.strict import one_line
 
 STRICT = ConfigDict(extra="forbid")
 """Set as ``__pydantic_config__`` of a dataclass: an unknown field is an error."""
-SHOWN = 3
-"""Wrong fields in a message."""
 
 Text = InstanceOf[str]  # StrictStr would refuse half of a surrogate pair, which ids of records may have
 Count = Annotated[int, Field(strict=True, ge=0)]
@@ -34,16 +36,15 @@ def parse(kind: type[T], value: Any, what: str, path: Path, fix: str) -> T:
     Raises:
         UserError: a field is missing, unknown or has a wrong value.
     """
+    names = [item.name for item in fields(kind)]  # type: ignore[arg-type]
     wrong = "" if isinstance(value, Mapping) else "not a JSON object"
-    if not wrong:
-        missing = [item.name for item in fields(kind) if item.name not in value]  # type: ignore[arg-type]
-        wrong = f"missing: {', '.join(missing)}" if missing else ""
+    if not wrong and (missing := [name for name in names if name not in value]):
+        wrong = f"no {', '.join(missing)}"
     try:
         if not wrong:
             return cast(T, _adapter(cast(Any, kind)).validate_python(value))
     except ValidationError as error:
-        found = error.errors(include_url=False, include_input=False)[:SHOWN]
-        wrong = ", ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in found)
+        wrong = f"{one_line(error, names).what:.80}"
     raise UserError(f"{what} is incomplete or wrong ({wrong})", path, fix)
 
 
