@@ -21,7 +21,6 @@ class Source:
     download, in bytes."""
 
     name: str
-    title: str
     path: str
     address: str
     size: int
@@ -59,21 +58,18 @@ class CoverSet(PictureSet):
 SOURCES: tuple[Source, ...] = (
     AnnotationFile(
         name="sharegpt",
-        title="ShareGPT conversations",
         path="annotations/ShareGPT_V3_unfiltered_cleaned_split.json",
         address=f"{HUB}anon8231489123/ShareGPT_Vicuna_unfiltered",
         size=673_000_000,
     ),
     AnnotationFile(
         name="llava",
-        title="LLaVA-1.5 instruction mixture",
         path="annotations/llava_v1_5_mix665k.json",
         address=f"{HUB}liuhaotian/LLaVA-Instruct-150K",
         size=1_030_000_000,
     ),
     ArchiveSet(
         name="coco",
-        title="COCO 2017, training pictures",
         path="coco/train2017",
         address="http://images.cocodataset.org/zips/train2017.zip",
         size=19_300_000_000,
@@ -82,7 +78,6 @@ SOURCES: tuple[Source, ...] = (
     ),
     ArchiveSet(
         name="gqa",
-        title="GQA",
         path="gqa/images",
         address="https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip",
         size=21_800_000_000,
@@ -90,7 +85,6 @@ SOURCES: tuple[Source, ...] = (
     ),
     ArchiveSet(
         name="textvqa",
-        title="TextVQA, training and validation pictures",
         path="textvqa/train_images",
         address="https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip",
         size=7_000_000_000,
@@ -98,7 +92,6 @@ SOURCES: tuple[Source, ...] = (
     ),
     ArchiveSet(
         name="vg1",
-        title="Visual Genome, part 1",
         path="vg/VG_100K",
         address="https://cs.stanford.edu/people/rak248/VG_100K_2/images.zip",
         size=9_800_000_000,
@@ -106,7 +99,6 @@ SOURCES: tuple[Source, ...] = (
     ),
     ArchiveSet(
         name="vg2",
-        title="Visual Genome, part 2",
         path="vg/VG_100K_2",
         address="https://cs.stanford.edu/people/rak248/VG_100K_2/images2.zip",
         size=5_500_000_000,
@@ -114,7 +106,6 @@ SOURCES: tuple[Source, ...] = (
     ),
     CoverSet(
         name="ocr_vqa",
-        title="OCR-VQA book covers",
         path="ocr_vqa/images",
         address="https://drive.usercontent.google.com/download"
         "?id=1r0tyZUwGCc4wIG4RkiglCGNL_nFJjR6Q&export=download&confirm=t",

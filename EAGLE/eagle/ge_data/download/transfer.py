@@ -150,10 +150,6 @@ def open_address(address: str, headers: Mapping[str, str] | None = None) -> HTTP
         raise Refused(f"not an address ({error})", address) from None
     except (OSError, HTTPException) as error:
         raise RetryableError(_reason(error)) from None
-    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
-    if encoding != "identity":
-        response.close()
-        raise Refused(f"the server compresses the file ({encoding}) although it was not asked to", address, MIRROR)
     return response
 
 

@@ -207,11 +207,3 @@ def test_a_small_file(server: FileServer, waits: list[float]) -> None:
     assert len(file.requests) == 2
     with pytest.raises(Refused, match="more than 1000 bytes"):
         fetch_bytes(server.url("a b.jpg"), 1000)
-
-
-def test_a_compressed_body_is_refused(server: FileServer, target: Path) -> None:
-    """Its bytes are not the file's."""
-    server.put("file.zip", DATA, headers={"Content-Encoding": "gzip"})
-    with pytest.raises(Refused, match="gzip"):
-        fetch(server.url("file.zip"), target, "file")
-    assert not target.exists()
