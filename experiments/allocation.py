@@ -26,8 +26,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from eagle.benchmark import versions
-from eagle.families import load_target
-from eagle.families.templates import template_of
+from eagle.families import load_target, template_of
 from eagle.ge_data.extract import Extractor, source_of
 from eagle.ge_data.selection import IMAGE, TEXT, Selection
 from eagle.hidden_states.index import ShardInfo

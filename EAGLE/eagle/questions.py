@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eagle.families import Target
 from llava.errors import UserError
 
 
@@ -20,8 +19,8 @@ class Question:
     images: tuple[Path, ...] = ()
     answer: str = ""
 
-    def inputs(self, target: Target) -> dict[str, Any]:
-        """Model inputs of the question in the target's conversation template."""
+    def inputs(self, target: Any) -> dict[str, Any]:
+        """Model inputs of the question in the conversation template of ``target``, a `Target`."""
         return target.prepare(target.chat_prompt(self.question, num_images=len(self.images)), self.images)
 
 
@@ -31,7 +30,7 @@ class Group:
 
     questions: tuple[Question, ...]
 
-    def inputs(self, target: Target) -> dict[str, Any]:
+    def inputs(self, target: Any) -> dict[str, Any]:
         """Padded model inputs of all of them, [B, S]."""
         prompts = [target.chat_prompt(each.question, num_images=len(each.images)) for each in self.questions]
         return target.prepare(prompts, [image for each in self.questions for image in each.images])

@@ -24,11 +24,12 @@ from eagle.decode.sampling import Sampler, SamplingSettings
 from eagle.decode.stats import Stats
 from eagle.decode.stopping import Stopper
 from eagle.decode.tree_config import TreeConfig
-from eagle.drafts.checkpoint import HUB_KEYS, load_draft
+from eagle.drafts.checkpoint import load_draft
 from eagle.drafts.compression import Compression
 from eagle.drafts.msd import DraftModel
 from eagle.families import Target, load_target
 from llava.errors import UserError
+from llava.hub import HUB_KEYS
 
 
 @dataclass

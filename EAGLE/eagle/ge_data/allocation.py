@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from eagle.arguments import DTYPES, positive
-from eagle.families.templates import FAMILIES
+from eagle.families import TRAINING_NAMES
 from eagle.ge_data.folder import AUTO, Settings, finished, locked, missing, write_skipped
 from eagle.ge_data.progress import AllocationProgress, summary
 from eagle.ge_data.selection import IMAGE, PICTURE_REASONS, TEXT, Range, Selection, check_pictures, repairable_shards
@@ -37,7 +37,7 @@ KINDS = {"t": TEXT, "v": IMAGE}
 HIDDEN_DTYPES = (AUTO, INT8)
 MAX_NEW_TOKENS = 1024
 AT_ONCE = 8
-MODEL_TYPES = tuple(f"{family}_{kind}" for family in FAMILIES for kind in KINDS)
+MODEL_TYPES = tuple(f"{family}_{kind}" for family in TRAINING_NAMES for kind in KINDS)
 
 Notify = Callable[[str], None]
 
@@ -258,7 +258,7 @@ def job_of(options: argparse.Namespace, selection: Selection, answers: Answers |
     """The task of the workers."""
     return Job(
         model=options.model,
-        family=FAMILIES[options.model_type.rsplit("_", 1)[0]],
+        family=TRAINING_NAMES[options.model_type.rsplit("_", 1)[0]],
         dtype=options.dtype,
         selection=selection,
         folder=options.outdir,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from eagle.conversations import Unusable
 from eagle.families import Target
-from eagle.families.template import Outline, Prepared, Template
+from eagle.families.template import Prepared, PromptOutline, Template
 from eagle.ge_data.reader import Reader, batches
 from eagle.ge_data.regenerate import Regenerator
 from eagle.ge_data.selection import Range, Selection
@@ -26,7 +26,7 @@ from eagle.hidden_states.shards import DTYPES, Sample, ShardInfo, Skipped, Sourc
 from eagle.hidden_states.source import Regeneration, commit_of, model_name
 
 THREADS = 4
-Ready = Prepared | Outline | Skipped
+Ready = Prepared | PromptOutline | Skipped
 Report = Callable[[int, int], None]
 
 
@@ -80,7 +80,7 @@ class Extractor(Reader):
         return self.selection.prepare(self.template, index)
 
     def _answered(
-        self, span: Range, waiting: dict[int, Outline], report: Report
+        self, span: Range, waiting: dict[int, PromptOutline], report: Report
     ) -> Iterator[tuple[int, Prepared | Skipped]]:
         """The conversations of a range that the target answers itself: their places and results."""
         if self.regenerator is None:
@@ -99,7 +99,7 @@ class Extractor(Reader):
         """The result of each record of a range."""
         outcome: list[Sample | Skipped | None] = [None] * len(futures)
         ready = dict(enumerate(future.result() for future in futures))
-        waiting = {place: item for place, item in ready.items() if isinstance(item, Outline)}
+        waiting = {place: item for place, item in ready.items() if isinstance(item, PromptOutline)}
         ready.update(self._answered(span, waiting, report))
         prepared: dict[int, Prepared] = {}
         for place, result in ready.items():

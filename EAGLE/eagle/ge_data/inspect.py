@@ -91,9 +91,9 @@ def decoded(sample: Sample, family: str, model: str) -> Text:
     import torch
     from rich.text import Text
 
-    from eagle.families.templates import template_class
+    from eagle.families import family_named
 
-    tokenizer = template_class(family).load_processor(model).tokenizer
+    tokenizer = family_named(family).template_class().load_processor(model).tokenizer
     kinds = torch.where(sample.image_mask, 2, sample.loss_mask.long())
     text = Text()
     for part in torch.tensor_split(torch.arange(len(kinds)), (kinds.diff().nonzero().flatten() + 1).tolist()):
@@ -116,10 +116,10 @@ def shown_sample(data: ShardDataset, number: int, model: str | None) -> Text:
     """
     from rich.text import Text
 
-    from eagle.families.templates import template_class
+    from eagle.families import family_named
 
     meta = data.meta
-    template_class(meta.family)
+    family_named(meta.family)
     if not 0 <= number < len(data):
         raise UserError(f"no sample {number}, there are {len(data)}", fix="see --sample")
     if model is not None:

@@ -22,7 +22,7 @@ from eagle.conversations import Unusable
 from eagle.decode.msd import MSDModel
 from eagle.decode.noise import mixed
 from eagle.decode.sampling import SamplingSettings
-from eagle.families.template import Outline, Prepared, Template, Turn
+from eagle.families.template import Prepared, PromptOutline, Template, Turn
 from eagle.hidden_states.source import Regeneration
 from llava.errors import OutOfMemory
 from llava.memory import is_out_of_memory
@@ -37,7 +37,7 @@ class ConversationState:
     ``unusable``: why it cannot be used, a key of `eagle.conversations.REASONS`.
     """
 
-    outline: Outline
+    outline: PromptOutline
     number: int
     ids: list[int] = field(default_factory=list)
     loss_mask: list[bool] = field(default_factory=list)
@@ -88,7 +88,7 @@ class Regenerator:
         self.at_once = at_once
 
     def answered(
-        self, outlines: Sequence[Outline], numbers: Sequence[int]
+        self, outlines: Sequence[PromptOutline], numbers: Sequence[int]
     ) -> Iterator[tuple[int, Prepared | Unusable]]:
         """Answers every question for which there is space, conversations of similar length together.
 

@@ -10,15 +10,23 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from eagle.conversation_pictures import open_picture, picture_is_there
-from eagle.conversations import Conversation, Unusable, claims_pictures, id_to_show, image_names, read_conversation
+from eagle.conversations import (
+    Conversation,
+    Unusable,
+    claims_pictures,
+    id_to_show,
+    image_names,
+    open_picture,
+    picture_is_there,
+    read_conversation,
+)
 from eagle.ge_data.annotations import RecordFile
 from eagle.hidden_states.index import ShardInfo, Skipped, read_header
 from llava.errors import UserError
 
 if TYPE_CHECKING:
     from eagle.families import Target
-    from eagle.families.template import Outline, Prepared, Template
+    from eagle.families.template import Prepared, PromptOutline, Template
 
 TEXT, IMAGE = "text", "image"
 MAX_CHECKED = 200
@@ -64,7 +72,7 @@ class Selection:
         """Record ``index`` of the shuffled order as model inputs, or why it cannot be used."""
         return self._read(index, lambda one: template.prepare(one, self.image_root, self.max_length))
 
-    def outline(self, template: Template, index: int) -> Outline | Skipped:
+    def outline(self, template: Template, index: int) -> PromptOutline | Skipped:
         """The questions of record ``index`` of the shuffled order, or why it cannot be used."""
         return self._read(index, lambda one: template.outline(one, self.image_root, self.max_length), answers=False)
 

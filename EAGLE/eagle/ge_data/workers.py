@@ -207,8 +207,7 @@ def _extractor(job: Job, device: str) -> Extractor:
 
     from eagle.decode.msd import MSDModel
     from eagle.drafts.checkpoint import load_draft
-    from eagle.families import load_target
-    from eagle.families.templates import template_of
+    from eagle.families import load_target, template_of
     from eagle.ge_data.extract import Extractor, fingerprint, source_of
     from eagle.ge_data.regenerate import Regenerator
 

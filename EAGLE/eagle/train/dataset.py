@@ -56,16 +56,16 @@ class Batch:
     """B samples padded on the right to S positions. Padding follows all real rows, so causal attention never sees it.
 
     ``input_ids`` [B, S] (0 at image tokens and padding); ``image_mask`` [B, S]; ``image_features`` [I, H] of all
-    samples in order; ``hidden`` [B, S, H] true states; ``counts`` [B, S-1] rows that count; ``positions`` [3, B, S]
-    M-RoPE positions (0 at padding), None for plain ones. ``noise`` its strength, ``seeds`` one for each sample, and
-    ``lengths`` the rows of each.
+    samples in order; ``hidden`` [B, S, H] true states; ``loss_mask`` [B, S-1], see `draft_loss_mask`; ``positions``
+    [3, B, S] M-RoPE positions (0 at padding), None for plain ones. ``noise`` its strength, ``seeds`` one for each
+    sample, and ``lengths`` the rows of each.
     """
 
     input_ids: Tensor
     image_mask: Tensor
     image_features: Tensor
     hidden: Tensor
-    counts: Tensor
+    loss_mask: Tensor
     positions: Tensor | None = None
     noise: float = 0.0
     seeds: Sequence[int] = ()
@@ -94,10 +94,10 @@ class Batch:
         return replace(self, **changed)
 
 
-def rows_that_count(loss_mask: Tensor) -> Tensor:
-    """``loss_mask`` [S] → [S-1] bool; see the table above.
+def draft_loss_mask(loss_mask: Tensor) -> Tensor:
+    """Which rows of a sample the loss counts: ``loss_mask`` [S] of its tokens → [S-1] bool; see the table above.
 
-    >>> rows_that_count(torch.tensor([0, 0, 0, 1, 1, 1, 0]).bool()).int().tolist()
+    >>> draft_loss_mask(torch.tensor([0, 0, 0, 1, 1, 1, 0]).bool()).int().tolist()
     [0, 0, 1, 1, 0, 0]
     """
     following = torch.cat([loss_mask[2:], loss_mask.new_zeros(1)])  # [S-1] m_{t+2}
@@ -178,7 +178,7 @@ def collate(
     lengths = [min(sample.input_ids.shape[0], max_length) for sample, _ in pairs]
     size, width = (len(samples), max(3, *lengths)), samples[0].hidden.shape[-1]
     ids, image = torch.zeros(size, dtype=torch.long), torch.zeros(size, dtype=torch.bool)
-    counts = torch.zeros(size[0], size[1] - 1, dtype=torch.bool)
+    loss_mask = torch.zeros(size[0], size[1] - 1, dtype=torch.bool)
     hidden = torch.zeros(*size, width, dtype=samples[0].hidden.dtype)
     kind = torch.long if compression.tokens is None else torch.float32  # merged rows stand at means
     numbers = torch.zeros(3, *size, dtype=kind) if positions == "mrope" else None
@@ -188,12 +188,12 @@ def collate(
         ids[row, :length] = sample.input_ids[:length].masked_fill(mask, 0)
         image[row, :length] = mask
         if length > 1:
-            counts[row, : length - 1] = rows_that_count(sample.loss_mask[:length].bool())
+            loss_mask[row, : length - 1] = draft_loss_mask(sample.loss_mask[:length].bool())
         hidden[row, :length] = sample.hidden[:length]
         features.append(sample.image_features[: int(mask.sum())])
         if numbers is not None and own is not None:
             numbers[:, row, :length] = own[:, :length]
-    return Batch(ids, image, torch.cat(features), hidden, counts, numbers, noise, tuple(seeds), tuple(lengths))
+    return Batch(ids, image, torch.cat(features), hidden, loss_mask, numbers, noise, tuple(seeds), tuple(lengths))
 
 
 def sample_positions(sample: Sample) -> Tensor:

@@ -62,15 +62,15 @@ def positions_ahead(positions: Tensor, steps: int, rows: int) -> Tensor:
     return torch.stack([ahead(row, steps, rows) for row in positions])
 
 
-def rollout_counts(counts: Tensor, step: int) -> Tensor:
+def rollout_loss_mask(loss_mask: Tensor, step: int) -> Tensor:
     """Rows [B, R] that count at ``step``: row t drafts ``x_{t+2}..x_{t+step+1}``, all within one answer.
 
-    >>> rollout_counts(torch.tensor([[False, True, True, True, False]]), 2).int().tolist()
+    >>> rollout_loss_mask(torch.tensor([[False, True, True, True, False]]), 2).int().tolist()
     [[0, 1, 1, 0, 0]]
     """
-    result = counts
+    result = loss_mask
     for later in range(1, step):
-        result = result & ahead(counts, later, counts.shape[1])
+        result = result & ahead(loss_mask, later, loss_mask.shape[1])
     return result
 
 

@@ -15,8 +15,8 @@ from eagle.commands.verify import first_difference, noisy_processors
 from eagle.conversations import read_conversation
 from eagle.decode.adaptive.cost import describe, measure
 from eagle.exactness import SETTINGS, check_prompt, significant
+from eagle.families import template_of
 from eagle.families.template import Prepared
-from eagle.families.templates import template_of
 from eagle.ge_data.extract import source_of
 from eagle.ge_data.reader import Reader
 from eagle.ge_data.regenerate import Regenerator

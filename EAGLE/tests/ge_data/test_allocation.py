@@ -14,8 +14,7 @@ import torch
 from corpus_support import Write, allocate, command, image_row, rows_of, text_row, turns
 
 from eagle.conversations import read_conversation
-from eagle.families import Target
-from eagle.families.templates import template_of
+from eagle.families import Target, template_of
 from eagle.ge_data import allocation, inspect
 from eagle.ge_data.extract import Extractor, source_of
 from eagle.ge_data.folder import locked, missing

@@ -17,9 +17,8 @@ from tiny_llava import make_liuhaotian
 from tiny_stock import make_qwen
 
 from eagle.conversations import REASONS, ROLES, Unusable, image_names, read_conversation
-from eagle.families import Target, load_target
+from eagle.families import Target, load_target, template_of
 from eagle.families.template import Prepared, Template
-from eagle.families.templates import template_of
 from eagle.ge_data import allocation, inspect
 from eagle.ge_data.annotations import RecordFile, iter_records
 from eagle.ge_data.convert import convert

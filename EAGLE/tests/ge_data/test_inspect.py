@@ -41,7 +41,7 @@ def test_an_unknown_family_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     folder = corpus(tmp_path, family="mamba")
     assert run_cli(lambda: inspect.main([str(folder), *more])) == 2
     assert capsys.readouterr().err == (
-        "error: no conversation template for this family of models: mamba (known: llava, qwen2_vl, qwen2_5_vl)\n"
+        "error: unknown family of models: mamba (known: llava, llava_next, qwen2_vl, qwen2_5_vl)\n"
     )
 
 

@@ -14,8 +14,7 @@ import torch
 from corpus_support import Write, allocate, image_row, rows_of
 from tiny_llava import make_image
 
-from eagle.conversation_pictures import open_picture, picture_is_there
-from eagle.conversations import Unusable
+from eagle.conversations import Unusable, open_picture, picture_is_there
 from eagle.ge_data import allocation
 from eagle.ge_data.selection import MAX_CHECKED
 from eagle.hidden_states.index import load_index
@@ -205,7 +204,9 @@ def test_a_failing_file_system_is_no_reason_to_skip_rows(
     monkeypatch.setattr(allocation, "check_pictures", lambda *_: fails.__setitem__(0, True))
     assert allocate(base, data, out, "v", pictures=pictures) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"error: picture cannot be read ({os.strerror(code)}): {pictures / 'b.png'} (mend the disk")
+    assert error.startswith(
+        f"error: picture cannot be read ({os.strerror(code)}): {pictures / 'b.png'} (check the disk"
+    )
     assert not list(out.glob("rows-*"))
     fails[0] = False
     monkeypatch.setattr(allocation, "check_pictures", lambda *_: None)

@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_llava import TinySizes, make_liuhaotian
 
 from eagle.conversations import read_conversation
-from eagle.families import load_target
-from eagle.families.templates import template_of
+from eagle.families import load_target, template_of
 from eagle.ge_data import inspect
 from eagle.ge_data.folder import SETTINGS
 from eagle.ge_data.reader import collate
