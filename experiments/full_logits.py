@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eagle.train.loss import TOP, Losses
-from eagle.train.objective import DraftObjective
+from eagle.train.loss import TOP, DraftObjective, Losses
 
 
 def full_logits_loss(

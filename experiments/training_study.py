@@ -27,17 +27,16 @@ from typing import Any
 from eagle.hidden_states.index import INDEX
 from eagle.hidden_states.shards import ShardDataset
 from eagle.questions import read_questions
-from eagle.train.checkpoint import write_json
-from eagle.train.curriculum import IMAGE, TEXT
+from eagle.train.dataset import TrainingData
 from eagle.train.engine import read_deepspeed_config
-from eagle.train.schedule import BatchSizes
+from eagle.train.schedule import IMAGE, TEXT, BatchSizes
 from eagle.train.settings import TrainConfig, find_config
-from eagle.train.trainer import TrainingData
 from experiments.steps import REPO, about, bench, chain_tau, claim, launch
 from experiments.study_cells import REFERENCE, Cell, choose, training_config
 from experiments.study_report import write_report
 from llava.errors import UserError, run_cli
-from llava.files import atomic_write, read_json
+from llava.files import atomic_write, read_json, write_json
+from llava.strict import read_strict
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ def hidden_states(base: str, out: Path, quick: bool) -> Path:
 def plan(states: Path, config: dict[str, Any], deepspeed: str, steps: int) -> tuple[int, int]:
     """(epochs, steps) of a training: whole epochs, at least two, as near to ``steps`` as they come."""
     sets = {TEXT: ShardDataset(states / "hidden_t"), IMAGE: ShardDataset(states / "hidden_v")}
-    train = TrainConfig.from_dict(config.get("train", {}), "training config")
+    train = read_strict(TrainConfig, config.get("train", {}), "training config")
     sizes = BatchSizes.from_deepspeed(read_deepspeed_config(deepspeed), 1, where=deepspeed)
     per_epoch = TrainingData.split(sets, train).schedule(sizes, train).steps_per_epoch
     epochs = max(2, round(steps / per_epoch))

@@ -12,12 +12,10 @@ import torch
 from eagle.drafts.msd import DraftModel
 from eagle.families.base_weights import load_base_tensors
 from eagle.hidden_states.shards import ShardDataset
-from eagle.train.curriculum import IMAGE, TEXT
-from eagle.train.dataset import collate
+from eagle.train.collate import collate
 from eagle.train.engine import PlainEngine, read_deepspeed_config
-from eagle.train.loss import draft_loss
-from eagle.train.objective import DraftObjective
-from eagle.train.schedule import BatchSizes
+from eagle.train.loss import DraftObjective, draft_loss
+from eagle.train.schedule import IMAGE, TEXT, BatchSizes
 from eagle.train.settings import read_config
 from experiments.full_logits import FullLogitsObjective, full_logits_loss
 

@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from .errors import UserError
 
 T = TypeVar("T")
-_CONFIG = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
+_CONFIG = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 _WANTED = {
     "int_type": "give a whole number",
     "int_from_float": "give a whole number",

@@ -16,12 +16,12 @@ from eagle.drafts.checkpoint import load_draft
 from eagle.drafts.config import DraftConfig
 from eagle.ge_data import allocation
 from eagle.train import main_deepspeed
-from eagle.train.curriculum import IMAGE, epoch_items
-from eagle.train.schedule import BatchSizes, Schedule
+from eagle.train.schedule import IMAGE, BatchSizes, Schedule, epoch_items
 from eagle.train.settings import TrainConfig
 from experiments import simulated_tau, steps, study_report, training_study
 from experiments.study_cells import CELLS, REFERENCE, choose, training_config
 from llava.errors import UserError, run_cli
+from llava.strict import read_strict
 
 
 def said(*texts: str) -> list[dict[str, str]]:
@@ -146,7 +146,7 @@ def test_cells_differ_in_what_they_say_and_share_the_rest():
             "vocab_size": 40, "train": {"rollout_steps": 3, "noise": 0.05}}  # fmt: skip
     shared = {"epochs": 4, "text_share": 0.5, "seed": 1}
     configs = {cell.name: training_config(base, cell, shared) for cell in CELLS}
-    train = {name: TrainConfig.from_dict(config.pop("train"), name) for name, config in configs.items()}
+    train = {name: read_strict(TrainConfig, config.pop("train"), name) for name, config in configs.items()}
     assert {name: each.rollout_steps for name, each in train.items() if each.rollout_steps > 1} == {
         "two-stage-k2": 2, "two-stage-k3": 3}  # fmt: skip
     assert {(each.epochs, each.seed, each.noise) for each in train.values()} == {(4, 1, 0.05)}

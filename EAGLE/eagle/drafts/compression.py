@@ -12,7 +12,7 @@ Positions: a draft with plain positions counts the rows that are left, 0, 1, 2, 
 text beyond the positions it was trained on. A draft with M-RoPE positions keeps the target's numbers for text, and a
 merged row gets the mean of the three-row positions that it stands for.
 
-Training merges with the same function (`eagle.train.dataset.collate`).
+Training merges with the same function (`eagle.train.collate`).
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Checkpoints of a run, complete or absent, never half.
+"""Checkpoints of a run. A folder is complete or absent.
 
 ::
 
     CKPT/
       step-00001200/   config.json, model.safetensors   the draft in the published layout
-                       provenance.json                  what made it
+                       provenance.json                  commit, versions, command, data and settings
                        progress.json, state/            everything that --resume needs
       best/            the draft with the best simulated acceptance in validation
       final/           the draft at the end
@@ -27,32 +27,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from eagle.drafts.checkpoint import save_draft
 from eagle.locks import lock_folder
 from eagle.provenance import now, record
 from eagle.train.engine import Engine
-from eagle.train.meter import Meter
+from eagle.train.tracking import Meter
 from llava.errors import UserError
-from llava.files import atomic_write, read_json
+from llava.files import atomic_write, read_json, write_json
 from llava.memory import is_out_of_memory
 
 TEMPORARY, REPLACED = ".tmp-", ".old-"
-# what torch and DeepSpeed raise for a state that is cut off, altered, not its own, or without one of its files
+# what torch and DeepSpeed raise for a state that is truncated, altered, of another run, or incomplete
 DAMAGE = (
     RuntimeError, ValueError, TypeError, LookupError, EOFError, OSError, AssertionError,
     pickle.UnpicklingError,
 )  # fmt: skip
 ELSEWHERE = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.ENOMEM, errno.ETIMEDOUT)
-MACHINE = ("CUDA error", "NCCL error", "CUDNN_STATUS", "CUBLAS_STATUS")  # parts of messages that blame no file
+MACHINE = (
+    "CUDA error",
+    "NCCL error",
+    "CUDNN_STATUS",
+    "CUBLAS_STATUS",
+)  # in messages about the machine
 SHARED = ("step", "best", "history", "run")  # parts of the progress that are the same in all processes
-STATES = "states_"  # begins the names of what a run knows of its stored states
+STATES = "states_"  # prefix of the names that describe a run's stored states
+
+DEEPSPEED_CLASSES = {
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+}
+"""Plain classes that DeepSpeed's states may contain beside tensors."""
 
 
 @dataclass
 class Progress:
-    """Where a run is: ``step`` optimizer steps done; ``best`` the best validation score; ``history`` all logged values;
-    ``run`` the settings that a resumed run must share; ``meter`` what this process has measured since the last log."""
+    """State of a run: ``step`` optimizer steps done; ``best`` the best validation score; ``history`` all logged values;
+    ``run`` the settings that a resumed run must share; ``meter`` what this process measured since the last log."""
 
     step: int = 0
     best: float | None = None
@@ -68,20 +82,19 @@ class CheckpointStore:
         self.folder, self.keep_last, self.provenance = Path(folder), keep_last, provenance
         self._lock: ExitStack | None = None
 
-    def hold(self) -> None:
-        """Keeps other runs out of the folder until `close`, or the end of this process. For the main process, before
-        anything else.
+    def lock(self) -> None:
+        """Locks the folder until `close`, or the end of this process. The main process calls it before anything else.
 
         Raises:
             UserError: another run writes here.
         """
         if self._lock is None:
-            lock = ExitStack()
-            lock.enter_context(lock_folder(self.folder))
-            self._lock = lock
+            stack = ExitStack()
+            stack.enter_context(lock_folder(self.folder))
+            self._lock = stack
 
     def close(self) -> None:
-        """Lets other runs in."""
+        """Unlocks the folder."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -91,7 +104,7 @@ class CheckpointStore:
         return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
 
     def recover(self) -> None:
-        """Removes what a killed run left unfinished. For the main process, after `hold`."""
+        """Removes unfinished folders of a killed run. The main process calls it after `lock`."""
         for path in self.folder.glob(f"{REPLACED}*"):
             name = self.folder / path.name.removeprefix(REPLACED)
             if name.exists():
@@ -102,14 +115,14 @@ class CheckpointStore:
             shutil.rmtree(path)
 
     def refuse_to_overwrite(self) -> None:
-        """Raises `UserError` where a run has left checkpoints and ``--resume`` was not given."""
+        """Raises `UserError` if the folder has checkpoints of an earlier run."""
         if self.step_folders() or (self.folder / "final").exists():
             raise UserError(
                 "has checkpoints of an earlier run", where=self.folder, fix="add --resume, or give another --cpdir"
             )
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint; None where there is none."""
+        """The newest complete checkpoint, or None."""
         pointer = self.folder / "latest"
         if pointer.is_file():
             named = self.folder / pointer.read_text(encoding="utf-8").strip()
@@ -146,7 +159,7 @@ class CheckpointStore:
         """Restores ``engine`` from a step folder; ``run`` is compared with the interrupted run's.
 
         Raises:
-            UserError: a setting that decides the loss curve differs; the message names it. Or a file is damaged.
+            UserError: a setting that decides the loss curve differs (the message names it), or a file is damaged.
         """
         read = read_json(folder / "progress.json", "progress of the interrupted run")
         if not isinstance(read, dict) or set(read) != set(SHARED):
@@ -157,7 +170,7 @@ class CheckpointStore:
         given = json.loads(json.dumps(run))
         for key in {**given, **progress.run}:
             before, current = progress.run.get(key), given.get(key)
-            unknown = key.startswith(STATES) and None in (before, current)  # as in runs from before
+            unknown = key.startswith(STATES) and None in (before, current)  # as in older runs
             if before != current and not unknown:
                 raise UserError(
                     f"the interrupted run had {key}={before}, this one has {current}",
@@ -170,7 +183,7 @@ class CheckpointStore:
             engine.load(folder / "state")
             own = torch.load(random, weights_only=True)
             _set_random_state(own)
-            if "meter" in own:  # runs from before it was kept can go on
+            if "meter" in own:  # older runs do not have it
                 progress.meter.restore(own["meter"])
         except DAMAGE as error:
             if not blames_file(error):
@@ -196,27 +209,39 @@ class CheckpointStore:
         replace_folder(temporary, self.folder / name)
 
 
+def check_pickles(folder: Path) -> None:
+    """Checks that the ``*.pt`` files below ``folder`` contain only tensors, plain data and `DEEPSPEED_CLASSES`.
+
+    DeepSpeed unpickles its own files without limits, so that a file could call any function. Reading the names in a
+    file runs nothing.
+
+    Raises:
+        UnpicklingError: a file contains something else, or is not in torch's format.
+    """
+    for file in sorted(folder.rglob("*.pt")):
+        try:
+            foreign = set(get_unsafe_globals_in_checkpoint(file)) - DEEPSPEED_CLASSES
+        except (RuntimeError, ValueError, EOFError) as error:
+            raise pickle.UnpicklingError(f"{file.name} is not in torch's format") from error
+        if foreign:
+            raise pickle.UnpicklingError(f"{file.name} names {', '.join(sorted(foreign))}")
+
+
 def blames_file(error: BaseException) -> bool:
-    """Whether one of `DAMAGE` says that a state is damaged, and not that a device is full or broken."""
+    """Whether an error of `DAMAGE` means that a state is damaged, and not that a device is full or broken."""
     if isinstance(error, OSError):
         return error.errno not in ELSEWHERE
-    others = isinstance(error, torch.distributed.DistError) or any(told in str(error) for told in MACHINE)
+    others = isinstance(error, torch.distributed.DistError) or any(part in str(error) for part in MACHINE)
     return not (others or is_out_of_memory(error))
 
 
 def replace_folder(temporary: Path, final: Path) -> None:
-    """Gives ``temporary`` the name ``final``. A kill in between leaves a state that `recover` puts right."""
+    """Gives ``temporary`` the name ``final``. `recover` finishes a replacement that was killed halfway."""
     old = final.with_name(REPLACED + final.name)
     if final.exists():
         final.rename(old)
     temporary.rename(final)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON atomically."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def describe_run(data: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,249 +1,47 @@
-"""Batches of stored samples, aligned as the draft decodes.
-
-One sample has tokens ``x_0..x_{S-1}`` and, for each, the target's hidden state ``h`` after its final norm
-(``lm_head(h_t)`` predicts ``x_{t+1}``). Row ``t`` of the draft's input, ``t = 0..S-2``:
-
-===========================  =====================  ===========================================================
-what                         is                     where it comes from
-===========================  =====================  ===========================================================
-hidden state read            ``h_t`` (+ noise)      ``inputs[t]``
-next token read              ``x_{t+1}``            ``input_ids[t+1]``; its embedding is the base's
-next image feature           that of ``x_{t+1}``    ``image_features``, in order, where ``image_mask[t+1]``
-position                     ``t``, or M-RoPE's     plain numbers from 0, or ``positions[:, t]``, as in decoding
-hidden state to predict      ``h_{t+1}``            ``hidden[t+1]``
-token it predicts            ``x_{t+2}``            not read; the loss uses ``softmax(lm_head(h_{t+1}))``
-row counts in the loss       ``m_{t+1} & m_{t+2}``  ``m``: is an assistant token (``loss_mask``)
-===========================  =====================  ===========================================================
-
-A row counts if decoding drafts from it: it reads a token that the target has written and predicts another one. The
-first answer token ``x_a`` comes from the prefill; the first draft is made from row ``a-1``, which reads ``h_{a-1}`` and
-``x_a`` and predicts ``x_{a+1}``. Masking row t by its own ``m_t``, as published code does, leaves out just that row,
-the only one of a two-token answer, and trains two rows past the end. Row ``S-2`` predicts a token beyond the sample
-and never counts.
-
-Example: S = 7, m = 0 0 0 1 1 1 0 (prompt of three, answer of three, then the next question): rows 2 and 3 count; they
-read x_3 and x_4 and predict x_4 and x_5.
-"""
+"""Data sets of a run: stored hidden states and their checks, the split, and the loader of batches."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from eagle.drafts.compression import Compression
-from eagle.drafts.positions import mrope_positions
-from eagle.train.curriculum import Item
-from eagle.train.prefetch import prefetch
+from eagle.families.base_weights import BaseTensors
+from eagle.ge_data.extract import fingerprint
+from eagle.hidden_states.shards import DTYPES, Index, Sample, ShardDataset
+from eagle.train.checkpoint import STATES
+from eagle.train.collate import NO_COMPRESSION, Batch, collate
+from eagle.train.schedule import IMAGE, TEXT, BatchSizes, Item, Schedule, split_indices
+from eagle.train.settings import TrainConfig
 from llava.errors import UserError
 
-if TYPE_CHECKING:
-    from eagle.hidden_states.shards import Sample
-
-AHEAD = 2
+T = TypeVar("T")
+Read = Callable[[Sequence[Any]], list[Sample]]
+END: Any = object()
+PREFETCH = 2
 """Batches that a thread loads while one is trained on."""
-NO_COMPRESSION = Compression()
-Read = Callable[[Sequence[Any]], "list[Sample]"]
-
-
-@dataclass
-class Batch:
-    """B samples padded on the right to S positions. Padding follows all real rows, so causal attention never sees it.
-
-    ``input_ids`` [B, S] (0 at image tokens and padding); ``image_mask`` [B, S]; ``image_features`` [I, H] of all
-    samples in order; ``hidden`` [B, S, H] true states; ``loss_mask`` [B, S-1] rows that count; ``positions`` [3, B, S]
-    M-RoPE positions (0 at padding), None for plain ones. ``noise`` its strength, ``seeds`` one for each sample, and
-    ``lengths`` the rows of each.
-    """
-
-    input_ids: Tensor
-    image_mask: Tensor
-    image_features: Tensor
-    hidden: Tensor
-    loss_mask: Tensor
-    positions: Tensor | None = None
-    noise: float = 0.0
-    seeds: Sequence[int] = ()
-    lengths: Sequence[int] = ()
-
-    @property
-    def inputs(self) -> Tensor:
-        """[B, S, H] the states with noise, which is made where they are: a GPU has it sooner than it could be sent."""
-        if not self.noise:
-            return self.hidden
-        inputs = self.hidden.clone()
-        for row, (seed, length) in enumerate(zip(self.seeds, self.lengths, strict=True)):
-            inputs[row, :length] = add_noise(self.hidden[row, :length], self.noise, seed)
-        return inputs
-
-    def to(self, device: torch.device | str) -> Batch:
-        return self._with(lambda part: part.to(device, non_blocking=True))
-
-    def pin_memory(self) -> Batch:
-        """In memory that a GPU copies from while the CPU goes on; a `DataLoader` asks for it."""
-        return self._with(Tensor.pin_memory)
-
-    def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed: dict[str, Any] = {name: change(part) for name, part in parts.items() if isinstance(part, Tensor)}
-        return replace(self, **changed)
-
-
-def draft_loss_mask(loss_mask: Tensor) -> Tensor:
-    """Which rows of a sample the loss counts: ``loss_mask`` [S] of its tokens → [S-1] bool; see the table above.
-
-    >>> draft_loss_mask(torch.tensor([0, 0, 0, 1, 1, 1, 0]).bool()).int().tolist()
-    [0, 0, 1, 1, 0, 0]
-    """
-    following = torch.cat([loss_mask[2:], loss_mask.new_zeros(1)])  # [S-1] m_{t+2}
-    return loss_mask[1:] & following
-
-
-def add_noise(hidden: Tensor, strength: float, seed: int) -> Tensor:
-    """``hidden`` [S, H] + (U - 0.5) * strength * 512 / S, U uniform on [0, 1) (the published recipe). One seed
-    gives the same noise on devices of one kind."""
-    if strength == 0:
-        return hidden
-    generator = torch.Generator(hidden.device).manual_seed(seed)
-    uniform = torch.rand(hidden.shape, generator=generator, device=hidden.device)
-    return (hidden.float() + (uniform - 0.5) * (strength * 512 / hidden.shape[0])).to(hidden.dtype)
-
-
-def compressed(
-    sample: Sample, compression: Compression, position_ids: Tensor | None = None
-) -> tuple[Sample, Tensor | None]:
-    """The sample with the rows that the draft reads when it decodes with this compression; S becomes S'.
-
-    Row t of the draft's input is ``h_t`` with token t+1, and rows are what is merged: row r of the result has the state
-    of its own row t(r) at place r, and the token, or the mean of the image features, at place r+1.
-
-    Args:
-        position_ids: [3, S] M-RoPE positions, or None; a merged row gets the mean of its rows'.
-    """
-    rows = sample.image_mask[1:]  # [S-1] image rows
-    if compression.tokens is None or not rows.any():
-        return sample, position_ids
-    features = sample.hidden.new_zeros(*rows.shape, sample.image_features.shape[1])  # [S-1, H]
-    before = int(sample.image_mask[0])  # the first token is in no row
-    features[rows] = sample.image_features[before:].to(features.dtype)
-    plan = compression.plan(rows, features)
-    if plan is None:
-        return sample, position_ids
-
-    def tokens(values: Tensor) -> Tensor:  # [S, ...] → [S', ...]
-        return torch.cat([values[:1], plan.pick(values[1:])])
-
-    image_mask = tokens(sample.image_mask)
-    merged = plan.mean(features)[image_mask[1:]].to(sample.image_features.dtype)
-    if position_ids is not None:
-        position_ids = torch.cat([plan.mean(position_ids[:, :-1].T).T, position_ids[:, -1:]], dim=1)  # [3, S']
-    shorter = replace(
-        sample,
-        input_ids=tokens(sample.input_ids),
-        loss_mask=tokens(sample.loss_mask),
-        image_mask=image_mask,
-        hidden=torch.cat([plan.pick(sample.hidden[:-1]), sample.hidden[-1:]]),
-        image_features=torch.cat([sample.image_features[:before], merged]),
-    )
-    return shorter, position_ids
-
-
-def collate(
-    samples: Sequence[Sample],
-    vocab_size: int,
-    max_length: int,
-    noise: float = 0.0,
-    seeds: Sequence[int] = (),
-    compression: Compression = NO_COMPRESSION,
-    positions: str = "plain",
-) -> Batch:
-    """Pads samples into a `Batch`. ``noise`` is 0 in validation; ``seeds`` has one for each sample otherwise;
-    ``positions`` is the draft's kind (`DraftOptions`).
-
-    Image rows are merged first, so ``max_length`` counts what is left.
-
-    Raises:
-        UserError: a sample's parts disagree, a token id is outside the vocabulary, or M-RoPE positions are wanted and
-        the grids of the pictures are not there.
-    """
-    for sample in samples:
-        check_sample(sample, vocab_size)
-    pairs = [
-        compressed(sample, compression, sample_positions(sample) if positions == "mrope" else None)
-        for sample in samples
-    ]
-    lengths = [min(sample.input_ids.shape[0], max_length) for sample, _ in pairs]
-    size, width = (len(samples), max(3, *lengths)), samples[0].hidden.shape[-1]
-    ids, image = torch.zeros(size, dtype=torch.long), torch.zeros(size, dtype=torch.bool)
-    loss_mask = torch.zeros(size[0], size[1] - 1, dtype=torch.bool)
-    hidden = torch.zeros(*size, width, dtype=samples[0].hidden.dtype)
-    kind = torch.long if compression.tokens is None else torch.float32  # merged rows stand at means
-    position_ids = torch.zeros(3, *size, dtype=kind) if positions == "mrope" else None
-    features = []
-    for row, ((sample, own), length) in enumerate(zip(pairs, lengths, strict=True)):
-        mask = sample.image_mask[:length]
-        ids[row, :length] = sample.input_ids[:length].masked_fill(mask, 0)
-        image[row, :length] = mask
-        if length > 1:
-            loss_mask[row, : length - 1] = draft_loss_mask(sample.loss_mask[:length].bool())
-        hidden[row, :length] = sample.hidden[:length]
-        features.append(sample.image_features[: int(mask.sum())])
-        if position_ids is not None and own is not None:
-            position_ids[:, row, :length] = own[:, :length]
-    return Batch(ids, image, torch.cat(features), hidden, loss_mask, position_ids, noise, tuple(seeds), tuple(lengths))
-
-
-def sample_positions(sample: Sample) -> Tensor:
-    """M-RoPE positions [3, S] of a sample, those that the target read it with.
-
-    Raises:
-        UserError: it has image tokens and no grids of its pictures.
-    """
-    images, known = int(sample.image_mask.sum()), int(sample.image_grids.prod(dim=-1).sum())
-    if images != known:
-        raise UserError(
-            f"M-RoPE positions need the grids of the pictures: known are {known} of {images} image tokens",
-            where=f"sample {sample.id}",
-            fix="make the hidden states again with a base of the Qwen2-VL family, or train with plain positions",
-        )
-    return mrope_positions(sample.image_mask, sample.image_grids)
-
-
-def check_sample(sample: Sample, vocab_size: int) -> None:
-    """Raises `UserError` if the parts of a sample disagree."""
-    length, images = sample.input_ids.shape[0], int(sample.image_mask.sum())
-    for name, rows, expected in (
-        ("loss_mask", sample.loss_mask.shape[0], length),
-        ("image_mask", sample.image_mask.shape[0], length),
-        ("hidden", sample.hidden.shape[0], length),
-        ("image_features", sample.image_features.shape[0], images),
-    ):
-        if rows != expected:
-            raise UserError(f"{name} has {rows} rows, not {expected}", where=f"sample {sample.id}", fix="extract again")
-    text = sample.input_ids[~sample.image_mask]
-    if text.numel() and (int(text.max()) >= vocab_size or int(text.min()) < 0):
-        raise UserError(
-            f"token ids {int(text.min())}..{int(text.max())} in a vocabulary of {vocab_size}",
-            where=f"sample {sample.id}",
-            fix="is the data made with this base model?",
-        )
+FINGERPRINTED = 67  # rows of the embedding, at least, that `fingerprint` reads
 
 
 class SampleSet(Protocol):
-    """Stored samples, as `eagle.hidden_states.shards.ShardDataset`, or conversations that a target has still to read,
-    as `eagle.train.online.OnlineSet`."""
+    """Stored samples (`eagle.hidden_states.shards.ShardDataset`), or prepared conversations
+    (`eagle.train.online.OnlineSet`)."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Any: ...
 
     def describe(self) -> dict[str, Any]:
-        """What provenance says of the set."""
+        """The set's record for provenance."""
         ...
 
 
@@ -258,7 +56,116 @@ class Samples(Dataset):
         return data[indices[item.row]], item.noise_seed
 
 
-def _collate_pairs(
+@dataclass(frozen=True)
+class TrainingData:
+    """Both data sets, split into training and validation.
+
+    Attributes:
+        sources: name of a set → (samples, training indices, validation indices).
+        read: turns items of the sets into `Sample`s; None if they are samples already.
+        run: values of the data that a resumed run must share, beside the numbers of samples.
+    """
+
+    sources: dict[str, tuple[SampleSet, list[int], list[int]]]
+    read: Read | None = None
+    run: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def split(cls, sets: Mapping[str, SampleSet], config: TrainConfig, **more: Any) -> TrainingData:
+        parts = {name: split_indices(len(data), config.validation_share, config.seed) for name, data in sets.items()}
+        return cls({name: (data, *parts[name]) for name, data in sets.items()}, **more)
+
+    def size(self, source: str) -> int:
+        """Number of training samples of a set, 0 if it is not given."""
+        return len(self.sources[source][1]) if source in self.sources else 0
+
+    def schedule(self, sizes: BatchSizes, config: TrainConfig) -> Schedule:
+        return Schedule.plan(sizes, self.size(TEXT), self.size(IMAGE), config)
+
+    @property
+    def training(self) -> Samples:
+        return Samples({name: (data, train) for name, (data, train, _) in self.sources.items()})
+
+    @property
+    def validation(self) -> Samples:
+        return Samples({name: (data, held_out) for name, (data, _, held_out) in self.sources.items()})
+
+
+def load_stored(
+    folders: Mapping[str, str | None], hidden_size: int, base: BaseTensors, config: TrainConfig
+) -> TrainingData:
+    """Loads the given corpora and splits them into training and validation.
+
+    Args:
+        folders: of each set, "text" or "image"; None if it is not given.
+        hidden_size: of the draft.
+
+    Raises:
+        UserError: a corpus is broken, of another base or size, or both are not of one family.
+    """
+    sets = {name: ShardDataset(folder) for name, folder in folders.items() if folder is not None}
+    for data in sets.values():
+        if data.meta.hidden_size != hidden_size:
+            raise UserError(
+                f"hidden states of size {data.meta.hidden_size}, the draft config has {hidden_size}",
+                where=data.folder,
+                fix="choose the config made for this base model",
+            )
+        check_model(data, base)
+    check_families(list(sets.values()))
+    run: dict[str, Any] = {}
+    for name, data in sets.items():
+        run.update({f"{STATES}{name}_{key}": value for key, value in identity(data.meta).items()})
+    return TrainingData.split(sets, config, run=run)
+
+
+def check_model(data: ShardDataset, base: BaseTensors) -> None:
+    """Raises `UserError` if the states come from a model with another token embedding.
+
+    The allocation may have run in another dtype than the base's. Corpora without a fingerprint are accepted.
+    """
+    meta = data.meta
+    own = fingerprint(base.embed[:FINGERPRINTED].to(DTYPES[meta.dtype]))  # bfloat16 also for 32-bit models
+    if meta.fingerprint not in (None, own):
+        raise UserError(
+            f"hidden states of another model ({meta.model}): its embedding is {meta.fingerprint}, the base's is {own}",
+            where=data.folder,
+            fix="give the base that the states were made with, or make them again",
+        )
+
+
+def check_families(sets: list[ShardDataset]) -> None:
+    """Raises `UserError` if two sets are of different families. `check_model` ensures that they are of one model."""
+    first = sets[0]
+    for data in sets[1:]:
+        if data.meta.family != first.meta.family:
+            raise UserError(
+                f"hidden states of family {data.meta.family}, those in {first.folder} are of {first.meta.family}",
+                where=data.folder,
+                fix="make both sets with the same base model",
+            )
+
+
+def identity(meta: Index) -> dict[str, str]:
+    """Values that a resumed run must find unchanged, as far as they are known.
+
+    ``shards`` is a digest of ranges and sizes, ``sums`` of the checksums of all shards.
+    """
+    sums = [shard.sha256 for shard in meta.shards]
+    known = {
+        "fingerprint": meta.fingerprint,
+        "hidden_dtype": meta.hidden_dtype or meta.dtype,
+        "shards": _digest([[s.start, s.end, s.samples, s.tokens, s.image_tokens] for s in meta.shards]),
+        "sums": None if None in sums else _digest(sums),
+    }
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def _read_and_collate(
     pairs: Sequence[tuple[Any, int]],
     vocab_size: int,
     max_length: int,
@@ -285,14 +192,14 @@ def batches(
     pin_memory: bool = False,
     read: Read | None = None,
 ) -> Iterator[Batch]:
-    """One `Batch` for each of ``pieces``, in order. The next ones are loaded meanwhile.
+    """One `Batch` for each of ``pieces``, in order. The next ones are prefetched.
 
     Args:
-        workers: processes that do so; 0 for a thread of this one.
-        read: turns what ``samples`` hold into `Sample`s, in this process; None where they are ones.
+        workers: processes that load samples; 0 for a thread of this one.
+        read: turns items of ``samples`` into `Sample`s, in this process; None if they are samples already.
     """
     join = partial(
-        _collate_pairs,
+        _read_and_collate,
         vocab_size=vocab_size,
         max_length=max_length,
         noise=noise,
@@ -302,5 +209,28 @@ def batches(
     load = partial(DataLoader, samples, batch_sampler=pieces, num_workers=workers)
     if read is None:
         loaded = iter(load(collate_fn=join, pin_memory=pin_memory))
-        return loaded if workers else prefetch(loaded, AHEAD)
+        return loaded if workers else prefetch(loaded, PREFETCH)
     return map(partial(join, read=read), load(collate_fn=list))
+
+
+def prefetch(items: Iterator[T], depth: int) -> Iterator[T]:
+    """``items`` in their order, with the next ``depth`` prepared in a thread. An exception comes at its item's place.
+
+    The thread uses the current accelerator of the caller, to which pinned memory belongs.
+    """
+    pool = ThreadPoolExecutor(1, "prefetch", initializer=_same_device())
+    try:
+        pending = deque(pool.submit(next, items, END) for _ in range(depth))
+        while (item := pending.popleft().result()) is not END:
+            pending.append(pool.submit(next, items, END))
+            yield item
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _same_device() -> Callable[[], None]:
+    """Initializer that makes a new thread use the accelerator of this one, if one is in use."""
+    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+        return lambda: None
+    number = torch.cuda.current_device()
+    return lambda: torch.cuda.set_device(number)

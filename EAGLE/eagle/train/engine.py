@@ -1,4 +1,4 @@
-"""What does a training step: the interface, and the plain engine for one process without DeepSpeed."""
+"""Optimizer steps: the interface of engines, and the plain engine for one process without DeepSpeed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eagle.train.dataset import Batch
-from eagle.train.loss import TOP, Losses
-from eagle.train.objective import DraftObjective, parameter_groups
+from eagle.train.collate import Batch
+from eagle.train.loss import TOP, DraftObjective, Losses, trained_parameters
 from eagle.train.schedule import BatchSizes
 from eagle.train.settings import TrainConfig, find_config
 from llava.device import cpu_has_bfloat16
@@ -41,7 +40,7 @@ class Engine(ABC):
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Writes everything that `load` needs to go on. Called by all processes, with the same folder."""
+        """Writes everything that `load` needs. Called by all processes, with the same folder."""
 
     @abstractmethod
     def load(self, folder: Path) -> None:
@@ -68,7 +67,7 @@ def metrics_of(losses: Losses) -> Tensor:
 
 def adamw(objective: DraftObjective, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(
-        parameter_groups(objective),
+        trained_parameters(objective),
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
@@ -76,11 +75,11 @@ def adamw(objective: DraftObjective, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def read_deepspeed_config(path: str | Path) -> dict[str, Any]:
-    """Reads DeepSpeed's config. Optimizer and schedule are ours: naming them there would be silently overruled."""
+    """Reads DeepSpeed's config. It must not have an optimizer or a schedule: these are settings of the run."""
     path = find_config(path)
     config = read_json(path, "DeepSpeed config")
     if not isinstance(config, dict):
-        raise UserError("DeepSpeed config is no JSON object", where=path)
+        raise UserError("DeepSpeed config is not a JSON object", where=path)
     for key in ("optimizer", "scheduler"):
         if key in config:
             raise UserError(
@@ -90,7 +89,7 @@ def read_deepspeed_config(path: str | Path) -> dict[str, Any]:
 
 
 def suit_device(config: dict[str, Any], main: bool) -> dict[str, Any]:
-    """The config with bf16 switched off on a CPU that is slow in it; the main process says so."""
+    """The config with bf16 switched off on a CPU without bf16 arithmetic; the main process prints a line."""
     if not config.get("bf16", {}).get("enabled") or torch.accelerator.is_available() or cpu_has_bfloat16():
         return config
     if main:
@@ -126,7 +125,7 @@ class PlainEngine(Engine):
             (losses.total / len(batches)).backward()
             total += metrics_of(losses)
         if self.clip:
-            torch.nn.utils.clip_grad_norm_(parameter_groups(self.objective), self.clip)
+            torch.nn.utils.clip_grad_norm_(trained_parameters(self.objective), self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return total / len(batches)
@@ -148,4 +147,4 @@ class PlainEngine(Engine):
         return values
 
     def barrier(self) -> None:
-        """One process has nobody to wait for."""
+        """One process does not wait."""

@@ -13,10 +13,10 @@ from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from eagle.train.dataset import Batch
+from eagle.train.checkpoint import check_pickles
+from eagle.train.collate import Batch
 from eagle.train.engine import METRICS, Engine, adamw, metrics_of
-from eagle.train.objective import DraftObjective, parameter_groups
-from eagle.train.pickles import check_states
+from eagle.train.loss import DraftObjective, trained_parameters
 from eagle.train.schedule import BatchSizes
 from eagle.train.settings import TrainConfig
 from llava.errors import UserError
@@ -31,7 +31,7 @@ def join_processes() -> tuple[int, int]:
 
 
 def own_device() -> torch.device:
-    """The device that the launcher meant for this process."""
+    """The device that the launcher assigned to this process."""
     accelerator = get_accelerator()
     accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device(accelerator.current_device_name())
@@ -47,7 +47,7 @@ class DeepSpeedEngine(Engine):
         self.engine, *_ = deepspeed.initialize(
             model=objective,
             optimizer=adamw(objective, config),
-            model_parameters=parameter_groups(objective),
+            model_parameters=trained_parameters(objective),
             config={"steps_per_print": 10**9, **settings},
         )
         self.objective = self.engine.module
@@ -70,7 +70,7 @@ class DeepSpeedEngine(Engine):
     def load(self, folder: Path) -> None:
         if not (folder / TAG).is_dir():
             raise UserError("was not written by a DeepSpeed run", where=folder, fix="resume with the same launcher")
-        check_states(folder / TAG)
+        check_pickles(folder / TAG)
         self.engine.load_checkpoint(str(folder), tag=TAG)
 
     def sum(self, values: Tensor) -> Tensor:

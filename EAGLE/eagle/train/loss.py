@@ -1,7 +1,10 @@
-"""The draft's loss: SmoothL1 on hidden states plus soft cross-entropy on what the target's ``lm_head`` makes of them.
+"""The draft's loss: SmoothL1 on hidden states plus soft cross-entropy on the target's ``lm_head`` of them.
 
-Notation: N rows that count, H hidden size, V vocabulary. Full logits [N, V] never exist: rows go through ``lm_head`` in
-chunks, and a chunk's gradient is computed beside its loss, so nothing of size V is kept for the backward pass.
+`DraftObjective` is what an engine trains: the draft, the base's frozen tensors and the loss, as one module.
+
+Notation: N rows of the loss mask, H hidden size, V vocabulary. Full logits [N, V] never exist: rows go through
+``lm_head`` in chunks, and a chunk's gradient is computed with its loss, so nothing of size V is kept for the backward
+pass.
 """
 
 from __future__ import annotations
@@ -9,15 +12,23 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from eagle.drafts.config import DraftConfig
+from eagle.drafts.msd import DraftModel
+from eagle.families.base_weights import BaseTensors
+from eagle.train.collate import Batch
+from eagle.train.rollout import predict_steps, rollout_loss_mask, shift_left
+from eagle.train.settings import TrainConfig
+from llava.errors import UserError
 
 TOP = 3  # accuracies reported: top-1 .. top-3
 
 
 class Losses(NamedTuple):
     """``total`` the weighted loss with gradient; the others are detached. ``hits`` [3]: rows whose target arg-max is
-    among the draft's first 1, 2, 3 tokens; ``rows``: rows that count. All scalars but ``hits`` are masked means."""
+    among the draft's first 1, 2, 3 tokens; ``rows``: those of the loss mask. The other scalars are masked means."""
 
     total: Tensor
     hidden: Tensor
@@ -86,7 +97,7 @@ def draft_loss(
     token_weight: float = 0.1,
     chunk: int = 512,
 ) -> Losses:
-    """The published loss as means over the rows that count; 0 where there is none.
+    """The published loss as means over the rows of the loss mask; 0 if there are none.
 
     Args:
         predicted, target: [B, R, H]; ``loss_mask`` [B, R] bool; ``head`` [V, H].
@@ -105,3 +116,80 @@ def best_tokens(hidden: Tensor, head: Tensor, chunk: int = 512) -> Tensor:
     """Arg-max of ``lm_head``. ``hidden`` [N, H] → [N] ids."""
     parts = [F.linear(part.to(head.dtype), head).argmax(dim=-1) for part in hidden.split(chunk)]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long, device=hidden.device)
+
+
+class DraftObjective(nn.Module):
+    """``forward(batch)`` gives the loss. ``draft.embed_tokens`` is the base's table and frozen; ``head`` [V, H] is the
+    base's ``lm_head``, a buffer that no checkpoint holds."""
+
+    head: Tensor
+
+    def __init__(self, draft: DraftModel, base: BaseTensors, config: TrainConfig) -> None:
+        super().__init__()
+        check_base(draft.config, base)
+        self.draft, self.config = draft, config
+        draft.requires_grad_(True)
+        with torch.no_grad():
+            draft.embed_tokens.weight.copy_(base.embed)
+        draft.embed_tokens.requires_grad_(False)
+        self.register_buffer("head", base.head.to(draft.dtype, copy=True), persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.draft.dtype
+
+    def embeds(self, batch: Batch) -> Tensor:
+        """[B, S, H] embeddings, image features at image tokens."""
+        embeds = self.draft.embed_tokens(batch.input_ids)
+        return embeds.masked_scatter(batch.image_mask.unsqueeze(-1), batch.image_features.to(embeds.dtype))
+
+    def loss(self, predicted: Tensor, target: Tensor, loss_mask: Tensor) -> Losses:
+        """`draft_loss` with this run's settings. ``predicted``, ``target`` [B, R, H]; ``loss_mask`` [B, R]."""
+        config = self.config
+        return draft_loss(
+            predicted,
+            target,
+            loss_mask,
+            self.head,
+            hidden_weight=config.hidden_weight,
+            token_weight=config.token_weight,
+            chunk=config.head_chunk,
+        )
+
+    def forward(self, batch: Batch) -> Losses:
+        """Loss of the batch: the mean of the rollout steps' losses, weighted by ``rollout_decay^(k-1)``; the values
+        reported beside it are those of step 1."""
+        config = self.config
+        parts: list[tuple[float, Losses]] = []
+        inputs = batch.inputs.to(self.dtype)
+        steps = predict_steps(
+            self.draft, inputs, self.embeds(batch), batch.image_mask, config.rollout_steps, batch.positions
+        )
+        for step, predicted in steps:
+            target = shift_left(batch.hidden, step, predicted.shape[1])
+            losses = self.loss(predicted, target, rollout_loss_mask(batch.loss_mask, step))
+            parts.append((config.rollout_decay ** (step - 1), losses))
+        total = torch.stack([weight * losses.total for weight, losses in parts]).sum()
+        return parts[0][1]._replace(total=total / sum(weight for weight, _ in parts))
+
+
+def check_base(config: DraftConfig, base: BaseTensors) -> None:
+    """Raises `UserError` unless the draft has the base's sizes, and sections for M-RoPE positions."""
+    vocab, hidden = base.embed.shape
+    if (config.vocab_size, config.hidden_size) != (vocab, hidden):
+        raise UserError(
+            f"the draft config has vocabulary {config.vocab_size} and hidden size {config.hidden_size}, "
+            f"the base has {vocab} and {hidden}",
+            fix="choose the config made for this base model",
+        )
+    sections = config.mrope_section or ()
+    if config.options.positions == "mrope" and 2 * sum(sections) != config.head_dim:
+        raise UserError(
+            f"positions 'mrope' with mrope_section {list(sections)} for heads of {config.head_dim}",
+            fix="give rope_scaling an mrope_section that adds up to half a head, as the base model's",
+        )
+
+
+def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are trained."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]

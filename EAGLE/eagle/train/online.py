@@ -1,11 +1,10 @@
 """Training without stored hidden states: the target reads each batch's conversations just before the draft does.
 
-What a sample is comes from `eagle.ge_data`: rows, templates, pictures and batched forwards are those of the allocation,
-and states are rounded as a shard stores them, so a run has the losses of one on stored states. What is decided here is
-only which rows can be used. That has to be known before training starts, since order, split and schedule are made from
-the number of samples: all rows are prepared once, and ``CKPT/rows-text.json`` and ``CKPT/rows-image.json`` keep the
-result for a resumed run. A conversation whose states are not finite, which the allocation skips, has no part in the
-loss.
+Records, templates, pictures and batched forwards are those of the allocation (`eagle.ge_data`), and states are rounded
+as a shard stores them, so a run has the losses of one on stored states. This module only decides which records can be
+used. Order, split and schedule follow from the number of samples, so all records are prepared once before training
+starts, and ``CKPT/rows-text.json`` and ``CKPT/rows-image.json`` keep the result for a resumed run. A conversation whose
+states are not finite, which the allocation skips, has no part in the loss.
 """
 
 from __future__ import annotations
@@ -29,19 +28,23 @@ from eagle.ge_data.selection import Selection, shortened
 from eagle.hidden_states.index import Skipped, sha256
 from eagle.hidden_states.shards import Sample
 from eagle.hidden_states.source import Source
-from eagle.train.checkpoint import CheckpointStore, write_json
+from eagle.train.checkpoint import CheckpointStore
+from eagle.train.dataset import TrainingData
 from eagle.train.settings import TrainConfig
 from llava.errors import UserError
-from llava.files import read_json
+from llava.files import read_json, write_json
 
 THREADS = 4
 
 
 @dataclass(frozen=True)
 class OnlineSet:
-    """The usable rows of an annotation file, prepared when asked for.
+    """The usable records of an annotation file, prepared on access.
 
-    ``usable``: their places in the shuffled selection; ``settings``: what decided them; ``source``: of the target.
+    Attributes:
+        usable: their indices in the shuffled selection.
+        settings: everything that decides which records are usable.
+        source: the target.
     """
 
     selection: Selection
@@ -57,24 +60,24 @@ class OnlineSet:
         """Sample ``index`` as model inputs, in the order of the shuffled selection.
 
         Raises:
-            UserError: the row could be used when the run began, and cannot any more.
+            UserError: the record was usable when the run began, and no longer is.
         """
         ready = self.selection.prepare(self.template, self.usable[index])
         if isinstance(ready, Skipped):
             raise UserError(
-                f"row {ready.row} cannot be used any more ({ready.reason})",
+                f"record {ready.row} is no longer usable ({ready.reason})",
                 where=self.selection.records.path,
-                fix="put the file back as it was, or start in another --cpdir",
+                fix="restore the file, or start in another --cpdir",
             )
         return ready
 
     def describe(self) -> dict[str, Any]:
-        """What provenance says of the set."""
+        """The set's record for provenance."""
         return {"online": True, "samples": len(self), **self.settings, **asdict(self.source)}
 
 
 class OnlineReader:
-    """Makes samples of prepared conversations with the target; those without finite states have no part in the loss."""
+    """Turns prepared conversations into samples; those without finite states have no part in the loss."""
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
@@ -95,7 +98,7 @@ def mask_out(sample: Sample) -> Sample:
 
 @dataclass(frozen=True)
 class Processes:
-    """``rank`` of this process among ``world``; ``device``: where its target goes."""
+    """``rank`` of this process among ``world``; ``device``: device of its target."""
 
     rank: int = 0
     world: int = 1
@@ -110,27 +113,18 @@ class Processes:
         return parts
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """Both sets, what reads them, and what a resumed run must share."""
-
-    sets: dict[str, OnlineSet]
-    read: OnlineReader
-    run: dict[str, Any]
-
-
 def load_corpus(
     args: argparse.Namespace, files: Mapping[str, Path], config: TrainConfig, processes: Processes
-) -> Corpus:
-    """Loads the target and finds the usable rows of each annotation file.
+) -> TrainingData:
+    """Loads the target, finds the usable records of each annotation file, and splits them.
 
     Args:
-        args: of main_deepspeed.
-        files: annotation file of each set, "text" or "image".
+        args: flags of `eagle.train.main_deepspeed`.
+        files: name of a set, "text" or "image" → annotation file.
 
     Raises:
-        UserError: a file or the base model cannot be read, it is of another family than --model_type, or no row can be
-        used.
+        UserError: a file or the base model cannot be read, it is of another family than --model_type, or no record can
+        be used.
     """
     selections = {
         kind: Selection.of(path, kind, args.image_folder, config.max_length, config.seed)
@@ -148,22 +142,23 @@ def load_corpus(
         if processes.rank == 0 and (line := shortened(config.max_length, selection)) is not None:
             print(line, flush=True)
         settings = settings_of(selection, source, config)
-        record = RowRecord(Path(args.cpdir), kind, args.resume)
-        usable = record.usable(selection, template, settings, processes)
+        records = UsableRecords(Path(args.cpdir), kind, args.resume)
+        usable = records.usable(selection, template, settings, processes)
         if not usable:
-            raise UserError("every row was skipped", selection.records.path, f"{record.path} tells why")
+            raise UserError("every record was skipped", selection.records.path, f"{records.path} has the reasons")
         sets[kind] = OnlineSet(selection, template, usable, settings, source)
         run[f"annotations_{kind}"] = f"{settings['data']} {settings['data_sha256']}"
-    return Corpus(sets, OnlineReader(Reader(target, template, source, args.batch_tokens)), run)
+    reader = OnlineReader(Reader(target, template, source, args.batch_tokens))
+    return TrainingData.split(sets, config, read=reader, run=run)
 
 
 def limited(selection: Selection, limit: int | None) -> Selection:
-    """The first ``limit`` rows of the shuffled order; all where that is None."""
+    """The first ``limit`` records of the shuffled order; all if it is None."""
     return selection if limit is None else replace(selection, order=selection.order[:limit])
 
 
 def settings_of(selection: Selection, source: Source, config: TrainConfig) -> dict[str, Any]:
-    """What decides which rows can be used."""
+    """Everything that decides which records are usable."""
     return {
         "family": source.family,
         "model": source.model,
@@ -175,13 +170,13 @@ def settings_of(selection: Selection, source: Source, config: TrainConfig) -> di
     }
 
 
-class RowRecord:
-    """``CKPT/rows-text.json``, ``CKPT/rows-image.json``: which rows of a set can be used, and why the others cannot.
+class UsableRecords:
+    """``CKPT/rows-text.json``, ``CKPT/rows-image.json``: which records of a set are usable, and why the others are not.
 
     Args:
-        folder: of the checkpoints; where it has one, the record of the run that made it stays as it is.
+        folder: of the checkpoints. If it has a checkpoint, the file of that run is not overwritten.
         kind: of the set.
-        resume: whether a record that is there may be taken.
+        resume: whether to use a file that exists.
     """
 
     def __init__(self, folder: Path, kind: str, resume: bool) -> None:
@@ -191,40 +186,42 @@ class RowRecord:
     def usable(
         self, selection: Selection, template: Template, settings: Mapping[str, Any], processes: Processes
     ) -> list[int]:
-        """Places in the shuffled selection that can be used: from the record, or found by all processes together."""
+        """Indices of usable records in the shuffled selection: from the file, or found by all processes together."""
         known = processes.gather(self._read(settings))[0]  # the main process decides for all
         if known is not None:
             return known
         parts = processes.gather(find_usable(selection, template, processes))
-        skipped = {place: row for part in parts for place, row in part.items()}
-        usable = [place for place in range(len(selection.order)) if place not in skipped]
+        skipped = {index: record for part in parts for index, record in part.items()}
+        usable = [index for index in range(len(selection.order)) if index not in skipped]
         if processes.rank == 0:
-            rows = [asdict(skipped[place]) for place in sorted(skipped)]
+            rows = [asdict(skipped[index]) for index in sorted(skipped)]
             if not (self.begun and self.path.exists()):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(self.path, {"settings": dict(settings), "usable": usable, "skipped": rows})
-            reasons = Counter(row.reason for row in skipped.values())
-            told = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-            print(f"{selection.records.path}: {len(usable)} rows, skipped: {told or 'none'}", flush=True)
+            reasons = Counter(record.reason for record in skipped.values())
+            listed = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+            print(f"{selection.records.path}: {len(usable)} records, skipped: {listed or 'none'}", flush=True)
         return usable
 
     def _read(self, settings: Mapping[str, Any]) -> list[int] | None:
         if not (self.resume and self.path.exists()):
             return None
-        known = read_json(self.path, "record of usable rows")
+        known = read_json(self.path, "list of usable records")
         matches = isinstance(known, dict) and known.get("settings") == dict(settings)
         return list(known["usable"]) if matches else None
 
 
 def find_usable(selection: Selection, template: Template, processes: Processes) -> dict[int, Skipped]:
-    """Prepares this process's share of the rows; returns those that cannot be used, by place."""
+    """Prepares this process's share of the records; returns the unusable ones by index in the selection."""
     own = range(processes.rank, len(selection.order), processes.world)
 
-    def reason(place: int) -> Skipped | None:
-        ready = selection.prepare(template, place)
+    def reason(index: int) -> Skipped | None:
+        ready = selection.prepare(template, index)
         return ready if isinstance(ready, Skipped) else None
 
     with ThreadPoolExecutor(THREADS) as pool:
         checked = pool.map(reason, own)
-        found = list(tqdm(checked, "checking rows", len(own), unit="row", disable=processes.rank > 0, mininterval=1))
-    return {place: row for place, row in zip(own, found, strict=True) if row is not None}
+        found = list(
+            tqdm(checked, "checking records", len(own), unit="record", disable=processes.rank > 0, mininterval=1)
+        )
+    return {index: record for index, record in zip(own, found, strict=True) if record is not None}

@@ -1,8 +1,8 @@
-"""Settings of a training run: the strict ``"train"`` section of the draft's config, and flags of the same names.
+"""Settings of a training run: the strict ``"train"`` section of the draft's config, and all flags of the command.
 
-The file given by ``--config`` is the draft's published ``config.json`` plus this section, which never reaches a
+The file given by ``--config`` is the draft's published ``config.json`` plus this section, which is not written to a
 checkpoint. `TrainConfig` is the one list of settings: file keys, flags and ``--help`` all come from it.
-Micro-batch, accumulation, clipping and precision are DeepSpeed's and live in its config.
+Micro-batch, accumulation, clipping and precision are DeepSpeed's settings, in its own config. Does not import torch.
 """
 
 from __future__ import annotations
@@ -10,98 +10,92 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from pydantic import Field
+from pydantic.fields import FieldInfo
+
+from eagle.arguments import DTYPES, positive
 from eagle.drafts.config import DraftConfig
+from eagle.families import TRAINING_NAMES
 from llava.errors import UserError
 from llava.files import read_json
-from llava.strict import reject_unknown
+from llava.strict import read_strict, strict_dataclass
 
 SECTION = "train"
 SECTIONS = (SECTION, "msd")
+TRACKERS = ("tensorboard", "wandb", "none")
+IMAGE_FOLDER = Path("image_data")
 
 
-def setting(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:
-    """A field of `TrainConfig`: its default, its line of ``--help`` and its bounds."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high})
-
-
-@dataclass(frozen=True)
+@strict_dataclass
 class TrainConfig:
     """Defaults are the published recipe (arXiv 2505.14260); the last two groups are ours."""
 
-    epochs: int = setting(40, "passes over min(text, image) samples", 1)
-    text_share: float = setting(0.5, "share of the epochs with text alone, before image samples come in", 0, 1)
-    image_start: float = setting(0.0, "share of image samples that the rise starts from when they come in", 0, 1)
-    image_end: float = setting(1.0, "share of image samples in the last epoch", 0, 1)
-    max_length: int = setting(2048, "positions of a sample, image tokens included; the rest is cut", 3)
-    draft_image_tokens: int = setting(
-        -1, "image rows that the draft keeps of a picture, merged; -1: as section 'msd' says, else all", -1
+    epochs: int = Field(40, ge=1, description="passes over min(text, image) samples")
+    text_share: float = Field(
+        0.5, ge=0, le=1, description="share of the epochs with text alone, before image samples come in"
     )
-    validation_share: float = setting(0.05, "share of each data set kept for validation", 0, 0.9)
-    seed: int = setting(42, "seed of split, order, noise and initial weights", 0)
+    image_start: float = Field(
+        0.0, ge=0, le=1, description="share of image samples that the rise starts from when they come in"
+    )
+    image_end: float = Field(1.0, ge=0, le=1, description="share of image samples in the last epoch")
+    max_length: int = Field(2048, ge=3, description="positions of a sample, image tokens included; the rest is cut")
+    draft_image_tokens: int = Field(
+        -1,
+        ge=-1,
+        description="image rows that the draft keeps of a picture, merged; -1: as section 'msd' says, else all",
+    )
+    validation_share: float = Field(0.05, ge=0, le=0.9, description="share of each data set kept for validation")
+    seed: int = Field(42, ge=0, description="seed of split, order, noise and initial weights")
 
-    learning_rate: float = setting(5e-5, "peak learning rate of AdamW", 0)
-    beta1: float = setting(0.9, "AdamW's beta1", 0, 1)
-    beta2: float = setting(0.95, "AdamW's beta2", 0, 1)
-    weight_decay: float = setting(0.0, "AdamW's weight decay", 0)
-    warmup_share: float = setting(0.0025, "share of all steps in which the rate rises; it falls linearly after", 0, 1)
+    learning_rate: float = Field(5e-5, ge=0, description="peak learning rate of AdamW")
+    beta1: float = Field(0.9, ge=0, le=1, description="AdamW's beta1")
+    beta2: float = Field(0.95, ge=0, le=1, description="AdamW's beta2")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
+    warmup_share: float = Field(
+        0.0025, ge=0, le=1, description="share of all steps in which the rate rises; it falls linearly after"
+    )
 
-    hidden_weight: float = setting(1.0, "weight of SmoothL1 on the hidden states", 0)
-    token_weight: float = setting(0.1, "weight of the cross-entropy against the target's distribution", 0)
-    noise: float = setting(0.2, "noise on the input hidden states: uniform, times 512 / length", 0)
-    rollout_steps: int = setting(1, "steps trained on the draft's own outputs; 1 is the recipe", 1, 16)
-    rollout_decay: float = setting(0.8, "weight of each further rollout step relative to the one before", 0, 1)
-    head_chunk: int = setting(512, "rows that go through lm_head at a time", 1)
+    hidden_weight: float = Field(1.0, ge=0, description="weight of SmoothL1 on the hidden states")
+    token_weight: float = Field(0.1, ge=0, description="weight of the cross-entropy against the target's distribution")
+    noise: float = Field(0.2, ge=0, description="noise on the input hidden states: uniform, times 512 / length")
+    rollout_steps: int = Field(1, ge=1, le=16, description="steps trained on the draft's own outputs; 1 is the recipe")
+    rollout_decay: float = Field(
+        0.8, ge=0, le=1, description="weight of each further rollout step relative to the one before"
+    )
+    head_chunk: int = Field(512, ge=1, description="rows that go through lm_head at a time")
 
-    save_every: int = setting(0, "steps between checkpoints; 0 is once an epoch", 0)
-    validate_every: int = setting(0, "steps between validations; 0 is once an epoch", 0)
-    log_every: int = setting(10, "steps between logged values", 1)
-    keep_last: int = setting(2, "checkpoints kept, the newest ones (the best is kept apart)", 1)
-    max_steps: int = setting(0, "stop after so many steps and save, to go on with --resume; 0 is no limit", 0)
-    simulated_depth: int = setting(6, "tokens drafted in validation's simulated decoding", 1, 16)
-    validation_limit: int = setting(256, "samples of each data set that a validation uses at most", 1)
-    workers: int = setting(0, "processes that load samples, 0 for a thread", 0)
-
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            _check_setting(f.name, getattr(self, f.name), f.type, f.metadata)
-
-    @classmethod
-    def from_dict(cls, section: Mapping[str, Any], where: str | Path) -> TrainConfig:
-        """Raises `UserError` for an unknown key (naming the nearest known one) or a bad value."""
-        reject_unknown(section, [f.name for f in fields(cls)], f"{where}, section '{SECTION}'")
-        return cls(**section)
+    save_every: int = Field(0, ge=0, description="steps between checkpoints; 0 is once an epoch")
+    validate_every: int = Field(0, ge=0, description="steps between validations; 0 is once an epoch")
+    log_every: int = Field(10, ge=1, description="steps between logged values")
+    keep_last: int = Field(2, ge=1, description="checkpoints kept, the newest ones (the best is kept apart)")
+    max_steps: int = Field(
+        0, ge=0, description="stop after so many steps and save, to go on with --resume; 0 is no limit"
+    )
+    simulated_depth: int = Field(6, ge=1, le=16, description="tokens drafted in validation's simulated decoding")
+    validation_limit: int = Field(256, ge=1, description="samples of each data set that a validation uses at most")
+    workers: int = Field(0, ge=0, description="processes that load samples, 0 for a thread")
 
     def fingerprint(self) -> dict[str, Any]:
         """The settings that decide the loss curve; a resumed run must have the same."""
         free = {"save_every", "validate_every", "log_every", "keep_last", "max_steps", "workers", "head_chunk",
                 "simulated_depth", "validation_limit"}  # fmt: skip
-        late = {"draft_image_tokens"} if self.draft_image_tokens < 0 else set()  # runs from before it can go on
+        late = {"draft_image_tokens"} if self.draft_image_tokens < 0 else set()  # older runs do not have it
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free | late}
 
 
-def _check_setting(name: str, value: Any, kind: Any, bounds: Mapping[str, Any]) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or (kind == "int" and not isinstance(value, int)):
-        raise UserError(f"training setting {name}={value!r}", fix=f"give {'a whole' if kind == 'int' else 'a'} number")
-    low, high = bounds["low"], bounds["high"]
-    if (low is not None and value < low) or (high is not None and value > high):
-        span = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise UserError(f"training setting {name}={value}", fix=f"give a number {span}")
-
-
 def with_draft_settings(draft: DraftConfig, config: TrainConfig) -> DraftConfig:
-    """The draft's config with those of the settings that decoding needs too."""
+    """The draft's config with the training settings that decoding needs too."""
     if config.draft_image_tokens < 0:
         return draft
     return replace(draft, options=replace(draft.options, image_tokens=config.draft_image_tokens))
 
 
 def find_config(path: str | Path) -> Path:
-    """``path``, or the shipped config of that bare name where there is no such file here."""
+    """``path``; a bare file name that does not exist means the shipped config of that name."""
     path, shipped = Path(path), Path(__file__).parent / Path(path).name
     return shipped if not path.exists() and path.parent == Path() and shipped.is_file() else path
 
@@ -109,40 +103,49 @@ def find_config(path: str | Path) -> Path:
 def read_config(path: str | Path) -> tuple[DraftConfig, TrainConfig]:
     """Reads a training config: the draft's ``config.json`` with a ``"train"`` section (absent: the recipe).
 
-    A bare file name that is not here means the one shipped in this folder.
+    Raises:
+        UserError: the file cannot be read, or a key or value is wrong; an unknown key names the nearest known one.
     """
     path = find_config(path)
     content = read_json(path, "training config")
     if not isinstance(content, dict) or not isinstance(content.get(SECTION, {}), dict):
-        raise UserError("training config is no JSON object with a 'train' object", where=path)
+        raise UserError("training config is not a JSON object with a 'train' object", where=path)
     reject_misplaced(content, path)
     draft = {key: value for key, value in content.items() if key != SECTION}
-    return DraftConfig.from_dict(draft, where=path), TrainConfig.from_dict(content.get(SECTION, {}), where=path)
+    return DraftConfig.from_dict(draft, where=path), read_strict(
+        TrainConfig, content.get(SECTION, {}), f"{path}, section '{SECTION}'"
+    )
 
 
 def reject_misplaced(content: Mapping[str, Any], where: str | Path) -> None:
-    """Raises `UserError` for a setting beside the ``"train"`` section, and for a misspelt name of a section.
+    """Raises `UserError` for a setting outside of section ``"train"``, and for a misspelt name of a section.
 
-    Other keys are those of a published ``config.json``, of which every base model has its own. ``max_length`` is among
-    them: transformers used to write it there.
+    Other keys belong to the published ``config.json``, and every base model has its own. ``max_length`` is one of them:
+    transformers used to write it there.
     """
     for key in content:
         if key in {f.name for f in fields(TrainConfig)} - {"max_length"}:
-            raise UserError(f"'{key}' stands beside section '{SECTION}'", where=where, fix="move it into the section")
+            raise UserError(f"'{key}' is outside of section '{SECTION}'", where=where, fix="move it into the section")
         near = difflib.get_close_matches(key.lower(), SECTIONS, n=1, cutoff=0.75)
         if near and key not in SECTIONS:
             raise UserError(f"unknown key '{key}'", where=where, fix=f"did you mean '{near[0]}'?")
 
 
+def settings() -> dict[str, FieldInfo]:
+    """Type, default, bounds and description of each setting."""
+    return cast(Any, TrainConfig).__pydantic_fields__
+
+
 def add_setting_flags(parser: argparse.ArgumentParser) -> None:
     """One flag for each setting; a flag wins over the config."""
     group = parser.add_argument_group("training settings", "win over the 'train' section of --config")
-    for f in fields(TrainConfig):
+    for name, info in settings().items():
+        whole = info.annotation is int
         group.add_argument(
-            "--" + f.name.replace("_", "-"),
-            type=int if f.type == "int" else float,
-            metavar="N" if f.type == "int" else "X",
-            help=f"{f.metadata['help']} (default {f.default})",
+            "--" + name.replace("_", "-"),
+            type=int if whole else float,
+            metavar="N" if whole else "X",
+            help=f"{info.description} (default {info.default})",
         )
 
 
@@ -150,3 +153,45 @@ def override(config: TrainConfig, args: argparse.Namespace) -> TrainConfig:
     """``config`` with the flags that were given."""
     given = {f.name: getattr(args, f.name) for f in fields(TrainConfig) if getattr(args, f.name) is not None}
     return replace(config, **given)
+
+
+def add_source_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say where samples come from: stored hidden states, or annotation files and the base model."""
+    stored = parser.add_argument_group("stored hidden states (eagle.ge_data.allocation), of one set or both")
+    stored.add_argument("--tmpdir_t", metavar="DT", help="those of the text set")
+    stored.add_argument("--tmpdir_v", metavar="DV", help="those of the image set")
+    add = parser.add_argument_group("without stored hidden states, with one annotation file or both").add_argument
+    add("--online", action="store_true", help="run the base model beside the draft")
+    add(
+        "--annotations_t",
+        type=Path,
+        metavar="FILE",
+        help="annotation file of the text set: its records without picture",
+    )
+    add("--annotations_v", type=Path, metavar="FILE", help="annotation file of the image set: its records with one")
+    add("--image-folder", type=Path, metavar="DIR", help=f"folder of the pictures (default {IMAGE_FOLDER})")
+    add("--limit", type=positive, metavar="N", help="at most N records of each file, in shuffled order")
+    add("--model_type", choices=TRAINING_NAMES, help="the family that the base model must be of (default: any)")
+    add("--dtype", choices=DTYPES, help="dtype of the base model (default auto, the checkpoint's)")
+    add("--batch-tokens", type=positive, metavar="N", help="most tokens of its forward (default 8192, on a CPU 1024)")
+
+
+def check_sources(args: argparse.Namespace) -> None:
+    """Sets the defaults of the flags that belong to --online.
+
+    Raises:
+        UserError: no data, or flags of both ways together.
+    """
+    stored = {"--tmpdir_t": args.tmpdir_t, "--tmpdir_v": args.tmpdir_v}
+    files = {"--annotations_t": args.annotations_t, "--annotations_v": args.annotations_v}
+    others = {"--image-folder": args.image_folder, "--limit": args.limit, "--model_type": args.model_type}
+    others.update({"--dtype": args.dtype, "--batch-tokens": args.batch_tokens})
+    wanted = files if args.online else stored
+    fix = f"give {' or '.join(wanted)}, or both"
+    for flag, value in (stored if args.online else {**files, **others}).items():
+        if value is not None:
+            raise UserError(f"{flag} is for training {'without' if args.online else 'with'} --online", fix=fix)
+    if all(value is None for value in wanted.values()):
+        raise UserError("no data", fix=fix)
+    args.image_folder = args.image_folder or IMAGE_FOLDER
+    args.dtype = args.dtype or "auto"

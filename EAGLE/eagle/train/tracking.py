@@ -1,25 +1,83 @@
-"""Shows and records a run: a progress bar, TensorBoard or Weights & Biases, ``training.json`` and a plot."""
+"""What a run measures and where it goes: progress bar, TensorBoard or Weights & Biases, ``training.json``, a plot."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
-from eagle.train.checkpoint import write_json
 from llava.errors import UserError
-from llava.files import atomic_write
+from llava.files import atomic_write, write_json
 
-TRACKERS = ("tensorboard", "wandb", "none")
+
+class Meter:
+    """``steps`` optimizer steps since the last log, and their ``sums`` [6] of `METRICS`, None where there is none. Its
+    clock does not run until `start`."""
+
+    def __init__(self) -> None:
+        self.sums: Tensor | None = None
+        self.steps = 0
+        self._seconds = 0.0
+        self._started: float | None = None
+
+    def add(self, metrics: Tensor) -> None:
+        """Adds ``metrics`` [6] of one step."""
+        self.sums = metrics if self.sums is None else self.sums.to(metrics.device) + metrics
+        self.steps += 1
+
+    def finite(self) -> bool:
+        """Whether all values since the last log are numbers."""
+        return self.sums is None or bool(self.sums.isfinite().all())
+
+    @property
+    def seconds(self) -> float:
+        """Measured time since the last log."""
+        return self._seconds + (0.0 if self._started is None else perf_counter() - self._started)
+
+    def start(self) -> None:
+        """Starts the clock."""
+        self._started = perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stops the clock, during validations and checkpoints."""
+        self.finite()  # waits for steps that a GPU has not finished
+        self._seconds, self._started = self.seconds, None
+        yield
+        self.start()
+
+    def clear(self) -> None:
+        """Resets everything after a log."""
+        self.sums, self.steps, self._seconds = None, 0, 0.0
+        self.start()
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs."""
+        sums = None if self.sums is None else self.sums.cpu()
+        return {"sums": sums, "steps": self.steps, "seconds": self.seconds}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Sets the values of ``state``; the clock does not run.
+
+        Raises:
+            ValueError, TypeError, LookupError: it was not made by `state`.
+        """
+        sums, steps, seconds = state["sums"], int(state["steps"]), float(state["seconds"])
+        if (sums is None) != (steps == 0) or not (sums is None or isinstance(sums, Tensor)):
+            raise ValueError("sums and steps do not fit")
+        self.sums, self.steps, self._seconds, self._started = sums, steps, seconds, None
 
 
 class Tracker:
     """Records a run in ``folder``. On other processes than the main one (``main`` false) it does nothing.
 
     Args:
-        kind: one of `TRACKERS`; TensorBoard is left out silently where it is not installed.
+        kind: one of `eagle.train.settings.TRACKERS`; TensorBoard is left out silently where it is not installed.
         total, done: optimizer steps in all, and those of the interrupted run.
         settings: recorded with a Weights & Biases run.
     """
@@ -29,12 +87,12 @@ class Tracker:
     ) -> None:
         self.folder, self.main = folder, main
         self.bar = tqdm(total=total, initial=done, unit="step", disable=not main, dynamic_ncols=True, mininterval=1.0)
-        self._board: Any = None
+        self._tensorboard: Any = None
         self._wandb: Any = None
         if main and kind == "tensorboard":
-            self._board = _tensorboard(folder / "tensorboard", done)
+            self._tensorboard = _open_tensorboard(folder / "tensorboard", done)
         elif main and kind == "wandb":
-            self._wandb = _wandb(folder, settings)
+            self._wandb = _open_wandb(folder, settings)
 
     def advance(self) -> None:
         self.bar.update()
@@ -62,21 +120,21 @@ class Tracker:
         if self.main:
             write_json(self.folder / "training.json", history)
             plot(history, self.folder / "training.png")
-        if self._board is not None:
-            self._board.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
 
     def _record(self, group: str, step: int, values: Mapping[str, float]) -> None:
         named = {f"{group}/{name}": value for name, value in values.items()}
-        if self._board is not None:
+        if self._tensorboard is not None:
             for name, value in named.items():
-                self._board.add_scalar(name, value, step)
+                self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(named, step=step)
 
 
-def _tensorboard(folder: Path, done: int) -> Any:
+def _open_tensorboard(folder: Path, done: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -84,7 +142,7 @@ def _tensorboard(folder: Path, done: int) -> Any:
     return SummaryWriter(str(folder), purge_step=done + 1)  # the first step that is logged again
 
 
-def _wandb(folder: Path, settings: Mapping[str, Any]) -> Any:
+def _open_wandb(folder: Path, settings: Mapping[str, Any]) -> Any:
     try:
         import wandb
     except ImportError:

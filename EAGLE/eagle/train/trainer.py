@@ -2,53 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 from eagle.train.checkpoint import CheckpointStore, Progress
-from eagle.train.curriculum import IMAGE, TEXT, Item, epoch_items, image_probability, micro_batches, split_indices
-from eagle.train.dataset import Batch, Read, Samples, SampleSet, batches
+from eagle.train.collate import Batch
+from eagle.train.dataset import Samples, TrainingData, batches
 from eagle.train.engine import METRICS, Engine
-from eagle.train.schedule import BatchSizes, Schedule
+from eagle.train.schedule import Item, Schedule, epoch_items, image_probability, micro_batches
 from eagle.train.settings import TrainConfig
 from eagle.train.tracking import Tracker
 from eagle.train.validation import validate
 from llava.errors import UserError
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """Both data sets, split: ``sources`` maps a name to (samples, training indices, validation indices).
-
-    ``read``: what makes samples of what the sets hold, None for stored samples. ``run``: what of the data a resumed run
-    must share beside the numbers of samples.
-    """
-
-    sources: dict[str, tuple[SampleSet, list[int], list[int]]]
-    read: Read | None = None
-    run: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def split(cls, sets: Mapping[str, SampleSet], config: TrainConfig, **more: Any) -> TrainingData:
-        parts = {name: split_indices(len(data), config.validation_share, config.seed) for name, data in sets.items()}
-        return cls({name: (data, *parts[name]) for name, data in sets.items()}, **more)
-
-    def size(self, source: str) -> int:
-        """Training samples of a set, 0 where it is not given."""
-        return len(self.sources[source][1]) if source in self.sources else 0
-
-    def schedule(self, sizes: BatchSizes, config: TrainConfig) -> Schedule:
-        return Schedule.plan(sizes, self.size(TEXT), self.size(IMAGE), config)
-
-    @property
-    def training(self) -> Samples:
-        return Samples({name: (data, train) for name, (data, train, _) in self.sources.items()})
-
-    @property
-    def validation(self) -> Samples:
-        return Samples({name: (data, held_out) for name, (data, _, held_out) in self.sources.items()})
 
 
 class Trainer:
@@ -71,7 +37,7 @@ class Trainer:
         """Returns whether training is complete."""
         progress, schedule = self.progress, self.schedule
         limit = min(self.config.max_steps or schedule.total_steps, schedule.total_steps)
-        progress.meter.go()
+        progress.meter.start()
         while progress.step < limit:
             epoch = progress.step // schedule.steps_per_epoch
             for step_batches in islice(self._epoch(epoch), limit - progress.step):
@@ -107,7 +73,7 @@ class Trainer:
         )
 
     def _step(self, step_batches: list[Batch], epoch: int) -> None:
-        """One optimizer step and whatever is due after it."""
+        """One optimizer step, then log, validate and save if due."""
         progress, schedule, config = self.progress, self.schedule, self.config
         progress.meter.add(self.engine.step(step_batches, schedule.learning_rate(progress.step)))
         progress.step += 1
@@ -128,7 +94,7 @@ class Trainer:
                 self.store.save(self.engine, progress)
 
     def _check_loss(self) -> None:
-        """Raises `UserError` where the loss is no number any more, before such a draft takes a good one's place."""
+        """Raises `UserError` if the loss is NaN or infinite, before such a draft replaces a good one."""
         if not self.progress.meter.finite():
             raise UserError(
                 f"the loss is not a number, at step {self.progress.step} or just before",
@@ -175,7 +141,7 @@ class Trainer:
             self.store.save_draft(self.engine, "best")
 
     def _save_once(self) -> None:
-        """Saves where the run stops, unless that step has just been saved."""
+        """Saves the last step of a stopped run, unless it is saved already."""
         latest = self.store.latest()
         if latest is None or latest.name != f"step-{self.progress.step:08d}":
             with self.progress.meter.paused():

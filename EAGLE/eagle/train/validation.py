@@ -14,15 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eagle.train.dataset import Batch
+from eagle.train.collate import Batch
 from eagle.train.engine import Engine
-from eagle.train.loss import TOP, best_tokens
-from eagle.train.objective import DraftObjective
+from eagle.train.loss import TOP, DraftObjective, best_tokens
 from eagle.train.rollout import predict_steps, rollout_loss_mask, shift_left
 
 
 class Acceptance(NamedTuple):
-    """``accepted`` [B, R] drafted tokens accepted from each row on, 0 where the row does not count; ``reached`` [depth]
+    """``accepted`` [B, R] drafted tokens accepted from each row on, 0 outside the loss mask; ``reached`` [depth]
     rows at which step k was tried with all before it accepted; ``matched`` [depth] of these accepted."""
 
     accepted: Tensor
@@ -38,25 +37,25 @@ def accepted_lengths(predictions: Iterable[tuple[int, Tensor]], greedy: Tensor, 
         greedy: [B, R] row t is the target's choice after ``x_{t+1}``, that is for ``x_{t+2}``.
         loss_mask: [B, R] rows that decoding can draft from.
     """
-    going = loss_mask
+    active = loss_mask
     accepted = torch.zeros_like(loss_mask, dtype=torch.long)
     reached, matched = [], []
     for step, tokens in predictions:
-        tried = going & rollout_loss_mask(loss_mask, step)
-        going = tried & (tokens == shift_left(greedy, step - 1, greedy.shape[1]))
-        accepted += going
+        tried = active & rollout_loss_mask(loss_mask, step)
+        active = tried & (tokens == shift_left(greedy, step - 1, greedy.shape[1]))
+        accepted += active
         reached.append(tried.sum())
-        matched.append(going.sum())
+        matched.append(active.sum())
     return Acceptance(accepted, torch.stack(reached), torch.stack(matched))
 
 
-def walk(accepted: list[int], loss_mask: list[bool]) -> tuple[int, int]:
+def count_cycles(accepted: list[int], loss_mask: list[bool]) -> tuple[int, int]:
     """Decodes one sample by its ``accepted`` lengths: (new tokens after each answer's first one, cycles).
 
-    A cycle at row t gives ``accepted[t] + 1`` tokens, the bonus token included, and goes on from the row behind them;
-    an answer ends where rows stop to count.
+    A cycle at row t gives ``accepted[t] + 1`` tokens, the bonus token included, and the next cycle starts at the
+    row after them. An answer ends where the loss mask ends.
 
-    >>> walk([0, 2, 0, 0, 1, 0], [False, True, True, True, True, False])
+    >>> count_cycles([0, 2, 0, 0, 1, 0], [False, True, True, True, True, False])
     (4, 2)
     """
     tokens, cycles, row = 0, 0, 0
@@ -98,11 +97,11 @@ def batch_sums(objective: DraftObjective, batch: Batch) -> Tensor:
             yield step, tokens
 
     result = accepted_lengths(drafted_tokens(), greedy, loss_mask)
-    walks = [walk(a, c) for a, c in zip(result.accepted.tolist(), loss_mask.tolist(), strict=True)]
+    cycles_of_samples = [count_cycles(a, m) for a, m in zip(result.accepted.tolist(), loss_mask.tolist(), strict=True)]
     (loss,) = losses
     number = loss_mask.sum()
     parts = torch.stack([loss.total * number, loss.hidden * number, loss.token * number]).double()
-    counted = torch.tensor(walks, device=parts.device).sum(dim=0)  # [2] tokens, cycles
+    counted = torch.tensor(cycles_of_samples, device=parts.device).sum(dim=0)  # [2] tokens, cycles
     return torch.cat(
         [number[None], parts, loss.hits, result.accepted.sum()[None], counted, result.reached, result.matched]
     ).double()

@@ -29,7 +29,7 @@ class Ask:
     image: str | None = None
     msd: bool = True
     max_new_tokens: int = Field(256, ge=1)
-    temperature: float = Field(0.0, ge=0, le=MAX_TEMPERATURE, allow_inf_nan=False)
+    temperature: float = Field(0.0, ge=0, le=MAX_TEMPERATURE)
 
     def __post_init__(self) -> None:
         if not self.question.strip():

@@ -96,7 +96,7 @@ def test_two_processes_train_online_as_on_stored_states(tmp_path):
     case.allocate()
     assert "x 2 processes" in launch([*launched(2), *case.command("stored", *case.stored)])
     out = launch([*launched(2), *case.command("online", *case.online, "--max-steps", "2")])
-    assert "rows, skipped: 1 missing_picture" in out and "10 rows, skipped: 1 empty" in out
+    assert "records, skipped: 1 missing_picture" in out and "10 records, skipped: 1 empty" in out
     again = launch([*launched(2), *case.command("online", *case.online, "--resume")])
     assert "resumed after step 2" in again and "skipped" not in again
     assert case.curve("online") == pytest.approx(case.curve("stored"), abs=1e-4)

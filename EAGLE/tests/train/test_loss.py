@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from train_support import make_objective, make_sample
 
-from eagle.train.dataset import collate
+from eagle.train.collate import collate
 from eagle.train.loss import best_tokens, draft_loss
 
 

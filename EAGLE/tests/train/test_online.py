@@ -17,8 +17,8 @@ from train_support import make_sample
 
 from eagle.hidden_states.shards import ShardDataset
 from eagle.train import main_deepspeed, online
-from eagle.train.dataset import collate
-from eagle.train.online import OnlineReader, Processes, RowRecord
+from eagle.train.collate import collate
+from eagle.train.online import OnlineReader, Processes, UsableRecords
 from eagle.train.trainer import Trainer
 from llava.errors import run_cli
 
@@ -82,7 +82,7 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Case:
 def test_rows_that_cannot_be_used_are_listed(llava: Case, run: Callable[[list[str]], int], capsys: Any) -> None:
     assert run(llava.command("listed", *llava.online, "--max-steps", "1", "--max-length", "2048")) == 0
     out = capsys.readouterr().out
-    assert "11 rows, skipped: 1 missing_picture" in out and "10 rows, skipped: 1 empty" in out
+    assert "11 records, skipped: 1 missing_picture" in out and "10 records, skipped: 1 empty" in out
     assert out.count("--max-length 2048: the model has 512 positions") == 2
     record = json.loads((llava.folder / "listed" / "rows-image.json").read_text())
     assert [(row["id"], row["reason"]) for row in record["skipped"]] == [("lost", "missing_picture")]
@@ -113,7 +113,7 @@ def test_a_picture_that_vanishes_is_named(llava: Case, run: Callable[[list[str]]
         assert run(llava.command("gone", *llava.online, "--text-share", "0", "--resume")) == 2
     finally:
         shutil.move(llava.folder / "a.png", moved / "a.png")
-    assert "cannot be used any more (missing_picture)" in capsys.readouterr().err
+    assert "is no longer usable (missing_picture)" in capsys.readouterr().err
 
 
 def test_states_that_are_not_finite_count_nothing() -> None:
@@ -136,11 +136,11 @@ def test_processes_share_the_rows(monkeypatch: pytest.MonkeyPatch, llava: Case, 
 
     template = template_of(load_target(llava.base, dtype="float32"))
     selection = Selection.of(llava.rows, "image", llava.folder / "pictures", LENGTH, 42)
-    alone = RowRecord(tmp_path / "one", "image", False).usable(selection, template, {}, Processes())
+    alone = UsableRecords(tmp_path / "one", "image", False).usable(selection, template, {}, Processes())
     parts = [online.find_usable(selection, template, Processes(rank, 2)) for rank in (0, 1)]
     answers = iter([[None, None], parts])
     monkeypatch.setattr(Processes, "gather", lambda self, part: next(answers))
-    assert RowRecord(tmp_path / "two", "image", False).usable(selection, template, {}, Processes(0, 2)) == alone
+    assert UsableRecords(tmp_path / "two", "image", False).usable(selection, template, {}, Processes(0, 2)) == alone
     assert len(alone) == 11 and sum(map(len, parts)) == 1
     first, second = ((tmp_path / name / "rows-image.json").read_text() for name in ("one", "two"))
     assert first == second
@@ -169,7 +169,7 @@ def test_no_usable_row(llava: Case, run: Callable[[list[str]], int], capsys: Any
     rows = llava.folder / "mute.json"
     rows.write_text(json.dumps([annotations()[-1]]))
     assert run(llava.command("mute", "--online", "--annotations_t", str(rows))) == 2
-    assert "every row was skipped" in capsys.readouterr().err
+    assert "every record was skipped" in capsys.readouterr().err
 
 
 def test_a_set_on_another_hidden_size_is_refused_before_anything_is_loaded(

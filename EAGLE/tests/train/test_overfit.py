@@ -16,9 +16,9 @@ from eagle.families import Target, load_target
 from eagle.families.base_weights import BaseTensors
 from eagle.families.llava.target import LlavaTarget
 from eagle.hidden_states.shards import Sample
-from eagle.train.dataset import collate
+from eagle.train.collate import collate
 from eagle.train.engine import PlainEngine
-from eagle.train.objective import DraftObjective
+from eagle.train.loss import DraftObjective
 from eagle.train.schedule import BatchSizes
 from eagle.train.settings import TrainConfig, with_draft_settings
 from eagle.train.validation import batch_sums, summary

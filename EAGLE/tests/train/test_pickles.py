@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from eagle.train.pickles import check_states
+from eagle.train.checkpoint import check_pickles
 
 
 class Evil:
@@ -29,7 +29,7 @@ def test_tensors_and_deepspeeds_own_classes_pass(tmp_path: Path) -> None:
     (tmp_path / "state").mkdir()
     state = {"step": 3, "sizes": OrderedDict(a=torch.Size([2])), "scaler": loss_scaler.LossScaler(scale=1)}
     torch.save({**state, "weights": torch.ones(2)}, tmp_path / "state" / "optim_states.pt")
-    check_states(tmp_path)
+    check_pickles(tmp_path)
 
 
 def test_code_is_refused_and_does_not_run(tmp_path: Path) -> None:
@@ -37,9 +37,9 @@ def test_code_is_refused_and_does_not_run(tmp_path: Path) -> None:
     file = tmp_path / "state" / "optim_states.pt"
     torch.save({"weights": torch.ones(2), "more": Evil(tmp_path / "ran")}, file)
     with pytest.raises(pickle.UnpicklingError, match=r"optim_states\.pt names posix\.mkdir"):
-        check_states(tmp_path)
+        check_pickles(tmp_path)
     for content in (pickle.dumps(Evil(tmp_path / "ran")), b"", b"PK\x03\x04 cut off"):
         file.write_bytes(content)
         with pytest.raises(pickle.UnpicklingError, match="not in torch's format"):
-            check_states(tmp_path)
+            check_pickles(tmp_path)
     assert not (tmp_path / "ran").exists()

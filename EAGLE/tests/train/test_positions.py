@@ -23,8 +23,8 @@ from eagle.families.template import Prepared
 from eagle.ge_data.extract import source_of
 from eagle.ge_data.reader import Reader
 from eagle.hidden_states.shards import Sample, ShardDataset, write_shard
-from eagle.train.dataset import collate, sample_positions
-from eagle.train.objective import DraftObjective
+from eagle.train.collate import collate, sample_positions
+from eagle.train.loss import DraftObjective
 from eagle.train.rollout import shift_positions_left
 from eagle.train.settings import TrainConfig
 from llava.errors import UserError

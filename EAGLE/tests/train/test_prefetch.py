@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from eagle.train.dataset import Batch
-from eagle.train.prefetch import prefetch
+from eagle.train.collate import Batch
+from eagle.train.dataset import prefetch
 
 
 class Source:

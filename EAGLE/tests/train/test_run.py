@@ -142,7 +142,7 @@ def test_errors_are_one_line(arguments, run, tmp_path, capsys):
 
 def test_resume_without_a_checkpoint_starts_anew_and_init_takes_a_draft(arguments, run, tmp_path, capsys):
     assert run(arguments("first", "--tracker", "none", "--resume", "--epochs", "1")) == 0
-    assert "starting anew" in capsys.readouterr().out
+    assert "starting a new run" in capsys.readouterr().out
     draft = str(tmp_path / "first" / "final")
     assert run(arguments("second", "--tracker", "none", "--init", draft, "--epochs", "1", "--learning-rate", "0")) == 0
     assert torch.equal(load_draft(tmp_path / "second" / "final").fc.weight, load_draft(draft).fc.weight)

@@ -96,7 +96,7 @@ def test_what_is_not_known_is_no_difference(arguments, run, tmp_path):
 
 
 def test_sums_are_those_of_all_shards():
-    from eagle.train.stored import identity
+    from eagle.train.dataset import identity
 
     def index(*sums):
         shards = tuple(Shard(sha256=each) for each in sums)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from train_support import logged
 
-from eagle.train.meter import Meter
+from eagle.train.tracking import Meter
 from eagle.train.trainer import Trainer
 
 
@@ -16,14 +16,14 @@ from eagle.train.trainer import Trainer
 def clock(monkeypatch):
     """Time that stands still unless it is moved: ``clock.now += seconds``."""
     fake = SimpleNamespace(now=100.0)
-    monkeypatch.setattr("eagle.train.meter.perf_counter", lambda: fake.now)
+    monkeypatch.setattr("eagle.train.tracking.perf_counter", lambda: fake.now)
     return fake
 
 
 def test_clock_leaves_out_pauses_and_what_lies_before_it_goes(clock):
     meter = Meter()
     clock.now += 50  # the start of the program
-    meter.go()
+    meter.start()
     clock.now += 3
     with meter.paused():
         clock.now += 1000
@@ -37,7 +37,7 @@ def test_clock_leaves_out_pauses_and_what_lies_before_it_goes(clock):
 
 def test_state_carries_sums_and_seconds_over(clock):
     meter = Meter()
-    meter.go()
+    meter.start()
     meter.add(torch.arange(6.0))
     clock.now += 3
     with meter.paused():
@@ -46,7 +46,7 @@ def test_state_carries_sums_and_seconds_over(clock):
     other = Meter()
     other.restore(state)
     clock.now += 1000  # until it is resumed
-    other.go()
+    other.start()
     other.add(torch.ones(6))
     clock.now += 2
     assert (other.steps, other.seconds) == (2, 5)

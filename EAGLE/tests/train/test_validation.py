@@ -8,11 +8,12 @@ from torch.nn import functional as F
 from train_support import make_objective, make_sample
 
 from eagle.train.checkpoint import Progress
-from eagle.train.dataset import draft_loss_mask
+from eagle.train.collate import draft_loss_mask
+from eagle.train.dataset import TrainingData
 from eagle.train.engine import PlainEngine
 from eagle.train.schedule import BatchSizes
 from eagle.train.settings import TrainConfig
-from eagle.train.trainer import Trainer, TrainingData
+from eagle.train.trainer import Trainer
 
 DEPTH = 3
 

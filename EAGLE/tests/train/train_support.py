@@ -19,7 +19,7 @@ from eagle.families.base_weights import BaseTensors
 from eagle.hidden_states.shards import Index, Sample, Source, write_shard
 from eagle.train import main_deepspeed
 from eagle.train.engine import METRICS
-from eagle.train.objective import DraftObjective
+from eagle.train.loss import DraftObjective
 from eagle.train.settings import TrainConfig
 
 SCRIPT = Path(main_deepspeed.__file__)

@@ -3,8 +3,16 @@
 import pytest
 import torch
 
-from eagle.train.curriculum import IMAGE, TEXT, epoch_items, image_probability, micro_batches, split_indices
-from eagle.train.schedule import BatchSizes, Schedule
+from eagle.train.schedule import (
+    IMAGE,
+    TEXT,
+    BatchSizes,
+    Schedule,
+    epoch_items,
+    image_probability,
+    micro_batches,
+    split_indices,
+)
 from eagle.train.settings import TrainConfig
 from llava.errors import UserError
 

@@ -1,0 +1,217 @@
+"""Samples padded into batches, aligned as the draft decodes.
+
+One sample has tokens ``x_0..x_{S-1}`` and, for each, the target's hidden state ``h`` after its final norm
+(``lm_head(h_t)`` predicts ``x_{t+1}``). Row ``t`` of the draft's input, ``t = 0..S-2``:
+
+===========================  =====================  ===========================================================
+what                         is                     where it comes from
+===========================  =====================  ===========================================================
+hidden state read            ``h_t`` (+ noise)      ``inputs[t]``
+next token read              ``x_{t+1}``            ``input_ids[t+1]``; its embedding is the base's
+next image feature           that of ``x_{t+1}``    ``image_features``, in order, where ``image_mask[t+1]``
+position                     ``t``, or M-RoPE's     plain numbers from 0, or ``positions[:, t]``, as in decoding
+hidden state to predict      ``h_{t+1}``            ``hidden[t+1]``
+token it predicts            ``x_{t+2}``            not read; the loss uses ``softmax(lm_head(h_{t+1}))``
+row is in the loss           ``m_{t+1} & m_{t+2}``  ``m``: is an assistant token (``loss_mask``)
+===========================  =====================  ===========================================================
+
+A row is in the loss if decoding drafts from it: it reads a token that the target has written and predicts another one.
+The first answer token ``x_a`` comes from the prefill; the first draft is made from row ``a-1``, which reads ``h_{a-1}``
+and ``x_a`` and predicts ``x_{a+1}``. Masking row t by its own ``m_t``, as published code does, leaves out that row, the
+only one of a two-token answer, and trains two rows past the end. Row ``S-2`` predicts a token beyond the sample
+and is never in the loss.
+
+Example: S = 7, m = 0 0 0 1 1 1 0 (prompt of three, answer of three, then the next question): rows 2 and 3 are in the
+loss; they read x_3 and x_4 and predict x_4 and x_5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from eagle.drafts.compression import Compression
+from eagle.drafts.positions import mrope_positions
+from llava.errors import UserError
+
+if TYPE_CHECKING:
+    from eagle.hidden_states.shards import Sample
+
+NO_COMPRESSION = Compression()
+
+
+@dataclass
+class Batch:
+    """B samples padded on the right to S positions. Padding follows all real rows, so causal attention never sees it.
+
+    ``input_ids`` [B, S] (0 at image tokens and padding); ``image_mask`` [B, S]; ``image_features`` [I, H] of all
+    samples in order; ``hidden`` [B, S, H] true states; ``loss_mask`` [B, S-1] rows in the loss; ``positions`` [3, B, S]
+    M-RoPE positions (0 at padding), None for plain ones. ``noise`` its strength, ``seeds`` one for each sample, and
+    ``lengths`` the rows of each.
+    """
+
+    input_ids: Tensor
+    image_mask: Tensor
+    image_features: Tensor
+    hidden: Tensor
+    loss_mask: Tensor
+    positions: Tensor | None = None
+    noise: float = 0.0
+    seeds: Sequence[int] = ()
+    lengths: Sequence[int] = ()
+
+    @property
+    def inputs(self) -> Tensor:
+        """[B, S, H] the states with noise, generated on their own device, which is faster than sending it to a GPU."""
+        if not self.noise:
+            return self.hidden
+        inputs = self.hidden.clone()
+        for row, (seed, length) in enumerate(zip(self.seeds, self.lengths, strict=True)):
+            inputs[row, :length] = add_noise(self.hidden[row, :length], self.noise, seed)
+        return inputs
+
+    def to(self, device: torch.device | str) -> Batch:
+        return self._with(lambda part: part.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """Moves all tensors to pinned memory; `DataLoader` calls it."""
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {name: change(part) for name, part in parts.items() if isinstance(part, Tensor)}
+        return replace(self, **changed)
+
+
+def draft_loss_mask(loss_mask: Tensor) -> Tensor:
+    """Which rows of a sample are in the loss: ``loss_mask`` [S] of its tokens → [S-1] bool; see the table above.
+
+    >>> draft_loss_mask(torch.tensor([0, 0, 0, 1, 1, 1, 0]).bool()).int().tolist()
+    [0, 0, 1, 1, 0, 0]
+    """
+    following = torch.cat([loss_mask[2:], loss_mask.new_zeros(1)])  # [S-1] m_{t+2}
+    return loss_mask[1:] & following
+
+
+def add_noise(hidden: Tensor, strength: float, seed: int) -> Tensor:
+    """``hidden`` [S, H] + (U - 0.5) * strength * 512 / S, U uniform on [0, 1) (the published recipe). One seed
+    gives the same noise on devices of one kind."""
+    if strength == 0:
+        return hidden
+    generator = torch.Generator(hidden.device).manual_seed(seed)
+    uniform = torch.rand(hidden.shape, generator=generator, device=hidden.device)
+    return (hidden.float() + (uniform - 0.5) * (strength * 512 / hidden.shape[0])).to(hidden.dtype)
+
+
+def compressed(
+    sample: Sample, compression: Compression, position_ids: Tensor | None = None
+) -> tuple[Sample, Tensor | None]:
+    """The sample with the rows that the draft reads when it decodes with this compression; S becomes S'.
+
+    Row t of the draft's input is ``h_t`` with token t+1, and rows are what is merged: row r of the result has the state
+    of its own row t(r) at place r, and the token, or the mean of the image features, at place r+1.
+
+    Args:
+        position_ids: [3, S] M-RoPE positions, or None; a merged row gets the mean of its rows'.
+    """
+    rows = sample.image_mask[1:]  # [S-1] image rows
+    if compression.tokens is None or not rows.any():
+        return sample, position_ids
+    features = sample.hidden.new_zeros(*rows.shape, sample.image_features.shape[1])  # [S-1, H]
+    before = int(sample.image_mask[0])  # the first token is in no row
+    features[rows] = sample.image_features[before:].to(features.dtype)
+    plan = compression.plan(rows, features)
+    if plan is None:
+        return sample, position_ids
+
+    def tokens(values: Tensor) -> Tensor:  # [S, ...] → [S', ...]
+        return torch.cat([values[:1], plan.pick(values[1:])])
+
+    image_mask = tokens(sample.image_mask)
+    merged = plan.mean(features)[image_mask[1:]].to(sample.image_features.dtype)
+    if position_ids is not None:
+        position_ids = torch.cat([plan.mean(position_ids[:, :-1].T).T, position_ids[:, -1:]], dim=1)  # [3, S']
+    shorter = replace(
+        sample,
+        input_ids=tokens(sample.input_ids),
+        loss_mask=tokens(sample.loss_mask),
+        image_mask=image_mask,
+        hidden=torch.cat([plan.pick(sample.hidden[:-1]), sample.hidden[-1:]]),
+        image_features=torch.cat([sample.image_features[:before], merged]),
+    )
+    return shorter, position_ids
+
+
+def collate(
+    samples: Sequence[Sample],
+    vocab_size: int,
+    max_length: int,
+    noise: float = 0.0,
+    seeds: Sequence[int] = (),
+    compression: Compression = NO_COMPRESSION,
+    positions: str = "plain",
+) -> Batch:
+    """Pads samples into a `Batch`. ``noise`` is 0 in validation; ``seeds`` has one for each sample otherwise;
+    ``positions`` is the draft's kind (`DraftOptions`).
+
+    Image rows are merged first, so ``max_length`` counts what is left.
+
+    Raises:
+        UserError: a token id is outside the vocabulary, or M-RoPE positions need grids that the sample does not have.
+    """
+    for sample in samples:
+        check_token_ids(sample, vocab_size)
+    pairs = [
+        compressed(sample, compression, sample_positions(sample) if positions == "mrope" else None)
+        for sample in samples
+    ]
+    lengths = [min(sample.input_ids.shape[0], max_length) for sample, _ in pairs]
+    size, width = (len(samples), max(3, *lengths)), samples[0].hidden.shape[-1]
+    ids, image = torch.zeros(size, dtype=torch.long), torch.zeros(size, dtype=torch.bool)
+    loss_mask = torch.zeros(size[0], size[1] - 1, dtype=torch.bool)
+    hidden = torch.zeros(*size, width, dtype=samples[0].hidden.dtype)
+    kind = torch.long if compression.tokens is None else torch.float32  # merged rows stand at means
+    position_ids = torch.zeros(3, *size, dtype=kind) if positions == "mrope" else None
+    features = []
+    for row, ((sample, own), length) in enumerate(zip(pairs, lengths, strict=True)):
+        mask = sample.image_mask[:length]
+        ids[row, :length] = sample.input_ids[:length].masked_fill(mask, 0)
+        image[row, :length] = mask
+        if length > 1:
+            loss_mask[row, : length - 1] = draft_loss_mask(sample.loss_mask[:length].bool())
+        hidden[row, :length] = sample.hidden[:length]
+        features.append(sample.image_features[: int(mask.sum())])
+        if position_ids is not None and own is not None:
+            position_ids[:, row, :length] = own[:, :length]
+    return Batch(ids, image, torch.cat(features), hidden, loss_mask, position_ids, noise, tuple(seeds), tuple(lengths))
+
+
+def sample_positions(sample: Sample) -> Tensor:
+    """M-RoPE positions [3, S] of a sample, those that the target read it with.
+
+    Raises:
+        UserError: it has image tokens and no grids of its pictures.
+    """
+    images, known = int(sample.image_mask.sum()), int(sample.image_grids.prod(dim=-1).sum())
+    if images != known:
+        raise UserError(
+            f"M-RoPE positions need the grids of the pictures: known are {known} of {images} image tokens",
+            where=f"sample {sample.id}",
+            fix="make the hidden states again with a base of the Qwen2-VL family, or train with plain positions",
+        )
+    return mrope_positions(sample.image_mask, sample.image_grids)
+
+
+def check_token_ids(sample: Sample, vocab_size: int) -> None:
+    """Raises `UserError` if a text token is outside the vocabulary. Shapes are checked where samples are read."""
+    text = sample.input_ids[~sample.image_mask]
+    if text.numel() and (int(text.max()) >= vocab_size or int(text.min()) < 0):
+        raise UserError(
+            f"token ids {int(text.min())}..{int(text.max())} in a vocabulary of {vocab_size}",
+            where=f"sample {sample.id}",
+            fix="is the data made with this base model?",
+        )
