@@ -53,7 +53,9 @@ def table_of(fits: list[Fit]) -> Table:
     """One line for each setting and place: the smallest p-value and the largest distance over all questions."""
     from rich.table import Table
 
-    table = Table("setting", "token", "draws", "total variation", "smallest p", title="sampled tokens against the base model")
+    table = Table(
+        "setting", "token", "draws", "total variation", "smallest p", title="sampled tokens against the base model"
+    )
     for key in dict.fromkeys((fit.setting, fit.where) for fit in fits):
         group = [fit for fit in fits if (fit.setting, fit.where) == key]
         worst, least = max(fit.variation for fit in group), min(fit.p for fit in group)

@@ -27,7 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     add_data_options(parser)
     add_length_option(parser, 128)
-    parser.add_argument("--batch-sizes", type=positive, nargs="+", default=list(SIZES), metavar="B", help="batch sizes to measure (default: 1 2 4 8)")
+    parser.add_argument(
+        "--batch-sizes",
+        type=positive,
+        nargs="+",
+        default=list(SIZES),
+        metavar="B",
+        help="batch sizes to measure (default: 1 2 4 8)",
+    )
     add_report_option(parser)
 
 

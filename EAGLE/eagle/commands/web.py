@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser, required=False)
     add_data_options(parser, required=False)
     add_length_option(parser, default=512)
-    parser.add_argument("--samples", type=positive, default=SAMPLES, help=f"pictures to choose from (default: {SAMPLES})")
+    parser.add_argument(
+        "--samples", type=positive, default=SAMPLES, help=f"pictures to choose from (default: {SAMPLES})"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument(
         "--allow-host", action="append", default=[], metavar="NAME",
