@@ -8,8 +8,8 @@ from typing import Any
 from benchmarks.assistant import assistant_for
 from benchmarks.rounds import Runner
 from benchmarks.spec import Cell, Suite
-from eagle.benchmark import Answer, Work, with_engine, with_prompt_lookup, with_transformers
 from eagle.arguments import tree_limits
+from eagle.benchmark import Answer, Work, with_engine, with_prompt_lookup, with_transformers
 from eagle.decode.msd import MSDModel
 from eagle.decode.tree_config import TreeConfig
 from llava.errors import UserError

@@ -116,16 +116,7 @@ class Soak:
         self.record.cycles += stats.cycles
         self.record.requests += stats.requests
         self.record.cut_trees += stats.cut_trees
-        rows = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
-        return [until_end(row, target.eos_token_ids) for row in rows]
-
-
-def until_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
-    """The tokens up to the first end token, that included: rows of a batch are filled up after it."""
-    for place, token in enumerate(tokens):
-        if token in ends:
-            return tokens[: place + 1]
-    return tokens
+        return output.tokens
 
 
 def make_pools(model: MSDModel, questions: Sequence[Question], long: int) -> dict[str, list[Prompt]]:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from eagle.drafts.config import reject_unknown
 from experiments.random_pair import Shape
 from llava.errors import UserError
 from llava.files import read_json
+from llava.strict import reject_unknown
 
 AXES = ("temperature", "batch", "new_tokens", "context")
 CONTESTANTS = (

@@ -86,7 +86,7 @@ def angles_anew(pair: MSDModel) -> AbstractContextManager[None]:
     """The draft computes its rotary angles in each forward."""
 
     def rope(self: drafter.Drafter, offset: int, count: int) -> tuple[Tensor, Tensor]:
-        start = self._certain[0] + self._shift[0] + offset
+        start = self._lengths[0] + self._shift[0] + offset
         positions = torch.arange(start, start + count, device=self.draft.device).unsqueeze(0)
         angles: tuple[Tensor, Tensor] = self.draft.rotary(positions, self.draft.dtype)
         return angles

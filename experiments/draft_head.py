@@ -23,7 +23,7 @@ from torch import nn
 from eagle.drafts.config import DraftConfig
 from eagle.drafts.msd import DraftModel
 from eagle.provenance import hardware, versions
-from eagle.weight_layout import arrange
+from eagle.weight_layout import to_input_major_layout
 from llava.errors import UserError, run_cli
 from llava.files import atomic_write
 
@@ -41,7 +41,7 @@ def build(options: argparse.Namespace, dtype: torch.dtype) -> tuple[DraftModel, 
             nn.Linear(options.hidden, options.vocabulary, bias=False, dtype=dtype),
         )
     draft.head_tokens = torch.randperm(options.vocabulary)[: options.keep].sort().values
-    arrange(head)  # as a target's
+    to_input_major_layout(head)  # as a target's
     return draft.prepare_for_decoding(head), head
 
 

@@ -16,14 +16,14 @@ from eagle.train.objective import DraftObjective
 def full_logits_loss(
     predicted: Tensor,
     target: Tensor,
-    counts: Tensor,
+    loss_mask: Tensor,
     head: Tensor,
     *,
     hidden_weight: float = 1.0,
     token_weight: float = 0.1,
 ) -> Losses:
-    """As `eagle.train.loss.draft_loss`. ``predicted``, ``target`` [B, R, H]; ``counts`` [B, R]; ``head`` [V, H]."""
-    mask, rows = counts.float(), counts.sum()
+    """As `eagle.train.loss.draft_loss`. ``predicted``, ``target`` [B, R, H]; ``loss_mask`` [B, R]; ``head`` [V, H]."""
+    mask, rows = loss_mask.float(), loss_mask.sum()
     divisor = rows.clamp(min=1)
     hidden = F.smooth_l1_loss(predicted.float(), target.float(), reduction="none").mean(dim=-1)  # [B, R]
     logits = F.linear(predicted.to(head.dtype), head).float()  # [B, R, V]
@@ -34,12 +34,12 @@ def full_logits_loss(
     token = -(wanted * logits.log_softmax(dim=-1)).sum(dim=-1)  # [B, R]
     hidden, token = (hidden * mask).sum() / divisor, (token * mask).sum() / divisor
     total = hidden_weight * hidden + token_weight * token
-    return Losses(total, hidden.detach(), token.detach(), hits[counts].sum(dim=0), rows)
+    return Losses(total, hidden.detach(), token.detach(), hits[loss_mask].sum(dim=0), rows)
 
 
 class FullLogitsObjective(DraftObjective):
     """The objective of training with this loss."""
 
-    def loss(self, predicted: Tensor, target: Tensor, counts: Tensor) -> Losses:
+    def loss(self, predicted: Tensor, target: Tensor, loss_mask: Tensor) -> Losses:
         weights = {"hidden_weight": self.config.hidden_weight, "token_weight": self.config.token_weight}
-        return full_logits_loss(predicted, target, counts, self.head, **weights)
+        return full_logits_loss(predicted, target, loss_mask, self.head, **weights)

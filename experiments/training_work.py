@@ -73,14 +73,14 @@ def head_work(way: str, options: argparse.Namespace) -> Work:
     head = torch.randn(options.vocab, options.hidden, **made).mul_(options.hidden**-0.5)  # [V, H]
     predicted, target = torch.randn(size, **made, requires_grad=True), torch.randn(size, **made)  # [1, R, H]
     first = round(options.positions * (1 - options.answer_share))
-    counts = (torch.arange(options.positions, device=device) >= first)[None]  # [1, R]
+    loss_mask = (torch.arange(options.positions, device=device) >= first)[None]  # [1, R]
 
     def step() -> None:
         predicted.grad = None
         if way == OURS:
-            losses = draft_loss(predicted, target, counts, head, chunk=options.chunk)
+            losses = draft_loss(predicted, target, loss_mask, head, chunk=options.chunk)
         else:
-            losses = full_logits_loss(predicted, target, counts, head)
+            losses = full_logits_loss(predicted, target, loss_mask, head)
         losses.total.backward()
 
     return Work(step, 1, device)

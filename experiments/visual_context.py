@@ -1,4 +1,4 @@
-"""Time of the draft as image tokens grow, with all of their rows and with merged ones; random weights.
+"""Time of the draft as image tokens grow, with all of their rows and with pooled ones; random weights.
 
     python -m experiments.visual_context --out FILE.json
     python -m experiments.visual_context --hidden 3584 --intermediate 18944 --heads 28 --kv-heads 4 --dtype bfloat16
@@ -29,12 +29,12 @@ from eagle.arguments import positive
 from eagle.decode.drafter import Drafter
 from eagle.decode.tree_config import TreeConfig
 from eagle.drafts.checkpoint import load_draft
-from eagle.drafts.compression import MERGES, Compression
+from eagle.drafts.compression import Compression
 from eagle.drafts.config import DraftConfig
 from eagle.drafts.msd import DraftModel
 from eagle.families.base import Prefill
 from eagle.provenance import hardware, versions
-from eagle.weight_layout import arrange
+from eagle.weight_layout import to_input_major_layout
 from llava.errors import run_cli
 from llava.files import atomic_write
 
@@ -59,7 +59,7 @@ def build(options: argparse.Namespace) -> tuple[DraftModel, nn.Linear]:
             draft = DraftModel(config).to(dtype)
     sizes = (draft.config.hidden_size, draft.config.vocab_size)
     head = nn.Linear(*sizes, bias=False, dtype=dtype, device=options.device)
-    arrange(head)  # as a target's
+    to_input_major_layout(head)  # as a target's
     draft.prepare_for_decoding(head)
     return draft, head
 
@@ -108,7 +108,7 @@ def measure(options: argparse.Namespace) -> tuple[DraftModel, list[dict[str, Any
     """One record for each number of image tokens and each way."""
     draft, head = build(options)
     tree = TreeConfig.for_device(draft.device)
-    ways = [Compression(), *(Compression(keep, options.merge) for keep in options.keep)]
+    ways = [Compression(), *(Compression(keep) for keep in options.keep)]
 
     def records() -> Iterator[dict[str, Any]]:
         for image_tokens in options.image_tokens:
@@ -132,7 +132,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--vocabulary", type=positive, default=2048)
     add("--image-tokens", type=positive, nargs="+", default=[64, 256, 576, 1024, 2048, 4096, 8000])
     add("--keep", type=int, nargs="+", default=[0, 32], help="rows kept of the picture, besides all (default: 0 32)")
-    add("--merge", choices=MERGES, default="pool")
     add("--rounds", type=positive, default=7)
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     add("--device", default="cpu")

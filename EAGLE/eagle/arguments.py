@@ -1,4 +1,4 @@
-"""Command-line options that several commands share. Imports neither torch nor transformers, so that parsers are fast."""
+"""Command-line options that several commands share. Does not import torch or transformers."""
 
 from __future__ import annotations
 
@@ -35,9 +35,6 @@ def add_model_options(parser: argparse.ArgumentParser, dtype: str = "auto", requ
         "--draft-image-tokens", metavar="M",
         help="image tokens that the draft reads of each picture, 0 for none or 'all' (default: see the draft's config)",
     )  # fmt: skip
-    parser.add_argument(
-        "--draft-image-merge", choices=("pool", "kmeans"), help="how they are merged (default: see the draft's config)"
-    )
     parser.add_argument(
         "--compile", nargs="?", const="inductor", default=False, metavar="BACKEND",
         help="compile both models with torch.compile (the first answers are slow)",
@@ -85,13 +82,11 @@ def tree_limits(text: str) -> tuple[int, int, int]:
 
 
 def sampling_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments for `MSDModel.generate`. A top-k of 0 means no limit, as in transformers."""
-    if arguments.temperature < 0:
-        raise UserError(f"--temperature {arguments.temperature}", fix="give 0 for greedy decoding, or more")
-    settings: dict[str, Any] = {"temperature": arguments.temperature}
-    if arguments.temperature > 0:
-        settings.update(top_p=arguments.top_p or 1.0, top_k=arguments.top_k or 0, seed=arguments.seed)
-    return settings
+    """Keyword arguments for `MSDModel.generate`. Without a limit the checkpoint's own is not used either."""
+    from eagle.decode.sampling import SamplingSettings
+
+    given = SamplingSettings(arguments.temperature, arguments.top_p or None, arguments.top_k, arguments.seed)
+    return given.for_engine()
 
 
 def use_pocket_defaults(arguments: argparse.Namespace) -> None:

@@ -32,7 +32,6 @@ def load_model(arguments: argparse.Namespace, need_draft: bool = True, dtype: st
         device_map=device_map_for(arguments.device_map),
         attn_implementation=arguments.attn_implementation,
         draft_image_tokens=arguments.draft_image_tokens,
-        draft_image_merge=arguments.draft_image_merge,
         compile=arguments.compile,
         **extra,
     )

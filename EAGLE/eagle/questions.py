@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llava.errors import UserError
 
 if TYPE_CHECKING:
-    from eagle.families import Target
+    pass
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Question:
     images: tuple[Path, ...] = ()
     answer: str = ""
 
-    def inputs(self, target: Target) -> dict[str, Any]:
-        """Model inputs of the question in the target's conversation template."""
+    def inputs(self, target: Any) -> dict[str, Any]:
+        """Model inputs of the question in the conversation template of ``target``, a `Target`."""
         return target.prepare(target.chat_prompt(self.question, num_images=len(self.images)), self.images)
 
 
@@ -34,7 +34,7 @@ class Group:
 
     questions: tuple[Question, ...]
 
-    def inputs(self, target: Target) -> dict[str, Any]:
+    def inputs(self, target: Any) -> dict[str, Any]:
         """Padded model inputs of all of them, [B, S]."""
         prompts = [target.chat_prompt(each.question, num_images=len(each.images)) for each in self.questions]
         return target.prepare(prompts, [image for each in self.questions for image in each.images])

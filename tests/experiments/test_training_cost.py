@@ -26,8 +26,11 @@ HEAD = ["--vocab", "50", "--positions", "12", "--hidden", "8", "--rounds", "2", 
 def test_full_logits_give_the_same_loss_and_gradient():
     torch.manual_seed(0)
     predicted, target, head = torch.randn(2, 9, 8, requires_grad=True), torch.randn(2, 9, 8), torch.randn(30, 8)
-    counts = torch.rand(2, 9) > 0.4
-    ours, full = draft_loss(predicted, target, counts, head, chunk=4), full_logits_loss(predicted, target, counts, head)
+    loss_mask = torch.rand(2, 9) > 0.4
+    ours, full = (
+        draft_loss(predicted, target, loss_mask, head, chunk=4),
+        full_logits_loss(predicted, target, loss_mask, head),
+    )
     torch.testing.assert_close(tuple(full), tuple(ours))
     gradients = [torch.autograd.grad(losses.total, predicted)[0] for losses in (ours, full)]
     torch.testing.assert_close(*gradients)

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from eagle.drafts.config import DraftConfig, reject_unknown
+from eagle.drafts.config import DraftConfig
 from llava.errors import UserError
 from llava.files import read_json
+from llava.strict import reject_unknown
 
 SECTION = "train"
 SECTIONS = (SECTION, "msd")
@@ -92,7 +93,7 @@ def _check_setting(name: str, value: Any, kind: Any, bounds: Mapping[str, Any]) 
         raise UserError(f"training setting {name}={value}", fix=f"give a number {span}")
 
 
-def remembering(draft: DraftConfig, config: TrainConfig) -> DraftConfig:
+def with_draft_settings(draft: DraftConfig, config: TrainConfig) -> DraftConfig:
     """The draft's config with those of the settings that decoding needs too."""
     if config.draft_image_tokens < 0:
         return draft

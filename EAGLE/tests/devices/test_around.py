@@ -14,8 +14,8 @@ from eagle import MSDModel, TreeConfig
 from eagle.conversations import read_conversation
 from eagle.decode.adaptive.cost import describe, measure
 from eagle.exactness import SETTINGS, check_prompt, first_difference, noise_processors, significant
+from eagle.families import template_of
 from eagle.families.template import Prepared
-from eagle.families.templates import template_of
 from eagle.ge_data.extract import source_of
 from eagle.ge_data.reader import Reader
 from eagle.ge_data.regenerate import Regenerator
