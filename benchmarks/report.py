@@ -18,9 +18,8 @@ from rich.table import Table
 
 from benchmarks.rounds import Quiet, Runner, find_quiet
 from benchmarks.spec import Cell, Suite
-from eagle.benchmark import versions
 from eagle.decode.stats import Stats
-from eagle.provenance import hardware
+from eagle.provenance import hardware, versions
 
 SCHEMA = 1
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -25,12 +25,11 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from eagle.benchmark import versions
 from eagle.families import load_target, template_of
 from eagle.ge_data.extract import Extractor, source_of
 from eagle.ge_data.selection import IMAGE, TEXT, Selection
 from eagle.hidden_states.index import ShardInfo
-from eagle.provenance import hardware
+from eagle.provenance import hardware, versions
 from llava.errors import UserError, run_cli
 from llava.files import atomic_write
 

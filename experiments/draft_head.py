@@ -20,10 +20,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from eagle.benchmark import versions
 from eagle.drafts.config import DraftConfig
 from eagle.drafts.msd import DraftModel
-from eagle.provenance import hardware
+from eagle.provenance import hardware, versions
 from eagle.weight_layout import to_input_major_layout
 from llava.errors import UserError, run_cli
 from llava.files import atomic_write

@@ -20,7 +20,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from eagle.commands.bench import tree_bounds
+from eagle.arguments import tree_limits
 from eagle.decode.accept import Accepted
 from eagle.decode.decoder import Decoder, DecodingSettings, Verified
 from eagle.decode.msd import MSDModel
@@ -212,7 +212,13 @@ def parser() -> argparse.ArgumentParser:
     add("--data", type=Path, default=pocket / "data" / "heldout.jsonl", help="question file")
     add("--question", default="h0000", metavar="ID", help="of the question file (default: h0000)")
     add("--cycle", type=int, help="from 1 (default: a typical one)")
-    add("--tree", type=tree_bounds, default=TreeConfig.for_device("cpu"), metavar="D/K/N", help="default: 6/3/12")
+    add(
+        "--tree",
+        type=lambda text: TreeConfig(*tree_limits(text)),
+        default=TreeConfig.for_device("cpu"),
+        metavar="D/K/N",
+        help="default: 6/3/12",
+    )
     add("--max-new-tokens", type=int, default=128)
     add("--out", type=Path, default=OUT, help="the PNG (default: docs/method-tree.png)")
     return made

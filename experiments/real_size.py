@@ -32,15 +32,15 @@ from rich.table import Table
 from transformers import LlavaForConditionalGeneration
 
 from benchmarks.report import commit
-from eagle.arguments import device_map_for, positive
-from eagle.benchmark import versions
+from eagle.arguments import positive
 from eagle.decode.adaptive.cost import measure
 from eagle.decode.adaptive.planner import CostCurve
 from eagle.decode.tree_config import TreeConfig
 from eagle.drafts.msd import DraftModel
 from eagle.families.base import Target
 from eagle.families.llava.target import LlavaTarget
-from eagle.provenance import hardware
+from eagle.loading import device_map_for
+from eagle.provenance import hardware, versions
 from experiments.cost_model import FORMULA, Gpu, Times, break_even, to_depth
 from experiments.random_pair import RandomPrompt, Shape, random_draft, random_target
 from llava.device import dtype_for

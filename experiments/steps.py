@@ -10,11 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from eagle.benchmark import versions
-from eagle.provenance import hardware
-from eagle.train.checkpoint import now, source_commit, write_json
+from eagle.provenance import record
+from eagle.train.checkpoint import write_json
 from llava.errors import UserError
 from llava.files import read_json
 
@@ -26,9 +23,7 @@ TAIL = 12
 
 def about() -> dict[str, Any]:
     """Hardware, versions, date, commit and command line of a measurement."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    made = {"date": now(), "commit": source_commit(), "command": [Path(sys.argv[0]).stem, *sys.argv[1:]]}
-    return {**made, "hardware": hardware(device), "versions": versions()}
+    return record()
 
 
 def told(record: Mapping[str, Any]) -> str:

@@ -4,8 +4,8 @@
     python -m experiments.training_cost --vocab 152064 --positions 2048 --hidden 3584 --rounds 3 --steps 1
 
 The first trains the pocket draft on stored hidden states (of pocket/recipe/train_draft.sh). The second has a random
-head of a real size alone: loss and gradient of one sample, of whose positions --answer-share are in an answer. Both ways
-take turns in one process, so that a slow minute slows both; peak memory is that of a step in a process of its own:
+head of a real size alone: loss and gradient of one sample, of whose positions --answer-share are in an answer. Both
+ways take turns in one process, so that a slow minute slows both; peak memory is that of a step in a process of its own:
 resident memory, or torch.cuda.max_memory_allocated on a GPU. The same loss and gradient come out of both ways
 (tests/experiments/test_training_cost.py).
 """

@@ -26,7 +26,6 @@ from rich.table import Table
 from torch import nn
 
 from eagle.arguments import positive
-from eagle.benchmark import versions
 from eagle.decode.drafter import Drafter
 from eagle.decode.tree_config import TreeConfig
 from eagle.drafts.checkpoint import load_draft
@@ -34,7 +33,7 @@ from eagle.drafts.compression import Compression
 from eagle.drafts.config import DraftConfig
 from eagle.drafts.msd import DraftModel
 from eagle.families.base import Prefill
-from eagle.provenance import hardware
+from eagle.provenance import hardware, versions
 from eagle.weight_layout import to_input_major_layout
 from llava.errors import run_cli
 from llava.files import atomic_write

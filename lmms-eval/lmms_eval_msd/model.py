@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
-from torch import Tensor
 from tqdm import tqdm
 from transformers import StopStringCriteria
 

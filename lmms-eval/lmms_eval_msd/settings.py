@@ -12,8 +12,8 @@ from loguru import logger
 from transformers import GenerationConfig
 
 from eagle import TreeConfig
-from eagle.drafts.checkpoint import HUB_KEYS
 from llava.errors import UserError
+from llava.hub import HUB_KEYS
 
 OWN = (
     "pretrained", "use_msd", "msd_model_path", "msd_baseline", "dtype", "device", "device_map", "batch_size",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from eagle.ge_data.progress import checksum_bar
 from eagle.hidden_states.index import INDEX, PATTERN, Index, ShardInfo, load_index, read_header, sha256
-from eagle.locks import take
+from eagle.locks import lock_folder
 from llava.errors import UserError
 from llava.files import atomic_write, read_json, write_json
 
@@ -73,7 +73,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another run writes here, or the folder cannot be made.
     """
-    with take(folder):
+    with lock_folder(folder):
         for stale in folder.glob(".*.tmp*"):
             stale.unlink(missing_ok=True)
         yield

@@ -10,7 +10,7 @@ from eagle.drafts.msd import DraftModel
 from eagle.families.base_weights import BaseTensors
 from eagle.train.dataset import Batch
 from eagle.train.loss import Losses, draft_loss
-from eagle.train.rollout import ahead, predict_steps, rollout_loss_mask
+from eagle.train.rollout import predict_steps, rollout_loss_mask, shift_left
 from eagle.train.settings import TrainConfig
 from llava.errors import UserError
 
@@ -63,7 +63,7 @@ class DraftObjective(nn.Module):
             self.draft, inputs, self.embeds(batch), batch.image_mask, config.rollout_steps, batch.positions
         )
         for step, predicted in steps:
-            target = ahead(batch.hidden, step, predicted.shape[1])
+            target = shift_left(batch.hidden, step, predicted.shape[1])
             losses = self.loss(predicted, target, rollout_loss_mask(batch.loss_mask, step))
             parts.append((config.rollout_decay ** (step - 1), losses))
         total = torch.stack([weight * losses.total for weight, losses in parts]).sum()

@@ -18,7 +18,7 @@ from eagle.train.dataset import Batch
 from eagle.train.engine import Engine
 from eagle.train.loss import TOP, best_tokens
 from eagle.train.objective import DraftObjective
-from eagle.train.rollout import ahead, predict_steps, rollout_loss_mask
+from eagle.train.rollout import predict_steps, rollout_loss_mask, shift_left
 
 
 class Acceptance(NamedTuple):
@@ -43,7 +43,7 @@ def accepted_lengths(predictions: Iterable[tuple[int, Tensor]], greedy: Tensor, 
     reached, matched = [], []
     for step, tokens in predictions:
         tried = going & rollout_loss_mask(loss_mask, step)
-        going = tried & (tokens == ahead(greedy, step - 1, greedy.shape[1]))
+        going = tried & (tokens == shift_left(greedy, step - 1, greedy.shape[1]))
         accepted += going
         reached.append(tried.sum())
         matched.append(going.sum())

@@ -9,7 +9,7 @@ from train_support import make_objective, make_sample
 from eagle.drafts.compression import Compression
 from eagle.hidden_states.shards import Sample
 from eagle.train.dataset import add_noise, collate, draft_loss_mask
-from eagle.train.rollout import ahead, predict_steps, rollout_loss_mask, rollout_mask
+from eagle.train.rollout import predict_steps, rollout_loss_mask, rollout_mask, shift_left
 from llava.errors import UserError
 
 
@@ -27,9 +27,9 @@ def test_rows_pair_states_with_next_tokens_features_and_targets():
     rows = batch.loss_mask.shape[1]
     assert rows == 8
     assert batch.inputs[0, :rows, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]  # h_t
-    assert ahead(embeds, 1, rows)[0, :, 0].tolist() == [100, 101, 13, 102, 15, 16, 17, 18]  # x_{t+1}
-    assert ahead(batch.image_mask, 1, rows)[0].int().tolist() == [1, 1, 0, 1, 0, 0, 0, 0]
-    assert ahead(batch.hidden, 1, rows)[0, :, 0].tolist() == [1, 2, 3, 4, 5, 6, 7, 8]  # h_{t+1}
+    assert shift_left(embeds, 1, rows)[0, :, 0].tolist() == [100, 101, 13, 102, 15, 16, 17, 18]  # x_{t+1}
+    assert shift_left(batch.image_mask, 1, rows)[0].int().tolist() == [1, 1, 0, 1, 0, 0, 0, 0]
+    assert shift_left(batch.hidden, 1, rows)[0, :, 0].tolist() == [1, 2, 3, 4, 5, 6, 7, 8]  # h_{t+1}
     # The answer is x_5 x_6 x_7; row 4 reads x_5 and predicts x_6, row 5 reads x_6 and predicts x_7.
     assert batch.loss_mask[0].int().tolist() == [0, 0, 0, 0, 1, 1, 0, 0]
 
@@ -76,8 +76,8 @@ def test_merged_rows_keep_states_tokens_and_targets_aligned():
         embeds = batch.input_ids.float()[..., None].masked_scatter(batch.image_mask[..., None], batch.image_features)
         rows = batch.loss_mask.shape[1]
         assert batch.inputs[0, :rows, 0].tolist() == states
-        assert ahead(embeds, 1, rows)[0, :, 0].tolist() == following
-        assert ahead(batch.image_mask, 1, rows)[0].int().tolist() == images
+        assert shift_left(embeds, 1, rows)[0, :, 0].tolist() == following
+        assert shift_left(batch.image_mask, 1, rows)[0].int().tolist() == images
         counted = batch.loss_mask[0].nonzero().flatten().tolist()
         assert [states[row] for row in counted] == [4, 5]  # as without merging, and each with its own target:
         assert [batch.hidden[0, row + 1, 0].item() for row in counted] == [5, 6]
