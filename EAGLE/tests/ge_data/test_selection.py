@@ -1,4 +1,4 @@
-"""Missing pictures: reported before the model is loaded, repaired by --again, and no reason to skip if the disk fails."""
+"""Missing pictures: reported before the model is loaded, repaired by --again, no reason to skip if the disk fails."""
 
 from __future__ import annotations
 
