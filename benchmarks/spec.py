@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.random_pair import Shape
 from eagle.drafts.config import reject_unknown
-from experiments.random_pair import Shape
 from llava.errors import UserError
 from llava.files import read_json
 
