@@ -4,8 +4,8 @@
 
 Six kinds of request take turns: text, one picture, several pictures, a long prompt, sampling, and a batch. Each draws
 from a fixed pool of prompts, whose plain greedy answers are made first. Resident memory is read after each request; its
-slope is the least-squares line over the requests after the warm-up. The report and a plot beside it are written anew
-every ``--every`` requests, so that a run that is stopped leaves what it has measured. Status 1: an answer differs, or
+slope is the least-squares line over the requests after the warm-up. The report and a plot beside it are rewritten every
+``--every`` requests, so an interrupted run leaves what it has measured. Status 1: an answer differs, or
 memory grows faster than ``--max-slope``.
 """
 
@@ -28,7 +28,7 @@ import torch
 from rich.progress import track
 
 from eagle.arguments import add_data_options, add_length_option, add_model_options, load_model, positive
-from eagle.benchmark import versions
+from eagle.benchmark import new_tokens, versions
 from eagle.commands.demo import use_pocket_defaults
 from eagle.decode.msd import MSDModel
 from eagle.provenance import hardware
@@ -55,7 +55,7 @@ class Prompt:
 @dataclass
 class Record:
     """What was measured. ``rss``: resident bytes after each request; ``differing``: requests whose greedy answer was
-    not the plain one."""
+    different from the plain one."""
 
     rss: list[int] = field(default_factory=list)
     kinds: Counter[str] = field(default_factory=Counter)
@@ -111,16 +111,7 @@ class Soak:
         self.record.cycles += stats.cycles
         self.record.requests += stats.requests
         self.record.cut_trees += stats.cut_trees
-        rows = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
-        return [until_end(row, target.eos_token_ids) for row in rows]
-
-
-def until_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
-    """The tokens up to the first end token, that included: rows of a batch are filled up after it."""
-    for place, token in enumerate(tokens):
-        if token in ends:
-            return tokens[: place + 1]
-    return tokens
+        return new_tokens(output.sequences, inputs["input_ids"].shape[1], target.eos_token_ids)
 
 
 def make_pools(model: MSDModel, questions: Sequence[Question], long: int) -> dict[str, list[Prompt]]:
