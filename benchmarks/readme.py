@@ -161,7 +161,7 @@ def caption(report: Mapping[str, Any], cells: Sequence[Cell]) -> str:
     return (
         f"{report['date'][:10]}, {device}, torch {versions['torch']}, transformers {versions['transformers']}"
         f"{everyone}; {settings['rounds']} interleaved rounds of {max(cell['questions'] for cell in cells)} held-out "
-        f"questions, up to {max(cell['new_tokens'] for cell in cells)} tokens; medians. Speed-up is over the "
+        f"questions, up to {max(cell['new_tokens'] for cell in cells)} new tokens; medians. Speed-up is over the "
         f"strongest plain decoding of the same run, of the whole request with its picture and prompt.{noisy}"
     )
 

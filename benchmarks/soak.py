@@ -12,7 +12,6 @@ memory grows faster than ``--max-slope``.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import time
@@ -28,13 +27,13 @@ import torch
 from rich.progress import track
 
 from eagle.arguments import add_data_options, add_length_option, add_model_options, load_model, positive
-from eagle.benchmark import new_tokens, versions
+from eagle.benchmark import versions
 from eagle.commands.demo import use_pocket_defaults
 from eagle.decode.msd import MSDModel
 from eagle.provenance import hardware
 from eagle.questions import Question, read_questions
 from llava.errors import UserError, run_cli
-from llava.files import atomic_write
+from llava.files import atomic_write, write_json
 
 KINDS = ("text", "picture", "pictures", "long", "sampled", "batch")
 MIB = 2**20
@@ -111,7 +110,7 @@ class Soak:
         self.record.cycles += stats.cycles
         self.record.requests += stats.requests
         self.record.cut_trees += stats.cut_trees
-        return new_tokens(output.sequences, inputs["input_ids"].shape[1], target.eos_token_ids)
+        return output.tokens
 
 
 def make_pools(model: MSDModel, questions: Sequence[Question], long: int) -> dict[str, list[Prompt]]:
@@ -183,8 +182,7 @@ def write(found: dict[str, Any], out: Path) -> None:
     """The report, and the plot of its memory beside it."""
     from matplotlib.figure import Figure
 
-    with atomic_write(out) as temporary:
-        temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_json(out, found, indent=1)
     line, rss = found["slope"], found["rss_mib"]
     figure = Figure(figsize=(8, 4))
     axes = figure.add_subplot()

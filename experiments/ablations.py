@@ -35,9 +35,9 @@ from eagle.decode.stats import Stats
 from eagle.decode.tree import DraftTree
 from eagle.drafts.msd import DraftModel
 from eagle.questions import read_questions
-from eagle.train.checkpoint import write_json
 from experiments.common import caption, parser, run_record
 from llava.errors import UserError, run_cli
+from llava.files import write_json
 
 AS_IT_IS = "as it is"
 TOLERANCE = 0.15  # a round that deviates more from the median is noisy
@@ -88,7 +88,7 @@ def angles_recomputed(pair: MSDModel) -> AbstractContextManager[None]:
     """The draft computes its rotary angles in each forward."""
 
     def rope(self: drafter.Drafter, offset: int, count: int) -> tuple[Tensor, Tensor]:
-        start = self._certain[0] + self._shift[0] + offset
+        start = self._lengths[0] + self._shift[0] + offset
         positions = torch.arange(start, start + count, device=self.draft.device).unsqueeze(0)
         angles: tuple[Tensor, Tensor] = self.draft.rotary(positions, self.draft.dtype)
         return angles

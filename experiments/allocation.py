@@ -28,9 +28,9 @@ from eagle.families.templates import template_of
 from eagle.ge_data.extract import Extractor, source_of
 from eagle.ge_data.selection import IMAGE, TEXT, Selection
 from eagle.hidden_states.index import ShardInfo
-from eagle.train.checkpoint import write_json
 from experiments.common import parser, run_record
 from llava.errors import UserError, run_cli
+from llava.files import write_json
 
 ONE, BATCHED = "one at a time", "batches by length"
 

@@ -20,10 +20,10 @@ from torch import nn
 
 from eagle.drafts.config import DraftConfig
 from eagle.drafts.msd import DraftModel
-from eagle.train.checkpoint import write_json
-from eagle.weight_layout import arrange
+from eagle.weight_layout import to_input_major_layout
 from experiments.common import parser, run_record
 from llava.errors import UserError, run_cli
+from llava.files import write_json
 
 HEAD_DIM, GROUP, FEED_FORWARD = 128, 7, 18944 / 3584  # of Qwen2-VL-7B: sizes that follow from the hidden size
 WIDTH = 10  # frontier nodes of a step
@@ -42,7 +42,7 @@ def build(options: argparse.Namespace) -> tuple[DraftModel, nn.Linear]:
         draft = DraftModel(config).to(dtype)
         head = nn.Linear(options.hidden, options.vocabulary, bias=False, dtype=dtype)
     draft.head_tokens = torch.randperm(options.vocabulary)[: options.keep].sort().values
-    arrange(head)  # as a target's
+    to_input_major_layout(head)  # as a target's
     return draft.prepare_for_decoding(head), head
 
 

@@ -22,9 +22,9 @@ from matplotlib.figure import Figure
 
 from eagle.commands.bench import tree_bounds
 from eagle.decode.accept import Accepted
-from eagle.decode.decoder import Decoder
+from eagle.decode.decoder import Decoder, DecodingSettings, Verified
 from eagle.decode.msd import MSDModel
-from eagle.decode.sampling import TokenChooser
+from eagle.decode.sampling import Sampler
 from eagle.decode.stopping import Stopper
 from eagle.decode.tree import DraftTree
 from eagle.decode.tree_config import TreeConfig
@@ -55,16 +55,16 @@ class Cycle(NamedTuple):
 
 
 class RecordingDecoder(Decoder):
-    """The decode loop as it is, whose cycles are kept."""
+    """The decode loop, recording its cycles."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.cycles: list[Cycle] = []
 
-    def accept(self, trees: list[DraftTree], hidden: torch.Tensor, logits: torch.Tensor) -> list[Accepted]:
+    def accept(self, verified: Verified) -> list[Accepted]:
         """The base's, of the only sequence."""
-        accepted = super().accept(trees, hidden, logits)
-        self.cycles.append(Cycle(trees[0], accepted[0], self.active[0].tokens[:-1]))
+        accepted = super().accept(verified)
+        self.cycles.append(Cycle(verified.drafted.trees[0], accepted[0], self.active[0].tokens[:-1]))
         return accepted
 
 
@@ -76,9 +76,11 @@ def record(msd: MSDModel, question: Question, tree: TreeConfig, max_new_tokens: 
         model: Any, input_ids: torch.Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any,
         **inputs: Any,
     ) -> torch.Tensor:  # fmt: skip
-        chooser, stopper = TokenChooser(logits_processor, False), Stopper(stopping_criteria, input_ids.shape[1])
+        sampler, stopper = Sampler(logits_processor, False), Stopper(stopping_criteria, input_ids.shape[1])
         decoders.append(
-            RecordingDecoder(msd.target, msd.draft, {"input_ids": input_ids, **inputs}, chooser, stopper, tree)
+            RecordingDecoder(
+                msd.target, msd.draft, {"input_ids": input_ids, **inputs}, DecodingSettings(sampler, stopper, tree)
+            )
         )
         with torch.inference_mode():
             decoders[0].run()

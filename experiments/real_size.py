@@ -47,11 +47,10 @@ from eagle.decode.tree_config import TreeConfig
 from eagle.drafts.msd import DraftModel
 from eagle.families.base import Target
 from eagle.families.llava.target import LlavaTarget
-from eagle.train.checkpoint import write_json
 from experiments.common import parser, run_record
 from llava.device import dtype_for
 from llava.errors import UserError, run_cli
-from llava.files import read_json
+from llava.files import read_json, write_json
 
 SHAPES = {
     "7b": ("LLaVA-1.5-7B", Shape(4096, 32, 32, 11_008, 32_000, 4096, (24, 1024), 336)),

@@ -20,12 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from eagle.train.checkpoint import write_json
 from eagle.train.curriculum import IMAGE
 from experiments.common import caption, run_record
 from experiments.training_study import bench, chain_tau
 from llava.errors import UserError, run_cli
-from llava.files import atomic_write, read_json
+from llava.files import atomic_write, read_json, write_json
 
 SERVED = {"chain": "tau_chain", "tree": "tau_tree"}
 

@@ -31,7 +31,6 @@ from eagle.arguments import positive
 from eagle.drafts.msd import DraftModel
 from eagle.families.base_weights import load_base_tensors
 from eagle.hidden_states.shards import ShardDataset
-from eagle.train.checkpoint import write_json
 from eagle.train.curriculum import IMAGE, TEXT
 from eagle.train.dataset import collate
 from eagle.train.engine import PlainEngine, read_deepspeed_config
@@ -41,6 +40,7 @@ from eagle.train.schedule import BatchSizes
 from eagle.train.settings import read_config
 from experiments.common import caption, environment, parser, run_record
 from llava.errors import UserError, run_cli
+from llava.files import write_json
 
 OURS, FULL = "masked, in chunks", "full logits"
 WAYS = (OURS, FULL)

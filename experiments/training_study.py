@@ -29,7 +29,6 @@ from typing import Any
 from eagle.hidden_states.index import INDEX
 from eagle.hidden_states.shards import ShardDataset
 from eagle.questions import read_questions
-from eagle.train.checkpoint import write_json
 from eagle.train.curriculum import IMAGE, TEXT
 from eagle.train.engine import read_deepspeed_config
 from eagle.train.schedule import BatchSizes
@@ -37,7 +36,7 @@ from eagle.train.settings import TrainConfig, find_config
 from eagle.train.trainer import TrainingData
 from experiments.common import REPO, caption, environment, run_record
 from llava.errors import UserError, run_cli
-from llava.files import atomic_write, read_json
+from llava.files import atomic_write, read_json, write_json
 
 DEEPSPEED = "pocket_ds_config.json"  # batch sizes, precision
 HELDOUT = Path("pocket/data/heldout.jsonl")

@@ -1,4 +1,4 @@
-"""Time of the draft as image tokens grow, with all of their rows and with merged ones.
+"""Time of the draft as image tokens grow, with all of their rows and with pooled ones.
 
     python -m experiments.visual_context --out FILE.json
     python -m experiments.visual_context --draft pocket/qwen2vl-msd
@@ -29,10 +29,10 @@ from eagle.drafts.checkpoint import load_draft
 from eagle.drafts.compression import Compression
 from eagle.drafts.msd import DraftModel
 from eagle.families.base import Prefill
-from eagle.train.checkpoint import write_json
-from eagle.weight_layout import arrange
+from eagle.weight_layout import to_input_major_layout
 from experiments.common import parser, run_record
 from llava.errors import run_cli
+from llava.files import write_json
 
 TEXT = 32
 """Text tokens of the prompt before the picture, and again after it."""
@@ -46,7 +46,7 @@ def build(options: argparse.Namespace) -> tuple[DraftModel, nn.Linear]:
     draft = load_draft(options.draft, dtype=dtype, device=options.device)
     sizes = (draft.config.hidden_size, draft.config.vocab_size)
     head = nn.Linear(*sizes, bias=False, dtype=dtype, device=options.device)
-    arrange(head)  # as a target's
+    to_input_major_layout(head)  # as a target's
     draft.prepare_for_decoding(head)
     return draft, head
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eagle.doctor.memory import POSITIONS
-from eagle.doctor.published import footprint
+from eagle.doctor.memory import POSITIONS, PUBLISHED
 from eagle.drafts.config import DraftConfig
 from eagle.drafts.msd import DraftModel
 from eagle.families.templates import FAMILIES
@@ -40,7 +39,7 @@ def shipped(name: str) -> dict:
 
 def column(name: str) -> dict[str, str]:
     """The table's column of a model."""
-    given, settings, sizes = shipped(name), exports()[name], footprint(name)
+    given, settings, sizes = shipped(name), exports()[name], PUBLISHED[name]
     train = TrainConfig(**given.pop("train"))
     with torch.device("meta"):
         draft = DraftModel(DraftConfig.from_dict(given))

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from eagle.decode.msd import MSDModel
+from eagle.decode.sampling import SamplingSettings
 from eagle.decode.tree_config import TreeConfig
-from eagle.drafts.compression import MERGES
 from llava.errors import UserError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -37,9 +37,6 @@ def add_model_options(parser: argparse.ArgumentParser, dtype: str = "auto", requ
         "--draft-image-tokens", metavar="M",
         help="rows that the draft reads of each picture, 0 for none or 'all' (default: as the draft's config says)",
     )  # fmt: skip
-    parser.add_argument(
-        "--draft-image-merge", choices=MERGES, help="how they are merged (default: as the draft's config says)"
-    )
     parser.add_argument(
         "--compile", nargs="?", const="inductor", default=False, metavar="BACKEND",
         help="compile the models' parts of a cycle (torch.compile; the first answers are slow)",
@@ -72,13 +69,9 @@ def positive(text: str) -> int:
 
 
 def sampling_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments for `MSDModel.generate`. Top-k 0 means no limit, as in transformers."""
-    if arguments.temperature < 0:
-        raise UserError(f"--temperature {arguments.temperature}", fix="give 0 for greedy decoding, or more")
-    settings: dict[str, Any] = {"temperature": arguments.temperature}
-    if arguments.temperature > 0:
-        settings.update(top_p=arguments.top_p or 1.0, top_k=arguments.top_k or 0, seed=arguments.seed)
-    return settings
+    """Keyword arguments for `MSDModel.generate`. Without a limit the checkpoint's own is not used either."""
+    given = SamplingSettings(arguments.temperature, arguments.top_p or None, arguments.top_k, arguments.seed)
+    return given.for_engine()
 
 
 def tree_from(arguments: argparse.Namespace, device: torch.device) -> TreeConfig:
@@ -103,7 +96,6 @@ def load_model(arguments: argparse.Namespace, need_draft: bool = True, dtype: st
         device_map=device_map_for(arguments.device_map),
         attn_implementation=arguments.attn_implementation,
         draft_image_tokens=arguments.draft_image_tokens,
-        draft_image_merge=arguments.draft_image_merge,
         compile=arguments.compile,
         **extra,
     )

@@ -98,8 +98,7 @@ def with_engine(
     def answer(work: Work) -> Answer:
         inputs = work.inputs(model.target)
         output = model.generate(**inputs, use_msd=use_msd, tree=tree, **settings)
-        prompt = inputs["input_ids"].shape[1]
-        return Answer(output.stats, new_tokens(output.sequences, prompt, model.target.eos_token_ids))
+        return Answer(output.stats, output.tokens)
 
     return answer
 

@@ -21,10 +21,10 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
 from eagle.decode.accept import accepted_nodes
-from eagle.decode.decoder import Decoder
+from eagle.decode.decoder import Decoder, DecodingSettings
 from eagle.decode.msd import MSDModel
 from eagle.decode.noise import gumbel
-from eagle.decode.sampling import TokenChooser
+from eagle.decode.sampling import Sampler
 from eagle.decode.stopping import Stopper
 from eagle.decode.tree import DraftTree
 from eagle.decode.tree_config import TreeConfig
@@ -79,28 +79,27 @@ class Fit:
     p: float
 
 
-class Recorder(TokenChooser):
+class Recorder(Sampler):
     """A greedy choice that keeps the logits [N, V] it was made from."""
 
     def __init__(self) -> None:
         super().__init__(LogitsProcessorList(), do_sample=False)
         self.seen: list[Tensor] = []
 
-    def choose(self, logits: Tensor, prefix: Tensor, noise: Tensor | None = None) -> Tensor:
+    def sample(self, logits: Tensor, prefix: Tensor, noise: Tensor | None = None) -> Tensor:
         self.seen.append(logits.float())
-        return super().choose(logits, prefix, noise)
+        return super().sample(logits, prefix, noise)
 
 
 @torch.inference_mode()
 def first_cycle(model: MSDModel, inputs: Mapping[str, Any], tree: TreeConfig) -> tuple[Tensor, DraftTree, Tensor]:
     """The target's logits [1, V] for the first token, the engine's first tree, and the logits [N, V] at its nodes."""
-    chooser, stopper = Recorder(), Stopper([], inputs["input_ids"].shape[1])
+    sampler, stopper = Recorder(), Stopper([], inputs["input_ids"].shape[1])
     stopper.max_new_tokens = tree.depth + 3
-    decoder = Decoder(model.target, model.draft, dict(inputs), chooser, stopper, tree)
+    decoder = Decoder(model.target, model.draft, dict(inputs), DecodingSettings(sampler, stopper, tree))
     decoder.prefill()
-    trees = decoder.draft()
-    _, logits = decoder.verify(trees)
-    return chooser.seen[0], trees[0], logits[0].float()
+    verified = decoder.verify(decoder.draft())
+    return sampler.seen[0], verified.drafted.trees[0], verified.logits[0].float()
 
 
 def noises(places: int, logits: Tensor, draws: int, seed: int) -> Iterator[Tensor]:
@@ -111,7 +110,7 @@ def noises(places: int, logits: Tensor, draws: int, seed: int) -> Iterator[Tenso
         yield gumbel([min(part, draws - start), places, logits.shape[-1]], generator, logits.device)
 
 
-def choices(tree: DraftTree, scores: Tensor, chooser: TokenChooser, noise: Tensor) -> Tensor:
+def choices(tree: DraftTree, scores: Tensor, sampler: Sampler, noise: Tensor) -> Tensor:
     """[draws, N] the target's choice at each node that a draw comes to, with the draw's own noise for the node's place;
     -1 at the others, which no draw accepts.
 
@@ -129,7 +128,7 @@ def choices(tree: DraftTree, scores: Tensor, chooser: TokenChooser, noise: Tenso
         own = noise[:, depth].index_select(0, here.to(noise.device))  # [n, V]
         if few:
             own = own.index_select(1, possible)
-        picked = chooser.pick(scores[node], own)
+        picked = sampler.select(scores[node], own)
         chosen[here, node] = possible[picked] if few else picked
     return chosen
 
@@ -219,18 +218,18 @@ def check_prompt(
     """All settings on one prompt."""
     first, drafted, logits = first_cycle(model, inputs, tree)
     prefix = torch.zeros(1, 1, dtype=torch.long, device=logits.device)
-    choosers = {name: TokenChooser(processors_of(setting), True) for name, setting in settings.items()}
-    scores = {name: chooser.scores(torch.cat([first, logits]), prefix) for name, chooser in choosers.items()}
+    samplers = {name: Sampler(processors_of(setting), True) for name, setting in settings.items()}
+    scores = {name: sampler.scores(torch.cat([first, logits]), prefix) for name, sampler in samplers.items()}
     firsts = {name: torch.zeros_like(first[0], dtype=torch.long) for name in settings}
     counts = {name: torch.zeros_like(logits, dtype=torch.long) for name in settings}
     for noise in noises(int(drafted.depths.max()) + 2, logits, draws, seed):
-        for name, chooser in choosers.items():
-            tokens = chooser.pick(scores[name][:1], noise[:, :1])[:, 0]
+        for name, sampler in samplers.items():
+            tokens = sampler.select(scores[name][:1], noise[:, :1])[:, 0]
             firsts[name] += tokens.bincount(minlength=first.shape[-1])
-            chosen = choices(drafted, scores[name][1:], chooser, noise[:, 1:])
+            chosen = choices(drafted, scores[name][1:], sampler, noise[:, 1:])
             counts[name] += tally(drafted, chosen, first.shape[-1])
     fits = []
-    for name, chooser in choosers.items():
-        fits.append(fit_of(name, FIRST, [(firsts[name], distribution(first, chooser.processors)[0])]))
-        fits += compare(drafted, logits, counts[name], chooser.processors, name)
+    for name, sampler in samplers.items():
+        fits.append(fit_of(name, FIRST, [(firsts[name], distribution(first, sampler.processors)[0])]))
+        fits += compare(drafted, logits, counts[name], sampler.processors, name)
     return fits

@@ -20,14 +20,14 @@ BLOCK = 256
 """Rows of a cache on an accelerator are a multiple of this."""
 
 
-class Store(NamedTuple):
+class CacheStorage(NamedTuple):
     """All layers of one device: ``keys``, ``values`` [layers, B, heads, capacity, head_dim]."""
 
     keys: Tensor
     values: Tensor
 
 
-class Slots:
+class RowIndices:
     """Where the next rows of each sequence go; the same for all layers, so computed once a forward."""
 
     def __init__(self) -> None:
@@ -44,14 +44,14 @@ class Slots:
         return self._places
 
 
-class SlotLayer(CacheLayerMixin):
+class CacheLayer(CacheLayerMixin):
     """One layer's window on the shared storage. ``store_k``, ``store_v`` [B, heads, capacity, head_dim]; ``lengths``
     rows in use of each sequence."""
 
     is_sliding = False
     is_compileable = False
 
-    def __init__(self, store_k: Tensor, store_v: Tensor, lengths: Sequence[int], slots: Slots) -> None:
+    def __init__(self, store_k: Tensor, store_v: Tensor, lengths: Sequence[int], slots: RowIndices) -> None:
         super().__init__()
         self.store_k, self.store_v, self.lengths, self._slots = store_k, store_v, list(lengths), slots
         self.is_initialized = True
@@ -98,13 +98,13 @@ class KVCache(Cache):
         lengths: rows in use of each sequence.
     """
 
-    def __init__(self, stores: Mapping[Any, Store], devices: Sequence[Hashable], lengths: Sequence[int]) -> None:
+    def __init__(self, stores: Mapping[Any, CacheStorage], devices: Sequence[Hashable], lengths: Sequence[int]) -> None:
         self._stores, self._devices = stores, list(devices)
-        windows: dict[int, SlotLayer] = {}
+        windows: dict[int, CacheLayer] = {}
         for device, (keys, values) in stores.items():
-            slots = Slots()
+            slots = RowIndices()
             layers = [index for index, where in enumerate(devices) if where == device]
-            windows.update({index: SlotLayer(keys[i], values[i], lengths, slots) for i, index in enumerate(layers)})
+            windows.update({index: CacheLayer(keys[i], values[i], lengths, slots) for i, index in enumerate(layers)})
         super().__init__(layers=[windows[index] for index in range(len(devices))])
         self.capacity = next(iter(stores.values())).keys.shape[3]
 
@@ -127,7 +127,7 @@ class KVCache(Cache):
                 capacity = -(-capacity // BLOCK) * BLOCK
             layers = sum(where == device for where in devices)
             shape = (layers, batch, heads, capacity, head_dim)
-            stores[device] = Store(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
+            stores[device] = CacheStorage(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
         return cls(stores, devices, [0] * batch)
 
     @property
@@ -163,7 +163,9 @@ class KVCache(Cache):
 
     def sequence(self, row: int) -> KVCache:
         """One sequence as a cache of its own, on the same storage; its lengths do not come back by themselves."""
-        stores = {device: Store(*(part[:, row : row + 1] for part in store)) for device, store in self._stores.items()}
+        stores = {
+            device: CacheStorage(*(part[:, row : row + 1] for part in store)) for device, store in self._stores.items()
+        }
         return KVCache(stores, self._devices, self.lengths[row : row + 1])
 
     def select(self, rows: Sequence[int]) -> KVCache:
@@ -176,5 +178,7 @@ class KVCache(Cache):
             for place, row in enumerate(kept):
                 if place != row:
                     store[:, place, :, : self.lengths[row]] = store[:, row, :, : self.lengths[row]]
-        stores = {device: Store(*(part[:, : len(kept)] for part in store)) for device, store in self._stores.items()}
+        stores = {
+            device: CacheStorage(*(part[:, : len(kept)] for part in store)) for device, store in self._stores.items()
+        }
         return KVCache(stores, self._devices, [self.lengths[row] for row in kept])

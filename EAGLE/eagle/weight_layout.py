@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 
-def arranged(weight: Tensor) -> Tensor:
+def input_major(weight: Tensor) -> Tensor:
     """``weight`` [out, in], the same values: input-major, with strides (1, out), where products gain by it, else as it
     is."""
     if weight.device.type == "cpu" and weight.dtype == torch.float32:
@@ -23,7 +23,7 @@ def arranged(weight: Tensor) -> Tensor:
     return weight
 
 
-def arrange(model: nn.Module, skip: Iterable[Tensor] = ()) -> None:
+def to_input_major_layout(model: nn.Module, skip: Iterable[Tensor] = ()) -> None:
     """Arranges the weights of all plain linear layers of ``model``, one after the other, so that memory for one of them
     is enough.
 
@@ -33,4 +33,4 @@ def arrange(model: nn.Module, skip: Iterable[Tensor] = ()) -> None:
     kept = {id(weight) for weight in skip}
     for layer in model.modules():
         if type(layer) is nn.Linear and id(layer.weight) not in kept:
-            layer.weight.data = arranged(layer.weight.data)
+            layer.weight.data = input_major(layer.weight.data)

@@ -12,7 +12,7 @@ from torch import nn
 
 from eagle import MSDModel
 from eagle.families import load_target
-from eagle.weight_layout import arrange, arranged
+from eagle.weight_layout import input_major, to_input_major_layout
 
 
 class Quantised(nn.Linear):
@@ -21,7 +21,7 @@ class Quantised(nn.Linear):
 
 def test_the_weights_of_one_input_lie_side_by_side() -> None:
     weight = torch.arange(6.0).reshape(2, 3)
-    laid = arranged(weight)
+    laid = input_major(weight)
     assert torch.equal(laid, weight)
     assert laid.stride() == (1, 2)
 
@@ -29,18 +29,18 @@ def test_the_weights_of_one_input_lie_side_by_side() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_kinds_of_numbers_stay(dtype: torch.dtype) -> None:
     weight = torch.ones(2, 3, dtype=dtype)
-    assert arranged(weight) is weight
+    assert input_major(weight) is weight
 
 
 def test_weights_that_are_elsewhere_stay() -> None:
     weight = torch.ones(2, 3, device="meta")
-    assert arranged(weight) is weight
+    assert input_major(weight) is weight
 
 
 def test_an_embedding_that_is_the_head_and_layers_of_other_classes_stay() -> None:
     embedding, head, other, plain = nn.Embedding(5, 4), nn.Linear(4, 5), Quantised(4, 5), nn.Linear(4, 5)
     head.weight = embedding.weight
-    arrange(nn.ModuleList([embedding, head, other, plain]), skip=[embedding.weight])
+    to_input_major_layout(nn.ModuleList([embedding, head, other, plain]), skip=[embedding.weight])
     assert all(layer.weight.is_contiguous() for layer in (embedding, head, other))
     assert plain.weight.stride() == (1, 5)
 

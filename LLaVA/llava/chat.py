@@ -1,9 +1,9 @@
-"""Talk with LLaVA-1.5 about pictures in the terminal.
+"""Chat with LLaVA-1.5 about pictures in the terminal.
 
     python -m llava.chat --model-path liuhaotian/llava-v1.5-7b --image-file cat.jpg
     python -m llava.chat --model-path FOLDER --image-file cat.jpg --prompt "What is this?"
 
-Reads one question a line from stdin, keeps the conversation, and streams each answer to stdout. Ctrl-D ends it.
+Reads one question per line from stdin, keeps the conversation, and streams each answer to stdout. Ctrl-D ends it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .processor import LlavaProcessor
 
 
 class Chat:
-    """One conversation: pictures that belong to its first question, and the turns so far."""
+    """One conversation: the pictures of its first question, and the turns so far."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Chat:
         self.history: list[tuple[str, str]] = []
 
     def ask(self, question: str) -> str:
-        """Streams the answer to stdout and returns it; both become part of the conversation."""
+        """Streams the answer to stdout, adds the turn to the history and returns the answer."""
         if not self.history and self.images:
             marks = f"{self.processor.image_token}\n" * len(self.images)
             question = question if self.processor.image_token in question else marks + question
@@ -73,8 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = _device(options.device)
     if options.seed is not None:
         torch.manual_seed(options.seed)
-    there = None if device.type == "cpu" else {"": device}  # not by way of the host, which may want another dtype
-    model, processor = load_pretrained(options.model_path, dtype=options.dtype, device_map=there)
+    # straight to the device: loaded by way of the CPU, "auto" would be the CPU's dtype
+    device_map = None if device.type == "cpu" else {"": device}
+    model, processor = load_pretrained(options.model_path, dtype=options.dtype, device_map=device_map)
     generation: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "do_sample": options.temperature > 0}
     if options.temperature > 0:
         generation |= {"temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
@@ -91,22 +92,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _questions() -> Iterator[str]:
-    """Non-empty lines of stdin, behind a prompt where a person types them."""
-    person = sys.stdin.isatty()
+    """Non-empty lines of stdin, with a prompt on a terminal."""
+    interactive = sys.stdin.isatty()
     while True:
-        if person:
+        if interactive:
             print("USER: ", end="", flush=True)
         line = sys.stdin.readline()
         if not line:
             return
         if line.strip():
-            if person:
+            if interactive:
                 print("ASSISTANT: ", end="", flush=True)
             yield line.strip()
 
 
 def _device(name: str | None) -> torch.device:
-    """The device asked for, else the best there is."""
+    """The device of this name; without a name CUDA or MPS if available, else the CPU."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -118,7 +119,7 @@ def _device(name: str | None) -> torch.device:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="python -m llava.chat", description="Talk with LLaVA-1.5 about pictures.")
+    parser = OneLineParser(prog="python -m llava.chat", description="Chat with LLaVA-1.5 about pictures.")
     add = parser.add_argument
     add("--model-path", required=True, help="model folder or hub repository, liuhaotian or llava-hf layout")
     add("--image-file", action="append", default=[], help="picture of the first question; repeat it for more")
@@ -126,11 +127,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--conv-mode", default=DEFAULT_TEMPLATE, help="conversation template (default: %(default)s)")
     add("--system", help="system prompt instead of the template's")
     add("--max-new-tokens", type=_positive, default=512, help="longest answer in tokens (default: %(default)s)")
-    add("--temperature", type=_not_negative, default=0.2, help="0 takes the likeliest token (default: %(default)s)")
-    add("--top-p", type=_share, default=1.0, help="nucleus of the sampling (default: %(default)s)")
-    add("--seed", type=int, help="seed of the sampling")
+    add("--temperature", type=_not_negative, default=0.2, help="0 is greedy decoding (default: %(default)s)")
+    add("--top-p", type=_probability, default=1.0, help="nucleus sampling (default: %(default)s)")
+    add("--seed", type=int, help="seed of sampling")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: %(default)s")
-    add("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
+    add("--device", help="cuda, cuda:1, mps, cpu (default: CUDA or MPS if available)")
     return parser
 
 
@@ -146,7 +147,7 @@ def _not_negative(text: str) -> float:
     return value
 
 
-def _share(text: str) -> float:
+def _probability(text: str) -> float:
     if not 0 < (value := float(text)) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
     return value

@@ -2,7 +2,7 @@
 
     model, processor = load_pretrained("liuhaotian/llava-v1.5-7b", dtype="auto", device_map="auto")
 
-Loading is strict: a missing, unexpected or misshapen tensor is an error that names it.
+Loading is strict: a tensor that is missing, unexpected or of another shape is an error that names it.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def load_config(path: str | Path, **hub: Any) -> LlavaConfig:
 
     Args:
         path: model folder, or name of a hub repository.
-        hub: revision, cache_dir, local_files_only, token.
+        hub: see `llava.hub.HUB_KEYS`.
 
     Raises:
-        UserError: nothing there, or not LLaVA-1.5.
+        UserError: nothing is there, or it is not LLaVA-1.5.
     """
     return build_config(open_checkpoint(Source.of(path, hub)))
 
@@ -86,10 +86,10 @@ def load_model(
 
     Args:
         path: model folder, or name of a hub repository.
-        dtype: "auto" is the checkpoint's (float32 on a CPU that is slow in 16 bit); else a torch dtype or its name.
+        dtype: a torch dtype or its name; "auto" is the checkpoint's own (float32 on a CPU that is slow in 16 bit).
         device_map: as in transformers (needs accelerate).
         attn_implementation: "sdpa", "eager", ... as in transformers.
-        options: revision, cache_dir, local_files_only, token for the hub; the rest (quantization_config,
+        options: those of `llava.hub.HUB_KEYS` go to the hub; the rest (quantization_config,
             max_memory, ...) goes to `from_pretrained`.
 
     Raises:
@@ -126,7 +126,7 @@ def load_model(
 
 
 def _liuhaotian_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """All tensors under llava-hf names; the tower's from its own files where the shards have none."""
+    """All tensors under llava-hf names; those of the tower from its own files if the shards have none."""
     state = from_liuhaotian(read_tensors(find_weights(checkpoint.source)))
     if not has_tower(state):
         assert checkpoint.tower is not None
@@ -135,33 +135,33 @@ def _liuhaotian_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 
 def _checkpoint_dtype(config: LlavaConfig, state: dict[str, torch.Tensor]) -> torch.dtype:
-    """What the config says, else the dtype of the language model's weights (a separate tower may have another)."""
+    """The config's dtype, else that of the language model's weights (a separate tower may have another)."""
     if config.dtype is not None:
         return config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, config.dtype)
     return next((value.dtype for value in state.values() if value.is_floating_point()), torch.get_default_dtype())
 
 
 def _finish_liuhaotian(model: LlavaForConditionalGeneration, checkpoint: Checkpoint) -> None:
-    """What `from_pretrained` takes from a folder: its name and generation config.
+    """Sets what `from_pretrained` reads from a folder: name and generation config.
 
     The layout pads with `<unk>`, which is the image id here, so generation pads with the end token.
     """
     model.config.name_or_path = model.name_or_path = checkpoint.source.name
     if (path := checkpoint.source.find("generation_config.json")) is not None:
         fields = read_json(path, "generation config")
-        fields.pop("max_length", None)  # the context length of old releases; it would compete with max_new_tokens
+        fields.pop("max_length", None)  # the context length of old releases; it would conflict with max_new_tokens
         model.generation_config = GenerationConfig.from_dict(fields)
     end = model.generation_config.eos_token_id
     model.generation_config.pad_token_id = end[0] if isinstance(end, list) else end
 
 
 def _check_complete(info: dict[str, Any], checkpoint: Checkpoint) -> None:
-    """Strictness, on what `from_pretrained` reports."""
-    misshapen = [f"{name} {tuple(found)} instead of {tuple(wanted)}" for name, found, wanted in info["mismatched_keys"]]
+    """Raises UserError if `from_pretrained` reports tensors that do not fit."""
+    reshaped = [f"{name} {tuple(found)} instead of {tuple(wanted)}" for name, found, wanted in info["mismatched_keys"]]
     groups = {
         "missing": sorted(info["missing_keys"]),
         "unexpected": sorted(name for name in info["unexpected_keys"] if not is_old_buffer(name)),
-        "of another shape": sorted(misshapen),
+        "of another shape": sorted(reshaped),
     }
     found = [f"{len(names)} {kind}: {_shorten(names)}" for kind, names in groups.items() if names]
     if found:
@@ -174,7 +174,7 @@ def _shorten(names: list[str]) -> str:
 
 
 def _explain(error: Exception, checkpoint: Checkpoint) -> UserError:
-    """The damaged file, where that is the reason; else the first line of the library's message."""
+    """Names the damaged file if that is the cause; else the first line of the library's message."""
     if checkpoint.source.folder is not None:
         try:
             read_tensors(find_weights(checkpoint.source))
@@ -212,7 +212,7 @@ def _build_image_processor(fields: dict[str, Any], path: Path, config: LlavaConf
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Keeps transformers' table of missing tensors from the terminal, and its progress bar from log files.
+    """Hides transformers' table of missing tensors, and its progress bar if stderr is not a terminal.
 
     `_check_complete` names the tensors in one line.
     """

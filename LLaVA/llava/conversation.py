@@ -5,7 +5,7 @@
     conversation.append("ASSISTANT", None)
     conversation.prompt()     # "A chat between ... questions. USER: <image>\\nWhat is this? ASSISTANT:"
 
-Knows nothing of tokens or pictures; `<image>` in a message is text here.
+Works on text only; `<image>` in a message is not expanded here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DEFAULT_TEMPLATE = "vicuna_v1"
 
 @dataclass
 class Conversation:
-    """Turns and how they are written. `sep` follows the system prompt and each user turn, `sep2` each answer."""
+    """A template and its turns. `sep` follows the system prompt and each user turn, `sep2` each answer."""
 
     name: str
     system: str
@@ -34,7 +34,7 @@ class Conversation:
 
         Args:
             role: 0 or 1 (user, assistant), or the role's name.
-            text: what is said; None leaves the turn open for the model to fill.
+            text: the message; None leaves the turn open for the model.
 
         Raises:
             UserError: the template has no such role.
@@ -68,7 +68,7 @@ TEMPLATES = {template.name: template for template in (_chat("vicuna_v1", "user")
 
 
 def get_template(name: str = DEFAULT_TEMPLATE, system: str | None = None) -> Conversation:
-    """A fresh conversation of the template `name`, with another system prompt where `system` is given.
+    """An empty conversation of the template `name`; `system` replaces its system prompt.
 
     Raises:
         UserError: there is no such template.

@@ -1,4 +1,4 @@
-"""Which dtype suits the place where a model will run."""
+"""The dtype that suits the device of a model."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether this CPU has instructions for bfloat16 products. Without them torch computes one by one, 25 times slower
-    than in float32 on the machine where it was measured."""
+    """Whether this CPU has instructions for bfloat16 products. Without them torch is slower than in
+    float32, 25 times on the machine where it was measured."""
     if not hasattr(torch.cpu, "get_capabilities"):
         return True  # an older torch cannot tell
     able = torch.cpu.get_capabilities()
@@ -30,7 +30,7 @@ def on_cpu(device_map: Any) -> bool:
 
 
 def dtype_for(dtype: Any, device_map: Any) -> Any:
-    """``dtype``, but float32 for "auto" on a CPU that is slow in 16 bit; that is exact, and takes twice the memory."""
+    """``dtype``, or float32 for "auto" on a CPU that is slow in 16 bit: exact, but twice the memory."""
     if dtype == "auto" and on_cpu(device_map) and not cpu_has_bfloat16():
         return torch.float32
     return dtype

@@ -1,7 +1,7 @@
 """The one error of bad input, and how a command line reports it.
 
-A `UserError` says in one line what is wrong, where, and how to put it right. Anything else that escapes a command is a
-defect of the program and keeps its traceback.
+A `UserError` says in one line what is wrong, where, and how to fix it. Any other exception that leaves a command is a
+bug of the program and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ INTERRUPT_STATUS = 130
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_TEXTS = ("No space left", "File too large", "quota exceeded", "PytorchStreamWriter failed", "unexpected pos")
 MAKE_ROOM = "free some space and start again; what was finished is kept"
-LESS_MEMORY = "take 16 bit, a shorter prompt, a smaller batch or a smaller model; `msd doctor` says what fits"
+LESS_MEMORY = "use 16 bit, a shorter prompt, a smaller batch or a smaller model; `msd doctor` says what fits"
 
 
 class UserError(Exception):
@@ -45,7 +45,7 @@ class UserError(Exception):
 
 
 class OutOfMemory(UserError):
-    """Memory does not suffice for the least that there is to do."""
+    """There is too little memory even for the smallest unit of work."""
 
 
 def is_full_disk(error: BaseException) -> bool:
@@ -58,7 +58,7 @@ def is_full_disk(error: BaseException) -> bool:
 
 @contextmanager
 def cli_errors() -> Iterator[None]:
-    """Turns a `UserError` into one line on stderr and exit status 2, so too a full disk and a full memory; Ctrl-C into
+    """Turns a `UserError`, a full disk or too little memory into one line on stderr and exit status 2, Ctrl-C into
     status 130."""
     try:
         yield
@@ -69,11 +69,14 @@ def cli_errors() -> Iterator[None]:
             raise
         _give_up(UserError(f"no room left to write ({error.strerror})", error.filename, MAKE_ROOM))
     except (RuntimeError, MemoryError) as error:
-        from llava.memory import is_out_of_memory, told_by  # torch is loaded by now, or memory was too small for it
+        from llava.memory import (  # torch is loaded by now, or memory was too small for it
+            is_out_of_memory,
+            memory_message,
+        )
 
         if not is_out_of_memory(error):
             raise
-        _give_up(UserError("out of memory", told_by(error), LESS_MEMORY))
+        _give_up(UserError("out of memory", memory_message(error), LESS_MEMORY))
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPT_STATUS) from None
 
@@ -100,7 +103,7 @@ def run_cli(main: Callable[[], int | None]) -> int:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose complaints are `UserError`s: one line, without the usage text."""
+    """An argument parser whose errors are `UserError`s: one line, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message, fix="see --help")

@@ -1,4 +1,4 @@
-"""Reading and writing of small files: writes appear whole or not at all, unreadable JSON says where it breaks."""
+"""Reads and writes small files: writing is atomic, and errors of JSON give line and column."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from .errors import MAKE_ROOM, UserError, is_full_disk
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path`; when the block ends well the file takes the name `path`.
+    """Yields a temporary path beside `path`, and renames that file to `path` when the block ends without an exception.
 
-    The block writes to the path it is given, with whatever writer it likes. After an exception (or a kill) `path`
-    is what it was before. Missing parent folders are made.
+    After an exception (or a kill) `path` is what it was before. Missing parent folders are created.
 
     Raises:
         UserError: the folder cannot be written, or the disk is full.
@@ -77,3 +76,9 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def write_json(path: str | Path, content: Any, indent: int | None = 2) -> None:
+    """Writes JSON with a final newline. The file appears whole or not at all (`atomic_write`)."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")

@@ -1,45 +1,88 @@
-"""Files of a model: in a local folder, or in a repository of the Hugging Face hub."""
+"""Files of a model: in a folder, in the hub's cache, or in a repository of the Hugging Face hub."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
 from .errors import UserError
 
-HUB_OPTIONS = ("revision", "cache_dir", "local_files_only", "token", "force_download")
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_KEYS = ("revision", "cache_dir", "local_files_only", "token", "force_download")
+"""Keyword arguments of `huggingface_hub.hf_hub_download` that loaders of this project take."""
+
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+@contextmanager
+def hub_errors(what: str, name: str | Path) -> Iterator[None]:
+    """Turns whatever a request to the hub raises into one line.
+
+    Args:
+        what: what is asked for, for the message ("base model", "draft").
+        name: the repository.
+
+    Raises:
+        UserError: ``name`` cannot be a repository, or the request failed.
+    """
+    _check_name(what, name)
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # errors of the HTTP library, such as a refusing proxy's, have no common base class
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"{what} is not a folder here, and the hub did not give it", where=name, fix=reason) from error
+
+
+def _check_name(what: str, name: str | Path) -> None:
+    if Path(name).exists() or not is_repository_name(str(name)):
+        raise UserError(f"{what} not found", where=name, fix="give a folder, or a hub name such as owner/model")
+
+
+def is_repository_name(name: str) -> bool:
+    """Whether ``name`` has the form ``owner/name`` of a hub repository."""
+    return _REPOSITORY.fullmatch(name) is not None and ".." not in name
 
 
 def split_hub_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parts keyword arguments into those of the hub (see `HUB_OPTIONS`) and the rest."""
-    hub = {name: value for name, value in options.items() if name in HUB_OPTIONS and value is not None}
-    return hub, {name: value for name, value in options.items() if name not in HUB_OPTIONS}
+    """Splits keyword arguments into those of the hub (`HUB_KEYS`, without None) and the rest."""
+    hub = {name: value for name, value in options.items() if name in HUB_KEYS and value is not None}
+    return hub, {name: value for name, value in options.items() if name not in HUB_KEYS}
+
+
+def cached_folder(name: str) -> Path | None:
+    """The folder of a repository in the hub's cache; None if the cache has no config.json of it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(name, "config.json")
+    return Path(config).parent if isinstance(config, str) else None
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model folder, or the name of a hub repository with the options to read it."""
+    """A model folder, or a hub repository with the options to read it.
+
+    ``what``: what the model is to the user, for messages.
+    """
 
     name: str
     hub: Mapping[str, Any] = field(default_factory=dict)
+    what: str = "model"
 
     @classmethod
-    def of(cls, path: str | Path, hub: Mapping[str, Any] | None = None) -> Source:
-        """Checks that `path` is a folder or may name a repository.
+    def of(cls, path: str | Path, hub: Mapping[str, Any] | None = None, what: str = "model") -> Source:
+        """The source of this path or name.
 
         Raises:
-            UserError: it is neither.
+            UserError: it is neither a folder nor a possible name of a repository.
         """
-        if not Path(path).is_dir() and not is_repository_name(str(path)):
-            raise UserError("model folder not found", path)
-        return cls(str(path), dict(hub or {}))
+        if not Path(path).is_dir():
+            _check_name(what, path)
+        return cls(str(path), dict(hub or {}), what)
 
     @property
     def folder(self) -> Path | None:
@@ -47,42 +90,27 @@ class Source:
         return Path(self.name) if Path(self.name).is_dir() else None
 
     def find(self, file: str) -> Path | None:
-        """Local path of `file`, downloaded if need be; None where the model has no such file.
+        """Local path of ``file``, downloaded if needed; None if the model has no such file.
 
         Raises:
-            UserError: the repository cannot be reached or does not exist.
+            UserError: the repository does not exist, or the download failed.
         """
-        try:
-            return self._locate(file)
-        except EntryNotFoundError:
-            return None
-
-    def require(self, file: str, what: str) -> Path:
-        """As `find`, for a file the model must have; `what` names it in the UserError."""
-        try:
-            path = self._locate(file)
-        except LocalEntryNotFoundError:
-            fix = "no such folder; the hub cannot be reached and its cache has no copy"
-            raise UserError(f"{what} not found", f"{self.name}/{file}", fix) from None
-        except EntryNotFoundError:
-            path = None
-        if path is None:
-            raise UserError(f"{what} not found", Path(self.name) / file)
-        return path
-
-    def _locate(self, file: str) -> Path | None:
         if self.folder is not None:
             path = self.folder / file
             return path if path.is_file() else None
-        try:
-            return Path(hf_hub_download(self.name, file, **self.hub))
-        except EntryNotFoundError:
-            raise
-        except Exception as error:  # the HTTP library's own, such as a proxy's refusal, have no class in common
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise UserError("no such folder, and the hub says no", self.name, reason) from None
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
 
+        with hub_errors(self.what, self.name):
+            try:
+                return Path(hf_hub_download(self.name, file, **self.hub))
+            except EntryNotFoundError:  # not in the repository; or not in the cache, and the hub cannot be reached
+                return None
 
-def is_repository_name(name: str) -> bool:
-    """Whether `name` has the form `owner/name` of a hub repository."""
-    return _REPOSITORY.fullmatch(name) is not None and ".." not in name
+    def require(self, file: str, what: str) -> Path:
+        """As `find`, for a file that the model must have; ``what`` names it in the UserError."""
+        path = self.find(file)
+        if path is None:
+            fix = None if self.folder else "the hub did not give it, and its cache has no copy; check name and network"
+            raise UserError(f"{what} not found", Path(self.name) / file, fix)
+        return path

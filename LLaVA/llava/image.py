@@ -19,21 +19,21 @@ READ_ERRORS = (
     OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, RuntimeError, OverflowError, MemoryError,
     struct.error, zlib.error,
 )  # fmt: skip
-"""What PIL's readers raise when a broken file leads them astray."""
+"""What PIL's readers raise on broken files."""
 
 ImageInput = str | Path | bytes | Image.Image
 
 
 class PictureUnreachable(UserError):
-    """The file system is at fault, and not the picture."""
+    """The file system, not the picture, is the cause."""
 
 
 def load_image(source: ImageInput) -> Image.Image:
     """Reads a picture from a file, from bytes, or from a PIL picture, as RGB.
 
     Raises:
-        PictureUnreachable: the file is there, and the system does not let it be read.
-        UserError: the file is missing, is no picture, is broken, or is larger than PIL's limit of pixels.
+        PictureUnreachable: the file exists, but the system cannot read it.
+        UserError: the file is missing, not a picture, broken, or larger than PIL's limit of pixels.
     """
     name = source if isinstance(source, str | Path) else f"<{type(source).__name__}>"
     try:
@@ -73,7 +73,7 @@ def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Ima
         return image
     side = max(width, height)
     if side > MAX_SQUARE_SIDE:
-        raise UserError("picture too long to be made square", f"{width} x {height}", "cut it or make it smaller")
+        raise UserError("picture too long to be padded to a square", f"{width} x {height}", "crop or shrink it")
     square = Image.new("RGB", (side, side), colour)
     square.paste(image, ((side - width) // 2, (side - height) // 2))
     return square

@@ -18,9 +18,10 @@ from .files import read_json
 from .hub import Source, is_repository_name
 
 CONFIG_FILE = "config.json"
+MODEL_TYPES = ("llava", "llava_llama")
 # liuhaotian's vocabulary has no id for pictures (its placeholder is negative, and an id past the end has no
-# embedding row), so the id of `<unk>` takes that place: a tokenizer with byte fallback never writes it, and the
-# processor sees to it that neither a literal `<unk>` in a prompt nor padding does.
+# embedding row), so the id of `<unk>` is used: a tokenizer with byte fallback never produces it, and the processor
+# keeps it out of padding and of prompts with a literal `<unk>`.
 UNKNOWN_TOKEN_ID = 0
 SELECT_STRATEGY = {"patch": "default", "cls_patch": "full"}
 CLIP_TYPES = ("clip", "clip_vision_model")
@@ -30,7 +31,7 @@ Layout = Literal["liuhaotian", "llava-hf"]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's place, its config.json as written, and which layout that is. `tower` is None in llava-hf."""
+    """Where a checkpoint is, its config.json as written, and the layout. `tower` is None in llava-hf."""
 
     source: Source
     fields: dict[str, Any]
@@ -39,12 +40,12 @@ class Checkpoint:
 
     @property
     def aspect(self) -> Literal["pad", "crop"]:
-        """How pictures become square: `image_aspect_ratio`, and padding where the config does not say (llava-hf)."""
+        """How pictures become square: `image_aspect_ratio`, or padding if the config has none (llava-hf)."""
         return "pad" if self.fields.get("image_aspect_ratio", "pad") == "pad" else "crop"
 
 
 def open_checkpoint(source: Source) -> Checkpoint:
-    """Reads config.json and finds out the layout.
+    """Reads config.json and detects the layout.
 
     Raises:
         UserError: no config.json, or a model that is not LLaVA-1.5; the message says what it is.
@@ -57,7 +58,7 @@ def open_checkpoint(source: Source) -> Checkpoint:
     architectures = fields.get("architectures") or []
     if model_type == "llava" and "text_config" in fields and "vision_config" in fields:
         return Checkpoint(source, fields, "llava-hf", None)
-    if model_type in ("llava", "llava_llama") and "mm_vision_tower" in fields:
+    if model_type in MODEL_TYPES and "mm_vision_tower" in fields:
         if architectures and "LlavaLlamaForCausalLM" not in architectures:
             raise UserError("not a LLaVA-1.5 model", path, f"architectures {architectures}")
         _check_supported(fields, path)
@@ -66,7 +67,7 @@ def open_checkpoint(source: Source) -> Checkpoint:
 
 
 def _check_supported(fields: dict[str, Any], path: Path) -> None:
-    """Refuses what other generations of LLaVA do and the stock class of 1.5 does not."""
+    """Refuses settings of other LLaVA generations, which the stock class of 1.5 does not support."""
     allowed: dict[str, tuple[Any, ...]] = {
         "mm_projector_type": ("mlp2x_gelu",),
         "image_aspect_ratio": ("pad", "square", None),
@@ -84,7 +85,7 @@ def _check_supported(fields: dict[str, Any], path: Path) -> None:
 def _tower_source(source: Source, reference: str) -> Source:
     """`mm_vision_tower`: an absolute folder, a folder in or beside the model's, or a hub repository.
 
-    The revision asked for is the model's; the tower is another repository.
+    The hub revision applies to the model only.
     """
     folder = source.folder
     places = [Path(reference)] if Path(reference).is_absolute() else []
@@ -103,7 +104,7 @@ def build_config(checkpoint: Checkpoint) -> LlavaConfig:
     """The stock config of either layout, every size from the files.
 
     Raises:
-        UserError: a config is missing or has values that the model classes refuse.
+        UserError: a config is missing or has invalid values.
     """
     try:
         if checkpoint.layout == "llava-hf":
@@ -139,7 +140,7 @@ def _liuhaotian_config(checkpoint: Checkpoint) -> LlavaConfig:
 
 
 def _rope(fields: dict[str, Any]) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` of old configs in the one field of today's."""
+    """`rope_theta` and `rope_scaling` of old configs as `rope_parameters`."""
     if isinstance(fields.get("rope_parameters"), dict):
         return dict(fields["rope_parameters"])
     scaling = dict(fields.get("rope_scaling") or {})
@@ -159,7 +160,7 @@ def _vision_config(tower: Source) -> CLIPVisionConfig:
 
 
 def count_image_tokens(vision: Any, strategy: str) -> int:
-    """Features of one picture: one a patch, and one for the class token where the strategy is "full"."""
+    """Features of one picture: one for each patch, and one for the class token if the strategy is "full"."""
     sides = vision.image_size, vision.patch_size
     size, patch = (side if isinstance(side, int) else max(side) for side in sides)
     return (size // patch) ** 2 + (strategy == "full")

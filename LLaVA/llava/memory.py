@@ -1,4 +1,4 @@
-"""What running out of memory looks like on each kind of device."""
+"""Recognises out-of-memory errors of every kind of device."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import re
 
 import torch
 
-TOLD = ("DefaultCPUAllocator", "CUDA error: out of memory", "ALLOC_FAILED")
-"""Parts of messages of failures that torch has no class of its own for: the CPU's, CUDA's outside of torch's allocator,
-and those of cuBLAS and cuDNN."""
+MESSAGES = ("DefaultCPUAllocator", "CUDA error: out of memory", "ALLOC_FAILED")
+"""Parts of the messages of errors that have no class in torch: of the CPU, of CUDA outside torch's allocator, of cuBLAS
+and of cuDNN."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that a tensor found no room, on an accelerator or on the CPU."""
+    """Whether an accelerator or the CPU had no memory left for a tensor."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(told in str(error) for told in TOLD)
+        isinstance(error, RuntimeError) and any(part in str(error) for part in MESSAGES)
     )
 
 
-def told_by(error: BaseException) -> str | None:
-    """What the device says of its memory, without advice on environment variables: the first sentences, if any."""
+def memory_message(error: BaseException) -> str | None:
+    """The first sentences of the error, which say how much memory there is, without advice on environment variables."""
     sentences = re.split(r"(?<=\.)\s", str(error).strip())
     return " ".join(sentences[:3]) or None

@@ -1,6 +1,6 @@
 """From prompt and pictures to model inputs, exactly as LLaVA-1.5 does it.
 
-`<image>` in a prompt marks a picture. The text between the marks is tokenised piece by piece, each by itself, with one
+`<image>` in a prompt marks a picture. The pieces of text between the marks are tokenised separately, with one
 begin-of-sequence id in front; a mark becomes as many image ids as a picture has features, so that ids, embeddings and
 hidden states have one length and `input_ids == image_token_id` is the image mask.
 """
@@ -30,9 +30,9 @@ class LlavaProcessor:
     Args:
         tokenizer: the Llama tokenizer.
         image_processor: a CLIP image processor that works on PIL pictures.
-        image_token_id: id of an image feature's place in `input_ids`. Text never yields it.
+        image_token_id: id of an image feature's place in `input_ids`. Text never produces it.
         image_token_count: features of one picture.
-        aspect: "pad" makes pictures square with a border, "crop" cuts their middle out.
+        aspect: "pad" adds a border to make pictures square, "crop" keeps the centre.
         template: conversation template of `chat_prompt`.
     """
 
@@ -57,7 +57,7 @@ class LlavaProcessor:
         self._backend = _without_token(tokenizer.backend_tokenizer, image_token_id)
         begin = self._backend.encode("").ids
         self._begin = begin if begin == [tokenizer.bos_token_id] else []
-        self._eats_space = self._ids(" a") == self._ids("a")
+        self._drops_space = self._ids(" a") == self._ids("a")
 
     def __call__(
         self,
@@ -112,7 +112,7 @@ class LlavaProcessor:
                 ids += [self.image_token_id] * self.image_token_count
                 spans += [(offset, offset + len(IMAGE_TOKEN))] * self.image_token_count
                 offset += len(IMAGE_TOKEN)
-            lead = " " if self._eats_space and piece.startswith((" ", "\u2581")) else ""
+            lead = " " if self._drops_space and piece.startswith((" ", "\u2581")) else ""
             encoding = self._backend.encode(lead + piece, add_special_tokens=False)
             if self.image_token_id in encoding.ids:
                 raise UserError("prompt has characters the tokenizer does not know", piece.strip()[:60])
@@ -171,7 +171,7 @@ class LlavaProcessor:
             return pad_to_square(image, (red, green, blue))
         edge = max(dict(self.image_processor.crop_size).values())
         if edge * max(image.size) > MAX_SQUARE_SIDE * min(image.size):
-            raise UserError("picture too long for its width", f"{image.width} x {image.height}", "cut it")
+            raise UserError("picture too long for its width", f"{image.width} x {image.height}", "crop it")
         return image
 
     def _pad(self, rows: Sequence[list[int]]) -> dict[str, torch.Tensor]:
@@ -191,7 +191,7 @@ def _as_list(images: ImageInput | Sequence[ImageInput] | None) -> list[ImageInpu
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerFast, image_token_id: int) -> int:
-    """An id for padding that is not taken for a picture: liuhaotian's pad token is `<unk>`, as the image id is."""
+    """A padding id other than the image id, which liuhaotian uses for both."""
     for index in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id):
         if index is not None and index != image_token_id:
             return index
@@ -199,7 +199,7 @@ def _pad_id(tokenizer: PreTrainedTokenizerFast, image_token_id: int) -> int:
 
 
 def _without_token(backend: Tokenizer, index: int) -> Tokenizer:
-    """A copy to which the text of token `index` (`<unk>` in a question, say) is plain text and no special token."""
+    """A copy that treats the text of token `index` (such as `<unk>` in a question) as plain text."""
     state = json.loads(backend.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] != index]
     return Tokenizer.from_str(json.dumps(state))

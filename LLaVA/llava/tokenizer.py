@@ -1,7 +1,7 @@
 """Llama tokenizer of a checkpoint, from `tokenizer.json` or from a sentencepiece `tokenizer.model`.
 
-`tokenizer.model` is converted here and not by transformers: that needs the protobuf package in a version that fits
-sentencepiece's, which other packages of an environment may exclude. The result is compared with sentencepiece itself.
+`tokenizer.model` is converted here, because transformers needs a version of protobuf that other packages may exclude.
+The result is compared with sentencepiece on a few texts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerFast:
     """Tokenizer of a model folder, padding on the left.
 
     Raises:
-        UserError: there are no tokenizer files, or they are broken.
+        UserError: tokenizer files are missing or broken.
     """
     settings = _settings(source)
     if (path := source.find("tokenizer.json")) is not None:
@@ -54,10 +54,10 @@ def from_sentencepiece(path: Path, legacy: bool = False) -> Tokenizer:
 
     Args:
         path: `tokenizer.model`.
-        legacy: text after a special token gets a leading space too, as old tokenizer configs want it.
+        legacy: text after a special token gets a leading space too, as in old tokenizer configs.
 
     Raises:
-        UserError: the file is broken or of another kind.
+        UserError: the file is broken, or not a BPE model with byte fallback.
     """
     pieces = sentencepiece.SentencePieceProcessor()
     try:
@@ -93,8 +93,8 @@ def from_sentencepiece(path: Path, legacy: bool = False) -> Tokenizer:
 
 
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Every way to make a piece of two others, in sentencepiece's order: that of scores, not of ids. Llama's runs of
-    spaces have low ids and come last; all have one score, and grow from the left, the longest first."""
+    """Every pair of pieces that joins to a piece, in sentencepiece's order: by score, not by id. Ties (Llama's runs of
+    spaces) come with the longest left part first."""
     merges = [
         (-score, -cut, piece)
         for piece, score in scores.items()

@@ -1,11 +1,16 @@
-"""Weights as they lie on disk: which files, reading them without a second copy in memory, and their names."""
+"""Reads weight files: which there are, names and shapes without the data, and the tensors.
+
+Nothing here runs code of a checkpoint, and tensors are mapped from disk where the format allows, so that they take
+memory only once. `Source` (see `llava.hub`) is the folder or repository of the model.
+"""
 
 from __future__ import annotations
 
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,8 +20,11 @@ from .errors import UserError
 from .files import read_json
 from .hub import Source
 
-_READ_ERRORS = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError)
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+_READ_ERRORS = (
+    SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, OSError, AttributeError,
+    TypeError,
+)  # fmt: skip
 
 # Names of the liuhaotian release -> names of the llava-hf release, which every transformers version can load and save.
 _LIUHAOTIAN_TO_HF = (
@@ -33,74 +41,138 @@ _OLD_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|embeddings\.position_ids
 
 
 def is_old_buffer(name: str) -> bool:
-    """Whether a tensor of this name is a buffer of old releases that a strict load may leave out."""
+    """Whether a tensor of this name is a buffer of old releases, which a strict load leaves out."""
     return _OLD_BUFFERS.search(name) is not None
 
 
-def find_weights(source: Source) -> list[Path]:
-    """The weight files of a model: one file, or the shards of its index; safetensors before .bin.
+def weight_map(source: Source) -> dict[str, str] | str:
+    """File name of each tensor, from the index of the shards; or the name of the only weight file.
+
+    Safetensors come before .bin, so of a repository that has both only one kind is downloaded.
 
     Raises:
-        UserError: there are none, the index is broken, or shards are missing (named).
+        UserError: there are no weights, or the index is broken.
     """
     for file in WEIGHT_FILES:
-        if (path := source.find(file)) is not None:
-            return [path]
-        if (index := source.find(f"{file}.index.json")) is not None:
-            return _shards(source, index)
+        if source.find(file) is not None:
+            return file
+        if (path := source.find(f"{file}.index.json")) is not None:
+            return read_index(path)
     raise UserError("no weights", source.name, f"looked for {', '.join(WEIGHT_FILES)} and their index.json")
 
 
-def _shards(source: Source, index: Path) -> list[Path]:
-    fields = read_json(index, "weight index")
-    weight_map = fields.get("weight_map") if isinstance(fields, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError("weight index has no weight_map", index)
-    names = sorted(set(weight_map.values()))
-    if any(Path(name).name != name for name in names):
-        raise UserError("weight index names files outside its folder", index)
+def read_index(path: Path) -> dict[str, str]:
+    """File name of each tensor, from ``*.index.json``.
+
+    Raises:
+        UserError: the index is broken, or names files outside its folder.
+    """
+    fields = read_json(path, "weight index")
+    files = fields.get("weight_map") if isinstance(fields, dict) else None
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+        raise UserError("weight index has no weight_map", path, "download it again")
+    if any(Path(name).name != name for name in files.values()):
+        raise UserError("weight index names files outside its folder", path)
+    return files
+
+
+def find_weights(source: Source) -> list[Path]:
+    """All weight files of a model, downloaded if needed: one file, or the shards of its index.
+
+    Raises:
+        UserError: as `weight_map`; or shards are missing (named).
+    """
+    files = weight_map(source)
+    return _find_all(source, [files] if isinstance(files, str) else sorted(set(files.values())))
+
+
+def _find_all(source: Source, names: Iterable[str]) -> list[Path]:
     paths = {name: source.find(name) for name in names}
-    missing = [name for name, path in paths.items() if path is None]
-    if missing:
+    if missing := [name for name, path in paths.items() if path is None]:
         raise UserError("weight files missing", source.name, ", ".join(missing))
     return [path for path in paths.values() if path is not None]
 
 
-def read_tensors(paths: Iterable[Path]) -> dict[str, torch.Tensor]:
-    """Tensors of all files by name, mapped from disk where the format allows: memory is used when they are copied.
+def read_tensors(paths: Iterable[Path], names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
+    """Tensors by name; of all names, or of those of ``names`` that the files have.
 
     Raises:
-        UserError: a file is truncated, damaged, or holds something else than tensors.
+        UserError: a file is truncated, damaged, or holds something other than tensors.
     """
     tensors: dict[str, torch.Tensor] = {}
     for path in paths:
-        try:
-            tensors |= _read_safetensors(path) if path.suffix == ".safetensors" else _read_bin(path)
-        except _READ_ERRORS as error:
-            reason = str(error).strip().split("\n")[0][:120]
-            raise UserError("weight file is damaged or truncated", path, reason or "empty") from None
+        with _read_errors(path):
+            if path.suffix != ".safetensors":
+                found = _load_bin(path, "cpu")
+                tensors |= {name: value for name, value in found.items() if names is None or name in names}
+                continue
+            with safe_open(path, framework="pt") as file:
+                wanted = [name for name in file.keys() if names is None or name in names]  # noqa: SIM118 (no mapping)
+                tensors |= {name: file.get_tensor(name) for name in wanted}
     return tensors
 
 
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+def read_first(source: Source, names: Collection[str]) -> torch.Tensor | None:
+    """The first tensor of ``names`` that a model has, None if it has none; only the file that holds it is opened.
+
+    Raises:
+        UserError: as `read_tensors` and `find_weights`.
+    """
+    files = weight_map(source)
+    if isinstance(files, str):
+        tensors = read_tensors(_find_all(source, [files]), names)
+        return next((tensors[name] for name in names if name in tensors), None)
+    name = next((name for name in names if name in files), None)
+    if name is None:
+        return None
+    (path,) = _find_all(source, [files[name]])
+    tensors = read_tensors([path], [name])
+    if name not in tensors:
+        raise UserError(f"weight file lacks {name}, which the index places there", path, "download it again")
+    return tensors[name]
 
 
-def _read_bin(path: Path) -> dict[str, torch.Tensor]:
-    tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+def read_shapes(paths: Iterable[Path]) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors by name, without their data.
+
+    Raises:
+        UserError: as `read_tensors`.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in paths:
+        with _read_errors(path):
+            if path.suffix != ".safetensors":
+                shapes |= {name: tuple(tensor.shape) for name, tensor in _load_bin(path, "meta").items()}
+                continue
+            with safe_open(path, framework="pt") as file:
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return shapes
+
+
+def _load_bin(path: Path, device: str) -> dict[str, torch.Tensor]:
+    """A .bin file; files of torch before 1.6 are not zip archives and cannot be mapped."""
+    tensors = torch.load(path, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(path))
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise ValueError("not a dict of tensors")
     return tensors
 
 
+@contextmanager
+def _read_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except _READ_ERRORS as error:
+        reason = str(error).strip().split("\n")[0][:120]
+        raise UserError("weight file is damaged or truncated", path, reason or type(error).__name__) from None
+
+
 def from_liuhaotian(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Gives tensors of the liuhaotian release their llava-hf names and drops the buffers of old releases."""
+    """Renames tensors of the liuhaotian release to llava-hf names and drops the buffers of old releases."""
     return {_rename(name, _LIUHAOTIAN_TO_HF): value for name, value in tensors.items() if not is_old_buffer(name)}
 
 
 def from_clip(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Gives the vision part of a CLIP checkpoint its llava-hf names; the other parts and old buffers are dropped."""
+    """Renames the vision part of a CLIP checkpoint to llava-hf names and drops other parts and old buffers."""
     return {
         _rename(name, _TOWER_TO_HF): value
         for name, value in tensors.items()

@@ -1,4 +1,4 @@
-"""The chat command, as its user runs it."""
+"""The chat command, as a user runs it."""
 
 from __future__ import annotations
 

@@ -250,7 +250,7 @@ def test_missing_files(tmp_path: Path) -> None:
         (folder / "config.json").unlink()
         with pytest.raises(UserError, match=r"model config not found.*config\.json"):
             load_model(folder)
-    with pytest.raises(UserError, match="model folder not found"):
+    with pytest.raises(UserError, match="model not found"):
         load_model(tmp_path / "nowhere")
 
 

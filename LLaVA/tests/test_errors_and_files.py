@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,3 +99,11 @@ def test_read_json_says_where_it_breaks(tmp_path: Path) -> None:
         read_json(tmp_path)
     path.write_text("[1, 2]")
     assert read_json(path) == [1, 2]
+
+
+def test_light_modules_import_no_heavy_package() -> None:
+    """A command line that needs only these starts fast."""
+    heavy = {"torch", "transformers", "huggingface_hub", "safetensors", "PIL"}
+    code = f"import sys, llava, llava.errors, llava.files, llava.hub; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[]\n"

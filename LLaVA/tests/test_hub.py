@@ -1,4 +1,4 @@
-"""Models named by their hub repository, from a cache written here; nothing is downloaded."""
+"""Models named by their hub repository, from a cache written here, without a download."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def test_unknown_repository_is_one_line(tmp_path: Path) -> None:
 
 def test_names_of_repositories() -> None:
     assert all(is_repository_name(name) for name in ("liuhaotian/llava-v1.5-7b", "a/b.c_d"))
-    assert not any(is_repository_name(name) for name in ("llava", "a/b/c", "/a/b", "../b", "a b/c", "a/b/"))
-    with pytest.raises(UserError, match="model folder not found: llava"):
+    assert not any(is_repository_name(name) for name in ("llava", "a/b/c", "/a/b", "../b", "./b", "a b/c", "a/b/"))
+    with pytest.raises(UserError, match="model not found: llava"):
         Source.of("llava")
 
 
-def test_hub_options_are_parted_from_the_rest() -> None:
+def test_hub_options_are_split_from_the_rest() -> None:
     options = {"revision": "v2", "token": None, "max_memory": {0: 1}, "cache_dir": "c"}
     assert split_hub_options(options) == ({"revision": "v2", "cache_dir": "c"}, {"max_memory": {0: 1}})
 
@@ -74,6 +74,6 @@ def test_what_the_http_library_raises_is_one_line(monkeypatch: pytest.MonkeyPatc
     def refused(*_: object, **__: object) -> None:
         raise ProxyError(text)
 
-    monkeypatch.setattr("llava.hub.hf_hub_download", refused)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refused)
     with pytest.raises(UserError, match=text.splitlines()[0] if text else "ProxyError"):
         load_model("tiny/llava")

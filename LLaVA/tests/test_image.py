@@ -70,5 +70,5 @@ def test_pad_centres_on_the_longer_side(size: tuple[int, int], box: tuple[int, i
 
 
 def test_a_line_is_not_blown_up() -> None:
-    with pytest.raises(UserError, match="too long to be made square"):
+    with pytest.raises(UserError, match="too long to be padded to a square"):
         pad_to_square(Image.new("RGB", (MAX_SQUARE_SIDE + 1, 1)), (0, 0, 0))

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from lmms_eval.api.instance import GenerationResult, TokenCounts
-from torch import Tensor
 from transformers import StopStringCriteria
 
 from eagle import MSDModel, Stats
@@ -32,17 +31,12 @@ class Answerer:
         """The answers, each up to the first of the settings' `until`, and the statistics of all of them together."""
         inputs = self.conversation.inputs(prompts)
         engine: dict[str, Any] = {**inputs, **settings.engine, "stopping_criteria": self._stopping(settings.until)}
-        several = len(prompts) > 1
-        filler = self.msd.target.config.image_token_id
-        if several:
-            engine["pad_token_id"] = filler  # after an answer; no model says it, so the answer's end can be seen
         output = self.msd.generate(**engine, use_msd=self.use_msd)
         length = inputs["input_ids"].shape[1]
         mask = inputs.get("attention_mask")
         asked = [length] * len(prompts) if mask is None else mask.sum(dim=1).tolist()
         results = []
-        for count, row in zip(asked, output.sequences[:, length:], strict=True):
-            new = without_tail(row, filler) if several else row
+        for count, new in zip(asked, output.tokens, strict=True):
             text = settings.cut(self.msd.tokenizer.decode(new, skip_special_tokens=True))
             text = text.strip() if self.strips else text
             results.append(GenerationResult(text, TokenCounts(input_tokens=int(count), output_tokens=len(new))))
@@ -55,14 +49,3 @@ class Answerer:
         if until not in self._stops:
             self._stops[until] = StopStringCriteria(self.msd.tokenizer, list(until))
         return [self._stops[until]]
-
-
-def without_tail(row: Tensor, filler: int) -> Tensor:
-    """``row`` [n] without the fillers at its end.
-
-    >>> import torch
-    >>> without_tail(torch.tensor([5, 0, 7, 0, 0]), 0).tolist()
-    [5, 0, 7]
-    """
-    said = (row != filler).nonzero()
-    return row[: int(said[-1]) + 1 if len(said) else 0]

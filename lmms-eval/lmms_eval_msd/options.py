@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from eagle import TreeConfig
-from eagle.drafts.checkpoint import HUB_KEYS
 from llava.errors import UserError
+from llava.hub import HUB_KEYS
 from lmms_eval_msd.families import Family
 
 OWN = (
@@ -19,7 +19,7 @@ OWN = (
 TREE = {"msd_depth": "depth", "msd_top_k": "top_k", "msd_total_tokens": "total_tokens"}
 LOADING = (
     "attn_implementation", "revision", "draft_revision", "cache_dir", "local_files_only", "token", "draft_image_tokens",
-    "draft_image_merge", "compile",
+    "compile",
 )  # fmt: skip
 LLAVA_PROMPTS = ("chat_template", "image_aspect")
 QWEN_PROMPTS = ("min_pixels", "max_pixels", "max_num_frames", "interleave_visuals", "reasoning_prompt")

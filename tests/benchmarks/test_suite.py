@@ -49,9 +49,9 @@ def test_lists_are_combined(tmp_path: Path) -> None:
         ({"round": 3}, "unknown key 'round'.*did you mean 'rounds'"),
         ({"cells": []}, "no cells"),
         ({"cells": [{"name": "c", "model": "m", "tokens": 3}]}, "unknown key 'tokens'"),
-        ({"cells": [{"name": "c"}]}, "incomplete.*model"),
+        ({"cells": [{"name": "c"}]}, "lacks 'model'"),
         ({"cells": [{"name": "c", "model": "other"}]}, "'other', which is not declared"),
-        ({"cells": [3]}, "int where a section should be"),
+        ({"cells": [3]}, "not a JSON object but int"),
         ({"models": {"m": {}}}, "'base' and 'draft', or 'random'"),
     ],
 )

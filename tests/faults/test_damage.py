@@ -1,4 +1,4 @@
-"""Damaged files: read as they are where the damage cannot be seen, else refused in one line. Never a traceback."""
+"""Damaged files are refused in one line, or read as they are if the damage cannot be detected. Never a traceback."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from llava.errors import UserError, run_cli
 
 
 def check(load: Callable[[], Any], file: Path, count: int, at_least: int, seed: int = 0) -> None:
-    """Damages ``file`` again and again; at least so many of the damaged copies are refused, all others are read."""
+    """Loads ``count`` damaged copies of ``file``; at least ``at_least`` of them are refused, all others are read."""
     whole, refused = file.read_bytes(), 0
     for data in damaged(whole, count, seed):
         file.write_bytes(data)
@@ -76,7 +76,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[str]], int]:
 def test_a_damaged_checkpoint_of_a_training(
     training: Callable[..., list[str]], run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Named; without it the run goes on from the one before."""
+    """The error names it; without it the run resumes from the one before."""
     assert run(training(save_every=2, max_steps=4)) == 0
     newest = tmp_path / "ck" / "step-00000004"
     capsys.readouterr()
@@ -99,10 +99,10 @@ def test_a_damaged_checkpoint_of_a_training(
     "error",
     [torch.OutOfMemoryError("CUDA out of memory"), torch.distributed.DistError("peer"), OSError(errno.EIO, "disk")],
 )
-def test_a_device_in_trouble_is_no_damaged_checkpoint(
+def test_a_failing_device_is_not_a_damaged_checkpoint(
     training: Callable[..., list[str]], run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    """Nobody shall be told to remove a good one."""
+    """The user must not be told to remove a good checkpoint."""
     assert run(training(save_every=2, max_steps=2)) == 0
 
     def fail(*_: object, **__: object) -> None:

@@ -11,7 +11,7 @@ from tiny_llava import make_image
 
 from eagle.cli import main
 from eagle.decode.msd import MSDModel
-from eagle.decode.tree import Candidates, ancestor_mask, best_part, select_nodes
+from eagle.decode.tree import Candidates, ancestor_mask, prune, select_nodes
 from eagle.decode.tree_config import TreeConfig
 from eagle.drafts.checkpoint import load_draft
 from eagle.families import load_target
@@ -125,6 +125,6 @@ def test_the_best_part_is_the_tree_that_would_have_been_selected() -> None:
     )
     whole = select_nodes(candidates, torch.tensor([7]), 6)
     for size in range(1, 7):
-        part, expected = best_part(whole, size), select_nodes(candidates, torch.tensor([7]), size)
+        part, expected = prune(whole, size), select_nodes(candidates, torch.tensor([7]), size)
         assert all(torch.equal(a, b) for a, b in zip(part, expected, strict=True))
         assert torch.equal(part.mask, ancestor_mask(part.parents))

@@ -31,8 +31,8 @@ def png(path: Path, width: int, height: int) -> Path:
     ("size", "message"),
     [
         ((50_000, 50_000), "picture has too many pixels"),
-        ((50_000, 1), "picture too long to be made square"),
-        ((1, 50_000), "picture too long to be made square"),
+        ((50_000, 1), "picture too long to be padded to a square"),
+        ((1, 50_000), "picture too long to be padded to a square"),
         ((2**31 - 1, 2**31 - 1), "picture"),
         ((0, 0), "picture"),
     ],

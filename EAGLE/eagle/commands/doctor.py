@@ -1,4 +1,4 @@
-"""Look at packages, machine, models and data: what is ready, what is not, and how to mend it. Loads no weights."""
+"""Check packages, devices, models and data: what is ready, what is not, and how to fix it. Loads no weights."""
 
 from __future__ import annotations
 
@@ -10,10 +10,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from eagle.doctor.check import Check, State
-from eagle.doctor.machine import Machine, check_disk, check_memory, look
-from eagle.doctor.packages import check_packages, check_python
-from eagle.doctor.places import check_hub, check_pictures
+from eagle.doctor import Check, State
+from eagle.doctor.environment import (
+    Machine,
+    check_devices,
+    check_disk,
+    check_hub,
+    check_memory,
+    check_packages,
+    check_pictures,
+    check_python,
+)
 
 STYLES = {State.OK: "green", State.WARNING: "yellow", State.PROBLEM: "bold red"}
 
@@ -39,49 +46,45 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def machine_checks(arguments: argparse.Namespace) -> list[Check]:
-    """What needs torch, transformers and huggingface_hub; where one of them cannot be imported, that is the finding."""
+    """Checks that need torch, transformers and huggingface_hub; if one cannot be imported, that is the finding."""
     try:
         from huggingface_hub import constants
 
-        machine, checks = look()
+        machine, checks = check_devices()
         checks += [check_memory(machine.free)] if machine.device == "cpu" else []
         checks.append(check_disk(Path(constants.HF_HUB_CACHE)))
         hub = check_hub() if arguments.hub else None
         checks += [hub] if hub else []
-        checks += model_checks(arguments, machine, hub is not None and hub.state is State.OK)
+        return checks + model_checks(arguments, machine, hub is not None and hub.state is State.OK)
     except ImportError as error:
         reason = " ".join(str(error).split())
-        return [
-            Check("imports", State.PROBLEM, reason, "mend the packages first; machine and models were not looked at")
-        ]
-    return checks
+        return [Check("imports", State.PROBLEM, reason, "fix the packages first; devices and models were not checked")]
 
 
 def model_checks(arguments: argparse.Namespace, machine: Machine, hub: bool) -> list[Check]:
-    """Rows for the models that were named, else for the published ones."""
-    from eagle.doctor import checkpoints, published
-    from eagle.doctor.memory import check_fit
+    """Findings on the models that were named, and room for them and for the published ones."""
+    from eagle.doctor import models
+    from eagle.doctor.memory import PUBLISHED, check_fit
 
-    checks, base, draft = [], None, None
+    checks: list[Check] = []
+    base = draft = None
     if arguments.base_model:
-        base, found = checkpoints.look_at_base(arguments.base_model, hub)
-        checks += found
+        base, checks = models.check_base(arguments.base_model, hub)
     if arguments.msd_model:
-        draft, found = checkpoints.look_at_draft(arguments.msd_model, hub)
+        draft, found = models.check_draft(arguments.msd_model, hub)
         checks += found
     if base is not None and draft is not None:
-        checks += checkpoints.check_pair(base, draft)
-    if base is not None and (size := checkpoints.footprint(base, draft)) is not None:
+        checks += models.check_pair(base, draft)
+    if base is not None and (size := models.footprint(base, draft)) is not None:
         checks.append(check_fit("room for these models", size, machine))
-    checks += [check_fit(f"room for {name}", published.footprint(name), machine) for name in published.PUBLISHED]
-    return checks
+    return checks + [check_fit(f"room for {name}", size, machine) for name, size in PUBLISHED.items()]
 
 
 def table_of(checks: Sequence[Check]) -> Table:
-    """One row a check; the last column says how to mend what is not well."""
+    """One row for each finding; the last column says how to fix it."""
     caption = "room: weights of base and draft and a cache of 4 096 positions, computed from configs, not measured"
-    table = Table("what", "state", "found", "how to mend it", title="msd doctor", caption=caption)
+    table = Table("what", "state", "found", "how to fix it", title="msd doctor", caption=caption)
     for check in checks:
         state = f"[{STYLES[check.state]}]{check.state.value}[/]"
-        table.add_row(escape(check.topic), state, escape(check.found), escape(check.mend))
+        table.add_row(escape(check.topic), state, escape(check.found), escape(check.fix))
     return table

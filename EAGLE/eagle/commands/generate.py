@@ -46,8 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         streamer=streamer,
         **sampling_settings(arguments),
     )
-    ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-    stats = output.stats
+    (ids,), stats = output.tokens, output.stats
     if not arguments.json:
         cut = f", {stats.cut_trees} trees halved for lack of memory" if stats.cut_trees else ""
         print(f"[{stats.new_tokens} tokens, {stats.cycles} cycles, τ {stats.tau:.2f}, {stats.seconds:.2f} s{cut}]")

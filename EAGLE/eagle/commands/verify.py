@@ -6,7 +6,6 @@ Sampled ones too: transformers then searches greedily in processed scores with t
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 
 import torch
@@ -16,8 +15,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogits
 
 from eagle.arguments import add_data_options, add_length_option, add_model_options, load_model
 from eagle.decode.noise import Noise
+from eagle.decode.sampling import SamplingSettings
 from eagle.questions import read_questions
-from llava.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,9 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prints ``mismatches/N``; exit status 1 if there is any."""
     questions = read_questions(arguments.data, arguments.limit)
-    temperature, sampled = arguments.temperature, arguments.temperature > 0
-    if not 0 <= temperature < math.inf:
-        raise UserError(f"--temperature {temperature}", fix="give 0 for greedy decoding, or more")
+    sampling = SamplingSettings(arguments.temperature, seed=arguments.seed)
+    temperature, sampled = sampling.temperature, not sampling.greedy
     model = load_model(arguments)
     mismatches = 0
     for question in tqdm(questions, desc="verify", unit="question", file=sys.stderr):
@@ -42,9 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
         settings = {"max_new_tokens": arguments.max_new_tokens}
         noisy = noisy_processors(temperature, arguments.seed, inputs["input_ids"]) if sampled else None
         expected = model.target.model.generate(**inputs, do_sample=False, logits_processor=noisy, **settings)
-        if sampled:
-            settings |= {"top_p": 1.0, "top_k": 0, "seed": arguments.seed}
-        actual = model.generate(**inputs, temperature=temperature, **settings).sequences
+        actual = model.generate(**inputs, **sampling.for_engine(), **settings).sequences
         if (place := first_difference(expected[0], actual[0])) is not None:
             mismatches += 1
             tqdm.write(f"{question.id}: differs at new token {place - inputs['input_ids'].shape[1]}", file=sys.stderr)

@@ -18,7 +18,7 @@ FIX = "use the draft that was trained for this base model"
 log = logging.getLogger(__name__)
 
 
-def fit_pair(target: Target, draft: DraftModel) -> None:
+def check_compatible(target: Target, draft: DraftModel) -> None:
     """Refuses a draft that cannot be this target's. A base may have tokens behind those that the draft knows, as the
     ``-hf`` releases of LLaVA do: the draft, whose embedding is a copy of the base's, takes their rows from there.
 

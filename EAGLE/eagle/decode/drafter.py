@@ -47,12 +47,12 @@ class Drafter:
         rows = capacity + drafted + extended
         self.cache = self._new_cache(batch, rows)
         self._masks = MaskBuffer(max(tree.top_k, extended), rows, draft.dtype, device)
-        self._own = torch.eye(tree.top_k, dtype=torch.bool, device=device)
-        self._numbers = torch.arange(tree.top_k, device=device)
+        self._identity = torch.eye(tree.top_k, dtype=torch.bool, device=device)
+        self._indices = torch.arange(tree.top_k, device=device)
         self._causal = torch.ones(1, extended, extended, dtype=torch.bool, device=device).tril()
-        self._rows, self._angles = rows, 0
-        self._number(rows)
-        self._certain = [0] * batch
+        self._rows, self._rope_length = rows, 0
+        self._extend_rope(rows)
+        self._lengths = [0] * batch
         self._shift = [0] * batch  # position number minus row number of new tokens; not 0 for M-RoPE alone
         self._last = torch.zeros(batch, config.hidden_size, dtype=draft.dtype, device=device)  # after the certain rows
 
@@ -81,10 +81,10 @@ class Drafter:
         if self.draft.config.options.positions == "mrope":
             rope = self.draft.rotary(positions, x.dtype)
             self._shift[row] = int(prefill.next_position) - count
-            self._number(self._rows + self._shift[row])
+            self._extend_rope(self._rows + self._shift[row])
         self._last[row] = self.draft(x, None, None, self.cache.sequence(row), rope, last_only=True)[0, 0]
-        self._certain[row] = count
-        self.cache.truncate(self._certain)
+        self._lengths[row] = count
+        self.cache.truncate(self._lengths)
 
     def extend(self, hidden: Sequence[Tensor], tokens: Sequence[Tensor]) -> None:
         """Feeds the rows that the last cycle made certain, in place of the drafted ones.
@@ -93,7 +93,7 @@ class Drafter:
             hidden: for each sequence [n, H], the target's hidden states on the accepted path, root included.
             tokens: for each sequence [n], the token that follows each of them; the last is the bonus token.
         """
-        self.cache.truncate(self._certain)
+        self.cache.truncate(self._lengths)
         longest = self._causal.shape[-1]
         if len(tokens) == 1 and tokens[0].shape[0] > longest:  # rows of several cycles that did not draft
             self.extend([hidden[0][:longest]], [tokens[0][:longest]])
@@ -109,8 +109,8 @@ class Drafter:
             self._last = output[torch.arange(batch, device=device), ends]
         else:
             self._last = output[:, -1]
-        self._certain = [certain + count for certain, count in zip(self._certain, counts, strict=True)]
-        self.cache.truncate(self._certain)
+        self._lengths = [length + count for length, count in zip(self._lengths, counts, strict=True)]
+        self.cache.truncate(self._lengths)
 
     def _new_cache(self, batch: int, rows: int) -> KVCache:
         config, draft = self.draft.config, self.draft
@@ -122,28 +122,28 @@ class Drafter:
         batch, count = tokens.shape
         mask = None
         if batch * count > 1:
-            mask = self._masks.window(self._certain, self._causal[:, :count, :count].expand(batch, -1, -1))
+            mask = self._masks.window(self._lengths, self._causal[:, :count, :count].expand(batch, -1, -1))
         x = self.draft.fuse(hidden, self.draft.embed_tokens(tokens))
         return self.draft(x, None, mask, self.cache, self._rope(0, count))
 
-    def expand(self, tree: TreeConfig, deeper: Callable[[Tensor], bool] | None = None) -> Candidates:
+    def expand(self, tree: TreeConfig, should_deepen: Callable[[Tensor], bool] | None = None) -> Candidates:
         """Drafts ``tree.depth + 1`` levels; all drafted nodes are candidates of the tree, [B, M] each.
 
         Args:
-            deeper: asked with the scores [B, m] of each level, unless it is the last anyway, whether to draft another.
+            should_deepen: called with the scores [B, m] of each level but the last; says whether to draft another.
         """
         hidden = self._last.unsqueeze(1)  # [B, 1, H]
         tokens, scores = (part[:, 0] for part in self._children(hidden, tree.top_k))  # [B, k]
         batch, width = tokens.shape
         levels = [Candidates(tokens, scores, torch.full_like(tokens, -1))]
         hidden = hidden.expand(-1, width, -1)  # [B, k, H] hidden state each frontier node was drawn from
-        indices = self._numbers[:width].expand(batch, -1)  # [B, k] candidate index of each frontier node
-        sight = self._own[:width, :width].expand(batch, -1, -1)  # [B, k, drafted so far]
+        indices = self._indices[:width].expand(batch, -1)  # [B, k] candidate index of each frontier node
+        tree_mask = self._identity[:width, :width].expand(batch, -1, -1)  # [B, k, drafted so far]
         total = width
         for step in range(tree.depth):
-            if deeper is not None and not deeper(levels[-1].scores):
+            if should_deepen is not None and not should_deepen(levels[-1].scores):
                 break
-            output, child_tokens, child_logprobs = self._step(tokens, hidden, sight, step, tree.top_k)
+            output, child_tokens, child_logprobs = self._step(tokens, hidden, tree_mask, step, tree.top_k)
             child_scores = child_logprobs + scores.unsqueeze(-1)  # [B, k, k]
             parents = indices.repeat_interleave(child_tokens.shape[-1], dim=1)
             levels.append(Candidates(child_tokens.flatten(1), child_scores.flatten(1), parents))
@@ -153,14 +153,14 @@ class Drafter:
             tokens, scores = child_tokens.flatten(1).gather(1, flat), child_scores.flatten(1).gather(1, flat)
             hidden = _take(output, rows)
             indices, total = flat + total, total + child_tokens[0].numel()
-            own = self._own[: flat.shape[1], : flat.shape[1]].expand(batch, -1, -1)
-            sight = torch.cat([_take(sight, rows), own], dim=2)
+            identity = self._identity[: flat.shape[1], : flat.shape[1]].expand(batch, -1, -1)
+            tree_mask = torch.cat([_take(tree_mask, rows), identity], dim=2)
         return Candidates(*(torch.cat(parts, dim=1) for parts in zip(*levels, strict=True)))
 
     def select(self, rows: Sequence[int]) -> None:
         """Goes on with the given sequences alone."""
         self.cache = self.cache.select(rows)
-        self._certain, self._shift = ([values[row] for row in rows] for values in (self._certain, self._shift))
+        self._lengths, self._shift = ([values[row] for row in rows] for values in (self._lengths, self._shift))
         self._last = self._last[list(rows)]
 
     def _children(self, hidden: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -168,31 +168,31 @@ class Drafter:
         return self.draft.likely_next(hidden, top_k, self.head)
 
     def _step(
-        self, tokens: Tensor, hidden: Tensor, sight: Tensor, step: int, top_k: int
+        self, tokens: Tensor, hidden: Tensor, tree_mask: Tensor, step: int, top_k: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One draft forward over the frontiers: tokens [B, k], hidden [B, k, H] → predicted hidden states [B, k, H] and
         their children, [B, k, k] each."""
         x = self.draft.fuse(hidden, self.draft.embed_tokens(tokens))  # [B, k, H]
-        mask = self._masks.window(self._certain, sight)
+        mask = self._masks.window(self._lengths, tree_mask)
         output = self.draft(x, None, mask, self.cache, self._rope(step, 1))
         return output, *self._children(output, top_k)
 
     def _rope(self, offset: int, count: int) -> tuple[Tensor, Tensor]:
         """Rotary angles of ``count`` positions, ``offset`` after the certain rows, [1 or B, 1, count, D]; a single
         position serves a whole level."""
-        starts = [certain + shift + offset for certain, shift in zip(self._certain, self._shift, strict=True)]
+        starts = [length + shift + offset for length, shift in zip(self._lengths, self._shift, strict=True)]
         if len(starts) == 1:
             return self._slice(starts[0], count)
         device = self._cos.device
         index = torch.tensor(starts, device=device).unsqueeze(1) + torch.arange(count, device=device)  # [B, count]
         return self._cos[0, 0, index].unsqueeze(1), self._sin[0, 0, index].unsqueeze(1)
 
-    def _number(self, count: int) -> None:
+    def _extend_rope(self, count: int) -> None:
         """Angles of the positions below ``count``, which M-RoPE may lead past the rows (long videos)."""
-        if count > self._angles:
+        if count > self._rope_length:
             positions = torch.arange(count, device=self.draft.device).unsqueeze(0)
             self._cos, self._sin = self.draft.rotary(positions, self.draft.dtype)  # [1, 1, count, D]
-            self._angles = count
+            self._rope_length = count
 
     def _slice(self, start: int, count: int) -> tuple[Tensor, Tensor]:
         return self._cos[:, :, start : start + count], self._sin[:, :, start : start + count]

@@ -16,29 +16,35 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from eagle.decode.adaptive.cost import cost_of
 from eagle.decode.adaptive.planner import Acceptance, CostCurve, Planner
-from eagle.decode.compatibility import fit_pair
+from eagle.decode.compatibility import check_compatible
 from eagle.decode.compiled.engine import StaticEngine
-from eagle.decode.decoder import Decoder
+from eagle.decode.decoder import Decoder, DecodingSettings
 from eagle.decode.noise import seeds_of
-from eagle.decode.sampling import TokenChooser
+from eagle.decode.sampling import Sampler, SamplingSettings
 from eagle.decode.stats import Stats
 from eagle.decode.stopping import Stopper
 from eagle.decode.tree_config import TreeConfig
-from eagle.drafts.checkpoint import HUB_KEYS, load_draft
+from eagle.drafts.checkpoint import load_draft
 from eagle.drafts.compression import Compression
 from eagle.drafts.msd import DraftModel
 from eagle.families import Target, load_target
 from llava.errors import UserError
+from llava.hub import HUB_KEYS
 
 
 @dataclass
 class MSDOutput:
-    """``sequences`` [B, P + n] prompts and new tokens, shorter answers filled up with pad tokens; ``stats`` acceptance
-    and time, of all sequences together; ``first_token_at`` when each had a token, on `time.perf_counter`'s clock."""
+    """What `MSDModel.generate` returns.
+
+    Attributes:
+        sequences: [B, P + n] prompts and new tokens. Shorter answers are padded with the pad token.
+        tokens: the new tokens of each sequence, up to and including its end token, without padding.
+        stats: acceptance and times of all sequences together.
+    """
 
     sequences: Tensor
+    tokens: list[list[int]]
     stats: Stats
-    first_token_at: float = 0.0
 
 
 class MSDModel:
@@ -47,13 +53,11 @@ class MSDModel:
     Args:
         target: the base model.
         draft: its draft head; None decodes plainly.
-        tree: "auto" chooses depth and size of the draft tree anew in each cycle, from costs that are measured once on
-            this machine; "fixed" takes the same bounds in each cycle, what suits the target's device, or those given.
-            By default "auto", with ``compile`` "fixed", since costs are measured without it.
-        draft_image_tokens: input rows that the draft keeps of each picture, 0 for none, "all" for all; by default what
-            the draft's config says, else all. The target reads all in any case, so answers do not depend on it.
-        draft_image_merge: how they are merged, "pool" or "kmeans" (`eagle.drafts.compression`); by default what the
-            draft's config says, else "pool".
+        tree: "auto" chooses depth and size of the draft tree in each cycle, from costs that are measured once on this
+            machine. "fixed" uses the same bounds in each cycle: those that suit the target's device, or those given.
+            The default is "auto", or "fixed" with ``compile``, because costs are measured without it.
+        draft_image_tokens: input rows that the draft keeps of each picture, 0 for none, "all" for all. The default is
+            what the draft's config says, else all. The target always reads all, so answers do not depend on it.
         compile: run the models' parts of a cycle through `torch.compile` with static shapes (`eagle.decode.compiled`),
             with CUDA graphs where CUDA is; a text names another backend than "inductor". The first requests are slow.
 
@@ -68,7 +72,6 @@ class MSDModel:
         tree: TreeConfig | Literal["auto", "fixed"] | None = None,
         *,
         draft_image_tokens: int | str | None = None,
-        draft_image_merge: str | None = None,
         compile: bool | str = False,
     ) -> None:
         self.target, self.draft = target, draft
@@ -77,13 +80,13 @@ class MSDModel:
         self._acceptance = Acceptance()  # learnt over all requests
         self._costs: dict[tuple[int, ...], CostCurve] = {}
         own = Compression() if draft is None else draft.config.options.compression
-        self.compression = own.replaced(draft_image_tokens, draft_image_merge)
+        self.compression = own.replaced(draft_image_tokens)
         target.prepare_for_decoding()
         if draft is not None:
-            fit_pair(target, draft)
+            check_compatible(target, draft)
             draft.prepare_for_decoding(target.model.get_output_embeddings())
         backend = "inductor" if compile is True else compile
-        self._static = StaticEngine(target, draft, backend) if backend else None
+        self._compiled = StaticEngine(target, draft, backend) if backend else None
 
     @classmethod
     def from_pretrained(
@@ -96,7 +99,6 @@ class MSDModel:
         tree: TreeConfig | Literal["auto", "fixed"] | None = None,
         draft_revision: str | None = None,
         draft_image_tokens: int | str | None = None,
-        draft_image_merge: str | None = None,
         compile: bool | str = False,
         **kwargs: Any,
     ) -> MSDModel:
@@ -106,7 +108,7 @@ class MSDModel:
             base, draft: folder or hub name; without ``draft`` the model decodes plainly.
             dtype: of both; "auto" is the base checkpoint's own, float32 on a CPU that is slow in 16 bit.
             device_map: as in transformers; the draft goes where the base's ``lm_head`` is.
-            tree, draft_image_tokens, draft_image_merge, compile: as for the class.
+            tree, draft_image_tokens, compile: as for the class.
             draft_revision: hub revision of the draft (``revision`` is the base's).
             kwargs: as `eagle.families.load_target`.
 
@@ -115,7 +117,7 @@ class MSDModel:
         """
         target = load_target(base, dtype=dtype, device_map=device_map, **kwargs)
         settings: dict[str, Any] = {
-            "draft_image_tokens": draft_image_tokens, "draft_image_merge": draft_image_merge, "compile": compile,
+            "draft_image_tokens": draft_image_tokens, "compile": compile,
         }  # fmt: skip
         if draft is None:
             return cls(target, None, tree, **settings)
@@ -173,7 +175,7 @@ class MSDModel:
             UserError: the settings ask for beam search, or for streaming of a batch.
         """
         if temperature is not None and do_sample is None:
-            do_sample = temperature > 0
+            do_sample = not SamplingSettings(temperature).greedy
         if do_sample:
             kwargs["temperature"] = temperature
         elif do_sample is False:
@@ -184,14 +186,14 @@ class MSDModel:
         decode = partial(self._decode, use_msd=use_msd, tree=tree, seed=seed, bound_streamer=streamer)
         kwargs.update(self.target.complete_inputs(input_ids, kwargs), do_sample=do_sample)
         settings = {key: value for key, value in kwargs.items() if value is not None}
-        if use_msd:
-            self._know_costs(tree or self.tree_for(input_ids.shape[0]), input_ids.shape[0])
+        if use_msd:  # measured once for a model, before the clock starts
+            self._costs_of(tree or self.tree_for(input_ids.shape[0]), input_ids.shape[0])
         start = time.perf_counter()
         output = self.target.model.generate(
             input_ids=input_ids, stopping_criteria=criteria, custom_generate=decode, **settings
         )
         output.stats.seconds = time.perf_counter() - start
-        output.stats.first_token = output.first_token_at - start
+        output.stats.first_token = output.stats.first_token_at - start
         return output
 
     def __call__(self, model: Any, input_ids: Tensor, streamer: Any = None, **kwargs: Any) -> MSDOutput | Tensor:
@@ -219,33 +221,25 @@ class MSDModel:
         check_request(input_ids, generation_config, bound_streamer)
         if bound_streamer is not None:
             bound_streamer.put(input_ids.cpu())
-        tree = tree or self.tree_for(input_ids.shape[0])
+        batch = input_ids.shape[0]
+        tree = tree or self.tree_for(batch)
         draft = self.draft if use_msd and tree.total_tokens > 1 else None
-        planner = None
-        cost = self._know_costs(tree, input_ids.shape[0]) if draft is not None else None
-        if cost is not None:
-            known = self._acceptance if seed is None else Acceptance()  # a seed gives the same tokens each time
-            planner = Planner(cost, min(tree.total_tokens, cost.nodes[-1]), known)
-        decoder = Decoder(
-            self.target,
-            draft,
-            {"input_ids": input_ids, **model_inputs},
-            TokenChooser(logits_processor, generation_config.do_sample),
-            Stopper(stopping_criteria, input_ids.shape[1]),
-            tree,
-            bound_streamer,
-            planner,
+        settings = DecodingSettings(
+            sampler=Sampler(logits_processor, generation_config.do_sample),
+            stopper=Stopper(stopping_criteria, input_ids.shape[1]),
+            tree=tree,
+            planner=None if draft is None else self._planner_for(tree, batch, seeded=seed is not None),
             compression=self.compression,
-            static=self._static,
+            compiled=self._compiled,
+            streamer=bound_streamer,
             wait=self.target.synchronize if self.exact_phases else None,
-            seeds=None if seed is None else seeds_of(seed, input_ids.shape[0]),
+            seeds=None if seed is None else tuple(seeds_of(seed, batch)),
         )
-        answers = [torch.tensor(tokens, dtype=input_ids.dtype, device=input_ids.device) for tokens in decoder.run()]
-        padding = generation_config.pad_token_id or 0
-        joined = pad_sequence(answers, batch_first=True, padding_value=padding)
-        return MSDOutput(
-            sequences=torch.cat([input_ids, joined], dim=1), stats=decoder.stats, first_token_at=decoder.first_token_at
-        )
+        decoder = Decoder(self.target, draft, {"input_ids": input_ids, **model_inputs}, settings)
+        tokens = decoder.run()
+        answers = [torch.tensor(each, dtype=input_ids.dtype, device=input_ids.device) for each in tokens]
+        padded = pad_sequence(answers, batch_first=True, padding_value=generation_config.pad_token_id or 0)
+        return MSDOutput(torch.cat([input_ids, padded], dim=1), tokens, decoder.stats)
 
     def tree_for(self, batch: int) -> TreeConfig:
         """The tree of each sequence of a batch; one that adapts is for a single sequence."""
@@ -253,9 +247,17 @@ class MSDModel:
             return TreeConfig.for_device(self.target.device).for_batch(batch)
         return self.tree.for_batch(batch)
 
+    def _planner_for(self, tree: TreeConfig, batch: int, seeded: bool) -> Planner | None:
+        """What chooses each tree of a single sequence. None if trees are fixed. With a seed it starts without what
+        earlier requests taught it, so that the same request gives the same cycles each time."""
+        cost = self._costs_of(tree, batch)
+        if cost is None:
+            return None
+        return Planner(cost, min(tree.total_tokens, cost.nodes[-1]), Acceptance() if seeded else self._acceptance)
+
     @torch.inference_mode()
-    def _know_costs(self, tree: TreeConfig, batch: int) -> CostCurve | None:
-        """The costs that an adapting tree is chosen by, measured at first use; None where no tree adapts."""
+    def _costs_of(self, tree: TreeConfig, batch: int) -> CostCurve | None:
+        """The costs of an adaptive tree, measured at first use. None if no tree adapts."""
         if self.draft is None or not tree.adaptive or batch > 1:
             return None
         bounds = (tree.depth, tree.top_k, tree.total_tokens)

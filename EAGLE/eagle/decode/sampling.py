@@ -1,19 +1,58 @@
-"""The target's choice of a next token: arg-max or a sample of its processed distribution.
+"""How the target chooses its next token: arg-max, or a sample of its processed distribution.
 
-Processors are transformers' own, prepared by its `generate`, so temperature, top-k, top-p and all others mean exactly
-what they mean there.
+Logits processors are transformers' own, prepared by its `generate`. Temperature, top-k, top-p and all other settings
+mean exactly what they mean there.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from copy import copy
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
-# Processors that look at one row of logits alone. All others may look at the tokens before it.
+from llava.errors import UserError
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """What a command or a page asks for. This is the one place that says what the limits mean.
+
+    ``temperature``: 0 is greedy decoding. ``top_p`` and ``top_k``: None means no limit, so the checkpoint's own
+    generation config does not add one. ``seed``: makes sampling repeatable.
+
+    Raises:
+        UserError: the temperature is negative or not finite.
+    """
+
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature {self.temperature}", fix="give 0 for greedy decoding, or a larger number")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def for_engine(self) -> dict[str, Any]:
+        """Keyword arguments of `MSDModel.generate`."""
+        if self.greedy:
+            return {"temperature": 0.0}
+        top_p, top_k = (1.0 if self.top_p is None else self.top_p), (self.top_k or 0)
+        return {"temperature": self.temperature, "top_p": top_p, "top_k": top_k, "seed": self.seed}
+
+
+# Processors that read one row of logits only. All others may read the tokens before it.
 ROW_WISE = tuple(
     getattr(hf, name)
     for name in (
@@ -30,11 +69,11 @@ ROW_WISE = tuple(
     if hasattr(hf, name)
 )
 
-ROW_SETTINGS = ("prompt_ignore_length",)  # settings of processors that have one value for each row of a batch
+PER_SEQUENCE = ("prompt_ignore_length",)  # attributes of processors that hold one value for each sequence of a batch
 
 
-class TokenChooser:
-    """Chooses next tokens from raw target logits.
+class Sampler:
+    """Samples next tokens from raw target logits.
 
     Args:
         processors: prepared logits processors.
@@ -45,41 +84,41 @@ class TokenChooser:
         self.processors, self.do_sample = processors, do_sample
         self.row_wise = all(type(processor) in ROW_WISE for processor in processors)
 
-    def of_row(self, row: int, batch: int) -> TokenChooser:
-        """The same choice for one sequence of a batch: what processors know of each row is cut to this one's."""
+    def for_sequence(self, index: int, batch: int) -> Sampler:
+        """The sampler of one sequence of a batch: per-sequence values of its processors are cut to this sequence."""
         if batch == 1 or self.row_wise:
             return self
         own = LogitsProcessorList(copy(processor) for processor in self.processors)
         for processor in own:
             for name, value in vars(processor).items():
-                if name in ROW_SETTINGS and isinstance(value, Tensor) and value.shape[:1] == (batch,):
-                    setattr(processor, name, value[row : row + 1])
-        return TokenChooser(own, self.do_sample)
+                if name in PER_SEQUENCE and isinstance(value, Tensor) and value.shape[:1] == (batch,):
+                    setattr(processor, name, value[index : index + 1])
+        return Sampler(own, self.do_sample)
 
-    def choose(self, logits: Tensor, prefix: Tensor, noise: Tensor | None = None) -> Tensor:
+    def sample(self, logits: Tensor, prefix: Tensor, noise: Tensor | None = None) -> Tensor:
         """One token for each row.
 
         Args:
             logits: [N, V] raw.
-            prefix: [N, S] or [1, S] ids before the choice; read only by processors that are not row-wise.
-            noise: [N, V] Gumbel noise of the places of the tokens (`eagle.decode.noise`), where tokens are sampled.
+            prefix: [N, S] or [1, S] ids before the choice. Read only by processors that are not row-wise.
+            noise: [N, V] Gumbel noise for the positions of the tokens (`eagle.decode.noise`), if tokens are sampled.
 
         Returns:
             [N] ids.
         """
         if not self.do_sample and not self.processors:
             return logits.argmax(dim=-1)
-        return self.pick(self.scores(logits, prefix), noise)
+        return self.select(self.scores(logits, prefix), noise)
 
-    def pick(self, scores: Tensor, noise: Tensor | None) -> Tensor:
-        """The choice [..., N] from processed scores [N, V] with noise [..., N, V], or without where it is greedy."""
+    def select(self, scores: Tensor, noise: Tensor | None) -> Tensor:
+        """Ids [..., N] from processed scores [N, V], with noise [..., N, V] if tokens are sampled."""
         if not self.do_sample:
             return scores.argmax(dim=-1)
         assert noise is not None
         return (scores + noise).argmax(dim=-1)
 
     def scores(self, logits: Tensor, prefix: Tensor) -> Tensor:
-        """Processed logits [N, V], float32, on the device of ``prefix``: processors hold tensors of their own there."""
+        """Processed logits [N, V], float32, on the device of ``prefix``, where the processors' own tensors are."""
         raw = logits.to(prefix.device, torch.float32, copy=True)
         scores: Tensor = self.processors(prefix.expand(raw.shape[0], -1), raw)
         return scores

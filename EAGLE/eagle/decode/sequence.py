@@ -4,77 +4,100 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from eagle.decode.noise import Noise
-from eagle.decode.sampling import TokenChooser
+from eagle.decode.sampling import Sampler
+
+
+class Pending(NamedTuple):
+    """Accepted rows that the draft has not read yet: ``hidden`` [n, H] the target's hidden states, ``tokens`` [n] the
+    token that follows each of them."""
+
+    hidden: Tensor
+    tokens: Tensor
 
 
 @dataclass
 class Sequence:
     """State of one sequence.
 
-    ``prompt`` [1, S] ids without padding; ``context`` [1, P] the same filled up on the left to the padded length, for
-    logits processors and stopping criteria, which count positions from there; ``chooser`` the target's choice of its
-    tokens, ``noise`` its chance; ``tokens`` the new ones; ``next_position`` [1] position number of the newest token;
-    ``certain`` accepted rows that the draft has not read yet, hidden [n, H] and tokens [n].
+    Attributes:
+        prompt: [1, S] ids without padding.
+        context: [1, P] the same, padded on the left to the batch's length. Logits processors and stopping criteria
+            count positions from there.
+        sampler: chooses this sequence's tokens.
+        noise: randomness of this sequence.
+        tokens: new tokens.
+        finished: the answer has ended.
+        next_position: [1] position id of the newest token.
+        pending_hidden: rows for the draft to read before it drafts again.
     """
 
     prompt: Tensor
     context: Tensor
-    chooser: TokenChooser
+    sampler: Sampler
     noise: Noise
     tokens: list[int] = field(default_factory=list)
     finished: bool = False
     next_position: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.long))
-    certain: tuple[Tensor, Tensor] | None = None
+    pending_hidden: Pending | None = None
 
     @property
     def length(self) -> int:
         """Prompt tokens."""
         return self.prompt.shape[1]
 
-    def add_certain(self, hidden: Tensor, tokens: Tensor) -> None:
-        """Rows for the draft to read, after those that it has not read yet."""
-        if self.certain is not None:
-            hidden, tokens = torch.cat([self.certain[0], hidden]), torch.cat([self.certain[1], tokens])
-        self.certain = hidden, tokens
+    def add_pending(self, hidden: Tensor, tokens: Tensor) -> None:
+        """Appends rows [n, H] and tokens [n] for the draft to read."""
+        if self.pending_hidden is not None:
+            hidden = torch.cat([self.pending_hidden.hidden, hidden])
+            tokens = torch.cat([self.pending_hidden.tokens, tokens])
+        self.pending_hidden = Pending(hidden, tokens)
 
-    def choice_in(self, logits: Tensor) -> Callable[[int, list[int]], int]:
-        """The target's choice at a node after the tokens that lead to it. ``logits`` [N, V]."""
+    def take_pending(self) -> Pending | None:
+        """The pending rows, which are then no longer pending."""
+        pending, self.pending_hidden = self.pending_hidden, None
+        return pending
 
-        def choose(node: int, added: list[int]) -> int:
+    def sample_at(self, logits: Tensor) -> Callable[[int, list[int]], int]:
+        """A function of (node, tokens that lead to it) that samples the target's next token. ``logits`` [N, V]."""
+
+        def sample(node: int, added: list[int]) -> int:
             new = torch.tensor([self.tokens + added], device=self.context.device)
             noise = self.noise_ahead(1, logits.shape[-1], len(added))
-            return int(self.chooser.choose(logits[node : node + 1], torch.cat([self.context, new], dim=1), noise))
+            return int(self.sampler.sample(logits[node : node + 1], torch.cat([self.context, new], dim=1), noise))
 
-        return choose
+        return sample
 
     def noise_ahead(self, count: int, vocabulary: int, after: int = 0) -> Tensor | None:
-        """[count, V] for the places that follow the newest token and ``after`` others; None where nothing is
-        sampled."""
-        if not self.chooser.do_sample:
+        """[count, V] noise for the positions after the newest token and ``after`` others. None for greedy decoding."""
+        if not self.sampler.do_sample:
             return None
         return self.noise.rows(len(self.tokens) + after, count, vocabulary)
 
 
 def sequences_of(
-    input_ids: Tensor, attention_mask: Tensor | None, chooser: TokenChooser, seeds: Iterable[int] | None = None
+    input_ids: Tensor, attention_mask: Tensor | None, sampler: Sampler, seeds: Iterable[int] | None = None
 ) -> list[Sequence]:
-    """The sequences of a batch, padded on either side. ``input_ids``, ``attention_mask`` [B, P]; ``seeds`` of each;
-    without them all draw from the device's global random state.
+    """The sequences of a batch that is padded on either side.
 
-    The filling of ``context`` repeats the prompt's first token, which is in the prompt anyway: a pad token is often an
-    end token too, and a repetition penalty would make that less likely.
+    The padding of ``context`` repeats the prompt's first token: a pad token is often an end token too, and a repetition
+    penalty would make that token less likely.
+
+    Args:
+        input_ids, attention_mask: [B, P].
+        seeds: one for each sequence. Without them all draw from the device's global random state.
     """
     sequences, batch = [], input_ids.shape[0]
-    for row, seed in enumerate([None] * batch if seeds is None else seeds):
-        own = input_ids[row : row + 1]
-        prompt = own if attention_mask is None else own[:, attention_mask[row].bool()]
-        filling = prompt[:, :1].expand(-1, own.shape[1] - prompt.shape[1])
-        generator = None if seed is None else torch.Generator(device=own.device).manual_seed(seed)
-        context = torch.cat([filling, prompt], dim=1)
-        sequences.append(Sequence(prompt, context, chooser.of_row(row, batch), Noise(generator, own.device)))
+    for index, seed in enumerate([None] * batch if seeds is None else seeds):
+        padded = input_ids[index : index + 1]
+        prompt = padded if attention_mask is None else padded[:, attention_mask[index].bool()]
+        padding = prompt[:, :1].expand(-1, padded.shape[1] - prompt.shape[1])
+        generator = None if seed is None else torch.Generator(device=padded.device).manual_seed(seed)
+        context = torch.cat([padding, prompt], dim=1)
+        sequences.append(Sequence(prompt, context, sampler.for_sequence(index, batch), Noise(generator, padded.device)))
     return sequences

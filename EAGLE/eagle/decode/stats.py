@@ -20,7 +20,8 @@ class Stats:
     ``new_tokens``: tokens given to the caller. ``cycles``: trees verified; a forward over a batch counts once for each
     sequence. ``requests``: sequences. ``accept_lengths``: drafted tokens accepted in each cycle, before any cut at the
     end of the answer. ``phases``: seconds in each phase. ``first_token``: seconds from the request until it has its
-    first token (a batch: until each sequence has one). ``loop``: seconds in cycles. ``seconds`` include both.
+    first token (a batch: until each sequence has one). ``first_token_at``: that moment on the clock of
+    `time.perf_counter`. ``loop``: seconds in cycles. ``seconds`` include both.
     ``cut_trees``: times that memory did not suffice to verify a tree, and half of it was verified. ``wait``: called at
     both ends of a phase, so that an asynchronous device is charged where it works; it costs speed, so it is not the
     default.
@@ -35,6 +36,7 @@ class Stats:
     cut_trees: int = 0
     phases: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     first_token: float = 0.0
+    first_token_at: float = field(default=0.0, repr=False, compare=False)
     loop: float = 0.0
     wait: Callable[[], None] | None = field(default=None, repr=False, compare=False)
 

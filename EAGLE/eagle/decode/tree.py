@@ -95,7 +95,7 @@ def select_nodes(candidates: Candidates, root: Tensor, total_tokens: int, depth:
     )
 
 
-def best_part(tree: DraftTree, total_tokens: int) -> DraftTree:
+def prune(tree: DraftTree, total_tokens: int) -> DraftTree:
     """The root and the ``total_tokens - 1`` best nodes of a tree, in its order; their parents are among them, since no
     child scores above its parent."""
     order = torch.sort(tree.scores[1:], descending=True, stable=True).indices[: total_tokens - 1] + 1

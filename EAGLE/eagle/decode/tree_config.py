@@ -3,44 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 
-from eagle.drafts.config import reject_unknown
 from llava.errors import UserError
+from llava.strict import read_strict, strict_dataclass
 
 BATCH_NODES = 60
 """Nodes of all trees of a batch together that pay in one forward, on a CPU too (`msd throughput`, docs/decoding.md)."""
 
 
-@dataclass(frozen=True)
+@strict_dataclass
 class TreeConfig:
     """A draft tree's bounds (EAGLE-2, arXiv 2406.16858, section 4).
 
-    ``depth``: draft steps after the first one, so a path has at most ``depth + 1`` drafted tokens.
-    ``top_k``: nodes kept at each level, and children tried for each of them.
-    ``total_tokens``: nodes that the target verifies in one forward, the root included.
-    ``adaptive``: depth and nodes are upper bounds, and each cycle takes what pays (`eagle.decode.adaptive.planner`).
+    Attributes:
+        depth: draft steps after the first one, so a path has at most ``depth + 1`` drafted tokens.
+        top_k: nodes kept at each level, and children tried for each of them.
+        total_tokens: nodes that the target verifies in one forward, the root included.
+        adaptive: depth and nodes are upper bounds; each cycle chooses within them (`eagle.decode.adaptive`).
+
+    Raises:
+        UserError: a value is not a whole number, or too small.
     """
 
-    depth: int = 5
-    top_k: int = 10
-    total_tokens: int = 60
+    depth: int = Field(5, ge=0)
+    top_k: int = Field(10, ge=1)
+    total_tokens: int = Field(60, ge=1)
     adaptive: bool = False
-
-    def __post_init__(self) -> None:
-        for name, low in (("depth", 0), ("top_k", 1), ("total_tokens", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < low:
-                raise UserError(f"tree setting {name}={value!r}", fix=f"give a whole number of at least {low}")
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any], where: str | Path = "tree settings") -> TreeConfig:
-        reject_unknown(settings, [f.name for f in fields(cls)], where)
-        return cls(**settings)
+        return read_strict(cls, settings, where)
 
     @classmethod
     def for_device(cls, device: torch.device | str) -> TreeConfig:

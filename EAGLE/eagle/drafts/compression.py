@@ -1,14 +1,10 @@
-"""Fewer image rows in the draft: a picture's input rows are merged to ``m``, or left out, before the draft reads them.
+"""Fewer image rows in the draft: the rows of a picture are pooled to ``m``, or left out, before the draft reads them.
 
-The target keeps every row and verifies, so answers stay what they were; only the draft sees less. Without this the
-draft reads as many rows as the picture has tokens, and attends to all of them at every level of every tree.
+The target reads every row and verifies, so answers do not change. Without pooling the draft reads as many rows as the
+picture has tokens, and attends to all of them at every level of every tree.
 
-A picture is a run of neighbouring image rows; pictures with nothing between them count as one, a video is one. Each
-keeps at most ``m`` rows:
-
-``pool``    ``m`` pieces of neighbouring rows, equal up to one row; each becomes the mean of its features
-``kmeans``  ``m`` clusters of alike features (Lloyd, started from the pieces above), ordered by their mean place
-
+A picture is a run of adjacent image rows. Pictures without a row between them count as one, and so does a video. A
+picture is cut into ``m`` pieces of adjacent rows, equal up to one row, and each piece becomes the mean of its features.
 A picture of ``m`` rows or fewer stays as it is; with ``m = 0`` all go. Text rows stay, with their own hidden states, so
 the first one after a picture still reads the state that the target has there.
 
@@ -28,9 +24,6 @@ import torch
 from torch import Tensor
 
 from llava.errors import UserError
-
-MERGES = ("pool", "kmeans")
-LLOYD_ROUNDS = 8
 
 
 @dataclass(frozen=True)
@@ -59,10 +52,9 @@ class Merging:
 
 @dataclass(frozen=True)
 class Compression:
-    """``tokens``: rows that a picture keeps at most; None keeps all. ``merge``: how, one of `MERGES`."""
+    """``tokens``: rows that a picture keeps at most. None keeps all."""
 
     tokens: int | None = None
-    merge: str = "pool"
 
     def __post_init__(self) -> None:
         whole = isinstance(self.tokens, int) and not isinstance(self.tokens, bool)
@@ -70,14 +62,12 @@ class Compression:
             raise UserError(
                 f"image tokens of the draft: {self.tokens!r}", fix="give a whole number of at least 0, or 'all'"
             )
-        if self.merge not in MERGES:
-            raise UserError(f"image tokens merged by '{self.merge}'", fix=f"use one of {', '.join(MERGES)}")
 
-    def replaced(self, tokens: Any = None, merge: str | None = None) -> Compression:
+    def replaced(self, tokens: Any = None) -> Compression:
         """With what is given in place of what is here. ``tokens``: a number, also as text, or "all"; None is not given.
 
         Raises:
-            UserError: either is none of the known values.
+            UserError: it is neither.
         """
         if tokens is None:
             tokens = self.tokens
@@ -85,7 +75,7 @@ class Compression:
             tokens = None
         elif isinstance(tokens, str) and tokens.isdigit():
             tokens = int(tokens)
-        return Compression(tokens, merge or self.merge)
+        return Compression(tokens)
 
     def plan(self, is_image: Tensor, features: Tensor) -> Merging | None:
         """Decides which rows go together; None where nothing changes.
@@ -116,8 +106,7 @@ class Compression:
         count, wanted = features.shape[0], self.tokens or 0
         if wanted == 0:
             return torch.full((count,), -1, device=features.device)
-        labels = torch.arange(count, device=features.device) * wanted // count
-        return labels if self.merge == "pool" else kmeans_labels(features.float(), labels)
+        return torch.arange(count, device=features.device) * wanted // count
 
 
 def image_runs(is_image: Tensor) -> list[tuple[int, int]]:
@@ -130,24 +119,3 @@ def image_runs(is_image: Tensor) -> list[tuple[int, int]]:
     steps = padded.diff()  # [R + 1]
     starts, ends = (steps == 1).nonzero().flatten().tolist(), (steps == -1).nonzero().flatten().tolist()
     return list(zip(starts, ends, strict=True))
-
-
-def kmeans_labels(features: Tensor, labels: Tensor) -> Tensor:
-    """Lloyd's algorithm from the clusters ``labels`` [n]; deterministic. ``features`` [n, H] → [n] clusters 0, 1, ...
-    ordered by the mean place of their members; those that lose all members are left out."""
-    clusters = int(labels.max()) + 1
-    centres = _means(features, labels, torch.zeros(clusters, features.shape[1], device=features.device))
-    for _ in range(LLOYD_ROUNDS):
-        labels = torch.cdist(features, centres).argmin(dim=1)
-        centres = _means(features, labels, centres)
-    place = torch.arange(len(labels), device=labels.device).float().unsqueeze(1)  # [n, 1]
-    used, labels = labels.unique(return_inverse=True)
-    order = _means(place, labels, torch.zeros(len(used), 1, device=labels.device)).squeeze(1).argsort(stable=True)
-    return order.argsort()[labels]
-
-
-def _means(values: Tensor, labels: Tensor, otherwise: Tensor) -> Tensor:
-    """Mean of ``values`` [n, X] by label, ``otherwise`` [k, X] where a label has none."""
-    counts = labels.bincount(minlength=otherwise.shape[0]).unsqueeze(1)  # [k, 1]
-    sums = torch.zeros_like(otherwise).index_add_(0, labels, values)
-    return torch.where(counts > 0, sums / counts.clamp(min=1), otherwise)

@@ -7,76 +7,47 @@ is strict: an unknown key is an error that names the nearest known one.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from eagle.drafts.compression import Compression
 from llava.errors import UserError
 from llava.files import read_json
-
-POSITION_KINDS = ("plain", "mrope")
-
+from llava.strict import read_strict, strict_dataclass
 
 HEAD_TOKENS = "head_tokens.safetensors"
 """The file beside a draft with its trimmed vocabulary."""
 
 
-def reject_unknown(given: Iterable[str], known: Iterable[str], where: str | Path) -> None:
-    """Raises `UserError` for the first key of ``given`` that is not in ``known``, and names the nearest known key."""
-    known = list(known)
-    for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(sorted(known))}"
-            raise UserError(f"unknown key '{key}'", where=where, fix=hint)
-
-
-@dataclass(frozen=True)
+@strict_dataclass
 class DraftOptions:
-    """The ``"msd"`` section of a draft's ``config.json``; absent in published drafts, which have these defaults.
+    """The ``"msd"`` section of a draft's ``config.json``. Published drafts do not have it; these defaults are theirs.
 
-    ``positions``: how the draft numbers its inputs: ``plain`` 0, 1, 2, ... (all published drafts) or ``mrope``, the
-    target's three rows. ``head_tokens``: file beside it with the ids [K] that are drafted from, the most frequent of
-    the vocabulary (`eagle.ge_data.vocabulary`); without it all are. ``decoupled``: false feeds image positions through
-    ``fc([image feature ; hidden state])`` as text positions are, which is EAGLE's way and MSD's ablation.
-    ``image_tokens``, ``image_merge``: rows that it keeps of a picture, and how they are merged
-    (`eagle.drafts.compression`); without them all.
+    Attributes:
+        positions: position ids of the draft's inputs: ``plain`` 0, 1, 2, ... (all published drafts) or ``mrope``, the
+            target's three rows.
+        head_tokens: file beside the config with the ids [K] of a trimmed draft vocabulary (`eagle.ge_data.vocabulary`).
+            None drafts from the whole vocabulary.
+        decoupled: False feeds image positions through ``fc([image feature ; hidden state])`` as text positions are.
+            That is EAGLE's way, and MSD's ablation.
+        image_tokens: rows that the draft keeps of a picture (`eagle.drafts.compression`). None keeps all.
+        image_merge: how these rows are merged. Only "pool" exists.
     """
 
-    positions: str = "plain"
-    head_tokens: str | None = None
+    positions: Literal["plain", "mrope"] = "plain"
+    head_tokens: Literal["head_tokens.safetensors"] | None = None
     decoupled: bool = True
     image_tokens: int | None = None
-    image_merge: str = "pool"
+    image_merge: Literal["pool"] = "pool"
+
+    def __post_init__(self) -> None:
+        _ = self.compression  # checks its two settings
 
     @property
     def compression(self) -> Compression:
-        return Compression(self.image_tokens, self.image_merge)
-
-    @classmethod
-    def from_dict(cls, section: Mapping[str, Any], where: str | Path) -> DraftOptions:
-        reject_unknown(section, [f.name for f in fields(cls)], f"{where}, section 'msd'")
-        options = cls(**section)
-        if options.positions not in POSITION_KINDS:
-            raise UserError(
-                f"positions is '{options.positions}'", where=where, fix=f"use one of {', '.join(POSITION_KINDS)}"
-            )
-        if not isinstance(options.decoupled, bool):
-            raise UserError(f"decoupled is {options.decoupled!r}", where=where, fix="use true or false")
-        if options.head_tokens not in (None, HEAD_TOKENS):
-            raise UserError(
-                f"head_tokens is {options.head_tokens!r}",
-                where=where,
-                fix=f"the file beside the draft is {HEAD_TOKENS}",
-            )
-        try:
-            _ = options.compression
-        except UserError as error:
-            raise UserError(error.what, where=where, fix=error.fix) from None
-        return options
+        return Compression(self.image_tokens)
 
 
 @dataclass(frozen=True)
@@ -101,7 +72,7 @@ class DraftConfig:
     input_layernorm: bool = False
     attention_bias: bool = False
     fc_bias: bool = True
-    options: DraftOptions = DraftOptions()
+    options: DraftOptions = field(default_factory=DraftOptions)
     published: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -144,7 +115,7 @@ class DraftConfig:
             input_layernorm=present("layers.0.input_layernorm.weight", like_qwen),
             attention_bias=present("layers.0.self_attn.q_proj.bias", like_qwen),
             fc_bias=present("fc.bias", bool(config.get("bias", True))),
-            options=DraftOptions.from_dict(config.get("msd", {}), where),
+            options=read_strict(DraftOptions, config.get("msd", {}), f"{where}, section 'msd'"),
             published=dict(config),
         )
 

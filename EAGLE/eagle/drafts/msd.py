@@ -28,7 +28,7 @@ from transformers.activations import ACT2FN
 from eagle.decode.tree import top_children
 from eagle.drafts.config import DraftConfig
 from eagle.kv_cache import KVCache
-from eagle.weight_layout import arrange, arranged
+from eagle.weight_layout import input_major, to_input_major_layout
 
 
 class RMSNorm(nn.Module):
@@ -55,7 +55,7 @@ def share_storage(*layers: nn.Linear) -> nn.Linear:
         device=layers[0].weight.device, dtype=layers[0].weight.dtype,
     )  # fmt: skip
     fused.requires_grad_(False)
-    fused.weight.data = arranged(torch.cat([layer.weight for layer in layers]))
+    fused.weight.data = input_major(torch.cat([layer.weight for layer in layers]))
     if bias:
         fused.bias.data = torch.cat([layer.bias for layer in layers])
     start = 0
@@ -247,8 +247,8 @@ class DraftModel(nn.Module):
         if self.head_tokens is not None and head is not None:
             self.head_tokens = self.head_tokens.to(self.device)
             weight = cast(Tensor, head.weight)
-            self._trimmed = arranged(weight[self.head_tokens.to(weight.device)].to(self.device, self.dtype))
-        arrange(self)
+            self._trimmed = input_major(weight[self.head_tokens.to(weight.device)].to(self.device, self.dtype))
+        to_input_major_layout(self)
         attention, mlp = self.layer.self_attn, self.layer.mlp
         attention.fused = [share_storage(attention.q_proj, attention.k_proj, attention.v_proj)]
         mlp.fused = [share_storage(mlp.gate_proj, mlp.up_proj)]

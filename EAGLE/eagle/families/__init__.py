@@ -8,13 +8,13 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 
 from eagle.attention import leave_out_cudnn_attention
-from eagle.drafts.checkpoint import HUB_KEYS, hub_errors
 from eagle.families.base import Prefill, Target
 from eagle.families.llava.target import LlavaTarget
 from eagle.families.llava_next.target import LlavaNextTarget
 from eagle.families.qwen2_vl.target import Qwen2_5VLTarget, Qwen2VLTarget
 from llava.errors import UserError
 from llava.files import read_json
+from llava.hub import HUB_KEYS, hub_errors
 
 FAMILIES: tuple[type[Target], ...] = (LlavaTarget, LlavaNextTarget, Qwen2VLTarget, Qwen2_5VLTarget)
 

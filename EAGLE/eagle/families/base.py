@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eagle.kv_cache import KVCache
-from eagle.weight_layout import arrange
+from eagle.weight_layout import to_input_major_layout
 from llava.errors import UserError
 
 MASKED_ATTENTION = ("sdpa", "eager")
@@ -157,7 +157,7 @@ class Target(ABC):
         """Arranges the weights that verification multiplies with (`eagle.weight_layout`); once, after loading."""
         embedding = self.model.get_input_embeddings().weight
         for part in (self.text_model, self.model.get_output_embeddings()):
-            arrange(part, skip=[embedding])
+            to_input_major_layout(part, skip=[embedding])
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """A cache of ``capacity`` rows for each of ``batch`` sequences, each layer on its own device."""

@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import AutoProcessor, PreTrainedModel
 
-from eagle.drafts.checkpoint import HUB_KEYS
 from llava.device import dtype_for
 from llava.errors import UserError
+from llava.hub import HUB_KEYS
 from llava.image import load_image
 
 

@@ -21,6 +21,7 @@ import torch
 from eagle.conversations import Unusable
 from eagle.decode.msd import MSDModel
 from eagle.decode.noise import mixed
+from eagle.decode.sampling import SamplingSettings
 from eagle.families.template import Outline, Prepared, Template, Turn
 from eagle.hidden_states.source import Regeneration
 from llava.errors import OutOfMemory
@@ -143,8 +144,7 @@ class Regenerator:
         settings = self._sampling([talk.row for talk in talks], number)
         settings |= {"max_new_tokens": max(limits), "eos_token_id": sorted(ends)}
         output = self.model.generate(**inputs, **settings)
-        new = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
-        return [up_to_end(answer[:limit], ends) for answer, limit in zip(new, limits, strict=True)]
+        return [answer[:limit] for answer, limit in zip(output.tokens, limits, strict=True)]
 
     def _ends(self, turn: Turn) -> set[int]:
         """Tokens that end an answer: those of the target, and the one that closes the turn."""
@@ -152,10 +152,8 @@ class Regenerator:
 
     def _sampling(self, rows: Iterable[int], turn: int) -> dict[str, Any]:
         """Settings of `MSDModel.generate` for answers to one turn."""
-        if self.settings.temperature == 0:
-            return {"temperature": 0.0}
         seeds = [mixed(self.settings.seed or 0, row, turn) for row in rows]
-        return {"temperature": self.settings.temperature, "top_p": 1.0, "top_k": 0, "seed": seeds}
+        return SamplingSettings(self.settings.temperature, seed=seeds).for_engine()
 
     def _outcome(self, talk: Talk) -> Prepared | Unusable:
         if talk.reason is None and not talk.said:
@@ -165,13 +163,3 @@ class Regenerator:
         images = self.template.first_pictures(talk.outline.images, talk.pictures)
         kept = slice(self.max_length)
         return Prepared(talk.outline.id, torch.tensor(talk.ids[kept]), torch.tensor(talk.spoken[kept]), images)
-
-
-def up_to_end(answer: list[int], ends: set[int]) -> list[int]:
-    """An answer with its end token, without what fills up its row of the batch.
-
-    >>> up_to_end([5, 2, 0, 0], {2}), up_to_end([5, 6], {2})
-    ([5, 2], [5, 6])
-    """
-    places = (place for place, token in enumerate(answer) if token in ends)
-    return answer[: next(places, len(answer)) + 1]

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from eagle.drafts.config import DraftConfig, reject_unknown
+from eagle.drafts.config import DraftConfig
 from llava.errors import UserError
 from llava.files import read_json
+from llava.strict import reject_unknown
 
 SECTION = "train"
 SECTIONS = (SECTION, "msd")

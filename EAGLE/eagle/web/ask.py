@@ -10,9 +10,9 @@ from typing import Any
 
 from PIL import Image
 
-from eagle.drafts.config import reject_unknown
 from llava.errors import UserError
 from llava.image import load_image
+from llava.strict import reject_unknown
 
 MAX_TEMPERATURE = 2.0
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from eagle.decode.msd import MSDModel
+from eagle.decode.sampling import SamplingSettings
 from eagle.web.ask import Ask
 from llava.errors import UserError
 
@@ -140,9 +141,7 @@ def decode(model: MSDModel, ask: Ask, streamer: PieceStreamer) -> None:
         output = model.generate(
             **inputs,
             use_msd=ask.msd and model.draft is not None,
-            temperature=ask.temperature,
-            top_p=1.0,  # not the checkpoint's, with which some never sample
-            top_k=0,
+            **SamplingSettings(ask.temperature).for_engine(),
             max_new_tokens=ask.max_new_tokens,
             streamer=streamer,
         )
@@ -152,8 +151,7 @@ def decode(model: MSDModel, ask: Ask, streamer: PieceStreamer) -> None:
     except UserError as error:
         streamer.events.put({"kind": "error", "message": str(error)})
         return
-    stats = output.stats
-    tokens = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    (tokens,), stats = output.tokens, output.stats
     streamer.events.put(
         {
             "kind": "end",

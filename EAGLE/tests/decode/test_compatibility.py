@@ -12,7 +12,7 @@ from tiny_draft import make_draft
 from tiny_llava import make_image, make_llava_hf
 
 from eagle import MSDModel, TreeConfig
-from eagle.decode.compatibility import fit_pair
+from eagle.decode.compatibility import check_compatible
 from eagle.drafts.msd import DraftModel
 from eagle.families import Target, load_target
 from llava.errors import UserError
@@ -57,7 +57,7 @@ def test_another_vocabulary_is_refused(target: Target, tmp_path: Path, rows: int
     draft.embed_tokens.weight.data.normal_()  # of another base
     size = target.model.get_input_embeddings().num_embeddings
     with pytest.raises(UserError, match=f"vocabulary {size + rows} in the draft, {size} in the base"):
-        fit_pair(target, draft)
+        check_compatible(target, draft)
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl"])
@@ -68,7 +68,7 @@ def test_another_family_is_refused(target: Target, tmp_path: Path, model_type: s
 
 def test_another_hidden_size_is_refused(target: Target, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="hidden size 16 in the draft"):
-        fit_pair(target, draft_of(target, tmp_path, hidden_size=16))
+        check_compatible(target, draft_of(target, tmp_path, hidden_size=16))
 
 
 def test_an_embedding_of_another_base_is_told(
@@ -76,8 +76,8 @@ def test_an_embedding_of_another_base_is_told(
 ) -> None:  # fmt: skip
     draft = draft_of(target, tmp_path)
     with caplog.at_level(logging.WARNING, "eagle.decode.compatibility"):
-        fit_pair(target, draft.to(torch.bfloat16))  # rounding is no difference
+        check_compatible(target, draft.to(torch.bfloat16))  # rounding is no difference
         assert not caplog.records
         draft.embed_tokens.weight.data = draft.embed_tokens.weight.data.flip(0)
-        fit_pair(target, draft)
+        check_compatible(target, draft)
     assert "token embedding is not the base's" in caplog.text

@@ -75,7 +75,7 @@ def test_same_tokens_and_cycles(models: list[MSDModel]) -> None:
 @torch.inference_mode()
 def test_rows_of_earlier_requests_do_not_matter(models: list[MSDModel]) -> None:
     """A later request finds a used cache; here one full of large values."""
-    static = models[1]._static
+    static = models[1]._compiled
     for pool in (static.target_caches, static.draft_caches):
         cache = pool.take(10)
         for layer in cache.layers:
@@ -102,7 +102,7 @@ def test_a_prompt_beyond_the_first_columns(models: list[MSDModel]) -> None:
 
 
 def test_two_streams_of_requests_do_not_share_a_cache(models: list[MSDModel]) -> None:
-    engine = models[1]._static
+    engine = models[1]._compiled
     first, second = engine.target_caches.take(50), engine.target_caches.take(50)
     assert first is not second
     engine.release(first, None)

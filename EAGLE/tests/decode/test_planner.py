@@ -31,7 +31,7 @@ def test_costs_are_linear_between_what_was_measured() -> None:
 
 def test_every_node_is_taken_where_nodes_are_free() -> None:
     planner = Planner(FLAT, largest=4)
-    assert planner.drafts()
+    assert planner.should_draft()
     assert planner.size(log(0.9, 0.05)) == 3
     assert planner.size(log(0.9, 0.05, 0.04, 0.03, 0.02)) == 4  # the largest allowed
 
@@ -46,9 +46,9 @@ def test_only_nodes_that_pay_are_taken() -> None:
 def test_another_level_is_drafted_while_it_pays() -> None:
     """Seconds: 1 + 10 for one level. Best after a level of mass 0.9: 1.9/11; the next promises 0.81: 2.71/12."""
     planner = Planner(FLAT, largest=10)
-    planner.drafts()
-    assert planner.deeper(log(0.9))
-    assert not Planner(FLAT, largest=10).deeper(log(0.1))  # 1.1/11 now, 1.11/12 then
+    planner.should_draft()
+    assert planner.should_deepen(log(0.9))
+    assert not Planner(FLAT, largest=10).should_deepen(log(0.1))  # 1.1/11 now, 1.11/12 then
 
 
 def test_acceptance_is_learnt_by_range() -> None:
@@ -67,7 +67,7 @@ def test_a_request_pauses_where_speculation_loses_and_tries_again() -> None:
     planner = Planner(STEEP, largest=4)
     drafted = []
     for _ in range(TRIAL + PAUSES[0] + TRIAL + PAUSES[1]):
-        drafted.append(planner.drafts())
+        drafted.append(planner.should_draft())
         planner.learn(log(1.0, 0.9, 0.8)[: 3 if drafted[-1] else 1], [0], 1)  # nothing is ever accepted
     wanted = [True] * TRIAL + [False] * PAUSES[0] + [True] * TRIAL + [False] * PAUSES[1]
     assert drafted == wanted
@@ -76,7 +76,7 @@ def test_a_request_pauses_where_speculation_loses_and_tries_again() -> None:
 def test_a_request_goes_on_where_speculation_pays() -> None:
     planner = Planner(FLAT, largest=4)
     for _ in range(50):
-        assert planner.drafts()
+        assert planner.should_draft()
         planner.learn(log(1.0, 0.9, 0.8), [0, 1, 2], 3)
 
 

@@ -15,7 +15,7 @@ from transformers.generation import logits_process as hf
 
 from eagle import MSDModel, TreeConfig
 from eagle.decode.noise import gumbel
-from eagle.decode.sampling import TokenChooser
+from eagle.decode.sampling import Sampler
 from eagle.decode.tree import DraftTree, ancestor_mask
 from eagle.exactness import (
     FIRST,
@@ -66,7 +66,7 @@ def node_logits() -> torch.Tensor:
     return logits  # at T 1.5 a full path still comes out 5 000 times in 50 000 draws
 
 
-class RawBonus(TokenChooser):
+class RawBonus(Sampler):
     """A mutant: the bonus token after full acceptance ignores temperature, top-k and top-p."""
 
     def scores(self, logits: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
@@ -74,17 +74,17 @@ class RawBonus(TokenChooser):
         return torch.where(leaves[:, None], logits, super().scores(logits, prefix))
 
 
-def chosen_by(chooser: TokenChooser) -> torch.Tensor:
+def chosen_by(sampler: Sampler) -> torch.Tensor:
     """[DRAWS, N] choices at the nodes of `drawn_tree`."""
     tree, logits = drawn_tree(), node_logits()
-    scores = chooser.scores(logits, torch.zeros(1, 1, dtype=torch.long))
-    return torch.cat([choices(tree, scores, chooser, part) for part in noises(3, logits, DRAWS, 5)])
+    scores = sampler.scores(logits, torch.zeros(1, 1, dtype=torch.long))
+    return torch.cat([choices(tree, scores, sampler, part) for part in noises(3, logits, DRAWS, 5)])
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_token_has_the_targets_distribution(name: str) -> None:
     tree, logits, processors = drawn_tree(), node_logits(), processors_of(SETTINGS[name])
-    counts = tally(tree, chosen_by(TokenChooser(processors, True)), VOCABULARY)
+    counts = tally(tree, chosen_by(Sampler(processors, True)), VOCABULARY)
     fits = compare(tree, logits, counts, processors, name)
     assert {fit.where for fit in fits} == PLACES
     assert not significant(fits)
@@ -103,7 +103,7 @@ def test_a_bonus_token_that_ignores_the_settings_is_seen(name: str) -> None:
 def test_leaving_the_tree_with_a_token_that_ignores_the_settings_is_seen(name: str) -> None:
     """A mutant whose bonus token after partial acceptance, that leaves `drawn_tree`, is a raw one."""
     tree, logits, processors = drawn_tree(), node_logits(), processors_of(SETTINGS[name])
-    chosen, generator = chosen_by(TokenChooser(processors, True)), torch.Generator().manual_seed(5)
+    chosen, generator = chosen_by(Sampler(processors, True)), torch.Generator().manual_seed(5)
     for node in (0, 1):
         drafted = tree.tokens[tree.parents == node]
         raw = logits[node].softmax(-1).index_fill(0, drafted, 0.0)
@@ -194,7 +194,7 @@ def test_chi_square_agrees_with_scipy() -> None:
 def test_a_choice_with_noise_is_a_sample(name: str) -> None:
     logits, prefix, processors = node_logits(), torch.zeros(1, 1, dtype=torch.long), processors_of(SETTINGS[name])
     noise = gumbel([DRAWS * len(logits), VOCABULARY], torch.Generator().manual_seed(1), "cpu")
-    chosen = TokenChooser(processors, True).choose(logits.repeat(DRAWS, 1), prefix, noise).view(DRAWS, -1)
+    chosen = Sampler(processors, True).sample(logits.repeat(DRAWS, 1), prefix, noise).view(DRAWS, -1)
     wanted = processors(prefix.expand(len(logits), -1), logits.clone()).softmax(-1)
     counts = torch.stack([row.bincount(minlength=VOCABULARY) for row in chosen.T])
     pairs = [pooled(counts[node], wanted[node]) for node in range(len(logits))]
@@ -204,8 +204,8 @@ def test_a_choice_with_noise_is_a_sample(name: str) -> None:
 
 
 def test_greedy_needs_no_processor_and_reads_the_largest() -> None:
-    chooser = TokenChooser(LogitsProcessorList(), do_sample=False)
-    assert chooser.choose(torch.tensor([[0.0, 2.0], [3.0, 1.0]]), torch.zeros(1, 1)).tolist() == [1, 0]
+    sampler = Sampler(LogitsProcessorList(), do_sample=False)
+    assert sampler.sample(torch.tensor([[0.0, 2.0], [3.0, 1.0]]), torch.zeros(1, 1)).tolist() == [1, 0]
 
 
 def test_settings_cover_what_users_turn() -> None:
@@ -227,6 +227,6 @@ def test_scores_on_another_device_than_the_prompt(do_sample: bool) -> None:
             ]
         )
         noise = torch.zeros(3, 20, device="cuda:0") if do_sample else None
-        chooser = TokenChooser(processors, do_sample)
-        chosen = chooser.choose(torch.zeros(3, 20, dtype=torch.bfloat16, device="cuda:1"), prefix, noise)
+        sampler = Sampler(processors, do_sample)
+        chosen = sampler.sample(torch.zeros(3, 20, dtype=torch.bfloat16, device="cuda:1"), prefix, noise)
         assert chosen.shape == (3,)

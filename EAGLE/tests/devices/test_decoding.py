@@ -29,7 +29,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "stop string": {"temperature": 0.0, "stop_strings": ["no such text"]},
     "no image rows": {"temperature": 0.0, "compression": Compression(0)},
     "pooled": {"temperature": 0.0, "compression": Compression(2)},
-    "clustered": {"temperature": 0.0, "compression": Compression(2, "kmeans")},
 }  # fmt: skip
 BATCHES: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
@@ -37,7 +36,7 @@ BATCHES: dict[str, dict[str, Any]] = {
     "penalty": {"temperature": 1.0, "repetition_penalty": 1.2, "seed": [3, 5]},
 }
 ONE = [("llava", name) for name in SETTINGS]
-ONE += [("qwen2_vl", name) for name in ("greedy", "seed", "penalty, sampled", "pooled", "clustered")]
+ONE += [("qwen2_vl", name) for name in ("greedy", "seed", "penalty, sampled", "pooled")]
 TWO = [("llava", name) for name in ("adaptive", "top-k, top-p", "penalty, sampled", "pooled")]
 TWO += [("qwen2_vl", name) for name in ("seed", "pooled")]
 

@@ -33,7 +33,7 @@ class Cycles:
 
     def __init__(self, gpu: PretendedGPU, patch: pytest.MonkeyPatch, model: MSDModel, settings: dict[str, Any]) -> None:
         self.count, self.levels, self.drafted, self.places = 0, 0, 0, Counter[str]()
-        prefill, draft, run, deeper = Decoder.prefill, Decoder.draft, Decoder._run, Decoder._deeper
+        prefill, draft, run, deepen = Decoder.prefill, Decoder.draft, Decoder._run, Decoder._should_deepen
 
         def counted_prefill(decoder: Decoder) -> None:
             prefill(decoder)
@@ -41,13 +41,13 @@ class Cycles:
 
         def counted_draft(decoder: Decoder) -> Any:
             self.count += 1
-            trees = draft(decoder)
-            self.drafted += max(tree.size for tree in trees) > 1
-            return trees
+            drafted = draft(decoder)
+            self.drafted += max(tree.size for tree in drafted.trees) > 1
+            return drafted
 
-        def counted_deeper(decoder: Decoder, scores: Any) -> bool:
+        def counted_deepen(decoder: Decoder, scores: Any) -> bool:
             self.levels += 1
-            return deeper(decoder, scores)
+            return deepen(decoder, scores)
 
         def counted_run(decoder: Decoder) -> Any:
             tokens = run(decoder)
@@ -57,7 +57,7 @@ class Cycles:
 
         patch.setattr(Decoder, "prefill", counted_prefill)
         patch.setattr(Decoder, "draft", counted_draft)
-        patch.setattr(Decoder, "_deeper", counted_deeper)
+        patch.setattr(Decoder, "_should_deepen", counted_deepen)
         patch.setattr(Decoder, "_run", counted_run)
         self.accepted = model.generate(max_new_tokens=TOKENS, **settings).stats.accept_lengths
         self.waits: Counter[str] = Counter()

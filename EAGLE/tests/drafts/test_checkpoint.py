@@ -1,4 +1,4 @@
-"""Draft checkpoints: published layouts load strictly, broken ones are named in one line."""
+"""Draft checkpoints: published layouts load strictly, broken ones give one line that names the file."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def test_a_draft_that_is_not_decoupled_says_so_in_its_config_alone(tmp_path):
     assert torch.equal(load_draft(saved).fuse(*parts, image), draft.fc(torch.cat(parts[::-1], dim=-1)))
     published = load_draft(write(tmp_path / "published"))
     assert torch.equal(published.fuse(*parts, image)[0, 0], parts[1][0, 0])
-    with pytest.raises(UserError, match="decoupled is 'no'"):
+    with pytest.raises(UserError, match="decoupled='no'"):
         DraftConfig.from_dict({**LLAVA, "msd": {"decoupled": "no"}})
 
 
@@ -97,7 +97,7 @@ def test_truncated_file(tmp_path, kind):
     folder = write(tmp_path, kind=kind)
     file = folder / ("pytorch_model.bin" if kind == "bin" else "model.safetensors")
     os.truncate(file, file.stat().st_size // 2)
-    with pytest.raises(UserError, match=f"cannot be read.*{file.name}"):
+    with pytest.raises(UserError, match=f"weight file is damaged or truncated.*{file.name}"):
         load_draft(folder)
 
 
@@ -117,7 +117,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 
     folder = write(tmp_path / "draft")
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"fc.weight": Evil()}))
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="damaged"):
         load_draft(folder)
     assert not (tmp_path / "ran").exists()
 
@@ -126,7 +126,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     ("prepare", "message"),
     [
         (lambda f: (f / "config.json").unlink(), "draft config not found"),
-        (lambda f: (f / "pytorch_model.bin").unlink(), "no draft weights"),
+        (lambda f: (f / "pytorch_model.bin").unlink(), "no weights"),
         (lambda f: (f / "config.json").write_text("{}"), "lacks hidden_size"),
         (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
     ],
@@ -174,18 +174,3 @@ def test_joined_projections_change_nothing(config):
     torch.testing.assert_close(draft(rows, positions), before)
     assert all(torch.equal(tensors[name], value) for name, value in draft.state_dict().items())
     assert set(draft.state_dict()) == set(tensors)
-
-
-@pytest.mark.parametrize("text", ["407 Proxy Authentication Required\nmore", ""])
-def test_what_the_http_library_raises_is_one_line(monkeypatch, text):
-    """Its errors have no class in common with the hub library's."""
-
-    class ProxyError(Exception):
-        pass
-
-    def refused(*_, **__):
-        raise ProxyError(text)
-
-    monkeypatch.setattr("eagle.drafts.checkpoint.snapshot_download", refused)
-    with pytest.raises(UserError, match=text.splitlines()[0] if text else "ProxyError"):
-        load_draft("tiny/draft")

@@ -15,7 +15,7 @@ from tiny_stock import make_qwen
 from eagle import MSDModel, TreeConfig
 from eagle.decode.drafter import Drafter
 from eagle.drafts.checkpoint import load_draft, save_draft
-from eagle.drafts.compression import MERGES, Compression, Merging, image_runs
+from eagle.drafts.compression import Compression, Merging, image_runs
 from eagle.drafts.config import DraftConfig
 from eagle.families import load_target
 from eagle.families.base import Prefill
@@ -47,36 +47,20 @@ def test_no_rows_at_all() -> None:
     assert found.source.tolist() == [0, 6, 9]
 
 
-@pytest.mark.parametrize("merge", MERGES)
-def test_nothing_changes_where_pictures_are_short_enough(merge: str) -> None:
+def test_nothing_changes_where_pictures_are_short_enough() -> None:
     features = torch.randn(10, 3)
     for tokens in (5, 6, 1000, None):
-        assert Compression(tokens, merge).plan(IMAGE, features) is None
-    assert Compression(0, merge).plan(torch.zeros(4).bool(), features[:4]) is None
+        assert Compression(tokens).plan(IMAGE, features) is None
+    assert Compression(0).plan(torch.zeros(4).bool(), features[:4]) is None
 
 
-def test_kmeans_joins_what_is_alike_in_order_of_place() -> None:
-    image = torch.ones(6).bool()
-    features = torch.tensor([[9.0], [0], [9], [0], [0.1], [8.9]])
-    found = plan(Compression(2, "kmeans"), features, image)
-    assert found.group.tolist() == [0, 1, 0, 1, 1, 0]  # mean places 2.33 and 2.67
-    assert torch.allclose(found.mean(features).flatten(), torch.tensor([8.9667, 0.0333]), atol=1e-3)
-
-
-def test_kmeans_leaves_out_clusters_that_nothing_is_in() -> None:
-    features = torch.tensor([[1.0], [1], [1], [1], [5], [1]])
-    found = plan(Compression(4, "kmeans"), features, torch.ones(6).bool())
-    assert len(found.source) == 2 and found.mean(features).sort(dim=0).values.flatten().tolist() == [1, 5]
-
-
-@pytest.mark.parametrize("merge", MERGES)
 @pytest.mark.parametrize("tokens", [1, 3, 16, 40])
-def test_every_row_goes_somewhere_and_means_are_kept(merge: str, tokens: int) -> None:
+def test_every_row_goes_somewhere_and_means_are_kept(tokens: int) -> None:
     generator = torch.Generator().manual_seed(tokens)
     features = torch.randn(120, 4, generator=generator)
     image = torch.rand(120, generator=generator) < 0.5
     image[30:100] = True
-    found = plan(Compression(tokens, merge), features, image)
+    found = plan(Compression(tokens), features, image)
     assert int(found.group.min()) == 0 and found.group.unique().tolist() == list(range(len(found.source)))
     assert torch.equal(found.pick(features)[~found.pick(image)], features[~image])  # text as it was, in order
     runs = image_runs(found.pick(image))
@@ -86,21 +70,19 @@ def test_every_row_goes_somewhere_and_means_are_kept(merge: str, tokens: int) ->
 
 
 @pytest.mark.parametrize(
-    ("tokens", "merge", "message"),
-    [(-1, "pool", "image tokens of the draft: -1"), ("few", "pool", "'few'"), (True, "pool", "True"),
-     (2.5, "pool", "2.5"), (4, "mean", "merged by 'mean'")],
-)  # fmt: skip
-def test_bad_settings_are_named(tokens: object, merge: str, message: str) -> None:
+    ("tokens", "message"), [(-1, "image tokens of the draft: -1"), ("few", "'few'"), (True, "True"), (2.5, "2.5")]
+)
+def test_bad_settings_are_named(tokens: object, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Compression().replaced(tokens, merge)
+        Compression().replaced(tokens)
 
 
 def test_settings_given_win_over_the_drafts_own() -> None:
-    own = Compression(32, "kmeans")
+    own = Compression(32)
     assert own.replaced() == own
-    assert own.replaced(0) == Compression(0, "kmeans")
-    assert own.replaced("all") == Compression(None, "kmeans")
-    assert own.replaced("8", "pool") == Compression(8, "pool")
+    assert own.replaced(0) == Compression(0)
+    assert own.replaced("all") == Compression(None)
+    assert own.replaced("8") == Compression(8)
 
 
 # Decoding
@@ -130,14 +112,13 @@ def inputs_of(model: MSDModel, texts: str | list[str]) -> dict[str, torch.Tensor
     return model.target.prepare(prompts if len(prompts) > 1 else prompts[0], pictures)
 
 
-def with_compression(model: MSDModel, tokens: int | str, merge: str = "pool") -> MSDModel:
-    return MSDModel(model.target, model.draft, TREE, draft_image_tokens=tokens, draft_image_merge=merge)
+def with_compression(model: MSDModel, tokens: int | str) -> MSDModel:
+    return MSDModel(model.target, model.draft, TREE, draft_image_tokens=tokens)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 3, 500, "all"])
-@pytest.mark.parametrize("merge", MERGES)
-def test_answers_are_those_of_transformers(model: MSDModel, tokens: int | str, merge: str) -> None:
-    changed = with_compression(model, tokens, merge)
+def test_answers_are_those_of_transformers(model: MSDModel, tokens: int | str) -> None:
+    changed = with_compression(model, tokens)
     for text in (TEXTS[0], TEXTS[2], "[] USER: Which? ASSISTANT:", "USER: [][] Which? ASSISTANT:"):
         inputs = inputs_of(model, text)
         expected = model.target.model.generate(**inputs, max_new_tokens=20, do_sample=False)
@@ -211,16 +192,14 @@ def test_no_rows_is_the_prompt_without_its_pictures(model: MSDModel) -> None:
 
 
 def test_the_config_of_a_draft_says_what_it_was_trained_with(model: MSDModel, tmp_path: Path) -> None:
-    config = DraftConfig.from_dict(
-        {**model.draft.config.to_dict(), "msd": {"image_tokens": 4, "image_merge": "kmeans"}}
-    )
+    config = DraftConfig.from_dict({**model.draft.config.to_dict(), "msd": {"image_tokens": 4, "image_merge": "pool"}})
     model.draft.config, before = config, model.draft.config
     try:
         save_draft(model.draft, tmp_path)
     finally:
         model.draft.config = before
     again = MSDModel(model.target, load_draft(tmp_path, dtype=torch.float32))
-    assert again.compression == Compression(4, "kmeans")
+    assert again.compression == Compression(4)
     bad = {**config.to_dict(), "msd": {"image_merge": "max"}}
-    with pytest.raises(UserError, match="merged by 'max': here"):
+    with pytest.raises(UserError, match="image_merge='max': here"):
         DraftConfig.from_dict(bad, where="here")

@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from eagle.families import base_weights
 from eagle.families.base_weights import load_base_tensors
 from llava.errors import UserError
 
@@ -43,14 +42,11 @@ def test_every_layout(tmp_path, names, ending, sharded):
     assert torch.equal(base.embed, EMBED) and torch.equal(base.head, HEAD)
 
 
-def test_only_the_needed_shards_are_opened(tmp_path, monkeypatch):
+def test_only_the_needed_shards_are_opened(tmp_path):
     write(tmp_path, NAMES[0], "bin", True)
     (tmp_path / "pytorch_model-1.bin").write_bytes(b"never read")
-    opened = []
-    read = base_weights._read_from
-    monkeypatch.setattr(base_weights, "_read_from", lambda file, names: opened.append(file.name) or read(file, names))
-    load_base_tensors(tmp_path)
-    assert opened == ["pytorch_model-0.bin", "pytorch_model-2.bin"]
+    base = load_base_tensors(tmp_path)
+    assert torch.equal(base.embed, EMBED) and torch.equal(base.head, HEAD)
 
 
 @pytest.mark.parametrize("where", ["config", "text_config"])
@@ -85,8 +81,8 @@ def test_errors_say_what_is_wrong(tmp_path):
     with pytest.raises(UserError, match="no lm_head"):
         load_base_tensors(tmp_path)
     (tmp_path / "model-0.safetensors").write_bytes(b"broken")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="damaged or truncated"):
         load_base_tensors(tmp_path)
     (tmp_path / "model-0.safetensors").unlink()
-    with pytest.raises(UserError, match=r"model-0\.safetensors is missing"):
+    with pytest.raises(UserError, match=r"weight files missing.*model-0\.safetensors"):
         load_base_tensors(tmp_path)

@@ -73,14 +73,35 @@ def test_hub_names_work_like_folders(repositories: Path, hub: HubServer, tmp_pat
     offline = generate(repositories, name, f"{name}-msd", {**hub.environment(tmp_path), "HF_HUB_OFFLINE": "1"})
     assert answer_of(offline) == local
     assert len(hub.requests) == before
-    code = "import sys; from eagle.families import base_weights as w\n"
-    code += "for name in sys.argv[1:]: print(*w.load_base_tensors(name).head.shape)"
+    code = "import sys; from eagle.families.base_weights import load_base_tensors\n"
+    code += "for name in sys.argv[1:]: print(*load_base_tensors(name).head.shape)"
     line = [sys.executable, "-c", code, folders[0], name, "tiny/unknown"]
     environment = {**os.environ, **hub.environment(tmp_path), "HF_HUB_OFFLINE": "1"}
     read = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=600, check=False)
     here, cached = read.stdout.splitlines()
     assert here == cached != "", read.stderr
     assert "the hub did not give it" in read.stderr
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        "from eagle.drafts.checkpoint import load_draft as load",
+        "from eagle.families.base_weights import load_base_tensors as load",
+    ],
+)
+def test_only_one_kind_of_weights_is_downloaded(repositories: Path, hub: HubServer, tmp_path: Path, load: str) -> None:
+    """Of a repository with both kinds, the .bin is not asked for."""
+    name = "tiny/llava-hf-msd" if "draft" in load else "tiny/llava-hf"
+    other = repositories / name / "pytorch_model.bin"
+    torch.save(load_file(repositories / name / "model.safetensors"), other)
+    line = [sys.executable, "-c", f"{load}; load({name!r})"]
+    environment = {**os.environ, **hub.environment(tmp_path)}
+    done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=600, check=False)
+    other.unlink()
+    assert done.returncode == 0, done.stderr
+    fetched = {Path(path).name for method, path in hub.requests if method == "GET" and "/resolve/" in path}
+    assert fetched == {"config.json", "model.safetensors"}
 
 
 @pytest.mark.parametrize(

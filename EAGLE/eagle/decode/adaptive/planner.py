@@ -115,14 +115,14 @@ class Planner:
         self._tokens, self._seconds = 0.0, 0.0
         self._cycles, self._pause, self._pauses = 0, 0, 0
 
-    def drafts(self) -> bool:
+    def should_draft(self) -> bool:
         """Starts a cycle: whether it drafts at all."""
         self._levels, self._steps = [], 0
         self._drafted = self._pause == 0
         self._pause = max(0, self._pause - 1)
         return self._drafted
 
-    def deeper(self, scores: Floats) -> bool:
+    def should_deepen(self, scores: Floats) -> bool:
         """Whether to draft another level below one with these ``scores`` (all its nodes)."""
         chances = self.acceptance.probability(scores)
         before, now = float(self._levels[-1].sum()) if self._levels else 1.0, float(chances.sum())

@@ -196,7 +196,7 @@ class StaticDrafter(Drafter):
 
     def _read(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         count, size = tokens.shape[1], self._causal.shape[-1]
-        mask, cache = self._masks.window(self._certain, self._causal[:, :count, :count]), self._static_cache
+        mask, cache = self._masks.window(self._lengths, self._causal[:, :count, :count]), self._static_cache
         columns = cache.open(size)
         tokens, hidden = F.pad(tokens, (0, size - count)), F.pad(hidden, (0, 0, 0, size - count))
         output = self._engine.extend(tokens, hidden, filled(mask, size, columns), *self._rope(0, size), cache)
@@ -204,10 +204,10 @@ class StaticDrafter(Drafter):
         return output[:, :count]
 
     def _step(
-        self, tokens: Tensor, hidden: Tensor, sight: Tensor, step: int, top_k: int
+        self, tokens: Tensor, hidden: Tensor, tree_mask: Tensor, step: int, top_k: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         width = tokens.shape[1]
-        mask, cache = self._masks.window(self._certain, sight), self._static_cache
+        mask, cache = self._masks.window(self._lengths, tree_mask), self._static_cache
         columns = cache.open(width)
         mask = filled(mask, width, columns)
         result = self._engine.step(tokens, hidden.contiguous(), mask, *self._rope(step, 1), cache, top_k)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eagle.kv_cache import KVCache, SlotLayer, Slots, Store
+from eagle.kv_cache import CacheLayer, CacheStorage, KVCache, RowIndices
 
 STEP = 256
 """Columns by which short forwards grow."""
@@ -42,11 +42,11 @@ class Window:
         self.columns = 0
 
 
-class StaticLayer(SlotLayer):
+class StaticLayer(CacheLayer):
     """One layer of a `StaticCache`."""
 
     def __init__(self, store_k: Tensor, store_v: Tensor, window: Window) -> None:
-        super().__init__(store_k, store_v, [0], Slots())
+        super().__init__(store_k, store_v, [0], RowIndices())
         self._window = window
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -80,7 +80,7 @@ class StaticCache(KVCache):
     ) -> None:
         shape = (1, 1, heads, max(SMALLEST, 1 << (capacity - 1).bit_length()), head_dim)
         zeros = partial(torch.zeros, shape, dtype=dtype, device=device)
-        stores = {layer: Store(zeros(), zeros()) for layer in range(layers)}  # apart: a graph writes into each
+        stores = {layer: CacheStorage(zeros(), zeros()) for layer in range(layers)}  # apart: a graph writes into each
         super().__init__(stores, range(layers), [0])
         self.window, self._move, self._device = Window(), move, device
         self.layers = [StaticLayer(store.keys[0], store.values[0], self.window) for store in stores.values()]

@@ -1,4 +1,4 @@
-"""`msd doctor` on tiny checkpoints: what is missing, damaged or mismatched is named; no weights are loaded."""
+"""`msd doctor` on tiny checkpoints: names what is missing, damaged or does not fit; loads no weights."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tiny_draft import make_draft
 from tiny_llava import make_liuhaotian, make_llava_hf
 from tiny_stock import make_llava_next, make_qwen
 
-from eagle.doctor.check import Check, State
-from eagle.doctor.checkpoints import check_pair, footprint, look_at_base, look_at_draft
-from eagle.doctor.machine import Machine
+from eagle.doctor import Check, State
+from eagle.doctor.environment import Machine
 from eagle.doctor.memory import POSITIONS, check_fit
+from eagle.doctor.models import check_base, check_draft, check_pair, footprint
 from eagle.drafts.checkpoint import load_draft, save_draft
 from eagle.drafts.config import HEAD_TOKENS, DraftConfig
 from eagle.drafts.draft_vocab import write_head_tokens
@@ -53,7 +53,7 @@ def llava_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def copy(source: Path, folder: Path) -> Path:
-    """A copy that a test may spoil, with its tower beside it."""
+    """A copy that a test may damage, with its tower beside it."""
     for name in (source.name, "tiny-clip"):
         if (source.parent / name).is_dir():
             shutil.copytree(source.parent / name, folder / name)
@@ -78,16 +78,16 @@ def test_a_good_pair_is_ok_and_nothing_is_loaded(pair: tuple[Path, Path], monkey
 
     monkeypatch.setattr(torch, "load", only_meta)
     monkeypatch.setattr("safetensors.torch.load_file", lambda *_: pytest.fail("loads weights"))
-    base, found = look_at_base(str(pair[0]), hub=False)
-    draft, own = look_at_draft(str(pair[1]), hub=False)
+    base, found = check_base(str(pair[0]), hub=False)
+    draft, own = check_draft(str(pair[1]), hub=False)
     assert base is not None and draft is not None
     checks = [*found, *own, *check_pair(base, draft)]
     assert {check.state for check in checks} == {State.OK}, checks
 
 
 def test_footprint_counts_what_is_loaded(llava_pair: tuple[Path, Path]) -> None:
-    base, _ = look_at_base(str(llava_pair[0]), hub=False)
-    draft, _ = look_at_draft(str(llava_pair[1]), hub=False)
+    base, _ = check_base(str(llava_pair[0]), hub=False)
+    draft, _ = check_draft(str(llava_pair[1]), hub=False)
     assert base is not None
     size = footprint(base, draft)
     target = load_target(llava_pair[0], dtype="float32")
@@ -127,7 +127,7 @@ SPOILED_BASES: list[tuple[Callable[[Path], object], str]] = [
     (lambda f: (f / "config.json").write_text("{"), "base model: base model config is not valid JSON"),
     (lambda f: change_config(f, model_type="bert"), "base model: model_type 'bert' is not supported"),
     (spoil_shard, "base model: weight files missing"),
-    (truncate, "base model: weight file is damaged ("),
+    (truncate, "base model: weight file is damaged or truncated"),
     (drop_tensors("model.layers.1.mlp.up_proj.weight"), "missing tensors: model.layers.1.mlp.up_proj.weight"),
     (drop_tensors("model.norm.weight", "lm_head.weight"), "missing tensors: model.norm.weight, lm_head.weight"),
     (drop_tensors("model.embed_tokens.weight"), "missing tensors: token embedding"),
@@ -144,15 +144,15 @@ def test_a_spoiled_base_is_a_problem(
 ) -> None:
     base = copy(llava_pair[0], tmp_path)
     spoil(base)
-    _, checks = look_at_base(str(base), hub=False)
+    _, checks = check_base(str(base), hub=False)
     assert len(problems(checks)) == 1
     assert message in problems(checks)[0]
-    assert all(check.mend for check in checks if check.state is State.PROBLEM)
+    assert all(check.fix for check in checks if check.state is State.PROBLEM)
 
 
 SPOILED_DRAFTS: list[tuple[Callable[[Path], object], str]] = [
     (lambda f: shutil.rmtree(f), "draft not found"),
-    (lambda f: (f / "model.safetensors").unlink(), "no draft weights"),
+    (lambda f: (f / "model.safetensors").unlink(), "no weights"),
     (
         drop_tensors("layers.0.mlp.up_proj.weight", "fc.weight"),
         "missing fc.weight, missing layers.0.mlp.up_proj.weight",
@@ -170,7 +170,7 @@ def test_a_spoiled_draft_is_a_problem(
 ) -> None:
     draft = copy(llava_pair[1], tmp_path)
     spoil(draft)
-    _, checks = look_at_draft(str(draft), hub=False)
+    _, checks = check_draft(str(draft), hub=False)
     assert [message in problem for problem in problems(checks)] == [True], checks
 
 
@@ -185,26 +185,26 @@ def test_a_spoiled_draft_is_a_problem(
 def test_a_draft_of_another_base(
     llava_pair: tuple[Path, Path], tmp_path: Path, changes: dict[str, object], found: str
 ) -> None:
-    base, _ = look_at_base(str(llava_pair[0]), hub=False)
+    base, _ = check_base(str(llava_pair[0]), hub=False)
     assert base is not None
     if "vocab_size" in changes:
         fields = load_draft(llava_pair[1]).config.to_dict()
         save_draft(DraftModel(DraftConfig.from_dict({**fields, **changes})), tmp_path / "draft")
     else:
         make_draft(tmp_path / "draft", load_target(llava_pair[0], dtype="float32"), **changes)
-    draft, own = look_at_draft(str(tmp_path / "draft"), hub=False)
+    draft, own = check_draft(str(tmp_path / "draft"), hub=False)
     assert draft is not None and not problems(own)
     (check,) = check_pair(base, draft)
-    assert found in check.found and check.mend
+    assert found in check.found and check.fix
     assert check.state is State.PROBLEM
 
 
 def test_a_hub_name_without_the_hub_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    for look in (look_at_base, look_at_draft):
+    for look in (check_base, check_draft):
         contents, (check,) = look("tiny/nowhere", hub=False)
         assert contents is None
-        assert check.state is State.WARNING and "--hub" in check.mend
+        assert check.state is State.WARNING and "--hub" in check.fix
 
 
 @pytest.mark.parametrize("spoil", [lambda file: file.unlink(), lambda file: file.write_bytes(b"no")])
@@ -213,18 +213,18 @@ def test_a_trimmed_vocabulary_that_cannot_be_loaded(
 ) -> None:
     draft = copy(llava_pair[1], tmp_path)
     write_head_tokens(draft, torch.tensor([3, 4]))
-    assert [check.state for check in look_at_draft(str(draft), hub=False)[1]] == [State.OK]
+    assert [check.state for check in check_draft(str(draft), hub=False)[1]] == [State.OK]
     spoil(draft / HEAD_TOKENS)
-    (check,) = look_at_draft(str(draft), hub=False)[1]
-    assert check.state is State.PROBLEM and "eagle.ge_data.vocabulary" in check.mend
+    (check,) = check_draft(str(draft), hub=False)[1]
+    assert check.state is State.PROBLEM and "eagle.ge_data.vocabulary" in check.fix
     with pytest.raises(UserError):
         load_draft(draft)
 
 
-def test_a_tokenizer_that_does_not_load_is_told(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_tokenizer_that_does_not_load_is_a_problem(pair: tuple[Path, Path], tmp_path: Path) -> None:
     base = copy(pair[0], tmp_path)
     for name in ("tokenizer.model", "tokenizer.json"):
         if (base / name).exists():
-            (base / name).write_bytes(b"nothing of the kind")
-    found = problems(look_at_base(str(base), False)[1])
+            (base / name).write_bytes(b"not a tokenizer")
+    found = problems(check_base(str(base), False)[1])
     assert len(found) == 1 and found[0].startswith("tokenizer: ") and "cannot be" in found[0]
