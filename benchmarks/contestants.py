@@ -8,8 +8,8 @@ from typing import Any
 from benchmarks.assistant import assistant_for
 from benchmarks.rounds import Runner
 from benchmarks.spec import Cell, Suite
+from eagle.arguments import tree_limits
 from eagle.benchmark import Answer, Work, with_engine, with_prompt_lookup, with_transformers
-from eagle.commands.bench import tree_bounds
 from eagle.decode.msd import MSDModel
 from eagle.decode.tree_config import TreeConfig
 from llava.errors import UserError
@@ -95,5 +95,5 @@ def tree_of(name: str, model: MSDModel, batch: int) -> TreeConfig:
         raise UserError(f"no contestant '{name}'", fix=f"there are {', '.join(known)}")
     if not bounds:
         return model.tree_for(batch)
-    tree = TreeConfig.named("fixed", model.device) if bounds == "fixed" else tree_bounds(bounds)
+    tree = TreeConfig.named("fixed", model.device) if bounds == "fixed" else TreeConfig(*tree_limits(bounds))
     return tree.for_batch(batch)

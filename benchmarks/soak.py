@@ -26,11 +26,16 @@ import psutil
 import torch
 from rich.progress import track
 
-from eagle.arguments import add_data_options, add_length_option, add_model_options, load_model, positive
-from eagle.benchmark import versions
-from eagle.commands.demo import use_pocket_defaults
+from eagle.arguments import (
+    add_data_options,
+    add_length_option,
+    add_model_options,
+    positive,
+    use_pocket_defaults,
+)
 from eagle.decode.msd import MSDModel
-from eagle.provenance import hardware
+from eagle.loading import load_model
+from eagle.provenance import hardware, versions
 from eagle.questions import Question, read_questions
 from llava.errors import UserError, run_cli
 from llava.files import atomic_write, write_json

@@ -27,8 +27,9 @@ from benchmarks.report import header, phase_table, row_of_cell, table_of
 from benchmarks.rounds import interleave_rounds
 from benchmarks.spec import Cell, Pair, Suite, read_suite
 from benchmarks.work import work_of
-from eagle.arguments import device_map_for, positive
+from eagle.arguments import positive
 from eagle.decode.msd import MSDModel
+from eagle.loading import device_map_for
 from llava.device import cpu_has_bfloat16, dtype_for, on_cpu
 from llava.errors import UserError, run_cli
 from llava.files import write_json

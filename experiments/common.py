@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from eagle.benchmark import versions
-from eagle.provenance import hardware
-from eagle.train.checkpoint import now, source_commit
+from eagle.provenance import record
 
 REPO = Path(__file__).resolve().parents[1]
 PACKAGES = ("LLaVA", "EAGLE", "lmms-eval")
@@ -30,20 +27,16 @@ def parser(module: str, description: str | None) -> argparse.ArgumentParser:
 
 def run_record(options: argparse.Namespace | None = None, device: torch.device | None = None) -> dict[str, Any]:
     """Date, commit, command, hardware and versions of this run, with its settings if given."""
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    record: dict[str, Any] = {"date": now(), "commit": source_commit()}
-    record["command"] = [Path(sys.argv[0]).stem, *sys.argv[1:]]
-    if options is not None:
-        record["settings"] = {name: str(value) for name, value in vars(options).items() if name != "out"}
-    return {**record, "hardware": hardware(device), "versions": versions()}
+    settings = {} if options is None else {name: str(value) for name, value in vars(options).items() if name != "out"}
+    return {**record(device), **({"settings": settings} if settings else {})}
 
 
-def caption(record: Mapping[str, Any]) -> str:
+def caption(run: Mapping[str, Any]) -> str:
     """Date, hardware, versions and commit of a record in one line."""
-    machine, packages = record["hardware"], record["versions"]
+    machine, packages = run["hardware"], run["versions"]
     device = machine.get("gpu") or f"{machine['cpu']} ({machine['cores']} cores, {machine['threads']} threads)"
     software = ", ".join(f"{name} {packages[name]}" for name in ("torch", "transformers") if name in packages)
-    return f"{record['date'][:10]}, {device}, {software}, commit {str(record['commit'])[:12]}"
+    return f"{run['date'][:10]}, {device}, {software}, commit {str(run['commit'])[:12]}"
 
 
 def environment() -> dict[str, str]:

@@ -20,7 +20,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from eagle.commands.bench import tree_bounds
+from eagle.arguments import tree_limits
 from eagle.decode.accept import Accepted
 from eagle.decode.decoder import Decoder, DecodingSettings, Verified
 from eagle.decode.msd import MSDModel
@@ -211,15 +211,16 @@ def main() -> None:
     add = made.add_argument
     add("--question", default="h0000", metavar="ID", help="of pocket/data/heldout.jsonl (default: h0000)")
     add("--cycle", type=int, help="from 1 (default: a typical one)")
-    add("--tree", type=tree_bounds, default=TreeConfig.for_device("cpu"), metavar="D/K/N", help="default: 6/3/12")
+    add("--tree", type=tree_limits, metavar="D/K/N", help="default: 6/3/12")
     add("--out", type=Path, default=OUT, help="the PNG (default: docs/method-tree.png)")
     options = made.parse_args()
     known = {question.id: question for question in read_questions(DATA)}
     if options.question not in known:
         raise UserError(f"no question '{options.question}'", DATA, "give the id of one of its lines")
     question = known[options.question]
-    msd = MSDModel.from_pretrained(BASE, DRAFT, dtype=torch.float32, tree=options.tree)
-    cycles = record(msd, question, options.tree, MAX_NEW_TOKENS)
+    tree = TreeConfig(*options.tree) if options.tree else TreeConfig.for_device("cpu")
+    msd = MSDModel.from_pretrained(BASE, DRAFT, dtype=torch.float32, tree=tree)
+    cycles = record(msd, question, tree, MAX_NEW_TOKENS)
     number = typical(cycles) if options.cycle is None else options.cycle - 1
     if not 0 <= number < len(cycles):
         raise UserError(f"no cycle {options.cycle}", fix=f"this answer has {len(cycles)}")

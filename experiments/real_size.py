@@ -40,13 +40,13 @@ from rich.table import Table
 from transformers import LlavaForConditionalGeneration
 
 from benchmarks.random_pair import RandomPrompt, Shape, random_draft, random_target
-from eagle.arguments import device_map_for
 from eagle.decode.adaptive.cost import measure
 from eagle.decode.adaptive.planner import CostCurve
 from eagle.decode.tree_config import TreeConfig
 from eagle.drafts.msd import DraftModel
 from eagle.families.base import Target
 from eagle.families.llava.target import LlavaTarget
+from eagle.loading import device_map_for
 from experiments.common import parser, run_record
 from llava.device import dtype_for
 from llava.errors import UserError, run_cli

@@ -52,7 +52,7 @@ STATUS = Path("/proc/self/status")
 
 
 def full_logits_loss(
-    predicted: Tensor, target: Tensor, counts: Tensor, head: Tensor, *, hidden_weight: float = 1.0,
+    predicted: Tensor, target: Tensor, loss_mask: Tensor, head: Tensor, *, hidden_weight: float = 1.0,
     token_weight: float = 0.1,
 ) -> Losses:  # fmt: skip
     """The loss as published: logits of every position at once, the mask afterwards. Same loss and gradient as
@@ -60,10 +60,10 @@ def full_logits_loss(
 
     Args:
         predicted, target: hidden states [B, S, H].
-        counts: positions that contribute to the loss [B, S].
+        loss_mask: positions that contribute to the loss [B, S].
         head: weight of ``lm_head`` [V, H].
     """
-    mask, rows = counts.float(), counts.sum()
+    mask, rows = loss_mask.float(), loss_mask.sum()
     divisor = rows.clamp(min=1)
     hidden = F.smooth_l1_loss(predicted.float(), target.float(), reduction="none").mean(dim=-1)  # [B, S]
     logits = F.linear(predicted.to(head.dtype), head).float()  # [B, S, V]
@@ -74,15 +74,15 @@ def full_logits_loss(
     token = -(wanted * logits.log_softmax(dim=-1)).sum(dim=-1)  # [B, S]
     hidden, token = (hidden * mask).sum() / divisor, (token * mask).sum() / divisor
     total = hidden_weight * hidden + token_weight * token
-    return Losses(total, hidden.detach(), token.detach(), hits[counts].sum(dim=0), rows)
+    return Losses(total, hidden.detach(), token.detach(), hits[loss_mask].sum(dim=0), rows)
 
 
 class FullLogitsObjective(DraftObjective):
     """The training objective with this loss."""
 
-    def loss(self, predicted: Tensor, target: Tensor, counts: Tensor) -> Losses:
+    def loss(self, predicted: Tensor, target: Tensor, loss_mask: Tensor) -> Losses:
         weights = {"hidden_weight": self.config.hidden_weight, "token_weight": self.config.token_weight}
-        return full_logits_loss(predicted, target, counts, self.head, **weights)
+        return full_logits_loss(predicted, target, loss_mask, self.head, **weights)
 
 
 @dataclass(frozen=True)
@@ -130,14 +130,14 @@ def head_work(way: str, options: argparse.Namespace) -> Work:
     head = torch.randn(options.vocab, options.hidden, device=device).mul_(options.hidden**-0.5)  # [V, H]
     predicted, target = torch.randn(size, device=device, requires_grad=True), torch.randn(size, device=device)
     first = round(options.positions * (1 - ANSWER_SHARE))
-    counts = (torch.arange(options.positions, device=device) >= first)[None]  # [1, S]
+    loss_mask = (torch.arange(options.positions, device=device) >= first)[None]  # [1, S]
 
     def step() -> None:
         predicted.grad = None
         if way == OURS:
-            losses = draft_loss(predicted, target, counts, head, chunk=CHUNK)
+            losses = draft_loss(predicted, target, loss_mask, head, chunk=CHUNK)
         else:
-            losses = full_logits_loss(predicted, target, counts, head)
+            losses = full_logits_loss(predicted, target, loss_mask, head)
         losses.total.backward()
 
     return Work(step, 1, device)

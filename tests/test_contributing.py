@@ -23,8 +23,9 @@ from transformers import (
 )
 
 from eagle import MSDModel, TreeConfig
-from eagle import families as targets
+from eagle.conversations import read_conversation
 from eagle.drafts.checkpoint import load_draft
+from eagle.families import Family, load_target, registry, template_of
 from llava.errors import UserError
 from llava.hub import Source
 from llava.tokenizer import load_tokenizer
@@ -61,20 +62,21 @@ def make_vipllava(folder: Path) -> Path:
 
 
 @pytest.fixture
-def example(monkeypatch: pytest.MonkeyPatch) -> type[targets.Target]:
-    """The page's class, made from the page's text and registered as the page says."""
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    module = ModuleType("vipllava_example")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(code, "CONTRIBUTING.md", "exec"), module.__dict__)
-    family = module.VipLlavaTarget
-    monkeypatch.setattr(targets, "FAMILIES", (*targets.FAMILIES, family))
+def example(monkeypatch: pytest.MonkeyPatch) -> Family:
+    """The page's family, made from the page's text and registered as the page says."""
+    target, template, row = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    for name, code in (("target", target), ("template", template)):
+        module = ModuleType(f"eagle.families.vipllava.{name}")
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        exec(compile(code, "CONTRIBUTING.md", "exec"), module.__dict__)
+    family = eval(row, {"Family": Family})
+    monkeypatch.setattr(registry, "FAMILIES", (*registry.FAMILIES, family))
     return family
 
 
-def test_the_example_of_a_family_decodes_like_transformers(example: type[targets.Target], tmp_path: Path) -> None:
-    target = targets.load_target(make_vipllava(tmp_path / "base"), dtype="float32")
-    assert type(target) is example
+def test_the_example_of_a_family_decodes_like_transformers(example: Family, tmp_path: Path) -> None:
+    target = load_target(make_vipllava(tmp_path / "base"), dtype="float32")
+    assert type(target) is example.target_class()
     draft = load_draft(make_draft(tmp_path / "draft", target), dtype=torch.float32)
     msd = MSDModel(target, draft, TreeConfig(2, 40, 120))  # a wide tree: a random draft is rarely right
     accepted: list[int] = []
@@ -89,9 +91,19 @@ def test_the_example_of_a_family_decodes_like_transformers(example: type[targets
     assert max(accepted) > 0
 
 
+def test_the_example_of_a_family_writes_training_conversations(example: Family, tmp_path: Path) -> None:
+    target = load_target(make_vipllava(tmp_path / "base"), dtype="float32")
+    make_image(tmp_path / "a.png", width=60, height=30)
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A river."}]
+    conversation = read_conversation({"image": "a.png", "conversations": turns}, 0)
+    prepared = template_of(target).prepare(conversation, tmp_path, 200)
+    assert (prepared.input_ids == target.config.image_token_id).sum() == 4
+    assert target.tokenizer.decode(prepared.input_ids[prepared.loss_mask]).strip() == "A river.</s>"
+
+
 def test_without_registration_the_family_is_not_known(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="model_type 'vipllava' is not supported"):
-        targets.load_target(make_vipllava(tmp_path / "base"))
+        load_target(make_vipllava(tmp_path / "base"))
 
 
 def test_make_targets_of_the_page_exist() -> None:

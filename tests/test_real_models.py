@@ -13,7 +13,7 @@ import torch
 from eagle.doctor.memory import POSITIONS, PUBLISHED
 from eagle.drafts.config import DraftConfig
 from eagle.drafts.msd import DraftModel
-from eagle.families.templates import FAMILIES
+from eagle.families import TRAINING_NAMES
 from eagle.train.settings import TrainConfig
 from llava.files import read_json
 from lmms_eval_msd import MODELS
@@ -86,7 +86,7 @@ def test_the_table_is_derived_as_the_page_says() -> None:
 def test_settings_are_known(name: str) -> None:
     settings = exports()[name]
     family, model = settings.get("FAMILY", "llava_v15"), settings.get("MODEL", "llava_msd")
-    assert FAMILIES[family] == shipped(name)["model_type"]
+    assert TRAINING_NAMES[family] == shipped(name)["model_type"]
     assert model in MODELS
     assert set(shipped(name)["train"]) <= {each.name for each in fields(TrainConfig)}
     scripts = "".join(path.read_text(encoding="utf-8") for path in (REPO / "scripts").glob("*.sh"))

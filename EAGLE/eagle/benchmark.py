@@ -6,12 +6,10 @@ slows all of them. Speed is a ratio within one run.
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -22,8 +20,6 @@ from eagle.decode.msd import MSDModel
 from eagle.decode.stats import Stats
 from eagle.decode.tree_config import TreeConfig
 from eagle.families import Target
-
-PACKAGES = ("msd-eagle", "torch", "transformers", "accelerate")
 
 
 class Work(Protocol):
@@ -166,14 +162,3 @@ def interleave(contestants: Sequence[Contestant], questions: Sequence[Any], warm
 def strongest(contestants: Sequence[Contestant]) -> Contestant:
     """The fastest of them in tokens per second."""
     return max(contestants, key=lambda contestant: contestant.total.tokens_per_second)
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that matter here."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed as a package"
-    return found

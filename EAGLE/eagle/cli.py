@@ -1,4 +1,8 @@
-"""The command `msd`: generate, bench, throughput, verify, exactness, demo, web, doctor, push."""
+"""The command `msd`: generate, bench, throughput, verify, exactness, demo, web, doctor, push.
+
+A command is a module of `eagle.commands` with `add_arguments(parser)` and `run(arguments)`. Its module imports heavy
+packages (torch, transformers, rich) inside `run`, so that `--help` answers at once.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +20,8 @@ COMMANDS = {
 
 
 def parser(names: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
-    """The command line of these commands; each adds its own options."""
-    top = argparse.ArgumentParser(prog="msd", description="Multimodal speculative decoding: same answers, sooner.")
+    """The parser of the commands ``names``."""
+    top = argparse.ArgumentParser(prog="msd", description="Lossless speculative decoding for vision-language models.")
     commands = top.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
     for name in names:
         module = import_module(COMMANDS[name])
@@ -27,8 +31,7 @@ def parser(names: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status (2 for bad input). Only that command's module is imported, so that one
-    command does not need what another one does."""
+    """Runs one command; returns the exit status (2 for bad input). Only the module of that command is imported."""
     given = sys.argv[1:] if argv is None else list(argv)
     names = given[:1] if given[:1] and given[0] in COMMANDS else COMMANDS
     arguments = parser(names).parse_args(given)

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process as hf
 
 from eagle.decode.accept import accepted_nodes
 from eagle.decode.decoder import Decoder, DecodingSettings
 from eagle.decode.msd import MSDModel
-from eagle.decode.noise import gumbel
+from eagle.decode.noise import Noise, gumbel
 from eagle.decode.sampling import Sampler
 from eagle.decode.stopping import Stopper
 from eagle.decode.tree import DraftTree
@@ -233,3 +233,33 @@ def check_prompt(
         fits.append(fit_of(name, FIRST, [(firsts[name], distribution(first, sampler.processors)[0])]))
         fits += compare(drafted, logits, counts[name], sampler.processors, name)
     return fits
+
+
+class AddNoise(LogitsProcessor):
+    """Adds the noise of one sequence to the scores: a greedy search then samples as MSD does with the same seed.
+
+    Args:
+        prompt: [1, P] ids.
+    """
+
+    def __init__(self, seed: int, prompt: Tensor) -> None:
+        generator = torch.Generator(device=prompt.device).manual_seed(seed)
+        self.start, self.noise = prompt.shape[1], Noise(generator, prompt.device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores [1, V] for the token after ``input_ids`` [1, S]."""
+        return scores + self.noise.rows(input_ids.shape[1] - self.start, 1, scores.shape[-1])
+
+
+def noise_processors(temperature: float, seed: int, prompt: Tensor) -> LogitsProcessorList:
+    """Processors with which transformers' greedy search samples at this temperature as MSD does. ``prompt`` [1, P]."""
+    return LogitsProcessorList([hf.TemperatureLogitsWarper(temperature), AddNoise(seed, prompt)])
+
+
+def first_difference(expected: Tensor, actual: Tensor) -> int | None:
+    """Index of the first token at which two sequences [S] differ, in content or length; None if they are equal."""
+    shared = min(len(expected), len(actual))
+    differing = (expected[:shared] != actual[:shared]).nonzero()
+    if len(differing):
+        return int(differing[0])
+    return None if len(expected) == len(actual) else shared

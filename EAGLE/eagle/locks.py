@@ -2,39 +2,41 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+
+from filelock import FileLock, Timeout
 
 from llava.errors import UserError
 
-LOCK = ".lock"
-HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
-"""What a lock in other hands gives; anything else is a file system that has none."""
+LOCK = ".msd.lock"
 
 
-def take(folder: Path) -> IO[str]:
-    """Makes the folder and holds it for this process, until the file that it returns is closed or the process ends,
-    however it ends.
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Makes the folder and locks it until the block or this process ends, killed or not.
+
+    On a file system without locks it warns, and runs the block without one.
 
     Raises:
-        UserError: another run writes here, or the folder cannot be made.
+        UserError: another run writes to the folder, or the folder cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK).open("a")
     except OSError as error:
-        raise UserError(f"cannot write here ({error.strerror})", folder, "take another folder") from None
+        raise UserError(f"cannot write here ({error.strerror})", folder, "choose another folder") from None
+    lock = FileLock(folder / LOCK, blocking=False)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in HELD:
-            lock.close()
-            raise UserError("another run is writing to this folder", folder, "wait for it, or take another") from None
-        warnings.warn(
-            f"{folder} is on a file system without locks ({error.strerror}): nothing keeps two runs out of it",
-            stacklevel=2,
-        )
-    return lock
+        lock.acquire()
+    except Timeout:
+        raise UserError("another run is writing to this folder", folder, "wait for it, or choose another") from None
+    except PermissionError as error:
+        raise UserError(f"cannot write here ({error.strerror})", folder, "choose another folder") from None
+    except (OSError, NotImplementedError) as error:
+        warnings.warn(f"{folder} is on a file system without locks ({error}): two runs could write to it", stacklevel=3)
+    try:
+        yield
+    finally:
+        lock.release()

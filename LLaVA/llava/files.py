@@ -72,13 +72,17 @@ def read_json(path: str | Path, what: str = "JSON file") -> Any:
         raise UserError(f"{what} cannot be read ({error})", path) from None
 
 
+def write_json(path: str | Path, data: Any, indent: int | None = 2) -> None:
+    """Writes ``data`` as JSON, atomically.
+
+    Raises:
+        UserError: the folder cannot be written, or the disk is full.
+    """
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=indent) + "\n", encoding="utf-8")
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def write_json(path: str | Path, content: Any, indent: int | None = 2) -> None:
-    """Writes JSON with a final newline. The file appears whole or not at all (`atomic_write`)."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")

@@ -1,27 +1,28 @@
 """lmms-eval plugin: base models decoded with and without speculative decoding.
 
-lmms-eval finds `manifests` through the entry point group `lmms_eval.models`. Importing this package is cheap; the
-engine is imported when one of the models is made.
+lmms-eval finds `manifests` through the entry point group `lmms_eval.models`. Importing this package imports neither
+torch nor lmms-eval; the engine is imported when a model is made.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from eagle.families import FAMILIES
+
 __version__ = "0.1.0"
 __all__ = ["MODELS", "__version__", "manifests"]
 
+CLASSES = {"llava": "LlavaMSD", "llava_next": "LlavaNextMSD", "qwen2_vl": "Qwen2VLMSD", "qwen2_5_vl": "Qwen2_5VLMSD"}
+"""Family -> its class in `lmms_eval_msd.model`."""
 MODELS = {
-    "llava_msd": "lmms_eval_msd.model.LlavaMSD",
-    "llava_next_msd": "lmms_eval_msd.model.LlavaNextMSD",
-    "qwen2_vl_msd": "lmms_eval_msd.model.Qwen2VLMSD",
-    "qwen2_5_vl_msd": "lmms_eval_msd.model.Qwen2_5VLMSD",
+    family.eval_model: f"lmms_eval_msd.model.{CLASSES[family.name]}" for family in FAMILIES if family.name in CLASSES
 }
-"""Name for `--model` -> class."""
+"""``--model`` -> class."""
 
 
 def manifests() -> list[Any]:
-    """The models, as lmms-eval's entry point asks for them. Also adds our flags and tasks to lmms-eval."""
+    """The models, as lmms-eval's entry point expects them. Also adds our flags and tasks to lmms-eval."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     from lmms_eval_msd import hook

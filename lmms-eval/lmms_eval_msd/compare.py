@@ -3,8 +3,8 @@
     python -m lmms_eval_msd.compare --base DIR --msd DIR --out DIR
 
 Both are the `--output_path` of lmms-eval runs with `--log_samples`; the newest run below each counts. Writes
-`compare.json` and `compare.png` and prints a table. Ends with a status other than 0 where results are absent, or with
-`--require-equal` where an answer differs.
+`compare.json` and `compare.png` and prints a table. The exit status is not 0 if results are missing, or with
+`--require-equal` if an answer differs.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from rich.table import Table
 
 from llava.errors import UserError, run_cli
 from llava.files import atomic_write
-from lmms_eval_msd.runs import Run, differences, load_run, speedup
+from lmms_eval_msd.report import Run, differences, load_run, speedup
 
 
 def compare(base: Run, msd: Run) -> dict[str, Any]:
     """The comparison as plain data.
 
     Raises:
-        UserError: the runs have not the same tasks, or not the same questions.
+        UserError: the runs have different tasks or different questions.
     """
     if base.scores.keys() != msd.scores.keys():
         tasks = [", ".join(sorted(run.scores)) for run in (base, msd)]
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     console.print(table(comparison))
     for name, (plain, fast) in comparison["differences"].items():
-        console.print(f"the runs differ in {name}: base {plain}, MSD {fast}; their speeds do not quite compare")
+        console.print(f"the runs differ in {name}: base {plain}, MSD {fast}; their speeds are not quite comparable")
     differ = any(row["answers_equal"] < row["answers"] for row in comparison["tasks"].values())
     return 1 if differ and args.require_equal else 0
 

@@ -1,11 +1,11 @@
-"""Adds our flags and tasks to lmms-eval, which has no place for them.
+"""Adds our flags and tasks to lmms-eval, which has no extension point for them.
 
-    install()       at entry point time: waits for lmms-eval's own argument parser, recognised by its options
-    parser seen     the flags are added; after parsing they are checked
-    evaluation      for our models the flags become `model_args`, and a failure gives a status other than 0
+`python -m lmms_eval_msd` calls `extend` on lmms-eval's command line before it runs. The commands `lmms-eval` and
+`python -m lmms_eval` know nothing of this package until they load their plugins, half-way through their own imports;
+there `install` waits for lmms-eval's argument parser, which is recognised by its options.
 
-Nothing here is needed for `--model_args use_msd=True,msd_model_path=DRAFT`. Evaluations of other models run as before.
-A failure inside the hook is one warning, and lmms-eval stays as it is.
+`--model_args use_msd=True,msd_model_path=DRAFT` needs nothing of this. Evaluations of other models run as before. A
+failure in here is one warning, and lmms-eval stays as it is.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
@@ -28,18 +29,30 @@ from lmms_eval_msd import MODELS
 TASKS = Path(__file__).parent / "tasks"
 EVAL_OPTIONS = {"--model", "--model_args", "--tasks", "--gen_kwargs", "--include_path"}
 FLAGS = ("use_msd", "msd_model_path", "msd_baseline")
-MARK = "_msd_wrapped"
+WRAPPED = "_msd_wrapped"
+
+
+def extend(evaluation: ModuleType) -> None:
+    """Adds flags and tasks to lmms-eval's command line.
+
+    Args:
+        evaluation: the module `lmms_eval.__main__`, which parses the arguments and runs the evaluations.
+    """
+    add_tasks()
+    wrap(evaluation, "parse_eval_args", _parse_eval_args)
+    wrap(evaluation, "cli_evaluate_single", _evaluate)
 
 
 def install() -> None:
-    """Waits for lmms-eval's argument parser. Safe to call again."""
-    with_warning(wrap, argparse.ArgumentParser, "parse_known_args", _parse_known_args)
-    if "lmms_eval.evaluator" in sys.modules:  # on its way in, and it needs the tasks next
+    """Waits for lmms-eval's argument parser, for commands other than our own. Can be called repeatedly."""
+    if getattr(sys.modules["__main__"], "__package__", None) != __package__:  # `python -m lmms_eval_msd` calls `extend`
+        with_warning(wrap, argparse.ArgumentParser, "parse_known_args", _parse_known_args)
+    if "lmms_eval.evaluator" in sys.modules:  # is being imported, and needs the tasks next
         with_warning(add_tasks)
 
 
 def with_warning(change: Callable[..., Any], *args: Any) -> None:
-    """Runs one of our changes to lmms-eval; if it fails, says so once and goes on without it."""
+    """Makes one of our changes to lmms-eval. If it fails, there is one warning and lmms-eval continues without it."""
     try:
         change(*args)
     except Exception as error:
@@ -52,34 +65,56 @@ def with_warning(change: Callable[..., Any], *args: Any) -> None:
 def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
     """Replaces `owner.name` by a function that calls `wrapper` with the original first, unless that is done already."""
     original = getattr(owner, name)
-    if getattr(original, MARK, False):
+    if getattr(original, WRAPPED, False):
         return
 
     @functools.wraps(original)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         return wrapper(original, *args, **kwargs)
 
-    setattr(wrapped, MARK, True)
+    setattr(wrapped, WRAPPED, True)
     setattr(owner, name, wrapped)
+
+
+def _parse_eval_args(original: Callable[[], Any]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """lmms-eval's parser with our flags, and what it parses; lmms-eval's own function builds the parser and uses it."""
+    argv, sys.argv = sys.argv, sys.argv[:1]
+    try:
+        parser, _ = original()
+    finally:
+        sys.argv = argv
+    add_flags(parser)
+    args = parser.parse_args()
+    _check_parsed(parser, args)
+    return parser, args
 
 
 def _parse_known_args(original: Callable[..., Any], parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
     if not parser._option_string_actions.keys() >= EVAL_OPTIONS:
         return original(parser, *args, **kwargs)
     with_warning(add_tasks)
-    with_warning(_extend, parser)
+    with_warning(_extend_parser, parser)
     namespace, rest = original(parser, *args, **kwargs)
-    with cli_errors():
-        check_flags(namespace)
-    if not MODELS.keys().isdisjoint(models_to_come(parser, namespace)):
-        with_warning(join_processes)
+    _check_parsed(parser, namespace)
     return namespace, rest
 
 
-def models_to_come(parser: argparse.ArgumentParser, args: argparse.Namespace) -> set[str]:
-    """What will be evaluated: `--model` where it is given, as lmms-eval has it, else the models of a `--config` file.
+def _extend_parser(parser: argparse.ArgumentParser) -> None:
+    wrap(sys.modules["lmms_eval.__main__"], "cli_evaluate_single", _evaluate)
+    add_flags(parser)  # last: flags that nothing reads would be worse than none
 
-    A file that cannot be read names none; lmms-eval reads it next and says what is wrong with it.
+
+def _check_parsed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    with cli_errors():
+        check_flags(args)
+    if not MODELS.keys().isdisjoint(models_to_evaluate(parser, args)):
+        with_warning(join_processes)
+
+
+def models_to_evaluate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> set[str]:
+    """`--model` if it is given, which lmms-eval prefers, else the models of a `--config` file.
+
+    A file that cannot be read names none; lmms-eval reads it next and reports the error.
     """
     if not getattr(args, "config", None) or args.model != parser.get_default("model"):
         return {args.model}
@@ -89,11 +124,6 @@ def models_to_come(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
         return set()
     runs = content if isinstance(content, list) else [content]
     return {str(run.get("model", args.model)) for run in runs if isinstance(run, dict)}
-
-
-def _extend(parser: argparse.ArgumentParser) -> None:
-    wrap(sys.modules["lmms_eval.__main__"], "cli_evaluate_single", _evaluate)
-    add_flags(parser)  # last: flags that nothing reads would be worse than none
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -113,12 +143,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         type=str,
         default=None,
         metavar="RESULTS",
-        help="Results of a run without --use_msd (file or folder); the report then has the speed-up.",
+        help="Results of a run without --use_msd (file or folder), to report the speed-up.",
     )
 
 
 def join_processes() -> None:
-    """Without an accelerator `accelerate` takes each of several processes for the only one, unless it is told."""
+    """Without an accelerator, `accelerate` joins several processes only if an environment variable says so."""
     import torch
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
@@ -140,7 +170,11 @@ def _initialize_tasks(original: Callable[..., dict], manager: Any, *args: Any, *
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Raises `UserError` where the flags cannot work. A `--config` file may still bring what is missing."""
+    """Checks that the flags fit together. A `--config` file may still bring what is missing.
+
+    Raises:
+        UserError: --use_msd without a draft, or a flag with a model that is not ours.
+    """
     if getattr(args, "config", None):
         return
     given = [flag for flag in FLAGS if getattr(args, flag, None)]
@@ -155,7 +189,11 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def flags_to_model_args(args: argparse.Namespace) -> str:
-    """`--model_args` with the flags in it."""
+    """`--model_args` with the flags in it.
+
+    Raises:
+        UserError: a path has a comma, which separates arguments.
+    """
     parts = [args.model_args] if args.model_args else []
     if getattr(args, "use_msd", False):
         parts.append("use_msd=True")
@@ -168,16 +206,16 @@ def flags_to_model_args(args: argparse.Namespace) -> str:
 
 
 def _evaluate(original: Callable[..., Any], args: argparse.Namespace) -> Any:
-    """One evaluation. For our models bad input ends with status 2 and any other failure with status 1."""
-    args.config, config = None, args.config
+    """One evaluation. For our models the flags become `model_args`, bad input ends with status 2 and any other failure
+    with status 1."""
+    args.config, config = None, args.config  # what the file says is in ``args`` by now
     with cli_errors():
         check_flags(args)
+    args.config = config
     if args.model not in MODELS:
-        args.config = config
         return original(args)
     with cli_errors():
         args.model_args = flags_to_model_args(args)
-        args.config = config
         try:
             return original(args)
         except UserError:

@@ -1,45 +1,54 @@
-"""The models: an MSD engine behind lmms-eval's model interface."""
+"""The models: `MSDModel` behind lmms-eval's model interface."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import asdict, dataclass
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from accelerate import Accelerator
-from lmms_eval.api.instance import GenerationResult, Instance
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
+from transformers import StopStringCriteria
 
 from eagle import MSDModel, Stats
+from eagle.families import Target, family_named, family_of
+from eagle.families.stock import load_processor
 from llava.errors import UserError
 from lmms_eval_msd import report
-from lmms_eval_msd.answering import Answerer
-from lmms_eval_msd.batches import batches
-from lmms_eval_msd.conversation import Conversation, Prompt
-from lmms_eval_msd.families import LLAVA, LLAVA_NEXT, QWEN2_5_VL, QWEN2_VL, Family, check_family
-from lmms_eval_msd.likelihood import score
-from lmms_eval_msd.options import Options, as_batch_size, as_bool
-from lmms_eval_msd.prompts import conversation_for
-from lmms_eval_msd.rounds import Dialogue
-from lmms_eval_msd.runs import Baseline, load_baseline
-from lmms_eval_msd.settings import GenerationSettings
-from lmms_eval_msd.visuals import Visual, visuals_of
+from lmms_eval_msd.prompts import LlavaPrompts, Prompt, PromptWriter, QwenPrompts, Visual, visuals_of
+from lmms_eval_msd.report import Baseline, load_baseline
+from lmms_eval_msd.settings import (
+    LLAVA_PROMPTS,
+    QWEN_PROMPTS,
+    GenerationSettings,
+    ModelArgs,
+    as_batch_size,
+    as_bool,
+    as_count,
+)
+
+FRAMES = 32
+"""Most frames of a video, as in lmms-eval's Qwen models."""
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Ask:
+class Request:
     """One request of lmms-eval.
 
-    ``place``: among the requests. ``doc``: reads the document, pictures and all. ``counted``: not there to fill up a
-    distributed run. ``doc_to_text``: how a task of several rounds asks on.
+    ``index``: among the requests; ``given``: the task's generation settings; ``doc``: reads the document with its
+    pictures; ``counted``: False if it only fills up a distributed run; ``doc_to_text``: how a task of several rounds
+    asks its next question.
     """
 
-    place: int
+    index: int
     task: str
     context: str
     given: dict[str, Any]
@@ -48,29 +57,77 @@ class Ask:
     counted: bool = True
     doc_to_text: Any = None
 
+    def visuals(self) -> list[Visual]:
+        """Pictures and videos of the request; its document is read now."""
+        return visuals_of(self.doc_to_visual(self.doc()))
+
+
+@dataclass
+class Dialogue:
+    """A request of several rounds: the task sees the answers so far and asks again, until it says that it is done.
+
+    Args:
+        doc: the task's document.
+        ask: the task's `doc_to_text`, which from the second round on gives (visuals, context, whether it is over,
+            answers so far, what it wants to be told next time).
+        context: the current question.
+        visuals: those of the current question.
+    """
+
+    doc: Any
+    ask: Callable[..., Any]
+    context: str
+    visuals: list[Visual]
+    answers: list[str] = field(default_factory=list)
+    memory: Any = None
+    rounds: int = 0
+    over: bool = False
+
+    def add_answer(self, answer: str) -> None:
+        """Gives the task the model's answer and takes its next question. A task may rewrite the answers so far."""
+        self.answers.append(answer)
+        self.rounds += 1
+        visuals, context, over, answers, self.memory = self.ask(
+            self.doc, previous_output=list(self.answers), round_idx=self.rounds, previous_round_info=self.memory
+        )
+        if answers is not None:
+            self.answers = list(answers)
+        self.over = bool(over)
+        if not self.over:
+            self.context, self.visuals = str(context), visuals_of(visuals)
+
 
 class MSD(lmms):
-    """One base model, decoded plainly or with a draft, in the same loop and with the same prompts.
+    """One base model, decoded with or without a draft, in the same loop and with the same prompts.
+
+    Class attributes are the defaults of the model in lmms-eval that a family's scores are compared with:
+    ``max_new_tokens`` of an answer if the task sets none; ``ignored_stops``: `until` texts of a task that it does not
+    stop at; ``system``: system prompt, None for the template's; ``strips``: drops white space around an answer.
 
     Args:
         pretrained: base model, folder or hub name.
         use_msd: decode with the draft; otherwise the base decodes alone.
         msd_model_path: the draft, folder or hub name.
-        msd_baseline: results of a plain run, to report the speed-up; a file, or a folder with one below it.
+        msd_baseline: results of a run without a draft, to report the speed-up; a file, or a folder with one below it.
         dtype: "auto" (the checkpoint's own) or a torch dtype's name.
         device: one device; default is the process's GPU, else the CPU.
         device_map: as in transformers, for a base that is spread over devices ("auto").
         batch_size: requests decoded together.
         system_prompt: instead of the family's; text, or a file with the text.
         options: `msd_depth`, `msd_top_k`, `msd_total_tokens` of the draft tree, hub and loading settings, and settings
-            of the family's prompts (see `lmms_eval_msd.options`).
+            of the family's prompts (see `lmms_eval_msd.settings`).
 
     Raises:
         UserError: a setting or a checkpoint cannot be used.
     """
 
     is_simple = True
-    family: ClassVar[Family]
+    family: ClassVar[str]
+    prompt_args: ClassVar[tuple[str, ...]]
+    max_new_tokens: ClassVar[int]
+    ignored_stops: ClassVar[frozenset[str]] = frozenset()
+    system: ClassVar[str | None] = None
+    strips: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -95,8 +152,8 @@ class MSD(lmms):
         if msd_baseline and not self.use_msd:
             raise UserError("msd_baseline without use_msd", msd_baseline, "add --use_msd: it gives the speed-up")
         self.batch_size_per_gpu = as_batch_size(batch_size)
-        self.options = Options.read(options, self.family)
-        check_family(self.family, str(pretrained), self.options.hub)
+        self.options = ModelArgs.parse(options, self.prompt_args, family_named(self.family).eval_model)
+        self._check_family(str(pretrained))
         self.baseline: Baseline | None = load_baseline(Path(msd_baseline)) if msd_baseline else None
         self.names = {"base": str(pretrained), "draft": str(msd_model_path) if self.use_msd else None}
         self.accelerator = Accelerator()
@@ -104,7 +161,17 @@ class MSD(lmms):
         check_processes(self._world_size)
         self.stats: dict[str, Stats] = {}
         self.report: dict[str, Any] | None = None
+        self._stopping: dict[tuple[str, ...], StopStringCriteria] = {}
         self._load(dtype, device, device_map, system_prompt)
+
+    def _check_family(self, pretrained: str) -> None:
+        own, found = family_named(self.family), family_of(pretrained, **self.options.hub)
+        if found != own:
+            raise UserError(
+                f"--model {own.eval_model} evaluates {own.name} models, and this is a {found.name} model",
+                where=pretrained,
+                fix=f"use --model {found.eval_model}",
+            )
 
     def _load(self, dtype: str, device: str | None, device_map: Any, system_prompt: str | None) -> None:
         placement = device_map
@@ -116,9 +183,12 @@ class MSD(lmms):
         self.msd = MSDModel.from_pretrained(
             base, draft, dtype=dtype, device_map=placement, tree=self.options.tree, **self.options.loading
         )
-        system = None if system_prompt is None else self._resolve_system_prompt(str(system_prompt))
-        self.conversation: Conversation = conversation_for(self.family, self.msd.target, base, self.options, system)
-        self.answerer = Answerer(self.msd, self.conversation, self.use_msd, self.family.strips)
+        system = self.system if system_prompt is None else self._resolve_system_prompt(str(system_prompt))
+        self.prompts = self.make_prompts(self.msd.target, system)
+
+    @abstractmethod
+    def make_prompts(self, target: Target, system: str | None) -> PromptWriter:
+        """The prompts of the family, with the settings of `--model_args`."""
 
     @property
     def batch_size(self) -> int:
@@ -141,42 +211,34 @@ class MSD(lmms):
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """Answers each request, those of one task with equal settings in batches."""
         results: dict[int, GenerationResult] = {}
-        asks = [self._ask(place, request) for place, request in enumerate(requests)]
-        settings = {ask.place: self.settings(ask.given) for ask in asks}
-        with tqdm(total=len(asks), disable=self.rank != 0, desc="Model Responding") as bar:
-            for batch in batches(asks, lambda ask: _key(ask, settings[ask.place]), self.batch_size):
-                prompts = [self.conversation.write(ask.context, visuals_in(ask)) for ask in batch]
-                answers = self._answer(batch[0], prompts, settings[batch[0].place])
-                results |= {ask.place: answer for ask, answer in zip(batch, answers, strict=True)}
-                bar.update(len(batch))
-        return [results[place] for place in range(len(requests))]
+        for batch, settings in self._batches(requests):
+            prompts = [self.prompts.write(request.context, request.visuals()) for request in batch]
+            answers = self._answer(batch[0], prompts, settings)
+            results |= {request.index: answer for request, answer in zip(batch, answers, strict=True)}
+        return [results[index] for index in range(len(requests))]
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[list[str]]:
-        """Answers tasks that ask on after each answer: the texts of each request's rounds.
+        """Answers tasks of several rounds: the texts of each request's rounds.
 
-        As in lmms-eval's own models a task's `until` does not count here.
+        As in lmms-eval's own models, a task's `until` is ignored here.
         """
         results: dict[int, list[str]] = {}
-        asks = [self._ask(place, request) for place, request in enumerate(requests)]
-        settings = {ask.place: self.settings({**ask.given, "until": None}) for ask in asks}
-        with tqdm(total=len(asks), disable=self.rank != 0, desc="Model Responding") as bar:
-            for batch in batches(asks, lambda ask: _key(ask, settings[ask.place]), self.batch_size):
-                dialogues = [Dialogue(ask.doc(), ask.doc_to_text, ask.context, visuals_in(ask)) for ask in batch]
-                while talking := [dialogue for dialogue in dialogues if not dialogue.over]:
-                    prompts = [self.conversation.write(each.context, each.visuals) for each in talking]
-                    answers = self._answer(batch[0], prompts, settings[batch[0].place])
-                    for dialogue, answer in zip(talking, answers, strict=True):
-                        dialogue.hear(answer.text)
-                results |= {ask.place: dialogue.answers for ask, dialogue in zip(batch, dialogues, strict=True)}
-                bar.update(len(batch))
-        return [results[place] for place in range(len(requests))]
+        for batch, settings in self._batches(requests, until=None):
+            dialogues = [Dialogue(each.doc(), each.doc_to_text, each.context, each.visuals()) for each in batch]
+            while active := [dialogue for dialogue in dialogues if not dialogue.over]:
+                prompts = [self.prompts.write(dialogue.context, dialogue.visuals) for dialogue in active]
+                answers = self._answer(batch[0], prompts, settings)
+                for dialogue, answer in zip(active, answers, strict=True):
+                    dialogue.add_answer(answer.text)
+            results |= {request.index: dialogue.answers for request, dialogue in zip(batch, dialogues, strict=True)}
+        return [results[index] for index in range(len(requests))]
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """Scores each request's continuation with the base model alone.
 
         Returns:
-            For each request the mean negative log-likelihood of the continuation's tokens, which is what lmms-eval's
-            tasks minimise, and whether greedy search would give the continuation.
+            For each request the mean negative log-likelihood of the continuation's tokens, which lmms-eval's tasks
+            minimise, and whether greedy search would give the continuation.
         """
         results = []
         for request in tqdm(requests, disable=self.rank != 0, desc="Model Responding"):
@@ -184,13 +246,13 @@ class MSD(lmms):
             doc = self._doc(task, split, doc_id)
             if not isinstance(continuation, str):
                 continuation = str(continuation(doc))
-            prompt = self.conversation.write(context, visuals_of(doc_to_visual(doc)))
-            results.append(score(self.msd.target, self.conversation, prompt, continuation))
+            prompt = self.prompts.write(context, visuals_of(doc_to_visual(doc)))
+            results.append(score(self.msd.target, self.prompts, prompt, continuation))
         return results
 
     def settings(self, given: dict[str, Any] | None) -> GenerationSettings:
         """A task's settings, with the family's defaults."""
-        return GenerationSettings.from_task(given, self.family.max_new_tokens, self.family.ignored_stops)
+        return GenerationSettings.from_task(given, self.max_new_tokens, self.ignored_stops)
 
     def clean(self) -> None:
         """Sums the statistics and frees the models; lmms-eval calls it in every process after the last request."""
@@ -210,23 +272,148 @@ class MSD(lmms):
         self.report = report.build(stats, settings, self.device, self.baseline)
         if self.rank == 0:
             report.publish(self.report)
-        self.msd = self.conversation = self.answerer = None  # type: ignore[assignment]
+        self.msd = self.prompts = None  # type: ignore[assignment]
         super().clean()
 
-    def _ask(self, place: int, request: Instance) -> Ask:
-        context, given, doc_to_visual, *texts, doc_id, task, split = request.args
+    def _batches(
+        self, instances: Sequence[Instance], **changes: Any
+    ) -> Iterator[tuple[list[Request], GenerationSettings]]:
+        """Requests that are decoded together, and their settings; ``changes`` replace the task's.
+
+        Requests of one batch share their statistics, so all are of one task, and either all counted or none.
+        """
+        requests = [self._request(index, instance) for index, instance in enumerate(instances)]
+        settings = [self.settings({**request.given, **changes}) for request in requests]
+
+        def key(request: Request) -> Hashable:
+            return request.task, request.counted, settings[request.index].key
+
+        with tqdm(total=len(requests), disable=self.rank != 0, desc="Model Responding") as bar:
+            for batch in batches(requests, key, self.batch_size):
+                yield batch, settings[batch[0].index]
+                bar.update(len(batch))
+
+    def _request(self, index: int, instance: Instance) -> Request:
+        context, given, doc_to_visual, *texts, doc_id, task, split = instance.args
         doc = partial(self._doc, task, split, doc_id)
-        counted = not request.metadata.get("__padding_only__")
-        return Ask(place, task, context, given or {}, doc_to_visual, doc, counted, *texts)
+        counted = not instance.metadata.get("__padding_only__")
+        return Request(index, task, context, given or {}, doc_to_visual, doc, counted, *texts)
 
     def _doc(self, task: str, split: str, doc_id: Any) -> Any:
         return self.task_dict[task][split][doc_id]
 
-    def _answer(self, ask: Ask, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[GenerationResult]:
-        answers, stats = self.answerer.answer(prompts, settings)
-        if ask.counted:
-            self.stats.setdefault(ask.task, Stats.empty()).merge(stats)
-        return answers
+    def _answer(
+        self, request: Request, prompts: Sequence[Prompt], settings: GenerationSettings
+    ) -> list[GenerationResult]:
+        """One batch through the engine: each answer up to the first of the settings' `until`. ``request``: any of it,
+        for the statistics."""
+        inputs = self.prompts.inputs(prompts)
+        engine: dict[str, Any] = {**inputs, **settings.engine, "stopping_criteria": self._criteria(settings.until)}
+        output = self.msd.generate(**engine, use_msd=self.use_msd)
+        length = inputs["input_ids"].shape[1]
+        mask = inputs.get("attention_mask")
+        prompt_lengths = [length] * len(prompts) if mask is None else mask.sum(dim=1).tolist()
+        results = []
+        for count, new in zip(prompt_lengths, output.tokens, strict=True):
+            text = settings.cut(self.msd.tokenizer.decode(new, skip_special_tokens=True))
+            text = text.strip() if self.strips else text
+            results.append(GenerationResult(text, TokenCounts(input_tokens=int(count), output_tokens=len(new))))
+        if request.counted:
+            self.stats.setdefault(request.task, Stats.empty()).merge(output.stats)
+        return results
+
+    def _criteria(self, until: tuple[str, ...]) -> list[StopStringCriteria]:
+        """transformers' criterion, made once for each set of texts, since it reads the whole vocabulary."""
+        if not until:
+            return []
+        if until not in self._stopping:
+            self._stopping[until] = StopStringCriteria(self.msd.tokenizer, list(until))
+        return [self._stopping[until]]
+
+
+class LlavaMSD(MSD):
+    """LLaVA-1.5."""
+
+    family = "llava"
+    prompt_args = LLAVA_PROMPTS
+    max_new_tokens = 1024
+
+    def make_prompts(self, target: Target, system: str | None) -> PromptWriter:
+        given = self.options.prompts
+        return LlavaPrompts(target, system, given.get("chat_template"), given.get("image_aspect"))
+
+
+class LlavaNextMSD(LlavaMSD):
+    """LLaVA-1.6."""
+
+    family = "llava_next"
+
+
+class Qwen2VLMSD(MSD):
+    """Qwen2-VL. ``pixels``: fewest and most pixels of a picture or of a video's frame."""
+
+    family = "qwen2_vl"
+    prompt_args = QWEN_PROMPTS
+    max_new_tokens = 128
+    system = "You are a helpful assistant."
+    strips = True
+    pixels: ClassVar[tuple[int, int]] = (3136, 602112)
+
+    def make_prompts(self, target: Target, system: str | None) -> PromptWriter:
+        """Also gives the target a processor with these limits of a picture's size."""
+        given = self.options.prompts
+        fewest = as_count("min_pixels", given.get("min_pixels", self.pixels[0]))
+        most = as_count("max_pixels", given.get("max_pixels", self.pixels[1]))
+        base = str(self.names["base"])
+        target.processor = load_processor(base, min_pixels=fewest, max_pixels=most, **self.options.hub)
+        return QwenPrompts(
+            target,
+            system or "",
+            (fewest, most),
+            as_count("max_num_frames", given.get("max_num_frames", FRAMES)),
+            as_bool("interleave_visuals", given.get("interleave_visuals", False)),
+            given.get("reasoning_prompt"),
+        )
+
+
+class Qwen2_5VLMSD(Qwen2VLMSD):
+    """Qwen2.5-VL."""
+
+    family = "qwen2_5_vl"
+    max_new_tokens = 32768
+    ignored_stops = frozenset({"\n\n"})
+    strips = False
+    pixels = (256 * 28 * 28, 1605632)
+
+
+@torch.inference_mode()
+def score(target: Target, prompts: PromptWriter, prompt: Prompt, continuation: str) -> tuple[float, bool]:
+    """Mean negative log-likelihood of ``continuation`` after the prompt, and whether it is the greedy one."""
+    space = "" if prompt.text[-1:].isspace() else " "
+    inputs = prompts.inputs([replace(prompt, text=prompt.text + space + continuation.strip())])
+    ids = inputs["input_ids"][0]  # [F]
+    asked = prompts.inputs([prompt])["input_ids"][0]  # [P]
+    same = (ids[: len(asked)] == asked[: len(ids)]).long().cumprod(0)
+    start = min(int(same.sum()), len(ids) - 1)  # a tokenizer may join the prompt's end with the continuation
+    hidden = target.prefill(inputs).hidden[:, start - 1 : -1]
+    logits = target.head(hidden)[0].float()  # [n, V]
+    expected = ids[start:].to(logits.device)
+    loss = torch.nn.functional.cross_entropy(logits, expected)
+    return float(loss), bool((logits.argmax(dim=-1) == expected).all())
+
+
+def batches(items: Iterable[Item], key: Callable[[Item], Hashable], size: int) -> Iterator[list[Item]]:
+    """Items of equal key, at most ``size`` together; within a key in their order.
+
+    >>> list(batches([1, 3, 2, 5, 7], lambda number: number % 2, 2))
+    [[1, 3], [5, 7], [2]]
+    """
+    groups: dict[Hashable, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    for group in groups.values():
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
 
 
 def check_processes(joined: int) -> None:
@@ -236,37 +423,3 @@ def check_processes(joined: int) -> None:
         raise UserError(
             f"{started} processes were started, accelerate sees {joined}", fix="on CPUs set ACCELERATE_USE_CPU=true"
         )
-
-
-def visuals_in(ask: Ask) -> list[Visual]:
-    """What a request shows; its document is read now."""
-    return visuals_of(ask.doc_to_visual(ask.doc()))
-
-
-def _key(ask: Ask, settings: GenerationSettings) -> Hashable:
-    """Requests of one batch share their statistics, so they are of one task, and are counted or not."""
-    return ask.task, ask.counted, settings.key
-
-
-class LlavaMSD(MSD):
-    """LLaVA-1.5."""
-
-    family = LLAVA
-
-
-class LlavaNextMSD(MSD):
-    """LLaVA-1.6."""
-
-    family = LLAVA_NEXT
-
-
-class Qwen2VLMSD(MSD):
-    """Qwen2-VL."""
-
-    family = QWEN2_VL
-
-
-class Qwen2_5VLMSD(MSD):
-    """Qwen2.5-VL."""
-
-    family = QWEN2_5_VL

@@ -1,20 +1,99 @@
-"""From a task's `generation_kwargs` to the engine's settings."""
+"""Settings as lmms-eval gives them: `--model_args` of a model, and `generation_kwargs` of a task."""
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from loguru import logger
 from transformers import GenerationConfig
 
+from eagle import TreeConfig
 from llava.errors import UserError
+from llava.hub import HUB_KEYS
 
-DEFAULT_MAX_NEW_TOKENS = 1024  # of the class; each family has its own
+OWN = (
+    "pretrained", "use_msd", "msd_model_path", "msd_baseline", "dtype", "device", "device_map", "batch_size",
+    "system_prompt",
+)  # fmt: skip
+TREE = {"msd_depth": "depth", "msd_top_k": "top_k", "msd_total_tokens": "total_tokens"}
+LOADING = (
+    "attn_implementation", "revision", "draft_revision", "cache_dir", "local_files_only", "token", "draft_image_tokens",
+    "compile",
+)  # fmt: skip
+LLAVA_PROMPTS = ("chat_template", "image_aspect")
+QWEN_PROMPTS = ("min_pixels", "max_pixels", "max_num_frames", "interleave_visuals", "reasoning_prompt")
+DEFAULT_MAX_NEW_TOKENS = 1024
 NOT_OURS = {"image_sizes", "image_aspect_ratio", "max_agentic_steps", "modalities", "use_cache"}
 _reported: set[str] = set()
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """Arguments of a model other than those that its class names.
+
+    ``tree``: bounds of the draft tree, None for the default; ``loading``: for `MSDModel.from_pretrained`; ``prompts``:
+    for the family's prompts.
+    """
+
+    tree: TreeConfig | None = None
+    loading: dict[str, Any] = field(default_factory=dict)
+    prompts: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any], prompts: Sequence[str], model: str) -> ModelArgs:
+        """Sorts the arguments.
+
+        Args:
+            given: of `--model_args`.
+            prompts: names of the arguments that the family's prompts have.
+            model: `--model`, for messages.
+
+        Raises:
+            UserError: the model has no such argument.
+        """
+        known = (*OWN, *TREE, *LOADING, *prompts)
+        for key in given:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+                raise UserError(f"{model} has no model argument '{key}'", fix=hint)
+        bounds = {name: given[key] for key, name in TREE.items() if key in given}
+        return cls(
+            TreeConfig(**bounds) if bounds else None,
+            {key: given[key] for key in LOADING if key in given},
+            {key: given[key] for key in prompts if key in given},
+        )
+
+    @property
+    def hub(self) -> dict[str, Any]:
+        """Hub settings of the base model."""
+        return {key: value for key, value in self.loading.items() if key in HUB_KEYS}
+
+
+def as_bool(name: str, value: Any) -> bool:
+    """A switch from `--model_args`, where lmms-eval leaves anything but True and False as text."""
+    if isinstance(value, bool):
+        return value
+    texts = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if str(value).lower() not in texts:
+        raise UserError(f"{name} is neither True nor False", where=str(value))
+    return texts[str(value).lower()]
+
+
+def as_count(name: str, value: Any) -> int:
+    """A whole number of at least 1."""
+    if not str(value).isdigit() or int(value) < 1:
+        raise UserError(f"{name} is not a whole number of at least 1", where=str(value))
+    return int(value)
+
+
+def as_batch_size(value: int | str) -> int:
+    """A batch size; lmms-eval's `auto` is one."""
+    return 1 if str(value).startswith("auto") else as_count("batch_size", value)
 
 
 @dataclass(frozen=True)
@@ -33,13 +112,13 @@ class GenerationSettings:
     ) -> GenerationSettings:
         """Reads `generation_kwargs`, with `--gen_kwargs` merged in by lmms-eval.
 
-        Where the temperature is given it decides between greedy search and sampling, as in lmms-eval's own models,
-        because `--gen_kwargs temperature=1` leaves a task's `do_sample: false` behind. Else `do_sample` decides, of
-        which lmms-eval's own models take no notice: without a temperature they are greedy.
+        A temperature decides between greedy search and sampling, as in lmms-eval's own models, because
+        `--gen_kwargs temperature=1` leaves a task's `do_sample: false` in place. Without a temperature `do_sample`
+        decides; lmms-eval's own models ignore it then and are greedy.
 
         Args:
-            given: the task's settings; they stay as they are.
-            max_new_tokens: where the task has no limit.
+            given: the task's settings; they are not changed.
+            max_new_tokens: if the task has no limit.
             ignored_stops: texts in `until` that do not end an answer.
 
         Raises:

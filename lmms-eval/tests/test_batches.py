@@ -49,7 +49,7 @@ def test_batches_change_nothing(name, speculative, tmp_path, family_bases):
 def test_an_end_token_is_counted_once(base):
     """Short answers of a batch are filled up; what fills them is no token of theirs."""
     model = load(models.LlavaMSD, base, batch_size=2)
-    inputs = model.conversation.inputs([model.conversation.write("How many?", IMAGES[:1])])
+    inputs = model.prompts.inputs([model.prompts.write("How many?", IMAGES[:1])])
     last = int(model.msd.generate(**inputs, max_new_tokens=6, temperature=0).sequences[0, -1])
     model.msd.target.model.generation_config.eos_token_id = last
     model.msd.target.model.generation_config.pad_token_id = last  # as where pad and end are one token

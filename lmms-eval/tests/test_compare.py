@@ -6,7 +6,7 @@ import pytest
 
 from llava import UserError
 from lmms_eval_msd.compare import compare, main
-from lmms_eval_msd.runs import load_run
+from lmms_eval_msd.report import load_run
 
 
 def write_run(folder, use_msd, answers, speed, score=0.5, tasks=("chartqa",), **changes):

@@ -76,14 +76,14 @@ def test_few_shot_examples_and_system_instruction(base, data, monkeypatch, tmp_p
     import lmms_eval.tasks
     from lmms_eval.evaluator import simple_evaluate
 
-    from lmms_eval_msd.conversation_llava import LlavaConversation
     from lmms_eval_msd.hook import TASKS
+    from lmms_eval_msd.prompts import LlavaPrompts
 
     task = (TASKS / "chartqa_msd.yaml").read_text().replace("chartqa_msd\n", "chartqa_few\n").replace(" 512", " 6")
     few = "fewshot_split: test\nfewshot_config:\n  sampler: default\n"
     (tmp_path / "chartqa_few.yaml").write_text(task + few)
-    written, write = [], LlavaConversation.write
-    monkeypatch.setattr(LlavaConversation, "write", lambda *given: written.append(write(*given)) or written[-1])
+    written, write = [], LlavaPrompts.write
+    monkeypatch.setattr(LlavaPrompts, "write", lambda *given: written.append(write(*given)) or written[-1])
     monkeypatch.chdir(data)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", data / "cache")
     results = simple_evaluate(

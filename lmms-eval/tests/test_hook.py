@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,13 +24,14 @@ def parse(*argv: str) -> argparse.Namespace:
     return make_parser().parse_args(argv)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(flags: bool = True) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", default="")
     for option in sorted(hook.EVAL_OPTIONS):
         parser.add_argument(option, type=str, default="")
-    hook.add_flags(parser)
-    hook.add_flags(parser)
+    if flags:
+        hook.add_flags(parser)
+        hook.add_flags(parser)
     return parser
 
 
@@ -83,9 +85,9 @@ def test_flags_that_can_work(argv):
 def test_models_of_a_config_file(content, argv, models, tmp_path):
     (tmp_path / "run.yaml").write_text(content)
     parser = make_parser()
-    assert hook.models_to_come(parser, parser.parse_args(["--config", str(tmp_path / "run.yaml"), *argv])) == models
-    assert hook.models_to_come(parser, parser.parse_args(["--config", str(tmp_path / "none.yaml")])) == set()
-    assert hook.models_to_come(parser, parser.parse_args(["--model", "llava_hf"])) == {"llava_hf"}
+    assert hook.models_to_evaluate(parser, parser.parse_args(["--config", str(tmp_path / "run.yaml"), *argv])) == models
+    assert hook.models_to_evaluate(parser, parser.parse_args(["--config", str(tmp_path / "none.yaml")])) == set()
+    assert hook.models_to_evaluate(parser, parser.parse_args(["--model", "llava_hf"])) == {"llava_hf"}
 
 
 @pytest.mark.parametrize(("model", "told"), [("llava_msd", "true"), ("llava_hf", None)])
@@ -96,7 +98,7 @@ def test_config_file_joins_processes(model, told, tmp_path, monkeypatch):
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     monkeypatch.setattr(hook, "add_tasks", lambda: None)
-    monkeypatch.setattr(hook, "_extend", lambda parser: None)
+    monkeypatch.setattr(hook, "_extend_parser", lambda parser: None)
     (tmp_path / "run.yaml").write_text(f"{{model: {model}, tasks: chartqa}}")
     hook.install()
     make_parser().parse_args(["--config", str(tmp_path / "run.yaml")])
@@ -106,6 +108,37 @@ def test_config_file_joins_processes(model, told, tmp_path, monkeypatch):
 def test_comma_in_path():
     with pytest.raises(UserError, match="comma"):
         hook.flags_to_model_args(parse("--msd_model_path", "a,b"))
+
+
+def evaluation(parser: argparse.ArgumentParser) -> SimpleNamespace:
+    """lmms-eval's command line: it makes its parser and parses with it in one function."""
+    return SimpleNamespace(
+        parse_eval_args=lambda: (parser, parser.parse_args()), cli_evaluate_single=lambda args: args.model_args
+    )
+
+
+def test_own_command_line_needs_no_patched_parser(monkeypatch):
+    monkeypatch.setattr(hook, "add_tasks", lambda: None)
+    plain = argparse.ArgumentParser.parse_known_args
+    module = evaluation(make_parser(flags=False))
+    hook.extend(module)
+    argv = ["--model", "llava_msd", "--model_args", "pretrained=b", "--use_msd", "--msd_model_path", "d"]
+    monkeypatch.setattr("sys.argv", ["lmms_eval_msd", *argv])
+    parser, args = module.parse_eval_args()
+    assert "--use_msd" in parser.format_help()
+    assert module.cli_evaluate_single(args) == "pretrained=b,use_msd=True,msd_model_path=d"
+    assert argparse.ArgumentParser.parse_known_args is plain
+
+
+def test_own_command_line_checks_the_flags(monkeypatch, capsys):
+    monkeypatch.setattr(hook, "add_tasks", lambda: None)
+    module = evaluation(make_parser(flags=False))
+    hook.extend(module)
+    monkeypatch.setattr("sys.argv", ["lmms_eval_msd", "--model", "llava_msd", "--use_msd"])
+    with pytest.raises(SystemExit) as stop:
+        module.parse_eval_args()
+    assert stop.value.code == 2
+    assert "error: --use_msd needs a draft" in capsys.readouterr().err
 
 
 def test_other_parsers_are_left_alone():

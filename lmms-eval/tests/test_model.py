@@ -10,13 +10,12 @@ from eval_support import IMAGES, TREE, load, request
 from tiny_draft import make_draft
 from tiny_llava import make_image
 
-from eagle.families import load_target
+from eagle.families import FAMILIES, family_named, load_target
 from llava import UserError
 from lmms_eval_msd import MODELS, report
 from lmms_eval_msd import model as models
-from lmms_eval_msd.likelihood import score
-from lmms_eval_msd.model import LlavaMSD
-from lmms_eval_msd.visuals import visuals_of
+from lmms_eval_msd.model import LlavaMSD, score
+from lmms_eval_msd.prompts import visuals_of
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +37,8 @@ def requests():
 def test_models_are_registered():
     from lmms_eval.models import get_model
 
-    assert {name: get_model(name).family.model for name in MODELS} == {name: name for name in MODELS}
+    assert MODELS.keys() == {family.eval_model for family in FAMILIES}
+    assert all(family_named(get_model(name).family).eval_model == name for name in MODELS)
 
 
 def test_same_answers_with_and_without_draft(plain, fast, requests):
@@ -75,7 +75,7 @@ def test_loglikelihood_is_that_of_the_base(fast):
     ask = request("How many?", IMAGES[:1], settings="three shapes", kind="loglikelihood")
     loss, greedy = fast.loglikelihood([ask])[0]
     target = fast.msd.target
-    prompt = fast.conversation.write("How many?", IMAGES[:1]).text
+    prompt = fast.prompts.write("How many?", IMAGES[:1]).text
     inputs = target.prepare(f"{prompt} three shapes", IMAGES[:1])
     start = target.prepare(prompt, IMAGES[:1])["input_ids"].shape[1]
     with torch.inference_mode():
@@ -88,12 +88,12 @@ def test_loglikelihood_is_that_of_the_base(fast):
 
 def test_greedy_continuation_is_recognised(plain, monkeypatch):
     target = plain.msd.target
-    prompt = plain.conversation.write("How many?", IMAGES[:1])
+    prompt = plain.prompts.write("How many?", IMAGES[:1])
     start = target.prepare(prompt.text, IMAGES[:1])["input_ids"].shape[1]
     wanted = target.prepare(f"{prompt.text} three shapes", IMAGES[:1])["input_ids"][0, start:]
     sure = 50.0 * torch.nn.functional.one_hot(wanted, target.vocab_size)[None]
     monkeypatch.setattr(target, "head", lambda hidden: sure[:, : hidden.shape[1]])
-    loss, greedy = score(target, plain.conversation, prompt, "three shapes")
+    loss, greedy = score(target, plain.prompts, prompt, "three shapes")
     assert greedy
     assert loss == pytest.approx(0.0, abs=1e-6)
 
@@ -103,10 +103,10 @@ def test_loglikelihood_of_each_family(name, family_bases):
     model = load(getattr(models, MODELS[name].rpartition(".")[2]), family_bases[name])
     ask = request("How many?", IMAGES[:1], settings="three shapes", kind="loglikelihood")
     loss, _ = model.loglikelihood([ask])[0]
-    prompt = model.conversation.write("How many?", IMAGES[:1])
+    prompt = model.prompts.write("How many?", IMAGES[:1])
     space = " " if name == "llava_next_msd" else ""  # Qwen's prompts end with a new line
-    inputs = model.conversation.inputs([type(prompt)(f"{prompt.text}{space}three shapes", prompt.visuals)])
-    start = model.conversation.inputs([prompt])["input_ids"].shape[1]
+    inputs = model.prompts.inputs([type(prompt)(f"{prompt.text}{space}three shapes", prompt.visuals)])
+    start = model.prompts.inputs([prompt])["input_ids"].shape[1]
     with torch.inference_mode():
         logits = model.msd.target.model(**inputs).logits[0, start - 1 : -1]
     wanted = inputs["input_ids"][0, start:]

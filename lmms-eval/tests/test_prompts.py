@@ -10,9 +10,7 @@ from eval_support import IMAGES, load, make_video, request, upstream
 
 from llava import UserError
 from lmms_eval_msd import model as models
-from lmms_eval_msd.conversation import Prompt
-from lmms_eval_msd.conversation_qwen import Text, interleaved
-from lmms_eval_msd.visuals import visuals_of
+from lmms_eval_msd.prompts import Prompt, Text, interleaved, visuals_of
 
 ANY_STOP = {"until": []}
 # as published with llava-hf's checkpoints: pictures first, no system prompt of its own
@@ -29,7 +27,7 @@ def compare(theirs, texts, ours, context, visuals, settings=None):
     texts.clear()
     ask = lambda: [request(context, visuals, settings=settings or ANY_STOP)]  # noqa: E731
     answers = [str(theirs.generate_until(ask())[0]).strip(), ours.generate_until(ask())[0].text.strip()]
-    assert ours.conversation.write(context, visuals_of(visuals)).text == texts[-1]
+    assert ours.prompts.write(context, visuals_of(visuals)).text == texts[-1]
     assert answers[0]
     return answers
 
@@ -81,12 +79,12 @@ def test_template_of_parts_for_the_tokenizer_too(llava_next, tmp_path, monkeypat
     folder = with_template(llava_next, tmp_path / "base", "chat_template.jinja")
     theirs, texts = upstream("llava_hf", "LlavaHf", folder, monkeypatch, dtype="float32")
     ours = load(models.LlavaNextMSD, folder)
-    prompt = ours.conversation.write("How many?", IMAGES[:1]).text
-    assert prompt == load(models.LlavaNextMSD, llava_next).conversation.write("How many?", IMAGES[:1]).text
+    prompt = ours.prompts.write("How many?", IMAGES[:1]).text
+    assert prompt == load(models.LlavaNextMSD, llava_next).prompts.write("How many?", IMAGES[:1]).text
     theirs.tokenizer.apply_chat_template([{"role": "user", "content": "How many?"}], tokenize=False)
     assert "How many?" not in texts[-1]
     own = load(models.LlavaNextMSD, folder, chat_template="processor")
-    assert own.conversation.write("How many?", IMAGES[:1]).text == "USER: <image>\nHow many? ASSISTANT:"
+    assert own.prompts.write("How many?", IMAGES[:1]).text == "USER: <image>\nHow many? ASSISTANT:"
     with pytest.raises(UserError, match="has no chat template"):
         load(models.LlavaNextMSD, llava_next, chat_template="processor")
 
@@ -108,7 +106,7 @@ def test_qwen_as_its_own_model(version, name, tmp_path, monkeypatch, qwen2, qwen
     for context, visuals, settings in asks:
         one, other = compare(theirs, texts, ours, context, visuals, settings)
         assert one == other
-        lengths.append(ours.conversation.inputs([ours.conversation.write(context, visuals)])["input_ids"].shape[1])
+        lengths.append(ours.prompts.inputs([ours.prompts.write(context, visuals)])["input_ids"].shape[1])
     assert texts[-1].startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n")
     assert lengths[1] > lengths[0] > lengths[3]
     assert lengths[2] > lengths[3] + 4  # the video is seen
@@ -118,7 +116,7 @@ def test_qwen_settings(qwen2):
     ours = load(
         models.Qwen2VLMSD, qwen2, system_prompt="Be brief.", reasoning_prompt="\\nThink.", interleave_visuals=True
     )
-    prompt = ours.conversation.write("See <image 2> and <image 1>.", IMAGES[:2])
+    prompt = ours.prompts.write("See <image 2> and <image 1>.", IMAGES[:2])
     assert prompt.text.startswith("<|im_start|>system\nBe brief.<|im_end|>")
     assert prompt.text.count("<|image_pad|>") == 2
     assert "See <|vision_start|>" in prompt.text
@@ -131,12 +129,12 @@ def test_qwen_settings(qwen2):
 def test_system_prompt_of_llava(base, tmp_path):
     (tmp_path / "system.txt").write_text("Be brief.\n")
     ours = load(models.LlavaMSD, base, system_prompt=str(tmp_path / "system.txt"))
-    assert ours.conversation.write("What?", []).text == "Be brief. USER: What? ASSISTANT:"
+    assert ours.prompts.write("What?", []).text == "Be brief. USER: What? ASSISTANT:"
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_marks_of_llava(base, count):
-    write = load(models.LlavaMSD, base).conversation.write
+    write = load(models.LlavaMSD, base).prompts.write
     marks = " ".join(["<image>"] * count) + "\n" if count else ""
     pictures = [IMAGES[0]] * count
     assert write("What?", pictures).text.endswith(f"answers to the user's questions. USER: {marks}What? ASSISTANT:")
@@ -148,23 +146,23 @@ def test_marks_of_llava(base, count):
 def test_chat_template_of_llava(llava_next):
     template = "{{ bos_token }}[INST] {{ messages[-1]['content'] }} [/INST]"
     ours = load(models.LlavaNextMSD, llava_next, chat_template=template)
-    prompt = ours.conversation.write("What?", IMAGES[:1])
+    prompt = ours.prompts.write("What?", IMAGES[:1])
     assert prompt == Prompt("<s>[INST] <image>\nWhat? [/INST]", (IMAGES[0],))
-    ours.conversation.template = "{% for part in messages[0]['content'] %}{{ part['text'] }}{% endfor %}"
+    ours.prompts.template = "{% for part in messages[0]['content'] %}{{ part['text'] }}{% endfor %}"
     with pytest.raises(UserError, match="does not write the question"):
-        ours.conversation.write("What?", [])
-    ours.conversation.template = None
+        ours.prompts.write("What?", [])
+    ours.prompts.template = None
     ours.tokenizer.chat_template = "{% for part in messages[0]['content'] %}{{ part['text'] }}{% endfor %}"
-    assert ours.conversation.write("What?", []).text.endswith("USER: What? ASSISTANT:")  # as if there were none
+    assert ours.prompts.write("What?", []).text.endswith("USER: What? ASSISTANT:")  # as if there were none
 
 
 def test_llava_has_no_video(base):
     with pytest.raises(UserError, match="video"):
-        load(models.LlavaMSD, base).conversation.write("What?", ["clip.mp4"])
+        load(models.LlavaMSD, base).prompts.write("What?", ["clip.mp4"])
 
 
 def test_broken_video(qwen2, tmp_path):
     (tmp_path / "clip.mp4").write_bytes(b"no video")
-    conversation = load(models.Qwen2VLMSD, qwen2).conversation
+    conversation = load(models.Qwen2VLMSD, qwen2).prompts
     with pytest.raises(UserError, match=r"cannot be read: .*clip\.mp4"):
         conversation.inputs([conversation.write("What?", [str(tmp_path / "clip.mp4")])])

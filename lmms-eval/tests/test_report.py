@@ -14,7 +14,7 @@ from eagle.provenance import cpu_name
 from llava import UserError
 from lmms_eval_msd import report
 from lmms_eval_msd.model import LlavaMSD
-from lmms_eval_msd.runs import load_baseline
+from lmms_eval_msd.report import load_baseline
 
 SETTINGS = {"use_msd": True, "base": "b", "draft": "d", "dtype": "float32", "tree": None, "processes": 1}
 CPU = torch.device("cpu")

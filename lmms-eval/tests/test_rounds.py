@@ -34,8 +34,8 @@ def test_as_upstream(qwen2, monkeypatch):
     theirs, texts = upstream("qwen2_vl", "Qwen2_VL", qwen2, monkeypatch, **limits)
     ours = load(models.Qwen2VLMSD, qwen2, **limits)
     written = []
-    write = ours.conversation.write
-    monkeypatch.setattr(ours.conversation, "write", lambda *a: written.append(write(*a)) or written[-1])
+    write = ours.prompts.write
+    monkeypatch.setattr(ours.prompts, "write", lambda *a: written.append(write(*a)) or written[-1])
     one = theirs.generate_until_multi_round([ask_both(3)])[0]
     other = ours.generate_until_multi_round([ask_both(3)])[0]
     assert other == list(one)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from fault_support import text_rows
 
 from eagle.ge_data import allocation, convert
 from eagle.hidden_states.shards import ShardDataset
-from eagle.locks import take
+from eagle.locks import lock_folder
 from eagle.train import main_deepspeed
 from eagle.train.checkpoint import CheckpointStore
 from llava.errors import UserError, run_cli
@@ -77,7 +78,8 @@ def test_hidden_states_of_two_workers_stopped_by_ctrl_c(start: Start, pair: Path
     assert ends(process.pid), "a worker stays"
     there = list(out.glob("rows-*"))
     assert shards <= len(there) < 60 and (not there or len(list(ShardDataset(out))) == len(there))
-    take(out).close()
+    with lock_folder(out):
+        pass
 
 
 def group_size(group: int) -> int:
@@ -117,7 +119,8 @@ def test_a_second_training_is_refused_and_the_first_unharmed(
     """The second would take the first one's unfinished checkpoint for what a killed run left."""
     arguments = training(epochs=3)
     (tmp_path / "ck").mkdir()
-    held = take(tmp_path / "ck")
+    held = ExitStack()
+    held.enter_context(lock_folder(tmp_path / "ck"))
     (tmp_path / "ck" / ".tmp-step-00000002").mkdir()
     for more in ([], ["--resume"]):
         monkeypatch.setattr("sys.argv", ["main_deepspeed.py", *arguments, *more])

@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any
 
 from eagle.arguments import (
+    DTYPES,
     add_data_options,
     add_length_option,
     add_model_options,
+    add_report_option,
     add_sampling_options,
-    load_model,
     positive,
     sampling_settings,
+    tree_limits,
 )
-from eagle.benchmark import Contestant, baselines, interleave, strongest, versions, with_engine, with_prompt_lookup
-from eagle.decode.stats import Stats
-from eagle.decode.tree_config import TreeConfig
-from eagle.provenance import hardware
 from eagle.questions import read_questions
-from llava.files import atomic_write
+from llava.files import write_json
 
-PLAIN_WIDTH = 120  # of the tables where they go to a file
+if TYPE_CHECKING:
+    from eagle.benchmark import Contestant
+    from eagle.decode.stats import Stats
+
+PLAIN_WIDTH = 120  # of the tables if stdout is not a terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,26 +35,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_length_option(parser)
     add_sampling_options(parser)
     parser.add_argument(
-        "--baseline-dtype", action="append", help="baselines in this dtype too; may be repeated (default: MSD's dtype)"
-    )
+        "--baseline-dtype", action="append", choices=DTYPES[1:],
+        help="also measure the baselines in this dtype; may be repeated (default: the dtype of MSD)",
+    )  # fmt: skip
     parser.add_argument(
-        "--also-tree", action="append", type=tree_bounds, default=[], metavar="D/K/N",
-        help="MSD with this fixed tree too (depth, top-k, nodes), such as 5/10/60; may be repeated",
+        "--also-tree", action="append", type=tree_limits, default=[], metavar="D/K/N",
+        help="also measure MSD with this fixed tree (depth, top-k, nodes), such as 5/10/60; may be repeated",
     )  # fmt: skip
     parser.add_argument(
         "--prompt-lookup", type=positive, metavar="N",
-        help="transformers' prompt-lookup decoding with N tokens too: speculation without a draft",
+        help="also measure transformers' prompt-lookup decoding with N tokens (speculation without a draft)",
     )  # fmt: skip
     parser.add_argument(
         "--exact-phases", action="store_true",
-        help="wait for the accelerator at the ends of phases: right phases, less speed (no difference on a CPU)",
+        help="synchronize the accelerator after each phase: exact phase times, lower speed (no difference on a CPU)",
     )  # fmt: skip
-    parser.add_argument("--warm-up", type=int, default=2, help="questions answered first, not counted (default: 2)")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the report here as JSON too")
+    parser.add_argument(
+        "--warm-up", type=int, default=2, metavar="N", help="questions answered first, not counted (default: 2)"
+    )
+    add_report_option(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints a table; writes the JSON report if asked."""
+    """Prints a table; writes the JSON report if ``--out`` is given."""
+    from tqdm import tqdm
+
+    from eagle.benchmark import Contestant, baselines, interleave, with_engine, with_prompt_lookup
+    from eagle.decode.tree_config import TreeConfig
+    from eagle.loading import load_model
+    from eagle.provenance import record
+
     questions = read_questions(arguments.data, arguments.limit)
     settings = {"max_new_tokens": arguments.max_new_tokens, **sampling_settings(arguments)}
     model = load_model(arguments)
@@ -68,8 +74,10 @@ def run(arguments: argparse.Namespace) -> int:
     plain = [model, *(load_model(arguments, need_draft=False, dtype=name) for name in dtypes)]
     msd = Contestant(f"MSD {own}", with_engine(model, True, settings))
     rivals = baselines(plain, settings)
-    others = [Contestant(f"MSD {own}, tree {name_of(tree)}", with_engine(model, True, settings, tree))
-              for tree in arguments.also_tree]  # fmt: skip
+    trees = {"/".join(map(str, limits)): TreeConfig(*limits) for limits in arguments.also_tree}
+    others = [
+        Contestant(f"MSD {own}, tree {name}", with_engine(model, True, settings, tree)) for name, tree in trees.items()
+    ]
     if arguments.prompt_lookup:
         others.append(Contestant(f"prompt lookup {own}", with_prompt_lookup(model, settings, arguments.prompt_lookup)))
     progress = tqdm(total=len(questions), desc="bench", unit="question", file=sys.stderr)
@@ -77,36 +85,27 @@ def run(arguments: argparse.Namespace) -> int:
         progress.update()
     progress.close()
     asked = {name: value for name, value in vars(arguments).items() if name not in ("command", "out")}
-    asked["also_tree"] = [name_of(tree) for tree in arguments.also_tree]
-    report = make_report(msd, rivals, {**asked, "tree": vars(model.tree)}, hardware(model.device))
+    asked |= {"also_tree": list(trees), "tree": vars(model.tree)}
+    report = make_report(msd, rivals, asked, record(model.device))
     report["others"] = {
         other.name: {"tokens_per_second": other.total.tokens_per_second, "tau": other.total.tau} for other in others
     }
     print_report(report, msd, [*rivals, *others])
     if arguments.out:
-        with atomic_write(arguments.out) as temporary:
-            temporary.write_text(json.dumps(report, indent=2, default=str) + "\n")
+        write_json(arguments.out, report)
     return 0
 
 
-def tree_bounds(text: str) -> TreeConfig:
-    """An argparse type: depth/top-k/nodes."""
-    try:
-        depth, top_k, total_tokens = map(int, text.split("/"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is not like 5/10/60") from None
-    return TreeConfig(depth, top_k, total_tokens)
-
-
-def name_of(tree: TreeConfig) -> str:
-    """As `tree_bounds` reads it."""
-    return f"{tree.depth}/{tree.top_k}/{tree.total_tokens}"
-
-
 def make_report(
-    msd: Contestant, rivals: list[Contestant], settings: dict[str, Any], machine: dict[str, Any]
+    msd: Contestant, rivals: list[Contestant], settings: dict[str, Any], made: dict[str, Any]
 ) -> dict[str, Any]:
-    """The JSON report; speed-up is against the strongest baseline of the same run."""
+    """The JSON report; the speed-up is over the strongest baseline of the same run.
+
+    Args:
+        made: `eagle.provenance.record`.
+    """
+    from eagle.benchmark import strongest
+
     best, total = strongest(rivals), msd.total
     return {
         "speedup": total.tokens_per_second / best.total.tokens_per_second,
@@ -123,10 +122,8 @@ def make_report(
         "cycles": total.cycles,
         "questions": total.requests,
         "histogram": total.histogram,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions(),
-        "hardware": machine,
-        "settings": settings,
+        **made,
+        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()},
     }
 
 
@@ -136,7 +133,10 @@ def first_token_ms(total: Stats) -> float:
 
 
 def print_report(report: dict[str, Any], msd: Contestant, rivals: list[Contestant]) -> None:
-    """The same as tables on the terminal."""
+    """Prints the report as tables."""
+    from rich.console import Console
+    from rich.table import Table
+
     console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
     table = Table(title=f"{report['questions']} questions, {report['new_tokens']} new tokens")
     for column in ("decoding", "tokens/s", "spread (IQR)", "first token", "τ", "speed-up"):

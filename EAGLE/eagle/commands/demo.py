@@ -1,21 +1,18 @@
-"""Answer held-out pictures of the embedded pocket models, with MSD and plainly, and compare."""
+"""Answer questions about pictures with the embedded pocket models, with MSD and with plain decoding, and compare."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
-from transformers import TextStreamer
+from eagle.arguments import add_data_options, add_length_option, add_model_options, positive, use_pocket_defaults
+from eagle.questions import Question, pick_questions, read_questions
 
-from eagle.arguments import add_data_options, add_length_option, add_model_options, load_model, positive
-from eagle.decode.msd import MSDModel
-from eagle.decode.stats import Stats
-from eagle.questions import Question, read_questions
-from llava.errors import UserError
+if TYPE_CHECKING:
+    from rich.table import Table
 
-POCKET = Path(__file__).resolve().parents[3] / "pocket"
+    from eagle.decode.msd import MSDModel
+    from eagle.decode.stats import Stats
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,13 +20,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser, required=False)
     add_data_options(parser, required=False)
     add_length_option(parser)
-    parser.add_argument("--pictures", type=positive, default=6, help="how many (default: 6)")
+    parser.add_argument("--pictures", type=positive, default=6, metavar="N", help="number of pictures (default: 6)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Streams each answer and ends with one summary table."""
+    from rich.console import Console
+
+    from eagle.decode.stats import Stats
+    from eagle.loading import load_model
+
     use_pocket_defaults(arguments)
-    chosen = choose(read_questions(arguments.data), arguments.pictures)
+    chosen = pick_questions(read_questions(arguments.data), arguments.pictures)
     model = load_model(arguments)
     console = Console()
     console.print(f"base model  {arguments.base_model}\ndraft head  {arguments.msd_model}\ntree        {model.tree}\n")
@@ -50,36 +52,10 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def use_pocket_defaults(arguments: argparse.Namespace) -> None:
-    """Fills in the embedded models and their held-out questions."""
-    defaults = {"base_model": "llava", "msd_model": "llava-msd", "data": "data/heldout.jsonl"}
-    for name, place in defaults.items():
-        if getattr(arguments, name) is None:
-            if not (POCKET / place).exists():
-                raise UserError(
-                    f"the embedded {place} is not here", where=POCKET, fix="run in a clone, or name models and data"
-                )
-            setattr(arguments, name, POCKET / place)
-
-
-def choose(questions: list[Question], count: int) -> list[Question]:
-    """The questions with the longest reference answers, one a picture, evenly spread over the file."""
-    pictures: dict[Path, Question] = {}
-    for question in questions:
-        if question.images:
-            kept = pictures.setdefault(question.images[0], question)
-            if len(question.answer) > len(kept.answer):
-                pictures[question.images[0]] = question
-    if not pictures:
-        raise UserError("no question with a picture", fix="name another file with --data")
-    long = sorted(pictures.values(), key=lambda question: -len(question.answer))[: max(count, len(pictures) // 2)]
-    order = sorted(long, key=questions.index)
-    step = max(len(order) // count, 1)
-    return order[::step][:count]
-
-
 def answer(model: MSDModel, question: Question, max_new_tokens: int, stream: bool, use_msd: bool = True) -> Stats:
-    """One greedy answer; returns its statistics."""
+    """Answers one question greedily; returns the statistics."""
+    from transformers import TextStreamer
+
     streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     inputs = question.inputs(model.target)
     return model.generate(
@@ -88,17 +64,15 @@ def answer(model: MSDModel, question: Question, max_new_tokens: int, stream: boo
 
 
 def summary(rows: list[tuple[str, Stats, float]]) -> Table:
-    """One line a picture."""
+    """One line for each picture."""
+    from rich.table import Table
+
     table = Table(title="MSD against plain decoding, same run, same answers (greedy)")
     for column in ("picture", "tokens", "cycles", "τ", "tokens/s", "speed-up"):
         table.add_column(column, justify="left" if column == "picture" else "right")
     for name, stats, ratio in rows:
-        numbers = (
-            stats.new_tokens,
-            stats.cycles,
-            f"{stats.tau:.2f}",
-            f"{stats.tokens_per_second:.0f}",
+        table.add_row(
+            name, str(stats.new_tokens), str(stats.cycles), f"{stats.tau:.2f}", f"{stats.tokens_per_second:.0f}",
             f"{ratio:.2f}x",
-        )
-        table.add_row(name, *map(str, numbers))
+        )  # fmt: skip
     return table

@@ -1,34 +1,41 @@
-"""Check that sampled answers have exactly the target's distribution: chi-square over many draws."""
+"""Check that sampled answers follow the base model's distribution (chi-square test over many draws)."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
-from tqdm import tqdm
-
-from eagle.arguments import add_data_options, add_model_options, load_model, positive
-from eagle.exactness import Fit, check_prompt, significant
+from eagle.arguments import add_data_options, add_model_options, add_report_option, positive
 from eagle.questions import read_questions
-from llava.files import atomic_write
+from llava.files import write_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from eagle.exactness import Fit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `msd exactness`."""
     add_model_options(parser, dtype="float32")
     add_data_options(parser)
-    parser.add_argument("--draws", type=positive, default=50_000, help="for each setting and question (default: 50000)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the comparisons here as JSON too")
+    parser.add_argument(
+        "--draws", type=positive, default=50_000, metavar="N", help="for each setting and question (default: 50000)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    add_report_option(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the table; exit status 1 if a comparison fails."""
+    from rich.console import Console
+    from tqdm import tqdm
+
+    from eagle.exactness import check_prompt, significant
+    from eagle.loading import load_model
+
     questions = read_questions(arguments.data, arguments.limit)
     model = load_model(arguments)
     fits: list[Fit] = []
@@ -36,16 +43,19 @@ def run(arguments: argparse.Namespace) -> int:
         fits += check_prompt(model, question.inputs(model.target), model.tree, arguments.draws, arguments.seed)
     Console().print(table_of(fits))
     if arguments.out:
-        with atomic_write(arguments.out) as temporary:
-            temporary.write_text(json.dumps([asdict(fit) for fit in fits], indent=1) + "\n", encoding="utf-8")
+        write_json(arguments.out, [asdict(fit) for fit in fits])
     failed = significant(fits)
     print(f"{len(failed)}/{len(fits)} comparisons fail at level 0.001 for all together")
     return 1 if failed else 0
 
 
 def table_of(fits: list[Fit]) -> Table:
-    """One line for each setting and place: the least p-value and the largest distance of all questions."""
-    table = Table("setting", "token", "draws", "total variation", "least p", title="sampled tokens against the target")
+    """One line for each setting and place: the smallest p-value and the largest distance over all questions."""
+    from rich.table import Table
+
+    table = Table(
+        "setting", "token", "draws", "total variation", "smallest p", title="sampled tokens against the base model"
+    )
     for key in dict.fromkeys((fit.setting, fit.where) for fit in fits):
         group = [fit for fit in fits if (fit.setting, fit.where) == key]
         worst, least = max(fit.variation for fit in group), min(fit.p for fit in group)

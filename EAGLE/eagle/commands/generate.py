@@ -5,33 +5,29 @@ from __future__ import annotations
 import argparse
 import json
 
-from transformers import TextStreamer
-
-from eagle.arguments import (
-    add_length_option,
-    add_model_options,
-    add_sampling_options,
-    load_model,
-    sampling_settings,
-)
+from eagle.arguments import add_length_option, add_model_options, add_sampling_options, sampling_settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `msd generate`."""
     add_model_options(parser)
-    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="may be repeated")
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--raw-prompt", action="store_true", help="the prompt is complete as it stands; no template")
-    parser.add_argument("--system", help="system prompt in place of the template's own")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="picture; may be repeated")
+    parser.add_argument("--prompt", required=True, help="the question")
+    parser.add_argument("--raw-prompt", action="store_true", help="use the prompt as given, without the chat template")
+    parser.add_argument("--system", help="system prompt instead of the template's own")
     add_length_option(parser)
     add_sampling_options(parser)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the answer; may be repeated")
-    parser.add_argument("--no-msd", action="store_true", help="decode plainly with the base model")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and no stream")
+    parser.add_argument("--no-msd", action="store_true", help="plain decoding with the base model alone")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming text")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Streams the answer, then one line of statistics; or one JSON object."""
+    """Streams the answer, then one line of statistics; or prints one JSON object."""
+    from transformers import TextStreamer
+
+    from eagle.loading import load_model
+
     model = load_model(arguments, need_draft=not arguments.no_msd)
     target, prompt = model.target, arguments.prompt
     if not arguments.raw_prompt:

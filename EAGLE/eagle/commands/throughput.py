@@ -1,27 +1,23 @@
-"""Measure tokens per second at several batch sizes, with MSD and plainly: where does speculation stop paying?"""
+"""Measure tokens per second at several batch sizes, with MSD and with plain decoding."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-from tqdm import tqdm
-
-from eagle.arguments import add_data_options, add_length_option, add_model_options, load_model, positive
-from eagle.benchmark import Contestant, interleave, versions, with_engine
-from eagle.decode.msd import MSDModel
-from eagle.decode.stats import Stats
-from eagle.provenance import hardware
+from eagle.arguments import add_data_options, add_length_option, add_model_options, add_report_option, positive
 from eagle.questions import Group, read_questions
 from llava.errors import UserError
-from llava.files import atomic_write
+from llava.files import write_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from eagle.decode.msd import MSDModel
+    from eagle.decode.stats import Stats
 
 SIZES = (1, 2, 4, 8)
 
@@ -31,12 +27,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     add_data_options(parser)
     add_length_option(parser, 128)
-    parser.add_argument("--batch-sizes", type=positive, nargs="+", default=list(SIZES), help="(default: 1 2 4 8)")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the report here as JSON too")
+    parser.add_argument(
+        "--batch-sizes",
+        type=positive,
+        nargs="+",
+        default=list(SIZES),
+        metavar="B",
+        help="batch sizes to measure (default: 1 2 4 8)",
+    )
+    add_report_option(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Greedy answers to the same questions at every batch size, MSD and plain decoding in turn."""
+    """Answers the same questions greedily at every batch size, with MSD and plain decoding in turn."""
+    from rich.console import Console
+    from tqdm import tqdm
+
+    from eagle.benchmark import Contestant, interleave, with_engine
+    from eagle.loading import load_model
+    from eagle.provenance import record
+
     questions = read_questions(arguments.data, arguments.limit)
     if len(questions) < max(arguments.batch_sizes):
         raise UserError(f"{len(questions)} questions are fewer than a batch of {max(arguments.batch_sizes)}")
@@ -55,14 +65,12 @@ def run(arguments: argparse.Namespace) -> int:
         rows.append(row_of(model, size, msd.total, plain.total))
     Console().print(table_of(rows))
     if arguments.out:
-        report = {"rows": rows, "versions": versions(), "hardware": hardware(model.device), "dtype": str(model.dtype)}
-        with atomic_write(arguments.out) as temporary:
-            temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(arguments.out, {"rows": rows, "dtype": str(model.dtype), **record(model.device)})
     return 0
 
 
 def row_of(model: MSDModel, size: int, msd: Stats, plain: Stats) -> dict[str, Any]:
-    """What was measured at one batch size."""
+    """The measurements at one batch size."""
     return {
         "batch": size,
         "tree": asdict(model.tree_for(size)),
@@ -74,7 +82,9 @@ def row_of(model: MSDModel, size: int, msd: Stats, plain: Stats) -> dict[str, An
 
 
 def table_of(rows: Sequence[dict[str, Any]]) -> Table:
-    """One line a batch size."""
+    """One line for each batch size."""
+    from rich.table import Table
+
     table = Table(title="tokens per second of a whole batch, greedy")
     for column in ("batch", "nodes a sequence", "τ", "plain", "MSD", "speed-up"):
         table.add_column(column, justify="right")

@@ -1,21 +1,26 @@
-"""Serve a page: ask about a picture and watch the answer, drafted tokens coloured by their depth in the draft tree."""
+"""Serve a web page: ask about a picture and watch the answer; drafted tokens are coloured by their tree depth."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import ipaddress
 import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eagle.arguments import add_data_options, add_length_option, add_model_options, load_model, positive
-from eagle.commands.demo import POCKET, choose, use_pocket_defaults
-from eagle.questions import Question, read_questions
+from eagle.arguments import (
+    POCKET,
+    add_data_options,
+    add_length_option,
+    add_model_options,
+    positive,
+    use_pocket_defaults,
+)
+from eagle.extras import require
+from eagle.questions import Question, pick_questions, read_questions
 from llava.errors import UserError
 
-PACKAGES = ("starlette", "uvicorn")
 SAMPLES = 12
 
 
@@ -24,18 +29,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser, required=False)
     add_data_options(parser, required=False)
     add_length_option(parser, default=512)
-    parser.add_argument("--samples", type=positive, default=SAMPLES, help=f"pictures to pick from (default: {SAMPLES})")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
+    parser.add_argument(
+        "--samples", type=positive, default=SAMPLES, help=f"pictures to choose from (default: {SAMPLES})"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument(
         "--allow-host", action="append", default=[], metavar="NAME",
-        help="a name that requests may ask for beside this machine's own, as a proxy passes it on; once for each",
+        help="host name that requests may use besides this machine's own, for a proxy; may be repeated",
     )  # fmt: skip
-    parser.add_argument("--port", type=int, default=7860, help="0 takes a free one (default: 7860)")
+    parser.add_argument("--port", type=int, default=7860, help="port, 0 for any free one (default: 7860)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Loads the models, prints the address and serves until Ctrl-C."""
-    require_packages()
+    for package in ("starlette", "uvicorn"):
+        require(package, extra="web")
+    from eagle.loading import load_model
     from eagle.web.app import Page
 
     if arguments.base_model is None:
@@ -52,17 +61,10 @@ def run(arguments: argparse.Namespace) -> int:
         }
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        print(f"msd web: http://{shown}:{port}  (Ctrl-C ends it)", flush=True)
+        print(f"msd web: http://{shown}:{port}  (Ctrl-C stops it)", flush=True)
         names = allowed(host, arguments.allow_host)
         serve(Page(model, about, arguments.max_new_tokens, samples), listener, names)
     return 0
-
-
-def require_packages() -> None:
-    """Raises `UserError` where the packages of the extra `web` are not installed."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"msd web needs {', '.join(missing)}", fix=f"pip install {' '.join(missing)}")
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -83,16 +85,16 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def samples_of(arguments: argparse.Namespace) -> list[Question]:
-    """Questions with a picture to pick from: of ``--data``, or the pocket's own with a pocket model."""
+    """Questions with a picture to choose from: those of ``--data``, or the pocket's own with a pocket model."""
     data = arguments.data
     if data is None and Path(arguments.base_model).resolve().parent == POCKET.resolve():
         data = POCKET / "data" / "heldout.jsonl"
-    return [] if data is None else choose(read_questions(data, arguments.limit), arguments.samples)
+    return [] if data is None else pick_questions(read_questions(data, arguments.limit), arguments.samples)
 
 
 def allowed(host: str, more: Sequence[str]) -> list[str]:
-    """The names that a request may ask for, "*" is any. On a loopback address it must name that, or one of ``more``
-    (which a proxy passes on), so that no page of another origin gets in by a name of its own."""
+    """Host names that requests may use, "*" for any. On a loopback address these are its own names and ``more`` (those
+    of a proxy): this keeps out web pages whose own host name resolves to this machine (DNS rebinding)."""
     if not ipaddress.ip_address(host).is_loopback:
         return list(more) or ["*"]
     return [f"[{host}]" if ":" in host else host, "localhost", *more]

@@ -1,5 +1,5 @@
-"""The target model as the engine sees it. A family is one small subclass that answers three questions: how a prompt is
-embedded, how positions are numbered, and how a conversation is written."""
+"""The target model as the decoder uses it. The subclass of a family says how a prompt is embedded, which positions it
+has, and how a conversation is written."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ MASKED_ATTENTION = ("sdpa", "eager")
 class Prefill(NamedTuple):
     """The target's view of a prompt.
 
-    ``hidden`` [B, S, H] after the final norm; ``embeds`` [B, S, H] the input rows, image rows being the projected image
-    features; ``image_mask`` [B, S] bool; ``positions`` [B, S], or [3, B, S] with M-RoPE, the position numbers;
-    ``next_position`` [B] that of the token after the prompt.
+    ``hidden`` [B, S, H] after the final norm; ``embeds`` [B, S, H] input embeddings, with the projected image features
+    at the image tokens; ``image_mask`` [B, S] bool; ``positions`` position ids [B, S], or [3, B, S] with M-RoPE;
+    ``next_position`` [B] position id of the token after the prompt.
     """
 
     hidden: Tensor
@@ -36,13 +36,12 @@ class Prefill(NamedTuple):
 
 
 class Target(ABC):
-    """A stock transformers model and its processor.
+    """A transformers model and its processor.
 
-    ``family``: the adapter's name. ``model_types``: values of ``model_type`` in config.json that it serves.
+    ``family``: name of the family in `eagle.families.registry`.
     """
 
     family: ClassVar[str]
-    model_types: ClassVar[tuple[str, ...]]
 
     def __init__(self, model: PreTrainedModel, processor: Any) -> None:
         attention = model.config.get_text_config()._attn_implementation
@@ -56,11 +55,15 @@ class Target(ABC):
     @classmethod
     @abstractmethod
     def load(cls, path: str, **kwargs: Any) -> Target:
-        """Loads model and processor. ``kwargs``: ``dtype``, ``device_map``, hub and quantisation settings."""
+        """Loads model and processor. ``kwargs``: ``dtype``, ``device_map``, hub and quantisation settings.
+
+        Raises:
+            UserError: one of them cannot be loaded.
+        """
 
     @abstractmethod
     def embed_prompt(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Input rows of a prompt [B, S, H], image features in place, and the image mask [B, S]."""
+        """Input embeddings of a prompt [B, S, H], image features in place, and the image mask [B, S]."""
 
     @abstractmethod
     def prompt_positions(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -68,11 +71,15 @@ class Target(ABC):
 
     @abstractmethod
     def text_positions(self, positions: Tensor) -> Tensor:
-        """Position numbers [B, N] of text tokens in the form that the family's text model takes."""
+        """Position ids [B, N] of text tokens in the form that the family's text model takes."""
 
     @abstractmethod
     def prepare(self, prompt: str | Sequence[str], images: Sequence[Any] = ()) -> dict[str, Any]:
-        """Model inputs of a written prompt and its images, on the model's device."""
+        """Model inputs of one prompt or several and their images, padded on the left, on the model's device.
+
+        Raises:
+            UserError: the prompts mention another number of images than were given, or an image cannot be read.
+        """
 
     @abstractmethod
     def chat_prompt(
@@ -81,7 +88,7 @@ class Target(ABC):
         """The family's conversation template around a question; ``history`` is (question, answer) pairs."""
 
     def complete_inputs(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """What transformers' `generate` needs beside ``inputs`` and can be told from ``input_ids`` [B, P]."""
+        """Inputs that transformers' `generate` needs beside ``inputs``, derived from ``input_ids`` [B, P]."""
         return {}
 
     @property
@@ -113,12 +120,12 @@ class Target(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where prompts and drafted tokens go: the device of the token embedding."""
+        """Device of prompts and drafted tokens: that of the token embedding."""
         return self.model.get_input_embeddings().weight.device
 
     @property
     def head_device(self) -> torch.device:
-        """Where logits are: the device of ``lm_head``; another than `device` where a model is spread over several."""
+        """Device of the logits: that of ``lm_head``. Differs from `device` where a model is spread over several."""
         return self.model.get_output_embeddings().weight.device
 
     def synchronize(self) -> None:
@@ -129,7 +136,7 @@ class Target(ABC):
 
     @property
     def offloaded(self) -> bool:
-        """Whether accelerate keeps weights that each cycle needs on the disk or in CPU memory, for lack of room."""
+        """Whether accelerate keeps weights that each cycle needs on the disk or in CPU memory."""
         parts = (self.text_model, self.model.get_output_embeddings())
         return any(weight.is_meta for part in parts for weight in part.parameters())
 
@@ -160,7 +167,7 @@ class Target(ABC):
             to_input_major_layout(part, skip=[embedding])
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
-        """A cache of ``capacity`` rows for each of ``batch`` sequences, each layer on its own device."""
+        """A cache of ``capacity`` rows for each of ``batch`` sequences, with each layer on its own device."""
         heads, head_dim = self.cache_shape
         devices = [next(layer.parameters()).device for layer in self.text_model.layers]
         return KVCache.allocate(devices, batch, heads, head_dim, capacity, self.dtype)
@@ -169,8 +176,8 @@ class Target(ABC):
         """One forward over prompts, without a cache.
 
         Args:
-            inputs: ``input_ids`` [B, S] with one id per image feature, ``attention_mask`` [B, S] where rows are padded,
-                and the family's image inputs.
+            inputs: ``input_ids`` [B, S] with one id per image feature, ``attention_mask`` [B, S] if sequences are
+                padded, and the family's image inputs.
         """
         input_ids = inputs["input_ids"]
         embeds, image_mask = self.embed_prompt(input_ids, inputs)
@@ -185,7 +192,7 @@ class Target(ABC):
 
     def prefill_each(self, inputs: Mapping[str, Any], cache: KVCache) -> Iterator[Prefill]:
         """Fills the cache, one sequence after the other and without their padding, so that each is read exactly as it
-        would be alone. Pictures of all sequences are encoded together.
+        would be alone. The pictures of all sequences are encoded together.
 
         Args:
             inputs: as for `prefill`; padding may be on either side.
@@ -199,16 +206,16 @@ class Target(ABC):
         positions, next_position = self.prompt_positions(input_ids, inputs)
         attention_mask = inputs.get("attention_mask")
         lengths = []
-        for row in range(input_ids.shape[0]):
-            keep = slice(None) if attention_mask is None else attention_mask[row].bool()
-            own_embeds, own_images = embeds[row : row + 1, keep], image_mask[row : row + 1, keep]
-            own_positions = positions[..., row : row + 1, :][..., keep]
-            part = cache.sequence(row)
+        for index in range(input_ids.shape[0]):
+            keep = slice(None) if attention_mask is None else attention_mask[index].bool()
+            own_embeds, own_images = embeds[index : index + 1, keep], image_mask[index : index + 1, keep]
+            own_positions = positions[..., index : index + 1, :][..., keep]
+            part = cache.sequence(index)
             output = self.text_model(
                 inputs_embeds=own_embeds, position_ids=own_positions, use_cache=True, **{self.cache_argument: part}
             )
             lengths.append(part.length)
-            own_next = next_position[row : row + 1]
+            own_next = next_position[index : index + 1]
             yield Prefill(output.last_hidden_state, own_embeds, own_images, own_positions, own_next)
         cache.truncate(lengths)
 
@@ -217,7 +224,7 @@ class Target(ABC):
 
         Args:
             tokens: [B, N] ids in node order.
-            positions: [B, N] position number of each node.
+            positions: [B, N] position id of each node.
             mask: [B, 1, N, longest past + N] additive; None for a single node of a single sequence, which sees
                 everything.
 
@@ -242,9 +249,9 @@ class Target(ABC):
 def gather_image_features(
     model: PreTrainedModel, inputs: Mapping[str, Any], modality: str, **kwargs: Any
 ) -> Tensor | None:
-    """Projected features of all pictures (or videos) of a request, [I, H] in prompt order; None where there are none.
+    """Projected features of all pictures (or videos) of a request, [I, H] in prompt order; None without any.
 
-    `generate` may have encoded them already (``mm_encoder_outputs``); then nothing is computed twice.
+    Features that `generate` has computed already (``mm_encoder_outputs``) are used as they are.
     """
     encoded = (inputs.get("mm_encoder_outputs") or {}).get(modality)
     if encoded is None:
@@ -258,7 +265,11 @@ def gather_image_features(
 
 
 def place_features(embeds: Tensor, mask: Tensor, features: Tensor | None) -> Tensor:
-    """Puts ``features`` [I, H] into the rows of ``embeds`` [B, S, H] where ``mask`` [B, S] is true, in order."""
+    """Replaces the vectors of ``embeds`` [B, S, H] where ``mask`` [B, S] is true by ``features`` [I, H], in order.
+
+    Raises:
+        UserError: their numbers differ.
+    """
     expected = int(mask.sum())
     got = 0 if features is None else features.shape[0]
     if expected != got:

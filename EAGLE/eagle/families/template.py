@@ -1,8 +1,7 @@
 """A conversation as its family writes it: the prompt, its ids, and which of them the assistant says.
 
-To add a family, subclass `Template` (four methods) and name it in `eagle.families.templates`. Ids are those of the
-whole prompt as the family's processor makes them at inference; the assistant's tokens are found by their places in the
-text.
+Ids are those that the family's processor gives the whole prompt at inference. The assistant's tokens are found by their
+places in the text.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,34 +17,35 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from eagle.conversation_pictures import open_picture
-from eagle.conversations import MARK, Conversation, Unusable
+from eagle.conversations import MARK, Conversation, Unusable, open_picture
+from eagle.families.stock import load_processor
 
-BLANK = "OK"
-"""Stands for an answer that is not known yet. Any short word does: its ids are dropped, and ids on the other sides of
-an end token do not depend on it."""
+PLACEHOLDER = "OK"
+"""Stands for an answer that is not known yet. Any short word will do: its ids are dropped, and the ids before and after
+it do not depend on it, since an end token separates them."""
+Span = tuple[int, int]
+"""Characters (start, end) of the prompt."""
 
 
 class Segment(NamedTuple):
-    """A part of the prompt. ``spoken``: the assistant says it (the answer with its end token)."""
+    """A part of the prompt. ``is_answer``: the assistant says it, with the end token."""
 
     text: str
-    spoken: bool
+    is_answer: bool
 
 
 class Encoded(NamedTuple):
-    """Ids [S] of a prompt, the characters (start, end) of the prompt that each stands for, and the family's image
-    inputs."""
+    """Ids [S] of a prompt, the characters that each stands for, and the family's image inputs."""
 
     input_ids: list[int]
-    spans: list[tuple[int, int]]
+    spans: list[Span]
     images: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A conversation as model inputs. ``input_ids`` [S] int64, ``loss_mask`` [S] bool, ``images`` without batch
-    dimension of their own: tensors of several conversations are joined along dimension 0."""
+    """A conversation as model inputs. ``input_ids`` [S] int64; ``loss_mask`` [S] bool; ``images``: image inputs, joined
+    with those of other conversations by `join_images`."""
 
     id: str
     input_ids: Tensor
@@ -54,8 +54,11 @@ class Prepared:
 
 
 class Turn(NamedTuple):
-    """A question whose answer is not known. ``asked``: the ids from the answer before to where the answer begins;
-    ``end``: those that close it; ``pictures``: how many the question shows."""
+    """A question whose answer is not known.
+
+    ``asked``: ids from the end of the answer before to where the answer begins; ``end``: ids that close the answer;
+    ``pictures``: number of pictures in the question.
+    """
 
     asked: list[int]
     end: list[int]
@@ -63,7 +66,7 @@ class Turn(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Outline:
+class PromptOutline:
     """A conversation without its answers. ``images``: as in `Prepared`, of all turns."""
 
     id: str
@@ -72,15 +75,15 @@ class Outline:
 
 
 class Template(ABC):
-    """How a family writes a conversation.
+    """How a family writes a conversation. The defaults suit the processors of transformers.
 
     Args:
         processor: that of the family's `Target`.
-        image_token_id: id of an image feature's place.
+        image_token_id: id at the place of an image feature.
         video_token_id: the same for videos, where the family has them.
     """
 
-    family: ClassVar[str]
+    image_inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
 
     def __init__(self, processor: Any, image_token_id: int, video_token_id: int | None = None) -> None:
         self.processor = processor
@@ -89,39 +92,72 @@ class Template(ABC):
 
     @property
     def least_picture_tokens(self) -> int:
-        """Image tokens that any picture has at least."""
+        """The fewest image tokens that a picture can have."""
         return 1
 
     @staticmethod
-    @abstractmethod
     def load_processor(model: str) -> Any:
         """The processor of a checkpoint, without its weights."""
+        return load_processor(model)
 
     @abstractmethod
-    def segments(self, conversation: Conversation) -> list[Segment]:
-        """The whole prompt in parts."""
-
-    @abstractmethod
-    def encode(self, prompt: str, pictures: Sequence[Image.Image]) -> Encoded:
-        """Ids as at inference, with one id for each image feature.
-
-        Raises:
-            Unusable: the tokenizer cannot write the text, or the image processor refuses a picture.
-        """
-
-    def grids(self, images: dict[str, Tensor]) -> Tensor:
-        """[P, 3] frames, rows and columns of the features of each picture, int64; none where the family's positions do
-        not need them. ``images``: as in `Prepared`."""
-        return torch.empty(0, 3, dtype=torch.int64)
+    def write(self, turns: Sequence[tuple[str, str | None]], system: str | None) -> str:
+        """The prompt of turns (question, answer). Where the last answer is None, the prompt ends where it begins."""
 
     @abstractmethod
     def first_pictures(self, images: dict[str, Tensor], count: int) -> dict[str, Tensor]:
         """The image inputs of the first ``count`` pictures among those of a conversation; {} for none."""
 
-    def prepare(self, conversation: Conversation, image_root: Path, max_length: int) -> Prepared:
-        """Model inputs of a conversation, not longer than ``max_length`` tokens.
+    def grids(self, images: dict[str, Tensor]) -> Tensor:
+        """[P, 3] int64: frames, rows and columns of each picture's features. [0, 3] where the family's positions do not
+        need them. ``images``: as in `Prepared`."""
+        return torch.empty(0, 3, dtype=torch.int64)
 
-        A longer one is cut at its end, as the published recipe does, but never through a picture.
+    def segments(self, conversation: Conversation) -> list[Segment]:
+        """The whole prompt in parts: for each turn what is asked, and the answer.
+
+        Raises:
+            Unusable: the template changes earlier text when a turn is added.
+        """
+        turns: list[tuple[str, str | None]] = []
+        segments, before = [], ""
+        for question, answer in conversation.turns:
+            question = mark_first(question)
+            asked = self.write([*turns, (question, None)], conversation.system)
+            turns.append((question, answer))
+            answered = self.write(turns, conversation.system)
+            if not (asked.startswith(before) and answered.startswith(asked)):
+                raise Unusable("template")
+            spoken = answered[len(asked) :].rstrip("\n")  # a newline after the end token is not the assistant's
+            segments += [Segment(asked[len(before) :], False), Segment(spoken, True)]
+            before = asked + spoken
+        return segments
+
+    def encode(self, prompt: str, pictures: Sequence[Image.Image]) -> Encoded:
+        """Ids as at inference, with one id for each image feature.
+
+        Raises:
+            Unusable: the tokenizer cannot encode the text, or the image processor refuses a picture.
+        """
+        written = self.processor.tokenizer(prompt, return_offsets_mapping=True)
+        ids, spans = written["input_ids"], [(start, end) for start, end in written["offset_mapping"]]
+        videos = self.media_ids - {self.image_token_id}
+        if ids.count(self.image_token_id) != len(pictures) or not videos.isdisjoint(ids):
+            raise Unusable("text")  # the text itself contains the token of a picture or video
+        if not pictures:
+            return Encoded(ids, spans, {})
+        try:
+            given = self.processor(text=[prompt], images=list(pictures), return_tensors="pt")
+        except ValueError:  # such as a picture 200 times as wide as high
+            raise Unusable("broken_picture") from None
+        expanded = given["input_ids"][0].tolist()
+        spans = expanded_spans(ids, spans, expanded, self.image_token_id)
+        return Encoded(expanded, spans, {name: given[name] for name in self.image_inputs})
+
+    def prepare(self, conversation: Conversation, image_root: Path, max_length: int) -> Prepared:
+        """Model inputs of a conversation, at most ``max_length`` tokens.
+
+        A longer one is cut at its end, as in the published recipe, but never through a picture.
 
         Raises:
             Unusable: a picture is missing or broken, a picture or every answer would be cut, or the text has no ids.
@@ -131,7 +167,7 @@ class Template(ABC):
         segments = self.segments(conversation)
         encoded = self.encode("".join(segment.text for segment in segments), pictures)
         ids = torch.tensor(encoded.input_ids)  # [S]
-        loss_mask = spoken_mask(segments, encoded.spans) & (ids != self.image_token_id)
+        loss_mask = assistant_mask(segments, encoded.spans) & (ids != self.image_token_id)
         if (ids[max_length:] == self.image_token_id).any():
             raise Unusable("image_cut")
         if not loss_mask[:max_length].any():
@@ -139,7 +175,7 @@ class Template(ABC):
         return Prepared(conversation.id, ids[:max_length], loss_mask[:max_length], encoded.images)
 
     def request(self, prompts: Sequence[list[int]], images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Inputs of `generate` for conversations that wait for an answer: what the processor would give.
+        """Inputs of `generate` for conversations that wait for an answer, as the processor would give them.
 
         Args:
             prompts: ids of each, with one for each image feature.
@@ -150,31 +186,32 @@ class Template(ABC):
         mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
         return {"input_ids": input_ids, "attention_mask": mask, **join_images(images)}
 
-    def outline(self, conversation: Conversation, image_root: Path, max_length: int) -> Outline:
-        """The questions of a conversation, with the ids that they have whatever is answered.
+    def outline(self, conversation: Conversation, image_root: Path, max_length: int) -> PromptOutline:
+        """The questions of a conversation, with the ids that they have whatever the answers are.
 
         Raises:
             Unusable: a picture is missing or broken, all of them are more than ``max_length`` tokens, the text has no
-            ids, or the template rewrites answers.
+            ids, or the template changes answers.
         """
         pictures = self._open_pictures(conversation, image_root, max_length)
         questions = [question for question, _ in conversation.turns]
-        blank = replace(conversation, turns=tuple((question, BLANK) for question in questions))
-        texts: list[str] = []  # question, blank answer, its end; and so on
+        blank = replace(conversation, turns=tuple((question, PLACEHOLDER) for question in questions))
+        texts: list[str] = []  # question, placeholder, its end; and so on
         for segment in self.segments(blank):
-            before, found, end = segment.text.rpartition(BLANK) if segment.spoken else (segment.text, "", "")
-            if segment.spoken and not found:
+            before, found, end = segment.text.rpartition(PLACEHOLDER) if segment.is_answer else (segment.text, "", "")
+            if segment.is_answer and not found:
                 raise Unusable("template")
-            texts += [before + found, end] if segment.spoken else [before]
+            texts += [before + found, end] if segment.is_answer else [before]
         encoded = self.encode("".join(texts), pictures)
         parts: list[list[int]] = [[] for _ in texts]
-        for token, part in zip(encoded.input_ids, owners([len(text) for text in texts], encoded.spans), strict=True):
+        owners = part_of_each_token([len(text) for text in texts], encoded.spans)
+        for token, part in zip(encoded.input_ids, owners, strict=True):
             parts[min(part, len(parts) - 1)].append(token)
         turns = [
             Turn(asked, end, question.count(MARK))
             for question, asked, end in zip(questions, parts[::3], parts[2::3], strict=True)
         ]
-        return Outline(conversation.id, tuple(turns), encoded.images)
+        return PromptOutline(conversation.id, tuple(turns), encoded.images)
 
     def _open_pictures(self, conversation: Conversation, root: Path, max_length: int) -> list[Image.Image]:
         if len(conversation.images) * self.least_picture_tokens > max_length:
@@ -183,22 +220,68 @@ class Template(ABC):
 
 
 def join_images(images: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The image inputs of several conversations as those of a batch; some may have none."""
+    """The image inputs of several conversations as those of a batch, joined along dimension 0; some may have none.
+
+    Pictures of LLaVA-1.6 that have fewer tiles than others of the batch are padded with zeros, as its processor does.
+    """
     parts: dict[str, list[Tensor]] = {}
     for one in images:
         for name, value in one.items():
             parts.setdefault(name, []).append(value)
-    return {name: torch.cat(values) for name, values in parts.items()}
+    return {name: torch.cat(_with_equal_tiles(values)) for name, values in parts.items()}
 
 
-def owners(lengths: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[int]:
+def _with_equal_tiles(values: list[Tensor]) -> list[Tensor]:
+    """``values`` [P, tiles, ...] with as many tiles as the largest of them has."""
+    most = max(value.shape[1] for value in values)
+    return [
+        torch.cat([value, value.new_zeros(value.shape[0], most - value.shape[1], *value.shape[2:])], dim=1)
+        if value.shape[1] < most
+        else value
+        for value in values
+    ]
+
+
+def expanded_spans(written: Sequence[int], spans: Sequence[Span], expanded: Sequence[int], image: int) -> list[Span]:
+    """Spans of the ids that a processor made of a prompt by repeating the id of each image mark.
+
+    Args:
+        written: ids of the prompt, one for each mark.
+        spans: their characters.
+        expanded: ids of the processor.
+        image: the id that is repeated.
+
+    Raises:
+        Unusable: the processor has changed other ids.
+
+    >>> expanded_spans([5, 9, 6], [(0, 1), (1, 8), (8, 9)], [5, 9, 9, 6], image=9)
+    [(0, 1), (1, 8), (1, 8), (8, 9)]
+    """
+    result: list[Span] = []
+    start = 0
+    runs = [[(is_image, list(run)) for is_image, run in groupby(ids, image.__eq__)] for ids in (written, expanded)]
+    if len(runs[0]) != len(runs[1]):
+        raise Unusable("text")
+    for (is_image, marks), (_, ids) in zip(*runs, strict=True):
+        own = spans[start : start + len(marks)]
+        start += len(marks)
+        if is_image:  # of marks without text between them each gets an equal share
+            result += [own[place * len(marks) // len(ids)] for place in range(len(ids))]
+        elif ids == marks:
+            result += own
+        else:
+            raise Unusable("text")
+    return result
+
+
+def part_of_each_token(lengths: Sequence[int], spans: Sequence[Span]) -> list[int]:
     """For each token the part of the text in which its first character lies.
 
     Args:
         lengths: characters of each part.
-        spans: characters (start, end) of each token, in order.
+        spans: characters of each token, in order.
 
-    >>> owners([2, 2], [(0, 0), (0, 2), (2, 3), (3, 4), (4, 4)])
+    >>> part_of_each_token([2, 2], [(0, 0), (0, 2), (2, 3), (3, 4), (4, 4)])
     [0, 0, 1, 1, 2]
     """
     ends = list(accumulate(lengths))
@@ -210,22 +293,22 @@ def owners(lengths: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[int
     return found
 
 
-def spoken_mask(segments: Sequence[Segment], spans: Sequence[tuple[int, int]]) -> Tensor:
+def assistant_mask(segments: Sequence[Segment], spans: Sequence[Span]) -> Tensor:
     """[S] bool: the tokens whose first character is the assistant's.
 
-    >>> spoken_mask([Segment("ab", False), Segment("cd", True)], [(0, 0), (0, 2), (2, 3), (3, 4)]).tolist()
+    >>> assistant_mask([Segment("ab", False), Segment("cd", True)], [(0, 0), (0, 2), (2, 3), (3, 4)]).tolist()
     [False, False, True, True]
     """
-    parts = owners([len(segment.text) for segment in segments], spans)
+    parts = part_of_each_token([len(segment.text) for segment in segments], spans)
     mask = [
-        end > start and part < len(segments) and segments[part].spoken
+        end > start and part < len(segments) and segments[part].is_answer
         for (start, end), part in zip(spans, parts, strict=True)
     ]
     return torch.tensor(mask, dtype=torch.bool)
 
 
 def mark_first(question: str) -> str:
-    """A single picture comes before the words, as in LLaVA's own training."""
+    """Moves the mark of a single picture before the words, as in LLaVA's own training."""
     if question.count(MARK) != 1:
         return question
     return f"{MARK}\n{question.replace(MARK, '').strip()}".strip()

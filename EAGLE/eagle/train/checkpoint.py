@@ -17,23 +17,20 @@ A folder is written under a temporary name and renamed when it is complete.
 from __future__ import annotations
 
 import errno
-import importlib.metadata
 import json
 import pickle
-import platform
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from eagle.drafts.checkpoint import save_draft
-from eagle.locks import take
+from eagle.locks import lock_folder
+from eagle.provenance import now, record
 from eagle.train.engine import Engine
 from eagle.train.meter import Meter
 from llava.errors import UserError
@@ -50,7 +47,6 @@ ELSEWHERE = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.EACCES, 
 MACHINE = ("CUDA error", "NCCL error", "CUDNN_STATUS", "CUBLAS_STATUS")  # parts of messages that blame no file
 SHARED = ("step", "best", "history", "run")  # parts of the progress that are the same in all processes
 STATES = "states_"  # begins the names of what a run knows of its stored states
-PACKAGES = ("msd-eagle", "msd-llava", "torch", "transformers", "deepspeed", "safetensors", "numpy")
 
 
 @dataclass
@@ -70,7 +66,7 @@ class CheckpointStore:
 
     def __init__(self, folder: str | Path, keep_last: int, provenance: Mapping[str, Any]) -> None:
         self.folder, self.keep_last, self.provenance = Path(folder), keep_last, provenance
-        self._lock: IO[str] | None = None
+        self._lock: ExitStack | None = None
 
     def hold(self) -> None:
         """Keeps other runs out of the folder until `close`, or the end of this process. For the main process, before
@@ -80,7 +76,9 @@ class CheckpointStore:
             UserError: another run writes here.
         """
         if self._lock is None:
-            self._lock = take(self.folder)
+            lock = ExitStack()
+            lock.enter_context(lock_folder(self.folder))
+            self._lock = lock
 
     def close(self) -> None:
         """Lets other runs in."""
@@ -221,38 +219,9 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-def now() -> str:
-    """The time in UTC, ISO 8601, to the second."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
 def describe_run(data: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What made a checkpoint: commit, versions, command line, data and settings."""
-    return {
-        "commit": source_commit(),
-        "argv": sys.argv,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "versions": {name: _version(name) for name in PACKAGES},
-        "data": dict(data),
-        "settings": dict(settings),
-    }
-
-
-def source_commit() -> str | None:
-    """Commit of this source tree, with ``-dirty`` where it has changes; None outside a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    """What made a checkpoint: `eagle.provenance.record`, data and settings."""
+    return {**record(), "data": dict(data), "settings": dict(settings)}
 
 
 def _random_state() -> dict[str, Any]:

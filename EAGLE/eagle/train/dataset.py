@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader, Dataset
 from eagle.drafts.compression import Compression
 from eagle.drafts.positions import mrope_positions
 from eagle.train.curriculum import Item
-from eagle.train.prefetch import ahead
+from eagle.train.prefetch import prefetch
 from llava.errors import UserError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Batch:
     """B samples padded on the right to S positions. Padding follows all real rows, so causal attention never sees it.
 
     ``input_ids`` [B, S] (0 at image tokens and padding); ``image_mask`` [B, S]; ``image_features`` [I, H] of all
-    samples in order; ``hidden`` [B, S, H] true states; ``counts`` [B, S-1] rows that count; ``positions`` [3, B, S]
+    samples in order; ``hidden`` [B, S, H] true states; ``loss_mask`` [B, S-1] rows that count; ``positions`` [3, B, S]
     M-RoPE positions (0 at padding), None for plain ones. ``noise`` its strength, ``seeds`` one for each sample, and
     ``lengths`` the rows of each.
     """
@@ -65,7 +65,7 @@ class Batch:
     image_mask: Tensor
     image_features: Tensor
     hidden: Tensor
-    counts: Tensor
+    loss_mask: Tensor
     positions: Tensor | None = None
     noise: float = 0.0
     seeds: Sequence[int] = ()
@@ -94,10 +94,10 @@ class Batch:
         return replace(self, **changed)
 
 
-def rows_that_count(loss_mask: Tensor) -> Tensor:
-    """``loss_mask`` [S] → [S-1] bool; see the table above.
+def draft_loss_mask(loss_mask: Tensor) -> Tensor:
+    """Which rows of a sample the loss counts: ``loss_mask`` [S] of its tokens → [S-1] bool; see the table above.
 
-    >>> rows_that_count(torch.tensor([0, 0, 0, 1, 1, 1, 0]).bool()).int().tolist()
+    >>> draft_loss_mask(torch.tensor([0, 0, 0, 1, 1, 1, 0]).bool()).int().tolist()
     [0, 0, 1, 1, 0, 0]
     """
     following = torch.cat([loss_mask[2:], loss_mask.new_zeros(1)])  # [S-1] m_{t+2}
@@ -114,32 +114,34 @@ def add_noise(hidden: Tensor, strength: float, seed: int) -> Tensor:
     return (hidden.float() + (uniform - 0.5) * (strength * 512 / hidden.shape[0])).to(hidden.dtype)
 
 
-def compressed(sample: Sample, compression: Compression, numbers: Tensor | None = None) -> tuple[Sample, Tensor | None]:
+def compressed(
+    sample: Sample, compression: Compression, position_ids: Tensor | None = None
+) -> tuple[Sample, Tensor | None]:
     """The sample with the rows that the draft reads when it decodes with this compression; S becomes S'.
 
     Row t of the draft's input is ``h_t`` with token t+1, and rows are what is merged: row r of the result has the state
     of its own row t(r) at place r, and the token, or the mean of the image features, at place r+1.
 
     Args:
-        numbers: [3, S] M-RoPE positions, or None; a merged row gets the mean of its rows'.
+        position_ids: [3, S] M-RoPE positions, or None; a merged row gets the mean of its rows'.
     """
     rows = sample.image_mask[1:]  # [S-1] image rows
     if compression.tokens is None or not rows.any():
-        return sample, numbers
+        return sample, position_ids
     features = sample.hidden.new_zeros(*rows.shape, sample.image_features.shape[1])  # [S-1, H]
     before = int(sample.image_mask[0])  # the first token is in no row
     features[rows] = sample.image_features[before:].to(features.dtype)
     plan = compression.plan(rows, features)
     if plan is None:
-        return sample, numbers
+        return sample, position_ids
 
     def tokens(values: Tensor) -> Tensor:  # [S, ...] → [S', ...]
         return torch.cat([values[:1], plan.pick(values[1:])])
 
     image_mask = tokens(sample.image_mask)
     merged = plan.mean(features)[image_mask[1:]].to(sample.image_features.dtype)
-    if numbers is not None:
-        numbers = torch.cat([plan.mean(numbers[:, :-1].T).T, numbers[:, -1:]], dim=1)  # [3, S']
+    if position_ids is not None:
+        position_ids = torch.cat([plan.mean(position_ids[:, :-1].T).T, position_ids[:, -1:]], dim=1)  # [3, S']
     shorter = replace(
         sample,
         input_ids=tokens(sample.input_ids),
@@ -148,7 +150,7 @@ def compressed(sample: Sample, compression: Compression, numbers: Tensor | None 
         hidden=torch.cat([plan.pick(sample.hidden[:-1]), sample.hidden[-1:]]),
         image_features=torch.cat([sample.image_features[:before], merged]),
     )
-    return shorter, numbers
+    return shorter, position_ids
 
 
 def collate(
@@ -178,22 +180,22 @@ def collate(
     lengths = [min(sample.input_ids.shape[0], max_length) for sample, _ in pairs]
     size, width = (len(samples), max(3, *lengths)), samples[0].hidden.shape[-1]
     ids, image = torch.zeros(size, dtype=torch.long), torch.zeros(size, dtype=torch.bool)
-    counts = torch.zeros(size[0], size[1] - 1, dtype=torch.bool)
+    loss_mask = torch.zeros(size[0], size[1] - 1, dtype=torch.bool)
     hidden = torch.zeros(*size, width, dtype=samples[0].hidden.dtype)
     kind = torch.long if compression.tokens is None else torch.float32  # merged rows stand at means
-    numbers = torch.zeros(3, *size, dtype=kind) if positions == "mrope" else None
+    position_ids = torch.zeros(3, *size, dtype=kind) if positions == "mrope" else None
     features = []
     for row, ((sample, own), length) in enumerate(zip(pairs, lengths, strict=True)):
         mask = sample.image_mask[:length]
         ids[row, :length] = sample.input_ids[:length].masked_fill(mask, 0)
         image[row, :length] = mask
         if length > 1:
-            counts[row, : length - 1] = rows_that_count(sample.loss_mask[:length].bool())
+            loss_mask[row, : length - 1] = draft_loss_mask(sample.loss_mask[:length].bool())
         hidden[row, :length] = sample.hidden[:length]
         features.append(sample.image_features[: int(mask.sum())])
-        if numbers is not None and own is not None:
-            numbers[:, row, :length] = own[:, :length]
-    return Batch(ids, image, torch.cat(features), hidden, counts, numbers, noise, tuple(seeds), tuple(lengths))
+        if position_ids is not None and own is not None:
+            position_ids[:, row, :length] = own[:, :length]
+    return Batch(ids, image, torch.cat(features), hidden, loss_mask, position_ids, noise, tuple(seeds), tuple(lengths))
 
 
 def sample_positions(sample: Sample) -> Tensor:
@@ -300,5 +302,5 @@ def batches(
     load = partial(DataLoader, samples, batch_sampler=pieces, num_workers=workers)
     if read is None:
         loaded = iter(load(collate_fn=join, pin_memory=pin_memory))
-        return loaded if workers else ahead(loaded, AHEAD)
+        return loaded if workers else prefetch(loaded, AHEAD)
     return map(partial(join, read=read), load(collate_fn=list))

@@ -79,7 +79,7 @@ def soft_cross_entropy(predicted: Tensor, target: Tensor, head: Tensor, chunk: i
 def draft_loss(
     predicted: Tensor,
     target: Tensor,
-    counts: Tensor,
+    loss_mask: Tensor,
     head: Tensor,
     *,
     hidden_weight: float = 1.0,
@@ -89,10 +89,10 @@ def draft_loss(
     """The published loss as means over the rows that count; 0 where there is none.
 
     Args:
-        predicted, target: [B, R, H]; ``counts`` [B, R] bool; ``head`` [V, H].
+        predicted, target: [B, R, H]; ``loss_mask`` [B, R] bool; ``head`` [V, H].
     """
-    predicted, target = predicted[counts], target[counts].to(predicted.dtype)  # [N, H]
-    rows = counts.sum()
+    predicted, target = predicted[loss_mask], target[loss_mask].to(predicted.dtype)  # [N, H]
+    rows = loss_mask.sum()
     divisor = rows.clamp(min=1)
     hidden = F.smooth_l1_loss(predicted.float(), target.float(), reduction="none").mean(dim=-1).sum() / divisor
     token, hits = soft_cross_entropy(predicted, target, head, chunk)

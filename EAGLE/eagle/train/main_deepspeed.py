@@ -32,7 +32,7 @@ from eagle.train.engine import Engine, PlainEngine, read_deepspeed_config, suit_
 from eagle.train.objective import DraftObjective, check_base
 from eagle.train.online import Processes, load_corpus
 from eagle.train.schedule import BatchSizes, Schedule
-from eagle.train.settings import TrainConfig, add_setting_flags, override, read_config, remembering
+from eagle.train.settings import TrainConfig, add_setting_flags, override, read_config, with_draft_settings
 from eagle.train.sources import add_source_flags, check_sources
 from eagle.train.stored import load_stored
 from eagle.train.tracking import TRACKERS, Tracker
@@ -138,8 +138,8 @@ def own_device() -> torch.device:
 
 
 def open_store(args: argparse.Namespace, data: TrainingData, config: TrainConfig, main: bool) -> CheckpointStore:
-    about = {name: samples.describe() for name, (samples, _, _) in data.sources.items()}
-    store = CheckpointStore(args.cpdir, config.keep_last, describe_run(about, asdict(config)))
+    provenance = {name: samples.describe() for name, (samples, _, _) in data.sources.items()}
+    store = CheckpointStore(args.cpdir, config.keep_last, describe_run(provenance, asdict(config)))
     if main:
         store.hold()
         store.recover()
@@ -161,12 +161,12 @@ def build_objective(
         print(f"vocabulary: {vocab} as in the base model (the config says {draft_config.vocab_size})", flush=True)
     if args.init:
         draft = load_draft(args.init, dtype=torch.float32)
-        wanted = remembering(replace(draft_config, vocab_size=draft.config.vocab_size), config)
-        draft.config = remembering(draft.config, config)
+        wanted = with_draft_settings(replace(draft_config, vocab_size=draft.config.vocab_size), config)
+        draft.config = with_draft_settings(draft.config, config)
         check_init(draft.config, wanted, args.init)
     else:
         torch.manual_seed(config.seed)
-        draft = DraftModel(remembering(replace(draft_config, vocab_size=vocab), config))
+        draft = DraftModel(with_draft_settings(replace(draft_config, vocab_size=vocab), config))
     return DraftObjective(draft.train(), base, config)
 
 

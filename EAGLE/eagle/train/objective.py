@@ -10,7 +10,7 @@ from eagle.drafts.msd import DraftModel
 from eagle.families.base_weights import BaseTensors
 from eagle.train.dataset import Batch
 from eagle.train.loss import Losses, draft_loss
-from eagle.train.rollout import ahead, predict_steps, rollout_counts
+from eagle.train.rollout import predict_steps, rollout_loss_mask, shift_left
 from eagle.train.settings import TrainConfig
 from llava.errors import UserError
 
@@ -40,13 +40,13 @@ class DraftObjective(nn.Module):
         embeds = self.draft.embed_tokens(batch.input_ids)
         return embeds.masked_scatter(batch.image_mask.unsqueeze(-1), batch.image_features.to(embeds.dtype))
 
-    def loss(self, predicted: Tensor, target: Tensor, counts: Tensor) -> Losses:
-        """`draft_loss` with this run's settings. ``predicted``, ``target`` [B, R, H]; ``counts`` [B, R]."""
+    def loss(self, predicted: Tensor, target: Tensor, loss_mask: Tensor) -> Losses:
+        """`draft_loss` with this run's settings. ``predicted``, ``target`` [B, R, H]; ``loss_mask`` [B, R]."""
         config = self.config
         return draft_loss(
             predicted,
             target,
-            counts,
+            loss_mask,
             self.head,
             hidden_weight=config.hidden_weight,
             token_weight=config.token_weight,
@@ -63,8 +63,8 @@ class DraftObjective(nn.Module):
             self.draft, inputs, self.embeds(batch), batch.image_mask, config.rollout_steps, batch.positions
         )
         for step, predicted in steps:
-            target = ahead(batch.hidden, step, predicted.shape[1])
-            losses = self.loss(predicted, target, rollout_counts(batch.counts, step))
+            target = shift_left(batch.hidden, step, predicted.shape[1])
+            losses = self.loss(predicted, target, rollout_loss_mask(batch.loss_mask, step))
             parts.append((config.rollout_decay ** (step - 1), losses))
         total = torch.stack([weight * losses.total for weight, losses in parts]).sum()
         return parts[0][1]._replace(total=total / sum(weight for weight, _ in parts))

@@ -4,7 +4,8 @@ What a sample is comes from `eagle.ge_data`: rows, templates, pictures and batch
 and states are rounded as a shard stores them, so a run has the losses of one on stored states. What is decided here is
 only which rows can be used. That has to be known before training starts, since order, split and schedule are made from
 the number of samples: all rows are prepared once, and ``CKPT/rows-text.json`` and ``CKPT/rows-image.json`` keep the
-result for a resumed run. A conversation whose states are not finite, which the allocation skips, counts nothing.
+result for a resumed run. A conversation whose states are not finite, which the allocation skips, has no part in the
+loss.
 """
 
 from __future__ import annotations
@@ -20,9 +21,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from eagle.families import load_target
+from eagle.families import TRAINING_NAMES, load_target, template_of
 from eagle.families.template import Prepared, Template
-from eagle.families.templates import FAMILIES, template_of
 from eagle.ge_data.extract import source_of
 from eagle.ge_data.reader import Reader
 from eagle.ge_data.selection import Selection, shortened
@@ -63,7 +63,7 @@ class OnlineSet:
         if isinstance(ready, Skipped):
             raise UserError(
                 f"row {ready.row} cannot be used any more ({ready.reason})",
-                where=self.selection.rows.path,
+                where=self.selection.records.path,
                 fix="put the file back as it was, or start in another --cpdir",
             )
         return ready
@@ -74,17 +74,17 @@ class OnlineSet:
 
 
 class OnlineReader:
-    """Makes samples of prepared conversations with the target; those without finite states count nothing."""
+    """Makes samples of prepared conversations with the target; those without finite states have no part in the loss."""
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
 
     def __call__(self, items: Sequence[Prepared]) -> list[Sample]:
-        return [sample if sample.hidden.isfinite().all() else silent(sample) for sample in self.reader.read(items)]
+        return [sample if sample.hidden.isfinite().all() else mask_out(sample) for sample in self.reader.read(items)]
 
 
-def silent(sample: Sample) -> Sample:
-    """The sample with zeros for its states and no token that counts."""
+def mask_out(sample: Sample) -> Sample:
+    """The sample with zeros for its states and for its loss mask."""
     return replace(
         sample,
         loss_mask=torch.zeros_like(sample.loss_mask),
@@ -137,7 +137,7 @@ def load_corpus(
         for kind, path in files.items()
     }
     target = load_target(args.basepath, dtype=args.dtype, device_map={"": processes.device})
-    wanted = None if args.model_type is None else FAMILIES[args.model_type]
+    wanted = None if args.model_type is None else TRAINING_NAMES[args.model_type]
     if wanted not in (None, target.family):
         raise UserError(f"--model_type means a model of family {wanted}, this is {target.family}", args.basepath)
     template, source = template_of(target), source_of(target, args.basepath)
@@ -151,7 +151,7 @@ def load_corpus(
         record = RowRecord(Path(args.cpdir), kind, args.resume)
         usable = record.usable(selection, template, settings, processes)
         if not usable:
-            raise UserError("every row was skipped", selection.rows.path, f"{record.path} tells why")
+            raise UserError("every row was skipped", selection.records.path, f"{record.path} tells why")
         sets[kind] = OnlineSet(selection, template, usable, settings, source)
         run[f"annotations_{kind}"] = f"{settings['data']} {settings['data_sha256']}"
     return Corpus(sets, OnlineReader(Reader(target, template, source, args.batch_tokens)), run)
@@ -167,8 +167,8 @@ def settings_of(selection: Selection, source: Source, config: TrainConfig) -> di
     return {
         "family": source.family,
         "model": source.model,
-        "data": selection.rows.path.name,
-        "data_sha256": sha256(selection.rows.path),
+        "data": selection.records.path.name,
+        "data_sha256": sha256(selection.records.path),
         "rows": len(selection.order),
         "max_length": selection.max_length,
         "seed": config.seed,
@@ -205,7 +205,7 @@ class RowRecord:
                 write_json(self.path, {"settings": dict(settings), "usable": usable, "skipped": rows})
             reasons = Counter(row.reason for row in skipped.values())
             told = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-            print(f"{selection.rows.path}: {len(usable)} rows, skipped: {told or 'none'}", flush=True)
+            print(f"{selection.records.path}: {len(usable)} rows, skipped: {told or 'none'}", flush=True)
         return usable
 
     def _read(self, settings: Mapping[str, Any]) -> list[int] | None:

@@ -13,7 +13,7 @@ Item = TypeVar("Item")
 END: Any = object()
 
 
-def ahead(items: Iterator[Item], depth: int) -> Iterator[Item]:
+def prefetch(items: Iterator[Item], depth: int) -> Iterator[Item]:
     """``items`` in their order, with the next ``depth`` on their way. What making one raises is raised in its place.
 
     The thread uses the accelerator that is current where this is called: memory that it pins belongs to that one.

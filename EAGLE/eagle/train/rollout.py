@@ -45,10 +45,10 @@ def rollout_mask(rows: int, step: int, device: torch.device | str = "cpu") -> Te
     return torch.cat([causal, *[own] * (step - 1)], dim=1)[None, None]
 
 
-def ahead(x: Tensor, steps: int, rows: int) -> Tensor:
+def shift_left(x: Tensor, steps: int, rows: int) -> Tensor:
     """Row t of the result is row ``t + steps`` of ``x`` [B, S, ...]; ``rows`` rows, zeros past the end.
 
-    >>> ahead(torch.tensor([[1, 2, 3, 4]]), 2, 3).tolist()
+    >>> shift_left(torch.tensor([[1, 2, 3, 4]]), 2, 3).tolist()
     [[3, 4, 0]]
     """
     part = x[:, steps : steps + rows]
@@ -56,21 +56,21 @@ def ahead(x: Tensor, steps: int, rows: int) -> Tensor:
     return F.pad(part, padding)
 
 
-def positions_ahead(positions: Tensor, steps: int, rows: int) -> Tensor:
-    """Position numbers [3, B, R] of the rows that are ``steps`` behind each token of ``positions`` [3, B, S]: what
+def shift_positions_left(positions: Tensor, steps: int, rows: int) -> Tensor:
+    """Position ids [3, B, R] of the rows that are ``steps`` behind each token of ``positions`` [3, B, S]: what
     decoding gives them where text follows."""
-    return torch.stack([ahead(row, steps, rows) for row in positions])
+    return torch.stack([shift_left(row, steps, rows) for row in positions])
 
 
-def rollout_counts(counts: Tensor, step: int) -> Tensor:
+def rollout_loss_mask(loss_mask: Tensor, step: int) -> Tensor:
     """Rows [B, R] that count at ``step``: row t drafts ``x_{t+2}..x_{t+step+1}``, all within one answer.
 
-    >>> rollout_counts(torch.tensor([[False, True, True, True, False]]), 2).int().tolist()
+    >>> rollout_loss_mask(torch.tensor([[False, True, True, True, False]]), 2).int().tolist()
     [[0, 1, 1, 0, 0]]
     """
-    result = counts
+    result = loss_mask
     for later in range(1, step):
-        result = result & ahead(counts, later, counts.shape[1])
+        result = result & shift_left(loss_mask, later, loss_mask.shape[1])
     return result
 
 
@@ -94,8 +94,8 @@ def predict_steps(
     hidden = inputs[:, :rows]
     plain = torch.arange(rows, device=inputs.device).unsqueeze(0)  # [1, R]
     for step in range(1, steps + 1):
-        x = draft.fuse(hidden, ahead(embeds, step, rows), ahead(image_mask, step, rows))  # [B, R, H]
+        x = draft.fuse(hidden, shift_left(embeds, step, rows), shift_left(image_mask, step, rows))  # [B, R, H]
         mask = None if step == 1 else rollout_mask(rows, step, inputs.device)
-        numbers = plain + (step - 1) if positions is None else positions_ahead(positions, step - 1, rows)
-        hidden = draft(x, numbers, mask, cache)
+        position_ids = plain + (step - 1) if positions is None else shift_positions_left(positions, step - 1, rows)
+        hidden = draft(x, position_ids, mask, cache)
         yield step, hidden

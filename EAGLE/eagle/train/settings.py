@@ -93,7 +93,7 @@ def _check_setting(name: str, value: Any, kind: Any, bounds: Mapping[str, Any]) 
         raise UserError(f"training setting {name}={value}", fix=f"give a number {span}")
 
 
-def remembering(draft: DraftConfig, config: TrainConfig) -> DraftConfig:
+def with_draft_settings(draft: DraftConfig, config: TrainConfig) -> DraftConfig:
     """The draft's config with those of the settings that decoding needs too."""
     if config.draft_image_tokens < 0:
         return draft

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from eagle.arguments import DTYPES, positive
-from eagle.families.templates import FAMILIES
+from eagle.families import TRAINING_NAMES
 from llava.errors import UserError
 
 IMAGE_FOLDER = Path("image_data")
@@ -23,7 +23,7 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
     add("--annotations_v", type=Path, metavar="FILE", help="annotation file of the image set: its rows with one")
     add("--image-folder", type=Path, metavar="DIR", help=f"where the rows' pictures lie (default {IMAGE_FOLDER})")
     add("--limit", type=positive, metavar="N", help="at most so many rows of each file, in shuffled order")
-    add("--model_type", choices=FAMILIES, help="the family that the base model must be of (default: any)")
+    add("--model_type", choices=TRAINING_NAMES, help="the family that the base model must be of (default: any)")
     add("--dtype", choices=DTYPES, help="dtype of the base model (default auto, the checkpoint's)")
     add("--batch-tokens", type=positive, metavar="N", help="most tokens of its forward (default 8192, on a CPU 1024)")
 

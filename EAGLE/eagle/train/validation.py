@@ -18,7 +18,7 @@ from eagle.train.dataset import Batch
 from eagle.train.engine import Engine
 from eagle.train.loss import TOP, best_tokens
 from eagle.train.objective import DraftObjective
-from eagle.train.rollout import ahead, predict_steps, rollout_counts
+from eagle.train.rollout import predict_steps, rollout_loss_mask, shift_left
 
 
 class Acceptance(NamedTuple):
@@ -30,27 +30,27 @@ class Acceptance(NamedTuple):
     matched: Tensor
 
 
-def accepted_lengths(predictions: Iterable[tuple[int, Tensor]], greedy: Tensor, counts: Tensor) -> Acceptance:
+def accepted_lengths(predictions: Iterable[tuple[int, Tensor]], greedy: Tensor, loss_mask: Tensor) -> Acceptance:
     """Accepted prefix from every row.
 
     Args:
         predictions: (k, tokens [B, R]) for k = 1, 2, ...: row t of step k is the draft's ``x_{t+k+1}``.
         greedy: [B, R] row t is the target's choice after ``x_{t+1}``, that is for ``x_{t+2}``.
-        counts: [B, R] rows that decoding can draft from.
+        loss_mask: [B, R] rows that decoding can draft from.
     """
-    going = counts
-    accepted = torch.zeros_like(counts, dtype=torch.long)
+    going = loss_mask
+    accepted = torch.zeros_like(loss_mask, dtype=torch.long)
     reached, matched = [], []
     for step, tokens in predictions:
-        tried = going & rollout_counts(counts, step)
-        going = tried & (tokens == ahead(greedy, step - 1, greedy.shape[1]))
+        tried = going & rollout_loss_mask(loss_mask, step)
+        going = tried & (tokens == shift_left(greedy, step - 1, greedy.shape[1]))
         accepted += going
         reached.append(tried.sum())
         matched.append(going.sum())
     return Acceptance(accepted, torch.stack(reached), torch.stack(matched))
 
 
-def walk(accepted: list[int], counts: list[bool]) -> tuple[int, int]:
+def walk(accepted: list[int], loss_mask: list[bool]) -> tuple[int, int]:
     """Decodes one sample by its ``accepted`` lengths: (new tokens after each answer's first one, cycles).
 
     A cycle at row t gives ``accepted[t] + 1`` tokens, the bonus token included, and goes on from the row behind them;
@@ -60,12 +60,12 @@ def walk(accepted: list[int], counts: list[bool]) -> tuple[int, int]:
     (4, 2)
     """
     tokens, cycles, row = 0, 0, 0
-    while row < len(counts):
-        if not counts[row]:
+    while row < len(loss_mask):
+        if not loss_mask[row]:
             row += 1
             continue
         end = row
-        while end < len(counts) and counts[end]:
+        while end < len(loss_mask) and loss_mask[end]:
             end += 1
         tokens += end - row
         while row < end:
@@ -78,11 +78,11 @@ def walk(accepted: list[int], counts: list[bool]) -> tuple[int, int]:
 @torch.no_grad()
 def batch_sums(objective: DraftObjective, batch: Batch) -> Tensor:
     """Sums of one batch, see `summary` for their order."""
-    config, counts = objective.config, batch.counts
-    rows = counts.shape[1]
+    config, loss_mask = objective.config, batch.loss_mask
+    rows = loss_mask.shape[1]
     target = batch.hidden[:, 1:]  # [B, R, H]
-    greedy = torch.full_like(counts, -1, dtype=torch.long)
-    greedy[counts] = best_tokens(target[counts], objective.head, config.head_chunk)
+    greedy = torch.full_like(loss_mask, -1, dtype=torch.long)
+    greedy[loss_mask] = best_tokens(target[loss_mask], objective.head, config.head_chunk)
     losses = []
 
     def drafted_tokens() -> Iterable[tuple[int, Tensor]]:
@@ -91,16 +91,16 @@ def batch_sums(objective: DraftObjective, batch: Batch) -> Tensor:
             objective.draft, inputs, objective.embeds(batch), batch.image_mask, config.simulated_depth, batch.positions
         ):
             if step == 1:
-                losses.append(objective.loss(predicted, target, counts))
-            valid = rollout_counts(counts, step)
-            tokens = torch.full((counts.shape[0], rows), -2, dtype=torch.long, device=counts.device)
+                losses.append(objective.loss(predicted, target, loss_mask))
+            valid = rollout_loss_mask(loss_mask, step)
+            tokens = torch.full((loss_mask.shape[0], rows), -2, dtype=torch.long, device=loss_mask.device)
             tokens[valid] = best_tokens(predicted[valid], objective.head, config.head_chunk)
             yield step, tokens
 
-    result = accepted_lengths(drafted_tokens(), greedy, counts)
-    walks = [walk(a, c) for a, c in zip(result.accepted.tolist(), counts.tolist(), strict=True)]
+    result = accepted_lengths(drafted_tokens(), greedy, loss_mask)
+    walks = [walk(a, c) for a, c in zip(result.accepted.tolist(), loss_mask.tolist(), strict=True)]
     (loss,) = losses
-    number = counts.sum()
+    number = loss_mask.sum()
     parts = torch.stack([loss.total * number, loss.hidden * number, loss.token * number]).double()
     counted = torch.tensor(walks, device=parts.device).sum(dim=0)  # [2] tokens, cycles
     return torch.cat(

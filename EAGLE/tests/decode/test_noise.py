@@ -12,8 +12,8 @@ from tiny_stock import make_qwen
 from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from eagle import MSDModel, TreeConfig
-from eagle.commands.verify import noisy_processors
 from eagle.decode.noise import Noise, gumbel, mixed, seeds_of
+from eagle.exactness import noise_processors
 from eagle.families import load_target
 from llava import UserError
 
@@ -78,7 +78,7 @@ def test_one_seed_for_a_batch_gives_rows_of_their_own(model: MSDModel) -> None:
 @pytest.mark.parametrize("more", [[], [TopKLogitsWarper(5), TopPLogitsWarper(0.9)]], ids=["plain", "top-k and top-p"])
 def test_transformers_finds_it_by_searching_in_noisy_scores(model: MSDModel, more: list[Any]) -> None:
     inputs = prepare(model, 1)
-    warp, noise = noisy_processors(0.7, 4, inputs["input_ids"])
+    warp, noise = noise_processors(0.7, 4, inputs["input_ids"])
     settings = {"do_sample": False, "max_new_tokens": 30, "eos_token_id": None}
     found = model.target.model.generate(
         **inputs, **settings, logits_processor=LogitsProcessorList([warp, *more, noise])

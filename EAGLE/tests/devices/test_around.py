@@ -11,12 +11,11 @@ from pretended_gpu import PretendedGPU
 from tiny_llava import make_image
 
 from eagle import MSDModel, TreeConfig
-from eagle.commands.verify import first_difference, noisy_processors
 from eagle.conversations import read_conversation
 from eagle.decode.adaptive.cost import describe, measure
-from eagle.exactness import SETTINGS, check_prompt, significant
+from eagle.exactness import SETTINGS, check_prompt, first_difference, noise_processors, significant
+from eagle.families import template_of
 from eagle.families.template import Prepared
-from eagle.families.templates import template_of
 from eagle.ge_data.extract import source_of
 from eagle.ge_data.reader import Reader
 from eagle.ge_data.regenerate import Regenerator
@@ -47,7 +46,7 @@ def test_exactness(pair: Pair, model: MSDModel, gpu: PretendedGPU) -> None:
 def test_verify_with_noise(pair: Pair, model: MSDModel, gpu: PretendedGPU) -> None:
     """transformers' search with MSD's noise says what MSD samples, noise and scores being on the GPU."""
     inputs, shared = moved(pair.inputs), {"max_new_tokens": 6}
-    noisy = noisy_processors(1.0, 5, inputs["input_ids"])
+    noisy = noise_processors(1.0, 5, inputs["input_ids"])
     expected = model.target.model.generate(**inputs, do_sample=False, logits_processor=noisy, **shared)
     actual = model.generate(**inputs, temperature=1.0, top_p=1.0, top_k=0, seed=5, **shared).sequences
     assert first_difference(expected[0], actual[0]) is None and actual.shape[1] > inputs["input_ids"].shape[1]

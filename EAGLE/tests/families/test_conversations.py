@@ -10,9 +10,8 @@ import torch
 from corpus_support import image_row, text_row, turns
 
 from eagle.conversations import Unusable, read_conversation
-from eagle.families import Target
+from eagle.families import Target, template_of
 from eagle.families.template import Prepared, Template
-from eagle.families.templates import template_of
 
 
 def row_of(*texts: str, **more: Any) -> dict[str, Any]:

@@ -12,8 +12,7 @@ from tiny_llava import make_image
 from tiny_stock import make_qwen
 
 from eagle.conversations import Unusable, read_conversation
-from eagle.families import Target, load_target
-from eagle.families.templates import template_of
+from eagle.families import Target, load_target, template_of
 from eagle.ge_data import allocation
 from eagle.ge_data.reader import collate
 from eagle.hidden_states.shards import ShardDataset

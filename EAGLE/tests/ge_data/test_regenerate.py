@@ -18,9 +18,8 @@ from eagle.conversations import Unusable, read_conversation
 from eagle.decode.msd import MSDModel
 from eagle.decode.tree_config import TreeConfig
 from eagle.drafts.checkpoint import load_draft
-from eagle.families import Target, load_target
+from eagle.families import Target, load_target, template_of
 from eagle.families.template import Prepared
-from eagle.families.templates import template_of
 from eagle.ge_data import inspect
 from eagle.ge_data.regenerate import Regenerator
 from eagle.hidden_states.index import load_index

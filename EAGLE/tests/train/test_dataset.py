@@ -8,8 +8,8 @@ from train_support import make_objective, make_sample
 
 from eagle.drafts.compression import Compression
 from eagle.hidden_states.shards import Sample
-from eagle.train.dataset import add_noise, collate, rows_that_count
-from eagle.train.rollout import ahead, predict_steps, rollout_counts, rollout_mask
+from eagle.train.dataset import add_noise, collate, draft_loss_mask
+from eagle.train.rollout import predict_steps, rollout_loss_mask, rollout_mask, shift_left
 from llava.errors import UserError
 
 
@@ -24,29 +24,29 @@ def hand_made() -> Sample:
 def test_rows_pair_states_with_next_tokens_features_and_targets():
     batch = collate([hand_made()], vocab_size=50, max_length=64)
     embeds = batch.input_ids.float()[..., None].masked_scatter(batch.image_mask[..., None], batch.image_features)
-    rows = batch.counts.shape[1]
+    rows = batch.loss_mask.shape[1]
     assert rows == 8
     assert batch.inputs[0, :rows, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]  # h_t
-    assert ahead(embeds, 1, rows)[0, :, 0].tolist() == [100, 101, 13, 102, 15, 16, 17, 18]  # x_{t+1}
-    assert ahead(batch.image_mask, 1, rows)[0].int().tolist() == [1, 1, 0, 1, 0, 0, 0, 0]
-    assert ahead(batch.hidden, 1, rows)[0, :, 0].tolist() == [1, 2, 3, 4, 5, 6, 7, 8]  # h_{t+1}
+    assert shift_left(embeds, 1, rows)[0, :, 0].tolist() == [100, 101, 13, 102, 15, 16, 17, 18]  # x_{t+1}
+    assert shift_left(batch.image_mask, 1, rows)[0].int().tolist() == [1, 1, 0, 1, 0, 0, 0, 0]
+    assert shift_left(batch.hidden, 1, rows)[0, :, 0].tolist() == [1, 2, 3, 4, 5, 6, 7, 8]  # h_{t+1}
     # The answer is x_5 x_6 x_7; row 4 reads x_5 and predicts x_6, row 5 reads x_6 and predicts x_7.
-    assert batch.counts[0].int().tolist() == [0, 0, 0, 0, 1, 1, 0, 0]
+    assert batch.loss_mask[0].int().tolist() == [0, 0, 0, 0, 1, 1, 0, 0]
 
 
 def test_answer_up_to_the_end_of_the_sample():
     # x_3 x_4 x_5 is the answer and x_5 the last token: row 4 would predict a token beyond the sample.
-    assert rows_that_count(torch.tensor([0, 0, 0, 1, 1, 1]).bool()).int().tolist() == [0, 0, 1, 1, 0]
+    assert draft_loss_mask(torch.tensor([0, 0, 0, 1, 1, 1]).bool()).int().tolist() == [0, 0, 1, 1, 0]
 
 
 def test_a_two_token_answer_has_one_row_and_turns_do_not_mix():
     mask = torch.tensor([0, 1, 1, 0, 0, 1, 0, 1, 1, 1]).bool()
-    assert rows_that_count(mask).int().tolist() == [1, 0, 0, 0, 0, 0, 1, 1, 0]
+    assert draft_loss_mask(mask).int().tolist() == [1, 0, 0, 0, 0, 0, 1, 1, 0]
 
 
 def test_rollout_rows_stay_in_one_answer_and_match_their_targets():
-    counts = rows_that_count(torch.tensor([0, 0, 1, 1, 1, 1, 0, 1, 1]).bool())[None]
-    assert [rollout_counts(counts, k)[0].int().tolist() for k in (1, 2, 3, 4)] == [
+    loss_mask = draft_loss_mask(torch.tensor([0, 0, 1, 1, 1, 1, 0, 1, 1]).bool())[None]
+    assert [rollout_loss_mask(loss_mask, k)[0].int().tolist() for k in (1, 2, 3, 4)] == [
         [0, 1, 1, 1, 0, 0, 1, 0], [0, 1, 1, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0, 0, 0], [0] * 8]  # fmt: skip
 
 
@@ -74,11 +74,11 @@ def test_merged_rows_keep_states_tokens_and_targets_aligned():
     ):
         batch = collate([hand_made()], vocab_size=50, max_length=64, compression=Compression(tokens))
         embeds = batch.input_ids.float()[..., None].masked_scatter(batch.image_mask[..., None], batch.image_features)
-        rows = batch.counts.shape[1]
+        rows = batch.loss_mask.shape[1]
         assert batch.inputs[0, :rows, 0].tolist() == states
-        assert ahead(embeds, 1, rows)[0, :, 0].tolist() == following
-        assert ahead(batch.image_mask, 1, rows)[0].int().tolist() == images
-        counted = batch.counts[0].nonzero().flatten().tolist()
+        assert shift_left(embeds, 1, rows)[0, :, 0].tolist() == following
+        assert shift_left(batch.image_mask, 1, rows)[0].int().tolist() == images
+        counted = batch.loss_mask[0].nonzero().flatten().tolist()
         assert [states[row] for row in counted] == [4, 5]  # as without merging, and each with its own target:
         assert [batch.hidden[0, row + 1, 0].item() for row in counted] == [5, 6]
 
@@ -103,7 +103,7 @@ def test_padding_changes_nothing():
         alone = collate([sample], 40, 64)
         ((_, own),) = predict_steps(objective.draft, alone.inputs, objective.embeds(alone), alone.image_mask, 1)
         torch.testing.assert_close(joint[row, : own.shape[1]], own[0])
-        assert together.counts[row].sum() == alone.counts.sum()
+        assert together.loss_mask[row].sum() == alone.loss_mask.sum()
 
 
 def test_noise_is_on_the_inputs_only_bounded_and_repeatable():

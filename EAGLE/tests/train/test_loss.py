@@ -9,8 +9,8 @@ from eagle.train.dataset import collate
 from eagle.train.loss import best_tokens, draft_loss
 
 
-def naive(predicted, target, counts, head):
-    mask = counts.float()
+def naive(predicted, target, loss_mask, head):
+    mask = loss_mask.float()
     hidden = (mask * F.smooth_l1_loss(predicted, target, reduction="none").mean(-1)).sum() / mask.sum()
     soft = (target @ head.T).softmax(-1)
     token = -(mask * (soft * (predicted @ head.T).log_softmax(-1)).sum(-1)).sum() / mask.sum()
@@ -21,10 +21,10 @@ def naive(predicted, target, counts, head):
 def test_loss_and_gradient_equal_the_full_formula(chunk):
     torch.manual_seed(0)
     predicted, target, head = torch.randn(2, 9, 8, requires_grad=True), torch.randn(2, 9, 8), torch.randn(30, 8)
-    counts = torch.rand(2, 9) > 0.4
-    wanted = naive(predicted, target, counts, head)
+    loss_mask = torch.rand(2, 9) > 0.4
+    wanted = naive(predicted, target, loss_mask, head)
     (gradient,) = torch.autograd.grad(wanted[0], predicted)
-    losses = draft_loss(predicted, target, counts, head, chunk=chunk)
+    losses = draft_loss(predicted, target, loss_mask, head, chunk=chunk)
     torch.testing.assert_close((losses.total, losses.hidden, losses.token), wanted)
     torch.testing.assert_close(torch.autograd.grad(losses.total * 3, predicted)[0], gradient * 3)
 
@@ -49,9 +49,9 @@ def test_no_row_that_counts_gives_zero_loss_and_zero_gradient():
 def test_bf16_is_close():
     torch.manual_seed(0)
     predicted, target, head = torch.randn(1, 9, 8), torch.randn(1, 9, 8), torch.randn(30, 8)
-    counts = torch.ones(1, 9).bool()
+    loss_mask = torch.ones(1, 9).bool()
     full, half = (
-        draft_loss(*(x.to(dtype) for x in (predicted, target)), counts, head.to(dtype))
+        draft_loss(*(x.to(dtype) for x in (predicted, target)), loss_mask, head.to(dtype))
         for dtype in (torch.float32, torch.bfloat16)
     )
     torch.testing.assert_close(full.total, half.total, rtol=2e-2, atol=0)

@@ -125,14 +125,13 @@ def test_states_that_are_not_finite_count_nothing() -> None:
             return list(items)
 
     batch = collate(OnlineReader(Fixed())([good, bad]), 40, 64)  # type: ignore[arg-type]
-    assert batch.counts[0].any() and not batch.counts[1].any()
+    assert batch.loss_mask[0].any() and not batch.loss_mask[1].any()
     assert batch.inputs.isfinite().all() and torch.equal(batch.hidden[0], good.hidden)
 
 
 def test_processes_share_the_rows(monkeypatch: pytest.MonkeyPatch, llava: Case, tmp_path: Path) -> None:
     """Two processes find what one finds; the main one's record is everyone's."""
-    from eagle.families import load_target
-    from eagle.families.templates import template_of
+    from eagle.families import load_target, template_of
     from eagle.ge_data.selection import Selection
 
     template = template_of(load_target(llava.base, dtype="float32"))

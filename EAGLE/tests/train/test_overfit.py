@@ -20,7 +20,7 @@ from eagle.train.dataset import collate
 from eagle.train.engine import PlainEngine
 from eagle.train.objective import DraftObjective
 from eagle.train.schedule import BatchSizes
-from eagle.train.settings import TrainConfig, remembering
+from eagle.train.settings import TrainConfig, with_draft_settings
 from eagle.train.validation import batch_sums, summary
 
 NEW = 48
@@ -83,7 +83,7 @@ def new_objective(target: Target, positions: str = "plain", decoupled: bool = Tr
 
 def train(objective: DraftObjective, sample: Sample, steps: int) -> PlainEngine:
     """The real engine and the real loss, without noise; image rows merged as the settings say."""
-    objective.draft.config = remembering(objective.draft.config, objective.config)
+    objective.draft.config = with_draft_settings(objective.draft.config, objective.config)
     engine = PlainEngine(objective, objective.config, {"gradient_clipping": 0.5}, BatchSizes(1, 1, 1))
     options = objective.draft.config.options
     vocab_size = int(sample.input_ids.max()) + 1

@@ -17,10 +17,9 @@ from eagle.decode.tree_config import TreeConfig
 from eagle.drafts.checkpoint import load_draft
 from eagle.drafts.config import DraftConfig
 from eagle.drafts.msd import DraftModel
-from eagle.families import Target, load_target
+from eagle.families import Target, load_target, template_of
 from eagle.families.base_weights import BaseTensors
 from eagle.families.template import Prepared
-from eagle.families.templates import template_of
 from eagle.ge_data.extract import source_of
 from eagle.ge_data.reader import Reader
 from eagle.hidden_states.shards import Sample, ShardDataset, write_shard

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from eagle.train.dataset import Batch
-from eagle.train.prefetch import ahead
+from eagle.train.prefetch import prefetch
 
 
 class Source:
@@ -30,13 +30,13 @@ class Source:
 @pytest.mark.parametrize("size", [0, 1, 2, 9])
 def test_all_in_order_from_one_other_thread(size: int) -> None:
     source = Source(size)
-    assert list(ahead(iter(source), 2)) == list(range(size))
+    assert list(prefetch(iter(source), 2)) == list(range(size))
     assert len(source.threads) == min(size, 1) and threading.current_thread() not in source.threads
 
 
 def test_no_more_than_the_depth_is_made_ahead_and_nothing_after_the_end() -> None:
     source = Source(100)
-    stream = ahead(iter(source), 2)
+    stream = prefetch(iter(source), 2)
     assert [next(stream), next(stream)] == [0, 1]
     stream.close()
     assert source.made <= 4
@@ -44,7 +44,7 @@ def test_no_more_than_the_depth_is_made_ahead_and_nothing_after_the_end() -> Non
 
 
 def test_a_failure_comes_in_its_place() -> None:
-    stream = ahead(iter(Source(9, broken=3)), 2)
+    stream = prefetch(iter(Source(9, broken=3)), 2)
     assert [next(stream) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(ValueError, match="at 3"):
         next(stream)

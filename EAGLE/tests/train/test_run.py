@@ -23,14 +23,14 @@ def test_a_run_leaves_a_published_checkpoint_and_its_record(arguments, run, tmp_
     assert "2 an epoch x 4 epochs = 8" in out and "trained: " in out
     folder = tmp_path / "ck"
     assert {p.name for p in folder.iterdir()} == {
-        ".lock", "step-00000008", "best", "final", "latest", "training.json", "training.png", "tensorboard",
+        ".msd.lock", "step-00000008", "best", "final", "latest", "training.json", "training.png", "tensorboard",
     }  # fmt: skip
     assert (folder / "latest").read_text().strip() == "step-00000008"
     config = json.loads((folder / "final" / "config.json").read_text())
     assert "train" not in config and config["num_hidden_layers"] == 1
     for name in ("best", "final", "step-00000008"):
         provenance = json.loads((folder / name / "provenance.json").read_text())
-        assert {"commit", "argv", "versions", "data", "settings", "date"} <= set(provenance)
+        assert {"commit", "command", "versions", "data", "settings", "date"} <= set(provenance)
         assert provenance["data"]["image"]["samples"] == 10 and provenance["settings"]["epochs"] == 4
     draft = load_draft(folder / "final")
     base = torch.load(folder / "step-00000008" / "state" / "engine.pt", weights_only=True)["objective"]

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from train_support import make_objective, make_sample
 
 from eagle.train.checkpoint import Progress
-from eagle.train.dataset import rows_that_count
+from eagle.train.dataset import draft_loss_mask
 from eagle.train.engine import PlainEngine
 from eagle.train.schedule import BatchSizes
 from eagle.train.settings import TrainConfig
@@ -42,10 +42,10 @@ def by_definition(objective, samples):
     head, rows, chains, tokens, cycles = objective.head, [], [], 0, 0
     tried, taken = [0] * DEPTH, [0] * DEPTH
     for sample in samples:
-        counts = rows_that_count(sample.loss_mask).tolist()
+        loss_mask = draft_loss_mask(sample.loss_mask).tolist()
         greedy = (sample.hidden @ head.T).argmax(-1).tolist()
         accepted = {}
-        for root in (at for at, counted in enumerate(counts) if counted):
+        for root in (at for at, counted in enumerate(loss_mask) if counted):
             accepted[root] = 0
             for step, predicted in enumerate(drafted(objective, sample, root)):
                 wanted = sample.hidden[root + 1 + step]
@@ -54,7 +54,7 @@ def by_definition(objective, samples):
                     soft, logits = (wanted @ head.T).softmax(-1), predicted @ head.T
                     order = logits.argsort(descending=True).tolist()
                     rows.append((hidden_loss, -(soft * logits.log_softmax(-1)).sum(), order.index(greedy[root + 1])))
-                if not all(counts[root : root + step + 1]):
+                if not all(loss_mask[root : root + step + 1]):
                     break
                 tried[step] += 1
                 if int((predicted @ head.T).argmax()) != greedy[root + 1 + step]:

@@ -19,7 +19,7 @@ import browser as chromium
 import pytest
 from fault_support import hear_ctrl_c
 
-from eagle.commands.demo import POCKET
+from eagle.arguments import POCKET
 
 pytestmark = [
     pytest.mark.browser,

@@ -277,5 +277,5 @@ def test_missing_package_taken_port_and_no_model(
         assert "cannot listen" in error_of(capsys, "--port", str(taken.getsockname()[1]))
     assert "cannot listen" in error_of(capsys, "--port", "70000")
     assert "nowhere" in error_of(capsys, "--port", "0")
-    monkeypatch.setattr(web.importlib.util, "find_spec", lambda name: None)
-    assert "needs starlette, uvicorn" in error_of(capsys)
+    monkeypatch.setattr("eagle.extras.find_spec", lambda name: None)
+    assert "starlette is not installed (pip install 'msd-eagle[web]')" in error_of(capsys)

@@ -16,11 +16,10 @@ class LlavaTarget(Target):
     """LLaVA-1.5, both public layouts."""
 
     family = "llava"
-    model_types: ClassVar[tuple[str, ...]] = ("llava", "llava_llama")
-    image_inputs: tuple[str, ...] = ("pixel_values",)
+    image_inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
 
     @classmethod
-    def load(cls, path: str, **kwargs: Any) -> LlavaTarget:
+    def load(cls, path: str, **kwargs: Any) -> Target:
         model, processor = llava.load_pretrained(path, **kwargs)
         return cls(model, processor)
 

@@ -1,4 +1,4 @@
-"""LLaVA-1.5's conversation template."""
+"""LLaVA-1.5's training template."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ from PIL import Image
 from torch import Tensor
 
 import llava
-from eagle.conversations import Conversation, Unusable
-from eagle.families.template import Encoded, Segment, Template, mark_first
-from llava.conversation import get_template
+from eagle.conversations import Unusable
+from eagle.families.template import Encoded, Template
+from llava.conversation import DEFAULT_TEMPLATE, get_template
 from llava.errors import UserError
 
 
 class LlavaTemplate(Template):
     """LLaVA-1.5: ``<system> USER: <question> ASSISTANT: <answer></s>USER: ...``."""
-
-    family = "llava"
 
     @property
     def least_picture_tokens(self) -> int:
@@ -28,18 +26,8 @@ class LlavaTemplate(Template):
     def load_processor(model: str) -> Any:
         return llava.load_processor(model)
 
-    def segments(self, conversation: Conversation) -> list[Segment]:
-        written = get_template(self.processor.template, conversation.system)
-        segments, before = [], ""
-        for question, answer in conversation.turns:
-            written.append(0, mark_first(question))
-            written.append(1, None)
-            asked = written.prompt()
-            written.messages[-1] = (written.roles[1], answer)
-            answered = written.prompt()
-            segments += [Segment(asked[len(before) :], False), Segment(answered[len(asked) :], True)]
-            before = answered
-        return segments
+    def write(self, turns: Sequence[tuple[str, str | None]], system: str | None) -> str:
+        return write_vicuna(turns, system, self.processor.template)
 
     def encode(self, prompt: str, pictures: Sequence[Image.Image]) -> Encoded:
         try:
@@ -54,3 +42,14 @@ class LlavaTemplate(Template):
 
     def first_pictures(self, images: dict[str, Tensor], count: int) -> dict[str, Tensor]:
         return {"pixel_values": images["pixel_values"][:count]} if count else {}
+
+
+def write_vicuna(
+    turns: Sequence[tuple[str, str | None]], system: str | None = None, template: str = DEFAULT_TEMPLATE
+) -> str:
+    """Turns (question, answer) in Vicuna's conversation; an answer None leaves the last turn open."""
+    conversation = get_template(template, system)
+    for question, answer in turns:
+        conversation.append(0, question)
+        conversation.append(1, answer)
+    return conversation.prompt()

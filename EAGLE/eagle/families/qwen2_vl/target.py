@@ -1,32 +1,27 @@
-"""Qwen2-VL and Qwen2.5-VL as target: M-RoPE positions in three rows, image tokens by the picture's size, videos."""
+"""Qwen2-VL and Qwen2.5-VL as target: M-RoPE positions [3, B, S], image tokens by the picture's size, videos."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
 
-from eagle.families.base import Target, gather_image_features, place_features
-from eagle.families.stock import load_stock, prepare_stock, stock_chat
+from eagle.families.base import gather_image_features, place_features
+from eagle.families.stock import StockTarget
 from llava.errors import UserError
 
 TEXT, IMAGE, VIDEO = 0, 1, 2  # transformers' mm_token_type_ids
 GRIDS = ("image_grid_thw", "video_grid_thw")
 
 
-class Qwen2VLTarget(Target):
+class Qwen2VLTarget(StockTarget):
     """Qwen2-VL of any size, embeddings tied or not."""
 
     family = "qwen2_vl"
-    model_types = ("qwen2_vl",)
-    model_class: type[PreTrainedModel] = Qwen2VLForConditionalGeneration
-
-    @classmethod
-    def load(cls, path: str, **kwargs: Any) -> Qwen2VLTarget:
-        return cls(*load_stock(cls.model_class, path, **kwargs))
+    model_class = Qwen2VLForConditionalGeneration
 
     def token_types(self, input_ids: Tensor) -> Tensor:
         """[B, S]: 0 text, 1 image, 2 video."""
@@ -34,7 +29,7 @@ class Qwen2VLTarget(Target):
         return is_image * IMAGE + is_video * VIDEO
 
     def complete_inputs(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Token types, without which transformers 5 numbers pictures and videos as if they were text."""
+        """Token types, without which transformers 5 gives pictures and videos the positions of text."""
         if inputs.get("mm_token_type_ids") is not None or all(inputs.get(name) is None for name in GRIDS):
             return {}
         return {"mm_token_type_ids": self.token_types(input_ids)}
@@ -70,7 +65,7 @@ class Qwen2VLTarget(Target):
 
     @staticmethod
     def _refuse_text_positions(types: Tensor, positions: Tensor) -> None:
-        """Raises `UserError` where pictures or videos were numbered as text: the tokens of a frame share their time."""
+        """Raises `UserError` if pictures or videos have the positions of text. Tokens of one frame share their time."""
         media = types != TEXT
         neighbours = media[:, 1:] & media[:, :-1]  # [B, S - 1]
         later = positions[0, :, 1:] > positions[0, :, :-1]
@@ -83,18 +78,9 @@ class Qwen2VLTarget(Target):
     def text_positions(self, positions: Tensor) -> Tensor:
         return positions.expand(3, -1, -1)
 
-    def prepare(self, prompt: str | Sequence[str], images: Sequence[Any] = ()) -> dict[str, Any]:
-        return dict(prepare_stock(self.processor, prompt, images).to(self.device))
-
-    def chat_prompt(
-        self, question: str, num_images: int = 0, history: Sequence[tuple[str, str]] = (), system: str | None = None
-    ) -> str:
-        return stock_chat(self.processor, question, num_images, history, system)
-
 
 class Qwen2_5VLTarget(Qwen2VLTarget):
     """Qwen2.5-VL: another vision tower and seconds on the time axis of videos, all else as Qwen2-VL."""
 
     family = "qwen2_5_vl"
-    model_types = ("qwen2_5_vl",)
     model_class = Qwen2_5_VLForConditionalGeneration

@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 import pytest
 
 from lmms_eval_msd import MODELS
-from lmms_eval_msd.plugins import GROUP, complete
+from lmms_eval_msd.__main__ import GROUP, load_plugins
 
 BROKEN = 'raise RuntimeError("the licence server does not answer")\n'
 HEALTHY = (
@@ -62,17 +62,17 @@ def test_ours_are_there_all_the_same(broken_first, warnings):
     install(broken_first, "healthy_plugin", HEALTHY, "manifest")
     registry = _initialize_model_registry()
     warnings.clear()
-    (name,) = complete(registry)
+    (name,) = load_plugins(registry)
     assert MODELS.keys() | {"healthy"} <= set(registry.list_canonical_model_ids())
     assert name == "'broken_plugin' (broken_plugin 1.0, broken_plugin:manifests)"
     assert len(warnings) == 1
     assert name in warnings[0]
     assert "RuntimeError: the licence server does not answer" in warnings[0]
-    assert complete(registry) == []
+    assert load_plugins(registry) == []
 
 
-def test_nothing_to_complete(warnings):
+def test_nothing_to_load_plugins(warnings):
     from lmms_eval.models import MODEL_REGISTRY_V2
 
-    assert complete(MODEL_REGISTRY_V2) == []
+    assert load_plugins(MODEL_REGISTRY_V2) == []
     assert warnings == []

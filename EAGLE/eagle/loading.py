@@ -1,0 +1,53 @@
+"""Loads the models that command-line options name."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+import torch
+
+from eagle.decode.msd import MSDModel
+from eagle.decode.tree_config import TreeConfig
+from llava.errors import UserError
+
+
+def load_model(arguments: argparse.Namespace, need_draft: bool = True, dtype: str | None = None) -> MSDModel:
+    """The base model and, if ``need_draft``, the draft of `eagle.arguments.add_model_options`.
+
+    Args:
+        dtype: in place of ``--dtype``.
+
+    Raises:
+        UserError: no draft was named, or a model cannot be loaded.
+    """
+    if need_draft and not arguments.msd_model:
+        raise UserError("no draft head", where="--msd-model", fix="name a folder or hub repository, or use --no-msd")
+    dtype = dtype or arguments.dtype
+    extra = {"revision": arguments.revision} if arguments.revision else {}
+    model = MSDModel.from_pretrained(
+        arguments.base_model,
+        arguments.msd_model if need_draft else None,
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        device_map=device_map_for(arguments.device_map),
+        attn_implementation=arguments.attn_implementation,
+        draft_image_tokens=arguments.draft_image_tokens,
+        compile=arguments.compile,
+        **extra,
+    )
+    model.tree = tree_from(arguments, model.device)
+    return model
+
+
+def tree_from(arguments: argparse.Namespace, device: torch.device) -> TreeConfig:
+    """The tree that the options name; limits that are not given are the device's defaults."""
+    given = (arguments.tree_depth, arguments.tree_top_k, arguments.tree_tokens)
+    fixed = bool(arguments.compile) or any(value is not None for value in given)
+    default = TreeConfig.named(arguments.tree or ("fixed" if fixed else "auto"), device)
+    named = zip(("depth", "top_k", "total_tokens"), given, strict=True)
+    return replace(default, **{name: value for name, value in named if value is not None})
+
+
+def device_map_for(name: str) -> str:
+    """'cpu' for 'auto' without an accelerator."""
+    return "cpu" if name == "auto" and not torch.accelerator.is_available() else name
