@@ -35,7 +35,7 @@ from eagle.families.base import Target
 from eagle.provenance import hardware
 from llava.errors import OutOfMemory, UserError
 from llava.files import atomic_write
-from llava.memory import is_out_of_memory
+from llava.memory import within_memory
 
 NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 CONTEXT = 256
@@ -176,13 +176,7 @@ def measure(
 
 def has_room(run: Callable[[], Any]) -> bool:
     """Whether memory suffices for ``run``; it is run once."""
-    try:
-        run()
-    except (RuntimeError, MemoryError) as error:
-        if is_out_of_memory(error):
-            return False
-        raise
-    return True
+    return within_memory(lambda: [run()]) is not None
 
 
 def seconds_of(runs: Sequence[Callable[[], Any]], rounds: int = ROUNDS) -> list[float]:
