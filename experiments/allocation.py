@@ -59,9 +59,9 @@ def extractors(options: argparse.Namespace, folder: Path) -> dict[str, Extractor
     target = load_target(options.model, dtype=options.dtype)
     limit = min(options.max_length, getattr(target.config.get_text_config(), "max_position_embeddings", 2048))
     selection = Selection.of(options.json_data_path, kind, options.image_data_path or Path(), limit, seed=42)
-    if len(selection.rows) < options.rows or options.rows < 2 * options.shard_size:
+    if len(selection.records) < options.rows or options.rows < 2 * options.shard_size:
         raise UserError(
-            f"{len(selection.rows)} {kind} rows, {options.rows} asked for, in shards of {options.shard_size}",
+            f"{len(selection.records)} {kind} rows, {options.rows} asked for, in shards of {options.shard_size}",
             options.json_data_path,
             "give --rows and --shard-size so that there are at least two whole shards",
         )

@@ -14,7 +14,7 @@ from tiny_llava import make_image, make_liuhaotian, make_llava_hf
 
 from eagle.families import Target, load_target
 from eagle.ge_data import allocation
-from eagle.hidden_states.index import load_index, read_about
+from eagle.hidden_states.index import load_index, read_header
 from llava.errors import run_cli
 
 Write = Callable[[list[Any]], Path]
@@ -97,7 +97,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The waits between tries, in seconds, none of which is waited."""
     asked: list[float] = []
-    monkeypatch.setattr("eagle.ge_data.download.fetch.sleep", asked.append)
+    monkeypatch.setattr("eagle.ge_data.download.transfer.sleep", asked.append)
     return asked
 
 
@@ -113,8 +113,8 @@ def allocate(*args: Any, **kwargs: Any) -> int:
 
 def rows_of(folder: Path) -> tuple[list[int], list[int]]:
     """File rows of the samples and of the skipped ones, in shard order."""
-    headers = [read_about(folder / shard.file) for shard in load_index(folder).shards]
-    return tuple([row["row"] for about in headers for row in about[kind]] for kind in ("samples", "skipped"))
+    headers = [read_header(folder / shard.file) for shard in load_index(folder).shards]
+    return tuple([one.row for header in headers for one in getattr(header, kind)] for kind in ("samples", "skipped"))
 
 
 @pytest.fixture(scope="module")

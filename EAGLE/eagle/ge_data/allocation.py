@@ -1,17 +1,16 @@
-"""Generate training data: the target reads conversations, its hidden states are stored in shards.
+"""Generate training data: the target reads conversations, and its hidden states are stored in shards.
 
     python -m eagle.ge_data.allocation --outdir D --model_type llava_v15_t|llava_v15_v|qwen2_vl_t|... \\
         --model BASE --image_data_path image_data --json_data_path FILE [--start A --end B] [--shard I/N] \\
         [--gpus 0,1,...] [--hidden-dtype int8] [--again] \\
         [--regenerate [--msd-model DRAFT] [--temperature T] [--max-new-tokens N] [--at-once B]]
 
-`_t` takes the rows without picture, `_v` those with one; they are shuffled, and [A, B) counts in the shuffled order
-(all by default). Killed at any moment and started again, it goes on: finished shards are not touched. Ranges of one
-corpus may be made one after the other in one folder. `--shard I/N` is one of N equal parts of them, for N machines,
-each with a folder of its own; their shards put into one folder are the whole. `--again` also makes those shards anew in
-which rows were skipped for want of pictures that are there by now. `--hidden-dtype int8` halves the disk
-that hidden states take; with `--regenerate` the model answers the questions itself, its answers take the place of the
-file's.
+`_t` selects the records without a picture, `_v` those with one. They are shuffled; [A, B) is a range of the shuffled
+order (default: all). The command can be killed at any moment; started again, it resumes without touching finished
+shards. Ranges of one corpus may be made one after the other in one folder. With `--shard I/N`, N machines make one part
+each in a folder of their own; the shards of all parts, moved into one folder, are the corpus. `--again` also replaces
+the shards that skipped records whose pictures can be read by now. `--hidden-dtype int8` halves the disk space of hidden
+states. With `--regenerate` the model's own answers replace those of the file.
 """
 
 from __future__ import annotations
@@ -24,21 +23,14 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-from rich.console import Console
-
 from eagle.arguments import DTYPES, positive
 from eagle.families import TRAINING_NAMES
-from eagle.ge_data.extract import model_name
 from eagle.ge_data.folder import AUTO, Settings, finished, locked, missing, write_skipped
-from eagle.ge_data.missing_pictures import REASONS as PICTURE_REASONS
-from eagle.ge_data.missing_pictures import look_for_pictures, mended_shards
-from eagle.ge_data.progress import Board, summary
-from eagle.ge_data.selection import IMAGE, TEXT, Range, Selection
+from eagle.ge_data.progress import AllocationProgress, summary
+from eagle.ge_data.selection import IMAGE, PICTURE_REASONS, TEXT, Range, Selection, check_pictures, repairable_shards
 from eagle.ge_data.workers import Answers, Events, Failure, Job, run_here, run_workers
 from eagle.hidden_states.index import PATTERN, Index, ShardInfo, load_index, sha256
-from eagle.hidden_states.shards import shard_name
-from eagle.hidden_states.source import INT8
+from eagle.hidden_states.source import INT8, model_name
 from llava.errors import UserError, run_cli
 
 KINDS = {"t": TEXT, "v": IMAGE}
@@ -47,42 +39,47 @@ MAX_NEW_TOKENS = 1024
 AT_ONCE = 8
 MODEL_TYPES = tuple(f"{family}_{kind}" for family in TRAINING_NAMES for kind in KINDS)
 
+Notify = Callable[[str], None]
+
 
 def part(text: str) -> tuple[int, int]:
     """An argparse type: ``I/N``, part I of N, from 0."""
     found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
     number, parts = (int(found[1]), int(found[2])) if found else (0, 0)
     if number >= parts:
-        raise argparse.ArgumentTypeError(f"'{text}' is no part, give 0/2 for the first of two and 1/2 for the second")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a part: give 0/2 for the first of two, 1/2 for the second")
     return number, parts
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    about = __doc__.splitlines()[0]
+    about = (__doc__ or "").splitlines()[0]
     made = argparse.ArgumentParser(prog="python -m eagle.ge_data.allocation", description=about, allow_abbrev=False)
     add = made.add_argument
-    add("--outdir", required=True, type=Path, help="folder of the shards; started again, it is completed")
-    add("--model_type", required=True, choices=MODEL_TYPES, help="family of --model; _t text, _v image rows")
+    add("--outdir", required=True, type=Path, help="folder of the shards; an unfinished one is completed")
+    add("--model_type", required=True, choices=MODEL_TYPES, help="family of --model; _t text, _v image records")
     add("--model", required=True, help="base model: folder or hub name")
-    add("--image_data_path", type=Path, default=Path("image_data"), help="where the rows' pictures lie")
+    add("--image_data_path", type=Path, default=Path("image_data"), help="folder of the pictures (default: image_data)")
     add("--json_data_path", required=True, type=Path, help="annotation file, a JSON array of conversations")
-    add("--start", type=int, default=0, help="first row of the shuffled selection (default: 0)")
-    add("--end", type=int, help="row after the last one (default: all)")
-    add("--limit", type=positive, help="at most so many rows")
-    add(
-        "--shard", type=part, metavar="I/N", help="part I, from 0, of N equal parts of these rows: one for each machine"
-    )
+    add("--start", type=int, default=0, help="first record of the shuffled selection (default: 0)")
+    add("--end", type=int, help="record after the last one (default: all)")
+    add("--limit", type=positive, help="maximal number of records")
+    add("--shard", type=part, metavar="I/N", help="part I, from 0, of N equal parts of these records, for N machines")
     add("--gpus", help="one worker on each: 0,1,..., cpu or cpu,cpu (default: all GPUs, else this process's CPU)")
     add("--dtype", choices=DTYPES, default="auto", help="dtype of the base model (default: the checkpoint's)")
     add("--hidden-dtype", choices=HIDDEN_DTYPES, default=AUTO, help=f"stored hidden states (default: {AUTO}, 16 bit)")
-    add("--max-length", type=positive, default=2048, help="longest sequence; longer rows are cut (default: 2048)")
+    add(
+        "--max-length",
+        type=positive,
+        default=2048,
+        help="tokens at which conversations are cut (default: 2048)",
+    )
     add("--seed", type=int, default=42, help="of the shuffle and of sampled answers (default: 42)")
-    add("--shard-size", type=positive, default=64, help="rows of a shard (default: 64)")
-    add("--again", action="store_true", help="make shards anew that skipped rows whose pictures can be read by now")
-    add("--batch-tokens", type=positive, help="most tokens of a forward, padded (default: 8192, on a CPU 1024)")
+    add("--shard-size", type=positive, default=64, help="records of a shard (default: 64)")
+    add("--again", action="store_true", help="replace shards that skipped records whose pictures can be read by now")
+    add("--batch-tokens", type=positive, help="maximal tokens of a forward, with padding (default: 8192, CPU 1024)")
     own = made.add_argument_group("the model's own answers")
-    own.add_argument("--regenerate", action="store_true", help="they take the place of those in the annotation file")
+    own.add_argument("--regenerate", action="store_true", help="they replace the answers of the annotation file")
     own.add_argument("--msd-model", help="draft that speeds them up: folder or hub name (default: plain decoding)")
     own.add_argument("--temperature", type=float, help="0 is greedy (default)")
     own.add_argument("--max-new-tokens", type=positive, help=f"of the longest answer (default: {MAX_NEW_TOKENS})")
@@ -91,17 +88,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def answers_wanted(options: argparse.Namespace) -> Answers | None:
-    """How the model is to answer itself; None for the answers of the annotation file.
+    """How the model answers itself; None for the answers of the annotation file.
 
     Raises:
-        UserError: settings of answers without --regenerate, or a temperature that is none.
+        UserError: settings of answers without --regenerate, or an invalid temperature.
     """
     given = {"--msd-model": options.msd_model, "--temperature": options.temperature}
     given |= {"--max-new-tokens": options.max_new_tokens, "--at-once": options.at_once}
     if not options.regenerate:
         for flag, value in given.items():
             if value is not None:
-                raise UserError(f"{flag} is for answers of the model's own", fix="give --regenerate too")
+                raise UserError(f"{flag} is for the model's own answers", fix="give --regenerate too")
         return None
     temperature = options.temperature or 0.0
     if not 0 <= temperature < math.inf:
@@ -111,34 +108,32 @@ def answers_wanted(options: argparse.Namespace) -> Answers | None:
 
 
 def select(options: argparse.Namespace) -> tuple[Selection, Range]:
-    """The shuffled rows of the wanted kind, and the range of them that is wanted.
+    """The shuffled records, and the range of them that is wanted.
 
     Raises:
-        UserError: the file cannot be read, no row is of that kind, the range or the part of it is empty, or there is
-        no folder of pictures.
+        UserError: the file cannot be read, has no such record, the range is empty, or the folder of pictures does not
+            exist.
     """
     kind = KINDS[options.model_type.rsplit("_", 1)[1]]
     selection = Selection.of(options.json_data_path, kind, options.image_data_path, options.max_length, options.seed)
-    rows = len(selection.order)
-    end = rows if options.end is None else min(options.end, rows)
+    total = len(selection.order)
+    end = total if options.end is None else min(options.end, total)
     if options.limit is not None:
         end = min(end, options.start + options.limit)
     if not 0 <= options.start < end:
-        raise UserError(
-            f"rows {options.start} to {end} are none of the {rows} {kind} rows",
-            fix="see --start, --end and --limit",
-        )
+        message = f"records {options.start} to {end} are not among the {total} {kind} records"
+        raise UserError(message, fix="see --start, --end and --limit")
     return selection, part_of((options.start, end), options.shard, options.shard_size)
 
 
 def part_of(span: Range, shard: tuple[int, int] | None, shard_size: int) -> Range:
-    """Part I of N of a range, cut where shards are: at multiples of ``shard_size``. The parts make up the whole.
+    """Part I of N of a range, cut at multiples of ``shard_size``, as shards are. The parts cover the range.
 
     >>> [part_of((3, 20), (number, 2), 4) for number in range(2)]
     [(3, 8), (8, 20)]
 
     Raises:
-        UserError: nothing is left for this part.
+        UserError: the part is empty.
     """
     if shard is None:
         return span
@@ -150,10 +145,8 @@ def part_of(span: Range, shard: tuple[int, int] | None, shard_size: int) -> Rang
 
     first, last = cut(number), cut(number + 1)
     if first == last:
-        raise UserError(
-            f"part {number}/{parts} of rows {start} to {end} is empty",
-            fix=f"take fewer parts, or a smaller --shard-size than {shard_size}",
-        )
+        message = f"part {number}/{parts} of records {start} to {end} is empty"
+        raise UserError(message, fix=f"take fewer parts, or a smaller --shard-size than {shard_size}")
     return first, last
 
 
@@ -161,22 +154,23 @@ def devices(gpus: str | None) -> list[str]:
     """``--gpus`` as device names; [] for this process's CPU.
 
     Raises:
-        UserError: no such GPU.
+        UserError: there is no such GPU.
     """
+    import torch
+
     count = torch.cuda.device_count()
     if gpus is None:
         return [f"cuda:{number}" for number in range(count)]
     names = []
-    for part in gpus.split(","):
-        part = part.strip()
-        if part != "cpu" and not (part.isdecimal() and int(part) < count):
-            raise UserError(f"no GPU '{part}', there are {count}", fix="give numbers as in --gpus 0,1 or cpu")
-        names.append(part if part == "cpu" else f"cuda:{int(part)}")
+    for name in map(str.strip, gpus.split(",")):
+        if name != "cpu" and not (name.isdecimal() and int(name) < count):
+            raise UserError(f"no GPU '{name}', there are {count}", fix="give numbers as in --gpus 0,1 or cpu")
+        names.append(name if name == "cpu" else f"cuda:{int(name)}")
     return [] if names == ["cpu"] else names
 
 
-def run(options: argparse.Namespace, notify: Callable[[str], None]) -> int:
-    """Makes what is missing; returns the exit status, 1 if a worker failed by a defect.
+def run(options: argparse.Namespace, notify: Notify) -> int:
+    """Makes the shards that are missing; returns the exit status, 1 if a worker failed because of a bug.
 
     Raises:
         UserError: bad input, see the functions above.
@@ -193,7 +187,7 @@ def run(options: argparse.Namespace, notify: Callable[[str], None]) -> int:
             seed=options.seed,
             data=options.json_data_path.name,
             data_sha256=sha256(options.json_data_path),
-            rows=len(selection.rows),
+            rows=len(selection.records),
             regenerate=answers is not None,
             msd_model=None if answers is None or answers.msd_model is None else model_name(answers.msd_model),
             temperature=0.0 if answers is None else answers.temperature,
@@ -203,14 +197,14 @@ def run(options: argparse.Namespace, notify: Callable[[str], None]) -> int:
         done = finished(options.outdir, notify)
         ranges = missing(start, end, options.shard_size, done)
         if options.again:
-            ranges, done = with_mended(options, selection, (start, end), ranges, done, notify)
+            ranges, done = with_repairable(options, selection, (start, end), ranges, done, notify)
         failures: list[Failure] = []
         stopped: UserError | None = None
         if ranges:
-            if (line := look_for_pictures(selection, ranges, bool(done))) is not None:
+            if (line := check_pictures(selection, ranges, bool(done))) is not None:
                 notify(line)
             try:
-                failures = work(job_of(options, selection), done, ranges, end - start, workers, notify)
+                failures = work(job_of(options, selection, answers), done, ranges, end - start, workers, notify)
             except UserError as error:
                 stopped = error
         for failure in failures:
@@ -222,48 +216,46 @@ def run(options: argparse.Namespace, notify: Callable[[str], None]) -> int:
         if failure.user:
             raise UserError(failure.message, f"worker {failure.device}")
     if not failures and index is not None and not index.samples:
-        raise UserError("every row was skipped", options.outdir, "skipped.jsonl tells why")
+        raise UserError("every record was skipped", options.outdir, "see skipped.jsonl for the reasons")
     return 1 if failures else 0
 
 
-def conclude(folder: Path, began: float, notify: Callable[[str], None]) -> Index:
-    """Writes what was skipped and shows what is in the folder now, whether or not all is well.
+def conclude(folder: Path, began: float, notify: Notify) -> Index:
+    """Writes ``skipped.jsonl`` and prints a summary, also after a failure. ``began``: by `time.monotonic`."""
+    from rich.console import Console
 
-    Args:
-        began: when the run did, by `time.monotonic`.
-    """
     index = load_index(folder)
     write_skipped(folder, index)
     if lost := sum(index.skipped.get(reason, 0) for reason in PICTURE_REASONS):
-        notify(f"{lost:,} rows were skipped for their pictures; once these are there, --again makes their shards anew")
+        notify(f"{lost:,} records were skipped because of their pictures; --again repairs their shards later")
     Console().print(summary(index, folder, time.monotonic() - began))
     return index
 
 
-def with_mended(
+def with_repairable(
     options: argparse.Namespace,
     selection: Selection,
     span: Range,
     ranges: Sequence[Range],
     done: Sequence[ShardInfo],
-    notify: Callable[[str], None],
+    notify: Notify,
 ) -> tuple[list[Range], list[ShardInfo]]:
-    """The ranges to make with those of shards to be made anew (see `mended_shards`), and the shards that stay.
+    """Adds the ranges of shards that can be repaired (see `repairable_shards`); also returns the shards that stay.
 
-    The old ones stay in the folder until each is replaced. The index lets go of them before: killed at any moment, what
-    then lies there is read as it is.
+    Old shards stay in the folder until they are replaced, but are removed from the index first: after a kill, each
+    shard is read as it is then.
     """
-    mended = mended_shards(options.outdir, done, selection, span)
-    notify(f"--again: {len(mended):,} shards have rows whose pictures can be read by now")
-    if not mended:
+    repairable = repairable_shards(options.outdir, done, selection, span)
+    notify(f"--again: {len(repairable):,} shards have records whose pictures can be read by now")
+    if not repairable:
         return list(ranges), list(done)
-    kept = [shard for shard in done if shard not in mended]
+    kept = [shard for shard in done if shard not in repairable]
     Index.of(load_index(options.outdir, strict=False).source, kept).save(options.outdir)
-    return sorted([*ranges, *((shard.start, shard.end) for shard in mended)]), kept
+    return sorted([*ranges, *((shard.start, shard.end) for shard in repairable)]), kept
 
 
-def job_of(options: argparse.Namespace, selection: Selection) -> Job:
-    """What the workers are told."""
+def job_of(options: argparse.Namespace, selection: Selection, answers: Answers | None) -> Job:
+    """The task of the workers."""
     return Job(
         model=options.model,
         family=TRAINING_NAMES[options.model_type.rsplit("_", 1)[0]],
@@ -273,29 +265,26 @@ def job_of(options: argparse.Namespace, selection: Selection) -> Job:
         batch_tokens=options.batch_tokens,
         source=load_index(options.outdir, strict=False).source if any(options.outdir.glob(PATTERN)) else None,
         hidden_dtype=None if options.hidden_dtype == AUTO else options.hidden_dtype,
-        answers=answers_wanted(options),
+        answers=answers,
     )
 
 
 def work(
-    job: Job,
-    done: Sequence[ShardInfo],
-    ranges: Sequence[Range],
-    rows: int,
-    workers: Sequence[str],
-    notify: Callable[[str], None],
+    job: Job, done: Sequence[ShardInfo], ranges: Sequence[Range], records: int, workers: Sequence[str], notify: Notify
 ) -> list[Failure]:
-    """Hands the ranges to the workers; returns those that failed, after all have ended.
+    """Gives the ranges to the workers; returns those that failed, after all have ended.
 
     Raises:
-        UserError: bad input, where this process does the work.
+        UserError: bad input, if this process does the work.
     """
+    from eagle.hidden_states.shards import shard_name
+
     waiting = sum(last - first for first, last in ranges)
     old = [job.folder / shard_name(*span) for span in ranges]
     replaced = sum(path.stat().st_size for path in old if path.exists())
-    board = Board(job.folder, done, rows, waiting, job.source, notify, replaced)
-    events = Events(board.progress, board.shard, notify)
-    with board.bar:
+    progress = AllocationProgress(job.folder, done, records, waiting, job.source, notify, replaced)
+    events = Events(progress.update, progress.add_shard, notify)
+    with progress.bar:
         if not workers:
             run_here(job, ranges, events)
             return []
@@ -303,7 +292,7 @@ def work(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit status."""
+    """Runs the command; returns the exit status."""
     return run(parser().parse_args(argv), lambda line: print(line, file=sys.stderr))
 
 

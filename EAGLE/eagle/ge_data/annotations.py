@@ -1,96 +1,93 @@
-"""Annotation files (a JSON array of rows) of any size, in bounded memory.
+"""Annotation files (a JSON array of records) of any size, in bounded memory.
 
-`iter_rows` reads a file once, a piece at a time; `RowFile` remembers only where each wanted row lies, for reading in
-any order. Knows JSON, not conversations.
+`iter_records` reads a file from start to end; `RecordFile` keeps only the place of each record and reads them in any
+order. (ijson streams too, but does not say where a record lies in the file.)
 """
 
 from __future__ import annotations
 
 import codecs
 import json
+import re
 from array import array
 from collections.abc import Callable, Iterator
-from json.decoder import JSONDecoder
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from llava.errors import UserError
 
 CHUNK = 1 << 20
-MAX_ROW = 1 << 26
-"""Longest row in characters. A file whose quotes are broken would else be read whole, as one row."""
+MAX_RECORD = 1 << 26
+"""Characters of the longest record. Without it, a missing quote would make the rest of the file one record."""
+CUT_REACH = 12
+"""A parse error this close to the end of the text may come from the cut there: the longest tokens besides strings are
+``-Infinity`` and a pair of ``\\uXXXX``."""
 
-Row = dict[str, Any]
-_SPACE = " \t\n\r"
-_CUT_REACH = 12
-"""An error this near to the end of the text may be the cut's fault: the longest atoms are `-Infinity` and a pair of
-\\u."""
+SPACES = re.compile(r"[ \t\n\r]*")
+
+Record = dict[str, Any]
 
 
-class PlacedRow(NamedTuple):
-    """A row and where it lies in the file, in bytes."""
+class PlacedRecord(NamedTuple):
+    """A record and its place [start, end) in the file, in bytes."""
 
     start: int
     end: int
-    value: Row
+    value: Record
 
 
-def iter_rows(path: Path, chunk: int = CHUNK) -> Iterator[PlacedRow]:
-    """The rows of an annotation file, one after the other.
+def iter_records(path: Path, chunk: int = CHUNK) -> Iterator[PlacedRecord]:
+    """The records of an annotation file.
 
     Args:
         path: a JSON array of objects, UTF-8.
-        chunk: bytes read at a time; memory holds a few of them, or the longest row.
+        chunk: bytes to read at once. Memory holds a few chunks, or the longest record.
 
     Raises:
-        UserError: the file is missing, empty, no array of objects, or broken; with line, column and byte.
+        UserError: the file is missing, empty, not an array of objects, or damaged; with line, column and byte.
     """
     try:
         file = path.open("rb")
     except OSError as error:
         raise UserError(f"annotation file cannot be read ({error.strerror})", path) from None
     with file:
-        window = _Window(file, path, chunk)
-        if window.peek() != "[":
-            raise window.error("expected a JSON array of rows")
-        window.advance(1)
-        if window.peek() != "]":
-            yield window.row()
-            while window.peek() == ",":
-                window.advance(1)
-                yield window.row()
-        if window.peek() != "]":
-            raise window.error("expected ',' or ']' after a row")
-        window.advance(1)
-        if window.peek():
-            raise window.error("unexpected text after the array")
+        text = _Text(file, path, chunk)
+        text.expect("[", "expected a JSON array of records")
+        if text.peek() != "]":
+            yield text.record()
+            while text.peek() == ",":
+                text.skip(1)
+                yield text.record()
+        text.expect("]", "expected ',' or ']' after a record")
+        if text.peek():
+            raise text.error("unexpected text after the array")
 
 
-class RowFile:
-    """Rows of an annotation file in any order; in memory are only their places.
+class RecordFile:
+    """The records of an annotation file in any order. Memory holds only their places.
 
     Args:
         path: a JSON array of objects.
-        keep: which rows are wanted; ``len`` and indices count these.
+        keep: selects records; ``len`` and indices count only these.
 
-    ``numbers``: the number in the file of each kept row; ``total``: rows in the file.
+    ``numbers``: the number in the file of each selected record; ``total``: number of records in the file.
     """
 
-    def __init__(self, path: Path, keep: Callable[[Row], bool] = lambda row: True) -> None:
+    def __init__(self, path: Path, keep: Callable[[Record], bool] = lambda record: True) -> None:
         self.path = path
         self.numbers, self._starts, self._ends = array("q"), array("q"), array("q")
         self.total = 0
-        for number, row in enumerate(iter_rows(path)):
+        for number, record in enumerate(iter_records(path)):
             self.total = number + 1
-            if keep(row.value):
+            if keep(record.value):
                 self.numbers.append(number)
-                self._starts.append(row.start)
-                self._ends.append(row.end)
+                self._starts.append(record.start)
+                self._ends.append(record.end)
 
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> Record:
         start, end = self._starts[index], self._ends[index]
         try:
             with self.path.open("rb") as file:
@@ -100,84 +97,88 @@ class RowFile:
             raise UserError(f"annotation file changed while it was read ({error})", self.path, "start again") from None
 
 
-class _Window:
-    """The text around the reading position; line, column and byte of that position."""
+class _Text:
+    """A window of text that moves over a file. ``_byte``: place in the file of the first character that is not read."""
 
     def __init__(self, file: BinaryIO, path: Path, chunk: int) -> None:
         self._file, self._path, self._chunk = file, path, chunk
-        self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
-        self._parse = JSONDecoder().raw_decode
-        self._text, self._pos, self._fed, self._ended = "", 0, 0, False
-        self._line, self._column, self._byte = 1, 1, 0
-        start = file.read(len(codecs.BOM_UTF8))
-        file.seek(0)
-        if start == codecs.BOM_UTF8:
-            self._byte = len(start)
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._parse = json.JSONDecoder().raw_decode
+        self._text, self._position, self._byte = "", 0, 0
+        if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8:
+            self._byte = len(codecs.BOM_UTF8)
+        file.seek(self._byte)
 
     def peek(self) -> str:
-        """The next character that is no space, "" at the end; the position moves to it."""
+        """Skips spaces and returns the next character; "" at the end."""
         while True:
-            end = self._pos
-            while end < len(self._text) and self._text[end] in _SPACE:
-                end += 1
-            self.advance(end - self._pos)
-            if self._pos < len(self._text):
-                return self._text[self._pos]
-            if not self._fill():
-                return ""
+            spaces = SPACES.match(self._text, self._position)
+            assert spaces is not None
+            self.skip(spaces.end() - self._position)
+            if self._position < len(self._text) or not self._read_more():
+                return self._text[self._position : self._position + 1]
 
-    def advance(self, count: int) -> None:
-        """Moves the position by ``count`` characters of the text."""
-        passed = self._text[self._pos : self._pos + count]
-        self._pos += count
-        self._byte += len(passed) if passed.isascii() else len(passed.encode())
-        lines = passed.count("\n")
-        self._line += lines
-        self._column = count - passed.rfind("\n") if lines else self._column + count
+    def skip(self, count: int) -> None:
+        """Moves over ``count`` characters."""
+        end = self._position + count
+        self._byte += len(self._text[self._position : end].encode())
+        self._position = end
 
-    def row(self) -> PlacedRow:
-        """Reads the object at the position and moves behind it."""
+    def expect(self, character: str, message: str) -> None:
+        """Moves over the next character, which must be this one."""
+        if self.peek() != character:
+            raise self.error(message)
+        self.skip(1)
+
+    def record(self) -> PlacedRecord:
+        """Moves over the next record."""
         if self.peek() != "{":
-            raise self.error("expected a row (a JSON object)")
+            raise self.error("expected a record (a JSON object)")
         while True:
             try:
-                value, end = self._parse(self._text, self._pos)
+                value, end = self._parse(self._text, self._position)
             except json.JSONDecodeError as error:
-                if self._may_be_cut(error) and self._fill():
+                near_end = error.pos >= len(self._text) - CUT_REACH or error.msg.startswith("Unterminated string")
+                if near_end and self._read_more():
                     continue
-                self.advance(error.pos - self._pos)
+                self.skip(error.pos - self._position)
                 raise self.error(error.msg) from None
             except RecursionError:
-                raise self.error("row is nested too deep") from None
-            except ValueError as error:  # a whole number of thousands of digits
+                raise self.error("record is nested too deep") from None
+            except ValueError as error:  # an integer of thousands of digits
                 raise self.error(str(error)) from None
             start = self._byte
-            self.advance(end - self._pos)
-            return PlacedRow(start, self._byte, value)
+            self.skip(end - self._position)
+            return PlacedRecord(start, self._byte, value)
 
     def error(self, message: str) -> UserError:
-        """What is wrong at the position."""
-        where = f"line {self._line} column {self._column}, byte {self._byte}"
-        message = message if self._pos < len(self._text) else f"{message}, but the file ends"
-        return UserError(f"annotation file is not valid ({message}, {where})", self._path)
+        """The error at the present position."""
+        line, column = 1, 1
+        with self._path.open("rb") as file:
+            left = self._byte
+            while left and (data := file.read(min(left, CHUNK))):
+                left -= len(data)
+                lines = data.count(b"\n")
+                line += lines
+                text = data.rpartition(b"\n")[2].decode(errors="ignore").removeprefix("\ufeff")
+                column = len(text) + (1 if lines else column)
+        ending = "" if self._position < len(self._text) else ", but the file ends"
+        where = f"line {line} column {column}, byte {self._byte}"
+        return UserError(f"annotation file is not valid ({message}{ending}, {where})", self._path)
 
-    def _may_be_cut(self, error: json.JSONDecodeError) -> bool:
-        return error.pos >= len(self._text) - _CUT_REACH or error.msg.startswith("Unterminated string")
-
-    def _fill(self) -> bool:
-        """Drops what is behind the position and doubles what lies ahead; False at the end of the file."""
-        ahead = len(self._text) - self._pos
-        if self._ended:
-            return False
-        if ahead > MAX_ROW:
-            raise self.error(f"row of more than {MAX_ROW} characters")
-        data = self._file.read(max(self._chunk, ahead))
-        self._fed += len(data)
-        self._ended = not data
+    def _read_more(self) -> bool:
+        """Drops the text before the position and reads at least as much as is left; False at the end of the file."""
+        left = self._text[self._position :]
+        if len(left) > MAX_RECORD:
+            raise self.error(f"record of more than {MAX_RECORD} characters")
+        at = self._file.tell()
+        pending = len(self._decoder.getstate()[0])
+        data = self._file.read(max(self._chunk, len(left)))
         try:
-            text = self._decode(data, self._ended)
+            new = self._decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
-            byte = self._fed - len(error.object) + error.start
+            byte = at - pending + error.start
             raise UserError(f"annotation file is not UTF-8 text (byte {byte})", self._path) from None
-        self._text, self._pos = self._text[self._pos :] + text, 0
-        return True
+        if data:
+            self._text, self._position = left + new, 0
+        return bool(data)

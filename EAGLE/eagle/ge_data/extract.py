@@ -1,22 +1,19 @@
-"""The target reads conversations, and its hidden states become shards.
+"""Makes shards: the target reads conversations, and its hidden states are stored.
 
-While the target computes, the next shard's pictures and ids are prepared in threads, and another one writes the last
-shard. With a `Regenerator` the target
-first answers the questions itself.
+While the target computes, threads prepare the next shard's pictures and ids, and write the previous shard. With a
+`Regenerator` the target first answers the questions itself.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
 from eagle.conversations import Unusable
@@ -26,8 +23,7 @@ from eagle.ge_data.reader import Reader, batches
 from eagle.ge_data.regenerate import Regenerator
 from eagle.ge_data.selection import Range, Selection
 from eagle.hidden_states.shards import DTYPES, Sample, ShardInfo, Skipped, Source, write_shard
-from eagle.hidden_states.source import Regeneration
-from llava.hub import is_repository_name
+from eagle.hidden_states.source import Regeneration, commit_of, model_name
 
 THREADS = 4
 Ready = Prepared | PromptOutline | Skipped
@@ -39,9 +35,9 @@ class Extractor(Reader):
 
     Args:
         target, template, source, batch_tokens: as for `Reader`.
-        selection: rows and their order; a range is a part of the order.
-        folder: where shards go.
-        regenerator: puts the target's own answers in the place of the data set's; None keeps those.
+        selection: records and their order, which ranges refer to.
+        folder: of the shards.
+        regenerator: replaces the answers of the data set by the target's own; None keeps them.
     """
 
     def __init__(
@@ -58,10 +54,10 @@ class Extractor(Reader):
         self.selection, self.folder, self.regenerator = selection, folder, regenerator
 
     def run(self, ranges: Iterable[Range], report: Report) -> Iterator[ShardInfo]:
-        """Makes a shard for each range, preparing the next one and writing the last one meanwhile.
+        """Makes a shard for each range.
 
         Args:
-            report: called as ``report(rows, tokens)`` as the work goes on; rows of a range add up to its length.
+            report: called as ``report(records, tokens)`` during the work; the records of a range add up to its length.
         """
         with ThreadPoolExecutor(THREADS) as pool, ThreadPoolExecutor(1) as writer:
             waiting: tuple[Range, list[Future[Ready]]] | None = None
@@ -78,7 +74,7 @@ class Extractor(Reader):
                 yield written.result()
 
     def _prepare(self, index: int) -> Ready:
-        """Row ``index`` of the shuffled selection as model inputs, or as an outline to be answered, or why not."""
+        """Record ``index`` of the shuffled selection as model inputs or as questions, or why it cannot be used."""
         if self.regenerator is not None:
             return self.selection.outline(self.template, index)
         return self.selection.prepare(self.template, index)
@@ -86,7 +82,7 @@ class Extractor(Reader):
     def _answered(
         self, span: Range, waiting: dict[int, PromptOutline], report: Report
     ) -> Iterator[tuple[int, Prepared | Skipped]]:
-        """The rows of a range that wait for the target's own answers: their places, and what became of them."""
+        """The conversations of a range that the target answers itself: their places and results."""
         if self.regenerator is None:
             return
         places = list(waiting)
@@ -100,7 +96,7 @@ class Extractor(Reader):
             yield place, answered
 
     def _outcome(self, span: Range, futures: Sequence[Future[Ready]], report: Report) -> list[Sample | Skipped | None]:
-        """What became of each row of a range."""
+        """The result of each record of a range."""
         outcome: list[Sample | Skipped | None] = [None] * len(futures)
         ready = dict(enumerate(future.result() for future in futures))
         waiting = {place: item for place, item in ready.items() if isinstance(item, PromptOutline)}
@@ -134,21 +130,21 @@ class Extractor(Reader):
 
 
 def source_of(
-    target: Target, name: str, hidden_dtype: str | None = None, regeneration: Regeneration | None = None
+    target: Target, name: str, hidden_dtype: Literal["int8"] | None = None, regeneration: Regeneration | None = None
 ) -> Source:
-    """What shards made by ``target`` say of themselves. States of a 32-bit model are read as bfloat16.
+    """The source of shards made by ``target``. States of a 32-bit model are stored as bfloat16.
 
     Args:
         name: folder or hub name of the model.
-        hidden_dtype: "int8", or None for the 16 bit dtype.
-        regeneration: how answers are made, where they are the target's own.
+        hidden_dtype: "int8", or None for 16 bit.
+        regeneration: how the target answers itself; None for the answers of the data set.
     """
     stored = target.dtype if target.dtype in DTYPES.values() else torch.bfloat16
     return Source(
         family=target.family,
         model=model_name(name),
         commit=commit_of(name),
-        dtype=str(stored).removeprefix("torch."),
+        dtype="float16" if stored == torch.float16 else "bfloat16",
         hidden_size=target.hidden_size,
         vocab_size=target.vocab_size,
         image_token_id=target.config.image_token_id,
@@ -159,31 +155,14 @@ def source_of(
     )
 
 
-def commit_of(model: str) -> str | None:
-    """The hub's commit of a model: of its snapshot in the hub's cache, by hub name or as a folder; None elsewhere."""
-    if Path(model).is_dir():
-        snapshot = Path(model).resolve()
-    elif is_repository_name(model) and isinstance(found := try_to_load_from_cache(model, "config.json"), str):
-        snapshot = Path(found).parent
-    else:
-        return None
-    known = snapshot.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", snapshot.name)
-    return snapshot.name if known else None
-
-
-def model_name(model: str) -> str:
-    """Hub name of a model, or the name of its folder."""
-    return Path(model).resolve().name if Path(model).is_dir() else model
-
-
 def fingerprint(weight: Tensor) -> str:
-    """16 hexadecimal digits of a matrix of weights, such as the token embedding [V, H] (rows 3 to 66, as bfloat16):
-    tells weights apart, not paths."""
+    """16 hexadecimal digits that identify a weight matrix, such as the token embedding [V, H]: a hash of its rows 3 to
+    66 in bfloat16."""
     return hashlib.sha256(_part(weight)).hexdigest()[:16]
 
 
 def layer_fingerprint(text_model: Any) -> str:
-    """`fingerprint` of all matrices of the last layer together, in the order of their names."""
+    """`fingerprint` of all matrices of the last layer, in the order of their names."""
     digest = hashlib.sha256()
     for _, weight in sorted(text_model.layers[-1].named_parameters()):
         if weight.dim() == 2:

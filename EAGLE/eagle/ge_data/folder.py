@@ -1,4 +1,4 @@
-"""The folder of a corpus while it is being made: one run at a time, one set of settings, nothing done twice."""
+"""The folder of a corpus while it is made: one run at a time, one set of settings, no shard made twice."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 
-from eagle.hidden_states.index import INDEX, PATTERN, Index, ShardInfo, Skipped, load_index, read_about, sha256
-from eagle.hidden_states.validation import shown
+from eagle.ge_data.progress import checksum_bar
+from eagle.hidden_states.index import INDEX, PATTERN, Index, ShardInfo, load_index, read_header, sha256
 from eagle.locks import lock_folder
-from eagle.progress_bars import checking
 from llava.errors import UserError
-from llava.files import atomic_write, read_json
+from llava.files import atomic_write, read_json, write_json
 
 SETTINGS = "settings.json"
 SKIPPED = "skipped.jsonl"
@@ -22,12 +21,11 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the content of a corpus. Where pictures lie, which GPUs work and how large batches and shards are
-    does not.
+    """The settings that decide the content of a corpus, unlike GPUs, batch size and the folder of pictures.
 
-    ``data_sha256``: of the annotation file; ``rows``: length of the selection; ``hidden_dtype``: "int8", or "auto" for
-    16 bit; ``regenerate``: answers are the target's own, and then ``msd_model`` the draft's name, ``temperature`` and
-    ``max_new_tokens`` how they were made. A setting with a default is one that older folders do not name.
+    ``data_sha256``: of the annotation file; ``rows``: number of selected records; ``hidden_dtype``: "int8", or "auto"
+    for 16 bit; ``regenerate``: the target answers itself, with the draft ``msd_model``, ``temperature`` and
+    ``max_new_tokens``. Older folders do not have the settings with a default.
     """
 
     model_type: str
@@ -44,35 +42,33 @@ class Settings:
     max_new_tokens: int | None = None
 
     def claim(self, folder: Path) -> None:
-        """Writes ``settings.json``, or compares with the one that is there once there is a shard.
+        """Writes ``settings.json``, or compares with it once there is a shard.
 
         Raises:
-            UserError: the folder was begun with other settings, or holds shards without settings.
+            UserError: the folder was begun with other settings, or has shards without settings.
         """
         path, own, begun = folder / SETTINGS, asdict(self), any(folder.glob(PATTERN))
-        if begun and path.exists():
-            defaults = {item.name: item.default for item in fields(self) if item.default is not MISSING}
-            found = read_json(path, "settings of the corpus")
-            if not isinstance(found, dict):
-                raise UserError("settings of the corpus are no JSON object", path, "take another --outdir")
-            there = {**defaults, **found}
-            changed = [
-                f"{name} {shown(there.get(name))} instead of {value!r}"
-                for name, value in own.items()
-                if name != "data" and there.get(name) != value
-            ]
-            if changed:
-                raise UserError(f"the folder was begun with {', '.join(changed)}", folder, "take another --outdir")
-        elif begun:
+        if not begun:
+            write_json(path, own, indent=1)
+            return
+        if not path.exists():
             raise UserError(f"the folder has shards but no {SETTINGS}", folder, "take another --outdir")
-        else:
-            with atomic_write(path) as temporary:
-                temporary.write_text(json.dumps(own, indent=1) + "\n", encoding="utf-8")
+        found = read_json(path, "settings of the corpus")
+        if not isinstance(found, dict):
+            raise UserError("settings of the corpus are not a JSON object", path, "take another --outdir")
+        found = {**{item.name: item.default for item in fields(self) if item.default is not MISSING}, **found}
+        changed = [
+            f"{name} {found.get(name)!r:.60} instead of {value!r}"
+            for name, value in own.items()
+            if name != "data" and found.get(name) != value
+        ]
+        if changed:
+            raise UserError(f"the folder was begun with {', '.join(changed)}", folder, "take another --outdir")
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Makes the folder and holds it for this process; clears what a killed run left behind.
+    """Makes the folder, locks it for this process, and deletes the temporary files of a killed run.
 
     Raises:
         UserError: another run writes here, or the folder cannot be made.
@@ -84,10 +80,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def finished(folder: Path, notify: Callable[[str], None]) -> list[ShardInfo]:
-    """The whole shards of a folder; none in a new one.
+    """The complete shards of a folder, with checksums.
 
-    Those that the index has no checksum of (a kill came between shard and index, or they were moved here) are read for
-    one, and the index is written anew; ``notify`` is told before, for it takes its time.
+    Shards without a checksum in the index (the run was killed between shard and index, or they were moved here) are
+    read, which takes time: ``notify`` is called before.
     """
     if not (folder / INDEX).exists() and not any(folder.glob(PATTERN)):
         return []
@@ -97,7 +93,7 @@ def finished(folder: Path, notify: Callable[[str], None]) -> list[ShardInfo]:
         return list(index.shards)
     notify(f"reading {len(unread):,} shards for their checksums")
     sums = {}
-    with checking(sum(shard.bytes for shard in unread)) as bar:
+    with checksum_bar(sum(shard.bytes for shard in unread)) as bar:
         for shard in unread:
             sums[shard.file] = sha256(folder / shard.file)
             bar.update(shard.bytes)
@@ -107,7 +103,7 @@ def finished(folder: Path, notify: Callable[[str], None]) -> list[ShardInfo]:
 
 
 def missing(start: int, end: int, shard_size: int, done: Sequence[ShardInfo]) -> list[tuple[int, int]]:
-    """The ranges of [start, end) that no shard answers for, cut at multiples of ``shard_size``.
+    """The ranges of [start, end) that no shard covers, cut at multiples of ``shard_size``.
 
     >>> missing(0, 10, 4, [])
     [(0, 4), (4, 8), (8, 10)]
@@ -127,9 +123,9 @@ def missing(start: int, end: int, shard_size: int, done: Sequence[ShardInfo]) ->
 
 
 def write_skipped(folder: Path, index: Index) -> None:
-    """Writes ``skipped.jsonl`` (row, id, reason) from the shards."""
+    """Writes ``skipped.jsonl`` (row, id, reason) from the headers of the shards."""
     with atomic_write(folder / SKIPPED) as temporary, temporary.open("w", encoding="utf-8") as file:
         for shard in index.shards:
             if shard.skipped:
-                for row in read_about(folder / shard.file)["skipped"]:
-                    file.write(json.dumps(asdict(Skipped(**row))) + "\n")
+                for record in read_header(folder / shard.file).skipped:
+                    file.write(json.dumps(asdict(record)) + "\n")

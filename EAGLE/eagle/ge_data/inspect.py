@@ -1,9 +1,9 @@
-"""Show what a corpus holds and check that it is whole.
+"""Show the content of a corpus and check that it is complete.
 
     python -m eagle.ge_data.inspect D [--model BASE] [--sample I]
 
-One sample is shown as text, with the tokenizer of the base model: --model, or else the model that the shards name,
-where it is a hub name or a folder here.
+One sample is shown as text. The tokenizer is that of --model, or of the model that the shards name, if that is a hub
+name or a folder here.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-from torch import Tensor
-
-from eagle.families import family_named
-from eagle.hidden_states.index import AGAIN, INDEX, Index, gigabytes, load_index, sha256
-from eagle.hidden_states.shards import OpenShard, Sample, ShardDataset
-from eagle.progress_bars import checking
+from eagle.ge_data.progress import checksum_bar, format_bytes
+from eagle.hidden_states.index import INDEX, MAKE_AGAIN, Index, load_index, sha256
 from llava.errors import UserError, run_cli
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+    from torch import Tensor
+
+    from eagle.hidden_states.shards import Sample, ShardDataset
 
 BINS = 8
 BAR = 40
@@ -31,18 +31,20 @@ ASK = "give --model BASE to see a sample as text"
 
 
 def check(folder: Path, index: Index) -> int:
-    """Compares every shard with its checksum and with what the index says; returns how many had no checksum yet.
+    """Compares every shard with its checksum and with the index; returns the number of shards without a checksum.
 
     Raises:
-        UserError: a shard is not what was written, or the index says something else.
+        UserError: a shard was changed, or contradicts the index.
     """
+    from eagle.hidden_states.shards import OpenShard
+
     without = 0
-    with checking(index.bytes) as bar:
+    with checksum_bar(index.bytes) as bar:
         for shard in index.shards:
             if shard.sha256 is None:
                 without += 1
             elif sha256(folder / shard.file) != shard.sha256:
-                raise UserError("shard is not what was written, its checksum differs", folder / shard.file, AGAIN)
+                raise UserError("shard was changed, its checksum differs", folder / shard.file, MAKE_AGAIN)
             OpenShard(folder / shard.file, shard, index.source)
             bar.update(shard.bytes)
     return without
@@ -50,6 +52,8 @@ def check(folder: Path, index: Index) -> int:
 
 def histogram(lengths: Tensor) -> list[str]:
     """Lines of a text histogram of lengths [N]."""
+    import torch
+
     low, high = int(lengths.min()), int(lengths.max())
     edges = torch.linspace(low, high + 1, min(BINS, high + 1 - low) + 1).round().long()
     counts = torch.histogram(lengths.float(), edges.float()).hist.long()
@@ -61,7 +65,9 @@ def histogram(lengths: Tensor) -> list[str]:
 
 
 def table(data: ShardDataset, without: int) -> Table:
-    """The corpus in numbers."""
+    """Numbers of the corpus."""
+    from rich.table import Table
+
     meta, images = data.meta, data.image_lengths()
     shown = Table(title=str(data.folder), show_header=False)
     commit = f" at {meta.commit}" if meta.commit else ""
@@ -71,17 +77,22 @@ def table(data: ShardDataset, without: int) -> Table:
     shown.add_row("samples", f"{meta.samples:,}, {float((images > 0).float().mean()):.0%} with a picture")
     shown.add_row("tokens", f"{meta.tokens:,}, {meta.image_tokens / meta.tokens:.0%} of them image tokens")
     shown.add_row("skipped", ", ".join(f"{count} {reason}" for reason, count in meta.skipped.items()) or "none")
-    shown.add_row("disk", f"{gigabytes(meta.bytes)} in {len(meta.shards)} shards")
+    shown.add_row("disk", f"{format_bytes(meta.bytes)} in {len(meta.shards)} shards")
     shown.add_row("checksums", "all right" if not without else f"{without} not in {INDEX}, the others all right")
     return shown
 
 
 def decoded(sample: Sample, family: str, model: str) -> Text:
-    """A sample's text: image tokens as a count, the assistant's tokens in green.
+    """A sample's text, with the number of image tokens, and the assistant's tokens in green.
 
     Raises:
-        UserError: the family has no template, or the model's tokenizer cannot be loaded.
+        UserError: the family has no template, or the tokenizer cannot be loaded.
     """
+    import torch
+    from rich.text import Text
+
+    from eagle.families import family_named
+
     tokenizer = family_named(family).template_class().load_processor(model).tokenizer
     kinds = torch.where(sample.image_mask, 2, sample.loss_mask.long())
     text = Text()
@@ -95,14 +106,18 @@ def decoded(sample: Sample, family: str, model: str) -> Text:
 
 
 def shown_sample(data: ShardDataset, number: int, model: str | None) -> Text:
-    """Sample ``number`` as text, or how it can be had: a model that the shards name need not be at hand.
+    """Sample ``number`` as text, or a hint if the model that the shards name is not here.
 
     Args:
         model: the base; None for the one that the shards name.
 
     Raises:
-        UserError: no such sample, no template for the family, or no tokenizer in a model that was given.
+        UserError: no such sample, no template for the family, or no tokenizer in ``model``.
     """
+    from rich.text import Text
+
+    from eagle.families import family_named
+
     meta = data.meta
     family_named(meta.family)
     if not 0 <= number < len(data):
@@ -119,16 +134,21 @@ def shown_sample(data: ShardDataset, number: int, model: str | None) -> Text:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog="python -m eagle.ge_data.inspect", description=__doc__.splitlines()[0])
+    made = argparse.ArgumentParser(prog="python -m eagle.ge_data.inspect", description=(__doc__ or "").splitlines()[0])
     made.add_argument("folder", type=Path, help="folder of the shards")
     made.add_argument("--model", help="base model, for the sample's text (default: the one the shards name)")
-    made.add_argument("--sample", type=int, default=0, help="which one, the assistant's words in green (default: 0)")
+    made.add_argument("--sample", type=int, default=0, help="number of the sample (default: 0)")
     return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit status."""
+    """Runs the command; returns the exit status."""
     options = parser().parse_args(argv)
+    from rich.console import Console
+    from rich.text import Text
+
+    from eagle.hidden_states.shards import ShardDataset
+
     without = check(options.folder, load_index(options.folder))
     data = ShardDataset(options.folder)
     console = Console()

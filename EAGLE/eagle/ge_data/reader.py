@@ -1,7 +1,7 @@
-"""The target reads prepared conversations, a batch at a time: what a training sample is, wherever it goes.
+"""Turns prepared conversations into training samples: one forward of the target for each batch.
 
-The picture goes into the forward pass with the text. Conversations are sorted by length into batches of bounded size
-and padded on the right; that padding changes nothing is checked on the first batch.
+Conversations are sorted by length into batches of bounded size and padded on the right. The first batch checks that
+padding does not change hidden states.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from llava.errors import UserError
 from llava.memory import is_out_of_memory
 
 BATCH_TOKENS = {"cpu": 1024, "accelerator": 8192}
-"""Tokens of a forward by default. A CPU is busy with few, and its caches hold no more."""
+"""Default number of tokens in a forward."""
 PADDING_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
-"""Largest relative difference of a row's hidden states that rounding explains; a wrong position or mask gives 0.5 and
-more."""
+"""Largest relative difference of a sequence's hidden states that rounding explains. A wrong position or mask gives at
+least 0.5."""
 
 
 class Reader:
-    """Turns prepared conversations into samples.
+    """Computes samples.
 
     Args:
-        target: the base model; its padded batches are checked once.
+        target: the base model.
         template: of the target's family.
-        source: what the samples say of themselves; states are rounded to its dtype.
-        batch_tokens: most tokens in one forward, padding included; a longer row is read alone. None: what suits the
-            target's device.
+        source: states are rounded to its dtype.
+        batch_tokens: maximal number of tokens in one forward, with padding; a longer conversation is read alone. None:
+            the default for the target's device.
     """
 
     def __init__(self, target: Target, template: Template, source: Source, batch_tokens: int | None) -> None:
@@ -42,10 +42,10 @@ class Reader:
         self._padding_checked = False
 
     def read(self, items: Sequence[Prepared]) -> list[Sample]:
-        """All of them in their order, in as many forwards as ``batch_tokens`` asks for.
+        """The samples of all items, in their order.
 
         Raises:
-            UserError: not even one conversation fits into the GPU's memory.
+            UserError: a conversation does not fit into the GPU's memory, even alone.
         """
         lengths = {place: len(item.input_ids) for place, item in enumerate(items)}
         found: dict[int, Sample] = {}
@@ -54,16 +54,16 @@ class Reader:
             for place, item, sample in zip(places, batch, self.samples(batch), strict=True):
                 if sample is None:
                     length = len(item.input_ids)
-                    raise UserError(f"a conversation of {length} tokens is too much for the GPU's memory", item.id)
+                    raise UserError(f"a conversation of {length} tokens does not fit into the GPU's memory", item.id)
                 found[place] = sample
         return [found[place] for place in range(len(items))]
 
     def samples(self, items: Sequence[Prepared]) -> list[Sample | None]:
-        """One forward over a batch; in halves where the GPU's memory does not suffice. None for a conversation that
+        """One forward over a batch, or over its halves if it does not fit into memory. None for a conversation that
         does not fit even alone."""
         samples = self._within_memory(items)
         if samples is None and len(items) == 1:
-            samples = self._within_memory(items)  # what else was in the cache is gone now
+            samples = self._within_memory(items)  # with an empty cache
         if samples is None:
             if len(items) == 1:
                 return [None]
@@ -74,13 +74,13 @@ class Reader:
         return list(samples)
 
     def _within_memory(self, items: Sequence[Prepared]) -> list[Sample] | None:
-        """`_forward`; None, and an empty cache, where memory does not suffice."""
+        """`_forward`; None, with an empty cache, if memory is not sufficient."""
         try:
             return self._forward(items)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-        torch.cuda.empty_cache()  # after the handler, which held the failed forward's tensors
+        torch.cuda.empty_cache()  # after the handler, which kept the failed forward's tensors alive
         return None
 
     @torch.inference_mode()
@@ -90,24 +90,24 @@ class Reader:
         states = DTYPES[self.source.dtype]
         own = self.target.dtype if self.source.hidden_dtype == INT8 else states  # rounded once, not twice
         samples = []
-        for row, item in enumerate(items):
+        for place, item in enumerate(items):
             length = len(item.input_ids)
-            image_mask = prefill.image_mask[row, :length]
+            image_mask = prefill.image_mask[place, :length]
             samples.append(
                 Sample(
                     id=item.id,
                     input_ids=item.input_ids,
                     loss_mask=item.loss_mask,
                     image_mask=image_mask.cpu(),
-                    hidden=prefill.hidden[row, :length].to("cpu", own),
-                    image_features=prefill.embeds[row, :length][image_mask].to("cpu", states),
+                    hidden=prefill.hidden[place, :length].to("cpu", own),
+                    image_features=prefill.embeds[place, :length][image_mask].to("cpu", states),
                     image_grids=self.template.grids(item.images),
                 )
             )
         return samples
 
     def _check_padding(self, item: Prepared, padded: Sample) -> None:
-        """The shortest row of a batch, which is padded most, must have the states that it has alone."""
+        """Compares the shortest sequence of a batch, which has the most padding, with its forward alone."""
         alone = self._forward([item])[0].hidden.float()  # [S, H]
         difference = (alone - padded.hidden.float()).norm() / alone.norm()
         tolerance = max(PADDING_TOLERANCE[self.target.dtype], PADDING_TOLERANCE[DTYPES[self.source.dtype]] / 10)
@@ -120,7 +120,7 @@ class Reader:
 
 
 def batches(lengths: dict[int, int], batch_tokens: int) -> Iterator[list[int]]:
-    """Keys of ``lengths`` in batches of like length, the shortest first; rows x longest <= ``batch_tokens``.
+    """Keys of ``lengths`` in batches of similar length, the shortest first; size x longest <= ``batch_tokens``.
 
     >>> list(batches({0: 9, 1: 2, 2: 3, 3: 2}, 10))
     [[1, 3, 2], [0]]
@@ -136,13 +136,13 @@ def batches(lengths: dict[int, int], batch_tokens: int) -> Iterator[list[int]]:
 
 
 def collate(items: Sequence[Prepared]) -> dict[str, Tensor]:
-    """Model inputs of a batch: ``input_ids`` and ``attention_mask`` [B, S] padded on the right, image inputs
-    joined."""
+    """Model inputs of a batch: ``input_ids`` and ``attention_mask`` [B, S], padded on the right, and the image inputs
+    of all items."""
     longest = max(len(item.input_ids) for item in items)
     input_ids = torch.zeros(len(items), longest, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
-    for row, item in enumerate(items):
-        input_ids[row, : len(item.input_ids)] = item.input_ids
-        attention_mask[row, : len(item.input_ids)] = 1
+    for place, item in enumerate(items):
+        input_ids[place, : len(item.input_ids)] = item.input_ids
+        attention_mask[place, : len(item.input_ids)] = 1
     images = join_images(item.images for item in items)
     return {"input_ids": input_ids, "attention_mask": attention_mask, **images}

@@ -1,13 +1,13 @@
-"""The target answers the questions of conversations itself; its answers take the place of the data set's.
+"""The target answers the questions of conversations itself.
 
-Several conversations go on together, turn by turn: what each is told depends on itself alone (but for rounding).
-Ids stay those that the target said: they are never turned into text and back. Which tokens count in the loss::
+Several conversations are answered together, turn by turn. An answer depends only on its own conversation (except for
+rounding). Its token ids are kept: they are never decoded and encoded again. Which tokens the loss counts::
 
-    question                    no
-    what the target said        yes
-    end of turn, said by it     yes: it is what the draft has to predict there
-    end of turn, not said       no: the answer ran into a limit, or ended with another end token. It stands in the
-                                sequence, as later questions follow an ended turn, but the target did not say it
+    question                        no
+    answer                          yes
+    end of turn, generated          yes: the draft must predict it there
+    end of turn, not generated      no: the answer reached a limit or ended with another end token. The end of turn is
+                                    in the sequence because the next question follows it
 """
 
 from __future__ import annotations
@@ -29,55 +29,56 @@ from llava.memory import is_out_of_memory
 
 
 @dataclass
-class Talk:
+class ConversationState:
     """A conversation that is being answered.
 
-    ``row``: its number in the annotation file; ``ids`` and ``spoken`` so far; ``pictures`` that they show; ``said``
-    tokens of answers; ``reason`` why it cannot be used.
+    ``number``: of its record in the annotation file; ``ids``, ``loss_mask``: of the sequence so far; ``pictures``:
+    number of pictures in it; ``answer_tokens``: number of tokens in answers; ``full``: no further question fits;
+    ``unusable``: why it cannot be used, a key of `eagle.conversations.REASONS`.
     """
 
     outline: PromptOutline
-    row: int
+    number: int
     ids: list[int] = field(default_factory=list)
-    spoken: list[bool] = field(default_factory=list)
+    loss_mask: list[bool] = field(default_factory=list)
     pictures: int = 0
-    said: int = 0
+    answer_tokens: int = 0
     full: bool = False
-    reason: str | None = None
+    unusable: str | None = None
 
-    def ask(self, number: int, max_length: int) -> bool:
-        """Takes up the question of a turn; false where there is none, or no room for an answer."""
-        if self.full or self.reason is not None or number >= len(self.outline.turns):
+    def add_question(self, turn_number: int, max_length: int) -> bool:
+        """Appends the question of a turn; False if there is none, or no space for an answer."""
+        if self.full or self.unusable is not None or turn_number >= len(self.outline.turns):
             return False
-        turn = self.outline.turns[number]
+        turn = self.outline.turns[turn_number]
         self.full = len(self.ids) + len(turn.asked) >= max_length
         if self.full:
             return False
         self.ids += turn.asked
-        self.spoken += [False] * len(turn.asked)
+        self.loss_mask += [False] * len(turn.asked)
         self.pictures += turn.pictures
         return True
 
-    def hear(self, turn: Turn, answer: list[int], ends: set[int]) -> None:
-        """Takes up what the target said to the last question, at least one id."""
+    def add_answer(self, turn: Turn, answer: list[int], ends: set[int]) -> None:
+        """Appends the target's answer (at least one id) to the last question. ``ends``: ids that end an answer."""
         ended = answer[-1:] == turn.end[:1]
         if answer[-1] in ends:
-            answer.pop()
+            answer = answer[:-1]
         self.ids += answer + turn.end
-        self.spoken += [True] * len(answer)
-        self.spoken += [ended and place == 0 for place in range(len(turn.end))]
-        self.said += len(answer)
+        self.loss_mask += [True] * len(answer)
+        self.loss_mask += [ended and place == 0 for place in range(len(turn.end))]
+        self.answer_tokens += len(answer)
 
 
 class Regenerator:
     """Turns outlines into conversations with the target's own answers.
 
     Args:
-        model: the target, with a draft or without.
+        model: the target, with or without a draft.
         template: of the target's family.
-        settings: how answers are chosen, and their longest length.
-        max_length: longest conversation; the turn that reaches it is the last.
-        at_once: conversations that are answered together, fewer where memory does not suffice.
+        settings: how answers are sampled, and their maximal length.
+        max_length: of a conversation; the turn that reaches it is the last.
+        at_once: number of conversations that are answered together; fewer if memory is not sufficient.
     """
 
     def __init__(
@@ -87,81 +88,78 @@ class Regenerator:
         self.at_once = at_once
 
     def answered(
-        self, outlines: Sequence[PromptOutline], rows: Sequence[int]
+        self, outlines: Sequence[PromptOutline], numbers: Sequence[int]
     ) -> Iterator[tuple[int, Prepared | Unusable]]:
-        """Each conversation with an answer to every question that has room for one, those of like length together.
+        """Answers every question for which there is space, conversations of similar length together.
 
         Args:
-            rows: their numbers in the annotation file. Samples are drawn from this, the turn and the seed alone, so
-                that they do not depend on the order of the work.
+            numbers: of the records in the annotation file. Sampling depends only on this number, the turn and the seed,
+                not on the order of the work.
 
         Yields:
-            Place in ``outlines``, and what became of it. It is `Unusable` if not even the first question has room, all
-            answers are empty, the target says an image token, or memory does not suffice for it alone.
+            Place in ``outlines``, and the conversation. It is `Unusable` if there is no space for the first question,
+            all answers are empty, the target generates an image token, or memory is not sufficient for it alone.
         """
         order = sorted(range(len(outlines)), key=lambda place: sum(len(turn.asked) for turn in outlines[place].turns))
         for start in range(0, len(order), self.at_once):
             places = order[start : start + self.at_once]
-            talks = [Talk(outlines[place], rows[place]) for place in places]
-            self._converse(talks)
-            yield from zip(places, map(self._outcome, talks), strict=True)
+            states = [ConversationState(outlines[place], numbers[place]) for place in places]
+            for turn_number in range(max(len(state.outline.turns) for state in states)):
+                asked = [state for state in states if state.add_question(turn_number, self.max_length)]
+                self._answer_turn(asked, turn_number)
+            yield from zip(places, map(self._result, states), strict=True)
 
-    def _converse(self, talks: Sequence[Talk]) -> None:
-        """All turns of some conversations."""
-        for number in range(max(len(talk.outline.turns) for talk in talks)):
-            self._turn([talk for talk in talks if talk.ask(number, self.max_length)], number)
-
-    def _turn(self, talks: Sequence[Talk], number: int) -> None:
-        """One answer to each of these conversations; in halves where memory does not suffice."""
-        if not talks:
+    def _answer_turn(self, states: Sequence[ConversationState], turn_number: int) -> None:
+        """Adds one answer to each conversation, in halves if memory is not sufficient."""
+        if not states:
             return
         try:
-            answers = self._answers(talks, number)
+            answers = self._generate(states, turn_number)
         except (RuntimeError, MemoryError, OutOfMemory) as error:
             if not (isinstance(error, OutOfMemory) or is_out_of_memory(error)):
                 raise
             answers = None
-        if answers is None:  # after the handler, which held the failed forward's tensors
-            if len(talks) == 1:
-                talks[0].reason = "too_large"
+        if answers is None:  # after the handler, which kept the failed forward's tensors alive
+            if len(states) == 1:
+                states[0].unusable = "too_large"
                 return
-            half = len(talks) // 2
-            self._turn(talks[:half], number)
-            self._turn(talks[half:], number)
+            half = len(states) // 2
+            self._answer_turn(states[:half], turn_number)
+            self._answer_turn(states[half:], turn_number)
             return
-        for talk, answer in zip(talks, answers, strict=True):
+        for state, answer in zip(states, answers, strict=True):
             if self.template.media_ids.isdisjoint(answer):
-                turn = talk.outline.turns[number]
-                talk.hear(turn, answer, self._ends(turn))
+                turn = state.outline.turns[turn_number]
+                state.add_answer(turn, answer, self._ends(turn))
             else:
-                talk.reason = "answer_picture"
+                state.unusable = "answer_picture"
 
-    def _answers(self, talks: Sequence[Talk], number: int) -> list[list[int]]:
-        """What the target says to each, with its end token if it comes to it: at least one id."""
-        images = [self.template.first_pictures(talk.outline.images, talk.pictures) for talk in talks]
-        inputs: dict[str, Any] = self.template.request([talk.ids for talk in talks], images)
+    def _generate(self, states: Sequence[ConversationState], turn_number: int) -> list[list[int]]:
+        """The answers, each with its end token if it was generated: at least one id."""
+        images = [self.template.first_pictures(state.outline.images, state.pictures) for state in states]
+        inputs: dict[str, Any] = self.template.request([state.ids for state in states], images)
         inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
-        limits = [min(self.max_length - len(talk.ids), self.settings.max_new_tokens) for talk in talks]
-        ends = self._ends(talks[0].outline.turns[number])
-        settings = self._sampling([talk.row for talk in talks], number)
+        limits = [min(self.max_length - len(state.ids), self.settings.max_new_tokens) for state in states]
+        ends = self._ends(states[0].outline.turns[turn_number])
+        settings = self._sampling([state.number for state in states], turn_number)
         settings |= {"max_new_tokens": max(limits), "eos_token_id": sorted(ends)}
         output = self.model.generate(**inputs, **settings)
         return [answer[:limit] for answer, limit in zip(output.tokens, limits, strict=True)]
 
     def _ends(self, turn: Turn) -> set[int]:
-        """Tokens that end an answer: those of the target, and the one that closes the turn."""
+        """Ids that end an answer: the target's, and the one that closes the turn."""
         return {*self.model.target.eos_token_ids, *turn.end[:1]}
 
-    def _sampling(self, rows: Iterable[int], turn: int) -> dict[str, Any]:
-        """Settings of `MSDModel.generate` for answers to one turn."""
-        seeds = [mixed(self.settings.seed or 0, row, turn) for row in rows]
+    def _sampling(self, numbers: Iterable[int], turn_number: int) -> dict[str, Any]:
+        """Settings of `MSDModel.generate` for the answers of one turn."""
+        seeds = [mixed(self.settings.seed or 0, number, turn_number) for number in numbers]
         return SamplingSettings(self.settings.temperature, seed=seeds).for_engine()
 
-    def _outcome(self, talk: Talk) -> Prepared | Unusable:
-        if talk.reason is None and not talk.said:
-            talk.reason = "empty" if talk.ids else "answer_cut"
-        if talk.reason is not None:
-            return Unusable(talk.reason)
-        images = self.template.first_pictures(talk.outline.images, talk.pictures)
-        kept = slice(self.max_length)
-        return Prepared(talk.outline.id, torch.tensor(talk.ids[kept]), torch.tensor(talk.spoken[kept]), images)
+    def _result(self, state: ConversationState) -> Prepared | Unusable:
+        if state.unusable is None and not state.answer_tokens:
+            state.unusable = "empty" if state.ids else "answer_cut"
+        if state.unusable is not None:
+            return Unusable(state.unusable)
+        images = self.template.first_pictures(state.outline.images, state.pictures)
+        ids, loss_mask = (torch.tensor(values[: self.max_length]) for values in (state.ids, state.loss_mask))
+        return Prepared(state.outline.id, ids, loss_mask, images)

@@ -1,94 +1,160 @@
-"""Which rows of an annotation file are read, in which order, and what each of them is to the target."""
+"""Which records of an annotation file are read and in which order, and which of their pictures are missing."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from eagle.conversations import Conversation, Unusable, claims_pictures, id_to_show, read_conversation
-from eagle.families import Target
-from eagle.families.template import Prepared, PromptOutline, Template
-from eagle.ge_data.annotations import Row, RowFile
-from eagle.hidden_states.index import Skipped
+from eagle.conversations import (
+    Conversation,
+    Unusable,
+    claims_pictures,
+    id_to_show,
+    image_names,
+    open_picture,
+    picture_is_there,
+    read_conversation,
+)
+from eagle.ge_data.annotations import RecordFile
+from eagle.hidden_states.index import ShardInfo, Skipped, read_header
 from llava.errors import UserError
 
+if TYPE_CHECKING:
+    from eagle.families import Target
+    from eagle.families.template import Prepared, PromptOutline, Template
+
 TEXT, IMAGE = "text", "image"
+MAX_CHECKED = 200
+"""Number of records whose pictures are checked before the model is loaded."""
+ENOUGH_CHECKED = 20
+"""If none of so many records has its pictures, the folder is wrong, even if earlier shards had theirs."""
+PICTURE_REASONS = ("missing_picture", "broken_picture")
 
 Range = tuple[int, int]
-Made = TypeVar("Made", Prepared, PromptOutline)
-
-
-def wants_pictures(row: Row) -> bool:
-    """Whether a row belongs to the image half of the training data."""
-    return claims_pictures(row)
-
-
-def wants_text(row: Row) -> bool:
-    """Whether a row belongs to the text half of the training data."""
-    return not claims_pictures(row)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What is to be read. ``order``: the shuffled selection, indices into ``rows``; ``max_length``: tokens of the
-    longest conversation."""
+    """The text or image records of an annotation file, shuffled. ``order``: indices into ``records``; ``max_length``:
+    tokens of the longest conversation."""
 
-    rows: RowFile
+    records: RecordFile
     order: Sequence[int]
     image_root: Path
     max_length: int
 
     @classmethod
     def of(cls, path: Path, kind: str, image_root: Path, max_length: int, seed: int) -> Selection:
-        """All rows of one kind, shuffled by ``seed``.
+        """All records of one kind (`TEXT` or `IMAGE`), shuffled with ``seed``.
 
         Raises:
-            UserError: the file cannot be read, no row is of that kind, or there is no folder of pictures.
+            UserError: the file cannot be read, has no such record, or the folder of pictures does not exist.
         """
         if kind == IMAGE and not image_root.is_dir():
             raise UserError("no folder of pictures", image_root, "give --image_data_path, in training --image-folder")
-        rows = RowFile(path, wants_pictures if kind == IMAGE else wants_text)
-        if not len(rows):
-            raise UserError(f"no {kind} rows among the {rows.total} rows", path)
-        order = np.random.default_rng(seed).permutation(len(rows)).tolist()
-        return cls(rows, order, image_root, max_length)
+        records = RecordFile(path, lambda record: claims_pictures(record) == (kind == IMAGE))
+        if not len(records):
+            raise UserError(f"no {kind} records among the {records.total} records", path)
+        order = np.random.default_rng(seed).permutation(len(records)).tolist()
+        return cls(records, order, image_root, max_length)
 
     def number(self, index: int) -> int:
-        """The row's number in the annotation file. ``index``: in the shuffled order."""
-        return self.rows.numbers[int(self.order[index])]
+        """The number of a record in the annotation file. ``index``: in the shuffled order."""
+        return self.records.numbers[self.order[index]]
 
     def prepare(self, template: Template, index: int) -> Prepared | Skipped:
-        """Row ``index`` of the shuffled order as model inputs, or why it cannot be used."""
-        return self._row(index, lambda conversation: template.prepare(conversation, self.image_root, self.max_length))
+        """Record ``index`` of the shuffled order as model inputs, or why it cannot be used."""
+        return self._read(index, lambda one: template.prepare(one, self.image_root, self.max_length))
 
     def outline(self, template: Template, index: int) -> PromptOutline | Skipped:
-        """The same without its answers."""
+        """The questions of record ``index`` of the shuffled order, or why it cannot be used."""
+        return self._read(index, lambda one: template.outline(one, self.image_root, self.max_length), answers=False)
 
-        def write(conversation: Conversation) -> PromptOutline:
-            return template.outline(conversation, self.image_root, self.max_length)
-
-        return self._row(index, write, keep_answers=False)
-
-    def _row(self, index: int, write: Callable[[Conversation], Made], keep_answers: bool = True) -> Made | Skipped:
-        place = int(self.order[index])
-        row, number = self.rows[place], self.rows.numbers[place]
+    def _read(self, index: int, write: Callable[[Conversation], Result], answers: bool = True) -> Result | Skipped:
+        record, number = self.records[self.order[index]], self.number(index)
         try:
-            return write(read_conversation(row, number, keep_answers))
+            return write(read_conversation(record, number, answers))
         except Unusable as unusable:
-            return Skipped(number, id_to_show(row, number), unusable.reason)
+            return Skipped(number, id_to_show(record, number), unusable.reason)
 
     def within(self, target: Target) -> Selection:
-        """The same with conversations no longer than the target has positions."""
+        """The same selection, with ``max_length`` at most the number of the target's positions."""
         positions = getattr(target.config.get_text_config(), "max_position_embeddings", self.max_length)
         return replace(self, max_length=min(positions, self.max_length))
 
 
 def shortened(wanted: int, selection: Selection) -> str | None:
-    """What to say where `Selection.within` has lowered a length that was asked for; None where it has not."""
+    """A note for the user if `Selection.within` reduced the maximal length."""
     if selection.max_length == wanted:
         return None
     return f"--max-length {wanted}: the model has {selection.max_length} positions, longer conversations are cut there"
+
+
+def check_pictures(selection: Selection, ranges: Sequence[Range], begun: bool) -> str | None:
+    """Looks for the pictures of up to `MAX_CHECKED` records of the ranges; returns a note if some are missing.
+
+    Args:
+        begun: earlier shards exist, so that the few records that are left may all lack their pictures.
+
+    Raises:
+        UserError: no record has its pictures, so the folder is wrong; or the file system cannot tell.
+    """
+    indices = [index for first, last in ranges for index in range(first, last)]
+    checked, missing = 0, []
+    for index in indices[:: -(-len(indices) // MAX_CHECKED)]:
+        paths = [selection.image_root / name for name in _picture_names(selection, selection.order[index])]
+        checked += bool(paths)
+        missing += [path for path in paths if not picture_is_there(path)][:1]
+    if not missing:
+        return None
+    if len(missing) == checked and (checked >= ENOUGH_CHECKED or not begun):
+        raise UserError(
+            f"none of {checked} records that were checked has its pictures",
+            missing[0],
+            "--image_data_path is the folder that the paths in the records start from",
+        )
+    return (
+        f"{len(missing)} of {checked} records that were checked ({len(missing) / checked:.0%}) lack a picture, such as "
+        f"{missing[0]}; for a list: python -m eagle.ge_data.download --root {selection.image_root} --check "
+        f"--annotations {selection.records.path}"
+    )
+
+
+def repairable_shards(folder: Path, shards: Sequence[ShardInfo], selection: Selection, span: Range) -> list[ShardInfo]:
+    """The shards within a range that skipped a record because of a picture that can be read by now."""
+    start, end = span
+    return [
+        shard
+        for shard in shards
+        if start <= shard.start
+        and shard.end <= end
+        and any(reason in shard.skipped for reason in PICTURE_REASONS)
+        and any(
+            record.reason in PICTURE_REASONS and _is_readable(selection, record.row)
+            for record in read_header(folder / shard.file).skipped
+        )
+    ]
+
+
+def _is_readable(selection: Selection, number: int) -> bool:
+    """Whether all pictures of a record can be read. ``number``: in the annotation file."""
+    try:
+        for name in _picture_names(selection, bisect_left(selection.records.numbers, number)):
+            open_picture(selection.image_root / name)
+    except Unusable:
+        return False
+    return True
+
+
+def _picture_names(selection: Selection, place: int) -> tuple[str, ...]:
+    """The pictures of a record, () if their names are unusable. ``place``: among ``selection.records``."""
+    try:
+        return image_names(selection.records[place])
+    except Unusable:
+        return ()

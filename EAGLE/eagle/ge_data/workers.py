@@ -1,7 +1,7 @@
-"""One worker for each device: it loads the target once and makes shards of the ranges that it is handed.
+"""One worker for each device: it loads the target once and makes the shards of the ranges that it gets.
 
-On a machine without GPU the work is done in this process. Otherwise each worker is a process of its own; a range goes
-to whichever worker asks next, and a worker that fails is named while the others finish.
+Without a GPU the work is done in this process. Otherwise each worker is a process; a range goes to the next worker that
+asks for one. A worker that fails is reported, and the others finish.
 """
 
 from __future__ import annotations
@@ -17,26 +17,22 @@ from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
-from eagle.decode.msd import MSDModel
-from eagle.drafts.checkpoint import load_draft
-from eagle.drafts.msd import DraftModel
-from eagle.families import Target, load_target, template_of
-from eagle.ge_data.extract import Extractor, fingerprint, model_name, source_of
-from eagle.ge_data.regenerate import Regenerator
 from eagle.ge_data.selection import Range, Selection, shortened
 from eagle.hidden_states.index import ShardInfo
-from eagle.hidden_states.source import Regeneration, Source
+from eagle.hidden_states.source import Regeneration, Source, model_name
 from llava.errors import UserError
+
+if TYPE_CHECKING:
+    from eagle.ge_data.extract import Extractor
 
 
 @dataclass(frozen=True)
 class Answers:
-    """How the target answers: ``msd_model`` a draft's folder or hub name, None for plain decoding; ``temperature`` 0 is
-    greedy; ``max_new_tokens`` of the longest answer; ``at_once`` conversations answered together."""
+    """How the target answers itself. ``msd_model``: a draft's folder or hub name, None for plain decoding;
+    ``temperature``: 0 is greedy; ``max_new_tokens``: of the longest answer; ``at_once``: number of conversations that
+    are answered together."""
 
     msd_model: str | None
     temperature: float
@@ -47,9 +43,8 @@ class Answers:
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker is told. ``family``: the one that --model_type means; ``source``: of shards that are there;
-    ``hidden_dtype``: "int8", or None for the target's 16 bit; ``answers``: how the target answers itself, None for the
-    data set's answers."""
+    """The task of all workers. ``family``: given by --model_type; ``source``: of the existing shards; ``hidden_dtype``:
+    None for 16 bit; ``answers``: None for the answers of the data set."""
 
     model: str
     family: str
@@ -58,30 +53,30 @@ class Job:
     folder: Path
     batch_tokens: int | None
     source: Source | None
-    hidden_dtype: str | None = None
+    hidden_dtype: Literal["int8"] | None = None
     answers: Answers | None = None
 
 
 @dataclass(frozen=True)
 class Events:
-    """Called as work goes on: by rows and tokens, with each shard that is on disk, and with what the user should know,
-    once each."""
+    """Callbacks. ``progress``: number of records and tokens that were read; ``shard``: a shard was written; ``note``: a
+    line for the user."""
 
     progress: Callable[[int, int], None]
     shard: Callable[[Source, ShardInfo], None]
     note: Callable[[str], None] = lambda line: None
-    said: set[str] = field(default_factory=set)
+    noted: set[str] = field(default_factory=set)
 
-    def say(self, line: str | None) -> None:
-        """Notes a line, unless a worker has said it before."""
-        if line is not None and line not in self.said:
-            self.said.add(line)
+    def note_once(self, line: str | None) -> None:
+        """Notes a line, unless another worker did."""
+        if line is not None and line not in self.noted:
+            self.noted.add(line)
             self.note(line)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A worker that stopped early. ``user``: bad input, not a defect."""
+    """A worker that failed. ``user``: because of bad input, not a bug."""
 
     device: str
     message: str
@@ -91,27 +86,27 @@ class Failure:
 def run_here(job: Job, ranges: Sequence[Range], events: Events, device: str = "cpu") -> None:
     """Does all the work in this process."""
     extractor = _extractor(job, device)
-    events.say(shortened(job.selection.max_length, extractor.selection))
+    events.note_once(shortened(job.selection.max_length, extractor.selection))
     for info in extractor.run(ranges, events.progress):
         events.shard(extractor.source, info)
 
 
 def run_workers(job: Job, ranges: Sequence[Range], devices: Sequence[str], events: Events) -> list[Failure]:
-    """Does the work in one process for each device; returns the workers that failed, with their reasons.
+    """Does the work in one process for each device; returns the workers that failed.
 
-    What a failed worker had begun is left for the next run.
+    The ranges that a failed worker had begun are left for the next run.
     """
     context = multiprocessing.get_context("spawn")
-    resource_tracker.ensure_running()  # the first start would do it, and let Ctrl-C through again
+    resource_tracker.ensure_running()  # process.start() would do it otherwise, and unblock Ctrl-C
     waiting = iter(ranges)
     workers: dict[Connection, tuple[str, Any]] = {}
     failures: list[Failure] = []
     try:
         for device in devices:
             ours, theirs = context.Pipe()
-            what = (job, device, threads(devices), theirs)
-            process = context.Process(target=_serve, args=what, name=f"ge_data {device}", daemon=True)
-            with _deaf_to_ctrl_c():
+            arguments = (job, device, threads(devices), theirs)
+            process = context.Process(target=_serve, args=arguments, name=f"ge_data {device}", daemon=True)
+            with _ctrl_c_blocked():
                 process.start()
             theirs.close()
             workers[ours] = (device, process)
@@ -134,7 +129,7 @@ def run_workers(job: Job, ranges: Sequence[Range], devices: Sequence[str], event
 def _handle(
     connection: Connection, device: str, process: Any, waiting: Iterator[Range], events: Events
 ) -> Failure | None:
-    """Serves one message of a worker; a `Failure` when it is gone, with an empty message if all is well."""
+    """Handles one message of a worker. Returns a `Failure` when it has ended, with the message "" after success."""
     try:
         kind, *values = connection.recv()
         if kind == "next":
@@ -142,13 +137,13 @@ def _handle(
     except (EOFError, OSError):
         process.join()
         code = process.exitcode
-        return Failure(device, f"ended with status {code} and no word" if code else "", user=False)
+        return Failure(device, f"ended with status {code} without a message" if code else "", user=False)
     if kind == "progress":
         events.progress(*values)
     elif kind == "shard":
         events.shard(*values)
     elif kind == "note":
-        events.say(*values)
+        events.note_once(*values)
     elif kind == "failure":
         process.join()
         return Failure(device, *values)
@@ -156,9 +151,9 @@ def _handle(
 
 
 @contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """What is started here is deaf to Ctrl-C from its first moment: a terminal sends it to all processes, and a worker
-    that still loads its modules would end with a traceback. For this process it waits until the block is over."""
+def _ctrl_c_blocked() -> Iterator[None]:
+    """Processes started in the block ignore Ctrl-C from the beginning: a terminal sends it to all processes, and a
+    worker that is importing modules would print a traceback. In this process it is delivered after the block."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
@@ -167,14 +162,17 @@ def _deaf_to_ctrl_c() -> Iterator[None]:
 
 
 def threads(devices: Sequence[str]) -> int:
-    """Of this process's threads, those of each worker: together they do not outnumber its cores, neither in computing
-    nor, beside a GPU, in preparing pictures."""
+    """Number of threads of each worker, so that together they do not use more threads than this process would."""
+    import torch
+
     return max(1, torch.get_num_threads() // len(devices))
 
 
 def _serve(job: Job, device: str, share: int, connection: Connection) -> None:
-    """A worker process: asks for ranges until there are none, computing with ``share`` threads."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops us
+    """A worker process: asks for ranges until there are none. ``share``: number of threads."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process stops this one
+    import torch
+
     torch.set_num_threads(share)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -189,7 +187,7 @@ def _serve(job: Job, device: str, share: int, connection: Connection) -> None:
     try:
         extractor = _extractor(job, device)
         connection.send(("note", shortened(job.selection.max_length, extractor.selection)))
-        for info in extractor.run(ranges(), lambda rows, tokens: connection.send(("progress", rows, tokens))):
+        for info in extractor.run(ranges(), lambda records, tokens: connection.send(("progress", records, tokens))):
             connection.send(("shard", extractor.source, info))
     except UserError as error:
         connection.send(("failure", str(error), True))
@@ -205,40 +203,36 @@ def _end_with_parent() -> None:
 
 
 def _extractor(job: Job, device: str) -> Extractor:
+    import torch
+
+    from eagle.decode.msd import MSDModel
+    from eagle.drafts.checkpoint import load_draft
+    from eagle.families import load_target, template_of
+    from eagle.ge_data.extract import Extractor, fingerprint, source_of
+    from eagle.ge_data.regenerate import Regenerator
+
     if device != "cpu":
         torch.cuda.set_device(device)
     target = load_target(job.model, dtype=job.dtype, device_map={"": device})
     if target.family != job.family:
         raise UserError(f"--model_type means a model of family {job.family}, this is {target.family}", job.model)
-    draft = None if job.answers is None else _draft(job.answers, target)
-    regeneration = None if job.answers is None else _regeneration(job.answers, draft)
+    answers, draft, regeneration = job.answers, None, None
+    if answers is not None:
+        if answers.msd_model is not None:
+            draft = load_draft(answers.msd_model, dtype=target.dtype, device=target.head_device)
+        regeneration = Regeneration(
+            draft=None if answers.msd_model is None else model_name(answers.msd_model),
+            draft_fingerprint=None if draft is None else fingerprint(draft.fc.weight),
+            temperature=answers.temperature,
+            seed=answers.seed if answers.temperature else None,
+            max_new_tokens=answers.max_new_tokens,
+        )
     source = source_of(target, job.model, job.hidden_dtype, regeneration)
     if job.source is not None and (differences := job.source.differences(source)):
-        raise UserError(
-            f"the folder's shards are of another model or draft, with {differences}",
-            job.folder,
-            "take another --outdir",
-        )
-    selection = job.selection.within(target)
-    template, regenerator = template_of(target), None
-    if regeneration is not None and job.answers is not None:
-        model, together = MSDModel(target, draft), job.answers.at_once
-        regenerator = Regenerator(model, template, regeneration, selection.max_length, together)
+        message = f"the folder's shards are of another model or draft, with {differences}"
+        raise UserError(message, job.folder, "take another --outdir")
+    selection, template, regenerator = job.selection.within(target), template_of(target), None
+    if answers is not None and regeneration is not None:
+        model = MSDModel(target, draft)
+        regenerator = Regenerator(model, template, regeneration, selection.max_length, answers.at_once)
     return Extractor(target, template, selection, job.folder, source, job.batch_tokens, regenerator)
-
-
-def _draft(answers: Answers, target: Target) -> DraftModel | None:
-    if answers.msd_model is None:
-        return None
-    return load_draft(answers.msd_model, dtype=target.dtype, device=target.head_device)
-
-
-def _regeneration(answers: Answers, draft: DraftModel | None) -> Regeneration:
-    """The record of the answers."""
-    return Regeneration(
-        draft=None if answers.msd_model is None else model_name(answers.msd_model),
-        draft_fingerprint=None if draft is None else fingerprint(draft.fc.weight),
-        temperature=answers.temperature,
-        seed=answers.seed if answers.temperature else None,
-        max_new_tokens=answers.max_new_tokens,
-    )

@@ -1,7 +1,6 @@
-"""What a corpus holds: headers of its shards, and ``index.json`` that sums them up.
+"""The headers of shards, and ``index.json``, which sums them up.
 
-A shard says itself what it holds, so the index can always be made again from the shards. Knows nothing of tensors'
-contents.
+The index can always be made again from the shards, since each shard has a complete header.
 """
 
 from __future__ import annotations
@@ -12,82 +11,81 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
+from pydantic import ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 
-from eagle.hidden_states.source import SCHEMA, Source, check_schema, read_source
-from eagle.hidden_states.validation import (
-    Check,
-    count,
-    counts_by_name,
-    list_of,
-    matching,
-    optional,
-    record,
-    text,
-    wrong_fields,
-)
+from eagle.hidden_states.source import SCHEMA, Source, check_schema, parse_source
+from eagle.hidden_states.validation import STRICT, Count, Text, parse
 from llava.errors import UserError
-from llava.files import atomic_write, read_json
+from llava.files import read_json, write_json
 
 INDEX = "index.json"
 PATTERN = "rows-*.safetensors"
-AGAIN = "delete it and run the allocation again"
-WITHOUT = "delete it, the shards suffice"
-
-ABOUT: dict[str, Check] = {
-    "schema": count,
-    "source": lambda value: isinstance(value, Mapping),
-    "start": count,
-    "end": count,
-    "samples": list_of(record({"row": count, "id": text})),
-    "skipped": list_of(record({"row": count, "id": text, "reason": text})),
-    "tokens": count,
-    "image_tokens": count,
-}
-LISTED: dict[str, Check] = {
-    "file": matching(r"rows-\d{8,}-\d{8,}\.safetensors"),
-    "start": count,
-    "end": count,
-    "samples": count,
-    "tokens": count,
-    "image_tokens": count,
-    "skipped": counts_by_name,
-    "bytes": count,
-    "sha256": optional(matching("[0-9a-f]{64}")),
-}
-BESIDE: dict[str, Check] = {
-    "schema": count,
-    "counts": lambda value: isinstance(value, Mapping),
-    "shards": lambda value: isinstance(value, list),
-}
-"""Fields of ``index.json`` beside those of the source."""
+MAKE_AGAIN = "delete it and run the allocation again"
+DELETE_INDEX = "delete it, the shards suffice"
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A row of the annotation file (``row``: its number there) that could not be used."""
+    """A record of the annotation file that could not be used. ``row``: its number in the file."""
 
-    row: int
-    id: str
-    reason: str
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    row: Count
+    id: Text
+    reason: Text
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """A record of the annotation file whose states are in a shard. ``row``: its number in the file."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    row: Count
+    id: Text
+
+
+@dataclass(frozen=True)
+class ShardHeader:
+    """The metadata of a shard, which covers the range [start, end) of the shuffled selection."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    schema: Count
+    source: Source
+    start: Count
+    end: Count
+    samples: list[StoredSample]
+    skipped: list[Skipped]
+    tokens: Count
+    image_tokens: Count
+
+    def info(self, path: Path, sha256: str | None) -> ShardInfo:
+        """The entry of the shard in the index. ``path``: of the shard; ``sha256``: its checksum, if known."""
+        reasons = dict(Counter(record.reason for record in self.skipped))
+        sizes = (len(self.samples), self.tokens, self.image_tokens)
+        return ShardInfo(path.name, self.start, self.end, *sizes, reasons, path.stat().st_size, sha256)
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One shard in the index; ``skipped`` counts by reason; ``sha256`` is None until somebody has read the file for
-    it."""
+    """The entry of a shard in the index. ``samples``, ``tokens``, ``image_tokens``, ``bytes``: numbers of them;
+    ``skipped``: number of records by reason; ``sha256``: None until somebody has read the file for it."""
 
-    file: str
-    start: int
-    end: int
-    samples: int
-    tokens: int
-    image_tokens: int
-    skipped: Mapping[str, int]
-    bytes: int
-    sha256: str | None = None
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    file: Annotated[str, Field(strict=True, pattern=r"^rows-\d{8,}-\d{8,}\.safetensors$")]
+    start: Count
+    end: Count
+    samples: Count
+    tokens: Count
+    image_tokens: Count
+    skipped: dict[Text, Count]
+    bytes: Count
+    sha256: Annotated[str, Field(strict=True, pattern="^[0-9a-f]{64}$")] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ class Index(Source):
 
     @classmethod
     def of(cls, source: Source, shards: list[ShardInfo]) -> Index:
-        """The index of ``shards`` in any order."""
+        """The index of ``shards``, given in any order."""
         return cls(**_source_fields(source), shards=tuple(sorted(shards, key=lambda shard: shard.start)))
 
     @property
@@ -123,37 +121,32 @@ class Index(Source):
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Number of skipped rows by reason."""
+        """Number of skipped records by reason."""
         total: Counter[str] = Counter()
         for shard in self.shards:
             total.update(shard.skipped)
         return dict(total)
 
     @property
-    def counts(self) -> dict[str, Any]:
-        """The sums that ``index.json`` shows."""
+    def totals(self) -> dict[str, Any]:
+        """The sums that ``index.json`` shows as ``counts``."""
         return {name: getattr(self, name) for name in ("samples", "tokens", "image_tokens", "skipped")}
 
     def save(self, folder: Path) -> None:
         """Writes ``index.json`` atomically."""
-        value = {
-            "schema": SCHEMA,
-            **asdict(self.source),
-            "counts": self.counts,
-            "shards": [asdict(shard) for shard in self.shards],
-        }
-        with atomic_write(folder / INDEX) as temporary:
-            temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        shards = [asdict(shard) for shard in self.shards]
+        value = {"schema": SCHEMA, **asdict(self.source), "counts": self.totals, "shards": shards}
+        write_json(folder / INDEX, value, indent=1)
 
 
 def load_index(folder: str | Path, strict: bool = True) -> Index:
     """The index of a corpus: ``index.json``, completed by the shards that it does not list yet.
 
     Args:
-        strict: a listed shard that is missing or has another size is an error; else it is left out, to be made again.
+        strict: a listed shard that is missing or has another size is an error; otherwise it is left out.
 
     Raises:
-        UserError: no corpus here, a broken shard, another schema version, shards of different corpora.
+        UserError: no corpus in this folder, a damaged shard, another schema version, or shards of different corpora.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -162,74 +155,51 @@ def load_index(folder: str | Path, strict: bool = True) -> Index:
     source, listed = _read_index(folder / INDEX) if (folder / INDEX).exists() else (None, [])
     if source is None and not files:
         raise UserError("no shards in this folder", folder, "write them with python -m eagle.ge_data.allocation")
-    shards = [shard for shard in listed if _is_whole(folder / shard.file, shard, strict)]
+    shards = [shard for shard in listed if _is_complete(folder / shard.file, shard, strict)]
     for name in sorted(files.keys() - {shard.file for shard in listed}):
-        about = read_about(files[name])
-        found = source_in(about, files[name])
-        if source is not None and (differences := found.differences(source)):
-            raise UserError(
-                f"shard of another corpus, with {differences}",
-                files[name],
-                "keep one folder for each model, data set and way of storing",
-            )
-        source = found.completed(source)
-        shards.append(shard_info(files[name], about, None))
+        header = read_header(files[name])
+        if source is not None and (differences := header.source.differences(source)):
+            fix = "keep one folder for each model, data set and way of storing"
+            raise UserError(f"shard of another corpus, with {differences}", files[name], fix)
+        source = header.source.completed(source)
+        shards.append(header.info(files[name], None))
     assert source is not None
     index = Index.of(source, shards)
     for first, second in zip(index.shards, index.shards[1:], strict=False):
         if first.end > second.start:
-            raise UserError("shards overlap", folder / second.file, f"one of it and {first.file} is too many")
+            raise UserError("shards overlap", folder / second.file, f"delete it or {first.file}")
     return index
 
 
-def read_about(path: Path) -> dict[str, Any]:
-    """The header of a shard: ``source``, range, ``samples`` (row, id), ``skipped`` (row, id, reason), numbers of
-    tokens.
+def read_header(path: Path) -> ShardHeader:
+    """The header of a shard.
 
     Raises:
-        UserError: the file is truncated, broken or no shard of ours, or its schema version is another.
+        UserError: the file is truncated, damaged, not a shard, or of a schema version that cannot be read.
     """
+    what = "header of the shard"
     with open_shard(path) as file:
-        header = (file.metadata() or {}).get("msd")
-    if header is None:
+        text = (file.metadata() or {}).get("msd")
+    if text is None:
         raise UserError("not a shard of hidden states", path)
     try:
-        about = json.loads(header)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"header of the shard is broken ({error})", path, AGAIN) from None
-    check_schema(about.get("schema") if isinstance(about, Mapping) else None, path)
-    wrong = wrong_fields(about, ABOUT) or ("" if about["start"] < about["end"] else "an empty range")
-    if wrong:
-        raise UserError(f"header of the shard is incomplete or wrong ({wrong})", path, AGAIN)
-    return about
-
-
-def source_in(about: Mapping[str, Any], path: Path) -> Source:
-    """The source in the header of the shard ``path``."""
-    return read_source(about["source"], about["schema"], path, AGAIN)
+        raise UserError(f"{what} is damaged ({error})", path, MAKE_AGAIN) from None
+    schema = check_schema(value, what, path, MAKE_AGAIN)
+    source = parse_source(value.get("source"), schema, path, MAKE_AGAIN)
+    header = parse(ShardHeader, {**value, "source": source}, what, path, MAKE_AGAIN)
+    if header.start >= header.end:
+        raise UserError(f"{what} is incomplete or wrong (an empty range)", path, MAKE_AGAIN)
+    return header
 
 
 def open_shard(path: Path) -> Any:
-    """`safe_open` with a UserError for a file that is truncated, missing or of another kind."""
+    """`safe_open`, with a UserError for a file that is truncated, missing or of another kind."""
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"shard is truncated or broken ({error})", path, AGAIN) from None
-
-
-def shard_info(path: Path, about: Mapping[str, Any], digest: str | None) -> ShardInfo:
-    """A shard's entry in the index, from its header and checksum."""
-    return ShardInfo(
-        file=path.name,
-        start=about["start"],
-        end=about["end"],
-        samples=len(about["samples"]),
-        tokens=about["tokens"],
-        image_tokens=about["image_tokens"],
-        skipped=dict(Counter(row["reason"] for row in about["skipped"])),
-        bytes=path.stat().st_size,
-        sha256=digest,
-    )
+        raise UserError(f"shard is truncated or damaged ({error})", path, MAKE_AGAIN) from None
 
 
 def sha256(path: Path) -> str:
@@ -241,42 +211,29 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def gigabytes(size: float) -> str:
-    """A size as text.
-
-    >>> gigabytes(1_234_000_000)
-    '1.23 GB'
-    """
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
-
-
 def _source_fields(source: Source) -> dict[str, Any]:
     return {item.name: getattr(source, item.name) for item in fields(Source)}
 
 
 def _read_index(path: Path) -> tuple[Source, list[ShardInfo]]:
+    what = "index of the shards"
     try:
-        value = read_json(path, "index of the shards")
+        value = read_json(path, what)
     except UserError as error:
-        raise UserError(error.what, error.where, WITHOUT) from None
-    if not isinstance(value, Mapping) or "schema" not in value:
-        wrong = "no schema version"
-        raise UserError(f"index of the shards is incomplete or wrong ({wrong})", path, WITHOUT)
-    check_schema(value["schema"], path)
-    own = {name: value[name] for name in value if name not in BESIDE}
-    source = read_source(own, value["schema"], path, WITHOUT)
-    wrong = wrong_fields({name: value[name] for name in value if name in BESIDE}, BESIDE)
-    if not wrong:
-        wrong = ", ".join(filter(None, (wrong_fields(shard, LISTED) for shard in value["shards"])))
-    if wrong:
-        raise UserError(f"index of the shards is incomplete or wrong ({wrong})", path, WITHOUT)
-    shards = [ShardInfo(**shard) for shard in value["shards"]]
-    if Index.of(source, shards).counts != value["counts"] or any(shard.start >= shard.end for shard in shards):
-        raise UserError("index of the shards contradicts itself", path, WITHOUT)
-    return source, shards
+        raise UserError(error.what, error.where, DELETE_INDEX) from None
+    schema = check_schema(value, what, path, DELETE_INDEX)
+    shards, totals = value.get("shards"), value.get("counts")
+    if not isinstance(shards, list) or not isinstance(totals, Mapping):
+        raise UserError(f"{what} is incomplete or wrong (no counts or shards)", path, DELETE_INDEX)
+    own = {name: value[name] for name in value.keys() - {"schema", "counts", "shards"}}
+    source = parse_source(own, schema, path, DELETE_INDEX)
+    listed = [parse(ShardInfo, shard, what, path, DELETE_INDEX) for shard in shards]
+    if Index.of(source, listed).totals != totals or any(shard.start >= shard.end for shard in listed):
+        raise UserError(f"{what} contradicts itself", path, DELETE_INDEX)
+    return source, listed
 
 
-def _is_whole(path: Path, shard: ShardInfo, strict: bool) -> bool:
+def _is_complete(path: Path, shard: ShardInfo, strict: bool) -> bool:
     size = path.stat().st_size if path.exists() else None
     if size == shard.bytes:
         return True
@@ -284,4 +241,4 @@ def _is_whole(path: Path, shard: ShardInfo, strict: bool) -> bool:
         return False
     if size is None:
         raise UserError("shard is missing", path, "run the allocation again, it makes what is missing")
-    raise UserError(f"shard is truncated or changed, {size} bytes instead of {shard.bytes}", path, AGAIN)
+    raise UserError(f"shard is truncated or changed, {size} bytes instead of {shard.bytes}", path, MAKE_AGAIN)

@@ -1,24 +1,23 @@
-"""The corpus on disk: shards of hidden states.
+"""A corpus on disk: shards of hidden states.
 
-A folder holds ``rows-{start:08d}-{end:08d}.safetensors``, one file for each range ``[start, end)`` of the shuffled
-selection, and ``index.json``. A shard appears whole or not at all and is never changed afterwards.
+A folder has ``rows-{start:08d}-{end:08d}.safetensors``, one file for each range ``[start, end)`` of the shuffled
+selection, and ``index.json``. A shard is written atomically and never changed.
 
-Tensors of a shard, samples one after the other (N samples, T tokens, I image tokens)::
+Tensors of a shard, with its samples concatenated (N samples, T tokens, I image tokens, P pictures)::
 
     lengths         [N]    int32   tokens of each sample
     image_lengths   [N]    int32   image tokens of each sample
     input_ids       [T]    int32   one id per image feature
-    loss_mask       [T]    uint8   1 on the assistant's tokens
-    image_mask      [T]    uint8   1 on image tokens
+    loss_mask       [T]    uint8   1 for the assistant's tokens
+    image_mask      [T]    uint8   1 for image tokens
     hidden          [T, H] 16 bit  the target's hidden states after its final norm; or int8
-    hidden_scale    [T]    float32 only with hidden states in int8: what one step is worth in each row
+    hidden_scale    [T]    float32 the scale of each row, only with int8 states
     image_features  [I, H] 16 bit  projected features, as the target's language model reads them
-    grid_lengths    [N]    int32   pictures of each sample whose grid is stored
-    image_grids     [P, 3] int32   frames, rows and columns of their features; of families with M-RoPE positions
+    grid_lengths    [N]    int32   number of stored grids of each sample
+    image_grids     [P, 3] int32   frames, rows and columns of a picture's features, for M-RoPE positions
 
-Embeddings of text tokens are not stored: the draft has the table. Image features stay 16 bit: unlike hidden states,
-which training blurs with noise anyway, the draft reads the exact ones when it decodes. This module knows no model and
-no annotation file.
+Embeddings of text tokens are not stored: the draft has the embedding table. Image features stay 16 bit, since the draft
+reads the exact ones when it decodes, while noise is added to hidden states in training anyway.
 """
 
 from __future__ import annotations
@@ -39,24 +38,26 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from eagle.hidden_states.index import (
-    AGAIN,
     INDEX,
+    MAKE_AGAIN,
     Index,
+    ShardHeader,
     ShardInfo,
     Skipped,
+    StoredSample,
     load_index,
     open_shard,
-    read_about,
+    read_header,
     sha256,
-    shard_info,
-    source_in,
 )
-from eagle.hidden_states.quantise import quantise, restore
-from eagle.hidden_states.source import DTYPES, GRIDS_SINCE, INT8, SCHEMA, Source
+from eagle.hidden_states.quantise import dequantise, quantise
+from eagle.hidden_states.source import GRIDS_SINCE, INT8, SCHEMA, Source
 from llava.errors import UserError
 from llava.files import atomic_write
 
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 OPEN_SHARDS = 16
+"""Number of files that a `ShardDataset` keeps open."""
 
 __all__ = [
     "DTYPES",
@@ -74,11 +75,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation as the target saw it.
+    """One conversation as the target read it.
 
     ``input_ids`` [S] int64; ``loss_mask``, ``image_mask`` [S] bool; ``hidden`` [S, H]; ``image_features`` [I, H] in
     the order of the image tokens, I = image_mask.sum(). ``image_grids`` [P, 3] frames, rows and columns of each
-    picture's features: their products add up to I; or none, of families without M-RoPE and in shards before schema 3.
+    picture's features, whose products add up to I; [0, 3] for families without M-RoPE and in shards before schema 3.
     """
 
     id: str
@@ -91,7 +92,7 @@ class Sample:
 
 
 def shard_name(start: int, end: int) -> str:
-    """File name of the rows [start, end) of the selection."""
+    """File name of the shard of [start, end)."""
     return f"rows-{start:08d}-{end:08d}.safetensors"
 
 
@@ -106,12 +107,13 @@ def write_shard(
     """Writes one shard atomically.
 
     Args:
-        start, end: the range of the shuffled selection that the shard answers for.
-        samples: (row of the annotation file, sample); hidden states of any float dtype, stored as ``source`` says.
-        skipped: the rest of the range.
+        start, end: the range of the shuffled selection that the shard covers.
+        samples: (number of the record in the annotation file, sample); hidden states of any float dtype, which are
+            stored as ``source`` says.
+        skipped: the other records of the range.
 
     Returns:
-        The shard's entry in the index, with its checksum.
+        The shard's entry in the index, with checksum.
 
     Raises:
         UserError: the disk is full or fails.
@@ -131,35 +133,34 @@ def write_shard(
         "grid_lengths": torch.tensor([len(s.image_grids) for s in items], dtype=torch.int32),
         "image_grids": _flat([s.image_grids for s in items], torch.int32, 3),
     }
-    about = {
-        "schema": SCHEMA,
-        "source": asdict(source),
-        "start": start,
-        "end": end,
-        "samples": [{"row": row, "id": sample.id} for row, sample in samples],
-        "skipped": [asdict(row) for row in skipped],
-        "tokens": len(tensors["input_ids"]),
-        "image_tokens": len(tensors["image_features"]),
-    }
+    header = ShardHeader(
+        schema=SCHEMA,
+        source=source,
+        start=start,
+        end=end,
+        samples=[StoredSample(number, sample.id) for number, sample in samples],
+        skipped=list(skipped),
+        tokens=len(tensors["input_ids"]),
+        image_tokens=len(tensors["image_features"]),
+    )
     path = folder / shard_name(start, end)
     try:
         with atomic_write(path) as temporary:
-            save_file(tensors, temporary, metadata={"msd": json.dumps(about)})
+            save_file(tensors, temporary, metadata={"msd": json.dumps(asdict(header))})
             digest = sha256(temporary)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"shard cannot be written ({error})", path, "make room and start again") from None
-    return shard_info(path, about, digest)
+        raise UserError(f"shard cannot be written ({error})", path, "free some space and start again") from None
+    return header.info(path, digest)
 
 
 class ShardDataset:
-    """The samples of a corpus, read from disk when asked for.
+    """The samples of a corpus, read from disk on access.
 
-    Memory is bounded by the samples that are asked for: only ``OPEN_SHARDS`` files are kept open (mapped). Safe to
-    hand to worker processes, and to ask from several threads. ``meta`` is the `Index` (``meta.hidden_size``,
-    ``meta.family``, ``meta.samples``, ...).
+    Only `OPEN_SHARDS` files are kept open (memory-mapped). Safe to pass to worker processes and to use from several
+    threads. ``meta`` is the `Index` (``meta.hidden_size``, ``meta.family``, ``meta.samples``, ...).
 
     Raises:
-        UserError: see `load_index`; also where the corpus has no samples.
+        UserError: see `load_index`; also if the corpus has no samples.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -167,7 +168,7 @@ class ShardDataset:
         self.meta = load_index(self.folder)
         self._source = self.meta.source
         if not self.meta.samples:
-            raise UserError("no samples in this folder, every row was skipped", self.folder, "see skipped.jsonl")
+            raise UserError("no samples in this folder, every record was skipped", self.folder, "see skipped.jsonl")
         self._shards = [shard for shard in self.meta.shards if shard.samples]
         self._ends = list(accumulate(shard.samples for shard in self._shards))
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
@@ -177,10 +178,10 @@ class ShardDataset:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Sample:
-        """Sample ``index``, in the order of the shuffled selection; states have the dtype ``meta.dtype``.
+        """Sample ``index``, in the order of the shuffled selection. Its states have the dtype ``meta.dtype``.
 
         Raises:
-            UserError: the shard is broken, or not the one that the index lists.
+            UserError: the shard is damaged, or not the one that the index lists.
         """
         if not -len(self) <= index < len(self):
             raise IndexError(index)
@@ -201,15 +202,15 @@ class ShardDataset:
         self._open, self._lock = OrderedDict(), Lock()
 
     def lengths(self) -> Tensor:
-        """Tokens of each sample [len(self)] int64, without reading any state."""
+        """Tokens of each sample [len(self)] int64, without reading states."""
         return torch.cat([self._opened(shard).lengths for shard in self._shards])
 
     def image_lengths(self) -> Tensor:
-        """Image tokens of each sample [len(self)] int64, without reading any state."""
+        """Image tokens of each sample [len(self)] int64, without reading states."""
         return torch.cat([self._opened(shard).image_lengths for shard in self._shards])
 
     def describe(self) -> dict[str, Any]:
-        """What a run that reads this corpus records of it."""
+        """What a run that reads this corpus records about it."""
         return {"folder": str(self.folder), "samples": len(self), **asdict(self.meta.source)}
 
     def _opened(self, shard: ShardInfo) -> OpenShard:
@@ -226,48 +227,48 @@ class ShardDataset:
 
 
 class OpenShard:
-    """A mapped shard and where each of its samples begins.
+    """A memory-mapped shard.
 
     Raises:
-        UserError: it is not the shard that the index lists, or its tensors do not belong together.
+        UserError: it is not the shard that the index lists, or its tensors do not fit together.
     """
 
     def __init__(self, path: Path, listed: ShardInfo, source: Source) -> None:
         self._path, self._source = path, source
-        about = read_about(path)
-        if source_in(about, path).differences(source) or shard_info(path, about, listed.sha256) != listed:
-            raise UserError("the index does not say what the shard holds", path, f"delete {INDEX}, the shards suffice")
-        self._ids = [sample["id"] for sample in about["samples"]]
+        header = read_header(path)
+        if header.source.differences(source) or header.info(path, listed.sha256) != listed:
+            raise UserError("the index contradicts the shard", path, f"delete {INDEX}, the shards suffice")
+        self._ids = [sample.id for sample in header.samples]
         self._file = open_shard(path).__enter__()
-        for name, (dtype, shape) in _layout(source, len(self._ids), about["tokens"], about["image_tokens"]).items():
+        for name, (dtype, shape) in _layout(source, len(self._ids), header.tokens, header.image_tokens).items():
             self._check(name, dtype, shape)
         self.lengths, self.image_lengths = (self._file.get_tensor(name).long() for name in ("lengths", "image_lengths"))
-        for lengths, total in ((self.lengths, about["tokens"]), (self.image_lengths, about["image_tokens"])):
+        for lengths, total in ((self.lengths, header.tokens), (self.image_lengths, header.image_tokens)):
             if int(lengths.sum()) != total or (lengths < 0).any():
-                raise UserError("lengths of the samples do not add up", path, AGAIN)
-        self._tokens, self._images = _starts(self.lengths), _starts(self.image_lengths)
+                raise UserError("lengths of the samples do not add up", path, MAKE_AGAIN)
+        self._token_starts, self._image_starts = _starts(self.lengths), _starts(self.image_lengths)
         masked = [0, *self._file.get_tensor("image_mask").bool().cumsum(0).tolist()]  # before each token
-        if [masked[start] for start in self._tokens] != self._images:
-            raise UserError("image tokens of the samples are not as many as their features", path, AGAIN)
+        if [masked[start] for start in self._token_starts] != self._image_starts:
+            raise UserError("numbers of image tokens and image features differ", path, MAKE_AGAIN)
         self._grids = [torch.empty(0, 3, dtype=torch.int64)] * len(self._ids)
-        if about["schema"] >= GRIDS_SINCE:
+        if header.schema >= GRIDS_SINCE:
             self._grids = self._read_grids()
 
     def sample(self, index: int) -> Sample:
-        rows = slice(self._tokens[index], self._tokens[index + 1])
-        features = slice(self._images[index], self._images[index + 1])
+        tokens = slice(self._token_starts[index], self._token_starts[index + 1])
+        images = slice(self._image_starts[index], self._image_starts[index + 1])
         return Sample(
             id=self._ids[index],
-            input_ids=self._read("input_ids", rows).long(),
-            loss_mask=self._read("loss_mask", rows).bool(),
-            image_mask=self._read("image_mask", rows).bool(),
-            hidden=self._hidden(rows),
-            image_features=self._read("image_features", features),
+            input_ids=self._read("input_ids", tokens).long(),
+            loss_mask=self._read("loss_mask", tokens).bool(),
+            image_mask=self._read("image_mask", tokens).bool(),
+            hidden=self._hidden(tokens),
+            image_features=self._read("image_features", images),
             image_grids=self._grids[index],
         )
 
     def _read_grids(self) -> list[Tensor]:
-        """Grids [P, 3] int64 of each sample's pictures."""
+        """Grids [P, 3] int64 of the pictures of each sample."""
         self._check("grid_lengths", "I32", [len(self._ids)])
         counts = self._file.get_tensor("grid_lengths").long()
         self._check("image_grids", "I32", [int(counts.sum()), 3])
@@ -277,31 +278,31 @@ class OpenShard:
         wrong = (counts < 0).any() or (stored < 1).any()
         for own, tokens in zip(grids, self.image_lengths.tolist(), strict=True):
             if wrong or (len(own) and int(own.prod(dim=-1).sum()) != tokens):
-                raise UserError("grids of the pictures do not fit their image tokens", self._path, AGAIN)
+                raise UserError("grids of the pictures contradict their image tokens", self._path, MAKE_AGAIN)
         return grids
 
     def _hidden(self, rows: slice) -> Tensor:
-        """States of tokens, [S, H] of the source's 16-bit dtype."""
+        """States [S, H] in the source's 16-bit dtype."""
         stored = self._read("hidden", rows)
         if self._source.hidden_dtype != INT8:
             return stored
-        return restore(stored, self._read("hidden_scale", rows), DTYPES[self._source.dtype])
+        return dequantise(stored, self._read("hidden_scale", rows), DTYPES[self._source.dtype])
 
     def _read(self, name: str, rows: slice) -> Tensor:
-        return self._file.get_slice(name)[rows].clone()  # the clone lets go of the mapped pages
+        return self._file.get_slice(name)[rows].clone()  # the clone releases the mapped pages
 
     def _check(self, name: str, dtype: str, shape: list[int]) -> None:
         try:
             tensor = self._file.get_slice(name)
         except SafetensorError:
-            raise UserError(f"shard has no tensor {name}", self._path, AGAIN) from None
+            raise UserError(f"shard has no tensor {name}", self._path, MAKE_AGAIN) from None
         found = (tensor.get_dtype(), tensor.get_shape())
         if found != (dtype, shape):
-            raise UserError(f"tensor {name} of the shard is {found}, not {(dtype, shape)}", self._path, AGAIN)
+            raise UserError(f"tensor {name} of the shard is {found}, not {(dtype, shape)}", self._path, MAKE_AGAIN)
 
 
 def _layout(source: Source, samples: int, tokens: int, images: int) -> dict[str, tuple[str, list[int]]]:
-    """Dtype, as safetensors names it, and shape of each tensor of a shard."""
+    """Dtype (as safetensors names it) and shape of each tensor of a shard."""
     states, width = {"bfloat16": "BF16", "float16": "F16"}[source.dtype], source.hidden_size
     narrow = source.hidden_dtype == INT8
     return {
@@ -327,18 +328,18 @@ def _flat(parts: Sequence[Tensor], dtype: torch.dtype, width: int | None = None)
 
 
 def _stored_hidden(hidden: Sequence[Tensor], source: Source) -> dict[str, Tensor]:
-    """Hidden states of all samples, each [S, H], as the shard holds them."""
+    """Hidden states of all samples, each [S, H], as they are stored."""
     if source.hidden_dtype != INT8:
         return {"hidden": _flat(hidden, DTYPES[source.dtype], source.hidden_size)}
-    rows = [quantise(states) for states in hidden]
+    parts = [quantise(states) for states in hidden]
     return {
-        "hidden": _flat([values for values, _ in rows], torch.int8, source.hidden_size),
-        "hidden_scale": _flat([scales for _, scales in rows], torch.float32),
+        "hidden": _flat([values for values, _ in parts], torch.int8, source.hidden_size),
+        "hidden_scale": _flat([scales for _, scales in parts], torch.float32),
     }
 
 
 def _check_sample(sample: Sample, source: Source) -> None:
-    """A sample of wrong shape is a defect of the program, so a ValueError."""
+    """Raises ValueError for a sample of wrong shape, which is a bug."""
     tokens, width = len(sample.input_ids), source.hidden_size
     wanted = {
         "loss_mask": (tokens,),

@@ -1,39 +1,44 @@
-"""What every shard of a corpus shares: the model that its states come from, and how they are stored."""
+"""What all shards of a corpus have in common: the model that computed the states, and how they are stored."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
-import torch
+from pydantic import ConfigDict, StrictInt
 
-from eagle.hidden_states.validation import Check, count, number, one_of, optional, record, shown, text, wrong_fields
+from eagle.hidden_states.validation import STRICT, Count, Number, Text, parse
 from llava.errors import UserError
 
 SCHEMA = 4
 READABLE = (1, 2, 3, 4)
-"""Schema 1 knows no ``hidden_dtype`` and no ``regeneration``: states are 16 bit, answers those of the data set. Shards
-have the grids of their pictures since `GRIDS_SINCE`, and ``layer_fingerprint`` since schema 4."""
+"""Schema versions that can be read. Shards have the grids of their pictures since version `GRIDS_SINCE`."""
 GRIDS_SINCE = 3
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-INT8 = "int8"
+NEW_FIELDS = {2: ("hidden_dtype", "regeneration"), 4: ("layer_fingerprint",)}
+"""Fields of `Source` by the schema version that introduced them; None in older files."""
+SOMETIMES_UNKNOWN = ("commit", "layer_fingerprint")
+"""Fields that are None for models outside of the hub's cache and in old shards."""
+INT8: Literal["int8"] = "int8"
 
 
 @dataclass(frozen=True)
 class Regeneration:
-    """How the target made answers of its own.
+    """How the target answered the questions itself.
 
-    ``draft``: hub name, or name of the folder; None for plain decoding. ``draft_fingerprint``: as that of the model.
-    ``temperature``: 0 is greedy. ``seed``: None for greedy decoding. ``max_new_tokens``: longest answer.
+    ``draft``: hub name, or name of the folder; None for plain decoding. ``draft_fingerprint``: of its input layer.
+    ``temperature``: 0 is greedy. ``seed``: None for greedy decoding. ``max_new_tokens``: of the longest answer.
     """
 
-    draft: str | None
-    draft_fingerprint: str | None
-    temperature: float
-    seed: int | None
-    max_new_tokens: int
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    draft: Text | None
+    draft_fingerprint: Text | None
+    temperature: Number
+    seed: StrictInt | None
+    max_new_tokens: Count
 
     def __str__(self) -> str:
         how = f"temperature {self.temperature:g}, seed {self.seed}" if self.temperature else "greedy"
@@ -42,93 +47,88 @@ class Regeneration:
 
 @dataclass(frozen=True)
 class Source:
-    """What every shard of a corpus shares.
+    """Where the states of a corpus come from.
 
-    ``model``: hub name, or name of the folder. ``commit``: of the model, if known. ``dtype``: 16 bit, of the states as
-    they are read. ``fingerprint``: of the token embedding, see `eagle.ge_data.extract.fingerprint`;
-    ``layer_fingerprint``: of the language model's last layer, which a fine-tune with a frozen embedding changes.
-    ``hidden_dtype``: "int8" where hidden states are stored as `eagle.hidden_states.quantise` writes them, None where
-    they are stored as ``dtype``. ``regeneration``: where answers are the target's own and not the data set's.
+    ``model``: hub name, or name of the folder. ``commit``: of the model on the hub, if known. ``dtype``: of the states
+    when they are read. ``fingerprint``: of the token embedding, see `eagle.ge_data.extract.fingerprint`.
+    ``hidden_dtype``: "int8" for states stored in 8 bit (`eagle.hidden_states.quantise`), None for ``dtype``.
+    ``regeneration``: None for the answers of the data set. ``layer_fingerprint``: of the language model's last layer,
+    which differs in a fine-tune with a frozen embedding.
     """
 
-    family: str
-    model: str
-    commit: str | None
-    dtype: str
-    hidden_size: int
-    vocab_size: int
-    image_token_id: int
-    fingerprint: str | None = None
-    hidden_dtype: str | None = None
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    family: Text
+    model: Text
+    commit: Text | None
+    dtype: Literal["bfloat16", "float16"]
+    hidden_size: Count
+    vocab_size: Count
+    image_token_id: Count
+    fingerprint: Text | None = None
+    hidden_dtype: Literal["int8"] | None = None
     regeneration: Regeneration | None = None
-    layer_fingerprint: str | None = None
+    layer_fingerprint: Text | None = None
 
     def differences(self, other: Source) -> str:
-        """Where this one differs from ``other``, for a message; "" if they may share a corpus. What one of them does
-        not know (`NOT_ALWAYS_KNOWN`) is no difference."""
-        own, there = asdict(self), asdict(other)
+        """Fields that differ from ``other``, for a message; "" if both may share a corpus. A field of
+        `SOMETIMES_UNKNOWN` that one of them does not know is not a difference."""
+        own, others = asdict(self), asdict(other)
         return ", ".join(
-            f"{name} {own[name]!r} instead of {there[name]!r}"
+            f"{name} {own[name]!r} instead of {others[name]!r}"
             for name in own
-            if own[name] != there[name] and not (name in NOT_ALWAYS_KNOWN and None in (own[name], there[name]))
+            if own[name] != others[name] and not (name in SOMETIMES_UNKNOWN and None in (own[name], others[name]))
         )
 
     def completed(self, other: Source | None) -> Source:
-        """The same, with what only ``other`` knows."""
-        unknown = [name for name in NOT_ALWAYS_KNOWN if getattr(self, name) is None]
+        """This source with the fields that only ``other`` knows."""
+        unknown = [name for name in SOMETIMES_UNKNOWN if getattr(self, name) is None]
         return self if other is None else replace(self, **{name: getattr(other, name) for name in unknown})
 
 
-NOT_ALWAYS_KNOWN = ("commit", "layer_fingerprint")
-"""Fields that shards of earlier releases, and of models outside the hub's cache, leave open."""
-
-REGENERATION: dict[str, Check] = {
-    "draft": optional(text),
-    "draft_fingerprint": optional(text),
-    "temperature": number,
-    "seed": optional(lambda value: type(value) is int),
-    "max_new_tokens": count,
-}
-FIELDS: dict[str, Check] = {
-    "family": text,
-    "model": text,
-    "commit": optional(text),
-    "dtype": one_of(*DTYPES),
-    "hidden_size": count,
-    "vocab_size": count,
-    "image_token_id": count,
-    "fingerprint": optional(text),
-}
-SINCE: dict[int, dict[str, Check]] = {
-    2: {"hidden_dtype": one_of(None, INT8), "regeneration": optional(record(REGENERATION))},
-    4: {"layer_fingerprint": optional(text)},
-}
-"""Fields by the schema version that brought them."""
+def model_name(model: str) -> str:
+    """Hub name of a model, or the name of its folder."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
 
 
-def read_source(value: Any, schema: int, path: Path, fix: str) -> Source:
-    """The `Source` in the header of a shard or in an index of this schema version; what it does not know is default.
+def commit_of(model: str) -> str | None:
+    """The commit of a model in the hub's cache, given by hub name or snapshot folder; None for other models."""
+    if Path(model).is_dir():
+        snapshot = Path(model).resolve()
+    else:
+        from huggingface_hub import try_to_load_from_cache
 
-    Args:
-        path, fix: of the file, for messages.
+        from llava.hub import is_repository_name
+
+        found = try_to_load_from_cache(model, "config.json") if is_repository_name(model) else None
+        if not isinstance(found, str):
+            return None
+        snapshot = Path(found).parent
+    known = snapshot.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", snapshot.name)
+    return snapshot.name if known else None
+
+
+def parse_source(value: Any, schema: int, path: Path, fix: str) -> Source:
+    """The source in a shard's header or an index of this schema version. ``path``, ``fix``: for the message.
 
     Raises:
-        UserError: a field is missing, unknown, or of a kind that no program of ours writes.
+        UserError: a field is missing, unknown or has a wrong value.
     """
-    wanted = dict(FIELDS)
-    for version, fields in SINCE.items():
-        wanted |= fields if schema >= version else {}
-    wrong = wrong_fields(value, wanted)
-    if wrong:
-        raise UserError(f"source of the states is incomplete or wrong ({wrong})", path, fix)
-    regeneration = value.get("regeneration")
-    return Source(**{**value, "regeneration": None if regeneration is None else Regeneration(**regeneration)})
+    if isinstance(value, Mapping):
+        value = {**{name: None for since, names in NEW_FIELDS.items() if schema < since for name in names}, **value}
+    return parse(Source, value, "source of the states", path, fix)
 
 
-def check_schema(schema: Any, path: Path) -> None:
-    """Raises `UserError` for a schema version that this program does not read."""
+def check_schema(value: Any, what: str, path: Path, fix: str) -> int:
+    """The schema version of a header or an index. ``what``, ``path``, ``fix``: for the message.
+
+    Raises:
+        UserError: there is none, or this program cannot read it.
+    """
+    if not isinstance(value, Mapping) or "schema" not in value:
+        raise UserError(f"{what} is incomplete or wrong (no schema version)", path, fix)
+    schema = value["schema"]
     if type(schema) is not int or schema not in READABLE:
         known = ", ".join(map(str, READABLE))
-        raise UserError(
-            f"shards of schema version {shown(schema)}, this program reads {known}", path, "make the corpus again"
-        )
+        raise UserError(f"schema version {schema!r:.60}, this program reads {known}", path, "make the corpus again")
+    return schema

@@ -1,75 +1,53 @@
-"""Checks of what a file says of itself, field by field: files can be damaged, or made by another program."""
+"""Strict reading of JSON objects of nested dataclasses: files may be damaged, or written by another program.
+
+Unlike `llava.strict.read_strict`, which reads settings, a field with a default must be there too.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, cast
 
-Check = Callable[[Any], bool]
+from pydantic import ConfigDict, Field, InstanceOf, TypeAdapter, ValidationError
+
+from llava.errors import UserError
+from llava.strict import one_line
+
+STRICT = ConfigDict(extra="forbid")
+"""Set as ``__pydantic_config__`` of a dataclass: an unknown field is an error."""
+
+Text = InstanceOf[str]  # StrictStr would refuse half of a surrogate pair, which ids of records may have
+Count = Annotated[int, Field(strict=True, ge=0)]
+Number = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+
+T = TypeVar("T")
 
 
-def wrong_fields(value: Any, wanted: Mapping[str, Check]) -> str:
-    """What is wrong with a JSON object, in words; "" where it has exactly the wanted fields, each of its kind.
+def parse(kind: type[T], value: Any, what: str, path: Path, fix: str) -> T:
+    """A JSON object as the dataclass ``kind``, whose fields must all be there, even those with a default.
 
-    >>> wrong_fields({"a": 1, "b": "x", "d": 0}, {"a": text, "b": text, "c": count})
-    "a 1, no c, unknown 'd'"
+    Args:
+        what: what the object is to the user, for the message ("header of the shard").
+        path, fix: of the file, for the message.
+
+    Raises:
+        UserError: a field is missing, unknown or has a wrong value.
     """
-    if not isinstance(value, Mapping):
-        return f"no object but {shown(value)}"
-    wrong = []
-    for name, check in wanted.items():
-        if name not in value:
-            wrong.append(f"no {name}")
-        elif not check(value[name]):
-            wrong.append(f"{name} {shown(value[name])}")
-    wrong += [f"unknown {shown(name)}" for name in value if name not in wanted]
-    return ", ".join(wrong)
+    names = [item.name for item in fields(kind)]  # type: ignore[arg-type]
+    wrong = "" if isinstance(value, Mapping) else "not a JSON object"
+    if not wrong and (missing := [name for name in names if name not in value]):
+        wrong = f"no {', '.join(missing)}"
+    try:
+        if not wrong:
+            return cast(T, _adapter(cast(Any, kind)).validate_python(value))
+    except ValidationError as error:
+        wrong = f"{one_line(error, names).what:.80}"
+    raise UserError(f"{what} is incomplete or wrong ({wrong})", path, fix)
 
 
-def shown(value: Any) -> str:
-    """A short form of any JSON value, for a message."""
-    text = "[...]" if isinstance(value, list) else "{...}" if isinstance(value, Mapping) else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def count(value: Any) -> bool:
-    """A whole number of at least 0; True is none."""
-    return type(value) is int and value >= 0
-
-
-def number(value: Any) -> bool:
-    """A finite number of at least 0."""
-    return type(value) in (int, float) and 0 <= value < float("inf")
-
-
-def one_of(*values: Any) -> Check:
-    return lambda value: any(type(value) is type(known) and value == known for known in values)
-
-
-def matching(pattern: str) -> Check:
-    """Text that is as a whole of this form."""
-    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None
-
-
-def optional(check: Check) -> Check:
-    """None, or what ``check`` takes."""
-    return lambda value: value is None or check(value)
-
-
-def record(wanted: Mapping[str, Check]) -> Check:
-    """An object with exactly these fields."""
-    return lambda value: not wrong_fields(value, wanted)
-
-
-def list_of(check: Check) -> Check:
-    return lambda value: isinstance(value, list) and all(map(check, value))
-
-
-def counts_by_name(value: Any) -> bool:
-    """An object of whole numbers."""
-    return isinstance(value, Mapping) and all(map(count, value.values()))
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)

@@ -63,7 +63,7 @@ class OnlineSet:
         if isinstance(ready, Skipped):
             raise UserError(
                 f"row {ready.row} cannot be used any more ({ready.reason})",
-                where=self.selection.rows.path,
+                where=self.selection.records.path,
                 fix="put the file back as it was, or start in another --cpdir",
             )
         return ready
@@ -151,7 +151,7 @@ def load_corpus(
         record = RowRecord(Path(args.cpdir), kind, args.resume)
         usable = record.usable(selection, template, settings, processes)
         if not usable:
-            raise UserError("every row was skipped", selection.rows.path, f"{record.path} tells why")
+            raise UserError("every row was skipped", selection.records.path, f"{record.path} tells why")
         sets[kind] = OnlineSet(selection, template, usable, settings, source)
         run[f"annotations_{kind}"] = f"{settings['data']} {settings['data_sha256']}"
     return Corpus(sets, OnlineReader(Reader(target, template, source, args.batch_tokens)), run)
@@ -167,8 +167,8 @@ def settings_of(selection: Selection, source: Source, config: TrainConfig) -> di
     return {
         "family": source.family,
         "model": source.model,
-        "data": selection.rows.path.name,
-        "data_sha256": sha256(selection.rows.path),
+        "data": selection.records.path.name,
+        "data_sha256": sha256(selection.records.path),
         "rows": len(selection.order),
         "max_length": selection.max_length,
         "seed": config.seed,
@@ -205,7 +205,7 @@ class RowRecord:
                 write_json(self.path, {"settings": dict(settings), "usable": usable, "skipped": rows})
             reasons = Counter(row.reason for row in skipped.values())
             told = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-            print(f"{selection.rows.path}: {len(usable)} rows, skipped: {told or 'none'}", flush=True)
+            print(f"{selection.records.path}: {len(usable)} rows, skipped: {told or 'none'}", flush=True)
         return usable
 
     def _read(self, settings: Mapping[str, Any]) -> list[int] | None:

@@ -330,8 +330,8 @@ def test_failed_worker_gives_a_status(
 
 
 BAD: dict[str, list[str]] = {
-    "none of the 7 text rows": ["--start", "7"],
-    "rows 3 to 2 are none": ["--start", "3", "--end", "2"],
+    "not among the 7 text records": ["--start", "7"],
+    "records 3 to 2 are not among": ["--start", "3", "--end", "2"],
     "no GPU '9'": ["--gpus", "9"],
     "cannot be read": ["--json_data_path", "nothing.json"],
     "not found": ["--model", "./nothing"],
@@ -354,10 +354,10 @@ def test_empty_selections(
 ) -> None:
     data = annotations([text_row(1)])
     assert allocate(base, data, tmp_path / "out", "v", pictures=pictures) == 2
-    assert "no image rows among the 1 rows" in capsys.readouterr().err
+    assert "no image records among the 1 records" in capsys.readouterr().err
     data = annotations([image_row(1, "broken.png")])
     assert allocate(base, data, tmp_path / "skipped", "v", pictures=pictures) == 2
-    assert "every row was skipped" in capsys.readouterr().err
+    assert "every record was skipped" in capsys.readouterr().err
 
 
 def test_inspect(

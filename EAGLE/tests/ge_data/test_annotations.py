@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from eagle.ge_data.annotations import RowFile, iter_rows
+from eagle.ge_data.annotations import RecordFile, iter_records
 from eagle.ge_data.convert import convert, main
 from llava.errors import UserError, run_cli
 
@@ -35,7 +35,7 @@ def test_pieces_of_any_size(tmp_path: Path, chunk: int, layout: str) -> None:
         rows = ROWS[:3]
         text = json.dumps(rows, ensure_ascii=False, indent=1)
         path.write_text(text, encoding="utf-8-sig" if layout == "bom" else "utf-8")
-    placed = list(iter_rows(path, chunk))
+    placed = list(iter_records(path, chunk))
     assert [row.value for row in placed] == (ROWS if layout in ("dense", "indented") else ROWS[:3])
     data = path.read_bytes()
     assert [json.loads(data[row.start : row.end]) for row in placed] == [row.value for row in placed]
@@ -44,7 +44,7 @@ def test_pieces_of_any_size(tmp_path: Path, chunk: int, layout: str) -> None:
 def test_rows_in_any_order(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(ROWS, ensure_ascii=True, indent=1))
-    rows = RowFile(path, lambda row: "id" in row)
+    rows = RecordFile(path, lambda row: "id" in row)
     assert (len(rows), rows.total, list(rows.numbers)) == (3, 4, [0, 1, 3])
     assert [rows[2], rows[0], rows[1]] == [ROWS[3], ROWS[0], ROWS[1]]
 
@@ -53,10 +53,10 @@ BROKEN = {
     "": "but the file ends, line 1 column 1, byte 0",
     '{"id": 1}': "expected a JSON array",
     '[{"id": 1},\n {"id": }]': "Expecting value, line 2 column 9, byte 20",
-    '[{"id": 1}\n {"id": 2}]': "expected ',' or ']' after a row, line 2 column 2",
-    '[{"id": 1},]': "expected a row",
+    '[{"id": 1}\n {"id": 2}]': "expected ',' or ']' after a record, line 2 column 2",
+    '[{"id": 1},]': "expected a record",
     '[{"id": 1}': "but the file ends",
-    '[{"id": 1}, 7]': "expected a row .a JSON object., line 1 column 13",
+    '[{"id": 1}, 7]': "expected a record .a JSON object., line 1 column 13",
     '[{"id": "abc}]': "Unterminated string",
     '[{"id": 1}] more': "unexpected text after the array, line 1 column 13",
     '[{"ä": 1},\n{"ö" 1}]': "line 2 column 6, byte 18",
@@ -69,24 +69,24 @@ def test_broken_file_says_where(tmp_path: Path, text: str, chunk: int) -> None:
     path = tmp_path / "rows.json"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=BROKEN[text]):
-        list(iter_rows(path, chunk))
+        list(iter_records(path, chunk))
 
 
 def test_not_text_and_not_there(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_bytes(b'[{"a": "\xe4\xf6"}]')
     with pytest.raises(UserError, match=r"not UTF-8 text \(byte 8\)"):
-        list(iter_rows(path, 4))
+        list(iter_records(path, 4))
     with pytest.raises(UserError, match="cannot be read"):
-        list(iter_rows(tmp_path / "nothing.json"))
+        list(iter_records(tmp_path / "nothing.json"))
 
 
 def test_error_early_in_a_large_file_is_found_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eagle.ge_data.annotations.MAX_ROW", 1000)
+    monkeypatch.setattr("eagle.ge_data.annotations.MAX_RECORD", 1000)
     path = tmp_path / "rows.json"
     path.write_text('[{"a": "' + "x" * 5000)
-    with pytest.raises(UserError, match="row of more than 1000 characters"):
-        list(iter_rows(path, 100))
+    with pytest.raises(UserError, match="record of more than 1000 characters"):
+        list(iter_records(path, 100))
 
 
 def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,7 +107,7 @@ def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fixed[2]["id"] == "2" and "items" not in fixed[1]
     assert [turn["from"] for turn in fixed[2]["conversations"]] == ["system", "gpt", "gpt", "gpt", "nobody"]
     shown = capsys.readouterr().out
-    assert "3 rows" in shown and "ids made text" in shown and "'chatgpt' renamed 'gpt'" in shown
+    assert "3 records" in shown and "ids made text" in shown and "'chatgpt' renamed 'gpt'" in shown
     again = tmp_path / "again.json"
     assert not convert(output, again)[1]
     assert again.read_text() == output.read_text()
@@ -119,8 +119,8 @@ def test_convert_makes_no_id_good_that_is_none(tmp_path: Path) -> None:
     source, output = tmp_path / "in.json", tmp_path / "out.json"
     source.write_text(json.dumps([{"id": value} for value in ids] + [{}]))
     _, changes = convert(source, output)
-    assert [row.value["id"] for row in iter_rows(output)] == ["0", *ids[1:5], "7", "x", str(10**30), "8"]
-    assert changes == {"ids made text": 2, "ids added (the row's number)": 2}
+    assert [row.value["id"] for row in iter_records(output)] == ["0", *ids[1:5], "7", "x", str(10**30), "8"]
+    assert changes == {"ids made text": 2, "ids added (the record's number)": 2}
 
 
 def test_convert_empty_array(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_broken_input_leaves_the_output(tmp_path: Path, capsys: pytest.CaptureFi
     assert error.startswith("error: ") and error.count("\n") == 1 and "line 2 column 8" in error
     assert output.read_text() == "old" and sorted(tmp_path.iterdir()) == [source, output]
     assert run_cli(lambda: main(["--input", str(source), "--output", str(source)])) == 2
-    assert "one file" in capsys.readouterr().err
+    assert "the same file" in capsys.readouterr().err
 
 
 def test_convert_in_bounded_memory(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_convert_a_gigabyte_in_bounded_memory(tmp_path: Path) -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         command = [sys.executable, "-c", PEAK]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-        assert f"{count * 1000} rows" in done.stdout and output.stat().st_size > 1e9
+        assert f"{count * 1000} records" in done.stdout and output.stat().st_size > 1e9
         assert int(done.stdout.split("VmHWM:")[1].split()[0]) < 100_000, "kB"
     finally:
         source.unlink(missing_ok=True)

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from corpus_support import Write, allocate, text_row
 
-from eagle import progress_bars as progress
-from eagle.ge_data import inspect
+from eagle.ge_data import inspect, progress
 from eagle.ge_data.folder import finished
 from eagle.ge_data.inspect import ASK
 from eagle.hidden_states.index import load_index
@@ -28,7 +27,7 @@ def test_a_check_that_takes_long_shows_a_bar(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, patience: float, shown: bool
 ) -> None:
     """`inspect` over all shards, and the allocation over those that it has no checksum of."""
-    monkeypatch.setattr(progress, "PATIENCE", patience)
+    monkeypatch.setattr(progress, "CHECKSUM_DELAY", patience)
     folder = corpus(tmp_path)
     said: list[str] = []
     assert [shard.file for shard in finished(folder, said.append)] == ["rows-00000000-00000001.safetensors"]

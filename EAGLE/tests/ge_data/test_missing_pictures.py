@@ -16,7 +16,7 @@ from tiny_llava import make_image
 
 from eagle.conversations import Unusable, open_picture, picture_is_there
 from eagle.ge_data import allocation
-from eagle.ge_data.missing_pictures import LOOKED_AT
+from eagle.ge_data.selection import MAX_CHECKED
 from eagle.hidden_states.index import load_index
 from eagle.hidden_states.shards import ShardDataset
 from llava.errors import UserError
@@ -50,7 +50,7 @@ def test_the_wrong_folder_is_said_before_the_model_is_loaded(
     out = tmp_path / "out"
     assert allocate("./no/model", annotations(rows()), out, "v", pictures=tmp_path / "wrong") == 2
     error = capsys.readouterr().err
-    assert f"of {ROWS} rows that were looked at, none has its pictures: {tmp_path}/wrong/p" in error
+    assert f"none of {ROWS} records that were checked has its pictures: {tmp_path}/wrong/p" in error
     assert "--image_data_path" in error and not list(out.glob("rows-*"))
 
 
@@ -62,9 +62,9 @@ def test_a_share_of_missing_pictures_is_said(
     data, out = annotations(rows()), tmp_path / "out"
     assert allocate(base, data, out, "v", pictures=own) == 0
     error = capsys.readouterr().err
-    assert f"of {ROWS} rows that were looked at, 3 (25%) lack a picture, such as {own}/p" in error
+    assert f"3 of {ROWS} records that were checked (25%) lack a picture, such as {own}/p" in error
     assert f"python -m eagle.ge_data.download --root {own} --check --annotations {data}" in error
-    assert "3 rows were skipped for their pictures; once these are there, --again makes their shards anew" in error
+    assert "3 records were skipped because of their pictures; --again repairs their shards later" in error
 
 
 def test_only_some_rows_of_many_are_looked_at(
@@ -76,10 +76,10 @@ def test_only_some_rows_of_many_are_looked_at(
         seen.append(path)
         return False
 
-    monkeypatch.setattr("eagle.ge_data.missing_pictures.picture_is_there", there)
-    data = annotations([image_row(number, f"q{number}.png") for number in range(5 * LOOKED_AT + 1)])
+    monkeypatch.setattr("eagle.ge_data.selection.picture_is_there", there)
+    data = annotations([image_row(number, f"q{number}.png") for number in range(5 * MAX_CHECKED + 1)])
     assert allocate(base, data, tmp_path / "out", "v", pictures=own) == 2
-    assert LOOKED_AT * 0.8 < len(seen) <= LOOKED_AT and len(set(seen)) == len(seen)
+    assert MAX_CHECKED * 0.8 < len(seen) <= MAX_CHECKED and len(set(seen)) == len(seen)
 
 
 def test_a_few_last_rows_may_all_lack_their_pictures(
@@ -91,7 +91,7 @@ def test_a_few_last_rows_may_all_lack_their_pictures(
     shutil.rmtree(own)
     own.mkdir()
     assert allocate(base, data, out, "v", pictures=own) == 0
-    assert "of 3 rows that were looked at, 3 (100%) lack a picture" in capsys.readouterr().err
+    assert "3 of 3 records that were checked (100%) lack a picture" in capsys.readouterr().err
     assert load_index(out).skipped == {"missing_picture": 3}
 
 
@@ -116,7 +116,7 @@ def test_again_makes_only_shards_whose_pictures_are_back(
     assert allocate(base, data, out, "v", pictures=own) == 0
     assert snapshot(out) == begun, "without --again nothing is made anew"
     assert allocate(base, data, out, "v", "--again", "--shard-size", "5", pictures=own) == 0
-    assert "--again: 1 shards have rows" in capsys.readouterr().err
+    assert "--again: 1 shards have records" in capsys.readouterr().err
     then = snapshot(out)
     changed = {name for name in begun if then[name] != begun[name]}
     assert then.keys() == begun.keys() and changed == {min(begun)}
@@ -157,14 +157,14 @@ def test_again_stopped_half_way_is_a_whole_corpus(
     assert allocate(base, data, out, "v", pictures=own) == 0
     assert load_index(out).samples == 3
 
-    kept = allocation.Board.shard
+    kept = allocation.AllocationProgress.add_shard
 
-    def stop(self: allocation.Board, *what: Any) -> None:
+    def stop(self: allocation.AllocationProgress, *what: Any) -> None:
         kept(self, *what)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(allocation.Board, "shard", stop)
+        patch.setattr(allocation.AllocationProgress, "add_shard", stop)
         assert allocate(base, data, out, "v", "--again", pictures=hidden) == 130
     assert 3 < len(ShardDataset(out)) < ROWS
     from tiny_llava import make_liuhaotian
@@ -201,7 +201,7 @@ def test_a_failing_file_system_is_no_reason_to_skip_rows(
         return call
 
     monkeypatch.setattr(*((Path, "stat", failing(stat)) if where == "stat" else ("PIL.Image.open", failing(opened))))
-    monkeypatch.setattr(allocation, "look_for_pictures", lambda *_: fails.__setitem__(0, True))
+    monkeypatch.setattr(allocation, "check_pictures", lambda *_: fails.__setitem__(0, True))
     assert allocate(base, data, out, "v", pictures=pictures) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(
@@ -209,7 +209,7 @@ def test_a_failing_file_system_is_no_reason_to_skip_rows(
     )
     assert not list(out.glob("rows-*"))
     fails[0] = False
-    monkeypatch.setattr(allocation, "look_for_pictures", lambda *_: None)
+    monkeypatch.setattr(allocation, "check_pictures", lambda *_: None)
     assert allocate(base, data, out, "v", pictures=pictures) == 0
     assert load_index(out).samples == 2 and not load_index(out).skipped
 

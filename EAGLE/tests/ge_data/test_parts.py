@@ -65,8 +65,9 @@ def test_machines_joined_are_the_whole(
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [("2/2", "'2/2' is no part"), ("x", "'x' is no part"), ("0/0", "no part"), ("-1/2", ""), ("1/2/3", "no part"),
-     ("1/8", "part 1/8 of rows 0 to 11 is empty"), ("0/8", "part 0/8 of rows 0 to 11 is empty")],
+    [("2/2", "'2/2' is not a part"), ("x", "'x' is not a part"), ("0/0", "not a part"), ("-1/2", ""),
+     ("1/2/3", "not a part"),
+     ("1/8", "part 1/8 of records 0 to 11 is empty"), ("0/8", "part 0/8 of records 0 to 11 is empty")],
 )  # fmt: skip
 def test_a_part_that_is_none_is_refused(
     base: Path, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], value: str, message: str

@@ -54,10 +54,10 @@ def test_another_draft_of_the_same_name_is_refused(
 
 
 WRONG = {
-    "--msd-model is for answers of the model's own": ["--msd-model", "x"],
-    "--temperature is for answers": ["--temperature", "0"],
-    "--max-new-tokens is for answers": ["--max-new-tokens", "9"],
-    "--at-once is for answers": ["--at-once", "2"],
+    "--msd-model is for the model's own answers": ["--msd-model", "x"],
+    "--temperature is for the model's own": ["--temperature", "0"],
+    "--max-new-tokens is for the model's own": ["--max-new-tokens", "9"],
+    "--at-once is for the model's own": ["--at-once", "2"],
     "--temperature -1.0": ["--regenerate", "--temperature", "-1"],
     "--temperature nan": ["--regenerate", "--temperature", "nan"],
     "draft not found": ["--regenerate", "--msd-model", "./nothing"],

@@ -15,7 +15,7 @@ import torch
 from corpus_support import Write, allocate, command, image_row, rows_of, text_row
 
 from eagle.ge_data import inspect
-from eagle.hidden_states.index import load_index, read_about, sha256
+from eagle.hidden_states.index import load_index, read_header, sha256
 from eagle.hidden_states.shards import ShardDataset
 from llava.errors import run_cli
 
@@ -47,7 +47,7 @@ def kill(arguments: list[str], out: Path, kills: int, seed: int) -> int:
         process.wait()
         after = shards_of(out)
         assert {name: after.get(name) for name in before} == before, "a finished shard was touched"
-        assert all(read_about(out / name)["end"] for name in after), "a shard that is there is whole"
+        assert all(read_header(out / name).end for name in after), "a shard that is there is whole"
     return met
 
 

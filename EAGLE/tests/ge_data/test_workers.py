@@ -1,4 +1,4 @@
-"""The processes that do the work, and the board that counts for all of them."""
+"""The worker processes, and the progress over all of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from corpus_support import Write, allocate, rows_of, text_row
 
 from eagle.ge_data import allocation
-from eagle.ge_data.allocation import Board, devices
+from eagle.ge_data.allocation import AllocationProgress, devices
 from eagle.ge_data.extract import Extractor
 from eagle.ge_data.workers import Events, Failure, Job, run_here, threads
 from eagle.hidden_states.index import INDEX, ShardInfo, load_index
@@ -39,18 +39,18 @@ def test_a_worker_that_is_killed_is_named_and_the_other_finishes(
     base: Path, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two real processes; one ends by SIGKILL when the first shard is there. The next run makes what it had begun."""
-    rows, kept, killed = 60, Board.shard, []
+    rows, kept, killed = 60, AllocationProgress.add_shard, []
 
-    def shard(self: Board, source: Source, info: ShardInfo) -> None:
+    def shard(self: AllocationProgress, source: Source, info: ShardInfo) -> None:
         kept(self, source, info)
         if not killed:
             killed.append(multiprocessing.active_children()[0].pid)
             os.kill(killed[0], signal.SIGKILL)
 
-    monkeypatch.setattr(Board, "shard", shard)
+    monkeypatch.setattr(AllocationProgress, "add_shard", shard)
     data, out = annotations([text_row(n) for n in range(rows)]), tmp_path / "out"
     assert allocate(base, data, out, "t", "--gpus", "cpu,cpu") == 1
-    assert "error: worker cpu failed: ended with status -9 and no word" in capsys.readouterr().err
+    assert "error: worker cpu failed: ended with status -9 without a message" in capsys.readouterr().err
     begun = 3  # ranges that a worker holds: one it writes, one it reads, one it prepares
     assert rows // 3 - begun <= len(load_index(out).shards) <= rows // 3
     assert allocate(base, data, out, "t", "--gpus", "cpu,cpu") == 0
@@ -65,29 +65,29 @@ def test_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch, devices: str, 
     assert threads(devices.split(",")) == share
 
 
-def test_the_board_counts_samples_tokens_time_and_disk(tmp_path: Path) -> None:
+def test_progress_counts_samples_tokens_time_and_disk(tmp_path: Path) -> None:
     """Of all workers together, and of the shards that were there before."""
     before = ShardInfo("rows-00000000-00000010.safetensors", 0, 10, 10, 0, 0, {}, 10**9)
     new = ShardInfo("rows-00000010-00000020.safetensors", 10, 20, 8, 0, 0, {"empty": 2}, 2 * 10**9)
-    board = Board(tmp_path, [before], rows=100, waiting=90)
+    progress = AllocationProgress(tmp_path, [before], records=100, waiting=90)
     try:
-        assert str(board.bar).count("10/100") == 1
-        board.progress(4, 600)
-        assert "1.00 GB" in str(board.bar) and " of " not in str(board.bar)
-        board.progress(6, 900)
-        board.shard(SOURCE, new)
-        board.progress(5, 500)
-        shown = str(board.bar)
+        assert str(progress.bar).count("10/100") == 1
+        progress.update(4, 600)
+        assert "1.00 GB" in str(progress.bar) and " of " not in str(progress.bar)
+        progress.update(6, 900)
+        progress.add_shard(SOURCE, new)
+        progress.update(5, 500)
+        shown = str(progress.bar)
     finally:
-        board.bar.close()
-    assert "25/100" in shown and board.tokens == 2000
+        progress.bar.close()
+    assert "25/100" in shown and progress.tokens == 2000
     assert re.search(r"<\d\d:\d\d, +[\d.]+ ?k?sample/s", shown), "time that is left, and the rate"
     assert re.search(r" [1-9]\d* tokens/s, 3\.00 GB of 19\.00 GB\]", shown), "1 GB and 90 rows of 0.2 GB"
     assert [shard["start"] for shard in json.loads((tmp_path / INDEX).read_text())["shards"]] == [0, 10]
 
 
 FAILURES = [
-    Failure("cuda:0", "ended with status -9 and no word", False),
+    Failure("cuda:0", "ended with status -9 without a message", False),
     Failure("cuda:1", "shard cannot be written (no room)", True),
     Failure("cuda:2", "another defect", False),
 ]
@@ -158,9 +158,9 @@ def test_shards_that_are_replaced_make_room(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(0, 0, 10**9))
     notes: list[str] = []
-    board = Board(tmp_path, [], rows=30, waiting=30, notify=notes.append, replaced=replaced)
+    progress = AllocationProgress(tmp_path, [], records=30, waiting=30, notify=notes.append, replaced=replaced)
     for start in (0, 10):
-        board.shard(SOURCE, ShardInfo(f"rows-{start:08d}-{start + 10:08d}.safetensors", start, start + 10, 10, 0, 0, {},
-                                      9 * 10**8))  # fmt: skip
-    board.bar.close()
+        name = f"rows-{start:08d}-{start + 10:08d}.safetensors"
+        progress.add_shard(SOURCE, ShardInfo(name, start, start + 10, 10, 0, 0, {}, 9 * 10**8))
+    progress.bar.close()
     assert len(notes) == said and all("1.80 GB are still to come, 1.00 GB are free" in note for note in notes)

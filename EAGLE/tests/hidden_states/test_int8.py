@@ -19,7 +19,7 @@ from eagle.ge_data import inspect
 from eagle.ge_data.folder import SETTINGS
 from eagle.ge_data.reader import collate
 from eagle.hidden_states.index import INDEX, Index, load_index
-from eagle.hidden_states.quantise import LEVELS, quantise, restore
+from eagle.hidden_states.quantise import LEVELS, dequantise, quantise
 from eagle.hidden_states.shards import DTYPES, Sample, ShardDataset, Source, write_shard
 from llava.errors import UserError, run_cli
 
@@ -54,7 +54,7 @@ def test_round_trip_is_within_half_a_step(dtype: torch.dtype) -> None:
     values, scales = quantise(hidden)
     assert values.dtype == torch.int8 and scales.dtype == torch.float32
     assert torch.equal(values.abs().amax(-1), torch.full((60,), LEVELS)), "each row uses the whole range"
-    error = (restore(values, scales, dtype).float() - hidden).abs()
+    error = (dequantise(values, scales, dtype).float() - hidden).abs()
     steps = scales[:, None].expand_as(hidden)
     bound = 0.5 * steps + ROUNDING[dtype] * hidden.abs().amax(-1, keepdim=True)
     assert (error <= bound * (1 + 1e-4)).all()
@@ -65,7 +65,7 @@ def test_rows_of_zeros_and_of_the_smallest_numbers_survive() -> None:
     hidden = torch.zeros(4, 8)
     hidden[1, 2], hidden[2, 3], hidden[3] = 1e-8, -torch.finfo(torch.float32).tiny, torch.finfo(torch.bfloat16).max
     values, scales = quantise(hidden)
-    back = restore(values, scales, torch.bfloat16)
+    back = dequantise(values, scales, torch.bfloat16)
     assert back.isfinite().all() and torch.equal(back[0], torch.zeros(8).bfloat16())
     torch.testing.assert_close(back.float(), hidden, rtol=2**-8, atol=0)
     assert torch.equal(quantise(torch.zeros(0, 8))[1], torch.zeros(0))
@@ -77,7 +77,7 @@ def test_a_shard_gives_16_bit_back(tmp_path: Path, dtype: str) -> None:
     write_shard(tmp_path, 0, 1, [(0, sample_of(hidden, images=3))], [], source_for(hidden, dtype))
     read = ShardDataset(tmp_path)[0]
     assert read.hidden.dtype == DTYPES[dtype] and read.image_features.dtype == DTYPES[dtype]
-    expected = restore(*quantise(hidden), DTYPES[dtype])
+    expected = dequantise(*quantise(hidden), DTYPES[dtype])
     assert torch.equal(read.hidden, expected)
 
 
@@ -86,7 +86,7 @@ def test_samples_of_a_shard_keep_their_own_scales(tmp_path: Path) -> None:
     samples = [(n, replace(sample_of(part), id=str(n))) for n, part in enumerate(parts)]
     write_shard(tmp_path, 0, 3, samples, [], source_for(parts[0]))
     for part, read in zip(parts, ShardDataset(tmp_path), strict=True):
-        assert torch.equal(read.hidden, restore(*quantise(part), torch.bfloat16))
+        assert torch.equal(read.hidden, dequantise(*quantise(part), torch.bfloat16))
 
 
 def test_bytes_of_a_text_token(tmp_path: Path) -> None:

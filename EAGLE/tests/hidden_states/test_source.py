@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from tiny_llava import make_llava_hf
 
 from eagle.families import load_target
-from eagle.ge_data.extract import commit_of, layer_fingerprint
+from eagle.ge_data.extract import layer_fingerprint
 from eagle.hidden_states.index import INDEX, Index, load_index
 from eagle.hidden_states.shards import ShardDataset, Source, write_shard
+from eagle.hidden_states.source import commit_of
 from llava.errors import UserError
 
 from .test_shards import SOURCE, make_sample

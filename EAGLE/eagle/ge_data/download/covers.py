@@ -1,7 +1,7 @@
-"""The book covers of OCR-VQA: some 200 000 pictures, each at an address of its own, many of them gone.
+"""The book covers of OCR-VQA: about 200 000 pictures, each with its own address, many of them gone.
 
-The list of addresses is OCR-VQA's ``dataset.json``: an object of ``{NAME: {"imageURL": ADDRESS, ...}}``. A cover is
-saved as ``NAME.jpg``, as the conversations name it, and turned into a JPEG where it is none.
+The list of addresses is OCR-VQA's ``dataset.json``: ``{NAME: {"imageURL": ADDRESS, ...}}``. A cover is saved as
+``NAME.jpg``, as the conversations name it, and converted to JPEG if it has another format.
 """
 
 from __future__ import annotations
@@ -18,30 +18,28 @@ from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-from eagle.ge_data.download.fetch import Gone, Refused, fetch_bytes
-from eagle.ge_data.download.picture_folder import gone_covers, picture_names, remember_gone
-from eagle.progress_bars import progress_bar
+from eagle.ge_data.download.inventory import gone_covers, picture_names, remember_gone
+from eagle.ge_data.download.transfer import AGAIN, Gone, Refused, fetch_bytes
+from eagle.ge_data.progress import progress_bar
 from llava.errors import UserError
 from llava.files import read_json
 
-MAX_COVER = 1 << 25
-"""Bytes; no cover is that large."""
+MAX_BYTES = 1 << 25
+"""No cover is larger."""
 QUALITY = 95
-HOPELESS = 100
-"""So many covers in a row without an answer that makes sense end the set: the fault is not the covers'."""
+MAX_FAILURES_IN_A_ROW = 100
 CONTROLS = 10
-"""So many covers that are there are asked for again, to see whose fault it is; more than half of them have to come."""
+"""Number of saved covers that are requested again to see whether the network works."""
 LIST_PAGE = "https://ocr-vqa.github.io"
 LIST_FIX = f"get dataset.json from {LIST_PAGE} and give it as --ocr-vqa-list"
-Outcome = tuple[str, UserError | None]
-"""Name of a cover, and why it is not there."""
-_NAME = re.compile(r"\w[\w.-]*")
+Result = tuple[str, UserError | None]
+"""Name of a cover, and why it could not be saved."""
 
 
 class Tally(NamedTuple):
-    """What became of the covers of a list."""
+    """Number of covers that are saved and that are gone."""
 
-    there: int
+    saved: int
     gone: int
 
 
@@ -49,7 +47,7 @@ def read_addresses(path: Path) -> dict[str, str]:
     """Name and address of each cover.
 
     Raises:
-        UserError: the file is not OCR-VQA's list, or a name in it is no plain file name.
+        UserError: the file is not OCR-VQA's list, or a name in it is not a plain file name.
     """
     try:
         entries = read_json(path, "list of OCR-VQA covers")
@@ -62,92 +60,73 @@ def read_addresses(path: Path) -> dict[str, str]:
         address = entry.get("imageURL") if isinstance(entry, dict) else None
         if not isinstance(address, str):
             raise UserError(f"list of OCR-VQA covers has no imageURL for '{name}'", path, LIST_FIX)
-        if not _NAME.fullmatch(name):
-            raise UserError(f"list of OCR-VQA covers has a name that is no file name, '{name}'", path, LIST_FIX)
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise UserError(f"list of OCR-VQA covers has '{name}', which is not a file name", path, LIST_FIX)
         addresses[name] = address
     return addresses
 
 
 def missing_covers(addresses: Mapping[str, str], folder: Path) -> dict[str, str]:
-    """The covers that are neither there nor known to be gone from their address."""
-    there, gone = picture_names(folder), gone_covers(folder)
-    return {n: a for n, a in addresses.items() if f"{n}.jpg" not in there and gone.get(n) != a}
+    """The covers that are neither saved nor known to be gone from their address."""
+    saved, gone = picture_names(folder), gone_covers(folder)
+    return {n: a for n, a in addresses.items() if f"{n}.jpg" not in saved and gone.get(n) != a}
 
 
 def fetch_covers(addresses: Mapping[str, str], folder: Path, workers: int) -> Tally:
-    """Downloads the covers that are missing, several at a time. What is gone is written to ``gone.txt``.
+    """Downloads the missing covers over ``workers`` connections. Those that are gone are listed in ``gone.txt``.
 
-    A cover that is refused, or has something else in its place, counts as gone once the run is over, and if at least as
-    many others came in it: else a proxy's page for everything would be taken for all of them.
+    A cover that is refused, or replaced by something else, also counts as gone, but only at the end of a run that shows
+    that the network works: as many others arrived, or covers that are saved can still be had. Otherwise the login page
+    of a proxy would be taken for the answer of every shop.
 
     Raises:
-        UserError: covers failed that may be there (all others have been fetched), or none succeeds any more.
-        OSError: the disk.
+        UserError: some covers failed (all others are saved), or `MAX_FAILURES_IN_A_ROW` failed.
+        OSError: the disk is full or fails.
     """
-    todo, there = missing_covers(addresses, folder), picture_names(folder)
-    before = {name: address for name, address in addresses.items() if f"{name}.jpg" in there}
+    todo, names = missing_covers(addresses, folder), picture_names(folder)
+    saved = {name: address for name, address in addresses.items() if f"{name}.jpg" in names}
     folder.mkdir(parents=True, exist_ok=True)
     failed: dict[str, UserError] = {}
-    refused: dict[str, Refused] = {}
-    in_a_row = gone = came = 0
-    with (
-        progress_bar("ocr_vqa", " covers", len(todo)) as bar,
-        closing(_outcomes(todo, folder, workers)) as outcomes,
-    ):
-        for name, error in outcomes:
-            in_a_row = in_a_row + 1 if error and not isinstance(error, Gone) else 0
-            came += error is None
-            if isinstance(error, Gone):
-                gone += 1
-                remember_gone(folder, name, todo[name], error.what)
-            elif isinstance(error, Refused):
-                refused[name] = error
-            elif error:
-                failed[name] = error
-            bar.set_postfix_str(f"{gone} gone, {len(failed) + len(refused)} failed", refresh=False)
+    refused: dict[str, UserError] = {}
+    new = in_a_row = 0
+    with progress_bar("ocr_vqa", " covers", len(todo)) as bar, closing(_results(todo, folder, workers)) as results:
+        for name, error in results:
             bar.update(1)
-            if in_a_row == HOPELESS:
-                again = come_again(before, workers, CONTROLS) if isinstance(error, Refused) else 0
-                if again <= CONTROLS // 2:
-                    raise UserError(
-                        f"the last {HOPELESS} covers all failed, {name}: {error}", folder, "see the network"
-                    )
+            in_a_row = 0 if error is None or isinstance(error, Gone) else in_a_row + 1
+            if error is None:
+                new += 1
+            elif isinstance(error, Gone):
+                remember_gone(folder, name, todo[name], error.what)
+            else:
+                (refused if isinstance(error, Refused) else failed)[name] = error
+            if in_a_row == MAX_FAILURES_IN_A_ROW:
+                if not (isinstance(error, Refused) and _network_works(saved, workers)):
+                    raise UserError(f"{in_a_row} covers in a row failed, {name}: {error}", folder, "check the network")
                 in_a_row = 0
-    if came < len(refused):
-        came += come_again(before, workers, len(refused) - came)
-    if came < len(refused):
-        failed = {**refused, **failed}
-    else:
+    if new >= len(refused) or _network_works(saved, workers):
         for name, error in refused.items():
             remember_gone(folder, name, todo[name], error.what)
+    else:
+        failed = {**refused, **failed}
     if failed:
         name, first = next(iter(failed.items()))
-        raise UserError(
-            f"{len(failed)} of {len(todo)} covers failed, the first {name}: {first}",
-            fix="run the command again: what is done is kept",
-        )
+        raise UserError(f"{len(failed)} of {len(todo)} covers failed, the first {name}: {first}", fix=AGAIN)
     return Tally(len(picture_names(folder)), len(gone_covers(folder)))
 
 
-def come_again(covers: Mapping[str, str], workers: int, count: int) -> int:
-    """Asks again for ``count`` of covers that have come before and returns how many come: what else is refused then is
-    refused for itself. Nothing is saved."""
-    chosen = dict(random.sample(sorted(covers.items()), min(count, len(covers))))
-    came = 0
-    with progress_bar("ocr_vqa, asked again", " covers", len(chosen)) as bar:
-        for _, error in _outcomes(chosen, None, workers):
-            came += error is None
-            bar.update(1)
-    return came
+def _network_works(saved: Mapping[str, str], workers: int) -> bool:
+    """Whether more than half of `CONTROLS` covers that were saved before can be downloaded again."""
+    controls = dict(random.sample(sorted(saved.items()), min(CONTROLS, len(saved))))
+    return 2 * sum(error is None for _, error in _results(controls, None, workers)) > len(controls)
 
 
-def _outcomes(todo: Mapping[str, str], folder: Path | None, workers: int) -> Generator[Outcome, None, None]:
-    """What became of each cover, as soon as it is known. ``folder``: where it is saved; None for nowhere."""
+def _results(todo: Mapping[str, str], folder: Path | None, workers: int) -> Generator[Result, None, None]:
+    """Downloads covers and yields each result when it is known. ``folder``: None does not save them."""
 
-    def work(cover: tuple[str, str]) -> Outcome:
+    def work(cover: tuple[str, str]) -> Result:
         name, address = cover
         try:
-            data = as_cover(fetch_bytes(address, MAX_COVER), address)
+            data = as_jpeg(fetch_bytes(address, MAX_BYTES), address)
         except UserError as error:
             return name, error
         if folder is not None:
@@ -158,11 +137,11 @@ def _outcomes(todo: Mapping[str, str], folder: Path | None, workers: int) -> Gen
         yield from pool.imap_unordered(work, todo.items())
 
 
-def as_cover(data: bytes, address: str) -> bytes:
-    """A picture as JPEG: as it is if it is one, else converted, on white where it is transparent.
+def as_jpeg(data: bytes, address: str) -> bytes:
+    """A picture as JPEG: unchanged if it is one, otherwise converted, with white for transparent pixels.
 
     Raises:
-        Gone: the picture is a single pixel, which book shops send for a cover they do not have.
+        Gone: it is a single pixel, which shops send for a cover that they do not have.
         Refused: it cannot be read as a picture.
     """
     try:
@@ -170,24 +149,23 @@ def as_cover(data: bytes, address: str) -> bytes:
             image.load()
             if max(image.size) == 1:
                 raise Gone("the server has only a placeholder", address)
-            return data if image.format == "JPEG" else _as_jpeg(image)
+            if image.format == "JPEG":
+                return data
+            converted: Image.Image = image
+            if "A" in image.getbands() or "transparency" in image.info:
+                white = Image.new("RGBA", image.size, "white")
+                converted = Image.alpha_composite(white, image.convert("RGBA"))
+            buffer = BytesIO()
+            converted.convert("RGB").save(buffer, "JPEG", quality=QUALITY)
+            return buffer.getvalue()
     except UnidentifiedImageError:
-        raise Refused("what the server sent is no picture", address) from None
+        raise Refused("the server did not send a picture", address) from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise Refused(f"not a whole picture ({error})", address) from None
+        raise Refused(f"not a complete picture ({error})", address) from None
 
 
 def save_cover(data: bytes, path: Path) -> None:
-    """Writes a cover, whole or not at all."""
+    """Writes a cover atomically."""
     part = path.with_name(f".{path.name}.part")
     part.write_bytes(data)
     os.replace(part, path)
-
-
-def _as_jpeg(image: Image.Image) -> bytes:
-    buffer = BytesIO()
-    if "A" in image.getbands() or "transparency" in image.info:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    image.convert("RGB").save(buffer, "JPEG", quality=QUALITY)
-    return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Archives: pictures into one flat folder, nothing anywhere else, all or nothing, nothing done twice."""
+"""Archives: pictures into one flat folder, nothing anywhere else, all or nothing, nothing unpacked twice."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from eagle.ge_data.download.unpack import unpack
 from llava.errors import UserError
 
 PICTURES = {f"train/{n}.jpg": bytes([n]) * (100 + n) for n in range(4)}
+EXPECTED = {Path(name).name: content for name, content in PICTURES.items()}
 
 
 def make_zip(path: Path, members: Mapping[str, bytes], link: str | None = None) -> Path:
-    """A zip archive; ``link`` is the name of a member that is a symbolic link."""
+    """A zip archive. ``link``: name of a member that is a symbolic link."""
     with ZipFile(path, "w", ZIP_DEFLATED) as file:
         for name, content in members.items():
             file.writestr(ZipInfo(name), content)
@@ -34,14 +35,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-WANTED = {Path(name).name: content for name, content in PICTURES.items()}
-
-
-def test_pictures_lie_flat(tmp_path: Path) -> None:
+def test_pictures_are_unpacked_without_folders(tmp_path: Path) -> None:
     more = {"train/": b"", "__MACOSX/._0.jpg": b"x", "train/.DS_Store": b"x", "README.txt": b"x", "deep/er/B.PNG": b"b"}
     archive = make_zip(tmp_path / "a.zip", {**PICTURES, **more})
     assert unpack(archive, tmp_path / "set" / "images", "set") == 5
-    assert contents(tmp_path / "set" / "images") == {**WANTED, "B.PNG": b"b"}
+    assert contents(tmp_path / "set" / "images") == {**EXPECTED, "B.PNG": b"b"}
     assert os.listdir(tmp_path / "set") == ["images"]
 
 
@@ -57,7 +55,7 @@ UNSAFE = {
 
 
 @pytest.mark.parametrize("name", UNSAFE)
-def test_path_that_leaves_the_folder(tmp_path: Path, name: str) -> None:
+def test_a_path_that_leaves_the_folder(tmp_path: Path, name: str) -> None:
     archive = make_zip(tmp_path / "a.zip", {**PICTURES, name: b"evil"})
     with pytest.raises(UserError, match=UNSAFE[name]) as caught:
         unpack(archive, tmp_path / "set" / "images", "set")
@@ -66,28 +64,25 @@ def test_path_that_leaves_the_folder(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["train/link.jpg", "link"])
-def test_link_in_an_archive(tmp_path: Path, name: str) -> None:
+def test_a_link(tmp_path: Path, name: str) -> None:
     archive = make_zip(tmp_path / "a.zip", PICTURES, link=name)
     with pytest.raises(UserError, match=f"symbolic link, '{name}'"):
         unpack(archive, tmp_path / "images", "set")
     assert os.listdir(tmp_path) == ["a.zip"]
 
 
-def test_truncated_archive(tmp_path: Path) -> None:
-    archive = make_zip(tmp_path / "a.zip", PICTURES)
-    archive.write_bytes(archive.read_bytes()[:-30])
-    with pytest.raises(UserError, match=r"archive is broken.*delete it and run the command again"):
-        unpack(archive, tmp_path / "images", "set")
-    assert os.listdir(tmp_path) == ["a.zip"]
-
-
-def test_damaged_picture_is_found_and_the_rest_not_done_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_archive_is_unpacked_after_it_was_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = make_zip(tmp_path / "a.zip", {name: os.urandom(500) for name in PICTURES})
     whole = archive.read_bytes()
+    archive.write_bytes(whole[:-30])
+    with pytest.raises(UserError, match=r"archive is damaged.*delete it and run the command again"):
+        unpack(archive, tmp_path / "images", "set")
+    assert os.listdir(tmp_path) == ["a.zip"]
+    archive.write_bytes(whole)
     with ZipFile(archive) as file:
         at = file.infolist()[2].header_offset + 200
     archive.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-    with pytest.raises(UserError, match="archive is broken"):
+    with pytest.raises(UserError, match="archive is damaged"):
         unpack(archive, tmp_path / "images", "set")
     assert not (tmp_path / "images").exists()
     archive.write_bytes(whole)
@@ -126,45 +121,36 @@ def test_interrupted_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     done = spy_on_extract(monkeypatch)
     assert unpack(archive, folder, "set") == 4
     assert done == ["2.jpg", "3.jpg"]
-    assert contents(folder) == {**WANTED, **({"mine.jpg": b"mine"} if there else {})}
+    assert contents(folder) == {**EXPECTED, **({"mine.jpg": b"mine"} if there else {})}
     assert os.listdir(tmp_path / "set") == ["images"]
 
 
-def test_pictures_that_are_there_are_kept(tmp_path: Path) -> None:
-    archive, folder = make_zip(tmp_path / "a.zip", PICTURES), tmp_path / "images"
-    folder.mkdir()
-    (folder / "0.jpg").write_bytes(b"\xff" * 100)
-    (folder / "1.jpg").write_bytes(b"cut")
-    unpack(archive, folder, "set")
-    assert contents(folder) == {**WANTED, "0.jpg": b"\xff" * 100}
-
-
-def test_linked_folder_stays_a_link(tmp_path: Path) -> None:
+def test_existing_pictures_are_kept_in_a_linked_folder(tmp_path: Path) -> None:
     archive = make_zip(tmp_path / "a.zip", PICTURES)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "images").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "0.jpg").write_bytes(b"\xff" * 100)
+    (tmp_path / "elsewhere" / "1.jpg").write_bytes(b"cut")
     unpack(archive, tmp_path / "images", "set")
-    assert (tmp_path / "images").is_symlink() and contents(tmp_path / "elsewhere") == WANTED
+    assert (tmp_path / "images").is_symlink()
+    assert contents(tmp_path / "elsewhere") == {**EXPECTED, "0.jpg": b"\xff" * 100}
 
 
-def test_pictures_that_cannot_be_told_apart(tmp_path: Path) -> None:
-    archive = make_zip(tmp_path / "a.zip", {"a/0.jpg": b"a", "b/0.jpg": b"b"})
-    with pytest.raises(UserError, match=r"two pictures '0\.jpg'"):
-        unpack(archive, tmp_path / "images", "set")
-
-
-def test_archive_without_pictures(tmp_path: Path) -> None:
-    archive = make_zip(tmp_path / "a.zip", {"readme.txt": b"a"})
-    with pytest.raises(UserError, match="no picture"):
+@pytest.mark.parametrize(
+    ("members", "message"), [(["a/0.jpg", "b/0.jpg"], r"two pictures '0\.jpg'"), (["readme.txt"], "no picture")]
+)
+def test_an_archive_without_a_flat_set_of_pictures(tmp_path: Path, members: list[str], message: str) -> None:
+    archive = make_zip(tmp_path / "a.zip", dict.fromkeys(members, b"a"))
+    with pytest.raises(UserError, match=message):
         unpack(archive, tmp_path / "images", "set")
     assert not (tmp_path / "images").exists()
 
 
-def test_room_for_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_space_for_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive, folder = make_zip(tmp_path / "a.zip", PICTURES), tmp_path / "images"
     free = sum(map(len, PICTURES.values())) - 1
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
-    with pytest.raises(UserError, match=r"no room for the pictures of a\.zip"):
+    with pytest.raises(UserError, match=r"not enough space for the pictures of a\.zip"):
         unpack(archive, folder, "set")
     assert os.listdir(tmp_path) == ["a.zip"]
     folder.mkdir()
