@@ -47,10 +47,13 @@ def within_memory(work: Callable[[], R]) -> R | None:
 
 def halved_within_memory(work: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]) -> list[R | None]:
     """``work(items)``, which gives one result for each item. If memory runs out, each half of the items on its own, and
-    so on. None for an item that does not fit even alone."""
+    so on. An item alone is tried twice, because the first failure empties the device's cache. None for an item that
+    does not fit even then."""
     if not items:
         return []
     results = within_memory(lambda: work(items))
+    if results is None and len(items) == 1:
+        results = within_memory(lambda: work(items))
     if results is not None:
         return list(results)
     if len(items) == 1:

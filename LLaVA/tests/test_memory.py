@@ -30,7 +30,7 @@ def test_halves_until_each_part_fits(error: Exception) -> None:
         return [2 * item for item in items]
 
     assert halved_within_memory(double, [1, 2, 3, 7]) == [2, 4, 6, None]
-    assert tried == [[1, 2, 3, 7], [1, 2], [3, 7], [3], [7]]
+    assert tried == [[1, 2, 3, 7], [1, 2], [3, 7], [3], [7], [7]]
     assert halved_within_memory(double, []) == []
 
 

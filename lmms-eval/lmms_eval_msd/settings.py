@@ -132,7 +132,7 @@ class GenerationSettings:
         temperature = _number("temperature", settings.pop("temperature", None))
         limits = {key: _number(key, settings.pop(key, None)) for key in ("top_p", "top_k")}
         do_sample = bool(settings.pop("do_sample", False))
-        sampling = SamplingSettings(temperature or 0.0, **limits)
+        sampling = SamplingSettings(temperature or 0.0, limits["top_p"], limits["top_k"])
         engine["do_sample"] = do_sample if temperature is None else not sampling.greedy
         if engine["do_sample"]:
             engine["temperature"] = temperature

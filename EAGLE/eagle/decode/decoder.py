@@ -195,7 +195,7 @@ class Decoder:
         of the request are no larger.
 
         Raises:
-            OutOfMemory: memory does not suffice for one token.
+            OutOfMemory: not even one token fits into memory.
         """
         past = self.cache.lengths
         while (verified := within_memory(partial(self.verify, drafted))) is None:
