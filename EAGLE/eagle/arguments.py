@@ -82,11 +82,10 @@ def tree_limits(text: str) -> tuple[int, int, int]:
 
 
 def sampling_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments for `MSDModel.generate`. Without a limit the checkpoint's own is not used either."""
+    """Keyword arguments for `MSDModel.generate`."""
     from eagle.decode.sampling import SamplingSettings
 
-    given = SamplingSettings(arguments.temperature, arguments.top_p or None, arguments.top_k, arguments.seed)
-    return given.for_engine()
+    return SamplingSettings(arguments.temperature, arguments.top_p, arguments.top_k, arguments.seed).for_engine()
 
 
 def use_pocket_defaults(arguments: argparse.Namespace) -> None:
