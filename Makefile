@@ -30,11 +30,11 @@ setup: $(STAMP)  ## make the environment and install the three packages
 demo: $(STAMP)  ## decode with the embedded models
 	$(BIN)/msd demo
 
-test: $(STAMP)  ## run the tests, on the CPU where there is a GPU too
+test: $(STAMP)  ## run the core tests, on the CPU even if there is a GPU
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST)
 
-test-all: $(STAMP)  ## run all tests, the slow ones too
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST) -m "slow or not slow"
+test-all: $(STAMP)  ## run the slow tests too
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST) -m "not by_hand"
 
 test-lowest: $(LOWEST_STAMP)  ## run the tests that need the models on the oldest transformers
 	OMP_NUM_THREADS=1 $(LOWEST_VENV)/bin/python -m pytest $(PYTEST) $(LOWEST_TESTS)

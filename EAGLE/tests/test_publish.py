@@ -188,6 +188,7 @@ def trip(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[
         yield json.loads(done.stdout.splitlines()[-1]), hub, done.stderr
 
 
+@pytest.mark.slow
 def test_push_then_load_is_the_same_draft(trip: tuple[dict[str, Any], HubServer, str], run: Path) -> None:
     told, hub, _ = trip
     assert told["push"] == 0
