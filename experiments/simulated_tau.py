@@ -20,11 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from eagle.train.checkpoint import write_json
 from eagle.train.curriculum import IMAGE
 from experiments.steps import about, bench, chain_tau, told
 from llava.errors import UserError, run_cli
-from llava.files import atomic_write, read_json
+from llava.files import atomic_write, read_json, write_json
 
 SERVED = {"chain": "tau_chain", "tree": "tau_tree"}
 

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from eagle.provenance import record
-from eagle.train.checkpoint import write_json
 from llava.errors import UserError
-from llava.files import read_json
+from llava.files import read_json, write_json
 
 REPO = Path(__file__).resolve().parents[1]
 PACKAGES = ("LLaVA", "EAGLE", "lmms-eval")

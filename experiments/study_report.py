@@ -7,9 +7,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from eagle.train.checkpoint import write_json
 from experiments.steps import told
-from llava.files import atomic_write
+from llava.files import atomic_write, write_json
 
 Row = Mapping[str, Any]
 

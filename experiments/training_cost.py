@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 
-from eagle.train.checkpoint import write_json
 from experiments.peak_memory import peak_bytes, reset_peak, resident_bytes
 from experiments.steps import about, environment, told
 from experiments.training_work import WAYS, work_of
 from llava.errors import UserError, run_cli
+from llava.files import write_json
 
 MIB = 2**20
 

@@ -27,7 +27,6 @@ from typing import Any
 from eagle.hidden_states.index import INDEX
 from eagle.hidden_states.shards import ShardDataset
 from eagle.questions import read_questions
-from eagle.train.checkpoint import write_json
 from eagle.train.curriculum import IMAGE, TEXT
 from eagle.train.engine import read_deepspeed_config
 from eagle.train.schedule import BatchSizes
@@ -37,7 +36,7 @@ from experiments.steps import REPO, about, bench, chain_tau, claim, launch
 from experiments.study_cells import REFERENCE, Cell, choose, training_config
 from experiments.study_report import write_report
 from llava.errors import UserError, run_cli
-from llava.files import atomic_write, read_json
+from llava.files import atomic_write, read_json, write_json
 
 
 @dataclass(frozen=True)
