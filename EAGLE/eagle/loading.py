@@ -51,9 +51,8 @@ def tree_from(arguments: argparse.Namespace, device: torch.device) -> TreeConfig
 
 
 def sampling_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments for `MSDModel.generate`. Without a limit the checkpoint's own is not used either."""
-    given = SamplingSettings(arguments.temperature, arguments.top_p or None, arguments.top_k, arguments.seed)
-    return given.for_engine()
+    """Keyword arguments for `MSDModel.generate`."""
+    return SamplingSettings(arguments.temperature, arguments.top_p, arguments.top_k, arguments.seed).for_engine()
 
 
 def device_map_for(name: str) -> str:

@@ -13,7 +13,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria
 class Stopper:
     """Cuts newly accepted tokens at the end of the answer.
 
-    Length and end tokens are plain integer checks; every other criterion is asked after each token, as `generate` does.
+    Length and end tokens are plain integer checks; all other criteria are evaluated after each token, as in `generate`.
 
     Args:
         criteria: prepared stopping criteria.

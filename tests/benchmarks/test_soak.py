@@ -47,10 +47,10 @@ def test_another_answer_and_growth_have_a_status(
     assert soak.main([*options, "--out", str(tmp_path / "a.json"), "--max-slope=-1e9"]) == 1
     commit = Decoder.commit
 
-    def spoilt(self, trees, accepted, hidden):
+    def spoilt(self, verified, accepted):
         if self.drafter is not None:
             accepted = [each._replace(tokens=[5] * len(each.tokens)) for each in accepted]
-        commit(self, trees, accepted, hidden)
+        commit(self, verified, accepted)
 
     monkeypatch.setattr(Decoder, "commit", spoilt)
     assert soak.main([*options, "--out", str(tmp_path / "b.json")]) == 1

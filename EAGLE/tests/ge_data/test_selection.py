@@ -1,4 +1,4 @@
-"""Pictures that are not where the rows say: told before the model is loaded, mended by --again, no skips for a disk."""
+"""Missing pictures: reported before the model is loaded, repaired by --again, no reason to skip if the disk fails."""
 
 from __future__ import annotations
 

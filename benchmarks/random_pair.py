@@ -18,13 +18,14 @@ from eagle.drafts.config import DraftConfig
 from eagle.drafts.msd import DraftModel
 from eagle.families import Target
 from eagle.families.llava.target import LlavaTarget
+from llava.strict import strict_dataclass
 
 BLOCK, SPREAD = 65_521, 0.02
 SPECIAL = 3  # ids below it begin, end or fill up
 PATCH = 14
 
 
-@dataclass(frozen=True)
+@strict_dataclass
 class Shape:
     """Sizes of the text model (and draft), counts of elements; ``positions``: the longest prompt with its answer;
     ``tower``: layers and width of the vision tower, ``side``: pixels of a picture's edge."""
