@@ -110,8 +110,8 @@ def noises(places: int, logits: Tensor, draws: int, seed: int) -> Iterator[Tenso
 
 
 def choices(tree: DraftTree, scores: Tensor, sampler: Sampler, noise: Tensor) -> Tensor:
-    """[draws, N] the target's choice at each node that a draw reaches, with the draw's noise for the node's position. -1
-    at nodes that it does not reach.
+    """[draws, N] the target's choice at each node that a draw reaches, with the draw's noise for the node's position.
+    -1 at nodes that it does not reach.
 
     Args:
         scores: [N, V] processed.
