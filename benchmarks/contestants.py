@@ -80,25 +80,20 @@ def build(
             runners.append(Runner(name, SINGLE[name](model, settings, suite)))
         elif name == "msd fixed" and cell.batch > 1:
             left_out[name] = "a batch has this tree in any case"
-        elif name == "msd reset" and cell.temperature > 0:
-            left_out[name] = "with a seed 'msd' begins each request so"
         else:
-            tree = tree_of(name, model, cell.batch)
-            own = settings | {"seed": suite.seed} if name == "msd reset" else settings  # a seed begins without memory
-            runners.append(Runner(name, with_engine(model, True, own, tree)))
+            runners.append(Runner(name, with_engine(model, True, settings, tree_of(name, model, cell.batch))))
     if not any(runner.plain for runner in runners):
         raise UserError(f"cell '{cell.name}' has no plain baseline", suite.where, f"add one of {', '.join(PLAIN)}")
     return runners, left_out
 
 
 def tree_of(name: str, model: MSDModel, batch: int) -> TreeConfig:
-    """The tree of ``msd`` (the default one), ``msd reset`` (the same, but each request begins without what earlier ones
-    taught about acceptance), ``msd fixed`` or ``msd D/K/N``; a large batch has smaller ones."""
+    """The tree of ``msd`` (the default one), ``msd fixed`` or ``msd D/K/N``; a large batch has smaller ones."""
     kind, _, bounds = name.partition(" ")
-    if kind != "msd" or (bounds not in ("", "reset", "fixed") and bounds.count("/") != 2):
-        known = [*PLAIN, *SINGLE, "msd", "msd reset", "msd fixed", "msd D/K/N"]
+    if kind != "msd" or (bounds not in ("", "fixed") and bounds.count("/") != 2):
+        known = [*PLAIN, *SINGLE, "msd", "msd fixed", "msd D/K/N"]
         raise UserError(f"no contestant '{name}'", fix=f"there are {', '.join(known)}")
-    if bounds in ("", "reset"):
+    if not bounds:
         return model.tree_for(batch)
     tree = TreeConfig.named("fixed", model.device) if bounds == "fixed" else TreeConfig(*tree_limits(bounds))
     return tree.for_batch(batch)

@@ -1,15 +1,12 @@
-"""What a suite run leaves: one JSON, and the same as one table."""
+"""The report of a suite run, as JSON and as a table."""
 
 from __future__ import annotations
 
 import os
 import shlex
 import statistics
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -19,47 +16,30 @@ from rich.table import Table
 from benchmarks.rounds import Quiet, Runner, find_quiet
 from benchmarks.spec import Cell, Suite
 from eagle.decode.stats import Stats
-from eagle.provenance import hardware, versions
+from eagle.provenance import record
 
 SCHEMA = 1
-REPOSITORY = Path(__file__).resolve().parents[1]
 NOISY = "≈"
 """Mark of a cell whose rounds were noisy for the most part."""
 
 
 def header(suite: Suite, device: torch.device, module: str, argv: Sequence[str]) -> dict[str, Any]:
-    """Where, when, with what and by which command."""
+    """The record of the run, with its settings."""
     settings = asdict(suite)
     for name in ("cells", "where"):
         settings.pop(name)
     return {
+        **record(device),
         "schema": SCHEMA,
         "suite": suite.name,
         "command": shlex.join(["python", "-m", module, *argv]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "hardware": hardware(device) | {"memory_bytes": psutil.virtual_memory().total},
-        "versions": versions(),
+        "memory_bytes": psutil.virtual_memory().total,
         "environment": {
             name: os.environ[name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ
         },
         "settings": settings,
         "cells": [],
     }
-
-
-def commit() -> str | None:
-    """The commit of the repository, with '+changes' where files differ from it; None where git does not tell."""
-    try:
-        said = [
-            subprocess.run(
-                ["git", "-C", str(REPOSITORY), *what], check=True, capture_output=True, text=True
-            ).stdout.strip()
-            for what in (("rev-parse", "HEAD"), ("status", "--porcelain"))
-        ]
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return said[0] + ("+changes" if said[1] else "")
 
 
 def row_of_cell(

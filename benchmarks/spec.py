@@ -1,31 +1,30 @@
-"""What a suite file declares: models, cells, and who competes in them. Strict: an unknown key is an error.
+"""What a suite file declares: models, cells, and their contestants. An unknown key is an error.
 
-A cell may list several values of ``temperature``, ``batch``, ``new_tokens`` and ``context``; each combination is a cell
-of its own.
+A cell may list several values of ``temperature``, ``batch``, ``new_tokens`` and ``context``; each combination becomes a
+separate cell.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
-from experiments.random_pair import Shape
+from benchmarks.random_pair import Shape
 from llava.errors import UserError
 from llava.files import read_json
-from llava.strict import reject_unknown
+from llava.strict import read_strict, strict_dataclass
 
 AXES = ("temperature", "batch", "new_tokens", "context")
 CONTESTANTS = (
     "autoregressive", "transformers dynamic", "transformers static", "prompt lookup", "assistant", "msd", "msd fixed",
     "msd 5/10/60",
 )  # fmt: skip
-"""Who competes where a cell does not say; `benchmarks.contestants` builds them."""
+"""Contestants of a cell that does not name any; `benchmarks.contestants` builds them."""
 
 
-@dataclass(frozen=True)
+@strict_dataclass
 class Pair:
     """A base model with its draft: folders or hub names, or a ``random`` shape, whose figures are costs alone, since a
     random draft guesses nothing."""
@@ -35,7 +34,7 @@ class Pair:
     random: Shape | None = None
 
 
-@dataclass(frozen=True)
+@strict_dataclass
 class Cell:
     """One comparison.
 
@@ -60,7 +59,7 @@ class Cell:
         return f"{self.name}: T={self.temperature:g}, B={self.batch}, {self.new_tokens} tokens{context}"
 
 
-@dataclass(frozen=True)
+@strict_dataclass
 class Suite:
     """A suite file.
 
@@ -91,48 +90,37 @@ def read_suite(path: Path) -> Suite:
     Raises:
         UserError: it cannot be read, a key is unknown or missing, or a cell names a model that is not declared.
     """
-    given = _section(read_json(path, "suite file"), path)
-    models = {name: _pair(_section(pair, path), path) for name, pair in _section(given.get("models"), path).items()}
-    cells = [cell for entry in given.get("cells", ()) for cell in _cells(_section(entry, path), path)]
+    given = read_json(path, "suite file")
+    models = {name: _pair(pair, path) for name, pair in given.get("models", {}).items()}
+    cells = tuple(cell for entry in given.get("cells", ()) for cell in _cells(entry, path))
     if not cells:
         raise UserError("suite has no cells", where=path)
     for cell in cells:
         if cell.model not in models:
             raise UserError(f"cell '{cell.name}' is for the model '{cell.model}', which is not declared", where=path)
-    rest = {key: _frozen(value) for key, value in given.items() if key not in ("models", "cells")}
-    return _make(Suite, {**rest, "models": models, "cells": tuple(cells), "where": str(path)}, path)
+    return replace(read_strict(Suite, _frozen({**given, "models": models, "cells": cells}), path), where=str(path))
 
 
-def _pair(section: Mapping[str, Any], where: Path) -> Pair:
-    pair = dict(section)
-    if pair.get("random") is not None:
-        pair["random"] = _make(Shape, _section(pair["random"], where), where)
-    made = _make(Pair, pair, where)
-    if (made.random is None) == (made.base is None):
+def _pair(given: Any, where: Path) -> Pair:
+    if isinstance(given, dict) and given.get("random") is not None:
+        given = {**given, "random": read_strict(Shape, _frozen(given["random"]), where)}
+    pair = read_strict(Pair, given, where)
+    if (pair.random is None) == (pair.base is None):
         raise UserError("a model of the suite needs 'base' and 'draft', or 'random'", where=where)
-    return made
+    return pair
 
 
-def _cells(entry: Mapping[str, Any], where: Path) -> list[Cell]:
-    listed = {axis: entry[axis] if isinstance(entry[axis], list) else [entry[axis]] for axis in AXES if axis in entry}
-    one = _make(Cell, {key: _frozen(value) for key, value in entry.items() if key not in AXES}, where)
-    values = itertools.product(*listed.values())
-    return [replace(one, **dict(zip(listed, combination, strict=True))) for combination in values]
+def _cells(entry: Any, where: Path) -> list[Cell]:
+    """The cells of an entry: one for each combination of the values that its `AXES` list."""
+    if not isinstance(entry, dict):
+        return [read_strict(Cell, entry, where)]  # raises
+    axes = {axis: entry[axis] if isinstance(entry[axis], list) else [entry[axis]] for axis in AXES if axis in entry}
+    combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    return [read_strict(Cell, _frozen({**entry, **values}), where) for values in combinations]
 
 
-def _make(kind: Any, values: Mapping[str, Any], where: Path) -> Any:
-    reject_unknown(values, [each.name for each in fields(kind)], where)
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise UserError(f"suite file is incomplete ({error})", where=where) from None
-
-
-def _section(value: Any, where: Path) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise UserError(f"suite file has {type(value).__name__} where a section should be", where=where)
-    return value
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _frozen(given: Any) -> Any:
+    """A JSON object with tuples in place of its lists."""
+    if not isinstance(given, dict):
+        return given
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}

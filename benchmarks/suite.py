@@ -10,7 +10,6 @@ Leaves OUT/NAME.json, written after every cell, and OUT/NAME.png; prints one tab
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from benchmarks.contestants import build
 from benchmarks.plot import draw
+from benchmarks.random_pair import random_pair
 from benchmarks.report import header, phase_table, row_of_cell, table_of
 from benchmarks.rounds import interleave_rounds
 from benchmarks.spec import Cell, Pair, Suite, read_suite
@@ -30,10 +30,9 @@ from benchmarks.work import work_of
 from eagle.arguments import positive
 from eagle.decode.msd import MSDModel
 from eagle.loading import device_map_for
-from experiments.random_pair import random_pair
 from llava.device import cpu_has_bfloat16, dtype_for, on_cpu
 from llava.errors import UserError, run_cli
-from llava.files import atomic_write
+from llava.files import write_json
 
 PLAIN_WIDTH = 150  # of the table where it goes to a file
 SUITES = Path(__file__).resolve().parent / "suites"
@@ -75,8 +74,7 @@ def run(argv: Sequence[str]) -> int:
         models = loaded[cell.model]
         report = report or header(suite, models[0].device, "benchmarks.suite", argv)
         report["cells"].append(measure(cell, suite, models))
-        with atomic_write(options.out / f"{suite.name}.json") as temporary:
-            temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(options.out / f"{suite.name}.json", report, indent=1)
     draw(report, options.out / f"{suite.name}.png")
     console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
     console.print(table_of(report), phase_table(report))

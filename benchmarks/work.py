@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.random_pair import RandomPrompt
 from benchmarks.spec import Cell, Suite
 from eagle.benchmark import Work
 from eagle.decode.msd import MSDModel
 from eagle.questions import Group, Question, read_questions
-from experiments.random_pair import RandomPrompt
 from llava.errors import UserError
 
 SHORTEST = 64

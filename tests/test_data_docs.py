@@ -20,7 +20,7 @@ PAGE = (REPO / "docs" / "data.md").read_text(encoding="utf-8")
 BLOCKS = re.sub(r"\\\n", " ", "".join(re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)))
 WRITTEN = [*re.split(r"\n|&&", BLOCKS), *re.findall(r"`((?:python -m|pytest|[A-Z_]+=)[^`]*)`", PAGE)]
 PARSERS = {
-    "eagle.ge_data.download.__main__": download.parser,
+    "eagle.ge_data.download": download.parser,
     "eagle.ge_data.convert": convert.parser,
     "eagle.ge_data.allocation": allocation.parser,
     "eagle.ge_data.inspect": inspect.parser,

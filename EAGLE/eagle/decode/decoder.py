@@ -215,12 +215,13 @@ class Decoder:
         past = self.cache.lengths
         tokens, depths, blocks = (part.to(self.target.device) for part in join_trees(drafted.trees))
         position_ids = torch.stack([s.next_position for s in self.active]).to(depths.device) + depths  # [B, N]
-        if self.compiled is not None and isinstance(self.cache, StaticCache):
-            mask = self.masks.window(past, blocks)
-            hidden, logits = self.compiled.verify(tokens, position_ids, mask, self.cache, self.tree.total_tokens)
+        masks = None
+        if self.compiled is not None or tokens.numel() > 1:
+            masks = self.target.masks_by_layer(self.masks.window(past, blocks), past, depths)
+        if self.compiled is not None and masks is not None and isinstance(self.cache, StaticCache):
+            hidden, logits = self.compiled.verify(tokens, position_ids, masks, self.cache, self.tree.total_tokens)
             return Verified(drafted, past, hidden, logits)
-        tree_mask = self.masks.window(past, blocks) if tokens.numel() > 1 else None
-        hidden = self.target.verify(tokens, position_ids, tree_mask, self.cache)
+        hidden = self.target.verify(tokens, position_ids, masks, self.cache)
         return Verified(drafted, past, hidden, self.target.head(hidden))
 
     def accept(self, verified: Verified) -> list[Accepted]:

@@ -33,7 +33,7 @@ from eagle.decode.drafter import Drafter
 from eagle.decode.tree_config import TreeConfig
 from eagle.drafts.compression import Compression
 from eagle.drafts.msd import DraftModel
-from eagle.families.base import Target
+from eagle.families.base import LayerMasks, Target
 from eagle.kv_cache import KVCache
 from llava.errors import UserError
 
@@ -144,13 +144,13 @@ class StaticEngine:
             self.extend, self.step, self.children = (compiled(part) for part in draft_parts(draft, head))
 
     def verify(
-        self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: StaticCache, largest: int
+        self, tokens: Tensor, positions: Tensor, masks: LayerMasks, cache: StaticCache, largest: int
     ) -> tuple[Tensor, Tensor]:
         """`Target.verify` and `Target.head` for one tree of at most ``largest`` nodes.
 
         Args:
             tokens, positions: [1, N].
-            mask: [1, 1, N, past + N] additive.
+            masks: [1, 1, N, past + N] additive, by type of layer if the model has several.
 
         Returns:
             hidden states [1, N, H] and logits [1, N, V].
@@ -159,9 +159,11 @@ class StaticEngine:
         size = min(each for each in (*self.sizes, largest) if each >= count)
         columns = cache.open(size)
         tokens, positions = (F.pad(part, (0, size - count)) for part in (tokens, positions))
-        hidden, logits = self.verify_nodes(
-            tokens, self.target.text_positions(positions), filled(mask, size, columns), cache
-        )
+        if isinstance(masks, dict):
+            padded: LayerMasks = {kind: filled(mask, size, columns) for kind, mask in masks.items()}
+        else:
+            padded = filled(masks, size, columns)
+        hidden, logits = self.verify_nodes(tokens, self.target.text_positions(positions), padded, cache)
         cache.close(size)
         return hidden[:, :count], logits[:, :count]
 
@@ -235,7 +237,7 @@ def verifier(target: Target) -> Callable[..., tuple[Tensor, Tensor]]:
     text_model, embed = target.text_model, target.model.get_input_embeddings()
     head, cache_argument = target.model.get_output_embeddings(), target.cache_argument
 
-    def verify(tokens: Tensor, positions: Tensor, mask: Tensor, cache: StaticCache) -> tuple[Tensor, Tensor]:
+    def verify(tokens: Tensor, positions: Tensor, mask: LayerMasks, cache: StaticCache) -> tuple[Tensor, Tensor]:
         given = {cache_argument: cache}
         output = text_model(
             inputs_embeds=embed(tokens), attention_mask=mask, position_ids=positions, use_cache=True, **given
