@@ -117,11 +117,13 @@ class About:
 
 def model_card(repo: str, about: About) -> ModelCard:
     """The card of the draft that users load as ``repo``."""
-    own: dict[str, Any] = (
-        {"license": about.license} if about.license else {"license": "other", "license_name": "as-the-base-model"}
+    data = ModelCardData(
+        base_model=about.base_model if is_repository_name(about.base_model) else None,
+        license=about.license or "other",
+        license_name=None if about.license else "as-the-base-model",
+        pipeline_tag="image-text-to-text",
+        tags=TAGS,
     )
-    base_model = about.base_model if is_repository_name(about.base_model) else None
-    data = ModelCardData(base_model=base_model, pipeline_tag="image-text-to-text", tags=TAGS, **own)
     text = CARD.format(
         name=PurePath(repo).name,
         repo=repo,

@@ -80,9 +80,8 @@ def test_card_tells_base_recipe_figures_licence_and_citation(run: Path) -> None:
 
 
 def test_card_keeps_paths_of_the_machine_out(run: Path) -> None:
-    text = str(
-        model_card("me/my-draft", About.of(run / "final", base_model=str(run / "base"), bench=run / "bench.json"))
-    )
+    about = About.of(run / "final", base_model=str(run / "base"), bench=run / "bench.json")
+    text = str(model_card("me/my-draft", about))
     assert str(run) not in text and "/somewhere" not in text and sys.argv[0] not in text
     assert "of base." in text
     assert ModelCard(text).data.base_model is None  # no hub name
@@ -188,6 +187,7 @@ def trip(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[
         yield json.loads(done.stdout.splitlines()[-1]), hub, done.stderr
 
 
+@pytest.mark.slow
 def test_push_then_load_is_the_same_draft(trip: tuple[dict[str, Any], HubServer, str], run: Path) -> None:
     told, hub, _ = trip
     assert told["push"] == 0
