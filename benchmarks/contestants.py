@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.assistant import assistant_for
-from benchmarks.rounds import Runner
 from benchmarks.spec import Cell, Suite
 from eagle.arguments import tree_limits
-from eagle.benchmark import Answer, Work, with_engine, with_prompt_lookup, with_transformers
+from eagle.benchmark import Answer, Contestant, Work, with_engine, with_prompt_lookup, with_transformers
 from eagle.decode.msd import MSDModel
+from eagle.decode.sampling import SamplingSettings
 from eagle.decode.tree_config import TreeConfig
 from llava.errors import UserError
 
@@ -54,7 +54,7 @@ SINGLE: dict[str, Builder] = {"prompt lookup": lookup, "assistant": assisted}
 
 def build(
     cell: Cell, suite: Suite, model: MSDModel, others: Sequence[MSDModel] = ()
-) -> tuple[list[Runner], dict[str, str]]:
+) -> tuple[list[Contestant], dict[str, str]]:
     """The cell's contestants, and why one of them is left out.
 
     Args:
@@ -64,24 +64,23 @@ def build(
     Raises:
         UserError: there is no contestant of that name.
     """
-    settings: dict[str, Any] = {"max_new_tokens": cell.new_tokens, "temperature": cell.temperature}
-    if cell.temperature > 0:
-        settings |= {"top_p": 1.0, "top_k": 0, "seed": suite.seed}
+    sampling = SamplingSettings(cell.temperature, seed=suite.seed).for_engine()
+    settings: dict[str, Any] = {"max_new_tokens": cell.new_tokens, **sampling}
     runners, left_out = [], {}
     for name in cell.contestants:
         if name in PLAIN:
-            runners.append(Runner(name, PLAIN[name](model, settings, suite), plain=True))
+            runners.append(Contestant(name, PLAIN[name](model, settings, suite), plain=True))
             for other in others:
                 dtype = str(other.dtype).removeprefix("torch.")
-                runners.append(Runner(f"{name} {dtype}", PLAIN[name](other, settings, suite), plain=True))
+                runners.append(Contestant(f"{name} {dtype}", PLAIN[name](other, settings, suite), plain=True))
         elif name in SINGLE and cell.batch > 1:
             left_out[name] = "transformers has it for one sequence alone"
         elif name in SINGLE:
-            runners.append(Runner(name, SINGLE[name](model, settings, suite)))
+            runners.append(Contestant(name, SINGLE[name](model, settings, suite)))
         elif name == "msd fixed" and cell.batch > 1:
             left_out[name] = "a batch has this tree in any case"
         else:
-            runners.append(Runner(name, with_engine(model, True, settings, tree_of(name, model, cell.batch))))
+            runners.append(Contestant(name, with_engine(model, True, settings, tree_of(name, model, cell.batch))))
     if not any(runner.plain for runner in runners):
         raise UserError(f"cell '{cell.name}' has no plain baseline", suite.where, f"add one of {', '.join(PLAIN)}")
     return runners, left_out

@@ -10,6 +10,7 @@ Leaves OUT/NAME.json, written after every cell, and OUT/NAME.png; prints one tab
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,10 +25,10 @@ from benchmarks.contestants import build
 from benchmarks.plot import draw
 from benchmarks.random_pair import random_pair
 from benchmarks.report import header, phase_table, row_of_cell, table_of
-from benchmarks.rounds import interleave_rounds
 from benchmarks.spec import Cell, Pair, Suite, read_suite
 from benchmarks.work import work_of
 from eagle.arguments import positive
+from eagle.benchmark import interleave
 from eagle.decode.msd import MSDModel
 from eagle.loading import device_map_for
 from llava.device import cpu_has_bfloat16, dtype_for, on_cpu
@@ -116,10 +117,10 @@ def measure(cell: Cell, suite: Suite, models: Sequence[MSDModel]) -> dict[str, A
     }
     loads = []
     with tqdm(total=suite.warm_up + suite.rounds, desc=cell.title, unit="round", file=sys.stderr) as progress:
-        for number, load_average in interleave_rounds(runners, work, suite.warm_up, suite.rounds):
+        for number in interleave(runners, [work] * suite.rounds, suite.warm_up):
             progress.update()
             if number >= 0:
-                loads.append(load_average)
+                loads.append(os.getloadavg()[0] if hasattr(os, "getloadavg") else None)
     row = row_of_cell(cell, runners, left_out, suite, loads, random)
     return row | {"dtype": str(models[0].dtype).removeprefix("torch.")}
 
