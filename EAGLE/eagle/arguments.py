@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from llava.errors import UserError
 
@@ -79,13 +78,6 @@ def tree_limits(text: str) -> tuple[int, int, int]:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text} is not like 5/10/60") from None
     return depth, top_k, total_tokens
-
-
-def sampling_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments for `MSDModel.generate`."""
-    from eagle.decode.sampling import SamplingSettings
-
-    return SamplingSettings(arguments.temperature, arguments.top_p, arguments.top_k, arguments.seed).for_engine()
 
 
 def use_pocket_defaults(arguments: argparse.Namespace) -> None:

@@ -98,7 +98,9 @@ class About:
         Raises:
             UserError: a file is damaged, or ``bench`` is not a report of `msd bench`.
         """
-        provenance, training, report = {}, {}, {}
+        provenance: dict[str, Any] = {}
+        training: dict[str, Any] = {}
+        report: dict[str, Any] = {}
         if folder is not None and (made := Path(folder) / "provenance.json").is_file():
             provenance = read_json(made, "provenance")
             run = Path(folder).resolve().parent / "training.json"
@@ -115,9 +117,13 @@ class About:
 
 def model_card(repo: str, about: About) -> ModelCard:
     """The card of the draft that users load as ``repo``."""
-    own = {"license": about.license} if about.license else {"license": "other", "license_name": "as-the-base-model"}
-    base_model = about.base_model if is_repository_name(about.base_model) else None
-    data = ModelCardData(base_model=base_model, pipeline_tag="image-text-to-text", tags=TAGS, **own)
+    data = ModelCardData(
+        base_model=about.base_model if is_repository_name(about.base_model) else None,
+        license=about.license or "other",
+        license_name=None if about.license else "as-the-base-model",
+        pipeline_tag="image-text-to-text",
+        tags=TAGS,
+    )
     text = CARD.format(
         name=PurePath(repo).name,
         repo=repo,

@@ -80,7 +80,8 @@ def test_card_tells_base_recipe_figures_licence_and_citation(run: Path) -> None:
 
 
 def test_card_keeps_paths_of_the_machine_out(run: Path) -> None:
-    text = str(model_card("me/my-draft", About.of(run / "final", base_model=str(run / "base"), bench=run / "bench.json")))
+    about = About.of(run / "final", base_model=str(run / "base"), bench=run / "bench.json")
+    text = str(model_card("me/my-draft", about))
     assert str(run) not in text and "/somewhere" not in text and sys.argv[0] not in text
     assert "of base." in text
     assert ModelCard(text).data.base_model is None  # no hub name

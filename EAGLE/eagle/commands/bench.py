@@ -15,7 +15,6 @@ from eagle.arguments import (
     add_report_option,
     add_sampling_options,
     positive,
-    sampling_settings,
     tree_limits,
 )
 from eagle.questions import read_questions
@@ -62,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from eagle.benchmark import Contestant, baselines, interleave, with_engine, with_prompt_lookup
     from eagle.decode.tree_config import TreeConfig
-    from eagle.loading import load_model
+    from eagle.loading import load_model, sampling_settings
     from eagle.provenance import record
 
     questions = read_questions(arguments.data, arguments.limit)

@@ -34,7 +34,7 @@ from eagle.provenance import now, record
 from eagle.train.engine import Engine
 from eagle.train.meter import Meter
 from llava.errors import UserError
-from llava.files import atomic_write, read_json
+from llava.files import atomic_write, read_json, write_json
 from llava.memory import is_out_of_memory
 
 TEMPORARY, REPLACED = ".tmp-", ".old-"
@@ -211,12 +211,6 @@ def replace_folder(temporary: Path, final: Path) -> None:
         final.rename(old)
     temporary.rename(final)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON atomically."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def describe_run(data: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,10 +29,10 @@ from eagle.ge_data.selection import Selection, shortened
 from eagle.hidden_states.index import Skipped, sha256
 from eagle.hidden_states.shards import Sample
 from eagle.hidden_states.source import Source
-from eagle.train.checkpoint import CheckpointStore, write_json
+from eagle.train.checkpoint import CheckpointStore
 from eagle.train.settings import TrainConfig
 from llava.errors import UserError
-from llava.files import read_json
+from llava.files import read_json, write_json
 
 THREADS = 4
 

@@ -8,9 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from eagle.train.checkpoint import write_json
 from llava.errors import UserError
-from llava.files import atomic_write
+from llava.files import atomic_write, write_json
 
 TRACKERS = ("tensorboard", "wandb", "none")
 

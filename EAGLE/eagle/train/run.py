@@ -1,0 +1,187 @@
+"""A training run: what `eagle.train.main_deepspeed` does with its arguments."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from contextlib import ExitStack
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eagle.attention import leave_out_cudnn_attention
+from eagle.drafts.checkpoint import load_draft
+from eagle.drafts.config import DraftConfig
+from eagle.drafts.msd import DraftModel
+from eagle.extras import require
+from eagle.families.base_weights import BaseTensors, load_base_tensors
+from eagle.train.checkpoint import CheckpointStore, Progress, describe_run
+from eagle.train.curriculum import IMAGE, TEXT
+from eagle.train.engine import Engine, PlainEngine, read_deepspeed_config, suit_device
+from eagle.train.objective import DraftObjective, check_base
+from eagle.train.online import Processes, load_corpus
+from eagle.train.schedule import BatchSizes, Schedule
+from eagle.train.settings import TrainConfig, override, read_config, with_draft_settings
+from eagle.train.sources import check_sources
+from eagle.train.stored import load_stored
+from eagle.train.tracking import Tracker
+from eagle.train.trainer import Trainer, TrainingData
+from llava.errors import UserError
+
+
+def train(args: argparse.Namespace, held: ExitStack) -> None:
+    """Settings → data → base tensors → engine → resume → train."""
+    require("matplotlib", extra="train")  # draws the plot at the end
+    leave_out_cudnn_attention()
+    draft_config, config = read_config(args.config)
+    config = override(config, args)
+    deepspeed_config = read_deepspeed_config(args.deepspeed_config)
+    check_sources(args)
+    base = load_base_tensors(args.basepath)
+    rank, world = join_processes()
+    if args.online:
+        data = load_online(args, draft_config, base, config, Processes(rank, world, own_device()))
+    else:
+        folders = {TEXT: args.tmpdir_t, IMAGE: args.tmpdir_v}
+        data = load_stored(folders, draft_config.hidden_size, base, config)
+    deepspeed_config = suit_device(deepspeed_config, main=rank == 0)
+    sizes = BatchSizes.from_deepspeed(deepspeed_config, world, where=args.deepspeed_config)
+    schedule = data.schedule(sizes, config)
+    store = open_store(args, data, config, main=rank == 0)
+    held.callback(store.close)
+    objective = build_objective(args, draft_config, base, config, main=rank == 0)
+    engine = build_engine(objective, config, deepspeed_config, sizes)
+    progress = restore(args, store, engine, data, schedule, config)
+    if engine.is_main:
+        print(schedule.describe(), flush=True)
+    total = min(config.max_steps or schedule.total_steps, schedule.total_steps)
+    tracker = Tracker(Path(args.cpdir), args.tracker, total, progress.step, asdict(config), engine.is_main)
+    trainer = Trainer(engine, data, schedule, config, store, tracker, progress)
+    complete = trainer.run()
+    tracker.finish(progress.history)
+    if engine.is_main:
+        where = Path(args.cpdir) / "final" if complete else store.latest()
+        print(f"{'trained' if complete else 'stopped; go on with --resume'}: {where}", flush=True)
+
+
+def launched() -> bool:
+    """Whether a launcher (deepspeed, torchrun) started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def join_processes() -> tuple[int, int]:
+    """(rank, number of processes)."""
+    if not launched():
+        return 0, 1
+    require("deepspeed", extra="train")
+    from eagle.train import engine_deepspeed
+
+    return engine_deepspeed.join_processes()
+
+
+def load_online(
+    args: argparse.Namespace, draft_config: DraftConfig, base: BaseTensors, config: TrainConfig, processes: Processes
+) -> TrainingData:
+    """The annotation files that were given, split into training and validation, and the base model that reads them."""
+    check_base(replace(draft_config, vocab_size=base.embed.shape[0]), base)
+    if not args.resume:
+        CheckpointStore(args.cpdir, config.keep_last, {}).refuse_to_overwrite()
+    files = {name: path for name, path in ((TEXT, args.annotations_t), (IMAGE, args.annotations_v)) if path is not None}
+    corpus = load_corpus(args, files, config, processes)
+    return TrainingData.split(corpus.sets, config, read=corpus.read, run=corpus.run)
+
+
+def own_device() -> torch.device:
+    """Where this process trains."""
+    if not launched():
+        return PlainEngine.choose_device()
+    from eagle.train import engine_deepspeed
+
+    return engine_deepspeed.own_device()
+
+
+def open_store(args: argparse.Namespace, data: TrainingData, config: TrainConfig, main: bool) -> CheckpointStore:
+    provenance = {name: samples.describe() for name, (samples, _, _) in data.sources.items()}
+    store = CheckpointStore(args.cpdir, config.keep_last, describe_run(provenance, asdict(config)))
+    if main:
+        store.hold()
+        store.recover()
+    if not args.resume:
+        try:
+            store.refuse_to_overwrite()
+        except UserError:
+            store.close()
+            raise
+    return store
+
+
+def build_objective(
+    args: argparse.Namespace, draft_config: DraftConfig, base: BaseTensors, config: TrainConfig, main: bool
+) -> DraftObjective:
+    """The draft with the base's embedding, new or from ``--init``. Its vocabulary is the base's."""
+    vocab = base.embed.shape[0]
+    if vocab != draft_config.vocab_size and main:
+        print(f"vocabulary: {vocab} as in the base model (the config says {draft_config.vocab_size})", flush=True)
+    if args.init:
+        draft = load_draft(args.init, dtype=torch.float32)
+        wanted = with_draft_settings(replace(draft_config, vocab_size=draft.config.vocab_size), config)
+        draft.config = with_draft_settings(draft.config, config)
+        check_init(draft.config, wanted, args.init)
+    else:
+        torch.manual_seed(config.seed)
+        draft = DraftModel(with_draft_settings(replace(draft_config, vocab_size=vocab), config))
+    return DraftObjective(draft.train(), base, config)
+
+
+OWN = ("model_type", "input_layernorm", "attention_bias", "fc_bias", "options", "head_tokens")
+"""What a draft's tensors and files decide by themselves; options are compared one by one."""
+
+
+def check_init(own: DraftConfig, wanted: DraftConfig, name: str) -> None:
+    """Refuses a draft to start from whose shape or ``"msd"`` section the training config does not have.
+
+    Raises:
+        UserError: the first key that differs.
+    """
+    for part, theirs, ours in (("", own, wanted), ("msd.", own.options, wanted.options)):
+        for key in fields(theirs):
+            given, asked = getattr(theirs, key.name), getattr(ours, key.name)
+            if key.compare and key.name not in OWN and given != asked:
+                raise UserError(
+                    f"--init has {part}{key.name}={given}, --config {asked}", name, "take the draft's own config.json"
+                )
+
+
+def build_engine(
+    objective: DraftObjective, config: TrainConfig, deepspeed_config: dict[str, Any], sizes: BatchSizes
+) -> Engine:
+    if not launched():
+        return PlainEngine(objective, config, deepspeed_config, sizes)
+    from eagle.train.engine_deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(objective, config, deepspeed_config, sizes)
+
+
+def restore(
+    args: argparse.Namespace,
+    store: CheckpointStore,
+    engine: Engine,
+    data: TrainingData,
+    schedule: Schedule,
+    config: TrainConfig,
+) -> Progress:
+    """Progress of the interrupted run with ``--resume``, else a new one."""
+    draft = asdict(engine.objective.draft.config.options)
+    sizes = {**asdict(schedule.sizes), "text": schedule.text, "image": schedule.image}
+    run = {**sizes, **draft, **config.fingerprint(), **data.run}
+    folder = store.latest() if args.resume else None
+    if folder is None:
+        if args.resume and engine.is_main:
+            print(f"no checkpoint in {args.cpdir} yet: starting anew", flush=True)
+        return Progress(run=run)
+    progress = store.load(engine, folder, run)
+    if engine.is_main:
+        print(f"resumed after step {progress.step} from {folder}", flush=True)
+    return progress
