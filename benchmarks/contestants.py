@@ -1,4 +1,4 @@
-"""Who competes: names of the suite file to ways of decoding."""
+"""The contestants of a suite file: names and the ways of decoding that they stand for."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def static(model: MSDModel, settings: dict[str, Any], suite: Suite) -> Way:
 
 
 def lookup(model: MSDModel, settings: dict[str, Any], suite: Suite) -> Way:
-    """Guesses from the text before."""
+    """Drafts from the text so far."""
     return with_prompt_lookup(model, settings, suite.lookup)
 
 
 def assisted(model: MSDModel, settings: dict[str, Any], suite: Suite) -> Way:
-    """A small model guesses, a chain at a time."""
+    """A small model drafts a chain."""
     return with_transformers(model, settings, assistant_model=assistant_for(model, suite.assistant))
 
 
@@ -49,7 +49,7 @@ PLAIN: dict[str, Builder] = {
     "transformers static": static,
 }
 SINGLE: dict[str, Builder] = {"prompt lookup": lookup, "assistant": assisted}
-"""What transformers does for one sequence alone."""
+"""What transformers supports for one sequence only."""
 
 
 def build(
@@ -62,7 +62,7 @@ def build(
         others: the base model in the further dtypes that the plain baselines run in.
 
     Raises:
-        UserError: there is no contestant of that name.
+        UserError: a contestant is unknown.
     """
     sampling = SamplingSettings(cell.temperature, seed=suite.seed).for_engine()
     settings: dict[str, Any] = {"max_new_tokens": cell.new_tokens, **sampling}
@@ -74,11 +74,11 @@ def build(
                 dtype = str(other.dtype).removeprefix("torch.")
                 runners.append(Contestant(f"{name} {dtype}", PLAIN[name](other, settings, suite), plain=True))
         elif name in SINGLE and cell.batch > 1:
-            left_out[name] = "transformers has it for one sequence alone"
+            left_out[name] = "transformers supports it for one sequence only"
         elif name in SINGLE:
             runners.append(Contestant(name, SINGLE[name](model, settings, suite)))
         elif name == "msd fixed" and cell.batch > 1:
-            left_out[name] = "a batch has this tree in any case"
+            left_out[name] = "a batch uses this tree anyway"
         else:
             runners.append(Contestant(name, with_engine(model, True, settings, tree_of(name, model, cell.batch))))
     if not any(runner.plain for runner in runners):

@@ -1,8 +1,8 @@
-"""Measure everyone against everyone, cell by cell, as a suite file declares it.
+"""Compare all contestants of a suite file, cell by cell, in interleaved rounds.
 
     python -m benchmarks.suite                                   # benchmarks/suites/pocket.json
     python -m benchmarks.suite --only long --rounds 9            # cells whose name has 'long'
-    python -m benchmarks.suite --quick                           # a minute; its figures mean nothing
+    python -m benchmarks.suite --quick                           # a minute, to see that it runs
 
 Leaves OUT/NAME.json, written after every cell, and OUT/NAME.png; prints one table. docs/speed.md says how to read them.
 """
@@ -96,7 +96,7 @@ def load(pair: Pair, suite: Suite) -> list[MSDModel]:
 
 
 def too_slow(dtype: str, place: str) -> bool:
-    """16 bit on a CPU without products in it takes many times longer: no baseline that anybody would choose."""
+    """16 bit on a CPU without 16-bit products is many times slower, so it is left out as a baseline."""
     return dtype != "float32" and on_cpu(place) and not cpu_has_bfloat16()
 
 
@@ -111,7 +111,7 @@ def measure(cell: Cell, suite: Suite, models: Sequence[MSDModel]) -> dict[str, A
     work = work_of(cell, suite, models[0], random)
     runners, left_out = build(cell, suite, models[0], models[1:])
     left_out |= {
-        f"plain baselines in {dtype}": "this CPU has no products in it"
+        f"plain baselines in {dtype}": "this CPU has no products in this dtype"
         for dtype in suite.baseline_dtypes
         if not random and named(dtype) != models[0].dtype and too_slow(dtype, str(models[0].device))
     }
