@@ -1,4 +1,4 @@
-# `make demo` and `make test` need nothing before them: the stamp installs what is missing.
+# Every target can be run first: it installs what is missing (see $(STAMP)).
 PYTHON ?= python3
 VENV ?= .venv
 LOWEST_VENV ?= $(VENV)-lowest
@@ -13,11 +13,11 @@ SUITE ?= benchmarks/suites/pocket.json
 OUT ?= outputs/bench
 BENCH_FLAGS ?=
 
-# what depends on transformers most, for the oldest one: LOWEST_TESTS="LLaVA/tests EAGLE/tests" is everything
+# the tests that depend most on the version of transformers; LOWEST_TESTS="LLaVA/tests EAGLE/tests" runs all
 LOWEST_TESTS ?= LLaVA/tests EAGLE/tests/decode EAGLE/tests/drafts EAGLE/tests/families EAGLE/tests/ge_data/test_qwen.py EAGLE/tests/train/test_overfit.py \
     EAGLE/tests/train/test_positions.py
 
-# the oldest transformers that the packages admit, read where pip reads it
+# the oldest transformers that the packages allow
 LOWEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' LLaVA/pyproject.toml)
 
 .PHONY: help setup demo test test-all test-lowest bench bench-quick figures quality wheels version clean
@@ -26,26 +26,26 @@ LOWEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' LLaVA/pyprojec
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1\t\2/p' Makefile | expand -t 14
 
-setup: $(STAMP)  ## make the environment and install the three packages
+setup: $(STAMP)  ## make the environment and install everything
 demo: $(STAMP)  ## decode with the embedded models
 	$(BIN)/msd demo
 
-test: $(STAMP)  ## run the tests, on the CPU where there is a GPU too
+test: $(STAMP)  ## run the core tests (not those marked slow), on the CPU even if there is a GPU
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST)
 
-test-all: $(STAMP)  ## run all tests, the slow ones too
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST) -m "slow or not slow"
+test-all: $(STAMP)  ## run all tests but those for hand use
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST) -m "not by_hand"
 
-test-lowest: $(LOWEST_STAMP)  ## run the tests that need the models on the oldest transformers
+test-lowest: $(LOWEST_STAMP)  ## run the tests of models with the oldest supported transformers
 	OMP_NUM_THREADS=1 $(LOWEST_VENV)/bin/python -m pytest $(PYTEST) $(LOWEST_TESTS)
 
-bench: $(STAMP)  ## time everyone against everyone: one table, one plot, one JSON
+bench: $(STAMP)  ## compare all ways to decode: one table, one plot, one JSON file
 	$(BIN)/python -m benchmarks.suite --suite $(SUITE) --out $(OUT) $(BENCH_FLAGS)
 
-bench-quick: $(STAMP)  ## the same in a minute, without meaning
+bench-quick: $(STAMP)  ## a quick run that only checks that everything works
 	$(BIN)/python -m benchmarks.suite --quick --out $(OUT)
 
-figures: $(STAMP)  ## README's tables and plot from their report, and the figures of docs/method.md
+figures: $(STAMP)  ## write README's tables and plot, and the figures of docs/method.md
 	$(BIN)/python -m benchmarks.readme
 	$(BIN)/python -m experiments.figure_inputs
 	$(BIN)/python -m experiments.figure_tree
@@ -56,7 +56,7 @@ quality: $(STAMP)  ## lint, formatting, dead code, types
 	$(BIN)/vulture
 	$(BIN)/mypy
 
-wheels: $(STAMP)  ## build the three wheels into dist/ and list what is in them
+wheels: $(STAMP)  ## build the three wheels into dist/ and list their files
 	rm -rf dist $(addsuffix build,$(dir $(PROJECTS)))
 	for folder in $(dir $(PROJECTS)); do \
 	    $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist "./$$folder" || exit 1; done
@@ -77,7 +77,7 @@ $(STAMP): $(PROJECTS) scripts/1_setup.sh
 	PYTHON="$(PYTHON)" VENV="$(VENV)" bash scripts/1_setup.sh
 	@touch $@
 
-# A light environment over the first one: only transformers and what it asks for differ.
+# An environment on top of the first one: only transformers and its dependencies differ.
 $(LOWEST_STAMP): $(STAMP)
 	rm -rf $(LOWEST_VENV)
 	$(BIN)/python -m venv $(LOWEST_VENV)

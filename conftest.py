@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,8 @@ import pytest
 REPO = Path(__file__).resolve().parent
 LONGEST = "test_pipeline.py"
 sys.path.insert(0, str(REPO / "tests" / "support"))
+
+from repository import FULL_PARITY  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,10 +32,12 @@ def costs_of_a_made_up_machine(tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield
 
 
-@pytest.fixture(scope="session")
-def fixtures_dir() -> Path:
-    """Folder of the reference values: env MSD_FIXTURES, else `shared/fixtures` beside the repository, else a skip."""
-    folder = Path(os.environ.get("MSD_FIXTURES") or REPO.parent / "shared" / "fixtures")
-    if not folder.is_dir():
-        pytest.skip(f"no reference values in {folder} (set MSD_FIXTURES)")
-    return folder
+@pytest.fixture(scope="session", params=["small", "full"] if FULL_PARITY.is_dir() else ["small"])
+def parity_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of reference values: those of the repository, and the larger set (env MSD_FIXTURES, or `shared/fixtures`
+    beside the repository) if it is there."""
+    if request.param == "small":
+        from parity_fixture import expand
+
+        return expand(REPO / "tests" / "fixtures" / "parity", tmp_path_factory.mktemp("parity") / "small")
+    return FULL_PARITY

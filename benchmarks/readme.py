@@ -1,12 +1,13 @@
-"""README's figures of speed, from a report of the suite (`make bench`), so that no figure is copied by hand.
+"""The speed figures of README.md and docs/speed.md, written from a report of the suite (`make bench`).
 
-    python -m benchmarks.readme                                  # tables into README.md, plot into docs/speed.png
-    python -m benchmarks.readme --report benchmarks/pocket.json  # from another report, which README names from then on
-    python -m benchmarks.readme --check                          # exit status 1 if README has other figures
+    python -m benchmarks.readme                                  # both pages and docs/speed.png
+    python -m benchmarks.readme --report benchmarks/pocket.json  # from another report, which the pages name afterwards
+    python -m benchmarks.readme --check                          # exit status 1 if the pages have other figures
 
-The figures stand between two marks in README.md; the first one names the report. Of the suite's cells they are those
-of one question at a time, without further context: for each pair and temperature the one with the longest answers. A
-report of `msd bench` gives one table of its pair and no plot.
+In each page the figures stand between two markers; the first one names the report. README has four lines: the strongest
+plain decoding, the best other speculation, and MSD greedy and at T = 1. docs/speed.md has every contestant. Both show
+the cells of one question at a time without further context: for each pair and temperature the one with the longest
+answers.
 """
 
 from __future__ import annotations
@@ -14,13 +15,12 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from benchmarks import bench_table
 from benchmarks.plot import draw_compact
 from benchmarks.report import NOISY
 from eagle.hidden_states.index import sha256
@@ -38,21 +38,24 @@ NAMES = {
     "prompt lookup": "transformers' prompt lookup",
     "assistant": "transformers' assisted decoding",
     "msd": "**MSD**",
-    "msd reset": "MSD, without memory of earlier requests",
+    "msd reset": "MSD, acceptance statistics reset for each request",  # older reports have it
     "msd fixed": "MSD, fixed tree",
 }
+OTHERS = ("prompt lookup", "assistant")
 DTYPES = ("float32", "bfloat16", "float16")
 Cell = Mapping[str, Any]
+Shown = Mapping[float, Sequence[Cell]]
+"""The cells that are shown, by temperature, one cell per pair."""
 
 
 def chosen(report: Mapping[str, Any]) -> dict[float, list[Cell]]:
-    """The cells that README shows, by temperature, a cell a pair.
+    """The cells of a report that are shown, by temperature.
 
     Raises:
         UserError: the report has none.
     """
     longest: dict[tuple[float, str], Cell] = {}
-    for cell in report["cells"]:
+    for cell in report.get("cells", ()):
         key = (cell["temperature"], cell["model"])
         shown = cell["batch"] == 1 and not cell["context"] and not cell["cost_only"]
         if shown and (key not in longest or longest[key]["new_tokens"] < cell["new_tokens"]):
@@ -70,7 +73,7 @@ def name_of(cell: Cell) -> str:
 
 
 def how(temperature: float) -> str:
-    """Greedy, or the temperature that tokens are sampled at."""
+    """Greedy, or the temperature of sampling."""
     return "greedy" if temperature == 0 else f"sampled at T = {temperature:g}"
 
 
@@ -88,82 +91,109 @@ def label(contestant: str) -> str:
     return NAMES.get(contestant, contestant)
 
 
-def table_of(temperature: float, cells: Sequence[Cell]) -> str:
-    """One temperature: a row a contestant, four columns a pair. A pair's strongest plain baseline is in italics."""
-    pairs = [name_of(cell) for cell in cells]
-    head = "".join(f" {pair}: tokens/s | τ | speed-up | after the first token |" for pair in pairs)
-    lines = [f"| {how(temperature)} |{head}", "|---|" + "---:|" * (4 * len(cells))]
-    names = dict.fromkeys(name for cell in cells for name in cell["results"])
-    for name in names:
-        values = " | ".join(values_of(cell, name) for cell in cells)
-        lines.append(f"| {label(name)} | {values} |")
-    return "\n".join(lines) + "\n"
-
-
-def values_of(cell: Cell, name: str) -> str:
-    """Speed, τ and speed-up of a contestant, of the whole request and of what follows its first token; nothing where it
-    did not run."""
+def values_of(cell: Cell, name: str) -> list[str]:
+    """Tokens per second, τ and speed-up of the whole request, and the speed-up after the first token; empty where the
+    contestant did not run."""
     row = cell["results"].get(name)
     if row is None:
-        return " | | | "
+        return ["", "", "", ""]
     later = row["decoding_tokens_per_second"] / cell["results"][cell["baseline_name"]]["decoding_tokens_per_second"]
     mark = NOISY if cell["doubtful"] else ""
     style = "*" if name == cell["baseline_name"] else "**" if name == "msd" else ""
     tau = f"{row['tau']:.2f}" if row["phases_share"] and row["tau"] > 1 else ""
-    whole = f"{mark}{row['tokens_per_second']:.0f} | {tau} | {style}{mark}{row['speedup']:.2f}x{style}"
-    return f"{whole} | {mark}{later:.2f}x"
+    speed, gain = f"{mark}{row['tokens_per_second']:.0f}", f"{style}{mark}{row['speedup']:.2f}x{style}"
+    return [speed, tau, gain, f"{mark}{later:.2f}x"]
 
 
-def caption(report: Mapping[str, Any], cells: Sequence[Cell], where: str) -> str:
-    """When, where, with what and by which command."""
+def line(title: str, values: Sequence[str]) -> str:
+    return f"| {title} | {' | '.join(values)} |\n"
+
+
+def readme_block(report: Mapping[str, Any], where: str) -> str:
+    """README's lines: tokens per second, τ and speed-up of the whole request for each pair."""
+    shown = chosen(report)
+    greedy, sampled = shown[min(shown)], shown[max(shown)]
+
+    def best_other(cell: Cell) -> str:
+        return max((name for name in OTHERS if name in cell["results"]), default="",
+                   key=lambda name: cell["results"][name]["speedup"])  # fmt: skip
+
+    def row(title: str, cells: Sequence[Cell], contestant: Callable[[Cell], str]) -> str:
+        return line(title, [value for cell in cells for value in values_of(cell, contestant(cell))[:3]])
+
+    head = [title for cell in greedy for title in (f"{name_of(cell)}: tokens/s", "τ", "speed-up")]
+    rows = [
+        line("", head),
+        line("---", ["---:"] * len(head)).replace(" ", ""),
+        row("strongest plain decoding, greedy", greedy, lambda cell: cell["baseline_name"]),
+        row("best other speculation, greedy", greedy, best_other),
+        row("**MSD**, greedy", greedy, lambda cell: "msd"),
+        row(f"**MSD**, {how(max(shown))}", sampled, lambda cell: "msd"),
+    ]
+    everything = f"All contestants and settings: [docs/speed.md](docs/speed.md), [report]({where}).\n"
+    return f"{''.join(rows)}\n{caption(report, [*greedy, *sampled])} {everything}"
+
+
+def speed_block(report: Mapping[str, Any], where: str) -> str:
+    """The tables of docs/speed.md: one per temperature, one line per contestant, four columns per pair. The strongest
+    plain baseline of a pair is in italics."""
+    shown = chosen(report)
+    tables = []
+    for temperature, cells in shown.items():
+        columns = ("τ", "speed-up", "after the first token")
+        head = [title for cell in cells for title in (f"{name_of(cell)}: tokens/s", *columns)]
+        rows = [line(how(temperature), head), line("---", ["---:"] * len(head)).replace(" ", "")]
+        for name in dict.fromkeys(name for cell in cells for name in cell["results"]):
+            rows.append(line(label(name), [value for cell in cells for value in values_of(cell, name)]))
+        tables.append("".join(rows))
+    everyone = caption(report, [cell for cells in shown.values() for cell in cells])
+    made = f"`{report['command']}`, commit {str(report['commit'])[:12]} ([report](../{where})).\n"
+    return "\n".join([*tables, f"![speed-up of each way to decode]({Path(PLOT).name})\n", f"{everyone} {made}"])
+
+
+def caption(report: Mapping[str, Any], cells: Sequence[Cell]) -> str:
+    """When, where and with what the cells were measured."""
     machine, versions, settings = report["hardware"], report["versions"], report["settings"]
     device = machine.get("gpu") or f"{machine['cpu']} ({machine['cores']} cores, {machine['threads']} threads)"
     dtypes = sorted({cell["dtype"] for cell in cells if "dtype" in cell})
-    everyone = f", {' and '.join(dtypes)} where no dtype is named" if dtypes else ""
-    noisy = f" {NOISY}: most rounds were disturbed." if any(cell["doubtful"] for cell in cells) else ""
-    questions = max(cell["questions"] for cell in cells)
+    everyone = f", {' and '.join(dtypes)} unless named" if dtypes else ""
+    noisy = f" {NOISY}: most rounds were noisy." if any(cell["doubtful"] for cell in cells) else ""
     return (
         f"{report['date'][:10]}, {device}, torch {versions['torch']}, transformers {versions['transformers']}"
-        f"{everyone}; "
-        f"{settings['rounds']} interleaved rounds of {questions} held-out questions, answers of up to "
-        f"{max(cell['new_tokens'] for cell in cells)} tokens; medians; speed-up over the strongest plain decoding (in "
-        f"italics), of the whole request with its picture and prompt, and of decoding alone.{noisy} "
-        f"`{report['command']}`, commit {str(report['commit'])[:12]} ([report]({where})).\n"
+        f"{everyone}; {settings['rounds']} interleaved rounds of {max(cell['questions'] for cell in cells)} held-out "
+        f"questions, up to {max(cell['new_tokens'] for cell in cells)} new tokens; medians. Speed-up is over the "
+        f"strongest plain decoding of the same run, of the whole request with its picture and prompt.{noisy}"
     )
 
 
-def block_of(report: Mapping[str, Any], where: str) -> str:
-    """All that stands between the marks. ``where``: the report's path in the repository."""
-    if "cells" not in report:
-        return bench_table.table_of(report)
-    shown = chosen(report)
-    cells = [cell for each in shown.values() for cell in each]
-    tables = "\n".join(table_of(temperature, each) for temperature, each in shown.items())
-    return f"{tables}\n![speed-up of each way to decode]({PLOT})\n\n{caption(report, cells, where)}"
+PAGES: Mapping[str, Callable[[Mapping[str, Any], str], str]] = {
+    "README.md": readme_block, "docs/speed.md": speed_block,
+}  # fmt: skip
 
 
-def renewed(text: str, repository: Path, report: str | None = None) -> str:
-    """README's ``text`` with the figures that its report, or another ``report`` of the ``repository``, has.
+def renewed(page: str, repository: Path, report: str | None = None) -> tuple[str, str]:
+    """The text of ``page`` with the figures of its report, or of another ``report``; and the path of that report.
 
     Raises:
-        UserError: the marks are missing, or the report cannot be read.
+        UserError: the markers are missing, or the report cannot be read.
     """
+    text = (repository / page).read_text(encoding="utf-8")
     found = BLOCK.search(text)
     if found is None:
-        raise UserError("README has no marks for its figures", fix="put them around the table")
+        raise UserError("page has no markers for its figures", page, "put `<!-- figures: REPORT -->` above the table")
     where = report or found[2]
-    block = block_of(read_json(repository / where, "bench report"), where)
-    return text[: found.start()] + found[1] + where + found[3] + block + found[5] + text[found.end() :]
+    block = PAGES[page](read_json(repository / where, "bench report"), where)
+    return text[: found.start()] + found[1] + where + found[3] + block + found[5] + text[found.end() :], where
 
 
 def draw_plot(report: Mapping[str, Any], path: Path, source: str) -> None:
-    """README's plot."""
+    """The plot of the cells that are shown; ``source`` is the checksum of the report."""
     shown = [(cell, f"{name_of(cell)}, {how(t)}") for t, cells in chosen(report).items() for cell in cells]
     draw_compact([cell for cell, _ in shown], [title for _, title in shown], path, source)
 
 
 def drawn_from(path: Path) -> str | None:
-    """The checksum of the report that a plot was drawn from; None where there is no plot."""
+    """The checksum of the report that a plot was drawn from; None if there is no plot."""
     if not path.is_file():
         return None
     with Image.open(path) as image:
@@ -176,22 +206,19 @@ def run(argv: Sequence[str]) -> int:
         prog="python -m benchmarks.readme", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="write nothing")
-    parser.add_argument("--report", metavar="PATH", help="of a report, from the repository's root (default: README's)")
+    parser.add_argument("--report", metavar="PATH", help="report, relative to the repository (default: the pages')")
     parser.add_argument("--repository", type=Path, default=REPOSITORY, help="folder of README.md")
     options = parser.parse_args(argv)
-    page, plot = options.repository / "README.md", options.repository / PLOT
-    text = page.read_text(encoding="utf-8")
-    wanted = renewed(text, options.repository, options.report)
-    named = BLOCK.search(wanted)
-    assert named is not None
-    path = options.repository / named[2]
-    report, source = read_json(path, "bench report"), sha256(path)
+    pages = {page: renewed(page, options.repository, options.report) for page in PAGES}
+    where, plot = pages["docs/speed.md"][1], options.repository / PLOT
+    source = sha256(options.repository / where)
     if options.check:
-        return int(wanted != text or ("cells" in report and drawn_from(plot) != source))
-    if "cells" in report:
-        draw_plot(report, plot, source)
-    with atomic_write(page) as temporary:
-        temporary.write_text(wanted, encoding="utf-8")
+        same = all((options.repository / page).read_text(encoding="utf-8") == text for page, (text, _) in pages.items())
+        return int(not same or drawn_from(plot) != source)
+    draw_plot(read_json(options.repository / where, "bench report"), plot, source)
+    for page, (text, _) in pages.items():
+        with atomic_write(options.repository / page) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -1,45 +1,39 @@
-"""What a suite run leaves: one JSON, and the same as one table."""
+"""The report of a suite run, as JSON and as a table."""
 
 from __future__ import annotations
 
 import os
 import shlex
 import statistics
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from rich.table import Table
 
-from benchmarks.rounds import Quiet, Runner, find_quiet
 from benchmarks.spec import Cell, Suite
+from eagle.benchmark import Contestant, Quiet, find_quiet, speed
 from eagle.decode.stats import Stats
-from eagle.provenance import hardware, versions
+from eagle.provenance import record
 
 SCHEMA = 1
-REPOSITORY = Path(__file__).resolve().parents[1]
 NOISY = "≈"
 """Mark of a cell whose rounds were noisy for the most part."""
 
 
 def header(suite: Suite, device: torch.device, module: str, argv: Sequence[str]) -> dict[str, Any]:
-    """Where, when, with what and by which command."""
+    """The record of the run, with its settings."""
     settings = asdict(suite)
     for name in ("cells", "where"):
         settings.pop(name)
     return {
+        **record(device),
         "schema": SCHEMA,
         "suite": suite.name,
         "command": shlex.join(["python", "-m", module, *argv]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "hardware": hardware(device) | {"memory_bytes": psutil.virtual_memory().total},
-        "versions": versions(),
+        "memory_bytes": psutil.virtual_memory().total,
         "environment": {
             name: os.environ[name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ
         },
@@ -48,22 +42,8 @@ def header(suite: Suite, device: torch.device, module: str, argv: Sequence[str])
     }
 
 
-def commit() -> str | None:
-    """The commit of the repository, with '+changes' where files differ from it; None where git does not tell."""
-    try:
-        said = [
-            subprocess.run(
-                ["git", "-C", str(REPOSITORY), *what], check=True, capture_output=True, text=True
-            ).stdout.strip()
-            for what in (("rev-parse", "HEAD"), ("status", "--porcelain"))
-        ]
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return said[0] + ("+changes" if said[1] else "")
-
-
 def row_of_cell(
-    cell: Cell, runners: Sequence[Runner], left_out: dict[str, str], suite: Suite, loads: Sequence[float | None],
+    cell: Cell, runners: Sequence[Contestant], left_out: dict[str, str], suite: Suite, loads: Sequence[float | None],
     random: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """All that was measured in one cell."""
@@ -88,11 +68,8 @@ def row_of_cell(
     }
 
 
-def result(runner: Runner, best: Runner, quiet: Quiet, reference: list[list[int]] | None) -> dict[str, Any]:
+def result(runner: Contestant, best: Contestant, quiet: Quiet, reference: list[list[int]] | None) -> dict[str, Any]:
     """One contestant: medians over the rounds that count. Speed-up is the median of the ratios within each round."""
-
-    def speed(stats: Stats) -> float:
-        return stats.tokens_per_second
 
     ratios = [speed(runner.rounds[n]) / speed(best.rounds[n]) for n in quiet.rounds]
     total = Stats.empty()

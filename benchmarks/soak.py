@@ -4,15 +4,14 @@
 
 Six kinds of request take turns: text, one picture, several pictures, a long prompt, sampling, and a batch. Each draws
 from a fixed pool of prompts, whose plain greedy answers are made first. Resident memory is read after each request; its
-slope is the least-squares line over the requests after the warm-up. The report and a plot beside it are written anew
-every ``--every`` requests, so that a run that is stopped leaves what it has measured. Status 1: an answer differs, or
+slope is the least-squares line over the requests after the warm-up. The report and a plot beside it are rewritten every
+``--every`` requests, so an interrupted run leaves what it has measured. Status 1: an answer differs, or
 memory grows faster than ``--max-slope``.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import time
@@ -39,7 +38,7 @@ from eagle.loading import load_model
 from eagle.provenance import hardware, versions
 from eagle.questions import Question, read_questions
 from llava.errors import UserError, run_cli
-from llava.files import atomic_write
+from llava.files import atomic_write, write_json
 
 KINDS = ("text", "picture", "pictures", "long", "sampled", "batch")
 MIB = 2**20
@@ -60,7 +59,7 @@ class Prompt:
 @dataclass
 class Record:
     """What was measured. ``rss``: resident bytes after each request; ``differing``: requests whose greedy answer was
-    not the plain one."""
+    different from the plain one."""
 
     rss: list[int] = field(default_factory=list)
     kinds: Counter[str] = field(default_factory=Counter)
@@ -188,8 +187,7 @@ def write(found: dict[str, Any], out: Path) -> None:
     """The report, and the plot of its memory beside it."""
     from matplotlib.figure import Figure
 
-    with atomic_write(out) as temporary:
-        temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_json(out, found, indent=1)
     line, rss = found["slope"], found["rss_mib"]
     figure = Figure(figsize=(8, 4))
     axes = figure.add_subplot()

@@ -1,7 +1,7 @@
-"""What a suite file declares: models, cells, and who competes in them. Strict: an unknown key is an error.
+"""What a suite file declares: models, cells, and their contestants. An unknown key is an error.
 
-A cell may list several values of ``temperature``, ``batch``, ``new_tokens`` and ``context``; each combination is a cell
-of its own.
+A cell may list several values of ``temperature``, ``batch``, ``new_tokens`` and ``context``; each combination becomes a
+separate cell.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
-from experiments.random_pair import Shape
+from benchmarks.random_pair import Shape
 from llava.errors import UserError
 from llava.files import read_json
 from llava.strict import read_strict, strict_dataclass
@@ -21,7 +21,7 @@ CONTESTANTS = (
     "autoregressive", "transformers dynamic", "transformers static", "prompt lookup", "assistant", "msd", "msd fixed",
     "msd 5/10/60",
 )  # fmt: skip
-"""Who competes where a cell does not say; `benchmarks.contestants` builds them."""
+"""Contestants of a cell that does not name any; `benchmarks.contestants` builds them."""
 
 
 @strict_dataclass
@@ -107,8 +107,8 @@ def read_suite(path: Path) -> Suite:
 
 
 def _combinations(entry: Any) -> list[Any]:
-    """The cells of one entry of the file: one for each combination of its values of `AXES`."""
+    """The cells of one entry of the file: one for each combination of the values that its `AXES` list."""
     if not isinstance(entry, dict):
         return [entry]
-    listed = {axis: entry[axis] for axis in AXES if isinstance(entry.get(axis), list)}
-    return [{**entry, **dict(zip(listed, values, strict=True))} for values in itertools.product(*listed.values())]
+    axes = {axis: entry[axis] for axis in AXES if isinstance(entry.get(axis), list)}
+    return [{**entry, **dict(zip(axes, values, strict=True))} for values in itertools.product(*axes.values())]

@@ -9,14 +9,12 @@ counted. Bytes are those of the shards, against the hidden state and the text em
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -29,34 +27,30 @@ from eagle.families import load_target, template_of
 from eagle.ge_data.extract import Extractor, source_of
 from eagle.ge_data.selection import IMAGE, TEXT, Selection
 from eagle.hidden_states.index import ShardInfo
-from eagle.provenance import hardware, versions
+from experiments.common import parser, run_record
 from llava.errors import UserError, run_cli
-from llava.files import atomic_write
+from llava.files import write_json
 
 ONE, BATCHED = "one at a time", "batches by length"
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(prog="python -m experiments.allocation", description=__doc__.splitlines()[0])
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    made = parser("experiments.allocation", __doc__)
     add = made.add_argument
     add("--model", default="pocket/llava", help="base model (default: pocket/llava)")
     add("--json-data-path", type=Path, required=True, help="annotation file")
-    add("--image-data-path", type=Path, help="folder of the pictures; without it the rows without picture are read")
-    add("--rows", type=int, default=256, help="rows to read each way, whole shards (default: 256)")
-    add("--shard-size", type=int, default=64, help="as of the allocation (default: 64)")
+    add("--image-data-path", type=Path, help="folder of the pictures; without it, records without pictures are read")
+    add("--rows", type=int, default=256, help="records to read each way, whole shards (default: 256)")
+    add("--shard-size", type=int, default=64, help="as in the allocation (default: 64)")
     add("--max-length", type=int, default=2048, help="where conversations are cut (default: 2048)")
-    add("--batch-tokens", type=int, help="as of the allocation (default: 8192, on a CPU 1024)")
-    add("--hidden-dtype", choices=("auto", "int8"), default="auto", help="as of the allocation (default: auto)")
-    add("--dtype", default="auto", help="of the model (default: the checkpoint's)")
-    add("--out", type=Path, help="also write the figures as JSON")
-    return made
+    add("--hidden-dtype", choices=("auto", "int8"), default="auto", help="as in the allocation (default: auto)")
+    return made.parse_args(argv)
 
 
 def extractors(options: argparse.Namespace, folder: Path) -> dict[str, Extractor]:
     """The two ways, sharing one model."""
     kind = TEXT if options.image_data_path is None else IMAGE
-    target = load_target(options.model, dtype=options.dtype)
+    target = load_target(options.model)
     limit = min(options.max_length, getattr(target.config.get_text_config(), "max_position_embeddings", 2048))
     selection = Selection.of(options.json_data_path, kind, options.image_data_path or Path(), limit, seed=42)
     if len(selection.records) < options.rows or options.rows < 2 * options.shard_size:
@@ -67,7 +61,7 @@ def extractors(options: argparse.Namespace, folder: Path) -> dict[str, Extractor
         )
     source = source_of(target, options.model, None if options.hidden_dtype == "auto" else options.hidden_dtype)
     made = {}
-    for way, tokens in ((ONE, 1), (BATCHED, options.batch_tokens)):
+    for way, tokens in ((ONE, 1), (BATCHED, None)):
         place = folder / way.replace(" ", "-")
         place.mkdir()
         made[way] = Extractor(target, template_of(target), selection, place, replace(source), tokens)
@@ -110,7 +104,7 @@ def report(taken: dict[str, list[tuple[float, ShardInfo]]], hidden_size: int) ->
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
-    options = parser().parse_args(argv)
+    options = parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         ways = extractors(options, Path(folder))
         target = ways[ONE].target
@@ -124,10 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     share = f"{100 * found['share_of_hidden_and_embedding']:.1f} % of hidden state and embedding in 16 bit"
     console.print(f"{found['bytes_per_token']:.1f} bytes a token, {share}")
     if options.out is not None:
-        settings = {name: str(value) for name, value in vars(options).items() if name != "out"}
-        found |= {"settings": settings, "hardware": hardware(torch.device(target.device)), "versions": versions()}
-        with atomic_write(options.out) as temporary:
-            temporary.write_text(json.dumps({**found, "date": f"{date.today()}"}, indent=1) + "\n", encoding="utf-8")
+        write_json(options.out, {**run_record(options, torch.device(target.device)), **found})
     return 0
 
 

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
+from experiments.common import REPO
 from llava.errors import run_cli
 from llava.files import atomic_write
 
-OUT = Path(__file__).resolve().parents[1] / "docs" / "method-inputs.png"
+OUT = REPO / "docs" / "method-inputs.png"
 TOKENS = ("USER:", "image", "image", "image", "What", "is", "it?", "A", "bus")
 """The text so far; four positions of a picture would be hundreds."""
 IMAGE = "image"
@@ -90,14 +90,14 @@ def draw_notes(axes: Axes) -> None:
     axes.text(-1.5, -0.1, key, ha="left", va="center", fontsize=8.5, linespacing=1.7)
 
 
-def run(argv: Sequence[str]) -> int:
-    """Draws; returns the exit status."""
+def main() -> None:
+    """Draws the figure."""
     made = argparse.ArgumentParser(
         prog="python -m experiments.figure_inputs", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     made.add_argument("--out", type=Path, default=OUT, help="the PNG (default: docs/method-inputs.png)")
-    options = made.parse_args(argv)
+    options = made.parse_args()
     figure = Figure(figsize=(WIDTH, 6.0), layout="constrained")
     axes = figure.subplots()
     draw_positions(axes)
@@ -108,8 +108,7 @@ def run(argv: Sequence[str]) -> int:
     axes.set_axis_off()
     with atomic_write(options.out) as temporary:
         figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(lambda: run(sys.argv[1:])))
+    sys.exit(run_cli(main))

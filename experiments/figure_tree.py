@@ -30,12 +30,15 @@ from eagle.decode.tree import DraftTree
 from eagle.decode.tree_config import TreeConfig
 from eagle.hidden_states.index import sha256
 from eagle.questions import Question, read_questions
+from experiments.common import REPO
 from llava.errors import UserError, run_cli
 from llava.files import atomic_write
 from llava.image import load_image
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-OUT = REPOSITORY / "docs" / "method-tree.png"
+BASE, DRAFT = REPO / "pocket" / "llava", REPO / "pocket" / "llava-msd"
+DATA = REPO / "pocket" / "data" / "heldout.jsonl"
+MAX_NEW_TOKENS = 128
+OUT = REPO / "docs" / "method-tree.png"
 DRAFTED, ACCEPTED, ROOT, BONUS = "#e6e6e6", "#9cc3ea", "#2563a8", "#f2c57c"
 WIDTH = 10.0  # inches; at DPI a README's width
 DPI = 110
@@ -199,50 +202,34 @@ def title_of(cycles: Sequence[Cycle], number: int, question: Question, tokenizer
     )
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
+def main() -> None:
+    """Answers the question and draws one cycle."""
     made = argparse.ArgumentParser(
         prog="python -m experiments.figure_tree", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    pocket = REPOSITORY / "pocket"
     add = made.add_argument
-    add("--base-model", default=str(pocket / "llava"), help="base model (default: pocket/llava)")
-    add("--msd-model", default=str(pocket / "llava-msd"), help="folder of its draft (default: pocket/llava-msd)")
-    add("--data", type=Path, default=pocket / "data" / "heldout.jsonl", help="question file")
-    add("--question", default="h0000", metavar="ID", help="of the question file (default: h0000)")
+    add("--question", default="h0000", metavar="ID", help="of pocket/data/heldout.jsonl (default: h0000)")
     add("--cycle", type=int, help="from 1 (default: a typical one)")
-    add(
-        "--tree",
-        type=lambda text: TreeConfig(*tree_limits(text)),
-        default=TreeConfig.for_device("cpu"),
-        metavar="D/K/N",
-        help="default: 6/3/12",
-    )
-    add("--max-new-tokens", type=int, default=128)
+    add("--tree", type=tree_limits, metavar="D/K/N", help="default: 6/3/12")
     add("--out", type=Path, default=OUT, help="the PNG (default: docs/method-tree.png)")
-    return made
-
-
-def run(argv: Sequence[str]) -> int:
-    """Answers, draws; returns the exit status."""
-    options = parser().parse_args(argv)
-    known = {question.id: question for question in read_questions(options.data)}
+    options = made.parse_args()
+    known = {question.id: question for question in read_questions(DATA)}
     if options.question not in known:
-        raise UserError(f"no question '{options.question}'", options.data, "give the id of one of its lines")
+        raise UserError(f"no question '{options.question}'", DATA, "give the id of one of its lines")
     question = known[options.question]
-    msd = MSDModel.from_pretrained(options.base_model, options.msd_model, dtype=torch.float32, tree=options.tree)
-    cycles = record(msd, question, options.tree, options.max_new_tokens)
+    tree = TreeConfig(*options.tree) if options.tree else TreeConfig.for_device("cpu")
+    msd = MSDModel.from_pretrained(BASE, DRAFT, dtype=torch.float32, tree=tree)
+    cycles = record(msd, question, tree, MAX_NEW_TOKENS)
     number = typical(cycles) if options.cycle is None else options.cycle - 1
     if not 0 <= number < len(cycles):
         raise UserError(f"no cycle {options.cycle}", fix=f"this answer has {len(cycles)}")
     title = title_of(cycles, number, question, msd.tokenizer)
     figure = draw(cycles[number], title, question, msd.tokenizer)
-    origin = {"Software": None, "Source": sha256(Path(options.msd_model) / "model.safetensors")}
+    origin = {"Software": None, "Source": sha256(DRAFT / "model.safetensors")}
     with atomic_write(options.out) as temporary:
         figure.savefig(temporary, format="png", dpi=DPI, metadata=origin)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(lambda: run(sys.argv[1:])))
+    sys.exit(run_cli(main))

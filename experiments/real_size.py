@@ -1,27 +1,35 @@
-"""Costs at the real size on random weights, and the speed-up to expect from published acceptance.
+"""Costs of decoding at the real size on random weights, and the speed-up to expect from published acceptance lengths.
 
     python -m experiments.real_size                     # LLaVA-1.5-7B's shape, as many layers as memory holds
-    python -m experiments.real_size --model 13b --dtype float32 --layers 4
-    python -m experiments.real_size --quick             # a tiny shape; its figures mean nothing
-    python -m experiments.real_size --simulate-only     # the GPU's figures, which need no measurement
+    python -m experiments.real_size --model 13b
+    python -m experiments.real_size --simulate-only     # a GPU by its data sheet; nothing is measured
 
-Random weights cost what trained ones cost and accept nothing, so acceptance comes from `published.json`. Where memory
-does not hold all layers, times at two depths give the time of a layer, and the figures are scaled to all of them; the
-report says so. `experiments/cost_model.py` has the formulas.
+Random weights cost the same as trained ones and accept nothing, so acceptance comes from `published.json`. If memory
+does not hold all layers, the time of a layer comes from the times at two depths, and the figures are scaled to all
+layers; the report says so.
+
+A cycle gives τ tokens and takes ``T_draft + T_verify(n)``; plain decoding takes ``T(1)`` per token::
+
+    speed-up <= tau * T(1) / (T_draft + T_verify(n))
+
+This is a bound: a request also reads its prompt, and a cycle also selects, accepts and commits. On a GPU a forward of
+``n`` rows takes the longer of reading and computing (roofline), in 16 bit::
+
+    T(n) = max(bytes / bandwidth, flop(n) / arithmetic) + layers * overhead
+    bytes   = 2 * (layers * layer_parameters + head_parameters) + 4 * layers * hidden * context
+    flop(n) = 2 * n * (layers * layer_parameters + head_parameters) + 4 * n * layers * hidden * context
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import resource
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +39,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlavaForConditionalGeneration
 
-from benchmarks.report import commit
-from eagle.arguments import positive
+from benchmarks.random_pair import RandomPrompt, Shape, random_draft, random_target
 from eagle.decode.adaptive.cost import measure
 from eagle.decode.adaptive.planner import CostCurve
 from eagle.decode.tree_config import TreeConfig
@@ -40,12 +47,10 @@ from eagle.drafts.msd import DraftModel
 from eagle.families.base import Target
 from eagle.families.llava.target import LlavaTarget
 from eagle.loading import device_map_for
-from eagle.provenance import hardware, versions
-from experiments.cost_model import FORMULA, Gpu, Times, break_even, to_depth
-from experiments.random_pair import RandomPrompt, Shape, random_draft, random_target
+from experiments.common import parser, run_record
 from llava.device import dtype_for
 from llava.errors import UserError, run_cli
-from llava.files import atomic_write, read_json
+from llava.files import read_json, write_json
 
 SHAPES = {
     "7b": ("LLaVA-1.5-7B", Shape(4096, 32, 32, 11_008, 32_000, 4096, (24, 1024), 336)),
@@ -53,79 +58,135 @@ SHAPES = {
     "quick": ("LLaVA-1.5-7B", Shape(32, 4, 2, 48, 128, 512)),
 }
 PUBLISHED = Path(__file__).resolve().parent / "published.json"
-MEMORY_SHARE = 0.6
-"""Of the free memory, for weights."""
+FORMULA = "speed-up <= tau * T(1) / (T_draft + T_verify(n))"
+MEMORY_SHARE = 0.6  # of the free memory, for weights
+PROMPT, NEW_TOKENS, ROUNDS = 640, 128, 5
+BYTES = 2  # of a weight in 16 bit
 GIGA, TERA = 1e9, 1e12
+BANDWIDTH_SHARE, ARITHMETIC_SHARE = 0.8, 0.5  # reached of a GPU's data sheet: guesses
+LAYER_OVERHEAD = 250e-6  # seconds to launch a layer from Python: a guess
+CYCLE_OVERHEAD = 1e-3  # seconds of a cycle outside forwards: a guess
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(
-        prog="python -m experiments.real_size",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def break_even(one: float, draft: float, verify: float) -> float:
+    """The acceptance length below which speculation loses."""
+    return (draft + verify) / one
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one machine: ``one`` token plainly, ``draft`` and ``verify`` of a cycle, the rest of a cycle
+    (``other``), and of a request its ``prompt``, and the draft's reading of it (``draft_prompt``)."""
+
+    one: float
+    draft: float
+    verify: float
+    other: float = 0.0
+    prompt: float = 0.0
+    draft_prompt: float = 0.0
+
+    def bound(self, tau: float) -> float:
+        """Speed-up of decoding alone."""
+        return tau * self.one / (self.draft + self.verify)
+
+    def request(self, tau: float, new_tokens: int) -> float:
+        """Speed-up of a whole request; its first token comes from the prompt."""
+        later = new_tokens - 1
+        plain = self.prompt + later * self.one
+        cycle = self.draft + self.verify + self.other
+        return plain / (self.prompt + self.draft_prompt + later / tau * cycle)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """``bandwidth`` bytes a second, ``arithmetic`` floating-point operations a second, both as really reached;
+    ``layer_overhead`` seconds that the host needs to launch a layer, where it does not hide behind the device;
+    ``cycle_overhead`` seconds of a cycle outside forwards."""
+
+    bandwidth: float
+    arithmetic: float
+    layer_overhead: float = 0.0
+    cycle_overhead: float = 0.0
+
+    def seconds(self, parameters: float, hidden: int, layers: int, rows: int, context: int) -> float:
+        """One forward of ``rows`` rows through ``layers`` layers that have ``parameters`` with the head."""
+        read = BYTES * parameters + 2 * BYTES * layers * hidden * context
+        computed = 2 * rows * parameters + 4 * rows * layers * hidden * context
+        return max(read / self.bandwidth, computed / self.arithmetic) + layers * self.layer_overhead
+
+    def forward(self, shape: Shape, rows: int, context: int) -> float:
+        """The target's."""
+        parameters = shape.layers * shape.layer_parameters + shape.head_parameters
+        return self.seconds(parameters, shape.hidden, shape.layers, rows, context)
+
+    def draft_step(self, shape: Shape, rows: int, context: int, head: bool = True) -> float:
+        """One level of the draft: one layer, and the target's head unless only the prompt is read."""
+        parameters = shape.draft_parameters + (shape.head_parameters if head else 0)
+        return self.seconds(parameters, shape.hidden, 1, rows, context)
+
+    def times(self, shape: Shape, tree: tuple[int, int, int], context: int) -> Times:
+        """Of a tree of (depth, top-k, nodes) after ``context`` positions. A tree has ``depth`` levels after the first
+        one, which comes from reading the accepted rows."""
+        depth, top_k, nodes = tree
+        return Times(
+            one=self.forward(shape, 1, context),
+            draft=self.draft_step(shape, depth, context) + depth * self.draft_step(shape, top_k, context),
+            verify=self.forward(shape, nodes, context),
+            other=self.cycle_overhead,
+            prompt=self.forward(shape, context, 0),
+            draft_prompt=self.draft_step(shape, context, 0, head=False),
+        )
+
+
+def to_depth(short: float, long: float, depths: tuple[int, int], wanted: int) -> float:
+    """Time at ``wanted`` layers from the times at two ``depths``, by the straight line through them: what no layer
+    takes, and what each takes."""
+    a_layer = max(0.0, (long - short) / (depths[1] - depths[0]))
+    return max(long, short) + a_layer * (wanted - depths[1])
+
+
+def parse_args() -> argparse.Namespace:
+    made = parser("experiments.real_size", __doc__)
     add = made.add_argument
-    add("--model", choices=("7b", "13b"), default="7b", help="whose shape (default: 7b)")
-    add("--quick", action="store_true", help="a tiny shape instead: the smoke test")
-    add("--layers", type=positive, help="decoder layers to build (default: as many as memory holds)")
-    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
-        help="auto: bfloat16, float32 on a CPU without products in bfloat16")  # fmt: skip
+    add("--model", choices=tuple(SHAPES), default="7b", help="whose shape; 'quick' is a tiny one (default: 7b)")
     add("--device", default="cpu", help="where costs are measured (default: cpu)")
-    add("--prompt", type=positive, default=640, help="positions of the prompt (default: 640)")
-    add("--new-tokens", type=positive, default=128, help="of an answer, for whole requests (default: 128)")
-    add("--rounds", type=positive, default=5, help="of each measurement (default: 5)")
-    add("--no-load", action="store_true", help="do not write the weights and load them again")
     add("--simulate-only", action="store_true", help="measure nothing")
-    gpu = made.add_argument_group("the GPU of the simulation (defaults: an A100 of 80 GB by its data sheet)")
-    gpu.add_argument("--bandwidth", type=float, default=2.0, help="terabytes a second (default: 2.0)")
-    gpu.add_argument("--arithmetic", type=float, default=312.0, help="16-bit TFLOP a second (default: 312)")
-    gpu.add_argument("--bandwidth-share", type=float, default=0.8, help="of it that is reached (default: 0.8, a guess)")
-    gpu.add_argument("--arithmetic-share", type=float, default=0.5, help="(default: 0.5, a guess)")
-    gpu.add_argument("--layer-overhead-us", type=float, default=250.0,
-                     help="microseconds to launch a layer from Python (default: 250, a guess)")  # fmt: skip
-    gpu.add_argument("--cycle-overhead-ms", type=float, default=1.0,
-                     help="milliseconds of a cycle outside forwards (default: 1, a guess)")  # fmt: skip
-    add("--out", type=Path, metavar="FILE.json", help="write the report here as JSON too")
-    return made
+    add("--bandwidth", type=float, default=2.0, help="of the simulated GPU, terabytes a second (default: 2.0)")
+    add("--arithmetic", type=float, default=312.0, help="of the simulated GPU, 16-bit TFLOP a second (default: 312)")
+    return made.parse_args()
 
 
-def run(argv: Sequence[str]) -> int:
-    """Measures and simulates; returns the exit status."""
-    options = parser().parse_args(argv)
-    name, shape = SHAPES["quick" if options.quick else options.model]
+def main() -> None:
+    """Measures and simulates; prints tables, writes JSON if asked."""
+    options = parse_args()
+    name, shape = SHAPES[options.model]
+    prompt, new_tokens = (40, 16) if options.model == "quick" else (PROMPT, NEW_TOKENS)
     published = read_json(PUBLISHED, "published figures")
     device = torch.device(device_map_for(options.device))
     report: dict[str, Any] = {
-        "model": name, "shape": asdict(shape), "quick": options.quick, "settings": vars(options) | {"out": None},
-        "formula": FORMULA, "published": published, "commit": commit(), "versions": versions(),
-        "hardware": hardware(device) | {"memory_bytes": psutil.virtual_memory().total}, "measured": None,
+        **run_record(options, device), "model": name, "shape": asdict(shape), "formula": FORMULA,
+        "published": published, "memory_bytes": psutil.virtual_memory().total, "measured": None,
     }  # fmt: skip
     places: dict[str, Times] = {}
     tree = TreeConfig.from_dict(published["tree"])
     if not options.simulate_only:
-        report["measured"] = measured = measure_costs(shape, tree, device, options)
+        report["measured"] = measured = measure_costs(shape, tree, device, prompt)
         places[f"{device.type}, measured"] = times_of(measured, tree)
     bounds = (tree.depth, tree.top_k, tree.total_tokens)
-    places |= {place: gpu.times(shape, bounds, options.prompt) for place, gpu in gpus(options).items()}
-    report["simulated"] = {
-        place: simulate(times, name, published, options.new_tokens) for place, times in places.items()
-    }
+    places |= {place: gpu.times(shape, bounds, prompt) for place, gpu in gpus(options).items()}
+    report["simulated"] = {place: simulate(times, name, published, new_tokens) for place, times in places.items()}
     show(report)
     if options.out:
-        with atomic_write(options.out) as temporary:
-            temporary.write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
-    return 0
+        write_json(options.out, report)
 
 
 def gpus(options: argparse.Namespace) -> dict[str, Gpu]:
     """The GPU of the options, without and with its guessed overheads."""
     plain = Gpu(
-        bandwidth=options.bandwidth * TERA * options.bandwidth_share,
-        arithmetic=options.arithmetic * TERA * options.arithmetic_share,
+        bandwidth=options.bandwidth * TERA * BANDWIDTH_SHARE, arithmetic=options.arithmetic * TERA * ARITHMETIC_SHARE
     )
-    layer, cycle = options.layer_overhead_us / 1e6, options.cycle_overhead_ms / 1e3
-    return {"GPU, roofline": plain, "GPU, with overheads": replace(plain, layer_overhead=layer, cycle_overhead=cycle)}
+    overheads = replace(plain, layer_overhead=LAYER_OVERHEAD, cycle_overhead=CYCLE_OVERHEAD)
+    return {"GPU, roofline": plain, "GPU, with overheads": overheads}
 
 
 def simulate(times: Times, name: str, published: dict[str, Any], new_tokens: int) -> dict[str, Any]:
@@ -141,43 +202,42 @@ def simulate(times: Times, name: str, published: dict[str, Any], new_tokens: int
     }
 
 
-def measure_costs(shape: Shape, tree: TreeConfig, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
-    """Builds as much of the model as fits, and times it."""
-    dtype = dtype_for(options.dtype, options.device)
+def measure_costs(shape: Shape, tree: TreeConfig, device: torch.device, prompt: int) -> dict[str, Any]:
+    """Builds as many layers of the model as fit, and times them.
+
+    Raises:
+        UserError: memory does not hold two layers.
+    """
+    dtype = dtype_for("auto", str(device))
     dtype = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    built = options.layers or layers_that_fit(shape, dtype, free_memory(device))
-    if not 2 <= built <= shape.layers:
-        raise UserError(f"{built} of {shape.layers} layers", fix="give --layers from 2 to all, or free some memory")
+    built = layers_that_fit(shape, dtype, free_memory(device))
+    if built < 2:
+        raise UserError(f"memory for {built} of {shape.layers} layers", fix="free some memory: two are needed")
     small = replace(shape, layers=built)
-    target = random_target(small, dtype, device)
-    load_seconds = None
-    if not options.no_load:
-        target, load_seconds = write_and_load(target, dtype, device)
+    target, load_seconds = write_and_load(random_target(small, dtype, device), dtype, device)
     target.prepare_for_decoding()
     draft = random_draft(small, dtype, device).prepare_for_decoding(target.model.get_output_embeddings())
     depths = (max(1, built // 2), built)
-    shorter = with_layers(target, depths[0], lambda: costs(target, draft, tree, options))
-    whole = costs(target, draft, tree, options)
+    shorter = with_layers(target, depths[0], lambda: costs(target, draft, tree, prompt))
+    whole = costs(target, draft, tree, prompt)
     pairs = zip(shorter[0].verify, whole[0].verify, strict=True)
     larger = weight_bytes(shape, dtype) / weight_bytes(small, dtype)
     return {
         "dtype": str(dtype).removeprefix("torch."), "layers_built": built, "layers": shape.layers,
-        "scaled": built < shape.layers, "depths": depths, "context": options.prompt, "nodes": whole[0].nodes,
+        "scaled": built < shape.layers, "depths": depths, "context": prompt, "nodes": whole[0].nodes,
         "verify_seconds": [to_depth(*pair, depths, shape.layers) for pair in pairs],
         "draft_step_seconds": whole[0].step, "draft_extend_seconds": whole[0].extend,
         "prompt_seconds": to_depth(shorter[1], whole[1], depths, shape.layers), "draft_prompt_seconds": whole[2],
-        "load_seconds": None if load_seconds is None else load_seconds * larger,
+        "load_seconds": load_seconds * larger,
         "weight_bytes": weight_bytes(shape, dtype), "peak_memory_bytes": peak_memory(device),
         "as_built": {"verify_seconds": [shorter[0].verify, whole[0].verify], "load_seconds": load_seconds},
     }  # fmt: skip
 
 
-def costs(
-    target: Target, draft: DraftModel, tree: TreeConfig, options: argparse.Namespace
-) -> tuple[CostCurve, float, float]:
+def costs(target: Target, draft: DraftModel, tree: TreeConfig, prompt: int) -> tuple[CostCurve, float, float]:
     """Cost curve after the prompt, seconds for the prompt, and for the draft's reading of it."""
-    curve = measure(target, draft, tree, context=options.prompt, rounds=options.rounds)
-    inputs = RandomPrompt(options.prompt).inputs(target)
+    curve = measure(target, draft, tree, context=prompt, rounds=ROUNDS)
+    inputs = RandomPrompt(prompt).inputs(target)
     with torch.inference_mode():
         start = time.perf_counter()
         prefill = target.prefill(inputs)
@@ -216,7 +276,7 @@ def write_and_load(target: Target, dtype: torch.dtype, device: torch.device) -> 
     needed, room = sum(each.nbytes for each in target.model.parameters()), shutil.disk_usage(tempfile.gettempdir()).free
     if room < needed:
         where = f"{tempfile.gettempdir()}, {room / GIGA:.0f} of {needed / GIGA:.0f} GB"
-        raise UserError("no room to write the weights", where, "set TMPDIR to another folder, or use --no-load")
+        raise UserError("no room to write the weights", where, "set TMPDIR to a folder on a larger disk")
     with tempfile.TemporaryDirectory(prefix="msd-real-size-") as folder:
         target.model.save_pretrained(folder)
         target.model = None  # type: ignore[assignment]  # one copy in memory at a time
@@ -269,10 +329,9 @@ def show(report: dict[str, Any]) -> None:
         for nodes, seconds in zip(measured["nodes"], measured["verify_seconds"], strict=True):
             table.add_row(str(nodes), f"{1000 * seconds:.1f}", f"{break_even(one, draft, seconds):.2f}")
         console.print(table)
-        load = "not measured" if measured["load_seconds"] is None else f"{measured['load_seconds']:.1f} s"
         console.print(
             f"T_draft {1000 * draft:.1f} ms ({depth} levels after the first); "
-            f"prompt {measured['prompt_seconds']:.2f} s; load {load}; "
+            f"prompt {measured['prompt_seconds']:.2f} s; load {measured['load_seconds']:.1f} s; "
             f"weights {measured['weight_bytes'] / GIGA:.1f} GB; "
             f"peak memory as built {measured['peak_memory_bytes'] / GIGA:.1f} GB"
         )
@@ -286,4 +345,4 @@ def show(report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(lambda: run(sys.argv[1:])))
+    sys.exit(run_cli(main))

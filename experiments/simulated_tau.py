@@ -1,11 +1,11 @@
-"""Does the acceptance that training simulates foretell the one that decoding has? For the runs of a training study.
+"""Does the acceptance that training simulates predict the one of decoding? For the runs of a training study.
 
     python -m experiments.simulated_tau --study outputs/training_study-llava
 
 A point is a checkpoint: simulated τ of validation at its step (``training.json``, conversations with pictures that were
 held back from training) against τ of `msd bench` on the study's held-out questions, with a chain as deep as the
-simulated one and with the default tree. Final drafts were measured by the study; other kept ``step-`` folders are
-measured now, unless ``--final-only``. Measured before: read. Start it again after a stop.
+simulated one and with the default tree. Final drafts were measured by the study; the other ``step-`` folders are
+measured now, unless ``--final-only``. Finished measurements are read, so an interrupted run resumes.
 
 Writes simulated_tau.json, .md and .png into the study's folder.
 """
@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from eagle.train.schedule import IMAGE
-from experiments.steps import about, bench, chain_tau, told
+from experiments.common import caption, run_record
+from experiments.training_study import bench, chain_tau
 from llava.errors import UserError, run_cli
 from llava.files import atomic_write, read_json, write_json
 
@@ -36,7 +37,7 @@ def main() -> None:
     if len(found) < 3:
         raise UserError(f"{len(found)} checkpoints are measured, too few to compare", where=options.study,
                         fix="run experiments.training_study there first")  # fmt: skip
-    record = {**about(), "base": study["base"], "correlation": correlations(found), "points": found}
+    record = {**run_record(), "base": study["base"], "correlation": correlations(found), "points": found}
     write_json(options.study / "simulated_tau.json", record)
     text = table(record)
     with atomic_write(options.study / "simulated_tau.md") as temporary:
@@ -47,7 +48,7 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--study", type=Path, required=True, help="folder of a experiments.training_study")
+    parser.add_argument("--study", type=Path, required=True, help="folder of experiments.training_study")
     parser.add_argument("--final-only", action="store_true", help="final drafts alone: nothing is measured now")
     return parser.parse_args()
 
@@ -117,7 +118,7 @@ def table(record: dict[str, Any]) -> str:
     for kind, values in record["correlation"].items():
         numbers = " | ".join(f"{value:.2f}" for value in values.values())
         lines.append(f"| {kind} | {numbers} |")
-    return "\n".join([*lines, "", f"{record['base']}, {len(record['points'])} checkpoints. {told(record)}.", ""])
+    return "\n".join([*lines, "", f"{record['base']}, {len(record['points'])} checkpoints. {caption(record)}.", ""])
 
 
 def plot(record: dict[str, Any], path: Path) -> None:

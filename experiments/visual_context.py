@@ -1,23 +1,20 @@
-"""Time of the draft as image tokens grow, with all of their rows and with pooled ones; random weights.
+"""Time of the draft as image tokens grow, with all of their rows and with pooled ones.
 
     python -m experiments.visual_context --out FILE.json
-    python -m experiments.visual_context --hidden 3584 --intermediate 18944 --heads 28 --kv-heads 4 --dtype bfloat16
-    python -m experiments.visual_context --draft pocket/llava-msd
+    python -m experiments.visual_context --draft pocket/qwen2vl-msd
 
-Nothing is trained here: only the time counts. "Prefill" is the draft's reading of a prompt whose target states are
-there already; "cycle" is what one cycle of decoding takes after it: four accepted rows and a tree's levels. Both are
-medians, the settings interleaved. The target's own time is not in it; it reads all image tokens in any case.
+Only time is measured, on random hidden states. "Prefill" is the draft's pass over a prompt whose hidden states are
+there already; "cycle" is the draft's part of one decoding cycle after it: four accepted rows and the levels of a tree.
+Both are medians, the settings interleaved. The target's own time is not included; it reads all image tokens anyway.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,33 +27,23 @@ from eagle.decode.drafter import Drafter
 from eagle.decode.tree_config import TreeConfig
 from eagle.drafts.checkpoint import load_draft
 from eagle.drafts.compression import Compression
-from eagle.drafts.config import DraftConfig
 from eagle.drafts.msd import DraftModel
 from eagle.families.base import Prefill
-from eagle.provenance import hardware, versions
 from eagle.weight_layout import to_input_major_layout
+from experiments.common import parser, run_record
 from llava.errors import run_cli
-from llava.files import atomic_write
+from llava.files import write_json
 
 TEXT = 32
 """Text tokens of the prompt before the picture, and again after it."""
 ACCEPTED = 4
-"""Rows that a cycle makes certain."""
+"""Tokens that a cycle accepts."""
 
 
 def build(options: argparse.Namespace) -> tuple[DraftModel, nn.Linear]:
-    """The draft, random or from a folder, and a random ``lm_head`` for it."""
+    """The draft, and a random ``lm_head`` for it."""
     dtype = getattr(torch, options.dtype)
-    if options.draft:
-        draft = load_draft(options.draft, dtype=dtype, device=options.device)
-    else:
-        config = DraftConfig(
-            model_type="llava", hidden_size=options.hidden, intermediate_size=options.intermediate,
-            num_attention_heads=options.heads, num_key_value_heads=options.kv_heads, vocab_size=options.vocabulary,
-            head_dim=options.hidden // options.heads,
-        )  # fmt: skip
-        with torch.device(options.device):
-            draft = DraftModel(config).to(dtype)
+    draft = load_draft(options.draft, dtype=dtype, device=options.device)
     sizes = (draft.config.hidden_size, draft.config.vocab_size)
     head = nn.Linear(*sizes, bias=False, dtype=dtype, device=options.device)
     to_input_major_layout(head)  # as a target's
@@ -121,27 +108,21 @@ def measure(options: argparse.Namespace) -> tuple[DraftModel, list[dict[str, Any
     return draft, list(records())
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--draft", help="a draft, folder or hub name, in place of a random one")
-    add("--hidden", type=positive, default=256)
-    add("--intermediate", type=positive, default=640)
-    add("--heads", type=positive, default=4)
-    add("--kv-heads", type=positive, default=4)
-    add("--vocabulary", type=positive, default=2048)
+def parse_args() -> argparse.Namespace:
+    made = parser("experiments.visual_context", __doc__)
+    add = made.add_argument
+    add("--draft", default="pocket/llava-msd", help="draft, folder or hub name (default: pocket/llava-msd)")
     add("--image-tokens", type=positive, nargs="+", default=[64, 256, 576, 1024, 2048, 4096, 8000])
-    add("--keep", type=int, nargs="+", default=[0, 32], help="rows kept of the picture, besides all (default: 0 32)")
+    add("--keep", type=int, nargs="+", default=[0, 32], help="image rows kept, besides all (default: 0 32)")
     add("--rounds", type=positive, default=7)
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     add("--device", default="cpu")
-    add("--out", type=Path, metavar="FILE.json")
-    return parser.parse_args(argv)
+    return made.parse_args()
 
 
 def main() -> None:
     """Prints a table; writes JSON if asked."""
-    options = parse()
+    options = parse_args()
     draft, records = measure(options)
     table = Table("image tokens", "rows in the draft", "prefill ms", "cycle ms", title="draft alone, one picture")
     for record in records:
@@ -151,13 +132,8 @@ def main() -> None:
         )  # fmt: skip
     Console().print(table)
     if options.out:
-        asked = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-        report = {
-            "records": records, "settings": asked, "tree": vars(TreeConfig.for_device(draft.device)),
-            "hardware": hardware(draft.device), "versions": versions(),
-        }  # fmt: skip
-        with atomic_write(options.out) as temporary:
-            temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        tree = vars(TreeConfig.for_device(draft.device))
+        write_json(options.out, {**run_record(options, draft.device), "records": records, "tree": tree})
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Step 1: make the virtual environment and install the three packages, editable, with the test tools.
+# Step 1: make the virtual environment and install the three packages, editable, with all extras and the test tools.
 #   scripts/1_setup.sh                                    into .venv with python3
 #   PYTHON=python3.12 VENV=~/envs/msd scripts/1_setup.sh  another Python, another place
 set -euo pipefail

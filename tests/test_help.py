@@ -10,7 +10,7 @@ from repository import REPO
 
 from eagle.cli import COMMANDS
 
-HEAVY = {"torch", "transformers", "deepspeed", "matplotlib", "accelerate", "datasets", "numpy", "rich", "starlette"}
+HEAVY = {"torch", "transformers", "deepspeed", "matplotlib", "accelerate", "datasets", "rich", "starlette"}
 SCRIPT = """
 import runpy, sys
 kind, name, *argv = sys.argv[1:]

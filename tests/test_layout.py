@@ -25,6 +25,20 @@ MAY_NOT_IMPORT = {
     "eagle": {"lmms_eval_msd", "lmms_eval", "pocket"},
     "lmms_eval_msd": {"pocket"},
 }
+LAYERS = (  # modules and folders of eagle, lowest first; the package itself re-exports names and belongs to none
+    "kv_cache weight_layout attention conversations picture_sources arguments extras locks provenance",
+    "drafts",
+    "families",
+    "hidden_states",
+    "decode",
+    "ge_data",
+    "train",
+    "questions loading benchmark exactness publish",
+    "doctor web",
+    "commands",
+    "cli",
+)
+LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 PLACEHOLDERS = {-200, 575, 576, 151652, 151653, 151655, 151656}  # ids and counts of single checkpoints
 ELSEWHERE = "|".join(["/" + "work/", "/" + "root/", "/" + "opt/", "/" + "home/[a-z]", "/" + "Users/[A-Za-z]"])
 MACHINE_PATH = re.compile(rf"(?<![\w.~-])(?:{ELSEWHERE})")
@@ -48,6 +62,21 @@ def imported_names(tree: ast.Module) -> Iterator[tuple[str, int]]:
                 yield alias.name.split(".")[0], node.lineno
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             yield node.module.split(".")[0], node.lineno
+
+
+def imported_modules(tree: ast.Module, package: str) -> Iterator[tuple[str, int]]:
+    """First name below ``package`` and line of each absolute import from it, also of those inside functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            root, _, below = name.partition(".")
+            if root == package and below:
+                yield below.split(".")[0], node.lineno
 
 
 def integers(tree: ast.Module) -> Iterator[tuple[int, int]]:
@@ -75,6 +104,30 @@ def test_imports_run_one_way(package: str) -> None:
         if name in MAY_NOT_IMPORT[package]
     ]
     assert wrong == []
+
+
+def test_imports_inside_eagle_run_down() -> None:
+    wrong = []
+    for path in source_files("eagle"):
+        own = path.relative_to(REPO / "EAGLE" / "eagle").parts[0].removesuffix(".py")
+        if own == "__init__":
+            continue
+        assert own in LAYER_OF, f"{own} has no layer: add it to LAYERS"
+        for name, line in imported_modules(parsed(path), "eagle"):
+            if name in LAYER_OF and LAYER_OF[name] > LAYER_OF[own]:
+                wrong.append(f"{where(path, line)} imports {name}")
+    assert wrong == []
+
+
+def test_modules_inside_eagle_have_a_layer() -> None:
+    """Names that `eagle` itself defines (MSDModel, ...) are imported by users, not by its modules."""
+    unknown = [
+        f"{where(path, line)} imports {name}"
+        for path in source_files("eagle")
+        for name, line in imported_modules(parsed(path), "eagle")
+        if name not in LAYER_OF and name != "__version__"
+    ]
+    assert unknown == []
 
 
 def test_placeholder_numbers_stay_in_one_reader() -> None:

@@ -62,9 +62,8 @@ def check_answer(base: Path, draft: Path) -> None:
     assert answer["new_tokens"] <= 16
 
 
-@pytest.mark.parametrize(
-    ("settings", "model"), [(LLAVA, "llava_msd"), pytest.param(QWEN, "qwen2_vl_msd", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("settings", "model"), [(LLAVA, "llava_msd"), (QWEN, "qwen2_vl_msd")])
+@pytest.mark.slow
 def test_five_steps(work: Path, settings: dict[str, str], model: str) -> None:
     draft, base = make_draft(work, count=12, epochs=2, **settings), REPO / settings["BASE"]
     check_answer(base, draft)
@@ -80,6 +79,7 @@ def test_five_steps(work: Path, settings: dict[str, str], model: str) -> None:
     assert all(score["base"] == score["msd"] for score in task["metrics"].values())
 
 
+@pytest.mark.slow
 def test_data_of_qwen_feed_training(work: Path) -> None:
     """Its two model types, from the documented commands to a draft that decodes."""
     check_answer(REPO / QWEN["BASE"], make_draft(work, count=6, epochs=1, **QWEN))

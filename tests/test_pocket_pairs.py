@@ -19,6 +19,7 @@ LARGEST = 70_000_000  # bytes of all weights
 
 
 @pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.slow
 def test_the_target_sees_the_picture(name: str) -> None:
     items = [item for item in read_items(HELDOUT) if item["images"]][:16]
     answerer = load_answerer(str(POCKET / name), torch.get_num_threads(), max_new_tokens=128)

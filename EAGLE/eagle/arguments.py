@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from llava.errors import UserError
 
@@ -79,14 +78,6 @@ def tree_limits(text: str) -> tuple[int, int, int]:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text} is not like 5/10/60") from None
     return depth, top_k, total_tokens
-
-
-def sampling_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments for `MSDModel.generate`. Without a limit the checkpoint's own is not used either."""
-    from eagle.decode.sampling import SamplingSettings
-
-    given = SamplingSettings(arguments.temperature, arguments.top_p or None, arguments.top_k, arguments.seed)
-    return given.for_engine()
 
 
 def use_pocket_defaults(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Which of PyTorch's attention kernels may be chosen."""
+"""Selection of PyTorch's attention kernels."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 
 
 def leave_out_cudnn_attention() -> None:
-    """Keeps `scaled_dot_product_attention` of this process from cuDNN's kernel, which it prefers on newer GPUs.
+    """Disables cuDNN's kernel for `scaled_dot_product_attention` in this process. Newer GPUs prefer it.
 
-    cuDNN makes a plan for each new shape and stride of queries, keys and mask, which takes the host tens of
-    milliseconds. A draft tree on a growing cache has new ones in each cycle and at each level. (Reported of H100s; not
+    cuDNN makes a plan for each new shape and stride of queries, keys and mask, which takes tens of milliseconds on the
+    host. A draft tree on a growing cache has new shapes in each cycle and at each level. (Reported for H100; not
     measured here.)
     """
     torch.backends.cuda.enable_cudnn_sdp(False)

@@ -1,7 +1,6 @@
 """Interleaved comparison of ways to decode the same questions.
 
-Every contestant answers question 1, then every contestant question 2, and so on, so that a slow minute of the machine
-slows all of them. Speed is a ratio within one run.
+The contestants take turns, so a slow minute of the machine slows all of them. Speed-up is a ratio within one run.
 """
 
 from __future__ import annotations
@@ -36,13 +35,33 @@ class Answer(NamedTuple):
     tokens: list[list[int]]
 
 
+def speed(stats: Stats) -> float:
+    """Tokens per second."""
+    return stats.tokens_per_second
+
+
 @dataclass
 class Contestant:
-    """One way to decode. ``answer`` answers a question (or a batch); ``rounds`` has what each of them took."""
+    """One way to decode.
+
+    ``answer``: answers a question or a batch. ``plain``: decodes without speculation, so it may be the baseline of the
+    speed-up. ``rounds``: statistics of each round that counts. ``tokens``: its answers in the newest round.
+    """
 
     name: str
     answer: Callable[[Any], Answer]
+    plain: bool = False
     rounds: list[Stats] = field(default_factory=list)
+    tokens: list[list[int]] = field(default_factory=list)
+
+    def run(self, work: Sequence[Work]) -> Stats:
+        """Answers all of ``work`` once. Returns the statistics of all answers together."""
+        total, self.tokens = Stats.empty(), []
+        for each in work:
+            answer = self.answer(each)
+            total.merge(answer.stats)
+            self.tokens += answer.tokens
+        return total
 
     @property
     def total(self) -> Stats:
@@ -52,18 +71,23 @@ class Contestant:
             total.merge(stats)
         return total
 
-    @property
-    def spread(self) -> float:
-        """Interquartile range of tokens per second over questions, relative to the median."""
-        speeds = [stats.tokens_per_second for stats in self.rounds]
-        if len(speeds) < 4:
-            return 0.0
-        low, middle, high = statistics.quantiles(speeds, n=4)
-        return (high - low) / middle
+    def median(self, value: Callable[[Stats], float], rounds: Sequence[int]) -> float:
+        """The median of ``value`` over the given rounds."""
+        return statistics.median(value(self.rounds[number]) for number in rounds)
+
+    def spread(self, value: Callable[[Stats], float] = speed, rounds: Sequence[int] | None = None) -> float:
+        """Interquartile range of ``value`` over the given rounds (None: all), relative to the median. The whole range
+        if there are fewer than four rounds."""
+        chosen = range(len(self.rounds)) if rounds is None else rounds
+        values = sorted(value(self.rounds[number]) for number in chosen)
+        low, high = values[0], values[-1]
+        if len(values) >= 4:
+            low, _, high = statistics.quantiles(values, n=4)
+        return (high - low) / statistics.median(values)
 
 
 class FirstToken(StoppingCriteria):
-    """Stops nothing; knows when transformers' `generate` had its first new tokens."""
+    """Never stops; records when transformers' `generate` has its first new token."""
 
     def __init__(self) -> None:
         self.at: float | None = None
@@ -77,19 +101,24 @@ class FirstToken(StoppingCriteria):
 
 
 def new_tokens(sequences: Tensor, prompt: int, ends: Sequence[int]) -> list[list[int]]:
-    """The new tokens of each of ``sequences`` [B, P + n] after ``prompt`` = P ids, up to its end token, without what
-    fills it up."""
-    rows = []
-    for row in sequences[:, prompt:].tolist():
-        stop = next((place for place, token in enumerate(row, start=1) if token in ends), len(row))
-        rows.append(row[:stop])
-    return rows
+    """What transformers' `generate` returns, in the form of `MSDOutput.tokens`.
+
+    Args:
+        sequences: [B, P + n] prompts and new tokens.
+        prompt: P.
+        ends: ids that end an answer.
+    """
+    found = []
+    for tokens in sequences[:, prompt:].tolist():
+        stop = next((place for place, token in enumerate(tokens, start=1) if token in ends), len(tokens))
+        found.append(tokens[:stop])
+    return found
 
 
 def with_engine(
     model: MSDModel, use_msd: bool, settings: Mapping[str, Any], tree: TreeConfig | None = None
 ) -> Callable[[Work], Answer]:
-    """Decodes with our loop, with or without the draft."""
+    """Decodes with `MSDModel`, with or without the draft."""
 
     def answer(work: Work) -> Answer:
         inputs = work.inputs(model.target)
@@ -100,8 +129,8 @@ def with_engine(
 
 
 def with_transformers(model: MSDModel, settings: Mapping[str, Any], **more: Any) -> Callable[[Work], Answer]:
-    """Decodes with transformers' own `generate`; ``more`` are settings of it alone. A seed is that of torch's global
-    random state, which sampling there draws from."""
+    """Decodes with transformers' own `generate`. ``more``: further settings of it. A seed sets torch's global random
+    state, which its sampling uses."""
     given = {key: value for key, value in settings.items() if key not in ("temperature", "seed")} | more
     if settings.get("temperature"):
         given.update(do_sample=True, temperature=settings["temperature"])
@@ -124,9 +153,9 @@ def with_transformers(model: MSDModel, settings: Mapping[str, Any], **more: Any)
 
 
 def with_prompt_lookup(model: MSDModel, settings: Mapping[str, Any], tokens: int) -> Callable[[Work], Answer]:
-    """Decodes with transformers' speculation without a draft, which guesses ``tokens`` tokens from the text before.
+    """Decodes with transformers' prompt lookup, which guesses ``tokens`` tokens from the text before.
 
-    It would guess the ids that stand for pictures too, and then fail for want of their pixels; so they are suppressed.
+    The ids of image tokens are suppressed: if they were guessed, the forward would fail for lack of their pixels.
     """
     config = model.target.config
     names = ("image_token_id", "video_token_id")
@@ -135,28 +164,58 @@ def with_prompt_lookup(model: MSDModel, settings: Mapping[str, Any], tokens: int
 
 
 def baselines(models: Sequence[MSDModel], settings: Mapping[str, Any]) -> list[Contestant]:
-    """The plain ways to decode, for the same base model in each dtype."""
+    """Plain decoding by our loop and by transformers, for the same base model in each dtype."""
     found = []
     for model in models:
         dtype = str(model.dtype).removeprefix("torch.")
-        found.append(Contestant(f"autoregressive {dtype}", with_engine(model, False, settings)))
-        found.append(Contestant(f"transformers generate {dtype}", with_transformers(model, settings)))
+        found.append(Contestant(f"autoregressive {dtype}", with_engine(model, False, settings), plain=True))
+        found.append(Contestant(f"transformers generate {dtype}", with_transformers(model, settings), plain=True))
     return found
 
 
-def interleave(contestants: Sequence[Contestant], questions: Sequence[Any], warm_up: int) -> Iterator[int]:
-    """Runs every contestant on every question; yields after each question.
+def interleave(contestants: Sequence[Contestant], rounds: Sequence[Sequence[Work]], warm_up: int) -> Iterator[int]:
+    """Every contestant answers the work of a round, then every contestant that of the next. Each round starts with
+    another contestant.
 
-    ``warm_up`` questions are answered first by everyone, and not counted.
+    Args:
+        rounds: the work of each round, such as one question, or the same questions in every round.
+        warm_up: number of rounds before them that are not counted. They have the work of the first rounds.
+
+    Yields:
+        The number of each finished round, below 0 in the warm-up.
     """
-    for question in questions[:warm_up]:
-        for contestant in contestants:
-            contestant.answer(question)
-    for number, question in enumerate(questions):
-        shift = number % len(contestants)  # nobody is always first
+    for number in range(-warm_up, len(rounds)):
+        work = rounds[number if number >= 0 else (number + warm_up) % len(rounds)]
+        shift = number % len(contestants)
         for contestant in [*contestants[shift:], *contestants[:shift]]:
-            contestant.rounds.append(contestant.answer(question).stats)
+            stats = contestant.run(work)
+            if number >= 0:
+                contestant.rounds.append(stats)
         yield number
+
+
+@dataclass(frozen=True)
+class Quiet:
+    """``rounds``: those that count. ``noisy``: those disturbed by another load of the machine. ``doubtful``: more than
+    half are noisy, so all of them count."""
+
+    rounds: tuple[int, ...]
+    noisy: tuple[int, ...]
+    doubtful: bool
+
+
+def find_quiet(contestants: Sequence[Contestant], tolerance: float) -> Quiet:
+    """Finds the noisy rounds, if all rounds have the same work. A round is noisy if the time of a contestant differs
+    from its median by more than the factor 1 + ``tolerance``."""
+    count = len(contestants[0].rounds)
+    noisy = set()
+    for contestant in contestants:
+        middle = statistics.median(stats.seconds for stats in contestant.rounds)
+        limits = middle / (1 + tolerance), middle * (1 + tolerance)
+        noisy |= {n for n, stats in enumerate(contestant.rounds) if not limits[0] <= stats.seconds <= limits[1]}
+    quiet = tuple(number for number in range(count) if number not in noisy)
+    doubtful = 2 * len(quiet) < count
+    return Quiet(tuple(range(count)) if doubtful else quiet, tuple(sorted(noisy)), doubtful)
 
 
 def strongest(contestants: Sequence[Contestant]) -> Contestant:

@@ -1,10 +1,10 @@
-"""Preallocated KV cache: append in place, keep the accepted rows in place, never re-select a whole cache.
+"""Preallocated KV cache: rows are appended and kept in place; the whole cache is never copied.
 
-It is a stock `transformers.Cache`, so every stock model class fills it. The storage of all layers on one device is one
-tensor, so keeping a path costs two copies and not two a layer. Its size follows the request.
+It is a `transformers.Cache`, so every transformers model can fill it. All layers on one device share one tensor, so
+keeping a path takes two copies instead of two for each layer.
 
-A batch holds sequences of different length: each has its own rows from 0 on, without holes, and appends after its own
-last one. Columns past a sequence's end hold what was there before; the attention mask closes them.
+Sequences of a batch have different lengths: each has its own rows from 0, without gaps, and appends after its own last
+row. Columns past the end of a sequence have old values; the attention mask excludes them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class CacheStorage(NamedTuple):
 
 
 class RowIndices:
-    """Where the next rows of each sequence go; the same for all layers, so computed once a forward."""
+    """Where the next rows of each sequence go. The same for all layers, so computed once in a forward."""
 
     def __init__(self) -> None:
         self._key: tuple[Any, ...] = ()
@@ -45,32 +45,32 @@ class RowIndices:
 
 
 class CacheLayer(CacheLayerMixin):
-    """One layer's window on the shared storage. ``store_k``, ``store_v`` [B, heads, capacity, head_dim]; ``lengths``
+    """One layer's view of the shared storage. ``store_k``, ``store_v`` [B, heads, capacity, head_dim]. ``lengths``:
     rows in use of each sequence."""
 
     is_sliding = False
     is_compileable = False
 
-    def __init__(self, store_k: Tensor, store_v: Tensor, lengths: Sequence[int], slots: RowIndices) -> None:
+    def __init__(self, store_k: Tensor, store_v: Tensor, lengths: Sequence[int], indices: RowIndices) -> None:
         super().__init__()
-        self.store_k, self.store_v, self.lengths, self._slots = store_k, store_v, list(lengths), slots
+        self.store_k, self.store_v, self.lengths, self._indices = store_k, store_v, list(lengths), indices
         self.is_initialized = True
         self.dtype, self.device = store_k.dtype, store_k.device
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Storage exists from the start; nothing to do."""
+        """Nothing to do: storage is preallocated."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Appends ``n`` rows [B, heads, n, head_dim] to each sequence; returns all columns in use, as views."""
         count = key_states.shape[-2]
         first, end = self.lengths[0], max(self.lengths) + count
         if end > self.store_k.shape[-2]:
-            raise RuntimeError(f"KV cache holds {self.store_k.shape[-2]} rows, {end} were asked for")
+            raise RuntimeError(f"KV cache holds {self.store_k.shape[-2]} rows, {end} are needed")
         if all(length == first for length in self.lengths):
             self.store_k[:, :, first:end].copy_(key_states)
             self.store_v[:, :, first:end].copy_(value_states)
         else:
-            rows, columns = self._slots.places(self.lengths, count, self.device)
+            rows, columns = self._indices.places(self.lengths, count, self.device)
             self.store_k[rows, :, columns] = key_states.transpose(1, 2)
             self.store_v[rows, :, columns] = value_states.transpose(1, 2)
         self.lengths = [length + count for length in self.lengths]
@@ -100,12 +100,14 @@ class KVCache(Cache):
 
     def __init__(self, stores: Mapping[Any, CacheStorage], devices: Sequence[Hashable], lengths: Sequence[int]) -> None:
         self._stores, self._devices = stores, list(devices)
-        windows: dict[int, CacheLayer] = {}
+        layer_views: dict[int, CacheLayer] = {}
         for device, (keys, values) in stores.items():
-            slots = RowIndices()
+            indices = RowIndices()
             layers = [index for index, where in enumerate(devices) if where == device]
-            windows.update({index: CacheLayer(keys[i], values[i], lengths, slots) for i, index in enumerate(layers)})
-        super().__init__(layers=[windows[index] for index in range(len(devices))])
+            layer_views.update(
+                {index: CacheLayer(keys[i], values[i], lengths, indices) for i, index in enumerate(layers)}
+            )
+        super().__init__(layers=[layer_views[index] for index in range(len(devices))])
         self.capacity = next(iter(stores.values())).keys.shape[3]
 
     @classmethod
@@ -118,8 +120,8 @@ class KVCache(Cache):
             devices: the device of each layer, in order.
             batch: sequences.
             heads, head_dim: of the keys and values.
-            capacity: rows (positions) of each sequence, tree nodes included; more where memory is an accelerator's, so
-                that the next request finds a block of its size.
+            capacity: rows (positions) of each sequence, with tree nodes. Rounded up on an accelerator, so the next
+                request can use the same memory again.
         """
         stores = {}
         for device in dict.fromkeys(devices):
@@ -141,15 +143,15 @@ class KVCache(Cache):
         return max(self.lengths)
 
     def truncate(self, lengths: Sequence[int]) -> None:
-        """Forgets all rows from ``lengths[b]`` on in sequence ``b``."""
+        """Removes all rows from ``lengths[b]`` on from sequence ``b``."""
         for layer in self.layers:
             layer.lengths = list(lengths)
 
     def keep(self, bases: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
         """Of the rows of sequence b from ``bases[b]`` on, keeps ``bases[b] + paths[b][i]`` as row ``bases[b] + i`` and
-        forgets the others.
+        removes the others.
 
-        A path ascends and starts at 0 (the root is always kept). Rows that lie right already are not copied.
+        A path ascends and starts at 0 (the root is always kept). Rows that do not move are not copied.
         """
         for row, (base, path) in enumerate(zip(bases, paths, strict=True)):
             first = next((i for i, node in enumerate(path) if node != i), len(path))
@@ -162,15 +164,15 @@ class KVCache(Cache):
         self.truncate([base + len(path) for base, path in zip(bases, paths, strict=True)])
 
     def sequence(self, row: int) -> KVCache:
-        """One sequence as a cache of its own, on the same storage; its lengths do not come back by themselves."""
+        """One sequence as a cache of its own, on the same storage. Its lengths are not written back to this cache."""
         stores = {
             device: CacheStorage(*(part[:, row : row + 1] for part in store)) for device, store in self._stores.items()
         }
         return KVCache(stores, self._devices, self.lengths[row : row + 1])
 
     def select(self, rows: Sequence[int]) -> KVCache:
-        """A cache of the given sequences alone, in ascending order, on the same storage: only the rows in use of
-        sequences that move up are copied. This cache is not to be used any more."""
+        """A cache of the given sequences, in ascending order, on the same storage. Only the rows in use of sequences
+        that move are copied. This cache must not be used any more."""
         kept = list(rows)
         if kept != sorted(set(kept)):
             raise ValueError(f"sequences {kept} are not in ascending order")

@@ -1,13 +1,15 @@
-"""Loads the models that command-line options name."""
+"""What the command-line options of `eagle.arguments` name: models, tree and sampling settings."""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from eagle.decode.msd import MSDModel
+from eagle.decode.sampling import SamplingSettings
 from eagle.decode.tree_config import TreeConfig
 from llava.errors import UserError
 
@@ -46,6 +48,11 @@ def tree_from(arguments: argparse.Namespace, device: torch.device) -> TreeConfig
     default = TreeConfig.named(arguments.tree or ("fixed" if fixed else "auto"), device)
     named = zip(("depth", "top_k", "total_tokens"), given, strict=True)
     return replace(default, **{name: value for name, value in named if value is not None})
+
+
+def sampling_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments for `MSDModel.generate`."""
+    return SamplingSettings(arguments.temperature, arguments.top_p, arguments.top_k, arguments.seed).for_engine()
 
 
 def device_map_for(name: str) -> str:

@@ -1,10 +1,8 @@
-"""The order in which a linear layer's weights lie in memory.
+"""Memory layout of the weights of linear layers.
 
-A tree of a dozen nodes multiplies a dozen rows with each weight. For so few rows the CPU's float32 products are faster
-where the weights of one input lie side by side (input-major) than in `nn.Linear`'s own order, where those of one output
-do; for a single row both are alike. Shapes and values stay, so nothing that reads the weights notices.
-
-An accelerator's products take either order at the same speed, so there nothing is changed.
+Verifying a tree multiplies about a dozen rows with each weight. For so few rows, float32 products on a CPU are faster
+if the weights of one input are adjacent (input-major) than in `nn.Linear`'s layout, where the weights of one output
+are. Shapes and values do not change. On an accelerator both layouts are equally fast, so nothing is changed there.
 """
 
 from __future__ import annotations
@@ -16,19 +14,17 @@ from torch import Tensor, nn
 
 
 def input_major(weight: Tensor) -> Tensor:
-    """``weight`` [out, in], the same values: input-major, with strides (1, out), where products gain by it, else as it
-    is."""
+    """``weight`` [out, in] with strides (1, out) if that is faster, else unchanged."""
     if weight.device.type == "cpu" and weight.dtype == torch.float32:
         return weight.t().contiguous().t()
     return weight
 
 
 def to_input_major_layout(model: nn.Module, skip: Iterable[Tensor] = ()) -> None:
-    """Arranges the weights of all plain linear layers of ``model``, one after the other, so that memory for one of them
-    is enough.
+    """Changes the layout of all plain linear layers of ``model``. Needs additional memory for one of them.
 
     Args:
-        skip: weights that stay as they are, such as a token embedding that is also the head: its rows are looked up.
+        skip: weights that are not changed, such as a head that is also the token embedding, whose rows are looked up.
     """
     kept = {id(weight) for weight in skip}
     for layer in model.modules():

@@ -43,7 +43,7 @@ def test_a_prefix_is_kept_without_copying():
 
 def test_full_cache_says_so():
     cache = KVCache.allocate([CPU], 1, 2, 4, capacity=4, dtype=torch.float32)
-    with pytest.raises(RuntimeError, match="holds 4 rows, 5 were asked"):
+    with pytest.raises(RuntimeError, match="holds 4 rows, 5 are needed"):
         cache.update(rows(5, 0), rows(5, 0), 0)
 
 

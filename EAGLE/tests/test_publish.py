@@ -22,8 +22,7 @@ from tiny_llava import make_liuhaotian
 from eagle.cli import main
 from eagle.drafts.checkpoint import load_draft
 from eagle.families import load_target
-from eagle.model_card import About, card_of
-from eagle.publish import push_to_hub, save_pretrained
+from eagle.publish import About, model_card, push_to_hub, save_pretrained
 from eagle.train.checkpoint import describe_run
 from eagle.train.settings import TrainConfig
 from llava.errors import UserError
@@ -66,8 +65,8 @@ def same(folder: Path, tensors: dict[str, torch.Tensor]) -> bool:
 
 
 def test_card_tells_base_recipe_figures_licence_and_citation(run: Path) -> None:
-    text = card_of("me/my-draft", About.of(run / "final", bench=run / "bench.json", license="llama2"))
-    card = ModelCard(text)
+    card = model_card("me/my-draft", About.of(run / "final", bench=run / "bench.json", license="llama2"))
+    text = str(card)
     assert card.data.base_model == BASE
     assert card.data.license == "llama2"
     assert "speculative-decoding" in card.data.tags
@@ -81,7 +80,8 @@ def test_card_tells_base_recipe_figures_licence_and_citation(run: Path) -> None:
 
 
 def test_card_keeps_paths_of_the_machine_out(run: Path) -> None:
-    text = card_of("me/my-draft", About.of(run / "final", base_model=str(run / "base"), bench=run / "bench.json"))
+    about = About.of(run / "final", base_model=str(run / "base"), bench=run / "bench.json")
+    text = str(model_card("me/my-draft", about))
     assert str(run) not in text and "/somewhere" not in text and sys.argv[0] not in text
     assert "of base." in text
     assert ModelCard(text).data.base_model is None  # no hub name
@@ -92,7 +92,7 @@ def test_card_says_what_is_not_known(tmp_path: Path, run: Path) -> None:
     folder = save_pretrained(draft, tmp_path / "alone")
     card = ModelCard((folder / "README.md").read_text())
     assert card.data.license == "other"
-    for told in ("not recorded", "were not measured", "No record of the training", "base model's licence"):
+    for told in ("not recorded", "were not measured", "no record of the training", "base model's licence"):
         assert told in card.text
     assert same(run / "final", load_draft(folder).state_dict())
     assert load_draft(folder).dtype == draft.dtype == torch.float32
@@ -101,7 +101,7 @@ def test_card_says_what_is_not_known(tmp_path: Path, run: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda report: report.pop("tau"), "is no report of msd bench.*lacks tau"),
+        (lambda report: report.pop("tau"), "not a report of msd bench.*lacks tau"),
         (lambda report: report["settings"].update(msd_model="me/another"), "the report measured another draft"),
     ],
 )
@@ -114,7 +114,7 @@ def test_a_report_that_does_not_belong_is_refused(run: Path, tmp_path: Path, cha
 
 
 def test_what_is_no_repository_is_refused(run: Path) -> None:
-    with pytest.raises(UserError, match="no name of a hub repository: draft"):
+    with pytest.raises(UserError, match="not the name of a hub repository: draft"):
         push_to_hub(run / "final", "draft")
 
 
@@ -187,6 +187,7 @@ def trip(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[
         yield json.loads(done.stdout.splitlines()[-1]), hub, done.stderr
 
 
+@pytest.mark.slow
 def test_push_then_load_is_the_same_draft(trip: tuple[dict[str, Any], HubServer, str], run: Path) -> None:
     told, hub, _ = trip
     assert told["push"] == 0

@@ -27,6 +27,7 @@ def command(folder: Path, *arguments: str, stdin: str = "") -> subprocess.Comple
     return subprocess.run(line, input=stdin, capture_output=True, text=True, timeout=900, check=False, errors="replace")
 
 
+@pytest.mark.slow
 def test_one_question_in_a_subprocess(folder: Path) -> None:
     image = str(folder / "a.png")
     options = ("--image-file", image, "--max-new-tokens", "6", "--temperature", "0", "--prompt", "What is it?")

@@ -7,10 +7,8 @@ and on the screen as a table.
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 from eagle import Stats
-from eagle.provenance import cpu_name
+from eagle.provenance import record
 from llava.errors import UserError
 from llava.files import atomic_write, read_json
 from lmms_eval_msd import MODELS
 
-PACKAGES = ("msd-eagle", "msd-llava", "msd-lmms-eval", "lmms_eval", "torch", "transformers")
 RESULTS = "_results.json"
 SETTINGS = ("base", "dtype", "batch_size", "processes", "hardware")
 """What two runs must have in common for their speeds to compare."""
@@ -75,12 +72,13 @@ def build(
     everything = Stats.empty()
     for part in stats.values():
         everything.merge(part)
+    made = record(device)
     report: dict[str, Any] = {
         **settings,
+        **made,
         "tasks": {task: summary(part) for task, part in sorted(stats.items())},
         "total": summary(everything),
-        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "hardware": made["hardware"].get("gpu", made["hardware"]["cpu"]),
     }
     return report if baseline is None else with_speedup(report, baseline)
 

@@ -11,6 +11,7 @@ from loguru import logger
 from transformers import GenerationConfig
 
 from eagle import TreeConfig
+from eagle.decode.sampling import SamplingSettings
 from llava.errors import UserError
 from llava.hub import HUB_KEYS
 from llava.strict import reject_unknown
@@ -125,15 +126,13 @@ class GenerationSettings:
         limit = settings.pop("max_gen_toks", None)
         engine: dict[str, Any] = {"max_new_tokens": settings.pop("max_new_tokens", limit) or max_new_tokens}
         temperature = _number("temperature", settings.pop("temperature", None))
-        do_sample = bool(settings.pop("do_sample", False)) if temperature is None else temperature > 0
-        engine["do_sample"] = do_sample
-        if do_sample:
+        limits = {key: _number(key, settings.pop(key, None)) for key in ("top_p", "top_k")}
+        do_sample = bool(settings.pop("do_sample", False))
+        sampling = SamplingSettings(temperature or 0.0, limits["top_p"], limits["top_k"])
+        engine["do_sample"] = do_sample if temperature is None else not sampling.greedy
+        if engine["do_sample"]:
             engine["temperature"] = temperature
-        settings.pop("do_sample", None)
-        for key in ("top_p", "top_k"):
-            value = _number(key, settings.pop(key, None))
-            if do_sample and value is not None:  # 0 means "off" in tasks
-                engine[key] = int(value) if key == "top_k" else value or 1.0
+            engine |= {key: value for key, value in sampling.limits.items() if limits[key] is not None}
         known = GenerationConfig().to_dict().keys()
         for key, value in settings.items():
             if key in known and key not in NOT_OURS:

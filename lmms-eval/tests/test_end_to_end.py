@@ -141,6 +141,7 @@ def assert_flags_in_help(data: Path, *command: str) -> None:
     assert "(llava_msd, llava_next_msd, qwen2_vl_msd, qwen2_5_vl_msd)" in result.stdout
 
 
+@pytest.mark.slow
 def test_flags_in_the_help_of_the_console_script(data):
     """lmms-eval's real parser in a process of its own: the plugin is found, and its hook works."""
     assert_flags_in_help(data, *CONSOLE_SCRIPT)

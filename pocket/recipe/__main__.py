@@ -1,10 +1,10 @@
-"""All steps from nothing to `pocket/llava`, `pocket/qwen2vl`, their data and their measurement.
+"""All steps from scratch to `pocket/llava`, `pocket/qwen2vl`, their data and their measurement.
 
 python -m pocket.recipe
-python -m pocket.recipe --resume    (an interrupted training goes on where it stopped; steps that are done are skipped)
+python -m pocket.recipe --resume    (skips finished steps; an interrupted training resumes)
 
-Tokenizers and vision towers, training, export, data files, evaluation: about three hours on two cores. The drafts come
-after it: pocket/recipe/train_draft.sh.
+Tokenizers and vision towers, training, export, data files, evaluation: about three hours on two cores. The drafts are
+made afterwards by pocket/recipe/train_draft.sh.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HELDOUT, IMAGES, TEXTS = 150, 200, 100
 
 @dataclass(frozen=True)
 class Step:
-    """A module with its arguments. `checkpoint`: what it leaves when it has begun, so that it takes --resume."""
+    """A module with its arguments. If `checkpoint` (the file of a started training) exists, it takes --resume."""
 
     name: str
     arguments: tuple[str, ...]
@@ -31,8 +31,8 @@ class Step:
 
     def command(self, resume: bool) -> list[str]:
         """The arguments of Python."""
-        goes_on = resume and self.checkpoint is not None and self.checkpoint.exists()
-        return ["-m", f"pocket.recipe.{self.name}", *self.arguments, *["--resume"] * goes_on]
+        resumes = resume and self.checkpoint is not None and self.checkpoint.exists()
+        return ["-m", f"pocket.recipe.{self.name}", *self.arguments, *["--resume"] * resumes]
 
 
 def steps(build: Path = BUILD) -> list[Step]:

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .meaning import of_entry, of_picture, of_thing
-from .spec import CHART_COLOURS, LEVELS, SCENE_COLOURS, Chart, Picture, Scene, Thing
+from .spec import CHART_COLOURS, LEVELS, SCENE_COLOURS, Chart, Picture, Scene, Thing, of_entry, of_picture, of_thing
 
 SIDE = 160
 ROW = 16

@@ -6,7 +6,6 @@ python -m pocket.recipe.export --checkpoint pocket/build --out pocket/llava
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -15,6 +14,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+
+from llava.files import write_json
 
 from .encode import MEAN, SIDE, STD
 from .model import TEXT, VISION
@@ -50,11 +51,6 @@ def processor_config() -> dict[str, Any]:
         "do_rescale": True, "do_resize": True, "image_mean": list(MEAN), "image_std": list(STD), "resample": 3,
         "rescale_factor": 1 / 255,
     }  # fmt: skip
-
-
-def write_json(path: Path, value: Any) -> None:
-    """A JSON file."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def split_tensors(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

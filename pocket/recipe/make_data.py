@@ -8,35 +8,32 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from PIL import Image
 
+from llava.files import atomic_write, write_json
+
 from .draw import draw
 from .english import ask_text
-from .exchange import exchange
+from .facts import is_right
 from .phrases import Turn
-from .sample import KINDS, ask, converse, draw_picture_data
-from .spec import Picture
+from .sample import ASKERS, KINDS, ask, converse, draw_picture_data
+from .spec import Chart, Picture, Scene
 
 TEXT_EVERY = 16  # one held-out question in so many has no picture
+PROPOSALS = 60
+TRIES = 40
+GENERAL = ("describe", "title", "extremes", "order start", "order end", "count")
 
 
 def save_picture(image: Image.Image, path: Path) -> None:
     """A small palette PNG with exactly the colours the model is trained on, as far as 256 colours allow."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
-
-
-def write_json(path: Path, text: str) -> None:
-    """Write a file in one go."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _turns(turns: list[Turn], has_image: bool) -> list[dict[str, str]]:
@@ -56,10 +53,79 @@ def write_train(out: Path, images: int, texts: int, seed: int) -> None:
         name = f"images/train/v{i:05d}.png"
         save_picture(draw(talk.picture), out / name)
         entries.append({"id": f"v{i:05d}", "image": name, "conversations": _turns(talk.turns, True)})
-    write_json(out / "train_v.json", json.dumps(entries, indent=0))
+    write_json(out / "train_v.json", entries, indent=0)
     text = [{"id": f"t{i:05d}", "conversations": _turns(ask_text(Random(f"text-{seed}-{i}")), False)}
             for i in range(texts)]  # fmt: skip
-    write_json(out / "train_t.json", json.dumps(text, indent=0))
+    write_json(out / "train_t.json", text, indent=0)
+
+
+def _is_general(turn: Turn) -> bool:
+    """True for questions which name nothing that only some pictures have."""
+    return turn.kind in GENERAL
+
+
+def _subjects(turn: Turn) -> tuple[str, ...]:
+    return tuple(sorted({f"{f['slot']} {f['subject']}" for f in turn.facts}))
+
+
+def _other_chart(rng: Random, chart: Chart, keep_names: bool) -> Chart:
+    """A real chart of the same kind, under the names of this one if the question needs them."""
+    while True:
+        other = draw_picture_data(rng, True, chart.kind)
+        assert isinstance(other, Chart)
+        if not keep_names:
+            return other
+        if len(other.names) == len(chart.names):
+            return replace(other, names=chart.names)
+
+
+def _other_scene(rng: Random, scene: Scene) -> Scene:
+    """Another scene, or the things of this one at other places."""
+    if rng.random() < 0.5:
+        other = draw_picture_data(rng, True, "scene")
+        assert isinstance(other, Scene)
+        return other
+    places = sorted(rng.sample(range(9), len(scene.things)))
+    things = rng.sample(scene.things, len(scene.things))
+    return Scene(tuple(replace(t, place=p) for t, p in zip(things, places, strict=True)))
+
+
+def _asked_there(rng: Random, picture: Picture, turn: Turn) -> Turn | None:
+    """The same question about the other picture, or None if it cannot be asked there."""
+    for _ in range(TRIES):
+        for asker, _ in ASKERS[picture.kind]:
+            found = asker(rng, picture)
+            if found is None or found.kind != turn.kind:
+                continue
+            if _is_general(turn) or _subjects(found) == _subjects(turn):
+                return found
+    return None
+
+
+def _other(rng: Random, picture: Picture, keep_names: bool) -> Picture:
+    return _other_scene(rng, picture) if isinstance(picture, Scene) else _other_chart(rng, picture, keep_names)
+
+
+def exchanged(rng: Random, picture: Picture, turn: Turn) -> tuple[Picture, str] | None:
+    """Another picture for a question, whose right answer differs most from this one's, with that answer; None if there
+    is none.
+
+    The other picture holds the same names where the question needs them, but other data: the values of another real
+    chart, or other shapes. So a model that does not look at the picture cannot pass, and the right answer for the other
+    picture, scored against the facts of this one, is the level of chance.
+    """
+    best: tuple[float, Picture, str] | None = None
+    for _ in range(PROPOSALS):
+        other = _other(rng, picture, not _is_general(turn))
+        found = _asked_there(rng, other, turn)
+        if found is None:
+            continue
+        shared = sum(is_right(f, found.answer) for f in turn.facts) / len(turn.facts)
+        if best is None or shared < best[0]:
+            best = (shared, other, found.answer)
+        if shared == 0:
+            break
+    return None if best is None or best[0] == 1 else (best[1], best[2])
 
 
 def heldout_text(rng: Random, number: int) -> dict[str, Any]:
@@ -78,7 +144,7 @@ def heldout_picture(rng: Random, out: Path, number: int) -> dict[str, Any]:
     while True:
         picture: Picture = draw_picture_data(rng, True, kind)
         turns = ask(rng, picture, 1)
-        other = exchange(rng, picture, turns[0]) if turns else None
+        other = exchanged(rng, picture, turns[0]) if turns else None
         if other is not None:
             break
     turn, name = turns[0], f"images/heldout/h{number:04d}.png"
@@ -98,7 +164,8 @@ def write_heldout(out: Path, number: int, seed: int) -> None:
         rng = Random(f"heldout-{seed}-{i}")
         is_text = i % TEXT_EVERY == TEXT_EVERY - 1
         lines.append(json.dumps(heldout_text(rng, i) if is_text else heldout_picture(rng, out, i)))
-    write_json(out / "heldout.jsonl", "\n".join(lines) + "\n")
+    with atomic_write(out / "heldout.jsonl") as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -16,8 +16,7 @@ from PIL import Image
 
 from .draw import ROW, Note, Sketch, font
 from .encode import SIDE, Tokenizer, pixels_of
-from .meaning import spoken
-from .spec import SCENE_COLOURS
+from .spec import SCENE_COLOURS, spoken
 
 GRID = SIDE // ROW
 BUCKETS = 1024

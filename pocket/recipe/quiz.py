@@ -10,9 +10,8 @@ from random import Random
 from typing import Any
 
 from .ask_charts import head, part
-from .meaning import trend
 from .phrases import SHORT, Turn
-from .spec import PLACES, Chart, Picture, Scene
+from .spec import PLACES, Chart, Picture, Scene, trend
 
 MAX_QUESTIONS = 8
 Pair = tuple[str, str]

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from .ask_charts import CHART_ASKERS
-from .ask_lines import LINE_ASKERS
+from .ask_charts import CHART_ASKERS, LINE_ASKERS
 from .ask_scenes import SCENE_ASKERS, draw_scene_data
 from .english import ask_text
 from .phrases import Turn

@@ -1,4 +1,5 @@
-"""What a picture shows, as plain data, and the split of pictures into training and held-out ones."""
+"""What a picture shows, as plain data; what its parts mean, as short statements "role word"; and the split of pictures
+into training and held-out ones."""
 
 from __future__ import annotations
 
@@ -83,3 +84,39 @@ def is_heldout(picture: Picture) -> bool:
     """True for the pictures which no training run may see; decided by the picture's data alone."""
     digest = hashlib.sha256(picture.key().encode()).digest()
     return digest[0] % HELDOUT_SHARE == 0
+
+
+SPOKEN = ("name", "colour", "value", "start", "end", "shape", "size", "place")
+"""Roles whose words an answer repeats."""
+
+
+def trend(row: tuple[int, ...]) -> str:
+    """How a line runs from its first to its last point."""
+    change = row[-1] - row[0]
+    return "rises" if change > 0 else "falls" if change < 0 else "stays level"
+
+
+def of_entry(chart: Chart, i: int) -> tuple[str, ...]:
+    """Of one bar, slice or line."""
+    row, column = chart.values[i], [r[0] for r in chart.values]
+    said = [f"name {chart.names[i]}", f"colour {chart.colours[i]}", f"order {i + 1}"]
+    if chart.kind == "line":
+        return (*said, f"start {row[0]}", f"end {row[-1]}", f"trend {trend(row)}")
+    said.append(f"value {row[0]}")
+    said += ["rank highest"] * (row[0] == max(column)) + ["rank lowest"] * (row[0] == min(column))
+    return tuple(said)
+
+
+def of_thing(thing: Thing) -> tuple[str, ...]:
+    """Of one shape of a scene."""
+    return f"size {thing.size}", f"colour {thing.colour}", f"shape {thing.shape}", f"place {PLACES[thing.place]}"
+
+
+def of_picture(picture: Chart | Scene) -> tuple[str, ...]:
+    """Of the whole."""
+    return f"kind {picture.kind}", f"count {len(picture.things if isinstance(picture, Scene) else picture.names)}"
+
+
+def spoken(said: tuple[str, ...]) -> list[str]:
+    """The words of a part that answers repeat."""
+    return [word for role, word in (statement.split(" ", 1) for statement in said) if role in SPOKEN]

@@ -1,7 +1,7 @@
 """Train the pocket LLaVA from scratch.
 
 python -m pocket.recipe.train_target --out pocket/build
-python -m pocket.recipe.train_target --out pocket/build --resume   (goes on exactly where it stopped)
+python -m pocket.recipe.train_target --out pocket/build --resume   (resumes exactly where it stopped)
 python -m pocket.recipe.train_target --out pocket/more --start pocket/llava --steps 660   (continues a model)
 
 Starts from the vision tower of pocket.recipe.train_tower, which stays as it is: trained along from the start, all image
@@ -33,8 +33,8 @@ FROM_SCRATCH = Plan("train", (
 ))  # fmt: skip
 MORE_SCENES = (1.0, 1.3, 1.0, 0.8, 2.5)
 FURTHER = Plan("further", (Stage(0.0, 0.3, TEXT_SHARE, MAX_TURNS, kinds=MORE_SCENES),), peak=0.35, decay=1.0)
-"""For a model that has been through all stages. Scenes are learnt last and come more often; full rates would undo more
-in 100 steps than 600 mend."""
+"""For a model that has been through all stages. Scenes are learnt last, so they come more often. Rates are low: full
+rates undo more in 100 steps than 600 steps can repair."""
 
 
 class Llava:

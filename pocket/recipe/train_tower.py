@@ -106,7 +106,7 @@ def _rate(step: int, steps: int) -> float:
 
 
 def train(out: Path, steps: int, seed: int, start: Path | None = None) -> None:
-    """All steps, then OUT/tower.pt; `start` is an earlier tower.pt to go on from."""
+    """All steps, then OUT/tower.pt; `start` is an earlier tower.pt to start from."""
     if not (out / "tokenizer.model").exists():
         train_tokenizer(out, seed=seed)
     model, heads = fresh(seed), Heads()
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of tokenizer, tower and log")
     parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start", type=Path, help="a tower.pt to go on from")
+    parser.add_argument("--start", type=Path, help="a tower.pt to start from")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

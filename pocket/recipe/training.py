@@ -52,7 +52,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is learnt and how fast.
+    """What is trained and how fast.
 
     `data` names the stream of conversations: a model that is trained further needs others than it has seen. `peak`: the
     highest rates as a share of those in optimizer.py; `decay`: the last share of the steps, in which they fall.
@@ -217,7 +217,7 @@ def arguments(doc: str | None, steps: int) -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--resume", action="store_true", help="go on exactly where it stopped")
+    parser.add_argument("--resume", action="store_true", help="resume exactly where it stopped")
     return parser
 
 

@@ -103,6 +103,7 @@ def test_start_speaks_as_the_llava_does(family: Qwen, teacher: torch.nn.Module, 
     assert torch.allclose(own, wanted, atol=0.02)
 
 
+@pytest.mark.slow
 def test_training_starts_from_tower_and_llava(family: Qwen, tokens: Path, tmp_path: Path) -> None:
     """The tower of the file, frozen; the LLaVA's words; and a step lowers the loss."""
     visual = fresh(load_tokenizer(tokens), 5).model.visual.state_dict()

@@ -1,4 +1,4 @@
-"""The recipe runs its steps in order, goes on where it stopped, and takes only modules that are there."""
+"""The recipe runs its steps in order, resumes where it stopped, and takes only modules that are there."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def test_every_step_is_a_module() -> None:
     assert all(find_spec(f"pocket.recipe.{step.name}") for step in recipe.steps())
 
 
-def test_an_interrupted_recipe_goes_on(build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_recipe_resumes(build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = Ran(fail="pocket.recipe.qwen.train_tower")
     with pytest.raises(SystemExit, match=r"qwen\.train_tower ended with status 1"):
         start(monkeypatch, first)
-    names = [f"pocket.{step.name}" for step in recipe.steps()]
+    names = [f"pocket.recipe.{step.name}" for step in recipe.steps()]
     failed = names.index("pocket.recipe.qwen.train_tower")
     assert [command[0] for command in first.commands] == names[: failed + 1]
     assert not any("--resume" in command for command in first.commands)

@@ -26,7 +26,7 @@ def start(folder: Path, *flags: str, **settings: str) -> list[str]:
         (final / name).write_text(f"new {name}")
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     own = {"PYTHON": str(folder / "python"), "RECORD": str(folder / "record"), "BUILD": str(folder / "build")}
-    script = ["bash", str(REPO / "pocket" / "train_draft.sh"), *flags]
+    script = ["bash", str(REPO / "pocket" / "recipe" / "train_draft.sh"), *flags]
     subprocess.run(script, env={**kept, **own, **settings}, check=True, timeout=120, capture_output=True)
     return (folder / "record").read_text().splitlines()
 

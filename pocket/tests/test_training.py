@@ -138,6 +138,7 @@ def test_every_patch_has_labels_of_what_it_shows(tokenizer: Tokenizer) -> None:
     assert covered[list(SCENE_COLOURS).index(picture.colours[0])] > 0
 
 
+@pytest.mark.slow
 def test_a_finished_model_starts_where_it_stands(tmp_path: Path) -> None:
     family = Llava(MODEL)
     run = training.Run(tmp_path, train_target.start_model(tmp_path, 0, MODEL), family, FURTHER, 10, 0)

@@ -49,7 +49,7 @@ def corpus(pair: Path, folder: Path, rows: int) -> list[str]:
             "cpu", "--image_data_path", str(folder), "--json_data_path", str(data), "--shard-size", "1"]  # fmt: skip
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_hidden_states(start: Start, pair: Path, tmp_path: Path, how: signal.Signals) -> None:
     arguments, out = corpus(pair, tmp_path, 150), tmp_path / "out"
     process = start("-m", "eagle.ge_data.allocation", *arguments)
@@ -64,7 +64,8 @@ def test_hidden_states(start: Start, pair: Path, tmp_path: Path, how: signal.Sig
     assert all((out / name).read_bytes() == data for name, data in kept.items())
 
 
-@pytest.mark.parametrize("shards", [0, pytest.param(2, marks=pytest.mark.slow)], ids=["starting", "at work"])
+@pytest.mark.parametrize("shards", [0, 2], ids=["starting", "at work"])
+@pytest.mark.slow
 def test_hidden_states_of_two_workers_stopped_by_ctrl_c(start: Start, pair: Path, tmp_path: Path, shards: int) -> None:
     """The terminal tells every process of the group; none of them says a word, none stays, and what is there is
     whole."""
@@ -156,6 +157,7 @@ def test_conversion_killed_at_work_leaves_the_old_file(start: Start, tmp_path: P
     assert len(json.loads(out.read_text())) == 60_000
 
 
+@pytest.mark.slow
 def test_an_answer_stopped_by_ctrl_c(start: Start, pair: Path) -> None:
     models = ["--base-model", str(pair / "base"), "--msd-model", str(pair / "draft"), "--dtype", "float32"]
     process = start(

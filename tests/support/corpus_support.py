@@ -112,7 +112,7 @@ def allocate(*args: Any, **kwargs: Any) -> int:
 
 
 def rows_of(folder: Path) -> tuple[list[int], list[int]]:
-    """File rows of the samples and of the skipped ones, in shard order."""
+    """Numbers in the annotation file of the samples and of the skipped records, in shard order."""
     headers = [read_header(folder / shard.file) for shard in load_index(folder).shards]
     return tuple([one.row for header in headers for one in getattr(header, kind)] for kind in ("samples", "skipped"))
 

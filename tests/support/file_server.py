@@ -1,11 +1,11 @@
-"""A loopback server of files that can be told to misbehave, and that counts what it sends.
+"""A loopback file server that misbehaves on request and counts the bytes that it sends.
 
     with FileServer() as server:
-        file = server.put("a.zip", data, drop_after=[1000])     the first answer breaks off after 1000 bytes
+        file = server.put("a.zip", data, drop_after=[1000])     the first answer ends after 1000 bytes
         fetch(server.url("a.zip"), ...)
         file.requests                                           one `Request` for each
 
-No pytest in here.
+Does not import pytest.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ETAG = '"one"'
 
 @dataclass
 class Request:
-    """What was asked, how it was answered, how many bytes of the body were sent."""
+    """A request: its headers, the status of the answer, and the number of bytes of its body."""
 
     range: str | None
     if_range: str | None
@@ -32,10 +32,9 @@ class Request:
 class File:
     """A file and how it is served.
 
-    ``ranges``: whether ``Range`` is understood; ``if_range``: whether ``If-Range`` is; ``statuses``: answers of the
-    first requests; ``drop_after``: the first answers with a body end, line and all, after so many bytes of it;
-    ``etags``: those of the first answers with a body, before ``etag`` is for all; ``barrier``: requests wait here for
-    each other, and fail (418) if not enough come.
+    ``ranges``, ``if_range``: whether the server knows ``Range`` and ``If-Range``; ``statuses``: of the first answers;
+    ``drop_after``: the connections of the first answers with a body end after so many bytes; ``barrier``: requests wait
+    here for each other, and fail (418) if not enough arrive.
     """
 
     content: bytes
@@ -49,7 +48,6 @@ class File:
     headers: dict[str, str] = field(default_factory=dict)
     drop_after: list[int] = field(default_factory=list)
     barrier: Barrier | None = None
-    etags: list[str] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
 
     @property
@@ -121,8 +119,6 @@ class FileServer:
             if file.statuses:
                 return file.statuses.pop(0), 0, None
             start, status = 0, 200
-            if file.etags:
-                file.etag = file.etags.pop(0)
             asked = re.fullmatch(r"bytes=(\d+)-", call.headers.get("Range", ""))
             condition = call.headers.get("If-Range")
             same = not file.if_range or condition in (None, file.etag, file.modified)

@@ -1,4 +1,4 @@
-"""Damage to the files of a corpus, named by what is done. No pytest in here.
+"""Damage to the files of a corpus. Does not import pytest.
 
 `FLIPS` and `CUTS` damage the bytes of files; `REWRITES` make whole shards that hold something else; `INDEXES` do the
 same to ``index.json``.
@@ -30,7 +30,7 @@ def header_length(path: Path) -> int:
 
 
 def flip(name: str, part: str, seed: int) -> Damage:
-    """Turns one random bit of a file, in its ``part``: length, header, data or all."""
+    """Flips a random bit of a file, in its ``part``: length, header, data or all."""
 
     def damage(folder: Path) -> None:
         path, rng = folder / name, Random(f"{name} {part} {seed}")
@@ -46,7 +46,7 @@ def flip(name: str, part: str, seed: int) -> Damage:
 
 
 def cut(name: str, keep: Callable[[int, int], int]) -> Damage:
-    """Leaves the first ``keep(header, size)`` bytes of a file."""
+    """Keeps the first ``keep(header, size)`` bytes of a file."""
 
     def damage(folder: Path) -> None:
         path = folder / name
@@ -57,7 +57,7 @@ def cut(name: str, keep: Callable[[int, int], int]) -> Damage:
 
 
 def rewrite(change: Callable[[Tensors, About], Any]) -> Damage:
-    """Writes the first shard anew with changed tensors or header; no index tells that it was another."""
+    """Rewrites the first shard with changed tensors or header, and deletes the index."""
 
     def damage(folder: Path) -> None:
         path = folder / FIRST
@@ -72,7 +72,7 @@ def rewrite(change: Callable[[Tensors, About], Any]) -> Damage:
 
 
 def index(change: Callable[[About], Any]) -> Damage:
-    """Changes ``index.json``; what ``change`` returns, if anything, becomes its text."""
+    """Changes ``index.json``. If ``change`` returns bytes, they become its content."""
 
     def damage(folder: Path) -> None:
         path = folder / INDEX
@@ -84,7 +84,7 @@ def index(change: Callable[[About], Any]) -> Damage:
 
 
 def put(*keys: Any, value: Any) -> Callable[..., None]:
-    """A change that puts a value at the place ``keys`` of the last argument."""
+    """A change that sets the item ``keys`` of the last argument."""
 
     def change(*given: Any) -> None:
         place = given[-1]
@@ -96,7 +96,7 @@ def put(*keys: Any, value: Any) -> Callable[..., None]:
 
 
 def drop(*keys: Any) -> Callable[..., None]:
-    """A change that takes away what is at the place ``keys`` of the last argument."""
+    """A change that deletes the item ``keys`` of the last argument."""
 
     def change(*given: Any) -> None:
         place = given[-1]
@@ -134,7 +134,7 @@ def wider(old: torch.Tensor) -> torch.Tensor:
 
 
 def moved(old: torch.Tensor) -> torch.Tensor:
-    """The same sum in other parts."""
+    """Other values with the same sum."""
     return old + torch.tensor([1, -1] + [0] * (len(old) - 2), dtype=old.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Rows that no annotation file should have, each with the reason for which it has to be skipped. No pytest in here."""
+"""Damaged records of annotation files, each with the reason for which it must be skipped. Does not import pytest."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BLANK = ("", " ", "\n\t ", "\u2003", "\r\n")
 
 
 class Mangled(NamedTuple):
-    """A row, the half of the data (t or v) that it belongs to, and why it has to be skipped."""
+    """A record, its half of the data (t or v), and why it must be skipped."""
 
     row: Row
     kind: str
@@ -39,7 +39,7 @@ class Mangled(NamedTuple):
 
 
 def good_row(rng: Random, kind: str) -> Row:
-    """A row as it should be."""
+    """A valid record."""
     name = rng.choice(("a.png", "b.png"))
     question = "<image>\nWhat colours?" if kind == "v" else "Name two rivers."
     said = [question, f"Red and {rng.randrange(99)}.", "More?", "No."]
@@ -49,7 +49,7 @@ def good_row(rng: Random, kind: str) -> Row:
 
 
 def make_pictures(folder: Path) -> Path:
-    """Two good pictures and many that are none."""
+    """Two valid pictures and many damaged ones."""
     folder.mkdir()
     make_image(folder / "a.png", 60, 60, seed=1)
     make_image(folder / "b.png", 112, 60, seed=2)
@@ -73,11 +73,11 @@ def make_pictures(folder: Path) -> Path:
 
 
 BROKEN = ("empty.png", "signature.png", "half.png", "text.png", "page.jpg", "jpeg.jpg", "bomb.png", "nothing.gif")
-"""Pictures that no family reads; `strip.png` is too long for some, `zeros.bmp` for nobody to know."""
+"""Pictures that no family can read. `strip.png` and `zeros.bmp` depend on the family."""
 
 
 def png(width: int, height: int) -> bytes:
-    """A whole PNG of one colour that says to be so large; its rows are there if they are few."""
+    """A PNG of one colour that claims this size. Data for at most 4 rows of pixels is there."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -88,7 +88,7 @@ def png(width: int, height: int) -> bytes:
 
 
 def put_text(row: Row, rng: Random, text: str, speaker: str | None = None) -> None:
-    """Puts a text into a turn, of ``speaker`` where one is given; a question keeps its mark."""
+    """Sets the text of a turn, of ``speaker`` if given. A question keeps its mark."""
     turn = rng.choice([turn for turn in row["conversations"] if speaker in (None, turn["from"])])
     turn["value"] = text + ("<image>" if "<image>" in turn["value"] else "")
 
@@ -229,7 +229,7 @@ PICTURES = (no_mark, fewer_marks, thousand_pictures, names_from(NO_NAME, "image_
 
 
 def mangled_rows(seed: int, each: int) -> list[Mangled]:
-    """``each`` rows of every kind of damage, half of them with a picture where the damage allows both."""
+    """``each`` records of every kind of damage, half of them with a picture if the damage allows both."""
     found = []
     for number, change in enumerate((*ANY, *PICTURES)):
         for count in range(each):
@@ -241,13 +241,13 @@ def mangled_rows(seed: int, each: int) -> list[Mangled]:
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
-    """Every (container, key) inside a row."""
+    """Every (container, key) inside a record."""
     keys = value.keys() if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
     return [found for key in keys for found in ((value, key), *places(value[key]))]
 
 
 def junk_somewhere(rng: Random) -> Row:
-    """A good row with junk at one to three random places."""
+    """A valid record with junk at one to three random places."""
     row = good_row(rng, rng.choice("tv"))
     for _ in range(rng.randrange(1, 4)):
         container, key = rng.choice(places(row))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
+FULL_PARITY = Path(os.environ.get("MSD_FIXTURES") or REPO.parent / "shared" / "fixtures")
+"""Folder of the larger set of reference values, which the repository has a part of (tests/fixtures/parity)."""
 
 
 @cache

@@ -15,7 +15,6 @@ from eagle.arguments import (
     add_report_option,
     add_sampling_options,
     positive,
-    sampling_settings,
     tree_limits,
 )
 from eagle.questions import read_questions
@@ -62,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from eagle.benchmark import Contestant, baselines, interleave, with_engine, with_prompt_lookup
     from eagle.decode.tree_config import TreeConfig
-    from eagle.loading import load_model
+    from eagle.loading import load_model, sampling_settings
     from eagle.provenance import record
 
     questions = read_questions(arguments.data, arguments.limit)
@@ -80,8 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
     ]
     if arguments.prompt_lookup:
         others.append(Contestant(f"prompt lookup {own}", with_prompt_lookup(model, settings, arguments.prompt_lookup)))
-    progress = tqdm(total=len(questions), desc="bench", unit="question", file=sys.stderr)
-    for _ in interleave([msd, *others, *rivals], questions, arguments.warm_up):
+    progress = tqdm(total=arguments.warm_up + len(questions), desc="bench", unit="question", file=sys.stderr)
+    for _ in interleave([msd, *others, *rivals], [[question] for question in questions], arguments.warm_up):
         progress.update()
     progress.close()
     asked = {name: value for name, value in vars(arguments).items() if name not in ("command", "out")}
@@ -147,7 +146,7 @@ def print_report(report: dict[str, Any], msd: Contestant, rivals: list[Contestan
         tau = f"{total.tau:.2f}" if total.tau > 1 else ""
         speed = total.tokens_per_second
         first = f"{first_token_ms(total):.0f} ms"
-        table.add_row(contestant.name, f"{speed:.1f}", f"{contestant.spread:.0%}", first, tau, f"{speed / best:.2f}x")
+        table.add_row(contestant.name, f"{speed:.1f}", f"{contestant.spread():.0%}", first, tau, f"{speed / best:.2f}x")
     console.print(table)
     phases = ", ".join(f"{name} {ms:.2f}" for name, ms in report["phases_ms"].items())
     console.print(f"ms a cycle (prefill: a question): {phases}")

@@ -5,10 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from eagle.doctor import Check, State
 from eagle.doctor.environment import (
@@ -22,6 +19,9 @@ from eagle.doctor.environment import (
     check_python,
 )
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 STYLES = {State.OK: "green", State.WARNING: "yellow", State.PROBLEM: "bold red"}
 
 
@@ -30,11 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base-model", help="base model: folder or hub name")
     parser.add_argument("--msd-model", help="draft head: folder or hub name")
     parser.add_argument("--data", type=Path, metavar="image_data", help="folder of the training pictures")
-    parser.add_argument("--hub", action="store_true", help="ask the hub too (at HF_ENDPOINT where that is set)")
+    parser.add_argument(
+        "--hub", action="store_true", help="also check that the hub can be reached (at HF_ENDPOINT if that is set)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints one table; exit status 1 if anything in it is a problem."""
+    from rich.console import Console
+
     checks = [check_python(), *check_packages()]
     checks += machine_checks(arguments)
     if arguments.data is not None:
@@ -82,6 +86,9 @@ def model_checks(arguments: argparse.Namespace, machine: Machine, hub: bool) -> 
 
 def table_of(checks: Sequence[Check]) -> Table:
     """One row for each finding; the last column says how to fix it."""
+    from rich.markup import escape
+    from rich.table import Table
+
     caption = "room: weights of base and draft and a cache of 4 096 positions, computed from configs, not measured"
     table = Table("what", "state", "found", "how to fix it", title="msd doctor", caption=caption)
     for check in checks:

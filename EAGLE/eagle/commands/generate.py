@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from eagle.arguments import add_length_option, add_model_options, add_sampling_options, sampling_settings
+from eagle.arguments import add_length_option, add_model_options, add_sampling_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Streams the answer, then one line of statistics; or prints one JSON object."""
     from transformers import TextStreamer
 
-    from eagle.loading import load_model
+    from eagle.loading import load_model, sampling_settings
 
     model = load_model(arguments, need_draft=not arguments.no_msd)
     target, prompt = model.target, arguments.prompt

@@ -58,8 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
         settings = {"max_new_tokens": arguments.max_new_tokens, "temperature": 0.0}
         msd = Contestant("MSD", with_engine(model, True, settings))
         plain = Contestant("plain", with_engine(model, False, settings))
-        progress = tqdm(total=len(groups), desc=f"batches of {size}", file=sys.stderr)
-        for _ in interleave([msd, plain], groups, warm_up=1):
+        progress = tqdm(total=1 + len(groups), desc=f"batches of {size}", file=sys.stderr)
+        for _ in interleave([msd, plain], [[group] for group in groups], warm_up=1):
             progress.update()
         progress.close()
         rows.append(row_of(model, size, msd.total, plain.total))

@@ -1,13 +1,12 @@
-"""Acceptance: which drafted path the target would have produced itself. Pure tensor functions.
+"""Acceptance: the drafted path that the target would have produced itself. Pure tensor functions.
 
 The target chooses one next token at every node of the tree: the arg-max, or a sample of its processed distribution.
 A drafted node is accepted if its token is the one chosen at its parent and its parent is accepted. The choice at the
 last accepted node is the bonus token.
 
-Lossless for sampling too: the draft's tree is a function of the prefix, so at each accepted node the emitted token is
-simply a sample of the target's own distribution there; whether it was also drafted decides only if the walk goes on.
-For a deterministic tree this accepts as often as the sibling-by-sibling rejection of EAGLE-2, whose acceptance
-probability is the same sum of target probabilities over the children.
+Sampling is lossless too. The tree is a function of the prefix, so the token emitted at each accepted node is a sample
+of the target's own distribution there; whether it was drafted only decides if the walk continues. The acceptance
+probability equals that of EAGLE-2's rejection, sibling by sibling: the target probabilities of the children, summed.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ class Accepted(NamedTuple):
 
 
 def accept_all_at_once(trees: Sequence[DraftTree], chosen: Sequence[Tensor]) -> list[Accepted]:
-    """Acceptance from the target's choice at every node, for each tree its ``chosen`` [N]. One copy to the host for all
-    of them, no loop over nodes.
+    """Acceptance from the target's choice at every node. ``chosen``: [N] for each tree. One copy to the host, no loop
+    over nodes.
 
     Worked example: tokens R a b c e, parents -1 0 0 1 2, chosen at the nodes a c e x y: a is chosen at R, c at a, so
     the path is R a c; the choice at c is x: the cycle adds a c x.
@@ -52,7 +51,7 @@ def accept_all_at_once(trees: Sequence[DraftTree], chosen: Sequence[Tensor]) -> 
 def accepted_nodes(tree: DraftTree, chosen: Tensor) -> Tensor:
     """Which nodes are accepted, [..., N] bool, if the target's choices at the nodes are ``chosen`` [..., N]."""
     match = tree.tokens == chosen[..., tree.parents]  # [..., N]; parents[0] = -1 wraps
-    match[..., 0] = True  # the root is certain
+    match[..., 0] = True  # the root is already part of the answer
     return ~(tree.mask & ~match.unsqueeze(-2)).any(dim=-1)
 
 

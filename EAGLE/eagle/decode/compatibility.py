@@ -1,4 +1,4 @@
-"""Whether base and draft belong together, looked at when they are loaded as a pair."""
+"""Checks that a draft was trained for the base model it is loaded with."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ log = logging.getLogger(__name__)
 
 
 def check_compatible(target: Target, draft: DraftModel) -> None:
-    """Refuses a draft that cannot be this target's. A base may have tokens behind those that the draft knows, as the
-    ``-hf`` releases of LLaVA do: the draft, whose embedding is a copy of the base's, takes their rows from there.
+    """Refuses a draft of another base model. A base may have more tokens than the draft, as the ``-hf`` releases of
+    LLaVA do. The draft's embedding is a copy of the base's, so the missing rows are copied from there.
 
     Raises:
-        UserError: family, hidden size or vocabulary are of another base.
+        UserError: the family, hidden size or vocabulary differ.
     """
     check_family(target.family, draft.config.model_type)
     table = target.model.get_input_embeddings().weight  # [V, H]
@@ -40,7 +40,7 @@ def check_compatible(target: Target, draft: DraftModel) -> None:
 
 
 def check_family(family: str, model_type: str) -> None:
-    """Raises `UserError` if the draft's ``model_type`` is of another kind of target than ``family``: LLaVA or Qwen."""
+    """Raises `UserError` if the draft's ``model_type`` is not of the target's ``family`` (LLaVA or Qwen)."""
     if ("qwen" in family) != ("qwen" in model_type):
         raise misfit("family", model_type, family)
 
@@ -52,9 +52,9 @@ def misfit(what: str, own: object, base: object) -> UserError:
 
 @torch.no_grad()
 def same_rows(table: Tensor, own: Tensor) -> bool:
-    """Whether the draft's token embedding [V', H] is a copy of the base's first rows [V, H], by a sample of them.
+    """Whether the draft's token embedding [V', H] is a copy of the base's first rows [V, H]. Compares `SAMPLE` rows.
 
-    Weights that are not in memory (meta) cannot be compared and count as a copy where the sizes agree.
+    Weights on the meta device cannot be compared. They count as a copy if the sizes are equal.
     """
     if table.is_meta or own.is_meta:
         return len(table) == len(own)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,7 +33,7 @@ from eagle.drafts.compression import Compression
 from eagle.drafts.msd import DraftModel
 from eagle.families.base import Target
 from llava.errors import OutOfMemory, UserError
-from llava.memory import is_out_of_memory
+from llava.memory import within_memory
 
 NO_TOKEN = -1
 """The choice at a node where the target's output is NaN. No draft token equals it, so nothing is accepted below."""
@@ -194,16 +195,11 @@ class Decoder:
         of the request are no larger.
 
         Raises:
-            OutOfMemory: memory does not suffice for one token.
+            OutOfMemory: not even one token fits into memory.
         """
         past = self.cache.lengths
-        while True:
-            try:
-                return self.verify(drafted)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            size = max(tree.size for tree in drafted.trees) // 2  # after the handler, which held the failed tensors
+        while (verified := within_memory(partial(self.verify, drafted))) is None:
+            size = max(tree.size for tree in drafted.trees) // 2
             if size == 0:
                 raise OutOfMemory("out of memory with a single token", str(self.target.device), OUT_OF_MEMORY)
             self.cache.truncate(past)
@@ -211,6 +207,7 @@ class Decoder:
             self.stats.cut_trees += 1
             trees = [prune(tree, size) if tree.size > size else tree for tree in drafted.trees]
             drafted = Drafted(trees, on_host(trees[0].scores))
+        return verified
 
     def verify(self, drafted: Drafted) -> Verified:
         """The target's hidden states and logits at every node, in one forward. A tree smaller than the largest is
@@ -218,12 +215,13 @@ class Decoder:
         past = self.cache.lengths
         tokens, depths, blocks = (part.to(self.target.device) for part in join_trees(drafted.trees))
         position_ids = torch.stack([s.next_position for s in self.active]).to(depths.device) + depths  # [B, N]
-        if self.compiled is not None and isinstance(self.cache, StaticCache):
-            mask = self.masks.window(past, blocks)
-            hidden, logits = self.compiled.verify(tokens, position_ids, mask, self.cache, self.tree.total_tokens)
+        masks = None
+        if self.compiled is not None or tokens.numel() > 1:
+            masks = self.target.masks_by_layer(self.masks.window(past, blocks), past, depths)
+        if self.compiled is not None and masks is not None and isinstance(self.cache, StaticCache):
+            hidden, logits = self.compiled.verify(tokens, position_ids, masks, self.cache, self.tree.total_tokens)
             return Verified(drafted, past, hidden, logits)
-        tree_mask = self.masks.window(past, blocks) if tokens.numel() > 1 else None
-        hidden = self.target.verify(tokens, position_ids, tree_mask, self.cache)
+        hidden = self.target.verify(tokens, position_ids, masks, self.cache)
         return Verified(drafted, past, hidden, self.target.head(hidden))
 
     def accept(self, verified: Verified) -> list[Accepted]:

@@ -18,16 +18,16 @@ from eagle.kv_cache import KVCache
 
 
 class Drafter:
-    """The draft head at work on one request of ``batch`` sequences.
+    """The draft head for one request of ``batch`` sequences.
 
-    Its cache holds one row for each input row that is certain (rows of the target's true hidden states); the rows of
-    drafted nodes come after them and are forgotten when the next cycle starts.
+    Its cache holds one row for each accepted input row (these have the target's true hidden states). The rows of
+    drafted nodes come after them and are removed when the next cycle starts.
 
     Args:
         head: the target's ``lm_head``, [..., H] → [..., V].
-        capacity: certain rows to hold: prompt and new tokens.
-        tree: the largest tree that will be grown.
-        compression: of the prompt's image rows; by default as the draft's config says.
+        capacity: maximal number of accepted rows: prompt and new tokens.
+        tree: the largest tree that will be drafted.
+        compression: of the prompt's image rows. None follows the draft's config.
     """
 
     def __init__(
@@ -53,8 +53,10 @@ class Drafter:
         self._rows, self._rope_length = rows, 0
         self._extend_rope(rows)
         self._lengths = [0] * batch
-        self._shift = [0] * batch  # position number minus row number of new tokens; not 0 for M-RoPE alone
-        self._last = torch.zeros(batch, config.hidden_size, dtype=draft.dtype, device=device)  # after the certain rows
+        self._shift = [0] * batch  # position id minus row index of new tokens; not 0 only for M-RoPE
+        self._last = torch.zeros(
+            batch, config.hidden_size, dtype=draft.dtype, device=device
+        )  # predicted after the accepted rows
 
     def start(self, row: int, prefill: Prefill, input_ids: Tensor, first_token: Tensor) -> None:
         """Reads the prompt of sequence ``row``: row t pairs ``h_t`` with ``x_{t+1}``, the last row with the first new
@@ -69,8 +71,8 @@ class Drafter:
         next_is_image = torch.cat([prefill.image_mask[:, 1:], prefill.image_mask.new_zeros(1, 1)], dim=1).to(device)
         features = prefill.embeds.roll(-1, dims=1).to(device)  # [1, S, H]; the wrapped last row is never an image
         hidden, positions = prefill.hidden.to(device), prefill.positions.to(device)  # [1, S, H], [1 or 3, (1,) S]
-        plan = self.compression.plan(next_is_image[0], features[0])
-        if plan is not None:  # from here on S counts the rows that are left
+        plan = self.compression.plan(next_is_image[0])
+        if plan is not None:  # S is now the number of merged rows
             hidden, next_ids, next_is_image = (plan.pick(part, 1) for part in (hidden, next_ids, next_is_image))
             features = plan.mean(features[0])[None].to(features.dtype)
             positions = plan.mean(positions.flatten(0, -2).T).T.unsqueeze(-2)  # [1 or 3, 1, S]
@@ -87,7 +89,7 @@ class Drafter:
         self.cache.truncate(self._lengths)
 
     def extend(self, hidden: Sequence[Tensor], tokens: Sequence[Tensor]) -> None:
-        """Feeds the rows that the last cycle made certain, in place of the drafted ones.
+        """Reads the rows that were accepted since the last draft; they replace the drafted ones.
 
         Args:
             hidden: for each sequence [n, H], the target's hidden states on the accepted path, root included.
@@ -118,7 +120,7 @@ class Drafter:
         return KVCache.allocate([draft.device], batch, heads, config.head_dim, rows, draft.dtype)
 
     def _read(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """One draft forward over rows that are certain: tokens [B, n], hidden [B, n, H] → outputs [B, n, H]."""
+        """One draft forward over accepted rows: tokens [B, n], hidden [B, n, H] → outputs [B, n, H]."""
         batch, count = tokens.shape
         mask = None
         if batch * count > 1:
@@ -158,7 +160,7 @@ class Drafter:
         return Candidates(*(torch.cat(parts, dim=1) for parts in zip(*levels, strict=True)))
 
     def select(self, rows: Sequence[int]) -> None:
-        """Goes on with the given sequences alone."""
+        """Keeps only the given sequences."""
         self.cache = self.cache.select(rows)
         self._lengths, self._shift = ([values[row] for row in rows] for values in (self._lengths, self._shift))
         self._last = self._last[list(rows)]
@@ -178,7 +180,7 @@ class Drafter:
         return output, *self._children(output, top_k)
 
     def _rope(self, offset: int, count: int) -> tuple[Tensor, Tensor]:
-        """Rotary angles of ``count`` positions, ``offset`` after the certain rows, [1 or B, 1, count, D]; a single
+        """Rotary angles of ``count`` positions, ``offset`` after the accepted rows, [1 or B, 1, count, D]; a single
         position serves a whole level."""
         starts = [length + shift + offset for length, shift in zip(self._lengths, self._shift, strict=True)]
         if len(starts) == 1:
@@ -188,7 +190,7 @@ class Drafter:
         return self._cos[0, 0, index].unsqueeze(1), self._sin[0, 0, index].unsqueeze(1)
 
     def _extend_rope(self, count: int) -> None:
-        """Angles of the positions below ``count``, which M-RoPE may lead past the rows (long videos)."""
+        """Angles of the positions below ``count``. M-RoPE positions can be larger than the row index (long videos)."""
         if count > self._rope_length:
             positions = torch.arange(count, device=self.draft.device).unsqueeze(0)
             self._cos, self._sin = self.draft.rotary(positions, self.draft.dtype)  # [1, 1, count, D]

@@ -1,7 +1,7 @@
 """Additive attention masks of tree forwards.
 
-Additive and finite (`finfo.min`), since that is right for sdpa and for eager attention, where a bool mask is silently
-wrong and minus infinity gives NaN rows.
+They are additive and finite (`finfo.min`). This is correct for sdpa and for eager attention; eager attention would
+misread a bool mask, and minus infinity would give NaN rows.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 ALIGNED = 16
-"""Rows of a mask begin at multiples of so many columns: kernels that want aligned rows take them without a copy."""
+"""Rows of a mask start at multiples of this many columns, so kernels that need aligned rows do not copy them."""
 
 
 class MaskBuffer:
     """Masks of up to ``rows`` query rows over up to ``capacity`` cached rows.
 
-    For one sequence they are windows on one preallocated buffer: all rows of a tree see the whole past, so only a
-    small block changes from one forward to the next. A batch gets a fresh mask.
+    For one sequence they are views of one preallocated buffer: all rows of a tree see the whole past, so only a small
+    block changes from one forward to the next. A batch gets a new mask.
     """
 
     def __init__(self, rows: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -29,11 +29,11 @@ class MaskBuffer:
         self._written = (0, 0)
 
     def window(self, pasts: Sequence[int], blocks: Tensor) -> Tensor:
-        """The mask of ``n`` rows which all see rows 0..past-1, and of the ``m`` after them what the block says.
+        """The mask of ``n`` query rows. All see rows 0..past-1. The block says which of the next ``m`` rows they see.
 
         Args:
             pasts: cached rows of each sequence that its query rows see.
-            blocks: [B, n, m] bool, true where a query row may look.
+            blocks: [B, n, m] bool, true where a query row attends.
 
         Returns:
             [B, 1, n, longest past + m] additive mask, valid until the next call.
@@ -50,7 +50,7 @@ class MaskBuffer:
 
 
 def batch_mask(pasts: Sequence[int], blocks: Tensor, dtype: torch.dtype) -> Tensor:
-    """`MaskBuffer.window` for sequences of different length.
+    """`MaskBuffer.window` for sequences of different lengths.
 
     >>> batch_mask([1, 2], torch.tensor([[[True]], [[True]]]), torch.float32).eq(0).int().tolist()
     [[[[1, 1, 0]]], [[[1, 1, 1]]]]
@@ -58,7 +58,7 @@ def batch_mask(pasts: Sequence[int], blocks: Tensor, dtype: torch.dtype) -> Tens
     rows, columns = blocks.shape[1:]
     device = blocks.device
     past = torch.tensor(pasts, device=device).unsqueeze(1)  # [B, 1]
-    place = torch.arange(max(pasts) + columns, device=device) - past  # [B, T] column counted from the block's first
+    place = torch.arange(max(pasts) + columns, device=device) - past  # [B, T] column relative to the block
     index = place.clamp(0, columns - 1).unsqueeze(1).expand(-1, rows, -1)  # [B, n, T]
     place = place.unsqueeze(1)
     open_ = (place < 0) | (blocks.gather(2, index) & (place < columns))  # [B, n, T]

@@ -1,4 +1,4 @@
-"""`MSDModel`: a target and its draft, with the interface of a transformers model."""
+"""`MSDModel`: a target and its draft, used like a transformers model."""
 
 from __future__ import annotations
 
@@ -52,17 +52,17 @@ class MSDModel:
 
     Args:
         target: the base model.
-        draft: its draft head; None decodes plainly.
+        draft: its draft head. None decodes plainly.
         tree: "auto" chooses depth and size of the draft tree in each cycle, from costs that are measured once on this
-            machine. "fixed" uses the same bounds in each cycle: those that suit the target's device, or those given.
-            The default is "auto", or "fixed" with ``compile``, because costs are measured without it.
+            machine. "fixed" uses the default tree of the target's device in each cycle. A `TreeConfig` gives other
+            bounds. The default is "auto", or "fixed" with ``compile``, because costs are measured without it.
         draft_image_tokens: input rows that the draft keeps of each picture, 0 for none, "all" for all. The default is
             what the draft's config says, else all. The target always reads all, so answers do not depend on it.
-        compile: run the models' parts of a cycle through `torch.compile` with static shapes (`eagle.decode.compiled`),
-            with CUDA graphs where CUDA is; a text names another backend than "inductor". The first requests are slow.
+        compile: run both models through `torch.compile` with static shapes (`eagle.decode.compiled`), with CUDA graphs
+            on CUDA. A string names the backend; True is "inductor". The first requests are slow.
 
     Raises:
-        UserError: base and draft do not fit together, or a setting is none of the known values.
+        UserError: base and draft do not fit together, or a setting has an unknown value.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class MSDModel:
     ) -> None:
         self.target, self.draft = target, draft
         self.tree = TreeConfig.named(tree or ("fixed" if compile else "auto"), target.device)
-        self.exact_phases = False  # wait for the device at the ends of phases: for accounting, not for speed
+        self.exact_phases = False  # wait for the device at the ends of phases: exact phase times, less speed
         self._acceptance = Acceptance()  # learnt over all requests
         self._costs: dict[tuple[int, ...], CostCurve] = {}
         own = Compression() if draft is None else draft.config.options.compression
@@ -105,9 +105,9 @@ class MSDModel:
         """Loads a base model and its draft from folders or the hub.
 
         Args:
-            base, draft: folder or hub name; without ``draft`` the model decodes plainly.
-            dtype: of both; "auto" is the base checkpoint's own, float32 on a CPU that is slow in 16 bit.
-            device_map: as in transformers; the draft goes where the base's ``lm_head`` is.
+            base, draft: folder or hub name. Without ``draft`` the model decodes plainly.
+            dtype: of both models. "auto" is that of the base checkpoint, or float32 on a CPU that is slow in 16 bit.
+            device_map: as in transformers. The draft is loaded to the device of the base's ``lm_head``.
             tree, draft_image_tokens, compile: as for the class.
             draft_revision: hub revision of the draft (``revision`` is the base's).
             kwargs: as `eagle.families.load_target`.
@@ -116,9 +116,7 @@ class MSDModel:
             UserError: a checkpoint is missing or broken, or base and draft do not fit together.
         """
         target = load_target(base, dtype=dtype, device_map=device_map, **kwargs)
-        settings: dict[str, Any] = {
-            "draft_image_tokens": draft_image_tokens, "compile": compile,
-        }  # fmt: skip
+        settings: dict[str, Any] = {"draft_image_tokens": draft_image_tokens, "compile": compile}
         if draft is None:
             return cls(target, None, tree, **settings)
         hub = {key: kwargs[key] for key in HUB_KEYS if key in kwargs and key != "revision"}
@@ -160,19 +158,19 @@ class MSDModel:
         """Generates as `target.model.generate` would, several tokens per forward.
 
         Args:
-            input_ids: [B, P] with one id per image feature, and the processor's other outputs among ``kwargs``; with an
-                ``attention_mask`` where prompts are padded.
+            input_ids: [B, P] with one id for each image feature. ``kwargs`` has the processor's other outputs, among
+                them an ``attention_mask`` if prompts are padded.
             use_msd: False decodes plainly, in the same loop.
-            tree: bounds for this call only, of each sequence's tree; by default the model's, smaller for a batch.
-            temperature: 0 is greedy. None of a setting means the checkpoint's generation config, as in transformers.
-            seed: makes sampling repeatable, apart from the global random state; one, or one for each row of a batch.
-                The same answer comes with any draft and tree, or none, and in any batch, as far as rounding allows.
+            tree: bounds of each sequence's tree, for this call only. The default is `tree_for`.
+            temperature: 0 is greedy. None uses the checkpoint's generation config, as in transformers.
+            seed: makes sampling repeatable and independent of the global random state. One, or one for each sequence.
+                The answer to a seed does not depend on draft, tree or batch, except for rounding.
             stop_strings: texts that end the answer.
-            streamer: a transformers streamer; for a single prompt.
+            streamer: a transformers streamer, for a single prompt.
             kwargs: model inputs, and any setting of transformers' `generate` for greedy search or sampling.
 
         Raises:
-            UserError: the settings ask for beam search, or for streaming of a batch.
+            UserError: the settings ask for beam search or for streaming of a batch, or the temperature is negative.
         """
         if temperature is not None and do_sample is None:
             do_sample = not SamplingSettings(temperature).greedy
@@ -186,7 +184,7 @@ class MSDModel:
         decode = partial(self._decode, use_msd=use_msd, tree=tree, seed=seed, bound_streamer=streamer)
         kwargs.update(self.target.complete_inputs(input_ids, kwargs), do_sample=do_sample)
         settings = {key: value for key, value in kwargs.items() if value is not None}
-        if use_msd:  # measured once for a model, before the clock starts
+        if use_msd:  # measured at first use, before the clock starts
             self._costs_of(tree or self.tree_for(input_ids.shape[0]), input_ids.shape[0])
         start = time.perf_counter()
         output = self.target.model.generate(
@@ -197,8 +195,9 @@ class MSDModel:
         return output
 
     def __call__(self, model: Any, input_ids: Tensor, streamer: Any = None, **kwargs: Any) -> MSDOutput | Tensor:
-        """For ``target.generate(**inputs, custom_generate=msd)``: returns the sequences. transformers keeps a streamer
-        that is given to its `generate` from such a function; ``custom_generate=partial(msd, streamer=s)`` binds one."""
+        """For ``target.generate(**inputs, custom_generate=msd)``. Returns the sequences, or an `MSDOutput` with
+        ``return_dict_in_generate``. transformers does not pass its streamer to such a function: use
+        ``custom_generate=partial(msd, streamer=s)``."""
         output = self._decode(model, input_ids, use_msd=True, tree=None, seed=None, bound_streamer=streamer, **kwargs)
         return output if kwargs["generation_config"].return_dict_in_generate else output.sequences
 
@@ -217,7 +216,7 @@ class MSDModel:
         bound_streamer: Any,
         **model_inputs: Any,
     ) -> MSDOutput:
-        """What transformers' `generate` calls after it has prepared inputs, processors and criteria."""
+        """Called by transformers' `generate` after it has prepared inputs, processors and criteria."""
         check_request(input_ids, generation_config, bound_streamer)
         if bound_streamer is not None:
             bound_streamer.put(input_ids.cpu())
@@ -242,14 +241,14 @@ class MSDModel:
         return MSDOutput(torch.cat([input_ids, padded], dim=1), tokens, decoder.stats)
 
     def tree_for(self, batch: int) -> TreeConfig:
-        """The tree of each sequence of a batch; one that adapts is for a single sequence."""
+        """The default tree of each sequence of a batch. Adaptive trees are for a single sequence only."""
         if batch > 1 and self.tree.adaptive:
             return TreeConfig.for_device(self.target.device).for_batch(batch)
         return self.tree.for_batch(batch)
 
     def _planner_for(self, tree: TreeConfig, batch: int, seeded: bool) -> Planner | None:
-        """What chooses each tree of a single sequence. None if trees are fixed. With a seed it starts without what
-        earlier requests taught it, so that the same request gives the same cycles each time."""
+        """The planner of a single sequence. None if trees are fixed. With a seed it does not use the acceptance of
+        earlier requests, so the same request gives the same cycles each time."""
         cost = self._costs_of(tree, batch)
         if cost is None:
             return None
@@ -257,7 +256,7 @@ class MSDModel:
 
     @torch.inference_mode()
     def _costs_of(self, tree: TreeConfig, batch: int) -> CostCurve | None:
-        """The costs of an adaptive tree, measured at first use. None if no tree adapts."""
+        """The costs for an adaptive tree, measured at first use. None for other trees."""
         if self.draft is None or not tree.adaptive or batch > 1:
             return None
         bounds = (tree.depth, tree.top_k, tree.total_tokens)
@@ -267,7 +266,7 @@ class MSDModel:
 
 
 def check_request(input_ids: Tensor, settings: GenerationConfig, streamer: Any) -> None:
-    """Refuses what speculative decoding cannot honour."""
+    """Refuses settings that speculative decoding does not support."""
     if settings.num_beams > 1:
         raise UserError(
             f"num_beams={settings.num_beams}: MSD verifies one continuation, beam search keeps several",

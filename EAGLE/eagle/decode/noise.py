@@ -1,9 +1,8 @@
-"""Chance, laid out by place in the answer: one seed gives the same tokens whatever drafts or verifies them.
+"""Randomness by position in the answer: a seed gives the same tokens with any draft, tree and batch.
 
-A token is sampled as the arg-max of its log-probabilities plus Gumbel noise (the Gumbel-max trick; PyTorch's own
-sampling of one token is the same race). Row p of the noise belongs to new token p, not to a node of a tree: all nodes
-that stand for that place are chosen with the same row, of which one at most becomes a token. So the tree, the draft,
-the batch and the length of a cycle change what is computed, but not what is said.
+A token is sampled as the arg-max of its log-probabilities plus Gumbel noise (the Gumbel-max trick). Row p of the noise
+belongs to new token p, not to a node of a tree. All nodes for that position share the row, and at most one of them
+becomes a token. So the draft, the tree, the batch and the length of a cycle do not change the sampled tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 from llava.errors import UserError
 
 AT_ONCE = 8
-"""Places that are drawn together: always whole groups, so that noise does not depend on how far ahead it was wanted."""
+"""Positions are drawn in whole groups of this size, so noise does not depend on how many are requested."""
 
 
 def gumbel(shape: Sequence[int], generator: torch.Generator | None, device: torch.device | str) -> Tensor:
@@ -27,40 +26,40 @@ def gumbel(shape: Sequence[int], generator: torch.Generator | None, device: torc
 
 
 class Noise:
-    """Noise of one sequence, drawn in the order of the places.
+    """Noise of one sequence, drawn in the order of positions.
 
     Args:
-        generator: random state of this sequence alone; None shares the device's global one.
-        device: where tokens are chosen.
+        generator: random state of this sequence. None uses the device's global one.
+        device: where tokens are sampled.
     """
 
     def __init__(self, generator: torch.Generator | None, device: torch.device | str) -> None:
         self.generator, self.device = generator, device
         self._first = 0
-        self._rows: list[Tensor] = []  # [V] each, from place `_first` on
+        self._rows: list[Tensor] = []  # [V] each, from position `_first`
 
     def rows(self, first: int, count: int, vocabulary: int) -> Tensor:
-        """[count, V] for the places from ``first`` on; those before it are not asked for again."""
+        """[count, V] for the positions from ``first``. Earlier ones are dropped."""
         while self._first + len(self._rows) < first + count:
             self._rows += gumbel([AT_ONCE, vocabulary], self.generator, self.device)
         self._rows, self._first = self._rows[first - self._first :], first
         return torch.stack(self._rows[:count])
 
 
-def mixed(*numbers: int) -> int:
-    """A seed of 63 bits made of several numbers, the same on every machine."""
+def derived_seed(*numbers: int) -> int:
+    """A seed of 63 bits from several numbers, the same on every machine."""
     digest = hashlib.sha256(" ".join(map(str, numbers)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def seeds_of(seed: int | Sequence[int], batch: int) -> list[int]:
-    """One seed for each sequence: those given, or the first with ``seed`` itself and the others derived from it.
+    """One seed for each sequence: those given, or ``seed`` for the first and seeds derived from it for the others.
 
     Raises:
-        UserError: neither one seed nor one for each.
+        UserError: the number of seeds is not that of the sequences.
     """
     if isinstance(seed, int):
-        return [seed, *(mixed(seed, row) for row in range(1, batch))]
+        return [seed, *(derived_seed(seed, index) for index in range(1, batch))]
     if len(seed) != batch:
         raise UserError(f"{len(seed)} seeds for {batch} sequences", fix="give one seed, or one for each")
     return list(seed)

@@ -22,10 +22,12 @@ from llava.errors import UserError
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """What a command or a page asks for. This is the one place that says what the limits mean.
+    """How a command, a page or a task wants answers to be sampled. Only this class says what special values mean.
 
-    ``temperature``: 0 is greedy decoding. ``top_p`` and ``top_k``: None means no limit, so the checkpoint's own
-    generation config does not add one. ``seed``: makes sampling repeatable.
+    Attributes:
+        temperature: 0 is greedy decoding; all other settings are then ignored.
+        top_p, top_k: None or 0 is no limit. The limits of the checkpoint's generation config are not used either.
+        seed: makes sampling repeatable; one for all sequences or one for each.
 
     Raises:
         UserError: the temperature is negative or not finite.
@@ -33,7 +35,7 @@ class SamplingSettings:
 
     temperature: float = 0.0
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: float | None = None
     seed: int | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
@@ -44,12 +46,16 @@ class SamplingSettings:
     def greedy(self) -> bool:
         return self.temperature == 0
 
+    @property
+    def limits(self) -> dict[str, Any]:
+        """``top_p`` and ``top_k`` as `MSDModel.generate` takes them."""
+        return {"top_p": self.top_p or 1.0, "top_k": int(self.top_k or 0)}
+
     def for_engine(self) -> dict[str, Any]:
         """Keyword arguments of `MSDModel.generate`."""
         if self.greedy:
             return {"temperature": 0.0}
-        top_p, top_k = (1.0 if self.top_p is None else self.top_p), (self.top_k or 0)
-        return {"temperature": self.temperature, "top_p": top_p, "top_k": top_k, "seed": self.seed}
+        return {"temperature": self.temperature, **self.limits, "seed": self.seed}
 
 
 # Processors that read one row of logits only. All others may read the tokens before it.

@@ -1,4 +1,4 @@
-"""What a run of decoding reports: acceptance, phases and time."""
+"""Statistics of decoding: acceptance, phases and time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 PHASES = ("prefill", "draft", "tree", "verify", "accept", "commit")
 OUTSIDE = "outside"
-"""Everything else: what transformers' `generate` prepares (pictures are encoded there), set-up, and between phases."""
+"""Everything else: preparation by transformers' `generate` (which encodes pictures), set-up, gaps between phases."""
 
 
 @dataclass
@@ -22,9 +22,8 @@ class Stats:
     end of the answer. ``phases``: seconds in each phase. ``first_token``: seconds from the request until it has its
     first token (a batch: until each sequence has one). ``first_token_at``: that moment on the clock of
     `time.perf_counter`. ``loop``: seconds in cycles. ``seconds`` include both.
-    ``cut_trees``: times that memory did not suffice to verify a tree, and half of it was verified. ``wait``: called at
-    both ends of a phase, so that an asynchronous device is charged where it works; it costs speed, so it is not the
-    default.
+    ``cut_trees``: how often memory ran out in verification and the tree was halved. ``wait``: called at both ends of a
+    phase, so the work of an asynchronous device counts for its own phase. It costs speed.
     """
 
     new_tokens: int = 0
@@ -42,8 +41,8 @@ class Stats:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the time spent inside to phase ``name``. On an asynchronous device and without ``wait`` it measures the
-        launch, and whichever phase reads a result waits for all of them."""
+        """Adds the time spent inside to phase ``name``. Without ``wait`` an asynchronous device is not measured
+        exactly: most phases only launch work, and a phase that reads a result waits for all of it."""
         if self.wait is not None:
             self.wait()
         start = time.perf_counter()
@@ -81,8 +80,8 @@ class Stats:
         return later / self.decoding_seconds if self.decoding_seconds else 0.0
 
     def shares(self) -> dict[str, dict[str, float]]:
-        """Where the time goes, as shares that sum to 1: of the whole ``request``, and of its ``cycle``s alone. Empty
-        where nothing was timed."""
+        """Time by phase, as shares that sum to 1: of the whole ``request``, and of its ``cycle``s. Empty if nothing was
+        timed."""
         cycle = {name: seconds for name, seconds in self.phases.items() if name != "prefill"}
         parts = {"request": (self.phases, self.seconds), "cycle": (cycle, self.loop)}
         return {
@@ -117,5 +116,5 @@ class Stats:
 
     @classmethod
     def empty(cls) -> Stats:
-        """A sum with nothing in it yet."""
+        """The start value of a sum with `merge`."""
         return cls(requests=0)

@@ -1,4 +1,4 @@
-"""When an answer ends: exactly where transformers' `generate` would end it, though several tokens arrive at once."""
+"""The end of an answer: the same as in transformers' `generate`, although several tokens arrive at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria
 class Stopper:
     """Cuts newly accepted tokens at the end of the answer.
 
-    Length and end tokens are plain integer checks; every other criterion is asked after each token, as `generate` does.
+    Length and end tokens are plain integer checks; all other criteria are evaluated after each token, as in `generate`.
 
     Args:
         criteria: prepared stopping criteria.

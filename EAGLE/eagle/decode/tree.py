@@ -1,7 +1,7 @@
 """The draft tree as pure tensor functions: expand a level, choose the frontier, select nodes, build the mask.
 
 Nothing here knows a model or a device. A tree has ``N`` nodes in the order in which they were drafted, so a parent
-always precedes its children; node 0 is the root, the last token that is already certain. EAGLE-2 (arXiv 2406.16858):
+always precedes its children; node 0 is the root, the newest accepted token. EAGLE-2 (arXiv 2406.16858):
 a node's score is the sum of draft log-probabilities along its path.
 
 Worked example, ``top_k`` 2, ``depth`` 1, ``total_tokens`` 5::
@@ -49,7 +49,7 @@ class Candidates(NamedTuple):
 
 
 def choose_frontier(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The ``top_k`` best of the children just drafted, which alone are drafted further.
+    """The ``top_k`` best of the children just drafted, whose own children are drafted next.
 
     ``scores`` [..., F, k] cumulative → ``flat`` [..., f] indices into the flattened children, ``parent_rows`` [..., f]
     their row.
@@ -62,8 +62,8 @@ def choose_frontier(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 def select_nodes(candidates: Candidates, root: Tensor, total_tokens: int, depth: int | None = None) -> DraftTree:
     """The root and the ``total_tokens - 1`` best candidates, kept in draft order.
 
-    A child never scores above its parent and the sort is stable, so a selected node's parent is selected too, even
-    where scores are equal. ``depth``: the deepest level drafted, if known.
+    A child never scores above its parent and the sort is stable, so the parent of a selected node is selected too,
+    also if scores are equal. ``depth``: the deepest level drafted, if known.
     """
     count = min(total_tokens - 1, candidates.tokens.shape[0])
     order = torch.sort(candidates.scores, descending=True, stable=True).indices[:count]

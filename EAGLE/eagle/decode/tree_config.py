@@ -14,7 +14,7 @@ from llava.errors import UserError
 from llava.strict import read_strict, strict_dataclass
 
 BATCH_NODES = 60
-"""Nodes of all trees of a batch together that pay in one forward, on a CPU too (`msd throughput`, docs/decoding.md)."""
+"""Nodes of all trees of a batch that one forward verifies fast, also on a CPU (`msd throughput`, docs/decoding.md)."""
 
 
 @strict_dataclass
@@ -42,15 +42,14 @@ class TreeConfig:
 
     @classmethod
     def for_device(cls, device: torch.device | str) -> TreeConfig:
-        """A tree that suits the kind of device. A CPU verifies 8 to 16 nodes for little more than one, and pays for
-        sixty; an accelerator verifies sixty for little more than one."""
+        """The default tree. A CPU verifies 8 to 16 nodes, an accelerator 60, in little more time than one node."""
         if torch.device(device).type == "cpu":
             return cls(depth=6, top_k=3, total_tokens=12)
         return cls()
 
     @classmethod
     def named(cls, tree: TreeConfig | str, device: torch.device | str) -> TreeConfig:
-        """The tree that "auto" or "fixed" means on a device; other bounds stay."""
+        """The tree that "auto" or "fixed" means on a device. A `TreeConfig` is returned unchanged."""
         if isinstance(tree, TreeConfig):
             return tree
         kinds = {"auto": cls.auto, "fixed": cls.for_device}
@@ -60,15 +59,14 @@ class TreeConfig:
 
     @classmethod
     def auto(cls, device: torch.device | str) -> TreeConfig:
-        """Bounds within which each cycle takes what pays on this machine."""
+        """Bounds of an adaptive tree."""
         if torch.device(device).type == "cpu":
             return cls(depth=10, top_k=3, total_tokens=32, adaptive=True)
         return cls(depth=10, top_k=10, total_tokens=96, adaptive=True)
 
     def for_batch(self, batch: int) -> TreeConfig:
-        """The tree of each sequence when ``batch`` of them are verified in one forward: the same as alone until all
-        have more nodes together than this tree or `BATCH_NODES`, from there on a share. Where that leaves no drafted
-        node, plain decoding is as good."""
+        """The tree of each sequence if ``batch`` of them are verified in one forward. Unchanged until all trees
+        together have more nodes than this tree or `BATCH_NODES`, then a share of these."""
         nodes = max(1, min(self.total_tokens, max(self.total_tokens, BATCH_NODES) // batch))
         return TreeConfig(self.depth, -(-self.top_k * nodes // self.total_tokens), nodes) if batch > 1 else self
 

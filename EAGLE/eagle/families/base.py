@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from eagle.families.layers import FULL, SLIDING, attention_layers
 from eagle.kv_cache import KVCache
 from eagle.weight_layout import to_input_major_layout
 from llava.errors import UserError
 
 MASKED_ATTENTION = ("sdpa", "eager")
+LayerMasks = Tensor | dict[str, Tensor]
+"""A mask for all layers, or one for each type of layer."""
 
 
 class Prefill(NamedTuple):
@@ -49,6 +52,7 @@ class Target(ABC):
             raise UserError(
                 f"attention '{attention}' cannot verify a draft tree", fix=f"load with {' or '.join(MASKED_ATTENTION)}"
             )
+        self.layers = attention_layers(model.config.get_text_config())
         self.model = model.eval()
         self.processor = processor
 
@@ -219,14 +223,27 @@ class Target(ABC):
             yield Prefill(output.last_hidden_state, own_embeds, own_images, own_positions, own_next)
         cache.truncate(lengths)
 
-    def verify(self, tokens: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
+    def masks_by_layer(self, mask: Tensor, past: Sequence[int], depths: Tensor) -> LayerMasks:
+        """What the text model takes as mask of a tree forward: a mask for each type of layer if it has sliding windows.
+
+        Args:
+            mask: [B, 1, N, T] additive, of layers that see everything.
+            past: cached rows of each sequence.
+            depths: [B, N] of the nodes.
+        """
+        if self.layers.window is None:
+            return mask
+        sliding = within_window(mask, past, depths, self.layers.window)
+        return {FULL: mask, SLIDING: sliding} if self.layers.by_type else sliding
+
+    def verify(self, tokens: Tensor, positions: Tensor, mask: LayerMasks | None, cache: KVCache) -> Tensor:
         """One forward over the nodes of a tree, appended to the cache.
 
         Args:
             tokens: [B, N] ids in node order.
             positions: [B, N] position id of each node.
-            mask: [B, 1, N, longest past + N] additive; None for a single node of a single sequence, which sees
-                everything.
+            mask: [B, 1, N, longest past + N] additive, by type of layer if the model has several (`masks_by_layer`).
+                None for a single node of a single sequence, which sees everything.
 
         Returns:
             [B, N, H] hidden states after the final norm.
@@ -244,6 +261,26 @@ class Target(ABC):
         """``lm_head``: [..., H] → logits [..., V]."""
         head = self.model.get_output_embeddings()
         return head(hidden.to(head.weight.device))
+
+
+def within_window(mask: Tensor, past: Sequence[int], depths: Tensor, window: int) -> Tensor:
+    """Closes what is ``window`` or more places away in an additive mask [B, 1, N, T] of tree nodes.
+
+    A cached row's place is its column; a node's place is the number of cached rows plus its depth.
+
+    >>> within_window(torch.zeros(1, 1, 2, 4), [2], torch.tensor([[0, 1]]), 2).eq(0).int().tolist()
+    [[[[0, 1, 1, 1], [0, 0, 1, 1]]]]
+    """
+    nodes = depths.shape[1]
+    if max(past) + nodes <= window:
+        return mask
+    rows = torch.tensor(past, device=mask.device).unsqueeze(1)  # [B, 1]
+    columns = torch.arange(mask.shape[-1], device=mask.device).unsqueeze(0)  # [1, T]
+    depths = depths.to(mask.device)
+    node = (columns - rows).clamp(0, nodes - 1)  # [B, T] the node of a column behind the cached rows
+    place = torch.where(columns < rows, columns, rows + depths.gather(1, node))  # [B, T]
+    far = (rows + depths).unsqueeze(2) - place.unsqueeze(1) >= window  # [B, N, T]
+    return mask.masked_fill(far.unsqueeze(1), torch.finfo(mask.dtype).min)
 
 
 def gather_image_features(

@@ -16,7 +16,7 @@ from eagle.families.template import Prepared, Template, join_images
 from eagle.hidden_states.shards import DTYPES, Sample, Source
 from eagle.hidden_states.source import INT8
 from llava.errors import UserError
-from llava.memory import is_out_of_memory
+from llava.memory import halved_within_memory
 
 BATCH_TOKENS = {"cpu": 1024, "accelerator": 8192}
 """Default number of tokens in a forward."""
@@ -61,27 +61,13 @@ class Reader:
     def samples(self, items: Sequence[Prepared]) -> list[Sample | None]:
         """One forward over a batch, or over its halves if it does not fit into memory. None for a conversation that
         does not fit even alone."""
-        samples = self._within_memory(items)
-        if samples is None and len(items) == 1:
-            samples = self._within_memory(items)  # with an empty cache
-        if samples is None:
-            if len(items) == 1:
-                return [None]
-            half = len(items) // 2
-            return self.samples(items[:half]) + self.samples(items[half:])
+        return halved_within_memory(self._samples, items)
+
+    def _samples(self, items: Sequence[Prepared]) -> list[Sample]:
+        samples = self._forward(items)
         if not self._padding_checked and len(items) > 1:
             self._check_padding(items[0], samples[0])
-        return list(samples)
-
-    def _within_memory(self, items: Sequence[Prepared]) -> list[Sample] | None:
-        """`_forward`; None, with an empty cache, if memory is not sufficient."""
-        try:
-            return self._forward(items)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-        torch.cuda.empty_cache()  # after the handler, which kept the failed forward's tensors alive
-        return None
+        return samples
 
     @torch.inference_mode()
     def _forward(self, items: Sequence[Prepared]) -> list[Sample]:

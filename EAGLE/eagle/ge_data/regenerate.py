@@ -14,18 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from eagle.conversations import Unusable
 from eagle.decode.msd import MSDModel
-from eagle.decode.noise import mixed
+from eagle.decode.noise import derived_seed
 from eagle.decode.sampling import SamplingSettings
 from eagle.families.template import Prepared, PromptOutline, Template, Turn
 from eagle.hidden_states.source import Regeneration
-from llava.errors import OutOfMemory
-from llava.memory import is_out_of_memory
+from llava.memory import halved_within_memory
 
 
 @dataclass
@@ -111,30 +111,17 @@ class Regenerator:
 
     def _answer_turn(self, states: Sequence[ConversationState], turn_number: int) -> None:
         """Adds one answer to each conversation, in halves if memory is not sufficient."""
-        if not states:
-            return
-        try:
-            answers = self._generate(states, turn_number)
-        except (RuntimeError, MemoryError, OutOfMemory) as error:
-            if not (isinstance(error, OutOfMemory) or is_out_of_memory(error)):
-                raise
-            answers = None
-        if answers is None:  # after the handler, which kept the failed forward's tensors alive
-            if len(states) == 1:
-                states[0].unusable = "too_large"
-                return
-            half = len(states) // 2
-            self._answer_turn(states[:half], turn_number)
-            self._answer_turn(states[half:], turn_number)
-            return
+        answers = halved_within_memory(partial(self._generate, turn_number), states)
         for state, answer in zip(states, answers, strict=True):
-            if self.template.media_ids.isdisjoint(answer):
-                turn = state.outline.turns[turn_number]
+            turn = state.outline.turns[turn_number]
+            if answer is None:
+                state.unusable = "too_large"
+            elif self.template.media_ids.isdisjoint(answer):
                 state.add_answer(turn, answer, self._ends(turn))
             else:
                 state.unusable = "answer_picture"
 
-    def _generate(self, states: Sequence[ConversationState], turn_number: int) -> list[list[int]]:
+    def _generate(self, turn_number: int, states: Sequence[ConversationState]) -> list[list[int]]:
         """The answers, each with its end token if it was generated: at least one id."""
         images = [self.template.first_pictures(state.outline.images, state.pictures) for state in states]
         inputs: dict[str, Any] = self.template.request([state.ids for state in states], images)
@@ -152,7 +139,7 @@ class Regenerator:
 
     def _sampling(self, numbers: Iterable[int], turn_number: int) -> dict[str, Any]:
         """Settings of `MSDModel.generate` for the answers of one turn."""
-        seeds = [mixed(self.settings.seed or 0, number, turn_number) for number in numbers]
+        seeds = [derived_seed(self.settings.seed or 0, number, turn_number) for number in numbers]
         return SamplingSettings(self.settings.temperature, seed=seeds).for_engine()
 
     def _result(self, state: ConversationState) -> Prepared | Unusable:

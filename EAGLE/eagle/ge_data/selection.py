@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
-
 from eagle.conversations import (
     Conversation,
     Unusable,
@@ -56,6 +54,8 @@ class Selection:
         Raises:
             UserError: the file cannot be read, has no such record, or the folder of pictures does not exist.
         """
+        import numpy as np
+
         if kind == IMAGE and not image_root.is_dir():
             raise UserError("no folder of pictures", image_root, "give --image_data_path, in training --image-folder")
         records = RecordFile(path, lambda record: claims_pictures(record) == (kind == IMAGE))

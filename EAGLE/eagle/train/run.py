@@ -15,6 +15,7 @@ from eagle.attention import leave_out_cudnn_attention
 from eagle.drafts.checkpoint import load_draft
 from eagle.drafts.config import DraftConfig
 from eagle.drafts.msd import DraftModel
+from eagle.extras import require
 from eagle.families.base_weights import BaseTensors, load_base_tensors
 from eagle.train.checkpoint import CheckpointStore, Progress, describe_run
 from eagle.train.dataset import TrainingData, load_stored
@@ -36,6 +37,7 @@ def train(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace, stack: ExitStack) -> None:
     """Settings → base tensors → data → engine → resume → train. ``stack`` unlocks the checkpoint folder at the end."""
+    require("matplotlib", extra="train")  # draws the plot at the end
     leave_out_cudnn_attention()
     draft_config, config = read_config(args.config)
     config = override(config, args)

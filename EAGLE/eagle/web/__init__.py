@@ -1,1 +1,1 @@
-"""The page that `msd web` serves: ask about a picture, watch which tokens were drafted."""
+"""The page of `msd web`: ask about a picture, see which tokens were drafted."""

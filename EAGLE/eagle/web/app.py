@@ -1,4 +1,4 @@
-"""The web application: one page, its answers as a stream of JSON lines, and pictures to pick."""
+"""The web application: one page, sample pictures, and answers as a stream of JSON lines."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from starlette.routing import Route
 
 from eagle.decode.msd import MSDModel
 from eagle.questions import Question
-from eagle.web.ask import Ask
+from eagle.web.request import AnswerRequest
 from eagle.web.stream import Answerer, PieceStreamer
 from llava.errors import UserError
 
 FOLDER = Path(__file__).parent
 MAX_BODY = 32 * 2**20  # bytes of a request: a picture of 24 MB in base64
-# The page loads nothing from elsewhere and is framed by nobody.
+# The page loads nothing from other servers, and no other page may show it in a frame.
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'",
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
-    "X-Accel-Buffering": "no",  # a proxy such as nginx shall pass an answer on as it comes
+    "X-Accel-Buffering": "no",  # nginx then forwards an answer without buffering
 }
 
 
 class Page:
-    """The routes, around one model.
+    """The routes.
 
     Args:
-        about: what the page shows of the models.
-        longest: most new tokens of an answer.
-        samples: questions with a picture, to pick from.
+        about: what the page shows about the models.
+        longest: maximal number of new tokens of an answer.
+        samples: questions with a picture, to choose from.
     """
 
     def __init__(self, model: MSDModel, about: dict[str, Any], longest: int, samples: Sequence[Question] = ()) -> None:
@@ -57,7 +57,7 @@ class Page:
 
     @staticmethod
     def file(name: str) -> Any:
-        """A route that gives one file of the page."""
+        """A route that returns one file of the page."""
 
         async def give(request: Request) -> Response:
             return FileResponse(FOLDER / name, headers=HEADERS)
@@ -80,29 +80,29 @@ class Page:
         return FileResponse(self.samples[number].images[0], headers=HEADERS)
 
     async def answer(self, request: Request) -> Response:
-        """Streams the events of a `PieceStreamer`, one JSON object a line. A bad request has status 400; a picture that
-        cannot be read is found later, and is an "error" event."""
+        """Streams the events of a `PieceStreamer`, one JSON object a line. A bad request has status 400. A picture that
+        cannot be read is an "error" event."""
         if request.headers.get("content-type", "").split(";")[0] != "application/json":
             return JSONResponse({"message": "send application/json"}, status_code=415)
         body, size = bytearray(), 0
-        async for part in request.stream():  # to its end: a client hears nothing before it has sent all
+        async for part in request.stream():  # to its end: a client reads no response before it has sent all
             size += len(part)
             if size <= MAX_BODY:
                 body += part
         if size > MAX_BODY:
             return JSONResponse({"message": f"over {MAX_BODY // 2**20} MB"}, status_code=413)
         try:
-            ask = Ask.from_dict(json.loads(body), self.longest)
+            asked = AnswerRequest.from_json(json.loads(body), self.longest)
         except (ValueError, RecursionError):
             return JSONResponse({"message": "the request is not JSON"}, status_code=400)
         except UserError as error:
             return JSONResponse({"message": str(error)}, status_code=400)
-        lines = _lines(self._answerer.answer(ask))
+        lines = _lines(self._answerer.answer(asked))
         return StreamingResponse(lines, media_type="application/x-ndjson", headers=HEADERS)
 
 
 async def _lines(streamer: PieceStreamer) -> AsyncIterator[str]:
-    """Each event as a line; ends the decoding when the reader leaves."""
+    """Each event as a line. Stops the decoding when the client leaves."""
     kind = "tokens"
     try:
         while kind == "tokens":
@@ -114,5 +114,5 @@ async def _lines(streamer: PieceStreamer) -> AsyncIterator[str]:
 
 
 def application(page: Page, hosts: Sequence[str]) -> Starlette:
-    """The ASGI application; requests for other names than ``hosts`` are refused ("*" allows all)."""
+    """The ASGI application. Requests for host names other than ``hosts`` are refused ("*" allows all)."""
     return Starlette(routes=page.routes(), middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))])

@@ -1,4 +1,4 @@
-"""An answer as the page gets it: pieces of text, each with the depth in the draft tree at which it was accepted."""
+"""An answer as the page receives it: pieces of text, each with the depth in the draft tree at which it was accepted."""
 
 from __future__ import annotations
 
@@ -13,50 +13,52 @@ from torch import Tensor
 
 from eagle.decode.msd import MSDModel
 from eagle.decode.sampling import SamplingSettings
-from eagle.web.ask import Ask
+from eagle.web.request import AnswerRequest
 from llava.errors import UserError
 
-UNFINISHED = "�"  # what a tokenizer writes for the first bytes of a character
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+"""What a tokenizer writes for the first bytes of a character."""
 Event = dict[str, Any]
 
 
 class Detokenizer:
-    """Text of tokens that arrive one by one: `add` gives what a token adds, "" while its character is not complete."""
+    """The text of tokens that arrive one by one, in whole characters."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer, self._tokens = tokenizer, list[int]()
-        self._from, self._read = 0, 0  # the text before token _read is out; from _from on it is decoded again
+        self._start, self._done = 0, 0  # the text of tokens before _done was returned; decoding starts at _start
 
     def add(self, token: int) -> str:
-        """The text that ``token`` adds."""
+        """The text that ``token`` adds; empty while a character is incomplete."""
         self._tokens.append(token)
         text = self.rest()
-        if not text or text.endswith(UNFINISHED):
+        if not text or text.endswith(REPLACEMENT):
             return ""
-        self._from, self._read = self._read, len(self._tokens)
+        self._start, self._done = self._done, len(self._tokens)
         return text
 
     def rest(self) -> str:
-        """The text that is not out yet: what an unfinished character has."""
-        before = self._decode(self._tokens[self._from : self._read])
-        return self._decode(self._tokens[self._from :])[len(before) :]
+        """The text that was not returned yet: that of an incomplete character."""
+        before = self._decode(self._tokens[self._start : self._done])
+        return self._decode(self._tokens[self._start :])[len(before) :]
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
 
-class Gone(Exception):
-    """The reader of an answer has left."""
+class ClientGone(Exception):
+    """The client has closed the connection."""
 
 
 @dataclass
 class PieceStreamer:
-    """A streamer that turns cycles into events.
+    """A streamer (see `eagle.decode.decoder.DecodingSettings`) that turns cycles into events.
 
-    ``events``: gets {"kind": "tokens", "pieces": [[text, depth], ...], "new_tokens", "tau", "tokens_per_second"} after
-    each cycle; depth 1 is a child of the tree's root, 0 a token that the target gave itself. The last event is an "end"
-    with the statistics, an "error" with a line to show, or "gone". ``gone``: set when nobody reads any more; the next
-    cycle then ends with `Gone`.
+    Attributes:
+        events: after each cycle {"kind": "tokens", "pieces": [[text, depth], ...], "new_tokens", "tau",
+            "tokens_per_second"}. Depth 1 is a child of the tree's root, 0 a token of the target itself. The last event
+            is "end" with the statistics, "error" with a message, or "gone".
+        gone: set when the client has left. The next cycle then raises `ClientGone`.
     """
 
     tokenizer: Any
@@ -65,101 +67,86 @@ class PieceStreamer:
 
     def __post_init__(self) -> None:
         self._text = Detokenizer(self.tokenizer)
-        self._began, self._tokens, self._cycles = time.perf_counter(), 0, -1  # the first call is the prefill
+        self._start, self._tokens, self._cycles = time.perf_counter(), 0, -1  # the first call is the prefill
 
     def put(self, value: Tensor) -> None:
-        """The prompt [1, P], which the page does not show; starts the clock."""
+        """Starts the clock. ``value``: the prompt [1, P], which the page does not show."""
         self.check()
-        self._began = time.perf_counter()
+        self._start = time.perf_counter()
 
     def put_cycle(self, tokens: list[int], accepted: int) -> None:
-        """The new tokens of a cycle, of which the first ``accepted`` were drafted, at depth 1, 2, ..."""
+        """The new tokens of a cycle. The first ``accepted`` of them were drafted, at depths 1, 2, ..."""
         self.check()
         self._tokens += len(tokens)
         self._cycles += 1
-        pieces = [[self._text.add(token), place if place <= accepted else 0] for place, token in enumerate(tokens, 1)]
-        self._send(pieces)
+        self._send(
+            [[self._text.add(token), place if place <= accepted else 0] for place, token in enumerate(tokens, 1)]
+        )
 
     def end(self) -> None:
-        """What is left of an unfinished character."""
+        """Sends what is left of an incomplete character."""
         if rest := self._text.rest():
             self._send([[rest, 0]])
 
-    def _send(self, pieces: list[list[Any]]) -> None:
-        self.events.put(
-            {
-                "kind": "tokens",
-                "pieces": pieces,
-                "new_tokens": self._tokens,
-                "tau": (self._tokens - 1) / self._cycles if self._cycles else None,
-                "tokens_per_second": self._tokens / (time.perf_counter() - self._began),
-            }
-        )
-
     def check(self) -> None:
-        """Raises `Gone` when nobody reads any more."""
+        """Raises `ClientGone` if the client has left."""
         if self.gone.is_set():
-            raise Gone
+            raise ClientGone
+
+    def _send(self, pieces: list[list[Any]]) -> None:
+        tau = (self._tokens - 1) / self._cycles if self._cycles else None
+        speed = self._tokens / (time.perf_counter() - self._start)
+        numbers = {"new_tokens": self._tokens, "tau": tau, "tokens_per_second": speed}
+        self.events.put({"kind": "tokens", "pieces": pieces, **numbers})
 
 
 class Answerer:
-    """Decodes in one thread of its own, so that answers are made one after the other and none slows another. It is
-    always the same thread, since what is compiled or planned for a device may belong to a thread."""
+    """Answers requests one after the other, so none slows another. All run in the same thread, because compiled code
+    and device state may belong to a thread."""
 
     def __init__(self, model: MSDModel) -> None:
         self.model = model
-        self._waiting: SimpleQueue[tuple[Ask, PieceStreamer]] = SimpleQueue()
+        self._waiting: SimpleQueue[tuple[AnswerRequest, PieceStreamer]] = SimpleQueue()
         threading.Thread(target=self._work, daemon=True).start()
 
-    def answer(self, ask: Ask) -> PieceStreamer:
-        """Puts an answer into the queue; what it sends comes out of the streamer's ``events``."""
+    def answer(self, request: AnswerRequest) -> PieceStreamer:
+        """Queues a request. Returns the streamer whose ``events`` receive the answer."""
         streamer = PieceStreamer(self.model.tokenizer)
-        self._waiting.put((ask, streamer))
+        self._waiting.put((request, streamer))
         return streamer
 
     def _work(self) -> None:
-        """A defect is told to the page and to the terminal, and the next answer is made nevertheless."""
         while True:
-            ask, streamer = self._waiting.get()
+            request, streamer = self._waiting.get()
             try:
-                decode(self.model, ask, streamer)
-            except Exception as error:
-                streamer.events.put(
-                    {"kind": "error", "message": f"{type(error).__name__}: see the terminal of msd web"}
-                )
+                last = decode(self.model, request, streamer)
+            except ClientGone:
+                last = {"kind": "gone"}
+            except UserError as error:
+                last = {"kind": "error", "message": str(error)}
+            except Exception as error:  # a defect: the page and the terminal report it, the next request is answered
+                last = {"kind": "error", "message": f"{type(error).__name__}: see the terminal of msd web"}
                 traceback.print_exc()
+            streamer.events.put(last)
 
 
-def decode(model: MSDModel, ask: Ask, streamer: PieceStreamer) -> None:
-    """Fills the streamer's events."""
-    try:
-        streamer.check()
-        picture = ask.picture()
-        target = model.target
-        prompt = target.chat_prompt(ask.question, num_images=int(picture is not None))
-        inputs = target.prepare(prompt, [] if picture is None else [picture])
-        output = model.generate(
-            **inputs,
-            use_msd=ask.msd and model.draft is not None,
-            **SamplingSettings(ask.temperature).for_engine(),
-            max_new_tokens=ask.max_new_tokens,
-            streamer=streamer,
-        )
-    except Gone:
-        streamer.events.put({"kind": "gone"})
-        return
-    except UserError as error:
-        streamer.events.put({"kind": "error", "message": str(error)})
-        return
-    (tokens,), stats = output.tokens, output.stats
-    streamer.events.put(
-        {
-            "kind": "end",
-            "text": target.tokenizer.decode(tokens, skip_special_tokens=True),
-            "new_tokens": stats.new_tokens,
-            "cycles": stats.cycles,
-            "tau": stats.tau,
-            "tokens_per_second": stats.tokens_per_second,
-            "seconds": stats.seconds,
-        }
+def decode(model: MSDModel, request: AnswerRequest, streamer: PieceStreamer) -> Event:
+    """Answers a request. Returns the "end" event; all others go to the streamer.
+
+    Raises:
+        ClientGone: the client has left.
+        UserError: the picture cannot be read, or the prompt is too long.
+    """
+    streamer.check()
+    picture, target = request.picture(), model.target
+    prompt = target.chat_prompt(request.question, num_images=int(picture is not None))
+    output = model.generate(
+        **target.prepare(prompt, [] if picture is None else [picture]),
+        use_msd=request.msd and model.draft is not None,
+        **SamplingSettings(request.temperature).for_engine(),
+        max_new_tokens=request.max_new_tokens,
+        streamer=streamer,
     )
+    names = ("new_tokens", "cycles", "tau", "tokens_per_second", "seconds")
+    text = target.tokenizer.decode(output.tokens[0], skip_special_tokens=True)
+    return {"kind": "end", "text": text, **{name: getattr(output.stats, name) for name in names}}

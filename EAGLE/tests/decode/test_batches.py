@@ -88,6 +88,7 @@ def test_rows_end_on_their_own(model):
         **inputs, temperature=0, max_new_tokens=40, eos_token_id=ends, pad_token_id=7, tree=TREES[0]
     )
     assert answers_of(output, inputs, expected) == expected
+    assert output.tokens == expected
     for row, answer in zip(output.sequences[:, inputs["input_ids"].shape[1] :].tolist(), expected, strict=True):
         assert set(row[len(answer) :]) <= {7}
 

@@ -12,7 +12,7 @@ from tiny_stock import make_qwen
 from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from eagle import MSDModel, TreeConfig
-from eagle.decode.noise import Noise, gumbel, mixed, seeds_of
+from eagle.decode.noise import Noise, derived_seed, gumbel, seeds_of
 from eagle.exactness import noise_processors
 from eagle.families import load_target
 from llava import UserError
@@ -124,5 +124,5 @@ def test_gumbel_noise_is_gumbel() -> None:
 def test_seeds() -> None:
     assert seeds_of(7, 1) == [7] and seeds_of([5, 6], 2) == [5, 6]
     assert seeds_of(7, 3)[:2] == seeds_of(7, 2) and len(set(seeds_of(7, 100) + seeds_of(8, 100))) == 200
-    assert len({mixed(*place) for place in [(1, 2, 3), (12, 3, 4), (1, 23, 4), (1, 2, 4), (2, 2, 3)]}) == 5
-    assert all(0 <= mixed(seed) < 2**63 for seed in range(100))
+    assert len({derived_seed(*place) for place in [(1, 2, 3), (12, 3, 4), (1, 23, 4), (1, 2, 4), (2, 2, 3)]}) == 5
+    assert all(0 <= derived_seed(seed) < 2**63 for seed in range(100))

@@ -114,7 +114,7 @@ def test_leaving_the_tree_with_a_token_that_ignores_the_settings_is_seen(name: s
     assert PARTIAL in failed and FULL not in failed
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2vl"])
+@pytest.mark.parametrize("name", ["llava", pytest.param("qwen2vl", marks=pytest.mark.slow)])
 def test_trees_of_the_engine_pass(name: str) -> None:
     """A trained pair: its first token and the whole of its first tree, as `msd exactness` does it."""
     pair = MSDModel.from_pretrained(REPO / "pocket" / name, REPO / "pocket" / f"{name}-msd", dtype=torch.float32)

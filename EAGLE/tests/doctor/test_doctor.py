@@ -234,6 +234,7 @@ def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess
     return subprocess.run([sys.executable, *arguments], env=variables, capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.slow
 def test_models_on_the_hub_are_seen_without_a_download(repositories: Path, tmp_path: Path) -> None:
     with HubServer(repositories) as hub:
         done = run(["-c", SEE], **hub.environment(tmp_path))
@@ -245,6 +246,7 @@ def test_models_on_the_hub_are_seen_without_a_download(repositories: Path, tmp_p
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".bin", ".safetensors")]
 
 
+@pytest.mark.slow
 def test_a_draft_in_the_cache_is_seen_without_network(repositories: Path, tmp_path: Path) -> None:
     """Loading fetches config and weights; other files of the repository do not matter."""
     (repositories / "tiny/hf-msd/README.md").write_text("a card")

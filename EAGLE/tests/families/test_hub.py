@@ -60,6 +60,7 @@ def answer_of(done: subprocess.CompletedProcess) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("name", BASES)
+@pytest.mark.slow
 def test_hub_names_work_like_folders(repositories: Path, hub: HubServer, tmp_path: Path, name: str) -> None:
     folders = str(repositories / name), str(repositories / f"{name}-msd")
     local = answer_of(generate(repositories, *folders, hub.environment(tmp_path / "local")))
@@ -113,6 +114,7 @@ def test_only_one_kind_of_weights_is_downloaded(repositories: Path, hub: HubServ
         ("tiny/llava-hf", "tiny/qwen-msd", ()),
     ],
 )
+@pytest.mark.slow
 def test_what_the_hub_lacks_is_one_clear_line(
     repositories: Path, hub: HubServer, tmp_path: Path, base: str, draft: str, more: tuple[str, ...]
 ) -> None:

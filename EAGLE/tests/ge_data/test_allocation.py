@@ -275,7 +275,7 @@ def test_worker_processes(base: Path, annotations: Write, pictures: Path, tmp_pa
         assert torch.equal(first.hidden, second.hidden)
 
 
-@pytest.mark.parametrize("gpus", ["cpu", "cpu,cpu"])
+@pytest.mark.parametrize("gpus", ["cpu", pytest.param("cpu,cpu", marks=pytest.mark.slow)])
 def test_a_length_above_the_models_is_said_once(
     base: Path, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], gpus: str
 ) -> None:
@@ -287,6 +287,7 @@ def test_a_length_above_the_models_is_said_once(
     assert "positions" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_worker_that_fails_is_named(base: Path, annotations: Write, tmp_path: Path) -> None:
     """One that finds bad input says so."""
     options = allocation.parser().parse_args(command(base, annotations(mixed_rows()), tmp_path))

@@ -73,7 +73,7 @@ def test_killed_and_resumed(base: Path, annotations: Write, tmp_path: Path, pict
     check_killed(base, annotations, tmp_path, pictures, rows=100, kills=2)
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 @pytest.mark.parametrize("gpus", ["cpu", "cpu,cpu"])
 def test_killed_twenty_times_and_resumed(
     base: Path, annotations: Write, tmp_path: Path, pictures: Path, gpus: str

@@ -35,6 +35,7 @@ def test_one_worker_for_each_visible_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
     assert devices(None) == [] and devices("cpu,cpu") == ["cpu", "cpu"]
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_is_named_and_the_other_finishes(
     base: Path, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

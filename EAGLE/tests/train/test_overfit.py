@@ -131,7 +131,7 @@ def test_a_draft_that_is_not_decoupled_decodes_as_it_was_trained(llava):
     assert 1 < values["tau"] < 7
 
 
-@pytest.mark.parametrize("rows", [0, 3])
+@pytest.mark.parametrize("rows", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_a_draft_trained_with_merged_image_rows_is_accepted_too(case, rows):
     target, positions = case
     inputs = prompt(target, 2)

@@ -42,7 +42,7 @@ def test_a_run_leaves_a_published_checkpoint_and_its_record(arguments, run, tmp_
 
 
 @pytest.mark.parametrize("log_every", [1, 3])
-@pytest.mark.parametrize("stop", [1, 3, 5, 6])
+@pytest.mark.parametrize("stop", [3, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (1, 5, 6))])
 def test_stopped_at_any_step_and_resumed_gives_the_same_losses(arguments, run, tmp_path, stop, log_every):
     tracker = ("--tracker", "none")
     assert run(arguments("whole", *tracker, log_every=log_every)) == 0

@@ -27,8 +27,8 @@ from eagle.drafts.checkpoint import load_draft
 from eagle.families import load_target
 from eagle.questions import Question
 from eagle.web.app import MAX_BODY, Page, application
-from eagle.web.ask import Ask
-from eagle.web.stream import Answerer, Detokenizer, PieceStreamer, decode
+from eagle.web.request import AnswerRequest
+from eagle.web.stream import Answerer, ClientGone, Detokenizer, PieceStreamer, decode
 from llava.errors import UserError
 
 PATIENCE = 600  # seconds until a server that says nothing is given up
@@ -112,16 +112,16 @@ def test_plain_decoding_has_no_drafted_token_and_the_same_answer(port: int) -> N
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        ([], "not a JSON object but list: request"),
+        ([], "not a JSON object"),
         ({"questoin": "x"}, "did you mean 'question'"),
         ({}, "lacks 'question'"),
         ({"question": "  "}, "no question"),
         ({"question": "x", "msd": 1}, "msd=1: request (give true or false)"),
-        ({"question": "x", "image": 3}, "image=3: request (give a text)"),
-        ({"question": "x", "max_new_tokens": 41}, "give at most 40"),
+        ({"question": "x", "image": 3}, "give a text"),
+        ({"question": "x", "max_new_tokens": 41}, "give 1 to 40"),
+        ({"question": "x", "max_new_tokens": 0}, "give at least 1"),
         ({"question": "x", "max_new_tokens": True}, "give a whole number"),
         ({"question": "x", "temperature": -1}, "give at least 0"),
-        ({"question": "x", "temperature": 3}, "give at most 2"),
         ({"question": "x", "temperature": "hot"}, "give a number"),
         (b"{", "not JSON"),
         (b"[" * 100_000, "not JSON"),
@@ -163,8 +163,8 @@ def test_page_samples_and_headers(port: int, folder: Path) -> None:
         assert "//" not in text.replace("// ", ""), "nothing is loaded from elsewhere"
 
 
-def test_decoding_ends_when_the_reader_leaves(model: MSDModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The answer would be 40 tokens; the reader leaves after the first event."""
+def test_decoding_ends_when_the_client_leaves(model: MSDModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer would be 40 tokens; the client leaves after the first event."""
     first = threading.Event()
     verify = Decoder.verify
 
@@ -173,7 +173,7 @@ def test_decoding_ends_when_the_reader_leaves(model: MSDModel, monkeypatch: pyte
         return verify(self, trees)
 
     monkeypatch.setattr(Decoder, "verify", slow)
-    streamer = Answerer(model).answer(Ask(QUESTION, max_new_tokens=40))
+    streamer = Answerer(model).answer(AnswerRequest(QUESTION, max_new_tokens=40))
     assert streamer.events.get(timeout=PATIENCE)["new_tokens"] == 1
     streamer.gone.set()
     first.set()
@@ -183,7 +183,7 @@ def test_decoding_ends_when_the_reader_leaves(model: MSDModel, monkeypatch: pyte
 def test_a_defect_is_told_to_the_page(
     model: MSDModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The next answer is made nevertheless, in the same thread; one whose reader has left is not begun."""
+    """The next request is answered, in the same thread."""
     threads, verify = set(), Decoder.verify
 
     def broken(self: Decoder, trees: Any) -> Any:
@@ -196,19 +196,23 @@ def test_a_defect_is_told_to_the_page(
 
     answerer = Answerer(model)
     monkeypatch.setattr(Decoder, "verify", broken)
-    streamer = answerer.answer(Ask(QUESTION))
+    streamer = answerer.answer(AnswerRequest(QUESTION))
     kinds = [streamer.events.get(timeout=PATIENCE) for _ in range(2)]
     assert kinds[-1]["kind"] == "error" and "ZeroDivisionError" in kinds[-1]["message"]
     monkeypatch.setattr(Decoder, "verify", whole)
-    streamer = answerer.answer(Ask(QUESTION, max_new_tokens=5))
+    streamer = answerer.answer(AnswerRequest(QUESTION, max_new_tokens=5))
     while (event := streamer.events.get(timeout=PATIENCE))["kind"] == "tokens":
         assert event["new_tokens"] <= 5
     assert event["kind"] == "end" and len(threads) == 1
     assert "ZeroDivisionError" in capsys.readouterr().err
-    left = PieceStreamer(model.tokenizer)
-    left.gone.set()
-    decode(model, Ask(QUESTION), left)
-    assert left.events.get(timeout=PATIENCE) == {"kind": "gone"}
+
+
+def test_a_request_whose_client_has_left_is_not_begun(model: MSDModel) -> None:
+    streamer = PieceStreamer(model.tokenizer)
+    streamer.gone.set()
+    with pytest.raises(ClientGone):
+        decode(model, AnswerRequest(QUESTION), streamer)
+    assert streamer.events.empty()
 
 
 def test_characters_of_several_tokens_come_whole() -> None:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from llava.files import write_json
 from pocket.recipe.encode import MEAN, STD
-from pocket.recipe.export import command, put_in_place, write_json
+from pocket.recipe.export import command, put_in_place
 
 from .encode import PROCESSOR, TEMPLATE
 from .model import ids_of, published_config

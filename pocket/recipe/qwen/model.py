@@ -2,7 +2,7 @@
 
 Its language model starts as that of the pocket LLaVA, which has the same sizes: with the biases of queries, keys and
 values at zero and on text, where the three rows of M-RoPE positions are equal, both compute the same. What it has to
-learn anew is to look at another tower's features at positions in three rows.
+learn is to look at another tower's features at positions in three rows.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Trees whose depth and size follow measured costs."""
+"""Adaptive trees: depth and size follow from measured costs."""

@@ -1,7 +1,7 @@
-"""What a cycle costs on this machine: measured once for a pair of models, kept on disk with a record of how.
+"""Costs of a cycle on this machine: measured once for a pair of models, and kept on disk.
 
-It is measured after `CONTEXT` cached positions and believed from then on, also under another load of the machine and in
-longer contexts, so that one seed gives the same tokens each time.
+They are measured after `CONTEXT` cached positions and not updated later, so that a request with a seed gives the same
+cycles each time.
 
 The record is ``MSD_CACHE`` (or the user's cache folder) ``/costs/<key>.json``; the key is made of the shapes of both
 models, dtype, device, threads and the versions of torch and transformers. Delete the file to measure again.
@@ -35,23 +35,23 @@ from eagle.families.base import Target
 from eagle.provenance import hardware
 from llava.errors import OutOfMemory, UserError
 from llava.files import atomic_write
-from llava.memory import is_out_of_memory
+from llava.memory import within_memory
 
 NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 CONTEXT = 256
-"""Positions that are cached while it is measured."""
+"""Number of cached positions during the measurement."""
 ROUNDS, WARM_UP = 7, 2
 BUDGET = 20.0
-"""Seconds after which no further round begins."""
+"""Seconds after which no further round starts."""
 DELAY = 2.0
-"""Seconds before a bar shows that something is measured."""
+"""Seconds before a progress bar appears."""
 SCHEMA = 2
 log = logging.getLogger(__name__)
 
 
 def cost_of(target: Target, draft: DraftModel, tree: TreeConfig) -> CostCurve:
-    """The recorded costs of this pair on this machine, measured now if there is no record. Where the folder cannot be
-    written they are measured by every process."""
+    """The recorded costs of this pair on this machine, measured now if there is no record. If the folder cannot be
+    written, every process measures them."""
     described = describe(target, draft, tree)
     path = folder() / f"{key_of(described)}.json"
     known = read(path)
@@ -59,7 +59,7 @@ def cost_of(target: Target, draft: DraftModel, tree: TreeConfig) -> CostCurve:
         return known
     cost = measure(target, draft, tree)
     if cost.nodes[-1] < tree.total_tokens:
-        return cost  # for want of memory, which another time may be there
+        return cost  # memory ran out; it may be sufficient next time
     record = {
         "schema": SCHEMA, "measured": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "context": CONTEXT, "rounds": ROUNDS, "described": described, "seconds": asdict(cost),
@@ -110,7 +110,7 @@ def key_of(described: dict[str, Any]) -> str:
 
 
 def read(path: Path) -> CostCurve | None:
-    """A record; None if there is none or it cannot be used, which is no error: it is measured again."""
+    """A record. None if it does not exist or cannot be used: the costs are then measured again."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         seconds = record["seconds"]
@@ -128,13 +128,13 @@ def read(path: Path) -> CostCurve | None:
 def measure(
     target: Target, draft: DraftModel, tree: TreeConfig, context: int = CONTEXT, rounds: int = ROUNDS
 ) -> CostCurve:
-    """Times verifications of some sizes and draft steps after ``context`` positions, up to ``rounds`` times each. Sizes
-    that memory does not suffice for are left out, and with them all larger ones.
+    """Times verifications of some sizes and draft steps after ``context`` positions, up to ``rounds`` times each.
+    Leaves out sizes that do not fit into memory.
 
     Raises:
-        OutOfMemory: memory does not suffice for a single token.
+        OutOfMemory: not even a single token fits into memory.
     """
-    end = (target.eos_token_ids or (0,))[0]  # a token that is surely no picture's
+    end = (target.eos_token_ids or (0,))[0]  # not an image token
     ids = torch.full((1, context), end, device=target.device)
     sizes = (*(n for n in NODES if n < tree.total_tokens), tree.total_tokens)
     cache = target.new_cache(1, context + sizes[-1])
@@ -175,19 +175,13 @@ def measure(
 
 
 def has_room(run: Callable[[], Any]) -> bool:
-    """Whether memory suffices for ``run``; it is run once."""
-    try:
-        run()
-    except (RuntimeError, MemoryError) as error:
-        if is_out_of_memory(error):
-            return False
-        raise
-    return True
+    """Calls ``run`` once. False if memory runs out."""
+    return within_memory(lambda: [run()]) is not None
 
 
 def seconds_of(runs: Sequence[Callable[[], Any]], rounds: int = ROUNDS) -> list[float]:
-    """The median time of each of ``runs``. They take turns, so that a slow moment of the machine is one of them all.
-    There are fewer ``rounds``, but at least one, where they would take longer than `BUDGET`; a bar tells of it."""
+    """The median time of each of ``runs``. They take turns, so a slow moment of the machine slows all of them. After
+    `BUDGET` seconds no further round starts, but at least one is measured."""
     taken: list[list[float]] = [[] for _ in runs]
     start = time.perf_counter()
     turns = tqdm(range(WARM_UP + rounds), desc="costs of this machine, once", unit="round", delay=DELAY, leave=False)
@@ -204,7 +198,7 @@ def seconds_of(runs: Sequence[Callable[[], Any]], rounds: int = ROUNDS) -> list[
 
 
 def monotone(seconds: Sequence[float]) -> tuple[float, ...]:
-    """Times of growing sizes, none above that of a larger one: what was is a disturbance.
+    """Times of growing sizes. A time above that of a larger size is noise and is lowered to it.
 
     >>> monotone([2.0, 5.0, 3.0, 4.0])
     (2.0, 3.0, 3.0, 4.0)

@@ -1,13 +1,13 @@
-"""How deep and how large the next draft tree should be: as much as pays on this machine, for this text.
+"""Chooses depth and size of the next draft tree, for the most expected tokens per second.
 
 A cycle with a tree of ``n`` nodes and ``l`` drafted levels takes ``extend + l * step + verify(n)`` seconds
 (`CostCurve`) and gives one token and every accepted node. A drafted node of path probability ``s`` (the product of the
-draft's probabilities from the root) is accepted about ``s`` times; how far that is off is learnt from the cycles before
-(`Acceptance`). So the expected tokens per second of every size are known before anything is verified, and the best
-size is taken. Another level is drafted if the node mass that it should add pays for its step. Where even the best tree
-is slower than plain decoding the planner pauses, and tries again later.
+draft's probabilities from the root) is accepted with a probability near ``s``; a correction is learnt from earlier
+cycles (`Acceptance`). This gives the expected tokens per second of every size before anything is verified. Another
+level is drafted if the accepted nodes that it should add are worth the time of its step. If even the best tree is
+slower than plain decoding, the planner pauses and tries again later.
 
-Greedy output does not depend on any of it. Pure host arithmetic, nothing here knows a model.
+Greedy output does not depend on these choices. This module does arithmetic on the host only and knows no model.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 EDGES = (0.01, 0.02, 0.04, 0.07, 0.12, 0.2, 0.3, 0.45, 0.6, 0.8, 0.9)
-"""Limits between the ranges of path probability that are corrected apart."""
+"""Limits between the ranges of path probability. Each range has a correction of its own."""
 TRUST = 2.0
-"""Expected acceptances that the draft's own probability is worth at first."""
+"""Weight of the draft's own probability at first, in expected acceptances."""
 MEMORY = 400.0
-"""Expected acceptances in a range after which what is learnt there is halved."""
+"""Expected acceptances in a range after which its counts are halved."""
 CORRECTION = (0.2, 3.0)
-"""Bounds of what is learnt, as a factor on the draft's probability."""
+"""Bounds of the correction, a factor on the draft's probability."""
 RECENT = 0.9
 """Weight of the past in the running averages of a request."""
 LOSS = 0.97
-"""Speed against plain decoding below which a request pauses."""
+"""A request pauses if its speed is below this fraction of plain decoding's."""
 PAUSES = (8, 16, 32, 64)
-"""Cycles of plain decoding after the first, second, ... time that speculation lost."""
+"""Cycles of plain decoding in the first, second, ... pause."""
 AHEAD = 4
-"""Levels that are looked ahead when another one is considered: one alone may not pay where several do."""
+"""Levels to look ahead when another one is considered: several may be worth their time where one is not."""
 TRIAL = 4
 """Cycles with trees before a request may pause, and after each pause."""
 
 
 @dataclass(frozen=True)
 class CostCurve:
-    """Seconds on one machine. ``nodes``, ``verify``: a verification of so many nodes takes so long, linear in between;
+    """Seconds on one machine. ``nodes``, ``verify``: time of a verification by number of nodes, linear in between;
     ``step``: one more drafted level; ``extend``: the draft reads the accepted rows and drafts the first level."""
 
     nodes: tuple[int, ...]
@@ -57,7 +57,7 @@ class CostCurve:
 
 
 class Acceptance:
-    """How often nodes of a path probability are accepted: the probability times a factor learnt for its range."""
+    """How often nodes are accepted: their path probability times a factor learnt for its range."""
 
     def __init__(self) -> None:
         self._expected = np.full(len(EDGES) + 1, TRUST)
@@ -72,8 +72,8 @@ class Acceptance:
         return corrected
 
     def learn(self, scores: Floats, accepted: Sequence[int]) -> None:
-        """Nodes of these scores were verified, and those with the indices ``accepted`` were accepted. What was long ago
-        counts less: a range remembers about `MEMORY` expected acceptances."""
+        """Learns from verified nodes with these scores, of which those with the indices ``accepted`` were accepted. Old
+        counts weigh less: a range keeps about `MEMORY` expected acceptances."""
         drafted = np.exp(scores)
         full = self._expected > MEMORY
         self._expected[full], self._accepted[full] = self._expected[full] / 2, self._accepted[full] / 2
@@ -83,7 +83,7 @@ class Acceptance:
 
 
 class Choice(NamedTuple):
-    """A tree of ``nodes`` nodes, the ``tokens`` it should give and the ``seconds`` its cycle should take."""
+    """A tree of ``nodes`` nodes, with the expected ``tokens`` and ``seconds`` of its cycle."""
 
     nodes: int
     tokens: float
@@ -101,7 +101,7 @@ class Planner:
     Args:
         cost: of this machine.
         largest: nodes of the largest tree, root included.
-        acceptance: what was learnt before; this sequence adds to it.
+        acceptance: from earlier requests; this sequence adds to it.
     """
 
     cost: CostCurve
@@ -116,7 +116,7 @@ class Planner:
         self._cycles, self._pause, self._pauses = 0, 0, 0
 
     def should_draft(self) -> bool:
-        """Starts a cycle: whether it drafts at all."""
+        """Starts a cycle. Returns whether it drafts."""
         self._levels, self._steps = [], 0
         self._drafted = self._pause == 0
         self._pause = max(0, self._pause - 1)
@@ -128,7 +128,7 @@ class Planner:
         before, now = float(self._levels[-1].sum()) if self._levels else 1.0, float(chances.sum())
         self._levels.append(chances)
         best = self._best(np.concatenate(self._levels))
-        shrinks = min(1.0, now / before) if before > 0 else 0.0  # each level as this one did
+        shrinks = min(1.0, now / before) if before > 0 else 0.0  # if each level shrinks as this one did
         promised = now * np.cumprod(np.full(AHEAD, shrinks)).cumsum()  # [AHEAD] by one, two, ... levels
         seconds = best.seconds + self.cost.step * np.arange(1, AHEAD + 1)
         pays = bool(((best.tokens + promised) / seconds).max() > best.speed)
@@ -140,7 +140,7 @@ class Planner:
         return self._best(self.acceptance.probability(scores)).nodes
 
     def _best(self, chances: Floats) -> Choice:
-        """The fastest tree of nodes with these chances: the most probable ones are taken first."""
+        """The fastest tree of nodes with these acceptance probabilities; the most probable nodes come first."""
         likely = np.sort(chances)[::-1][: self.largest - 1]
         tokens = 1.0 + np.concatenate([[0.0], likely.cumsum()])
         seconds = self.cost.extend + self.cost.step * self._steps + self._verify[: len(tokens)]
@@ -148,12 +148,12 @@ class Planner:
         return Choice(nodes + 1, float(tokens[nodes]), float(seconds[nodes]))
 
     def learn(self, scores: Floats, path: Sequence[int], tokens: int) -> None:
-        """A cycle has ended.
+        """Learns from a finished cycle.
 
         Args:
             scores: of the verified tree's nodes, root first.
             path: accepted nodes, root included.
-            tokens: given by the cycle.
+            tokens: new tokens of the cycle.
         """
         if not self._drafted:
             return

@@ -1,19 +1,19 @@
-"""Decoding with static shapes through `torch.compile`, and CUDA graphs where CUDA is.
+"""Decoding with static shapes through `torch.compile`, with CUDA graphs on CUDA.
 
-Compiled are the parts of a cycle that run models, each one graph without breaks on the stock classes:
+The parts of a cycle that run models are compiled, each as one graph without breaks:
 
 =========  ========================================================  =============================================
 part       shapes that recur                                         padding
 =========  ========================================================  =============================================
 verify     nodes: a few sizes up to the tree's; columns: `bucket`    nodes that see the past, and are cut off again
-extend     the most rows that one cycle can make certain; columns    rows whose outputs and cache rows are not used
+extend     the most rows that one cycle can accept; columns          rows whose outputs and cache rows are not used
 step       the frontier's width; columns                             none
 children   one hidden state, the first level's                       none
 keep       nodes, as verify                                          rows that stay where they are
 =========  ========================================================  =============================================
 
-Not compiled: reading the prompt (its length is new each time), selecting nodes and acceptance (small, and their results
-go to the host), and batches, whose shapes change whenever a sequence ends; a batch decodes as without it.
+Not compiled: prefill (its length differs each time), selection of nodes and acceptance (small, and their results go to
+the host), and batches (their shapes change when a sequence ends).
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from eagle.decode.drafter import Drafter
 from eagle.decode.tree_config import TreeConfig
 from eagle.drafts.compression import Compression
 from eagle.drafts.msd import DraftModel
-from eagle.families.base import Target
+from eagle.families.base import LayerMasks, Target
 from eagle.kv_cache import KVCache
 from llava.errors import UserError
 
 SIZES = (1, 8, 16, 32, 64, 128)
-"""Tree sizes that are verified as they are; the tree's own largest is another. Where a graph is recorded for each size
-only the first: padding costs an accelerator little, and a recording much."""
+"""Tree sizes that have a compiled forward, besides the tree's largest; others are padded. With CUDA graphs only the
+first: on an accelerator padding is cheap and recording a graph is expensive."""
 GRAPHS = 256
-"""Graphs of one part that are kept; torch's own limit is 8, and columns times sizes are more."""
+"""Maximal number of graphs of one part. torch's own limit of 8 is less than columns times sizes."""
 
 
 class Compiler:
     """Compiles functions for one device.
 
     Args:
-        backend: of `torch.compile`; "inductor" records CUDA graphs where the device is one of CUDA's.
+        backend: of `torch.compile`; "inductor" records CUDA graphs on a CUDA device.
 
     Raises:
-        UserError: torch knows no such backend.
+        UserError: torch does not know the backend.
     """
 
     def __init__(self, backend: str, device: torch.device) -> None:
@@ -71,13 +71,13 @@ class Compiler:
             setattr(dynamo, name, max(getattr(dynamo, name), GRAPHS))
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The compiled ``function``; its results are the caller's to keep."""
+        """The compiled ``function``. Its results stay valid after the next call."""
         compiled = torch.compile(function, **self._settings)
         if not self.graphs:
             return compiled
 
         def call(*arguments: Any) -> Any:
-            torch.compiler.cudagraph_mark_step_begin()  # else a graph must not overwrite what the last one returned
+            torch.compiler.cudagraph_mark_step_begin()  # a graph may now overwrite the last results
             result = compiled(*arguments)
             if isinstance(result, tuple):
                 return tuple(part.clone() for part in result)
@@ -87,8 +87,8 @@ class Compiler:
 
 
 class CachePool:
-    """Caches of one model that requests hand on, so that graphs find the same memory again. A request that finds none
-    free makes its own. Requests may come from several threads."""
+    """Caches of one model, reused by later requests so that graphs find the same memory. A request makes a new cache if
+    none is free. Requests may come from several threads."""
 
     def __init__(self, make: Callable[[int], StaticCache], static_addresses: bool) -> None:
         self._make, self._static_addresses = make, static_addresses
@@ -110,7 +110,7 @@ class CachePool:
         return cache
 
     def give_back(self, cache: KVCache) -> None:
-        """Ends a request's use of its cache; the larger of two free ones is kept."""
+        """Returns the cache of a finished request. The larger of two free ones is kept."""
         with self._lock:
             if isinstance(cache, StaticCache) and (self._free is None or cache.capacity >= self._free.capacity):
                 self._free = cache
@@ -144,13 +144,13 @@ class StaticEngine:
             self.extend, self.step, self.children = (compiled(part) for part in draft_parts(draft, head))
 
     def verify(
-        self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: StaticCache, largest: int
+        self, tokens: Tensor, positions: Tensor, masks: LayerMasks, cache: StaticCache, largest: int
     ) -> tuple[Tensor, Tensor]:
         """`Target.verify` and `Target.head` for one tree of at most ``largest`` nodes.
 
         Args:
             tokens, positions: [1, N].
-            mask: [1, 1, N, past + N] additive.
+            masks: [1, 1, N, past + N] additive, by type of layer if the model has several.
 
         Returns:
             hidden states [1, N, H] and logits [1, N, V].
@@ -159,14 +159,16 @@ class StaticEngine:
         size = min(each for each in (*self.sizes, largest) if each >= count)
         columns = cache.open(size)
         tokens, positions = (F.pad(part, (0, size - count)) for part in (tokens, positions))
-        hidden, logits = self.verify_nodes(
-            tokens, self.target.text_positions(positions), filled(mask, size, columns), cache
-        )
+        if isinstance(masks, dict):
+            padded: LayerMasks = {kind: filled(mask, size, columns) for kind, mask in masks.items()}
+        else:
+            padded = filled(masks, size, columns)
+        hidden, logits = self.verify_nodes(tokens, self.target.text_positions(positions), padded, cache)
         cache.close(size)
         return hidden[:, :count], logits[:, :count]
 
     def release(self, cache: KVCache, drafter: Drafter | None) -> None:
-        """The end of a request."""
+        """Returns the caches of a finished request."""
         self.target_caches.give_back(cache)
         if drafter is not None:
             self.draft_caches.give_back(drafter.cache)
@@ -224,8 +226,8 @@ class StaticDrafter(Drafter):
 
 
 def filled(mask: Tensor, rows: int, columns: int) -> Tensor:
-    """An additive mask [1, 1, n, w] made [1, 1, rows, columns]: new columns are closed, a new row sees what the first
-    one sees, since a row that sees nothing may give values that are no numbers."""
+    """Pads an additive mask [1, 1, n, w] to [1, 1, rows, columns]. New columns are masked. A new row sees what the
+    first one sees, because a row that sees nothing may give NaN."""
     mask = F.pad(mask, (0, columns - mask.shape[-1]), value=torch.finfo(mask.dtype).min)
     return torch.cat([mask, mask[:, :, :1].expand(-1, -1, rows - mask.shape[2], -1)], dim=2)
 
@@ -235,7 +237,7 @@ def verifier(target: Target) -> Callable[..., tuple[Tensor, Tensor]]:
     text_model, embed = target.text_model, target.model.get_input_embeddings()
     head, cache_argument = target.model.get_output_embeddings(), target.cache_argument
 
-    def verify(tokens: Tensor, positions: Tensor, mask: Tensor, cache: StaticCache) -> tuple[Tensor, Tensor]:
+    def verify(tokens: Tensor, positions: Tensor, mask: LayerMasks, cache: StaticCache) -> tuple[Tensor, Tensor]:
         given = {cache_argument: cache}
         output = text_model(
             inputs_embeds=embed(tokens), attention_mask=mask, position_ids=positions, use_cache=True, **given

@@ -1,8 +1,8 @@
-"""A KV cache whose forwards have shapes that recur, so that a compiled forward can be used again.
+"""A KV cache with few different shapes, so compiled forwards can be used again.
 
-`KVCache` hands out as many columns as are in use, one more shape with every token. Here rows are written at places
-given by a tensor, and a forward sees a number of columns that grows in steps (`bucket`); the mask closes what is not in
-use. Columns hold zeros or rows of earlier requests, so all of them are finite.
+`KVCache` returns as many columns as are in use: a new shape with every token. Here rows are written at places given by
+a tensor, and the number of columns of a forward grows in steps (`bucket`). The mask excludes columns that are not in
+use. These hold zeros or rows of earlier requests, so they are finite.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor
 from eagle.kv_cache import CacheLayer, CacheStorage, KVCache, RowIndices
 
 STEP = 256
-"""Columns by which short forwards grow."""
+"""Step by which the columns of short forwards grow."""
 SMALLEST = 1024
 """Columns of the smallest cache."""
 
 
 def bucket(columns: int) -> int:
-    """Columns that a forward sees when ``columns`` are in use: steps of `STEP`, above four of them of a quarter of the
-    next lower power of two, so that at most a quarter more than needed is read.
+    """Columns that a forward sees when ``columns`` are in use: a multiple of `STEP`, or of a quarter of the next lower
+    power of two if that is larger. So at most a quarter more than needed is read.
 
     >>> [bucket(n) for n in (1, 256, 257, 1024, 1025, 2049, 8000)]
     [256, 256, 512, 1024, 1280, 2560, 8192]
@@ -34,8 +34,8 @@ def bucket(columns: int) -> int:
 
 
 class Window:
-    """Where the next forward writes and how far it sees, the same for all layers: ``places`` [n] columns, ``columns``
-    their number."""
+    """Where the next forward writes and reads, the same for all layers. ``places``: [n] columns to write. ``columns``:
+    number of columns to read."""
 
     def __init__(self) -> None:
         self.places = torch.zeros(0, dtype=torch.long)
@@ -58,13 +58,12 @@ class StaticLayer(CacheLayer):
 
 
 class StaticCache(KVCache):
-    """All layers of one model on one device, for one sequence. A prompt is read into it by way of `sequence`, whose
-    shapes are its own.
+    """All layers of one model on one device, for one sequence. Prefill goes through `sequence`, with shapes of its own.
 
     Args:
-        layers: their number.
+        layers: number of layers.
         heads, head_dim: of the keys and values.
-        capacity: rows to hold; rounded up to a power of two.
+        capacity: maximal number of rows; rounded up to a power of two.
         move: `move_rows`, compiled.
     """
 
@@ -80,20 +79,22 @@ class StaticCache(KVCache):
     ) -> None:
         shape = (1, 1, heads, max(SMALLEST, 1 << (capacity - 1).bit_length()), head_dim)
         zeros = partial(torch.zeros, shape, dtype=dtype, device=device)
-        stores = {layer: CacheStorage(zeros(), zeros()) for layer in range(layers)}  # apart: a graph writes into each
+        stores = {
+            layer: CacheStorage(zeros(), zeros()) for layer in range(layers)
+        }  # separate, as a graph writes into each
         super().__init__(stores, range(layers), [0])
         self.window, self._move, self._device = Window(), move, device
         self.layers = [StaticLayer(store.keys[0], store.values[0], self.window) for store in stores.values()]
 
     def open(self, count: int) -> int:
-        """Makes the next ``count`` rows the window's; returns the number of columns that the forward sees."""
+        """Sets the window to the next ``count`` rows. Returns the number of columns that the forward sees."""
         start = self.length
         self.window.places = torch.arange(start, start + count, device=self._device)
         self.window.columns = bucket(start + count)
         return self.window.columns
 
     def close(self, count: int) -> None:
-        """After the forward: ``count`` of the window's rows, from the first on, are in use."""
+        """Ends a forward: the first ``count`` rows of the window are now in use."""
         self.truncate([self.length + count])
 
     def keep(self, bases: Sequence[int], paths: Sequence[Sequence[int]]) -> None:

@@ -1,0 +1,68 @@
+"""Which kinds of layers of a text model the engine verifies exactly. Everything else is refused at load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from llava.errors import UserError
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+ONE_WINDOW = ("mistral", "phi3")
+"""Text models that use one window in all layers and take one mask."""
+MASK_BY_LAYER_TYPE = (
+    "cohere2", "gemma2", "gemma3_text", "ministral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3", "smollm3",
+)  # fmt: skip
+"""Text models that take a mask for each type of layer, as a mapping."""
+STATIC_ROPE = ("default", "linear", "llama3", "yarn", "mrope", "proportional")
+"""Kinds of rotary positions whose angles depend on the position alone."""
+TREE_FIX = "decode it with transformers' own generate"
+
+
+class AttentionLayers(NamedTuple):
+    """``window``: rows that a sliding layer sees, itself included; None without such layers. ``by_type``: the text
+    model takes a mapping from layer type to mask."""
+
+    window: int | None
+    by_type: bool
+
+
+def attention_layers(config: Any) -> AttentionLayers:
+    """The layers of a text model, from its config.
+
+    Raises:
+        UserError: it has layers or rotary positions that a draft tree cannot be verified with exactly.
+    """
+    check_rope(config)
+    types = set(getattr(config, "layer_types", None) or ())
+    unknown = sorted(types - {FULL, SLIDING})
+    if unknown:
+        raise UserError(f"layers of type {', '.join(unknown)} cannot verify a draft tree exactly", fix=TREE_FIX)
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "use_sliding_window", True) is False or (types and SLIDING not in types):
+        window = None
+    if window is None:
+        return AttentionLayers(None, False)
+    if config.model_type in ONE_WINDOW and not types:
+        return AttentionLayers(window, False)
+    if config.model_type in MASK_BY_LAYER_TYPE and types:
+        return AttentionLayers(window, True)
+    raise UserError(
+        f"sliding window attention of '{config.model_type}' cannot verify a draft tree exactly", fix=TREE_FIX
+    )
+
+
+def check_rope(config: Any) -> None:
+    """Raises `UserError` if the angles of a position depend on the length of the sequence.
+
+    `generate` computes each key with the length at its time, and a tree is verified in one forward.
+    """
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    parts = [part for part in rope.values() if isinstance(part, Mapping)] or [rope]
+    for part in parts:
+        kind = part.get("rope_type", part.get("type", "default"))
+        if kind not in STATIC_ROPE:
+            raise UserError(
+                f"rotary positions of type '{kind}' depend on the length, so a draft tree is not verified exactly",
+                fix=f"set rope_type to one of {', '.join(STATIC_ROPE)}, or {TREE_FIX}",
+            )

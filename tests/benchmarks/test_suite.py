@@ -1,0 +1,170 @@
+"""The benchmark suite: what it declares, how it judges its rounds, and one run of its smallest file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_llava import make_image, make_liuhaotian
+
+from benchmarks import suite
+from benchmarks.assistant import first_layers
+from benchmarks.contestants import build
+from benchmarks.random_pair import RandomPrompt, Shape, random_pair
+from benchmarks.spec import Cell, Suite, read_suite
+from benchmarks.work import positions_of, work_of
+from eagle import MSDModel
+from eagle.families import load_target
+from llava.errors import UserError
+
+REPO = Path(__file__).resolve().parents[2]
+DTYPES = {"float32", "bfloat16"}
+TINY = Shape(hidden=32, layers=4, heads=2, intermediate=48, vocabulary=128, positions=512)
+
+
+def write(folder: Path, **changes: object) -> Path:
+    given = {"name": "x", "models": {"m": {"random": {}}}, "cells": [{"name": "c", "model": "m"}], **changes}
+    path = folder / "suite.json"
+    path.write_text(json.dumps(given))
+    return path
+
+
+def test_lists_are_combined(tmp_path: Path) -> None:
+    cells = [{"name": "c", "model": "m", "temperature": [0, 1], "batch": [1, 4], "new_tokens": 16}]
+    found = read_suite(write(tmp_path, cells=cells)).cells
+    assert [(cell.temperature, cell.batch, cell.new_tokens) for cell in found] == [
+        (0, 1, 16), (0, 4, 16), (1, 1, 16), (1, 4, 16),
+    ]  # fmt: skip
+    assert len({cell.title for cell in found}) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"round": 3}, "unknown key 'round'.*did you mean 'rounds'"),
+        ({"cells": []}, "no cells"),
+        ({"cells": [{"name": "c", "model": "m", "tokens": 3}]}, "unknown key 'cells.0.tokens'"),
+        ({"cells": [{"name": "c"}]}, "lacks 'cells.0.model'"),
+        ({"cells": [{"name": "c", "model": "other"}]}, "'other', which is not declared"),
+        ({"cells": [3]}, "cells.0=3.*give an object"),
+        ({"models": {"m": {}}}, "'base' and 'draft', or 'random'"),
+    ],
+)
+def test_a_wrong_suite_file_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_suite(write(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("name", ["pocket", "quick"])
+def test_the_suites_here_are_readable(name: str) -> None:
+    found = read_suite(REPO / "benchmarks" / "suites" / f"{name}.json")
+    named = {contestant for cell in found.cells for contestant in cell.contestants}
+    assert {"autoregressive", "transformers dynamic", "assistant", "msd", "msd fixed", "msd 5/10/60"} <= named
+    for pair in found.models.values():
+        assert pair.random or ((REPO / str(pair.base)).is_dir() and (REPO / str(pair.draft)).is_dir())
+
+
+def test_first_layers_share_weights_and_are_the_same_function() -> None:
+    """The assistant's hidden states are the target's after its first layers, the norm included."""
+    model = random_pair(TINY, torch.float32, torch.device("cpu")).target.model
+    small = first_layers(model, "2")
+    assert small.get_output_embeddings().weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
+    assert model.config.text_config.num_hidden_layers == len(model.model.language_model.layers) == 4
+    ids = torch.arange(3, 20).unsqueeze(0)
+    with torch.no_grad():
+        states = model(input_ids=ids, output_hidden_states=True).hidden_states
+        expected = model.model.language_model.norm(states[2])
+        assert torch.equal(small.model(input_ids=ids).last_hidden_state, expected)
+    with pytest.raises(UserError, match="assistant of '4' layers"):
+        first_layers(model, "4")
+
+
+def test_contestants_answer_alike() -> None:
+    """Greedy, in float32, on a random pair: nobody's speculation changes an answer."""
+    model = random_pair(TINY, torch.float32, torch.device("cpu"))
+    made = Suite("x", {}, (), assistant="layers:1")
+    names = ("autoregressive", "transformers static", "prompt lookup", "assistant", "msd", "msd 2/2/6")
+    runners, left_out = build(Cell("c", "m", new_tokens=8, contestants=names), made, model)
+    answers = {runner.name: runner.answer(RandomPrompt(40)) for runner in runners}
+    assert set(answers) == set(names) and not left_out
+    assert {len(answer.tokens[0]) for answer in answers.values()} == {8}
+    assert all(answer.tokens == answers["autoregressive"].tokens for answer in answers.values())
+    assert all(0 < answer.stats.first_token < answer.stats.seconds for answer in answers.values())
+
+
+def test_a_batch_leaves_out_what_cannot_take_one() -> None:
+    model = random_pair(TINY, torch.float32, torch.device("cpu"))
+    runners, left_out = build(Cell("c", "m", batch=2, new_tokens=4), Suite("x", {}, ()), model)
+    assert set(left_out) == {"prompt lookup", "assistant", "msd fixed"}
+    dynamic = next(runner for runner in runners if runner.name == "transformers dynamic")
+    answer = dynamic.answer(RandomPrompt(20, batch=2))
+    assert (answer.stats.requests, answer.stats.new_tokens) == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [(("msd",), "no plain baseline"), (("autoregressive", "msd 3/4"), "no contestant"), (("medusa",), "no contestant")],
+)
+def test_unknown_contestants_are_refused(names: tuple[str, ...], message: str) -> None:
+    model = random_pair(TINY, torch.float32, torch.device("cpu"))
+    with pytest.raises(UserError, match=message):
+        build(Cell("c", "m", contestants=names), Suite("x", {}, ()), model)
+
+
+def test_quick_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """`python -m benchmarks.suite --quick`: one table, one plot, one JSON with all that is needed to repeat it."""
+    monkeypatch.chdir(REPO)
+    monkeypatch.setenv("MSD_CACHE", str(tmp_path / "cache"))
+    assert suite.run(["--quick", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "quick.json").read_text())
+    assert (tmp_path / "quick.png").read_bytes().startswith(b"\x89PNG")
+    assert {"command", "date", "commit", "hardware", "versions", "settings"} <= set(report)
+    random, pocket = report["cells"]
+    assert random["cost_only"] and not pocket["cost_only"] and {random["dtype"], pocket["dtype"]} <= DTYPES
+    assert set(pocket["results"]) == {
+        "autoregressive", "transformers dynamic", "transformers static", "prompt lookup", "assistant", "msd",
+        "msd fixed", "msd 5/10/60",
+    }  # fmt: skip
+    assert pocket["results"][pocket["baseline_name"]]["speedup"] == 1.0
+    assert all(len(row["seconds"]) == pocket["rounds"] == 2 for row in pocket["results"].values())
+    shares = pocket["results"]["msd"]["phases_share"]["cycle"]
+    assert {"verify", "outside"} <= set(shares) and sum(shares.values()) == pytest.approx(1.0)
+    out = capsys.readouterr().out
+    assert "costs only" in out and "share of a cycle" in out
+
+
+def test_list_and_only(capsys: pytest.CaptureFixture[str]) -> None:
+    assert suite.run(["--list", "--only", "random"]) == 0
+    assert capsys.readouterr().out.count("random weights:") == 3
+    with pytest.raises(UserError, match="has 'nothing' in its name"):
+        suite.run(["--only", "nothing"])
+
+
+def test_sixteen_bit_is_no_baseline_on_a_cpu_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "cpu_has_bfloat16", lambda: False)
+    asked = [("bfloat16", "cpu"), ("float32", "cpu"), ("bfloat16", "cuda:0")]
+    assert [suite.too_slow(*each) for each in asked] == [True, False, False]
+
+
+def test_a_context_is_filled_up_with_pictures(tmp_path: Path) -> None:
+    """Further pictures come before the question's own; a context that the model cannot hold is refused."""
+    base = make_liuhaotian(tmp_path / "base")
+    model = MSDModel(load_target(base, dtype=torch.float32))
+    rows = []
+    for number in range(3):
+        make_image(tmp_path / f"{number}.png", seed=number)
+        rows.append({"id": str(number), "images": [f"{number}.png"], "question": "Which?", "answer": ""})
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    made = Suite("x", {}, (), data=str(tmp_path / "questions.jsonl"))
+    cells = [Cell("c", "m", 2, context=context, new_tokens=4) for context in (0, 150)]
+    short, long = (work_of(cell, made, model, random=False) for cell in cells)
+    assert len(short) == len(long) == 2
+    for before, after in zip(short, long, strict=True):
+        assert positions_of(before, model) < 150 <= positions_of(after, model)
+        assert after.images[-1] == before.images[0] and len(after.images) > 1
+    with pytest.raises(UserError, match=r"needs \d+ positions, the model has"):
+        work_of(Cell("c", "m", 1, new_tokens=10**6), made, model, False)
+    with pytest.raises(UserError, match="3 questions are fewer than a batch of 4"):
+        work_of(Cell("c", "m", 4, batch=4), made, model, False)

@@ -1,0 +1,102 @@
+"""The experiments start by the commands that the docs quote, and small runs of them give sound figures."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from experiments.common import REPO, environment
+
+pytestmark = pytest.mark.slow
+MODULES = sorted(
+    path.stem for path in (REPO / "experiments").glob("*.py") if path.stem not in ("__init__", "common")
+)  # fmt: skip
+
+
+def run(module: str, *argv: str) -> str:
+    """Runs an experiment in the repository; gives what it printed."""
+    command = [sys.executable, "-m", f"experiments.{module}", *argv]
+    done = subprocess.run(command, env=environment(), cwd=REPO, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_help(module: str) -> None:
+    assert f"python -m experiments.{module}" in run(module, "--help")
+
+
+def test_every_ablation_gives_the_same_tokens(tmp_path: Path) -> None:
+    run("ablations", "--questions", "1", "--max-new-tokens", "16", "--rounds", "1", "--out", str(tmp_path / "a.json"))
+    ways = json.loads((tmp_path / "a.json").read_text())["ways"]
+    assert len(ways) == 9 and all(way["cycle_ms"] > 0 for way in ways)
+
+
+@pytest.mark.parametrize(("model", "published"), [("7b", 2.29), ("13b", 2.46)])
+def test_no_machine_was_faster_than_its_bandwidth(tmp_path: Path, model: str, published: float) -> None:
+    """The roofline alone promises more than was published, and a whole request gains less than decoding alone."""
+    run("real_size", "--simulate-only", "--model", model, "--out", str(tmp_path / "r.json"))
+    roofline = json.loads((tmp_path / "r.json").read_text())["simulated"]["GPU, roofline"]
+    greedy = [row for row in roofline["rows"] if row["temperature"] == 0]
+    assert roofline["published_speedup"] == published < max(row["bound"] for row in greedy)
+    assert all(row["request"] < row["bound"] for row in roofline["rows"])
+
+
+def test_costs_of_a_tiny_model_are_measured(tmp_path: Path) -> None:
+    run("real_size", "--model", "quick", "--out", str(tmp_path / "r.json"))
+    report = json.loads((tmp_path / "r.json").read_text())
+    measured = report["measured"]
+    assert measured["nodes"][0] == 1 and measured["nodes"][-1] == 60
+    assert len(measured["verify_seconds"]) == len(measured["nodes"]) and min(measured["verify_seconds"]) > 0
+    assert set(report["simulated"]) == {"cpu, measured", "GPU, roofline", "GPU, with overheads"}
+
+
+def test_full_logits_take_more_memory(tmp_path: Path) -> None:
+    sizes = ["--vocab", "30000", "--positions", "512", "--hidden", "32", "--rounds", "1", "--steps", "1"]
+    run("training_cost", *sizes, "--out", str(tmp_path / "cost.json"))
+    ways = json.loads((tmp_path / "cost.json").read_text())["ways"]
+    logits = 512 * 30000 * 4  # bytes of one [S, V] in float32
+    assert ways["full logits"]["peak_bytes"] - ways["masked, in chunks"]["peak_bytes"] > logits
+
+
+def test_draft_costs(tmp_path: Path) -> None:
+    run("draft_head", "--hidden", "128", "--vocabulary", "500", "--keep", "50", "--out", str(tmp_path / "head.json"))
+    assert json.loads((tmp_path / "head.json").read_text())["trimmed_seconds"] > 0
+    sizes = ["--image-tokens", "8", "300", "--keep", "0", "16", "--rounds", "1"]
+    run("visual_context", *sizes, "--out", str(tmp_path / "context.json"))
+    records = json.loads((tmp_path / "context.json").read_text())["records"]
+    assert [(record["image_tokens"], record["kept"]) for record in records] == [
+        (8, 8), (8, 0), (8, 8), (300, 300), (300, 0), (300, 16)]  # fmt: skip
+
+
+def test_both_ways_of_the_allocation_read_the_same_records(tmp_path: Path) -> None:
+    data = REPO / "pocket" / "data"
+    out = tmp_path / "a.json"
+    words = ["--json-data-path", str(data / "train_v.json"), "--image-data-path", str(data), "--rows", "4"]
+    run("allocation", *words, "--shard-size", "2", "--hidden-dtype", "int8", "--out", str(out))
+    found = json.loads(out.read_text())
+    one, batched = (rate["tokens_per_second"] / rate["samples_per_second"] for rate in found["rates"].values())
+    assert found["samples"] == 4 and found["image_tokens"] > 0 and one == pytest.approx(batched)
+
+
+def test_the_tree_is_drawn(tmp_path: Path) -> None:
+    run("figure_tree", "--tree", "2/2/5", "--cycle", "2", "--out", str(tmp_path / "tree.png"))
+    run("figure_inputs", "--out", str(tmp_path / "inputs.png"))
+    assert Image.open(tmp_path / "tree.png").width == Image.open(tmp_path / "inputs.png").width == 1100
+
+
+def test_a_training_study_is_measured_once(tmp_path: Path) -> None:
+    words = ["--quick", "--seeds", "0", "--cells", "two-stage", "not-decoupled", "--out", str(tmp_path)]
+    run("training_study", *words)
+    rows = json.loads((tmp_path / "results.json").read_text())["cells"]
+    assert [row["cell"] for row in rows] == ["two-stage", "not-decoupled"] and len({row["steps"] for row in rows}) == 1
+    assert all(row["tau"] >= 1 and row["tau_chain"] >= 1 and row["speedup"] > 0 for row in rows)
+    before = (tmp_path / "two-stage-seed0" / "cell.json").stat().st_mtime_ns
+    run("training_study", *words)
+    assert (tmp_path / "two-stage-seed0" / "cell.json").stat().st_mtime_ns == before
+    assert "Pearson" in run("simulated_tau", "--study", str(tmp_path))
