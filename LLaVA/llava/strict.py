@@ -107,7 +107,7 @@ def one_line(error: ValidationError, kind: Any) -> UserError:
     if not path:
         return UserError(first["msg"])
     plain = first["msg"].replace("Input should be", "give").replace("Value error, ", "")
-    wanted = _WANTED.get(first["type"], plain).format(**first.get("ctx", {}))
+    wanted = _WANTED[first["type"]].format(**first.get("ctx", {})) if first["type"] in _WANTED else plain
     return UserError(f"{path}={_shown(first['input'])}", fix=wanted)
 
 

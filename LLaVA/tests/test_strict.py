@@ -25,6 +25,7 @@ class Whole:
     steps: tuple[Part, ...] = ()
     more: Part | None = None
     kind: Literal["a", "b"] = "a"
+    code: str = Field("xx", pattern="[a-z]{2,3}")
 
 
 @pytest.mark.parametrize(("given", "line"), [
@@ -39,6 +40,7 @@ class Whole:
     ({"name": "x", "more": 3}, "more=3: FILE (give an object)"),
     ({"name": 1}, "name=1: FILE (give a text)"),
     ({"name": "x", "kind": "c"}, "kind='c': FILE (give 'a' or 'b')"),
+    ({"name": "x", "code": "1"}, "code='1': FILE (String should match pattern '[a-z]{2,3}')"),
     ({}, "lacks 'name': FILE (give it a value)"),
     ([], "not a JSON object but list: FILE"),
 ])  # fmt: skip

@@ -134,12 +134,12 @@ def test_a_second_training_is_refused_and_the_first_unharmed(
 
 def test_a_lock_ends_with_its_holder(tmp_path: Path) -> None:
     first = CheckpointStore(tmp_path / "ck", 1, {})
-    first.hold()
+    first.lock()
     with pytest.raises(UserError, match="another run is writing to this folder"):
-        CheckpointStore(tmp_path / "ck", 1, {}).hold()
+        CheckpointStore(tmp_path / "ck", 1, {}).lock()
     first.close()
     second = CheckpointStore(tmp_path / "ck", 1, {})
-    second.hold()
+    second.lock()
     second.close()
 
 

@@ -1,122 +1,151 @@
-"""Alignment of batches by hand-made integers, padding and noise."""
+"""Stored states must be those of the base and of the interrupted run; batches are prefetched in order."""
 
-from dataclasses import replace
+import json
+import shutil
+import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
-from train_support import make_objective, make_sample
+from train_support import write_base, write_corpus
 
-from eagle.drafts.compression import Compression
-from eagle.hidden_states.shards import Sample
-from eagle.train.collate import add_noise, collate, draft_loss_mask
-from eagle.train.rollout import predict_steps, rollout_loss_mask, rollout_mask, shift_left
-from llava.errors import UserError
+from eagle.families.base_weights import load_base_tensors
+from eagle.ge_data.extract import fingerprint
+from eagle.hidden_states.shards import Index, ShardDataset
+from eagle.train.dataset import identity, prefetch
 
-
-def hand_made() -> Sample:
-    """Token t is 10 + t and its state is t; image tokens at 1, 2 and 4 with features 100, 101, 102; answer at 5..7."""
-    image = torch.tensor([0, 1, 1, 0, 1, 0, 0, 0, 0]).bool()
-    ids = torch.arange(10, 19).masked_fill(image, 999)  # an image id outside the vocabulary
-    loss = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, 0]).bool()
-    return Sample("hand", ids, loss, image, torch.arange(9.0)[:, None], torch.tensor([[100.0], [101.0], [102.0]]))
+STOP = ("--tracker", "none", "--max-steps", "1")
+GO_ON = ("--tracker", "none", "--resume", "--max-steps", "2")
 
 
-def test_rows_pair_states_with_next_tokens_features_and_targets():
-    batch = collate([hand_made()], vocab_size=50, max_length=64)
-    embeds = batch.input_ids.float()[..., None].masked_scatter(batch.image_mask[..., None], batch.image_features)
-    rows = batch.loss_mask.shape[1]
-    assert rows == 8
-    assert batch.inputs[0, :rows, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]  # h_t
-    assert shift_left(embeds, 1, rows)[0, :, 0].tolist() == [100, 101, 13, 102, 15, 16, 17, 18]  # x_{t+1}
-    assert shift_left(batch.image_mask, 1, rows)[0].int().tolist() == [1, 1, 0, 1, 0, 0, 0, 0]
-    assert shift_left(batch.hidden, 1, rows)[0, :, 0].tolist() == [1, 2, 3, 4, 5, 6, 7, 8]  # h_{t+1}
-    # The answer is x_5 x_6 x_7; row 4 reads x_5 and predicts x_6, row 5 reads x_6 and predicts x_7.
-    assert batch.loss_mask[0].int().tolist() == [0, 0, 0, 0, 1, 1, 0, 0]
+def print_of(base, dtype=torch.float32):
+    """The fingerprint that the allocation writes when it runs in ``dtype``."""
+    return fingerprint(load_base_tensors(base).embed.to(dtype))
 
 
-def test_answer_up_to_the_end_of_the_sample():
-    # x_3 x_4 x_5 is the answer and x_5 the last token: row 4 would predict a token beyond the sample.
-    assert draft_loss_mask(torch.tensor([0, 0, 0, 1, 1, 1]).bool()).int().tolist() == [0, 0, 1, 1, 0]
+@pytest.fixture
+def refused(run, capsys):
+    def call(argv):
+        assert run(argv) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+        return line
+
+    return call
 
 
-def test_a_two_token_answer_has_one_row_and_turns_do_not_mix():
-    mask = torch.tensor([0, 1, 1, 0, 0, 1, 0, 1, 1, 1]).bool()
-    assert draft_loss_mask(mask).int().tolist() == [1, 0, 0, 0, 0, 0, 1, 1, 0]
+def test_states_of_another_base_of_the_same_sizes_are_refused(arguments, run, refused, tmp_path):
+    other = print_of(write_base(tmp_path / "other", seed=1))
+    corpus = write_corpus(tmp_path / "foreign", 10, image=3, fingerprint=other, model="owner/other")
+    line = refused(arguments("ck", "--tmpdir_v", str(corpus)))
+    assert f"hidden states of another model (owner/other): its embedding is {other}" in line and str(corpus) in line
+    assert not (tmp_path / "ck").exists()
+    assert run(arguments("ck", *STOP, "--tmpdir_v", str(corpus), "--basepath", str(tmp_path / "other"))) == 0
 
 
-def test_rollout_rows_stay_in_one_answer_and_match_their_targets():
-    loss_mask = draft_loss_mask(torch.tensor([0, 0, 1, 1, 1, 1, 0, 1, 1]).bool())[None]
-    assert [rollout_loss_mask(loss_mask, k)[0].int().tolist() for k in (1, 2, 3, 4)] == [
-        [0, 1, 1, 1, 0, 0, 1, 0], [0, 1, 1, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0, 0, 0], [0] * 8]  # fmt: skip
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_states_that_the_base_made_in_any_dtype_are_accepted(arguments, run, tmp_path, dtype):
+    """Small weights are rounded differently on the way through float16."""
+    base = tmp_path / "small"
+    write_base(base, scale=1e-5)
+    stored = "float16" if dtype == "float16" else "bfloat16"
+    own = print_of(base, getattr(torch, dtype))
+    assert (own == print_of(base)) == (dtype != "float16")
+    corpus = write_corpus(tmp_path / "own", 10, image=3, fingerprint=own, dtype=stored)
+    assert run(arguments("ck", *STOP, "--tmpdir_v", str(corpus), "--basepath", str(base))) == 0
 
 
-def test_rollout_mask_is_the_one_in_the_docstring():
-    assert rollout_mask(4, 3)[0, 0].int().tolist() == [
-        [1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0],
-        [1, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0],
-        [1, 1, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0],
-        [1, 1, 1, 1, 0, 0, 0, 1, 0, 0, 0, 1],
-    ]
+def test_two_families_are_refused(arguments, refused, tmp_path):
+    corpus = write_corpus(tmp_path / "qwen", 10, image=3, family="qwen2_vl")
+    assert "hidden states of family qwen2_vl, those in" in refused(arguments("ck", "--tmpdir_v", str(corpus)))
 
 
-def test_cut_at_max_length_takes_image_features_along():
-    batch = collate([hand_made()], vocab_size=50, max_length=3)
-    assert batch.image_features.flatten().tolist() == [100, 101]
-    assert batch.input_ids.tolist() == [[10, 0, 0]]
+@pytest.mark.parametrize(("changed", "key"), [
+    ({"seed": 7}, "states_text_sums"),
+    ({"hidden_dtype": "int8"}, "states_text_hidden_dtype"),
+])  # fmt: skip
+def test_a_run_is_not_resumed_on_other_states(arguments, run, refused, tmp_path, changed, key):
+    assert run(arguments("ck", *STOP)) == 0
+    corpus = write_corpus(tmp_path / "changed", 12, **changed)
+    assert f"the interrupted run had {key}=" in refused(arguments("ck", *GO_ON, "--tmpdir_t", str(corpus)))
 
 
-def test_merged_rows_keep_states_tokens_and_targets_aligned():
-    """Rows of `hand_made` read states 0..7 and features 100 101, token 13, feature 102, tokens 15..18."""
-    for tokens, states, following, images in (
-        (1, [1, 2, 3, 4, 5, 6, 7], [100.5, 13, 102, 15, 16, 17, 18], [1, 0, 1, 0, 0, 0, 0]),
-        (0, [2, 4, 5, 6, 7], [13, 15, 16, 17, 18], [0, 0, 0, 0, 0]),
-        (2, [0, 1, 2, 3, 4, 5, 6, 7], [100, 101, 13, 102, 15, 16, 17, 18], [1, 1, 0, 1, 0, 0, 0, 0]),
-    ):
-        batch = collate([hand_made()], vocab_size=50, max_length=64, compression=Compression(tokens))
-        embeds = batch.input_ids.float()[..., None].masked_scatter(batch.image_mask[..., None], batch.image_features)
-        rows = batch.loss_mask.shape[1]
-        assert batch.inputs[0, :rows, 0].tolist() == states
-        assert shift_left(embeds, 1, rows)[0, :, 0].tolist() == following
-        assert shift_left(batch.image_mask, 1, rows)[0].int().tolist() == images
-        counted = batch.loss_mask[0].nonzero().flatten().tolist()
-        assert [states[row] for row in counted] == [4, 5]  # as without merging, and each with its own target:
-        assert [batch.hidden[0, row + 1, 0].item() for row in counted] == [5, 6]
+def test_a_run_is_not_resumed_on_another_base(arguments, run, refused, tmp_path):
+    pairs = []
+    for seed in (0, 1):
+        base = write_base(tmp_path / f"base{seed}", seed=seed)
+        corpus = write_corpus(tmp_path / f"text{seed}", 12, fingerprint=print_of(base))
+        pairs.append(["--basepath", str(base), "--tmpdir_t", str(corpus)])
+    assert run(arguments("ck", *STOP, *pairs[0])) == 0
+    line = refused(arguments("ck", *GO_ON, *pairs[1]))
+    assert f"had states_text_fingerprint={print_of(tmp_path / 'base0')}, this one has" in line
+    assert run(arguments("ck", *GO_ON, *pairs[0])) == 0
 
 
-def test_a_sample_that_begins_with_a_picture():
-    """The first token is in no row of the draft, so its feature is in no mean."""
-    sample = hand_made()
-    image = torch.tensor([1, 1, 1, 0, 0, 0, 0, 0, 0]).bool()
-    sample = replace(sample, image_mask=image, input_ids=torch.arange(10, 19))
-    batch = collate([sample], vocab_size=50, max_length=64, compression=Compression(1))
-    assert batch.image_features.flatten().tolist() == [100, 101.5]
-    assert batch.image_mask[0].int().tolist() == [1, 1, 0, 0, 0, 0, 0, 0]
-    assert batch.inputs[0, :, 0].tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+def test_what_is_not_known_is_no_difference(arguments, run, tmp_path):
+    """An index rebuilt from the shards has no checksums; a run from before states were compared has none of it."""
+    moved = tmp_path / "moved"
+    assert run(arguments("ck", *STOP)) == 0
+    shutil.copytree(tmp_path / "text", moved)
+    (moved / "index.json").unlink()
+    assert all(shard.sha256 is None for shard in ShardDataset(moved).meta.shards)
+    record = tmp_path / "ck" / "step-00000001" / "progress.json"
+    progress = json.loads(record.read_text())
+    kept = {key: value for key, value in progress["run"].items() if not key.startswith("states_image")}
+    assert len(progress["run"]) - len(kept) == 3
+    record.write_text(json.dumps({**progress, "run": kept}))
+    assert run(arguments("ck", *GO_ON, "--tmpdir_t", str(moved))) == 0
+    after = json.loads((tmp_path / "ck" / "step-00000002" / "progress.json").read_text())["run"]
+    assert after == progress["run"]
 
 
-def test_padding_changes_nothing():
-    objective = make_objective()
-    samples = [make_sample(9, image=2, seed=1), make_sample(14, image=3, seed=2)]
-    together = collate(samples, 40, 64)
-    ((_, joint),) = predict_steps(objective.draft, together.inputs, objective.embeds(together), together.image_mask, 1)
-    for row, sample in enumerate(samples):
-        alone = collate([sample], 40, 64)
-        ((_, own),) = predict_steps(objective.draft, alone.inputs, objective.embeds(alone), alone.image_mask, 1)
-        torch.testing.assert_close(joint[row, : own.shape[1]], own[0])
-        assert together.loss_mask[row].sum() == alone.loss_mask.sum()
+def test_sums_are_those_of_all_shards():
+    def index(*sums):
+        shards = tuple(Shard(sha256=each) for each in sums)
+        return Index("llava", "m", None, "bfloat16", 4, 8, 0, shards=shards)
+
+    class Shard:
+        start = end = samples = tokens = image_tokens = 1
+
+        def __init__(self, sha256):
+            self.sha256 = sha256
+
+    assert identity(index("a", "b"))["sums"] != identity(index("a", "c"))["sums"]
+    assert "sums" not in identity(index("a", None))
 
 
-def test_noise_is_on_the_inputs_only_bounded_and_repeatable():
-    sample = make_sample(64)
-    clean = collate([sample], 40, 64)
-    noisy, again = (collate([sample], 40, 64, noise=0.2, seeds=[5]) for _ in range(2))
-    assert torch.equal(clean.inputs, clean.hidden)
-    assert torch.equal(noisy.hidden, sample.hidden[None]) and torch.equal(noisy.inputs, again.inputs)
-    change = (noisy.inputs - noisy.hidden).abs()
-    assert 0.7 < change.max() / (0.5 * 0.2 * 512 / 64) <= 1
-    assert not torch.equal(add_noise(sample.hidden, 0.2, 5), add_noise(sample.hidden, 0.2, 6))
+class Counter:
+    """Counts to ``size`` and keeps who asked; a defect at ``broken``."""
+
+    def __init__(self, size: int, broken: int | None = None) -> None:
+        self.size, self.broken, self.made, self.threads = size, broken, 0, set()
+
+    def __iter__(self) -> Iterator[int]:
+        for number in range(self.size):
+            if number == self.broken:
+                raise ValueError(f"at {number}")
+            self.threads.add(threading.current_thread())
+            self.made += 1
+            yield number
 
 
-def test_token_ids_outside_the_vocabulary_are_refused():
-    with pytest.raises(UserError, match=r"vocabulary of 5.*sample s0"):
-        collate([make_sample()], 5, 64)
+@pytest.mark.parametrize("size", [0, 1, 2, 9])
+def test_all_in_order_from_one_other_thread(size: int) -> None:
+    source = Counter(size)
+    assert list(prefetch(iter(source), 2)) == list(range(size))
+    assert len(source.threads) == min(size, 1) and threading.current_thread() not in source.threads
+
+
+def test_no_more_than_the_depth_is_made_ahead_and_nothing_after_the_end() -> None:
+    source = Counter(100)
+    stream = prefetch(iter(source), 2)
+    assert [next(stream), next(stream)] == [0, 1]
+    stream.close()
+    assert source.made <= 4
+    assert not any(thread.is_alive() for thread in source.threads)
+
+
+def test_a_failure_comes_in_its_place() -> None:
+    stream = prefetch(iter(Counter(9, broken=3)), 2)
+    assert [next(stream) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="at 3"):
+        next(stream)
