@@ -250,7 +250,7 @@ class DraftModel(nn.Module):
         Args:
             hidden: [B, S, H] target (or predicted) hidden state ``h_t``.
             next_embeds: [B, S, H] ``E(x_{t+1})``, or the projected image feature where ``x_{t+1}`` is an image token.
-            next_is_image: [B, S] bool; None where there is no image row.
+            next_is_image: [B, S] bool; None if no row is an image row.
         """
         text = self.fc(torch.cat([next_embeds, hidden], dim=-1))  # [B, S, H]
         if next_is_image is None or not self.config.options.decoupled:

@@ -73,7 +73,7 @@ class TrainConfig:
     log_every: int = Field(10, ge=1, description="steps between logged values")
     keep_last: int = Field(2, ge=1, description="checkpoints kept, the newest ones (the best is kept apart)")
     max_steps: int = Field(
-        0, ge=0, description="stop after so many steps and save, to go on with --resume; 0 is no limit"
+        0, ge=0, description="stop after so many steps and save, to resume with --resume; 0 is no limit"
     )
     simulated_depth: int = Field(6, ge=1, le=16, description="tokens drafted in validation's simulated decoding")
     validation_limit: int = Field(256, ge=1, description="samples of each data set that a validation uses at most")

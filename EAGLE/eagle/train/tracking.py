@@ -16,7 +16,7 @@ from llava.files import atomic_write, write_json
 
 
 class Meter:
-    """``steps`` optimizer steps since the last log, and their ``sums`` [6] of `METRICS`, None where there is none. Its
+    """``steps`` optimizer steps since the last log, and their ``sums`` [6] of `METRICS`, None if there are none. Its
     clock does not run until `start`."""
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class Tracker:
     """Records a run in ``folder``. On other processes than the main one (``main`` false) it does nothing.
 
     Args:
-        kind: one of `eagle.train.settings.TRACKERS`; TensorBoard is left out silently where it is not installed.
+        kind: one of `eagle.train.settings.TRACKERS`; TensorBoard is left out if it is not installed.
         total, done: optimizer steps in all, and those of the interrupted run.
         settings: recorded with a Weights & Biases run.
     """
