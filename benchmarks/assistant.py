@@ -28,7 +28,7 @@ def assistant_for(model: MSDModel, named: str) -> PreTrainedModel:
 
 def first_layers(model: PreTrainedModel, count: str) -> PreTrainedModel:
     """A model of the first ``count`` decoder layers, with the target's own tower, embedding, norm and head. It shares
-    all weights, so it takes no memory. Nobody trained it to answer early: it is a weak assistant, and a free one."""
+    all weights, so it takes no memory. It was not trained to answer after these layers, so it is a weak assistant."""
     depth = model.config.get_text_config().num_hidden_layers
     if not count.isdigit() or not 0 < int(count) < depth:
         raise UserError(f"assistant of '{count}' layers", fix=f"the target has {depth}: give fewer")
@@ -48,7 +48,7 @@ def first_layers(model: PreTrainedModel, count: str) -> PreTrainedModel:
 
 
 def shallow(module: Any) -> Any:
-    """A module with the same children, which may be exchanged without touching the first one."""
+    """A module with the same children, which can be replaced without changing the first one."""
     twin = copy.copy(module)
     twin._modules = dict(cast(nn.Module, module)._modules)
     return twin

@@ -1,4 +1,4 @@
-"""Who competes: names of the suite file to ways of decoding."""
+"""The contestants of a suite file: names and the ways of decoding that they stand for."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.assistant import assistant_for
-from benchmarks.rounds import Runner
 from benchmarks.spec import Cell, Suite
 from eagle.arguments import tree_limits
-from eagle.benchmark import Answer, Work, with_engine, with_prompt_lookup, with_transformers
+from eagle.benchmark import Answer, Contestant, Work, with_engine, with_prompt_lookup, with_transformers
 from eagle.decode.msd import MSDModel
+from eagle.decode.sampling import SamplingSettings
 from eagle.decode.tree_config import TreeConfig
 from llava.errors import UserError
 
@@ -34,12 +34,12 @@ def static(model: MSDModel, settings: dict[str, Any], suite: Suite) -> Way:
 
 
 def lookup(model: MSDModel, settings: dict[str, Any], suite: Suite) -> Way:
-    """Guesses from the text before."""
+    """Drafts from the text so far."""
     return with_prompt_lookup(model, settings, suite.lookup)
 
 
 def assisted(model: MSDModel, settings: dict[str, Any], suite: Suite) -> Way:
-    """A small model guesses, a chain at a time."""
+    """A small model drafts a chain."""
     return with_transformers(model, settings, assistant_model=assistant_for(model, suite.assistant))
 
 
@@ -49,12 +49,12 @@ PLAIN: dict[str, Builder] = {
     "transformers static": static,
 }
 SINGLE: dict[str, Builder] = {"prompt lookup": lookup, "assistant": assisted}
-"""What transformers does for one sequence alone."""
+"""What transformers supports for one sequence only."""
 
 
 def build(
     cell: Cell, suite: Suite, model: MSDModel, others: Sequence[MSDModel] = ()
-) -> tuple[list[Runner], dict[str, str]]:
+) -> tuple[list[Contestant], dict[str, str]]:
     """The cell's contestants, and why one of them is left out.
 
     Args:
@@ -62,26 +62,25 @@ def build(
         others: the base model in the further dtypes that the plain baselines run in.
 
     Raises:
-        UserError: there is no contestant of that name.
+        UserError: a contestant is unknown.
     """
-    settings: dict[str, Any] = {"max_new_tokens": cell.new_tokens, "temperature": cell.temperature}
-    if cell.temperature > 0:
-        settings |= {"top_p": 1.0, "top_k": 0, "seed": suite.seed}
+    sampling = SamplingSettings(cell.temperature, seed=suite.seed).for_engine()
+    settings: dict[str, Any] = {"max_new_tokens": cell.new_tokens, **sampling}
     runners, left_out = [], {}
     for name in cell.contestants:
         if name in PLAIN:
-            runners.append(Runner(name, PLAIN[name](model, settings, suite), plain=True))
+            runners.append(Contestant(name, PLAIN[name](model, settings, suite), plain=True))
             for other in others:
                 dtype = str(other.dtype).removeprefix("torch.")
-                runners.append(Runner(f"{name} {dtype}", PLAIN[name](other, settings, suite), plain=True))
+                runners.append(Contestant(f"{name} {dtype}", PLAIN[name](other, settings, suite), plain=True))
         elif name in SINGLE and cell.batch > 1:
-            left_out[name] = "transformers has it for one sequence alone"
+            left_out[name] = "transformers supports it for one sequence only"
         elif name in SINGLE:
-            runners.append(Runner(name, SINGLE[name](model, settings, suite)))
+            runners.append(Contestant(name, SINGLE[name](model, settings, suite)))
         elif name == "msd fixed" and cell.batch > 1:
-            left_out[name] = "a batch has this tree in any case"
+            left_out[name] = "a batch uses this tree anyway"
         else:
-            runners.append(Runner(name, with_engine(model, True, settings, tree_of(name, model, cell.batch))))
+            runners.append(Contestant(name, with_engine(model, True, settings, tree_of(name, model, cell.batch))))
     if not any(runner.plain for runner in runners):
         raise UserError(f"cell '{cell.name}' has no plain baseline", suite.where, f"add one of {', '.join(PLAIN)}")
     return runners, left_out

@@ -1,4 +1,4 @@
-"""The suite's figures as one picture: speed-up of each contestant, one panel a cell."""
+"""The suite's figures as one picture: speed-up of each contestant, one panel per cell."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def draw_compact(cells: Sequence[Mapping[str, Any]], titles: Sequence[str], path
 
 
 def panels(cells: Sequence[Mapping[str, Any]], titles: Sequence[str], width: float) -> Figure:
-    """A figure with a panel a cell."""
+    """A figure with one panel per cell."""
     rows = -(-len(cells) // COLUMNS)
     longest = max(len(cell["results"]) for cell in cells)
     figure = Figure(figsize=(width, (0.9 + 0.3 * longest) * rows), layout="constrained")

@@ -13,8 +13,8 @@ import psutil
 import torch
 from rich.table import Table
 
-from benchmarks.rounds import Quiet, Runner, find_quiet
 from benchmarks.spec import Cell, Suite
+from eagle.benchmark import Contestant, Quiet, find_quiet, speed
 from eagle.decode.stats import Stats
 from eagle.provenance import record
 
@@ -43,7 +43,7 @@ def header(suite: Suite, device: torch.device, module: str, argv: Sequence[str])
 
 
 def row_of_cell(
-    cell: Cell, runners: Sequence[Runner], left_out: dict[str, str], suite: Suite, loads: Sequence[float | None],
+    cell: Cell, runners: Sequence[Contestant], left_out: dict[str, str], suite: Suite, loads: Sequence[float | None],
     random: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """All that was measured in one cell."""
@@ -68,11 +68,8 @@ def row_of_cell(
     }
 
 
-def result(runner: Runner, best: Runner, quiet: Quiet, reference: list[list[int]] | None) -> dict[str, Any]:
+def result(runner: Contestant, best: Contestant, quiet: Quiet, reference: list[list[int]] | None) -> dict[str, Any]:
     """One contestant: medians over the rounds that count. Speed-up is the median of the ratios within each round."""
-
-    def speed(stats: Stats) -> float:
-        return stats.tokens_per_second
 
     ratios = [speed(runner.rounds[n]) / speed(best.rounds[n]) for n in quiet.rounds]
     total = Stats.empty()

@@ -1,8 +1,8 @@
-"""Measure everyone against everyone, cell by cell, as a suite file declares it.
+"""Compare all contestants of a suite file, cell by cell, in interleaved rounds.
 
     python -m benchmarks.suite                                   # benchmarks/suites/pocket.json
     python -m benchmarks.suite --only long --rounds 9            # cells whose name has 'long'
-    python -m benchmarks.suite --quick                           # a minute; its figures mean nothing
+    python -m benchmarks.suite --quick                           # a minute, to see that it runs
 
 Leaves OUT/NAME.json, written after every cell, and OUT/NAME.png; prints one table. docs/speed.md says how to read them.
 """
@@ -10,6 +10,7 @@ Leaves OUT/NAME.json, written after every cell, and OUT/NAME.png; prints one tab
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,10 +25,10 @@ from benchmarks.contestants import build
 from benchmarks.plot import draw
 from benchmarks.random_pair import random_pair
 from benchmarks.report import header, phase_table, row_of_cell, table_of
-from benchmarks.rounds import interleave_rounds
 from benchmarks.spec import Cell, Pair, Suite, read_suite
 from benchmarks.work import work_of
 from eagle.arguments import positive
+from eagle.benchmark import interleave
 from eagle.decode.msd import MSDModel
 from eagle.loading import device_map_for
 from llava.device import cpu_has_bfloat16, dtype_for, on_cpu
@@ -95,7 +96,7 @@ def load(pair: Pair, suite: Suite) -> list[MSDModel]:
 
 
 def too_slow(dtype: str, place: str) -> bool:
-    """16 bit on a CPU without products in it takes many times longer: no baseline that anybody would choose."""
+    """16 bit on a CPU without 16-bit products is many times slower, so it is left out as a baseline."""
     return dtype != "float32" and on_cpu(place) and not cpu_has_bfloat16()
 
 
@@ -110,16 +111,16 @@ def measure(cell: Cell, suite: Suite, models: Sequence[MSDModel]) -> dict[str, A
     work = work_of(cell, suite, models[0], random)
     runners, left_out = build(cell, suite, models[0], models[1:])
     left_out |= {
-        f"plain baselines in {dtype}": "this CPU has no products in it"
+        f"plain baselines in {dtype}": "this CPU has no products in this dtype"
         for dtype in suite.baseline_dtypes
         if not random and named(dtype) != models[0].dtype and too_slow(dtype, str(models[0].device))
     }
     loads = []
     with tqdm(total=suite.warm_up + suite.rounds, desc=cell.title, unit="round", file=sys.stderr) as progress:
-        for number, load_average in interleave_rounds(runners, work, suite.warm_up, suite.rounds):
+        for number in interleave(runners, [work] * suite.rounds, suite.warm_up):
             progress.update()
             if number >= 0:
-                loads.append(load_average)
+                loads.append(os.getloadavg()[0] if hasattr(os, "getloadavg") else None)
     row = row_of_cell(cell, runners, left_out, suite, loads, random)
     return row | {"dtype": str(models[0].dtype).removeprefix("torch.")}
 

@@ -1,4 +1,4 @@
-"""What the contestants of a cell answer: questions of a file, filled up to a length, or random ids."""
+"""The prompts of a cell: questions of a file, padded with pictures to a length, or random ids."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def work_of(cell: Cell, suite: Suite, model: MSDModel, random: bool) -> list[Wor
 
 
 def check_length(positions: int, cell: Cell, suite: Suite, model: MSDModel) -> None:
-    """Refuses what is longer than the model's positions."""
+    """Raises if the cell needs more positions than the model has."""
     limit = getattr(model.target.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and positions > limit:
         raise UserError(

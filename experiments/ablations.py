@@ -23,10 +23,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.rounds import Runner, find_quiet, interleave_rounds
 from eagle import kv_cache as cache
 from eagle.arguments import positive
-from eagle.benchmark import Answer, Work, with_engine
+from eagle.benchmark import Answer, Contestant, Work, find_quiet, interleave, with_engine
 from eagle.decode import accept, drafter, masks, tree
 from eagle.decode import decoder as decode
 from eagle.decode.accept import Accepted
@@ -186,7 +185,7 @@ def prefill_ms(stats: Stats) -> float:
     return stats.phases_ms["prefill"] / stats.requests
 
 
-def contestants(pair: MSDModel, tokens: int) -> list[Runner]:
+def contestants(pair: MSDModel, tokens: int) -> list[Contestant]:
     """The engine as it is, then without each optimization."""
     settings = {"max_new_tokens": tokens, "temperature": 0.0}
     decode = with_engine(pair, True, settings)
@@ -198,7 +197,7 @@ def contestants(pair: MSDModel, tokens: int) -> list[Runner]:
 
         return answer
 
-    return [Runner(AS_IT_IS, decode), *(Runner(name, within(way)) for name, way in WAYS.items())]
+    return [Contestant(AS_IT_IS, decode), *(Contestant(name, within(way)) for name, way in WAYS.items())]
 
 
 def measure(pair: MSDModel, work: Sequence[Work], tokens: int, rounds: int) -> list[dict[str, Any]]:
@@ -209,7 +208,7 @@ def measure(pair: MSDModel, work: Sequence[Work], tokens: int, rounds: int) -> l
     """
     runners = contestants(pair, tokens)
     with tqdm(total=rounds + 1, unit="round", file=sys.stderr) as bar:
-        for _ in interleave_rounds(runners, work, 1, rounds):
+        for _ in interleave(runners, [work] * rounds, 1):
             bar.update()
     for runner in runners:
         if runner.tokens != runners[0].tokens:

@@ -1,12 +1,11 @@
-"""Is sampled output distributed as the target's own? Chi-square over many draws of real trees.
+"""Tests if sampled output has the target's distribution: chi-square over many draws of real trees.
 
-For one prompt the engine chooses a first token, drafts a tree and verifies it once. Then the choice and the
-acceptance run ``draws`` times on the same logits, as they do in decoding, each time with fresh noise for each place,
-and each token that comes out is counted by the node it was drawn at. All settings see the same noise. At every node
-that was reached often enough the counts are compared with the target's processed distribution there. A token drawn at
-a node without drafted children is a bonus token after full acceptance. One that leaves the tree at a node with
-children is a bonus token after partial acceptance: it is among the counts of its node, and compared once more with
-the target's distribution over the tokens that were not drafted there.
+For one prompt the engine samples a first token, drafts a tree and verifies it once. Then sampling and acceptance run
+``draws`` times on the same logits, as in decoding, each time with new noise for each position. Each resulting token is
+counted at the node where it was sampled. All settings use the same noise. At every node with enough counts, these are
+compared with the target's processed distribution. A token sampled at a node without drafted children is a bonus token
+after full acceptance. One that leaves the tree at a node with children is a bonus token after partial acceptance: it is
+among the counts of its node, and also compared with the target's distribution over the tokens not drafted there.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ from eagle.decode.stopping import Stopper
 from eagle.decode.tree import DraftTree
 from eagle.decode.tree_config import TreeConfig
 
-AT_ONCE = 1 << 22  # numbers of noise at once, for all draws, places and tokens
-ENOUGH = 500  # draws at a node, from which on it is tested
+AT_ONCE = 1 << 22  # noise values drawn at once, for all draws, positions and tokens
+ENOUGH = 500  # a node is tested from this many draws on
 FIRST, ROOT, INNER = "first token", "second token", "inside the tree"
 PARTIAL, FULL = "bonus after partial acceptance", "bonus after full acceptance"
-POOLED = 5.0  # categories expected less often than this are counted together
+POOLED = 5.0  # categories with a smaller expected count are counted together
 
 SETTINGS: dict[str, dict[str, float]] = {
     "T 0.3": {"temperature": 0.3},
@@ -48,7 +47,7 @@ SETTINGS: dict[str, dict[str, float]] = {
     "T 4.0": {"temperature": 4.0},
     "T 4.0, top-k 20, top-p 0.9": {"temperature": 4.0, "top_k": 20, "top_p": 0.9},
 }
-"""The last two are above what anyone samples with: they spread the answers of a small model that is sure of itself."""
+"""The last two are higher than in practice: they spread the answers of a small model with sharp distributions."""
 
 
 def processors_of(settings: Mapping[str, float]) -> LogitsProcessorList:
@@ -67,8 +66,8 @@ def processors_of(settings: Mapping[str, float]) -> LogitsProcessorList:
 class Fit:
     """One comparison.
 
-    ``where``: where the token stands in the answer; ``nodes``: of the tree; ``variation``: total variation distance
-    between counts and distribution; ``p``: chi-square p-value, 0 where an impossible token came out.
+    ``where``: position of the token in the answer. ``nodes``: number of compared nodes. ``variation``: total variation
+    distance between counts and distribution. ``p``: chi-square p-value, 0 if an impossible token was sampled.
     """
 
     setting: str
@@ -80,7 +79,7 @@ class Fit:
 
 
 class Recorder(Sampler):
-    """A greedy choice that keeps the logits [N, V] it was made from."""
+    """A greedy sampler that records its logits [N, V]."""
 
     def __init__(self) -> None:
         super().__init__(LogitsProcessorList(), do_sample=False)
@@ -103,7 +102,7 @@ def first_cycle(model: MSDModel, inputs: Mapping[str, Any], tree: TreeConfig) ->
 
 
 def noises(places: int, logits: Tensor, draws: int, seed: int) -> Iterator[Tensor]:
-    """Noise for ``draws`` answers to be chosen from logits [..., V], in parts [n, places, V]."""
+    """Noise for ``draws`` answers sampled from logits [..., V], in parts [n, places, V]."""
     generator = torch.Generator(device=logits.device).manual_seed(seed)
     part = max(1, AT_ONCE // (places * logits.shape[-1]))
     for start in range(0, draws, part):
@@ -111,12 +110,12 @@ def noises(places: int, logits: Tensor, draws: int, seed: int) -> Iterator[Tenso
 
 
 def choices(tree: DraftTree, scores: Tensor, sampler: Sampler, noise: Tensor) -> Tensor:
-    """[draws, N] the target's choice at each node that a draw comes to, with the draw's own noise for the node's place;
-    -1 at the others, which no draw accepts.
+    """[draws, N] the target's choice at each node that a draw reaches, with the draw's noise for the node's position.
+    -1 at nodes that it does not reach.
 
     Args:
         scores: [N, V] processed.
-        noise: [draws, D, V] of the places that follow the root.
+        noise: [draws, D, V] of the positions after the root.
     """
     possible = (scores > -torch.inf).any(dim=0).nonzero()[:, 0]  # [v]
     few = len(possible) < scores.shape[1] / 4  # after top-k or top-p
@@ -134,7 +133,7 @@ def choices(tree: DraftTree, scores: Tensor, sampler: Sampler, noise: Tensor) ->
 
 
 def tally(tree: DraftTree, chosen: Tensor, vocabulary: int) -> Tensor:
-    """[N, V] how often each token came out at each node, from choices [draws, N]: every accepted node gives one."""
+    """[N, V] how often each token was sampled at each node, from choices [draws, N]. Every accepted node gives one."""
     accepted = accepted_nodes(tree, chosen).long()  # [draws, N]
     return chosen.new_zeros(tree.size, vocabulary).scatter_add_(1, chosen.clamp(min=0).T, accepted.T)
 
@@ -145,7 +144,7 @@ def pooled(counts: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
     common = expected >= POOLED
     observed = torch.cat([counts[common], counts[~common].sum()[None]]).double()
     expected = torch.cat([expected[common], expected[~common].sum()[None]])
-    if expected[-1] < POOLED and len(expected) > 1:  # what is left is too rare to stand alone
+    if expected[-1] < POOLED and len(expected) > 1:  # the rare categories together are still too rare
         smallest = int(expected[:-1].argmin())
         observed[smallest] += observed[-1]
         expected[smallest] += expected[-1]
@@ -154,7 +153,7 @@ def pooled(counts: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def place_of(tree: DraftTree, node: int) -> str:
-    """Where a token drawn at a node stands in the answer."""
+    """Position in the answer of a token sampled at a node."""
     if node == 0:
         return ROOT
     return INNER if bool((tree.parents == node).any()) else FULL

@@ -13,12 +13,9 @@ from benchmarks import suite
 from benchmarks.assistant import first_layers
 from benchmarks.contestants import build
 from benchmarks.random_pair import RandomPrompt, Shape, random_pair
-from benchmarks.rounds import Runner, find_quiet, interleave_rounds
 from benchmarks.spec import Cell, Suite, read_suite
 from benchmarks.work import positions_of, work_of
 from eagle import MSDModel
-from eagle.benchmark import Answer, new_tokens
-from eagle.decode.stats import Stats
 from eagle.families import load_target
 from llava.errors import UserError
 
@@ -67,39 +64,6 @@ def test_the_suites_here_are_readable(name: str) -> None:
     assert {"autoregressive", "transformers dynamic", "assistant", "msd", "msd fixed", "msd 5/10/60"} <= named
     for pair in found.models.values():
         assert pair.random or ((REPO / str(pair.base)).is_dir() and (REPO / str(pair.draft)).is_dir())
-
-
-def timed(name: str, *seconds: float) -> Runner:
-    return Runner(name, lambda work: Answer(Stats(), []), rounds=[Stats(10, seconds=second) for second in seconds])
-
-
-def test_a_round_that_deviates_is_left_out() -> None:
-    quiet = find_quiet([timed("a", 1.0, 1.0, 1.1, 1.0), timed("b", 2.0, 3.0, 2.0, 2.1)], tolerance=0.15)
-    assert (quiet.rounds, quiet.noisy, quiet.doubtful) == ((0, 2, 3), (1,), False)
-
-
-def test_where_most_rounds_are_noisy_all_count_and_the_cell_is_marked() -> None:
-    quiet = find_quiet([timed("a", 1.0, 2.0, 4.0, 8.0)], tolerance=0.15)
-    assert (quiet.rounds, quiet.doubtful) == ((0, 1, 2, 3), True)
-
-
-def test_everyone_in_turn_and_nobody_always_first() -> None:
-    seen: list[str] = []
-
-    def answering(name: str) -> Runner:
-        return Runner(name, lambda work: (seen.append(name), Answer(Stats(1, seconds=1.0), [[1]]))[1])
-
-    runners = [answering("a"), answering("b")]
-    numbers = [number for number, _ in interleave_rounds(runners, ["w"], warm_up=1, rounds=2)]
-    assert numbers == [-1, 0, 1]
-    assert seen == ["b", "a", "a", "b", "b", "a"]
-    assert [len(runner.rounds) for runner in runners] == [2, 2], "warm-up is not counted"
-
-
-def test_new_tokens_end_with_the_end_token() -> None:
-    sequences = torch.tensor([[7, 7, 5, 2, 0, 0], [7, 7, 5, 6, 8, 9]])
-    assert new_tokens(sequences, 2, (2,)) == [[5, 2], [5, 6, 8, 9]]
-    assert new_tokens(sequences, 2, ()) == [[5, 2, 0, 0], [5, 6, 8, 9]]
 
 
 def test_first_layers_share_weights_and_are_the_same_function() -> None:

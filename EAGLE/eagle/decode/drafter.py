@@ -71,7 +71,7 @@ class Drafter:
         next_is_image = torch.cat([prefill.image_mask[:, 1:], prefill.image_mask.new_zeros(1, 1)], dim=1).to(device)
         features = prefill.embeds.roll(-1, dims=1).to(device)  # [1, S, H]; the wrapped last row is never an image
         hidden, positions = prefill.hidden.to(device), prefill.positions.to(device)  # [1, S, H], [1 or 3, (1,) S]
-        plan = self.compression.plan(next_is_image[0], features[0])
+        plan = self.compression.plan(next_is_image[0])
         if plan is not None:  # S is now the number of merged rows
             hidden, next_ids, next_is_image = (plan.pick(part, 1) for part in (hidden, next_ids, next_is_image))
             features = plan.mean(features[0])[None].to(features.dtype)

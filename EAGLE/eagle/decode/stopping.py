@@ -1,4 +1,4 @@
-"""When an answer ends: exactly where transformers' `generate` would end it, though several tokens arrive at once."""
+"""The end of an answer: the same as in transformers' `generate`, although several tokens arrive at once."""
 
 from __future__ import annotations
 

@@ -14,7 +14,6 @@ Worked example, ``top_k`` 2, ``depth`` 1, ``total_tokens`` 5::
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -47,17 +46,6 @@ class Candidates(NamedTuple):
     def of(self, row: int) -> Candidates:
         """The candidates of one sequence of a batch."""
         return Candidates(self.tokens[row], self.scores[row], self.parents[row])
-
-
-def top_children(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The ``top_k`` most probable next tokens of each row. ``logits`` [..., V] → ids, log-probabilities [..., k].
-
-    NaN becomes -inf, because a child must never score above its parent.
-    """
-    logits = logits.float()  # [..., V]
-    values, ids = logits.topk(min(top_k, logits.shape[-1]), dim=-1)  # [..., k]
-    logprobs = values - logits.logsumexp(dim=-1, keepdim=True)
-    return ids, logprobs.masked_fill(logprobs.isnan(), -math.inf)
 
 
 def choose_frontier(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,8 @@ picture has tokens, and attends to all of them at every level of every tree.
 
 A picture is a run of adjacent image rows. Pictures without a row between them count as one, and so does a video. A
 picture is cut into ``m`` pieces of adjacent rows, equal up to one row, and each piece becomes the mean of its features.
-A picture of ``m`` rows or fewer stays as it is; with ``m = 0`` all go. Text rows stay, with their own hidden states, so
-the first one after a picture still reads the state that the target has there.
+A picture of ``m`` rows or fewer does not change; with ``m = 0`` all its rows are left out. Text rows stay, with their
+own hidden states, so the first one after a picture still reads the target's state there.
 
 Positions: a draft with plain positions counts the rows that are left, 0, 1, 2, ..., so a long picture cannot push the
 text beyond the positions it was trained on. A draft with M-RoPE positions keeps the target's numbers for text, and a
@@ -28,21 +28,21 @@ from llava.errors import UserError
 
 @dataclass(frozen=True)
 class Merging:
-    """Which row each of R input rows goes into.
+    """Which merged row each of R input rows goes into.
 
-    ``group`` [R] row of the result, -1 where it is left out; ``source`` [R'] the last of the rows that go into each row
-    of the result, so a text row's own.
+    ``group``: [R] index of the merged row, -1 if it is left out. ``source``: [R'] the last input row of each merged
+    row; for text that row itself.
     """
 
     group: Tensor
     source: Tensor
 
     def pick(self, values: Tensor, dim: int = 0) -> Tensor:
-        """[..., R, ...] → [..., R', ...]: of each row of the result the last that goes into it."""
+        """[..., R, ...] → [..., R', ...], the last input row of each merged row."""
         return values.index_select(dim, self.source.to(values.device))
 
     def mean(self, values: Tensor) -> Tensor:
-        """[R, X] → [R', X] float32, the mean of the rows that go into each."""
+        """[R, X] → [R', X] float32, the mean of the input rows of each merged row."""
         group = self.group.to(values.device)
         kept = group >= 0
         sums = torch.zeros(len(self.source), values.shape[1], device=values.device)
@@ -52,7 +52,7 @@ class Merging:
 
 @dataclass(frozen=True)
 class Compression:
-    """``tokens``: rows that a picture keeps at most. None keeps all."""
+    """``tokens``: maximal number of rows of a picture. None keeps all."""
 
     tokens: int | None = None
 
@@ -64,10 +64,10 @@ class Compression:
             )
 
     def replaced(self, tokens: Any = None) -> Compression:
-        """With what is given in place of what is here. ``tokens``: a number, also as text, or "all"; None is not given.
+        """The same with other ``tokens``: a number, also as text, or "all". None changes nothing.
 
         Raises:
-            UserError: it is neither.
+            UserError: it is none of these.
         """
         if tokens is None:
             tokens = self.tokens
@@ -77,36 +77,25 @@ class Compression:
             tokens = int(tokens)
         return Compression(tokens)
 
-    def plan(self, is_image: Tensor, features: Tensor) -> Merging | None:
-        """Decides which rows go together; None where nothing changes.
-
-        Args:
-            is_image: [R] bool, image rows.
-            features: [R, H] input rows; only image rows are read.
-        """
+    def plan(self, is_image: Tensor) -> Merging | None:
+        """Which of the rows are merged, from ``is_image`` [R] bool. None if no picture is too long."""
         runs = [] if self.tokens is None else [(a, b) for a, b in image_runs(is_image) if b - a > self.tokens]
-        if not runs:
+        if self.tokens is None or not runs:
             return None
-        device = features.device
+        device = is_image.device
         pieces, rows, done = [], 0, 0
         for start, end in [*runs, (is_image.shape[0], is_image.shape[0])]:
             pieces.append(torch.arange(rows, rows + start - done, device=device))  # rows that stay as they are
             rows, done = rows + start - done, end
-            if end > start:
-                labels = self._labels(features[start:end])
-                pieces.append(torch.where(labels < 0, labels, labels + rows))
-                rows += int(labels.max()) + 1
+            if self.tokens == 0:
+                pieces.append(torch.full((end - start,), -1, device=device))
+            elif end > start:
+                pieces.append(rows + torch.arange(end - start, device=device) * self.tokens // (end - start))
+                rows += self.tokens
         group = torch.cat(pieces)  # [R]
         kept = (group >= 0).nonzero().squeeze(1)
         source = torch.zeros(rows, dtype=torch.long, device=device).scatter_reduce(0, group[kept], kept, "amax")
         return Merging(group, source)
-
-    def _labels(self, features: Tensor) -> Tensor:
-        """Features [n, H] of one picture, n > m → [n] its merged row of each, counted from 0; -1 with m = 0."""
-        count, wanted = features.shape[0], self.tokens or 0
-        if wanted == 0:
-            return torch.full((count,), -1, device=features.device)
-        return torch.arange(count, device=features.device) * wanted // count
 
 
 def image_runs(is_image: Tensor) -> list[tuple[int, int]]:

@@ -43,7 +43,7 @@ class DraftOptions:
     image_merge: Literal["pool"] = "pool"
 
     def __post_init__(self) -> None:
-        _ = self.compression  # checks its two settings
+        _ = self.compression  # checks image_tokens
 
     @property
     def compression(self) -> Compression:

@@ -17,6 +17,7 @@ final norm. State-dict keys are those of the published checkpoints. A draft whos
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import cast
 
@@ -25,10 +26,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from eagle.decode.tree import top_children
 from eagle.drafts.config import DraftConfig
 from eagle.kv_cache import KVCache
 from eagle.weight_layout import input_major, to_input_major_layout
+
+
+def top_children(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The ``top_k`` most probable next tokens of each row. ``logits`` [..., V] → ids, log-probabilities [..., k].
+
+    NaN becomes -inf, because a child must never score above its parent.
+    """
+    logits = logits.float()  # [..., V]
+    values, ids = logits.topk(min(top_k, logits.shape[-1]), dim=-1)  # [..., k]
+    logprobs = values - logits.logsumexp(dim=-1, keepdim=True)
+    return ids, logprobs.masked_fill(logprobs.isnan(), -math.inf)
 
 
 class RMSNorm(nn.Module):

@@ -128,12 +128,12 @@ def compressed(
     rows = sample.image_mask[1:]  # [S-1] image rows
     if compression.tokens is None or not rows.any():
         return sample, position_ids
+    plan = compression.plan(rows)
+    if plan is None:
+        return sample, position_ids
     features = sample.hidden.new_zeros(*rows.shape, sample.image_features.shape[1])  # [S-1, H]
     before = int(sample.image_mask[0])  # the first token is in no row
     features[rows] = sample.image_features[before:].to(features.dtype)
-    plan = compression.plan(rows, features)
-    if plan is None:
-        return sample, position_ids
 
     def tokens(values: Tensor) -> Tensor:  # [S, ...] → [S', ...]
         return torch.cat([values[:1], plan.pick(values[1:])])

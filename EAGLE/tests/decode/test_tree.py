@@ -12,8 +12,8 @@ from eagle.decode.tree import (
     leaf_paths,
     root_only,
     select_nodes,
-    top_children,
 )
+from eagle.drafts.msd import top_children
 
 # The tree of eagle/decode/tree.py:  R ─┬─ a(-0.1) ─┬─ c(-0.3)
 #                                      │           └─ d(-2.0)

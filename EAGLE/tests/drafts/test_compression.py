@@ -26,15 +26,15 @@ TEXTS = ["USER: [] Which of these can you count? ASSISTANT:", "USER: Hi ASSISTAN
 IMAGE = torch.tensor([0, 1, 1, 1, 1, 1, 0, 1, 1, 0]).bool()  # a picture of five rows, one of two
 
 
-def plan(compression: Compression, features: torch.Tensor, is_image: torch.Tensor = IMAGE) -> Merging:
-    found = compression.plan(is_image, features)
+def plan(compression: Compression, is_image: torch.Tensor = IMAGE) -> Merging:
+    found = compression.plan(is_image)
     assert found is not None
     return found
 
 
 def test_pooling_takes_neighbours_and_leaves_short_pictures_alone() -> None:
     features = torch.arange(10.0)[:, None]
-    found = plan(Compression(2), features)
+    found = plan(Compression(2))
     assert found.group.tolist() == [0, 1, 1, 1, 2, 2, 3, 4, 5, 6]
     assert found.source.tolist() == [0, 3, 5, 6, 7, 8, 9]
     assert found.mean(features).flatten().tolist() == [0, 2, 4.5, 6, 7, 8, 9]
@@ -42,16 +42,15 @@ def test_pooling_takes_neighbours_and_leaves_short_pictures_alone() -> None:
 
 
 def test_no_rows_at_all() -> None:
-    found = plan(Compression(0), torch.zeros(10, 1))
+    found = plan(Compression(0))
     assert found.group.tolist() == [0, -1, -1, -1, -1, -1, 1, -1, -1, 2]
     assert found.source.tolist() == [0, 6, 9]
 
 
 def test_nothing_changes_where_pictures_are_short_enough() -> None:
-    features = torch.randn(10, 3)
     for tokens in (5, 6, 1000, None):
-        assert Compression(tokens).plan(IMAGE, features) is None
-    assert Compression(0).plan(torch.zeros(4).bool(), features[:4]) is None
+        assert Compression(tokens).plan(IMAGE) is None
+    assert Compression(0).plan(torch.zeros(4).bool()) is None
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 16, 40])
@@ -60,7 +59,7 @@ def test_every_row_goes_somewhere_and_means_are_kept(tokens: int) -> None:
     features = torch.randn(120, 4, generator=generator)
     image = torch.rand(120, generator=generator) < 0.5
     image[30:100] = True
-    found = plan(Compression(tokens), features, image)
+    found = plan(Compression(tokens), image)
     assert int(found.group.min()) == 0 and found.group.unique().tolist() == list(range(len(found.source)))
     assert torch.equal(found.pick(features)[~found.pick(image)], features[~image])  # text as it was, in order
     runs = image_runs(found.pick(image))
@@ -200,6 +199,6 @@ def test_the_config_of_a_draft_says_what_it_was_trained_with(model: MSDModel, tm
         model.draft.config = before
     again = MSDModel(model.target, load_draft(tmp_path, dtype=torch.float32))
     assert again.compression == Compression(4)
-    bad = {**config.to_dict(), "msd": {"image_merge": "max"}}
-    with pytest.raises(UserError, match="image_merge='max': here"):
+    bad = {**config.to_dict(), "msd": {"image_merge": "kmeans"}}
+    with pytest.raises(UserError, match="image_merge='kmeans': here"):
         DraftConfig.from_dict(bad, where="here")

@@ -48,7 +48,7 @@ class Compiler:
     """Compiles functions for one device.
 
     Args:
-        backend: of `torch.compile`; "inductor" records CUDA graphs where the device is one of CUDA's.
+        backend: of `torch.compile`; "inductor" records CUDA graphs on a CUDA device.
 
     Raises:
         UserError: torch does not know the backend.
