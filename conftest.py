@@ -41,3 +41,11 @@ def parity_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
         return expand(REPO / "tests" / "fixtures" / "parity", tmp_path_factory.mktemp("parity") / "small")
     return FULL_PARITY
+
+
+@pytest.fixture(autouse=True)
+def gradients_are_on() -> None:
+    """Importing lmms-eval's models switches gradients off for the whole process."""
+    import torch
+
+    torch.set_grad_enabled(True)

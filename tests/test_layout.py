@@ -182,6 +182,23 @@ def test_versions_are_equal() -> None:
     assert own and all(requirement.endswith(expected) for requirement in own), own
 
 
+IMPORTED_AS = {"pillow": "PIL", "accelerate": None, "torchvision": None, "tensorboard": None}
+"""Names of distributions that differ from the module's; None where other libraries import them for us."""
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_dependencies_are_those_that_are_imported(package: str) -> None:
+    project = settings(PACKAGES[package])["project"]
+    extras = [
+        each for name, group in project.get("optional-dependencies", {}).items() if name != "dev" for each in group
+    ]
+    names = {re.match(r"[\w-]+", each)[0] for each in [*project["dependencies"], *extras]}
+    own = {"msd-llava": "llava", "msd-eagle": "eagle"}
+    declared = {IMPORTED_AS.get(name, own.get(name, name.replace("-", "_"))) for name in names}
+    imported = {name for path in source_files(package) for name, _ in imported_names(parsed(path))}
+    assert declared - {None} - imported == set(), "declared, but nothing imports it"
+
+
 def test_shared_ranges_are_equal() -> None:
     ranges: dict[str, set[str]] = {}
     for folder in PACKAGES.values():

@@ -87,6 +87,15 @@ def test_card_keeps_paths_of_the_machine_out(run: Path) -> None:
     assert ModelCard(text).data.base_model is None  # no hub name
 
 
+def test_card_of_a_draft_trained_by_an_earlier_version() -> None:
+    """Its record has other keys for the command and the machine."""
+    folder = REPO / "pocket" / "llava-msd"
+    made = json.loads((folder / "provenance.json").read_text())
+    text = str(model_card("me/pocket", About.of(folder)))
+    assert "argv" in made and "command" not in made
+    assert made["commit"] in text and f"torch {made['versions']['torch']}" in text
+
+
 def test_card_says_what_is_not_known(tmp_path: Path, run: Path) -> None:
     draft = load_draft(run / "final")
     folder = save_pretrained(draft, tmp_path / "alone")

@@ -17,14 +17,13 @@ from eagle.arguments import (
     positive,
     tree_limits,
 )
+from eagle.commands.output import console
 from eagle.questions import read_questions
 from llava.files import write_json
 
 if TYPE_CHECKING:
     from eagle.benchmark import Contestant
     from eagle.decode.stats import Stats
-
-PLAIN_WIDTH = 120  # of the tables if stdout is not a terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,10 +132,9 @@ def first_token_ms(total: Stats) -> float:
 
 def print_report(report: dict[str, Any], msd: Contestant, rivals: list[Contestant]) -> None:
     """Prints the report as tables."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
+    out = console()
     table = Table(title=f"{report['questions']} questions, {report['new_tokens']} new tokens")
     for column in ("decoding", "tokens/s", "spread (IQR)", "first token", "τ", "speed-up"):
         table.add_column(column, justify="left" if column == "decoding" else "right")
@@ -147,9 +145,9 @@ def print_report(report: dict[str, Any], msd: Contestant, rivals: list[Contestan
         speed = total.tokens_per_second
         first = f"{first_token_ms(total):.0f} ms"
         table.add_row(contestant.name, f"{speed:.1f}", f"{contestant.spread():.0%}", first, tau, f"{speed / best:.2f}x")
-    console.print(table)
+    out.print(table)
     phases = ", ".join(f"{name} {ms:.2f}" for name, ms in report["phases_ms"].items())
-    console.print(f"ms a cycle (prefill: a question): {phases}")
+    out.print(f"ms a cycle (prefill: a question): {phases}")
     for whole, shares in report["phases_share"].items():
-        console.print(f"share of a {whole}: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
-    console.print(f"cycles by accepted drafted tokens: {report['histogram']}")
+        out.print(f"share of a {whole}: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
+    out.print(f"cycles by accepted drafted tokens: {report['histogram']}")

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from eagle.arguments import add_data_options, add_length_option, add_model_options, positive, use_pocket_defaults
+from eagle.commands.output import console
 from eagle.questions import Question, pick_questions, read_questions
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Streams each answer and ends with one summary table."""
-    from rich.console import Console
 
     from eagle.decode.stats import Stats
     from eagle.loading import load_model
@@ -33,22 +33,22 @@ def run(arguments: argparse.Namespace) -> int:
     use_pocket_defaults(arguments)
     chosen = pick_questions(read_questions(arguments.data), arguments.pictures)
     model = load_model(arguments)
-    console = Console()
-    console.print(f"base model  {arguments.base_model}\ndraft head  {arguments.msd_model}\ntree        {model.tree}\n")
+    out = console()
+    out.print(f"base model  {arguments.base_model}\ndraft head  {arguments.msd_model}\ntree        {model.tree}\n")
     answer(model, chosen[0], arguments.max_new_tokens, stream=False)  # warm-up
     rows, sums = [], (Stats.empty(), Stats.empty())
     for question in chosen:
-        console.rule(f"[bold]{question.images[0].name}")
-        console.print(f"[dim]{question.question}[/dim]")
+        out.rule(f"[bold]{question.images[0].name}")
+        out.print(f"[dim]{question.question}[/dim]")
         fast = answer(model, question, arguments.max_new_tokens, stream=True)
         plain = answer(model, question, arguments.max_new_tokens, stream=False, use_msd=False)
         ratio = fast.tokens_per_second / plain.tokens_per_second
-        console.print(f"[green]τ {fast.tau:.2f}, {ratio:.2f}x plain decoding[/green]\n")
+        out.print(f"[green]τ {fast.tau:.2f}, {ratio:.2f}x plain decoding[/green]\n")
         rows.append((question.images[0].name, fast, ratio))
         sums[0].merge(fast)
         sums[1].merge(plain)
     rows.append(("all", sums[0], sums[0].tokens_per_second / sums[1].tokens_per_second))
-    console.print(summary(rows))
+    out.print(summary(rows))
     return 0
 
 

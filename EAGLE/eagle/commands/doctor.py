@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from eagle.commands.output import console
 from eagle.doctor import Check, State
 from eagle.doctor.environment import (
     Machine,
@@ -37,13 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints one table; exit status 1 if anything in it is a problem."""
-    from rich.console import Console
 
     checks = [check_python(), *check_packages()]
     checks += machine_checks(arguments)
     if arguments.data is not None:
         checks += check_pictures(arguments.data)
-    Console().print(table_of(checks))
+    console().print(table_of(checks))
     problems = sum(check.state is State.PROBLEM for check in checks)
     print(f"{problems} problem(s), {sum(check.state is State.WARNING for check in checks)} warning(s)")
     return 1 if problems else 0

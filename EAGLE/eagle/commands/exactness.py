@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from eagle.arguments import add_data_options, add_model_options, add_report_option, positive
+from eagle.commands.output import console
 from eagle.questions import read_questions
 from llava.files import write_json
 
@@ -30,7 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the table; exit status 1 if a comparison fails."""
-    from rich.console import Console
     from tqdm import tqdm
 
     from eagle.exactness import check_prompt, significant
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     fits: list[Fit] = []
     for question in tqdm(questions, desc="exactness", unit="question", file=sys.stderr):
         fits += check_prompt(model, question.inputs(model.target), model.tree, arguments.draws, arguments.seed)
-    Console().print(table_of(fits))
+    console().print(table_of(fits))
     if arguments.out:
         write_json(arguments.out, [asdict(fit) for fit in fits])
     failed = significant(fits)

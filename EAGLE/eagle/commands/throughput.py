@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from eagle.arguments import add_data_options, add_length_option, add_model_options, add_report_option, positive
+from eagle.commands.output import console
 from eagle.questions import Group, read_questions
 from llava.errors import UserError
 from llava.files import write_json
@@ -40,7 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Answers the same questions greedily at every batch size, with MSD and plain decoding in turn."""
-    from rich.console import Console
     from tqdm import tqdm
 
     from eagle.benchmark import Contestant, interleave, with_engine
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
             progress.update()
         progress.close()
         rows.append(row_of(model, size, msd.total, plain.total))
-    Console().print(table_of(rows))
+    console().print(table_of(rows))
     if arguments.out:
         write_json(arguments.out, {"rows": rows, "dtype": str(model.dtype), **record(model.device)})
     return 0

@@ -1,0 +1,22 @@
+"""Where commands print their tables."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+WIDTH = 120
+
+
+def console() -> Console:
+    """The terminal, or a file of `WIDTH` columns (or ``COLUMNS``)."""
+    from rich.console import Console
+
+    if sys.stdout.isatty():
+        return Console()
+    columns = os.environ.get("COLUMNS", "")
+    return Console(width=int(columns) if columns.isdigit() else WIDTH)
