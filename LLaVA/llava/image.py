@@ -8,6 +8,8 @@ import os
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from urllib.error import HTTPError
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import Request, url2pathname, urlopen
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from .errors import UserError
 
@@ -56,7 +58,7 @@ def load_image(source: ImageInput) -> Image.Image:
     name = source if isinstance(source, Path) else _short(source) if isinstance(source, str) else None
     name = f"<{type(source).__name__}>" if name is None else name
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _whole_pictures():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             if isinstance(source, Image.Image):
                 return _as_rgb(source)
@@ -78,6 +80,16 @@ def load_image(source: ImageInput) -> Image.Image:
         if isinstance(error, OSError) and error.errno is not None:
             raise PictureUnreachable(f"picture cannot be read ({error.strerror})", name) from None
         raise UserError(f"picture cannot be read ({error})", name) from None
+
+
+@contextmanager
+def _whole_pictures() -> Iterator[None]:
+    """A truncated picture is an error here, also if other code (lmms-eval) has told Pillow to fill it with grey."""
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

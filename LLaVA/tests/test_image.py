@@ -79,6 +79,13 @@ def test_a_line_is_not_blown_up() -> None:
         pad_to_square(Image.new("RGB", (MAX_SQUARE_SIDE + 1, 1)), (0, 0, 0))
 
 
+def test_a_cut_picture_is_refused_whatever_pillow_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", True)
+    whole = encoded(Image.effect_noise((64, 64), 50))
+    with pytest.raises(UserError, match="picture cannot be read"):
+        load_image(whole[: len(whole) // 2])
+
+
 def picture() -> Image.Image:
     """Four corners of different colours."""
     image = Image.new("RGB", (6, 4), "white")
