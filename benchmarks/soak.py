@@ -170,7 +170,7 @@ def report(soak: Soak, arguments: argparse.Namespace) -> dict[str, Any]:
         "trees_cut_for_memory": record.cut_trees,
         "seconds": record.seconds,
         "slope": slope(record.rss),
-        "peak_mib": max(record.rss) / MIB,
+        "peak_mib": round(max(record.rss) / MIB, 2),
         "rss_mib": [round(value / MIB, 2) for value in record.rss],
         "device": str(soak.model.device),
         "hardware": hardware(soak.model.device),

@@ -14,6 +14,7 @@ from tiny_llava import make_image, make_liuhaotian, make_llava_hf
 
 from eagle.families import Target, load_target
 from eagle.ge_data import allocation
+from eagle.ge_data.download import transfer
 from eagle.hidden_states.index import load_index, read_header
 from llava.errors import run_cli
 
@@ -97,7 +98,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The waits between tries, in seconds, none of which is waited."""
     asked: list[float] = []
-    monkeypatch.setattr("eagle.ge_data.download.transfer.sleep", asked.append)
+    monkeypatch.setattr(transfer, "sleep", asked.append)
     return asked
 
 

@@ -19,4 +19,5 @@ def console() -> Console:
     if sys.stdout.isatty():
         return Console()
     columns = os.environ.get("COLUMNS", "")
-    return Console(width=int(columns) if columns.isdigit() else WIDTH)
+    # with a height too, or rich falls back to 80 columns for TERM=dumb
+    return Console(width=int(columns) if columns.isdigit() else WIDTH, height=25)
