@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import os
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.request import Request, url2pathname, urlopen
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from .errors import UserError
 
@@ -21,38 +30,151 @@ READ_ERRORS = (
 )  # fmt: skip
 """What PIL's readers raise on broken files."""
 
-ImageInput = str | Path | bytes | Image.Image
+ImageInput = Any
+"""A path, a URL (``http(s):``, ``file:``, ``data:``), bytes, a PIL picture, or an array: numpy or torch, [H, W],
+[H, W, C] or [C, H, W] with C of 1, 3 or 4; uint8, or floats from 0 to 1."""
+MAX_DOWNLOAD = 64 * 2**20
+"""Bytes of a picture that a URL may give."""
+TIMEOUT = 30.0
+"""Seconds that a server may take for a part of a picture."""
+DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+"""Grey pictures of more than 8 bit."""
 
 
 class PictureUnreachable(UserError):
-    """The file system, not the picture, is the cause."""
+    """The file system or the network, not the picture, is the cause."""
 
 
 def load_image(source: ImageInput) -> Image.Image:
-    """Reads a picture from a file, from bytes, or from a PIL picture, as RGB.
+    """Reads a picture as RGB.
+
+    The orientation of EXIF is applied. Transparent parts are laid on white. Grey of more than 8 bit is scaled from its
+    own range of values.
 
     Raises:
-        PictureUnreachable: the file exists, but the system cannot read it.
-        UserError: the file is missing, not a picture, broken, or larger than PIL's limit of pixels.
+        PictureUnreachable: it exists, but the system or the network cannot give it.
+        UserError: it is missing, not a picture, broken, or larger than PIL's limit of pixels.
     """
-    name = source if isinstance(source, str | Path) else f"<{type(source).__name__}>"
+    name = source if isinstance(source, Path) else _short(source) if isinstance(source, str) else None
+    name = f"<{type(source).__name__}>" if name is None else name
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _whole_pictures():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             if isinstance(source, Image.Image):
-                return source.convert("RGB")
+                return _as_rgb(source)
+            if hasattr(source, "shape"):
+                return _as_rgb(_from_array(source, name))
+            if isinstance(source, str) and (content := _from_url(source)) is not None:
+                source = content
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                return image.convert("RGB")
+                return _as_rgb(image)
     except FileNotFoundError:
         raise UserError("picture not found", name) from None
     except UnidentifiedImageError:
         raise UserError("not a picture, or of an unknown format", name) from None
     except Image.DecompressionBombError:
         raise UserError("picture has too many pixels", name, "make it smaller") from None
+    except UserError:
+        raise
     except READ_ERRORS as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise PictureUnreachable(f"picture cannot be read ({error.strerror})", name) from None
         raise UserError(f"picture cannot be read ({error})", name) from None
+
+
+@contextmanager
+def _whole_pictures() -> Iterator[None]:
+    """A truncated picture is an error here, also if other code (lmms-eval) has told Pillow to fill it with grey."""
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode in DEEP_MODES:
+        return _scaled(upright).convert("RGB")
+    if upright.has_transparency_data:
+        layered = upright.convert("RGBA")
+        white = Image.new("RGBA", layered.size, "white")
+        return Image.alpha_composite(white, layered).convert("RGB")
+    return upright.convert("RGB")
+
+
+def _scaled(image: Image.Image) -> Image.Image:
+    """Grey of more than 8 bit → mode L: the lowest value is black, the highest white."""
+    import numpy as np
+
+    values = np.asarray(image, dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("it has values that are not numbers")
+    low, high = float(values.min()), float(values.max())
+    if low == high:  # one colour: its place in 8 bit, or in 16 bit if it is larger
+        scaled = np.full(values.shape, min(max(low if low <= 255 else low / 257, 0.0), 255.0))
+    else:
+        scaled = (values - low) * (255.0 / (high - low))
+    return Image.fromarray(scaled.round().astype(np.uint8))
+
+
+def _from_array(source: Any, name: str | Path) -> Image.Image:
+    """A numpy array or a torch tensor as a picture."""
+    import numpy as np
+
+    values = np.asarray(source.detach().cpu() if hasattr(source, "detach") else source)
+    if values.ndim == 3 and values.shape[0] in (1, 3, 4) and values.shape[2] not in (1, 3, 4):
+        values = values.transpose(1, 2, 0)
+    if values.ndim == 3 and values.shape[2] == 1:
+        values = values[..., 0]
+    if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (3, 4)) or 0 in values.shape:
+        raise UserError(f"array of shape {list(values.shape)} is not a picture", name, "give [H, W, 3] or [3, H, W]")
+    if np.issubdtype(values.dtype, np.floating):
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+            raise UserError("array of floats outside 0 to 1", name, "divide by 255, or give uint8")
+        values = (values * 255).round()
+    elif values.dtype == bool:
+        values = values * 255
+    elif values.dtype != np.uint8 and (values.min() < 0 or values.max() > 255):
+        raise UserError(f"array of {values.dtype} outside 0 to 255", name, "give uint8")
+    return Image.fromarray(np.ascontiguousarray(values.astype(np.uint8)))
+
+
+def _from_url(source: str) -> bytes | Path | None:
+    """The content of a URL, the path of a ``file:`` URL, or None for a plain path."""
+    kind = source.split(":", 1)[0].lower()
+    if kind == "data" and "," in source:
+        head, body = source.split(",", 1)
+        try:
+            return base64.b64decode(body, validate=True) if head.endswith(";base64") else unquote_to_bytes(body)
+        except ValueError:
+            raise UserError("data URL is not base64", _short(source)) from None
+    if kind == "file":
+        return Path(url2pathname(urlsplit(source).path))
+    if kind in ("http", "https"):
+        return _download(source)
+    return None
+
+
+def _download(url: str) -> bytes:
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise PictureUnreachable("picture of a URL, but HF_HUB_OFFLINE is set", url, "give a file, or unset it")
+    try:
+        with urlopen(Request(url, headers={"User-Agent": "msd"}), timeout=TIMEOUT) as response:
+            content = bytes(response.read(MAX_DOWNLOAD + 1))
+    except HTTPError as error:
+        raise PictureUnreachable(f"picture cannot be fetched (status {error.code})", url, "check the URL") from None
+    except (OSError, HTTPException, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise PictureUnreachable(f"picture cannot be fetched ({reason})", url, "check URL and network") from None
+    if len(content) > MAX_DOWNLOAD:
+        raise UserError(f"picture has over {MAX_DOWNLOAD // 2**20} MB", url, "make it smaller")
+    return content
+
+
+def _short(text: str) -> str:
+    """For messages: a data URL has megabytes."""
+    return text if len(text) <= 300 else f"{text[:60]}..."
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:

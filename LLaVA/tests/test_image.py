@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import io
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
+import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageCms, ImageColor
 
 from llava.errors import UserError
 from llava.image import MAX_SQUARE_SIDE, load_image, pad_to_square
@@ -72,3 +77,170 @@ def test_pad_centres_on_the_longer_side(size: tuple[int, int], box: tuple[int, i
 def test_a_line_is_not_blown_up() -> None:
     with pytest.raises(UserError, match="too long to be padded to a square"):
         pad_to_square(Image.new("RGB", (MAX_SQUARE_SIDE + 1, 1)), (0, 0, 0))
+
+
+def test_a_cut_picture_is_refused_whatever_pillow_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", True)
+    whole = encoded(Image.effect_noise((64, 64), 50))
+    with pytest.raises(UserError, match="picture cannot be read"):
+        load_image(whole[: len(whole) // 2])
+
+
+def picture() -> Image.Image:
+    """Four corners of different colours."""
+    image = Image.new("RGB", (6, 4), "white")
+    for place, colour in (((0, 0), "red"), ((5, 0), "green"), ((0, 3), "blue"), ((5, 3), "black")):
+        image.putpixel(place, ImageColor.getrgb(colour))
+    return image
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation: int) -> None:
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }  # fmt: skip
+    stored = picture().transpose(turns[orientation]) if orientation in turns else picture()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    stored.save(buffer, "PNG", exif=exif)
+    assert load_image(buffer.getvalue()).tobytes() == picture().tobytes()
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+@pytest.mark.parametrize("scale", [1, 200])
+def test_deep_grey_keeps_its_picture(mode: str, scale: int) -> None:
+    ramp = np.linspace(0, 255, 256).reshape(16, 16).round()
+    deep = (ramp * scale + 7).astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode])
+    image = Image.fromarray(deep)
+    assert image.mode == mode
+    assert np.array_equal(np.asarray(load_image(image))[..., 0], ramp.astype(np.uint8))
+    buffer = io.BytesIO()
+    image.save(buffer, "TIFF")
+    assert np.array_equal(np.asarray(load_image(buffer.getvalue()))[..., 0], ramp.astype(np.uint8))
+
+
+def test_deep_grey_that_is_not_a_number() -> None:
+    with pytest.raises(UserError, match="not numbers"):
+        load_image(Image.fromarray(np.full((2, 2), np.nan, np.float32)))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_parts_are_white(mode: str) -> None:
+    """Black strokes on a transparent ground."""
+    drawing = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    drawing.paste((0, 0, 0, 255), (2, 2, 4, 4))
+    loaded = load_image(encoded(drawing.convert(mode)))
+    assert loaded.getpixel((0, 0)) == (255, 255, 255) and loaded.getpixel((3, 3)) == (0, 0, 0)
+
+
+def test_a_transparent_colour_is_white() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (2, 2), (9, 9, 9)).save(buffer, "PNG", transparency=(9, 9, 9))
+    assert load_image(buffer.getvalue()).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_arrays() -> None:
+    values = np.asarray(picture())
+    wanted = picture().tobytes()
+    for array in (
+        values, values.transpose(2, 0, 1), values / 255.0, torch.from_numpy(values.copy()).permute(2, 0, 1),
+        torch.from_numpy(values.copy()).permute(2, 0, 1) / 255,
+    ):  # fmt: skip
+        assert load_image(array).tobytes() == wanted
+    assert load_image(values[..., 0]).getpixel((0, 0)) == (255, 255, 255)
+    for array, said in (
+        (values * 1.0, "outside 0 to 1"), (values.astype(np.int64) + 300, "outside 0 to 255"),
+        (np.zeros((2, 2, 7), np.uint8), "not a picture"), (np.zeros((0, 2, 3), np.uint8), "not a picture"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=said):
+            load_image(array)
+
+
+def test_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture().save(tmp_path / "a b.png")
+    data = base64.b64encode(encoded(picture())).decode()
+    for url in ((tmp_path / "a b.png").as_uri(), f"data:image/png;base64,{data}"):
+        assert load_image(url).tobytes() == picture().tobytes()
+    with pytest.raises(UserError, match="not base64"):
+        load_image("data:image/png;base64,@@@")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
+        load_image("http://127.0.0.1:9/a.png")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    with pytest.raises(UserError, match="picture cannot be fetched"):
+        load_image("http://127.0.0.1:9/a.png")
+
+
+def test_a_url_that_gives_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("llava.image.MAX_DOWNLOAD", 100)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(UserError, match="picture has over"):
+            load_image(f"http://127.0.0.1:{server.server_port}/a.png")
+        server.shutdown()
+
+
+class Endless(BaseHTTPRequestHandler):
+    """Serves a kilobyte of nothing."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"\0" * 1024)
+
+    def log_message(self, *_: object) -> None:
+        """Silent."""
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "1",
+        "L",
+        "LA",
+        "La",
+        "P",
+        "PA",
+        "RGB",
+        "RGBA",
+        "RGBa",
+        "RGBX",
+        "CMYK",
+        "YCbCr",
+        "LAB",
+        "HSV",
+        "I",
+        "F",
+        "I;16",
+        "I;16B",
+    ],
+)
+def test_every_mode_of_pillow_gives_its_picture(mode: str) -> None:
+    """A dark square on a light ground is darker than the ground in every mode, and never blank."""
+    grey = Image.new("L", (16, 16), 220)
+    grey.paste(30, (4, 4, 12, 12))
+    if mode in ("I;16", "I;16B"):
+        image = Image.fromarray(np.asarray(grey).astype(np.uint16) * 256)
+        image = image if mode == "I;16" else image.convert("I").convert("I;16B")
+    elif mode in ("La", "PA", "RGBa", "LAB", "HSV", "RGBX"):
+        steps = {"La": ("LA",), "PA": ("LA",), "RGBa": ("RGBA",), "LAB": ("RGB",), "HSV": ("RGB",), "RGBX": ("RGB",)}
+        image = grey
+        for step in (*steps[mode], mode):
+            image = (
+                ImageCms.profileToProfile(
+                    image, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
+                )
+                if step == "LAB"
+                else image.convert(step)
+            )
+    else:
+        image = grey.convert(mode)
+    try:
+        values = np.asarray(load_image(image).convert("L")).astype(int)
+    except UserError:
+        return  # refused in one line
+    assert values[0, 0] > values[8, 8] + 50

@@ -153,7 +153,7 @@ class Decoder:
             logits = self.target.head(prefill.hidden[:, -1])  # [1, V]
             check_not_nan(logits)
             noise = sequence.noise_ahead(1, logits.shape[-1])
-            first = sequence.sampler.sample(logits, sequence.context, noise)  # [1]
+            first = sequence.sampler.sample(logits, sequence.prompt, noise)  # [1]
             sequence.next_position = prefill.next_position
             self._emit(sequence, [int(first)])
             self.stats.first_token_at = time.perf_counter()
@@ -234,7 +234,7 @@ class Decoder:
         if self.sampler.row_wise:
             is_nan = hidden.isnan().any(dim=-1)  # [B, N]; copied to the host with the tokens, not on its own
             noise = self._noise(trees, logits.shape[-1])
-            chosen = self.sampler.sample(logits.flatten(0, 1), self.active[0].context, noise)  # [B * N]
+            chosen = self.sampler.sample(logits.flatten(0, 1), self.active[0].prompt, noise)  # [B * N]
             per_tree = chosen.view(logits.shape[:2]).to(trees[0].tokens.device)  # [B, N]
             per_tree = per_tree.masked_fill(is_nan.to(per_tree.device), NO_TOKEN)
             found = accept_all_at_once(trees, [ids[: tree.size] for tree, ids in zip(trees, per_tree, strict=True)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from eagle.decode.adaptive.planner import Acceptance, CostCurve, Planner
 from eagle.decode.compatibility import check_compatible
 from eagle.decode.compiled.engine import StaticEngine
 from eagle.decode.decoder import Decoder, DecodingSettings
+from eagle.decode.generate_settings import check_settings
 from eagle.decode.noise import seeds_of
 from eagle.decode.sampling import Sampler, SamplingSettings
 from eagle.decode.stats import Stats
@@ -179,6 +180,9 @@ class MSDModel:
         elif do_sample is False:
             kwargs.update(temperature=None, top_p=None, top_k=None)
         criteria = StoppingCriteriaList(stopping_criteria or [])
+        stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
+        if stop_strings and not all(isinstance(text, str) and text for text in stop_strings):
+            raise UserError(f"stop strings {list(stop_strings)!r}", fix="give texts of at least one character")
         if stop_strings:
             criteria.append(StopStringCriteria(self.tokenizer, stop_strings))
         decode = partial(self._decode, use_msd=use_msd, tree=tree, seed=seed, bound_streamer=streamer)
@@ -217,7 +221,7 @@ class MSDModel:
         **model_inputs: Any,
     ) -> MSDOutput:
         """Called by transformers' `generate` after it has prepared inputs, processors and criteria."""
-        check_request(input_ids, generation_config, bound_streamer)
+        check_request(input_ids, generation_config, bound_streamer, model_inputs)
         if bound_streamer is not None:
             bound_streamer.put(input_ids.cpu())
         batch = input_ids.shape[0]
@@ -265,13 +269,13 @@ class MSDModel:
         return self._costs[bounds]
 
 
-def check_request(input_ids: Tensor, settings: GenerationConfig, streamer: Any) -> None:
-    """Refuses settings that speculative decoding does not support."""
-    if settings.num_beams > 1:
-        raise UserError(
-            f"num_beams={settings.num_beams}: MSD verifies one continuation, beam search keeps several",
-            fix="use num_beams=1, or the target's own generate",
-        )
+def check_request(
+    input_ids: Tensor, settings: GenerationConfig, streamer: Any, model_inputs: Mapping[str, Any]
+) -> None:
+    """Refuses settings and inputs that speculative decoding does not support."""
+    check_settings(settings)
+    if model_inputs.get("inputs_embeds") is not None:
+        raise UserError("inputs_embeds: MSD needs the ids of the prompt", fix="give input_ids and the pictures instead")
     if streamer is not None and input_ids.shape[0] > 1:
         raise UserError(
             f"a streamer for {input_ids.shape[0]} prompts: streamers print one answer",

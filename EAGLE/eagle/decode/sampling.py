@@ -41,6 +41,10 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"temperature {self.temperature}", fix="give 0 for greedy decoding, or a larger number")
+        if self.top_p is not None and not 0 <= self.top_p <= 1:
+            raise UserError(f"top_p {self.top_p}", fix="give a number from 0 (the best token alone) to 1 (no limit)")
+        if self.top_k is not None and self.top_k < 0:
+            raise UserError(f"top_k {self.top_k}", fix="give a whole number; 0 means no limit")
 
     @property
     def greedy(self) -> bool:
@@ -75,7 +79,34 @@ ROW_WISE = tuple(
     if hasattr(hf, name)
 )
 
-PER_SEQUENCE = ("prompt_ignore_length",)  # attributes of processors that hold one value for each sequence of a batch
+COUNTS_FROM_THE_PROMPT = (
+    "prompt_length_to_skip", "begin_index", "regulation_start", "max_length", "prompt_ignore_length",
+)  # fmt: skip
+"""Attributes of processors that count positions from the start of the padded prompt."""
+
+
+def processor_of(processor: Any, index: int, batch: int, prompt: Tensor, padding: int) -> Any:
+    """A processor of a batch for one of its sequences, as it would be for the sequence alone.
+
+    Args:
+        prompt: [1, S] the sequence's prompt without padding.
+        padding: tokens that were added to it.
+    """
+    own = copy(processor)
+    for name in COUNTS_FROM_THE_PROMPT:
+        value = getattr(own, name, None)
+        if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch:
+            value = value[index : index + 1]
+        if value is not None and not isinstance(value, bool):
+            setattr(own, name, value - padding)
+    if isinstance(own, hf.EncoderRepetitionPenaltyLogitsProcessor):
+        own.encoder_input_ids = prompt
+    elif isinstance(own, hf.EncoderNoRepeatNGramLogitsProcessor):
+        own = hf.EncoderNoRepeatNGramLogitsProcessor(own.ngram_size, prompt)
+    elif isinstance(own, hf.PrefixConstrainedLogitsProcessor):
+        allowed = own._prefix_allowed_tokens_fn
+        own._prefix_allowed_tokens_fn = lambda _, ids: allowed(index, ids)
+    return own
 
 
 class Sampler:
@@ -90,16 +121,12 @@ class Sampler:
         self.processors, self.do_sample = processors, do_sample
         self.row_wise = all(type(processor) in ROW_WISE for processor in processors)
 
-    def for_sequence(self, index: int, batch: int) -> Sampler:
-        """The sampler of one sequence of a batch: per-sequence values of its processors are cut to this sequence."""
+    def for_sequence(self, index: int, batch: int, prompt: Tensor, padding: int) -> Sampler:
+        """The sampler of one sequence of a batch (`processor_of`)."""
         if batch == 1 or self.row_wise:
             return self
-        own = LogitsProcessorList(copy(processor) for processor in self.processors)
-        for processor in own:
-            for name, value in vars(processor).items():
-                if name in PER_SEQUENCE and isinstance(value, Tensor) and value.shape[:1] == (batch,):
-                    setattr(processor, name, value[index : index + 1])
-        return Sampler(own, self.do_sample)
+        processors = (processor_of(each, index, batch, prompt, padding) for each in self.processors)
+        return Sampler(LogitsProcessorList(processors), self.do_sample)
 
     def sample(self, logits: Tensor, prefix: Tensor, noise: Tensor | None = None) -> Tensor:
         """One token for each row.

@@ -27,8 +27,8 @@ class Sequence:
 
     Attributes:
         prompt: [1, S] ids without padding.
-        context: [1, P] the same, padded on the left to the batch's length. Logits processors and stopping criteria
-            count positions from there.
+        context: [1, P] the same, padded on the left to the batch's length, from where stopping criteria count.
+            Logits processors see ``prompt``, so that a sequence's answer is the one it has alone.
         sampler: chooses this sequence's tokens.
         noise: randomness of this sequence.
         tokens: new tokens.
@@ -69,7 +69,7 @@ class Sequence:
         def sample(node: int, added: list[int]) -> int:
             new = torch.tensor([self.tokens + added], device=self.context.device)
             noise = self.noise_ahead(1, logits.shape[-1], len(added))
-            return int(self.sampler.sample(logits[node : node + 1], torch.cat([self.context, new], dim=1), noise))
+            return int(self.sampler.sample(logits[node : node + 1], torch.cat([self.prompt, new], dim=1), noise))
 
         return sample
 
@@ -85,8 +85,7 @@ def sequences_of(
 ) -> list[Sequence]:
     """The sequences of a batch that is padded on either side.
 
-    The padding of ``context`` repeats the prompt's first token: a pad token is often an end token too, and a repetition
-    penalty would make that token less likely.
+    The padding of ``context`` repeats the prompt's first token, because a pad token is often an end token too.
 
     Args:
         input_ids, attention_mask: [B, P].
@@ -99,5 +98,6 @@ def sequences_of(
         padding = prompt[:, :1].expand(-1, padded.shape[1] - prompt.shape[1])
         generator = None if seed is None else torch.Generator(device=padded.device).manual_seed(seed)
         context = torch.cat([padding, prompt], dim=1)
-        sequences.append(Sequence(prompt, context, sampler.for_sequence(index, batch), Noise(generator, padded.device)))
+        own = sampler.for_sequence(index, batch, prompt, padding.shape[1])
+        sequences.append(Sequence(prompt, context, own, Noise(generator, padded.device)))
     return sequences

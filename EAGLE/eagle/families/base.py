@@ -209,6 +209,7 @@ class Target(ABC):
         embeds, image_mask = self.embed_prompt(input_ids, inputs)
         positions, next_position = self.prompt_positions(input_ids, inputs)
         attention_mask = inputs.get("attention_mask")
+        check_position_ids(inputs.get("position_ids"), positions, attention_mask)
         lengths = []
         for index in range(input_ids.shape[0]):
             keep = slice(None) if attention_mask is None else attention_mask[index].bool()
@@ -281,6 +282,25 @@ def within_window(mask: Tensor, past: Sequence[int], depths: Tensor, window: int
     place = torch.where(columns < rows, columns, rows + depths.gather(1, node))  # [B, T]
     far = (rows + depths).unsqueeze(2) - place.unsqueeze(1) >= window  # [B, N, T]
     return mask.masked_fill(far.unsqueeze(1), torch.finfo(mask.dtype).min)
+
+
+def check_position_ids(given: Tensor | None, own: Tensor, attention_mask: Tensor | None) -> None:
+    """Raises `UserError` for position ids of the caller's own, which the engine does not continue.
+
+    Args:
+        given: [B, S] or [rows, B, S], those of the model inputs; with M-RoPE the last rows are compared.
+        own: [B, S] or [3, B, S], those of the engine.
+        attention_mask: [B, S]; padding is not compared.
+    """
+    if given is None or given.shape[-1] != own.shape[-1]:
+        return
+    if own.ndim == 3 and given.ndim == 2:
+        own = own[0]
+    differs = given[-own.shape[0] :].to(own.device) != own if own.ndim == 3 else given.to(own.device) != own
+    if attention_mask is not None:
+        differs = differs & attention_mask.bool().to(own.device)
+    if bool(differs.any()):
+        raise UserError("position_ids of your own", fix="leave them out: MSD computes them as the model does")
 
 
 def gather_image_features(

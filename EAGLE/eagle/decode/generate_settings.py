@@ -1,0 +1,121 @@
+"""Which settings of transformers' `generate` the engine serves. All others are refused, none is ignored in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import GenerationConfig
+
+from llava.errors import UserError
+
+SERVED = frozenset(
+    [
+        "max_length",
+        "max_new_tokens",
+        "min_length",
+        "min_new_tokens",
+        "max_time",
+        "do_sample",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "top_h",
+        "typical_p",
+        "epsilon_cutoff",
+        "eta_cutoff",
+        "repetition_penalty",
+        "encoder_repetition_penalty",
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+        "bad_words_ids",
+        "renormalize_logits",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "remove_invalid_values",
+        "exponential_decay_length_penalty",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "sequence_bias",
+        "watermarking_config",
+        "num_return_sequences",
+        "return_dict_in_generate",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "stop_strings",
+    ]
+)
+NO_EFFECT = frozenset(
+    [
+        "early_stopping",
+        "length_penalty",
+        "use_cache",
+        "cache_implementation",
+        "cache_config",
+        "max_cache_len",
+        "decoder_start_token_id",
+        "is_assistant",
+        "num_assistant_tokens",
+        "num_assistant_tokens_schedule",
+        "assistant_confidence_threshold",
+        "max_matching_ngram_size",
+        "assistant_lookbehind",
+        "target_lookbehind",
+        "assistant_ensemble_weight",
+        "speculation_type",
+        "compile_config",
+        "disable_compile",
+        "continuous_batching_config",
+        "low_memory",
+        "prefill_chunk_size",
+        "transformers_version",
+    ]
+)
+"""They do not change the answer of greedy search or sampling, or belong to a refused setting."""
+REFUSED: Mapping[str, tuple[Any, ...]] = {
+    "num_beams": (None, 1),
+    "num_beam_groups": (None, 1),
+    "diversity_penalty": (None, 0, 0.0),
+    "constraints": (None,),
+    "force_words_ids": (None,),
+    "penalty_alpha": (None, 0, 0.0),
+    "dola_layers": (None,),
+    "guidance_scale": (None, 1, 1.0),
+    "token_healing": (None, False),
+    "prompt_lookup_num_tokens": (None, 0),
+    "assistant_early_exit": (None,),
+    "use_mtp": (None, False),
+    "output_scores": (None, False),
+    "output_logits": (None, False),
+    "output_attentions": (None, False),
+    "output_hidden_states": (None, False),
+}
+"""Settings with the values that switch them off."""
+REASONS = {
+    "num_beams": "MSD verifies one continuation, beam search keeps several",
+    "output_scores": "MSD does not return scores",
+    "output_logits": "MSD does not return logits",
+    "output_attentions": "MSD does not return attentions",
+    "output_hidden_states": "MSD does not return hidden states",
+}
+
+
+FIX = "leave it out, or use the target's own generate"
+
+
+def check_settings(settings: GenerationConfig) -> None:
+    """Raises `UserError` for a setting that the engine does not serve."""
+    for name, value in vars(settings).items():
+        if name.startswith("_") or name in SERVED or name in NO_EFFECT:
+            continue
+        off = REFUSED.get(name)
+        if off is None:
+            raise UserError(
+                f"{name}={value!r}: MSD does not know this setting",
+                fix="leave it out, or use the target's own generate",
+            )
+        if not any(value is each or value == each for each in off):
+            reason = REASONS.get(name, "MSD does not support it")
+            raise UserError(f"{name}={value!r}: {reason}", fix=FIX)
