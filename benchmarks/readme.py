@@ -130,7 +130,8 @@ def readme_block(report: Mapping[str, Any], where: str) -> str:
         row("**MSD**, greedy", greedy, lambda cell: "msd"),
         row(f"**MSD**, {how(max(shown))}", sampled, lambda cell: "msd"),
     ]
-    everything = f"All contestants and settings: [docs/speed.md](docs/speed.md), [report]({where}).\n"
+    made = f"`{report['command']}`, commit {str(report['commit'])[:12]}."
+    everything = f"{made} All contestants and settings: [docs/speed.md](docs/speed.md), [report]({where}).\n"
     return f"{''.join(rows)}\n{caption(report, [*greedy, *sampled])} {everything}"
 
 
