@@ -106,3 +106,55 @@ def test_training_stops_at_a_loss_of_nan_and_keeps_what_was_good(
     assert "the loss is not a number, at step 3" in capsys.readouterr().err
     assert [folder.name for folder in (tmp_path / "ck").glob("step-*")] == ["step-00000002"]
     load_draft(tmp_path / "ck" / "step-00000002")
+
+
+def test_a_stop_at_max_steps_does_not_save_weights_that_are_not_numbers(
+    training: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The loss of the last step is good, its gradient is not."""
+    step, done = PlainEngine.step, []
+
+    def spoilt(self, batches, learning_rate):
+        done.append(1)
+        metrics = step(self, batches, learning_rate)
+        if len(done) == 3:
+            with torch.no_grad():
+                self.objective.draft.fc.weight[0, 0] = NAN
+        return metrics
+
+    monkeypatch.setattr(PlainEngine, "step", spoilt)
+    arguments = training(save_every=2, log_every=10, max_steps=3)
+    monkeypatch.setattr("sys.argv", ["main_deepspeed.py", *arguments])
+    assert run_cli(main_deepspeed.main) == 2
+    assert "weights that are not numbers, at step 3" in capsys.readouterr().err
+    assert [folder.name for folder in (tmp_path / "ck").glob("step-*")] == ["step-00000002"]
+
+
+def test_a_run_is_not_resumed_from_weights_that_are_not_numbers(
+    training: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Such a checkpoint was written before stops were guarded."""
+    with monkeypatch.context() as patch:
+        patch.setattr("eagle.train.trainer.Trainer._check_weights", lambda self: None)
+        step = PlainEngine.step
+
+        def spoilt(self, batches, learning_rate):
+            metrics = step(self, batches, learning_rate)
+            with torch.no_grad():
+                self.objective.draft.fc.weight[0, 0] = NAN
+            return metrics
+
+        patch.setattr(PlainEngine, "step", spoilt)
+        patch.setattr("sys.argv", ["main_deepspeed.py", *training(save_every=1, log_every=10, max_steps=1)])
+        assert run_cli(main_deepspeed.main) == 0
+    monkeypatch.setattr(
+        "sys.argv", ["main_deepspeed.py", *training(save_every=1, log_every=10, max_steps=3), "--resume"]
+    )
+    assert run_cli(main_deepspeed.main) == 2
+    assert "not numbers" in capsys.readouterr().err or "NaN" in capsys.readouterr().err

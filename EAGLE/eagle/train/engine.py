@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -18,6 +19,7 @@ from eagle.train.settings import TrainConfig, find_config
 from llava.device import cpu_has_bfloat16
 from llava.errors import UserError
 from llava.files import atomic_write, read_json
+from llava.strict import reject_unknown
 
 METRICS = ("loss", "hidden_loss", "token_loss", *(f"top{k}" for k in range(1, TOP + 1)))
 
@@ -74,18 +76,135 @@ def adamw(objective: DraftObjective, config: TrainConfig) -> torch.optim.AdamW:
     )
 
 
+DEEPSPEED_KEYS = [
+    "activation_checkpointing",
+    "aio",
+    "amp",
+    "autotuning",
+    "bf16",
+    "bfloat16",
+    "checkpoint",
+    "comet",
+    "comms_logger",
+    "communication_data_type",
+    "compile",
+    "compression_training",
+    "csv_monitor",
+    "curriculum_learning",
+    "data_efficiency",
+    "data_types",
+    "disable_allgather",
+    "dump_state",
+    "eigenvalue",
+    "elasticity",
+    "flops_profiler",
+    "fp16",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "gradient_predivide_factor",
+    "graph_harvesting",
+    "hybrid_engine",
+    "logging",
+    "memory_breakdown",
+    "nebula",
+    "optimizer",
+    "pipeline",
+    "prescale_gradients",
+    "progressive_layer_drop",
+    "scheduler",
+    "seq_parallel_communication_data_type",
+    "sparse_attention",
+    "sparse_gradients",
+    "steps_per_print",
+    "tensor_parallel",
+    "tensorboard",
+    "timers",
+    "torch_autocast",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "wall_clock_breakdown",
+    "wandb",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "zero_optimization",
+]
+"""Keys of DeepSpeed's config."""
+SECTIONS = {
+    "bf16": '{"enabled": true}',
+    "fp16": '{"enabled": true}',
+    "zero_optimization": '{"stage": 2}',
+    "activation_checkpointing": "{...}",
+    "data_types": "{...}",
+    "flops_profiler": "{...}",
+    "tensorboard": "{...}",
+    "wandb": "{...}",
+    "comms_logger": "{...}",
+}
+"""Keys whose value is an object, and its form."""
+
+
 def read_deepspeed_config(path: str | Path) -> dict[str, Any]:
-    """Reads DeepSpeed's config. It must not have an optimizer or a schedule: these are settings of the run."""
+    """Reads DeepSpeed's config. Values "auto", which only Hugging Face's trainers fill in, count as not set.
+
+    Raises:
+        UserError: it has an unknown key, a value of a wrong form, an optimizer or a schedule (these are settings of the
+            run), or a setting that a draft cannot be trained with.
+    """
     path = find_config(path)
     config = read_json(path, "DeepSpeed config")
     if not isinstance(config, dict):
         raise UserError("DeepSpeed config is not a JSON object", where=path)
+    reject_unknown(config, DEEPSPEED_KEYS, path)
     for key in ("optimizer", "scheduler"):
         if key in config:
             raise UserError(
                 f"DeepSpeed config has '{key}'", where=path, fix="set it in the 'train' section of --config instead"
             )
+    config = without_auto(config)
+    check_deepspeed_config(config, path)
     return config
+
+
+def without_auto(section: dict[str, Any]) -> dict[str, Any]:
+    """The section, at all depths, without values "auto".
+
+    >>> without_auto({"a": "auto", "b": {"c": "auto", "d": 1}})
+    {'b': {'d': 1}}
+    """
+    return {
+        key: without_auto(value) if isinstance(value, dict) else value
+        for key, value in section.items()
+        if value != "auto"
+    }
+
+
+def check_deepspeed_config(config: Mapping[str, Any], where: str | Path) -> None:
+    """Raises `UserError` for a value that would end in a traceback of DeepSpeed, or in a broken draft."""
+    for key, form in SECTIONS.items():
+        if key in config and not isinstance(config[key], dict):
+            raise UserError(f"'{key}' is {config[key]!r}", where=where, fix=f'write "{key}": {form}')
+    for key in ("bf16", "fp16"):
+        enabled = config.get(key, {}).get("enabled", False)
+        if not isinstance(enabled, bool):
+            raise UserError(f"'{key}.enabled' is {enabled!r}", where=where, fix="give true or false")
+    if config.get("fp16", {}).get("enabled") and not torch.accelerator.is_available():
+        raise UserError("fp16 cannot be trained on a CPU", where=where, fix="use bf16, or neither")
+    clip = config.get("gradient_clipping", 0.0)
+    if isinstance(clip, bool) or not isinstance(clip, int | float) or not 0 <= clip < math.inf:
+        raise UserError(f"'gradient_clipping' is {clip!r}", where=where, fix="give a number; 0 does not clip")
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2):
+        reason = ": its weights are in pieces that a draft cannot be saved from" if stage == 3 else ""
+        raise UserError(f"zero_optimization.stage {stage!r}{reason}", where=where, fix="use stage 0, 1 or 2")
+    for key in ("offload_optimizer", "offload_param", "cpu_offload"):
+        offload = zero.get(key)
+        if offload not in (None, False) and not (isinstance(offload, dict) and offload.get("device") == "none"):
+            raise UserError(
+                f"zero_optimization.{key}: offloading is not supported",
+                where=where,
+                fix="leave it out",
+            )
 
 
 def suit_device(config: dict[str, Any], main: bool) -> dict[str, Any]:

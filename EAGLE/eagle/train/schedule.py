@@ -40,7 +40,7 @@ class BatchSizes:
             for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
         )
         for value in (total, micro, steps):
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise UserError(f"batch size {value!r}", where=where, fix="give a whole number of at least 1")
         if micro is None and total is not None:
             micro = total // (world * (steps or 1))

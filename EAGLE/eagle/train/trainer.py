@@ -6,10 +6,13 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+import torch
+
 from eagle.train.checkpoint import CheckpointStore, Progress
 from eagle.train.collate import Batch
 from eagle.train.dataset import Samples, TrainingData, batches
 from eagle.train.engine import METRICS, Engine
+from eagle.train.loss import trained_parameters
 from eagle.train.schedule import Item, Schedule, epoch_items, image_probability, micro_batches
 from eagle.train.settings import TrainConfig
 from eagle.train.tracking import Tracker
@@ -36,6 +39,8 @@ class Trainer:
     def run(self) -> bool:
         """Returns whether training is complete."""
         progress, schedule = self.progress, self.schedule
+        if progress.step:
+            self._check_weights()  # a checkpoint that was written elsewhere
         limit = min(self.config.max_steps or schedule.total_steps, schedule.total_steps)
         progress.meter.start()
         while progress.step < limit:
@@ -43,6 +48,8 @@ class Trainer:
             for step_batches in islice(self._epoch(epoch), limit - progress.step):
                 self._step(step_batches, epoch)
         if progress.step < schedule.total_steps:
+            self._check_loss()
+            self._check_weights()
             self._save_once()
             return False
         self.store.save_draft(self.engine, "final")
@@ -91,6 +98,7 @@ class Trainer:
             if validates:
                 self._validate()
             if saves:
+                self._check_weights()
                 self.store.save(self.engine, progress)
 
     def _check_loss(self) -> None:
@@ -100,6 +108,16 @@ class Trainer:
                 f"the loss is not a number, at step {self.progress.step} or just before",
                 where=self.store.folder,
                 fix="--init from a checkpoint there, in another --cpdir, at a lower learning_rate",
+            )
+
+    def _check_weights(self) -> None:
+        """Raises `UserError` if a weight of the draft is NaN or infinite, which a step with a good loss can do."""
+        finite = torch.stack([weight.isfinite().all() for weight in trained_parameters(self.engine.objective)]).all()
+        if not bool(finite):
+            raise UserError(
+                f"the draft has weights that are not numbers, at step {self.progress.step}",
+                where=self.store.folder,
+                fix="--init from an earlier checkpoint there, in another --cpdir, at a lower learning_rate",
             )
 
     def _log(self, epoch: int) -> None:
