@@ -89,3 +89,22 @@ def test_transformers_interface_without_token_types_is_right_or_refused(model: M
         assert "mm_token_type_ids" in str(error)
     else:
         assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("through", ["engine", "custom_generate"])
+def test_a_video_of_one_token_a_frame(model: MSDModel, through: str) -> None:
+    """Each of its tokens is later than the one before, as in text, but in one row of the positions only."""
+    metadata = {"total_num_frames": 6, "fps": 2.0, "frames_indices": list(range(6))}
+    inputs = dict(
+        model.processor(
+            text=[f"USER: {VIDEO} What happens? ASSISTANT:"], video_metadata=[metadata], do_sample_frames=False,
+            videos=[[np.full((28, 28, 3), 40 * i, np.uint8) for i in range(6)]], return_tensors="pt",
+            size={"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 9},
+        )
+    )  # fmt: skip
+    assert inputs["video_grid_thw"].tolist() == [[3, 2, 2]]
+    expected = model.target.model.generate(**inputs, **GREEDY)
+    if through == "engine":
+        assert torch.equal(model.generate(**inputs, **GREEDY).sequences, expected)
+    else:
+        assert torch.equal(model.target.model.generate(**inputs, **GREEDY, custom_generate=model), expected)

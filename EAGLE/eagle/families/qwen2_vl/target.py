@@ -65,11 +65,12 @@ class Qwen2VLTarget(StockTarget):
 
     @staticmethod
     def _refuse_text_positions(types: Tensor, positions: Tensor) -> None:
-        """Raises `UserError` if pictures or videos have the positions of text. Tokens of one frame share their time."""
-        media = types != TEXT
-        neighbours = media[:, 1:] & media[:, :-1]  # [B, S - 1]
-        later = positions[0, :, 1:] > positions[0, :, :-1]
-        if (neighbours.any(dim=1) & (later | ~neighbours).all(dim=1)).any():
+        """Raises `UserError` if pictures or videos have the positions of text: in all three rows the same number. Of two
+        neighbouring media tokens one differs in time, row or column."""
+        media = types != TEXT  # [B, S]
+        several = (media[:, 1:] & media[:, :-1]).any(dim=1)  # [B]
+        alike = (positions == positions[:1]).all(dim=0)  # [B, S]
+        if (several & (alike | ~media).all(dim=1)).any():
             raise UserError(
                 "transformers has numbered the tokens of a picture or video as text",
                 fix="give generate the processor's mm_token_type_ids, or call MSDModel.generate",
