@@ -1,29 +1,40 @@
 #!/usr/bin/env bash
 # Step 5: evaluate a base model alone and with MSD on lmms-eval's tasks, then compare scores, answers and speed.
-#   scripts/5_evaluate.sh                                             the embedded models on the embedded questions
+#   scripts/5_evaluate.sh                                             pocket/llava with the draft of step 4, else the shipped one
 #   BASE=liuhaotian/llava-v1.5-7b DRAFT=lucylyn/MSD-LLaVA1.5-7B scripts/5_evaluate.sh
 #   scripts/5_evaluate.sh BASE DRAFT chartqa,textvqa_val              the same as arguments
-# Environment: BASE DRAFT TASKS LIMIT OUT; MODEL (llava_msd, llava_next_msd, qwen2_vl_msd, qwen2_5_vl_msd), NUM_PROCESSES,
-# PORT, BATCH_SIZE, GEN_KWARGS, MODEL_ARGS (more of lmms-eval's model arguments, such as dtype=float32), QUESTIONS (a
-# FILE.jsonl to ask instead of ChartQA's test split, in chartqa and chartqa_msd; the embedded models get their own).
+# Environment: BASE, DRAFT (default: the draft of step 4, in WORK or CKPT), TASKS, LIMIT, OUT, MODEL (llava_msd,
+# llava_next_msd, qwen2_vl_msd, qwen2_5_vl_msd), NUM_PROCESSES, PORT, BATCH_SIZE, GEN_KWARGS,
+# MODEL_ARGS (more of lmms-eval's model arguments, such as dtype=float32), QUESTIONS (a FILE.jsonl to ask instead of ChartQA's test split, in chartqa and chartqa_msd; the pocket LLaVA gets its own).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root="$PWD"
 
-base="${1:-${BASE:-}}"
+base="${1:-${BASE:-pocket/llava}}"
 draft="${2:-${DRAFT:-}}"
 tasks="${3:-${TASKS:-chartqa}}"
 out="${OUT:-outputs/evaluate}"
 questions="${QUESTIONS:-}"
-if [ -z "$base" ] && [ -z "$draft" ]; then
-    base=pocket/llava draft=pocket/llava-msd
+if [ -z "$draft" ]; then # the one that step 4 trained: the finished draft, else the newest checkpoint of a stopped run
+    checkpoints="${CKPT:-${WORK:-outputs/pipeline}/checkpoints}"
+    if [ -d "$checkpoints/final" ]; then
+        draft="$checkpoints/final"
+    elif [ -f "$checkpoints/latest" ]; then
+        draft="$checkpoints/$(cat "$checkpoints/latest")"
+    elif [ "$base" = pocket/llava ]; then
+        draft=pocket/llava-msd
+    else
+        echo "error: no draft for $base: set DRAFT, or train one with step 4 (none is in $checkpoints)" >&2
+        exit 2
+    fi
+fi
+if [ "$base" = pocket/llava ]; then
     case ",$tasks," in
         *,chartqa,* | *,chartqa_msd,*) questions="${questions:-pocket/data/heldout.jsonl}" ;;
     esac
-elif [ -z "$base" ] || [ -z "$draft" ]; then
-    echo "error: BASE and DRAFT belong together, one is missing" >&2
-    exit 2
 fi
+echo "base model: $base"
+echo "draft:      $draft"
 
 python="${PYTHON:-$root/.venv/bin/python}"
 [ -x "$python" ] || python="$(command -v "$python" || command -v python3)"

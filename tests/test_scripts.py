@@ -99,3 +99,35 @@ def test_questions_for_other_models_are_those_given(commands, tmp_path: Path) ->
     assert not any("offline" in line for line in commands("5_evaluate.sh", *flags, OUT=str(tmp_path)))
     first = commands("5_evaluate.sh", *flags, OUT=str(tmp_path), QUESTIONS="q.jsonl")[0]
     assert "lmms_eval_msd.offline --jsonl q.jsonl" in first
+
+
+@pytest.mark.parametrize(
+    ("made", "used"),
+    [(["final", "latest"], "final"), (["latest"], "step-00000004"), ([], None)],
+    ids=["finished", "stopped", "none"],
+)
+@pytest.mark.parametrize("base", ["pocket/llava", "owner/base"])
+def test_step_5_takes_the_draft_of_step_4(
+    commands, tmp_path: Path, made: list[str], used: str | None, base: str
+) -> None:
+    checkpoints = tmp_path / "work" / "checkpoints"
+    (checkpoints / "step-00000004").mkdir(parents=True)
+    (tmp_path / "data").mkdir()
+    if "final" in made:
+        (checkpoints / "final").mkdir()
+    if "latest" in made:
+        (checkpoints / "latest").write_text("step-00000004\n")
+    settings = {"WORK": str(tmp_path / "work"), "OUT": str(tmp_path), "BASE": base}
+    if used is None and base != "pocket/llava":
+        with pytest.raises(subprocess.CalledProcessError) as failed:
+            commands("5_evaluate.sh", **settings)
+        assert failed.value.returncode == 2
+        return
+    msd = commands("5_evaluate.sh", **settings)[-2]
+    assert f"--msd_model_path {checkpoints / used if used else REPO / 'pocket/llava-msd'}" in msd
+
+
+def test_a_draft_alone_is_for_the_pocket_model(commands, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    msd = commands("5_evaluate.sh", OUT=str(tmp_path), DRAFT="owner/draft")[-2]
+    assert f"pretrained={REPO}/pocket/llava " in msd and "--msd_model_path owner/draft" in msd
