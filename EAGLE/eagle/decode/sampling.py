@@ -125,7 +125,13 @@ class Sampler:
         """The sampler of one sequence of a batch (`processor_of`)."""
         if batch == 1 or self.row_wise:
             return self
-        processors = (processor_of(each, index, batch, prompt, padding) for each in self.processors)
+        processors = [processor_of(each, index, batch, prompt, padding) for each in self.processors]
+        # `generate` of older releases turns min_new_tokens into a min_length with the padded prompt
+        least = {each.prompt_length_to_skip + each.min_new_tokens for each in self.processors
+                 if isinstance(each, hf.MinNewTokensLengthLogitsProcessor)}  # fmt: skip
+        for each in processors:
+            if isinstance(each, hf.MinLengthLogitsProcessor) and each.min_length in least:
+                each.min_length -= padding
         return Sampler(LogitsProcessorList(processors), self.do_sample)
 
     def sample(self, logits: Tensor, prefix: Tensor, noise: Tensor | None = None) -> Tensor:

@@ -300,7 +300,10 @@ def check_position_ids(given: Tensor | None, own: Tensor, attention_mask: Tensor
     if attention_mask is not None:
         differs = differs & attention_mask.bool().to(own.device)
     if bool(differs.any()):
-        raise UserError("position_ids of your own", fix="leave them out: MSD computes them as the model does")
+        raise UserError(
+            "position_ids of your own",
+            fix="leave them out; with pictures or videos give the processor's mm_token_type_ids",
+        )
 
 
 def gather_image_features(

@@ -65,8 +65,8 @@ class Qwen2VLTarget(StockTarget):
 
     @staticmethod
     def _refuse_text_positions(types: Tensor, positions: Tensor) -> None:
-        """Raises `UserError` if pictures or videos have the positions of text: in all three rows the same number. Of two
-        neighbouring media tokens one differs in time, row or column."""
+        """Raises `UserError` if pictures or videos have the positions of text, the same number in all three rows. Of two
+        neighbouring media tokens at least one has three different numbers."""
         media = types != TEXT  # [B, S]
         several = (media[:, 1:] & media[:, :-1]).any(dim=1)  # [B]
         alike = (positions == positions[:1]).all(dim=0)  # [B, S]
