@@ -65,8 +65,10 @@ class Qwen2VLTarget(StockTarget):
 
     @staticmethod
     def _refuse_text_positions(types: Tensor, positions: Tensor) -> None:
-        """Raises `UserError` if pictures or videos have the positions of text, the same number in all three rows. Of two
-        neighbouring media tokens at least one has three different numbers."""
+        """Raises `UserError` if pictures or videos have the positions of text: the same number in all three rows.
+
+        Of two neighbouring media tokens at least one has different numbers in its rows.
+        """
         media = types != TEXT  # [B, S]
         several = (media[:, 1:] & media[:, :-1]).any(dim=1)  # [B]
         alike = (positions == positions[:1]).all(dim=0)  # [B, S]
