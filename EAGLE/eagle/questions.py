@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llava.errors import UserError
-
-if TYPE_CHECKING:
-    pass
+from llava.strict import reject_unknown
 
 
 @dataclass(frozen=True)
@@ -40,35 +39,81 @@ class Group:
         return target.prepare(prompts, [image for each in self.questions for image in each.images])
 
 
+KEYS = ("id", "images", "image", "question", "answer", "kind", "type", "facts")
+"""Keys of a question. ``image`` is a single picture; ``kind``, ``type`` and ``facts`` are for evaluations."""
+
+
 def read_questions(path: Path, limit: int | None = None) -> list[Question]:
     """Reads a question file, at most the first ``limit`` questions.
 
     Raises:
-        UserError: the file is missing or empty, a line is not a JSON object, has no question, or names a picture that
-            does not exist.
+        UserError: the file is missing or empty, or a line is not a JSON object, has no question, an unknown key, or a
+            picture that does not exist.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"question file cannot be read ({error})", where=path, fix="check --data") from error
-    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not numbered:
+    questions = [question for question, _ in islice(iter_questions(path), limit)]
+    if not questions:
         raise UserError("question file is empty", where=path, fix="one JSON object a line")
-    return [_question(line, f"{path}:{number}", path.parent) for number, line in numbered[:limit]]
+    return questions
 
 
-def _question(line: str, where: str, folder: Path) -> Question:
+def iter_questions(path: Path) -> Iterator[tuple[Question, dict[str, Any]]]:
+    """The questions of a file, each with its JSON object. Raises as `read_questions`."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"question file cannot be read ({error})", where=path, fix="check --data") from None
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            record = _record(line, f"{path}:{number}")
+            yield _question(record, f"{path}:{number}", path.parent), record
+
+
+def _record(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"not JSON ({error.msg})", where=f"{where}:{error.colno}") from error
-    if not isinstance(record, dict) or not isinstance(record.get("question"), str):
+        raise UserError(f"not JSON ({error.msg})", where=f"{where}:{error.colno}") from None
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"not JSON ({type(error).__name__})", where=where) from None
+    if not isinstance(record, dict):
+        raise UserError("not a JSON object", where=where, fix='{"id", "images", "question", "answer"}')
+    reject_unknown(record, KEYS, where)
+    return record
+
+
+def _question(record: Mapping[str, Any], where: str, folder: Path) -> Question:
+    text, answer = record.get("question"), record.get("answer")
+    if not isinstance(text, str):
         raise UserError("no 'question'", where=where, fix='{"id", "images", "question", "answer"}')
-    images = tuple(folder / name for name in record.get("images", ()))
+    if not isinstance(answer, str | int | float | None):
+        raise UserError(f"'answer' is {answer!r}", where=where, fix="give a text")
+    for name, value in (("question", text), ("answer", answer)):
+        if isinstance(value, str) and not value.isascii() and value.encode("utf-8", "ignore").decode() != value:
+            raise UserError(
+                f"'{name}' has half of a character (a lone surrogate)", where=where, fix="write the character"
+            )
+    images = tuple(folder / name for name in _image_names(record, where))
     for image in images:
-        if not image.is_file():
+        if not _is_file(image):
             raise UserError(f"picture not found: {image}", where=where, fix="paths are relative to the question file")
-    return Question(str(record.get("id", where)), record["question"], images, record.get("answer", ""))
+    return Question(str(record.get("id", where)), text, images, "" if answer is None else str(answer))
+
+
+def _image_names(record: Mapping[str, Any], where: str) -> list[str]:
+    if record.get("images") is not None and record.get("image") is not None:
+        raise UserError("both 'images' and 'image'", where=where, fix="give one of them")
+    given = record.get("image") if record.get("images") is None else record["images"]
+    names = [] if given is None else [given] if isinstance(given, str) else given
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"pictures {given!r}", where=where, fix='give "images": [paths]')
+    return names
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def pick_questions(questions: Sequence[Question], count: int) -> list[Question]:

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from eagle.questions import iter_questions
 from llava.errors import UserError, run_cli
 from llava.files import atomic_write
 from llava.image import load_image
@@ -27,33 +27,26 @@ PARQUET = Path("data", "test-00000-of-00001.parquet")
 HUMAN = "human_test"  # the type of questions people wrote; the other one is augmented_test
 
 
-def read_questions(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of the data set, one for each line of the question file with one picture.
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of the data set, one for each question of the file with one picture.
 
     Raises:
-        UserError: the file is missing, a line is not JSON or lacks a field, or a picture cannot be read.
+        UserError: as `eagle.questions.read_questions`; a question has no answer, or a picture cannot be read.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"question file cannot be read ({type(error).__name__})", path) from None
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
-        try:
-            entry = json.loads(line)
-            images, question, answer = entry["images"], entry["question"], entry["answer"]
-        except json.JSONDecodeError as error:
-            raise UserError(f"not valid JSON ({error.msg})", where) from None
-        except (KeyError, TypeError):
-            raise UserError("lacks images, question or answer", where) from None
-        if len(images) != 1:
+    for number, (question, record) in enumerate(iter_questions(path), start=1):
+        if "answer" not in record:
+            raise UserError("no 'answer'", f"{path}, question {number}", "ChartQA compares answers with it")
+        if len(question.images) != 1:
             continue
         buffer = io.BytesIO()
-        load_image(path.parent / images[0]).save(buffer, format="PNG")
-        image = {"bytes": buffer.getvalue(), "path": Path(images[0]).name}
-        yield {"type": entry.get("type", HUMAN), "question": question, "answer": str(answer), "image": image}
+        load_image(question.images[0]).save(buffer, format="PNG")
+        image = {"bytes": buffer.getvalue(), "path": question.images[0].name}
+        yield {
+            "type": record.get("type", HUMAN),
+            "question": question.question,
+            "answer": question.answer,
+            "image": image,
+        }
 
 
 def write_chartqa(questions: Path, out: Path, limit: int | None = None) -> tuple[Path, int]:
@@ -63,12 +56,12 @@ def write_chartqa(questions: Path, out: Path, limit: int | None = None) -> tuple
         The folder, and how many questions it has.
 
     Raises:
-        UserError: no question has exactly one picture; or as `read_questions`.
+        UserError: no question has exactly one picture; or as `read_rows`.
     """
     from datasets import Dataset, Features, Image, Value
 
     rows: list[dict[str, Any]] = []
-    for row in read_questions(questions):
+    for row in read_rows(questions):
         if limit is not None and len(rows) == limit:
             break
         rows.append(row)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from llava import UserError
-from lmms_eval_msd.offline import main, read_questions, write_chartqa
+from lmms_eval_msd.offline import main, read_rows, write_chartqa
 
 
 def test_writes_what_the_task_reads(questions, tmp_path, monkeypatch, capsys):
@@ -26,8 +26,8 @@ def test_limit(questions, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "line 1"),
-        ('{"id": 1}', "lacks images"),
+        ("{", "q.jsonl:1"),
+        ('{"id": 1}', "no .question"),
         ('{"images": ["no.png"], "question": "q", "answer": "a"}', "no.png"),
         ("\n", "no question with one picture"),
     ],
@@ -41,4 +41,4 @@ def test_bad_question_files(tmp_path, text, message):
 
 def test_no_question_file(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
-        list(read_questions(tmp_path / "none.jsonl"))
+        list(read_rows(tmp_path / "none.jsonl"))

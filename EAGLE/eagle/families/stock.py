@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -17,6 +18,9 @@ from llava.image import load_image
 Part = dict[str, Any]
 """A part of a message, as transformers' chat templates read it."""
 IMAGE: Part = {"type": "image"}
+SHOWN = 5
+"""Names of tensors in a message."""
+log = logging.getLogger(__name__)
 
 
 class StockTarget(Target):
@@ -30,7 +34,10 @@ class StockTarget(Target):
         settings["dtype"] = dtype_for(settings.get("dtype", "auto"), settings.get("device_map"))
         processor = load_processor(path, **{key: kwargs[key] for key in HUB_KEYS if key in kwargs})
         with _one_line("base model", path):
-            model = cls.model_class.from_pretrained(path, **settings)
+            model, info = cls.model_class.from_pretrained(
+                path, **settings, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+        check_complete(info, path)
         return cls(model, processor)
 
     def prepare(self, prompt: str | Sequence[str], images: Sequence[Any] = ()) -> dict[str, Any]:
@@ -49,6 +56,26 @@ class StockTarget(Target):
         turns: list[tuple[list[Part], str | None]] = [([text_part(asked)], answer) for asked, answer in history]
         turns.append(([*[IMAGE] * num_images, text_part(question)], None))
         return write_chat(self.processor, turns, system)
+
+
+def check_complete(info: Mapping[str, Any], path: str) -> None:
+    """Refuses a checkpoint without some tensors of the model, which transformers fills with random values.
+
+    Args:
+        info: transformers' ``output_loading_info``.
+
+    Raises:
+        UserError: a tensor is missing or has another shape.
+    """
+    wrong = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
+    if wrong:
+        names = ", ".join(wrong[:SHOWN]) + (f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else "")
+        raise UserError(f"base model has {len(wrong)} missing or misshapen tensors: {names}", path, "download it again")
+    if info["unexpected_keys"]:
+        unknown = sorted(info["unexpected_keys"])
+        log.warning(
+            "%s: %d tensors are not part of the model and were left out: %s", path, len(unknown), unknown[:SHOWN]
+        )
 
 
 def load_processor(path: str, **hub: Any) -> Any:
