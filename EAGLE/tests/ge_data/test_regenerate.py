@@ -19,7 +19,7 @@ from eagle.decode.msd import MSDModel
 from eagle.decode.tree_config import TreeConfig
 from eagle.drafts.checkpoint import load_draft
 from eagle.families import Target, load_target, template_of
-from eagle.families.template import Prepared
+from eagle.families.template import Prepared, Turn
 from eagle.ge_data import inspect
 from eagle.ge_data.regenerate import Regenerator
 from eagle.hidden_states.index import load_index
@@ -365,3 +365,12 @@ def test_stopped_anywhere_and_resumed(
     assert len(calls) == 4 + 2, "finished shards are not made again"
     assert sorted(rows_of(tmp_path / "parts")[0]) == list(range(5))
     assert_same(ShardDataset(tmp_path / "whole"), ShardDataset(tmp_path / "parts"))
+
+
+def test_the_first_piece_of_a_written_end_is_not_an_end_token(target: Target) -> None:
+    """A vocabulary without "</s>" writes it in pieces, and "</" begins many texts."""
+    msd, settings = MSDModel(target), Regeneration(None, None, 0.0, None, TOKENS)
+    regenerator = Regenerator(msd, template_of(target), settings, 100)
+    piece = target.tokenizer("x", add_special_tokens=False)["input_ids"][-1]
+    assert piece not in regenerator._ends(Turn([], [piece, piece], 0))
+    assert end_of_turn(target) in regenerator._ends(Turn([], [end_of_turn(target)], 0))
