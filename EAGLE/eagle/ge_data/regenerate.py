@@ -134,8 +134,10 @@ class Regenerator:
         return [answer[:limit] for answer, limit in zip(output.tokens, limits, strict=True)]
 
     def _ends(self, turn: Turn) -> set[int]:
-        """Ids that end an answer: the target's, and the one that closes the turn if it is a special token. Else it is the
-        first piece of a text such as "</s>" in a vocabulary that lacks it."""
+        """Ids that end an answer: the target's, and the one that closes the turn if it is a special token.
+
+        Otherwise that id is the first piece of a text such as "</s>", in a vocabulary that lacks it.
+        """
         special = set(self.model.tokenizer.all_special_ids)
         return {*self.model.target.eos_token_ids, *(token for token in turn.end[:1] if token in special)}
 
