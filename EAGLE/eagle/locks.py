@@ -14,6 +14,10 @@ from llava.errors import UserError
 LOCK = ".msd.lock"
 
 
+class FolderLock(FileLock):
+    """A class of its own: lmms-eval makes all locks of class `FileLock` in its process reentrant."""
+
+
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Makes the folder and locks it until the block or this process ends, killed or not.
@@ -27,7 +31,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write here ({error.strerror})", folder, "choose another folder") from None
-    lock = FileLock(folder / LOCK, blocking=False)
+    lock = FolderLock(folder / LOCK, blocking=False)
     try:
         lock.acquire()
     except Timeout:

@@ -27,6 +27,14 @@ def test_a_second_run_is_refused_until_the_first_has_ended(tmp_path: Path) -> No
         pass
 
 
+def test_a_second_run_is_refused_where_other_locks_are_reentrant(tmp_path: Path) -> None:
+    """As in a process that has run lmms-eval's evaluator."""
+    evaluator = pytest.importorskip("lmms_eval.evaluator")
+    evaluator._enable_reentrant_filelocks()
+    with lock_folder(tmp_path), pytest.raises(UserError, match="another run is writing"), lock_folder(tmp_path):
+        pass
+
+
 def test_a_killed_run_leaves_no_lock(tmp_path: Path) -> None:
     script = (
         "import sys, time\nfrom pathlib import Path\nfrom eagle.locks import lock_folder\n"

@@ -13,11 +13,11 @@ WIDTH = 120
 
 
 def console() -> Console:
-    """The terminal, or a file of `WIDTH` columns (or ``COLUMNS``)."""
+    """The terminal, or a file of at least `WIDTH` columns; ``COLUMNS`` makes it wider."""
     from rich.console import Console
 
     if sys.stdout.isatty():
         return Console()
     columns = os.environ.get("COLUMNS", "")
     # with a height too, or rich falls back to 80 columns for TERM=dumb
-    return Console(width=int(columns) if columns.isdigit() else WIDTH, height=25)
+    return Console(width=max(WIDTH, int(columns)) if columns.isdigit() else WIDTH, height=25)
