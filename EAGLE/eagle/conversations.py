@@ -162,7 +162,7 @@ def text_of(content: Any) -> str:
     """
     if isinstance(content, str):
         return content
-    if not isinstance(content, list):
+    if not isinstance(content, list) or not content:
         raise Unusable("no_conversation")
     return "".join(map(_text_of_part, content))
 
@@ -170,7 +170,7 @@ def text_of(content: Any) -> str:
 def _text_of_part(part: Any) -> str:
     if _is_picture(part):
         return f"{MARK}\n"
-    kind, text = (part.get("type"), part.get("text")) if isinstance(part, Mapping) else (TEXT_PARTS[0], part)
+    kind, text = (part.get("type"), part.get("text")) if isinstance(part, Mapping) else (None, None)
     if isinstance(kind, str) and any(word in kind for word in ("video", "audio")):
         raise Unusable("video")
     if kind not in TEXT_PARTS or not isinstance(text, str):
