@@ -76,7 +76,7 @@ def test_template_of_the_processor_alone(llava_next, llava_hf, tmp_path, monkeyp
         assert texts[-1].startswith("A chat between a curious user")
         own = load(model_class, folder)
         assert own.prompts.write("How many?", IMAGES[:1]).text == "USER: <image>\nHow many? ASSISTANT:"
-        assert own.target.chat_prompt("How many?", 1) == "USER: <image>\nHow many? ASSISTANT:"
+        assert own.prompts.target.chat_prompt("How many?", 1) == "USER: <image>\nHow many? ASSISTANT:"
 
 
 def test_template_of_parts_for_the_tokenizer_too(llava_next, tmp_path, monkeypatch):
