@@ -66,12 +66,13 @@ def test_liuhaotians_layout_keeps_vicunas_conversation(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("template", [LLAVA_HF, TEXT_ONLY], ids=["parts", "text"])
 def test_training_learns_what_is_asked_and_the_end_token(tmp_path: Path, template: str) -> None:
-    target, own = with_template(tmp_path / "base", template), None
+    target = with_template(tmp_path / "base", template)
     make_image(tmp_path / "a.png")
     own = template_of(target)
     row = {"image": "a.png", "conversations": turns("<image>\nWhat?", "A cat", "Sure?", "Yes")}
     conversation = read_conversation(row, 0)
     assert own.segments(conversation)[0].text == target.chat_prompt("What?", 1)
+    assert "A chat between" not in own.segments(conversation)[0].text
     prepared = own.prepare(conversation, tmp_path, 500)
     learnt = prepared.input_ids[prepared.loss_mask]
     assert target.tokenizer.decode(learnt).replace(" ", "") == "Acat</s>Yes</s>"
