@@ -182,6 +182,5 @@ def test_answers_end_with_the_models_own_token_where_the_vocabulary_lacks_vicuna
     other = LlavaProcessor(tokenizer, processor.image_processor, 96, COUNT)
     prompt = other.chat_prompt("b", history=[("q", "a")], system="s")
     assert prompt == "s USER: q ASSISTANT: a<|end|>USER: b ASSISTANT:" and other.encode(prompt).count(95) == 1
-    assert (
-        processor.chat_prompt("b", history=[("q", "a")], system="s") == "s USER: q ASSISTANT: a</s>USER: b ASSISTANT:"
-    )
+    written = processor.chat_prompt("b", history=[("q", "a")], system="s")
+    assert written == "s USER: q ASSISTANT: a</s>USER: b ASSISTANT:"
