@@ -1,13 +1,15 @@
 """Records of an annotation file: their turns and their pictures. Knows no template and no tokenizer.
 
-Reads LLaVA's records (``conversations``, ``image``) and the variants of ShareGPT's (``items``; many names of the two
-speakers). A record that cannot be used raises `Unusable` with a key of `REASONS`, by which skipped records are counted.
+Reads LLaVA's records (``conversations``, ``image``), the variants of ShareGPT's (``items``; many names of the two
+speakers) and OpenAI's (``messages`` with role and content, a text or parts). A record that cannot be used raises
+`Unusable` with a key of `REASONS`, by which skipped records are counted.
 """
 
 from __future__ import annotations
 
 import errno
 import stat
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -28,22 +30,33 @@ ROLES = {
     "bing": ASSISTANT,
     "bard": ASSISTANT,
     "system": SYSTEM,
+    "developer": SYSTEM,
 }
-TURN_KEYS = ("conversations", "items")
+TURN_KEYS = ("conversations", "items", "messages")
 IMAGE_KEYS = ("image", "images")
+OTHER_MEDIA = ("video", "videos", "audio", "audios")
+"""Keys of inputs that the training templates do not write."""
+KNOWN_KEYS = frozenset(("id", "system", *TURN_KEYS, *IMAGE_KEYS, *OTHER_MEDIA, "model", "source"))
+"""Keys of a record; the last two say where it comes from."""
+TEXT_PARTS = ("text", "input_text", "output_text")
+IMAGE_PARTS = ("image", "image_url", "input_image")
 MARK = "<image>"
 """Stands for a picture in a question."""
 MAX_ID = 256
+MAX_UNKNOWN, MAX_NAMED = 1000, 8
+"""Unknown keys of a file that are counted, and those that a note names."""
 
 REASONS = {
     "no_conversation": "the record has no list of turns, or a turn without a known speaker and a text",
     "id": f"the record's id is neither an integer nor a string of at most {MAX_ID} characters",
+    "system": "the record's system prompt is not a text, or it has two of them",
+    "video": "the record has a video or sound, which the training templates do not write",
     "empty": "a question is empty, or all answers are",
     "not_alternating": "two turns of the same speaker follow each other",
     "no_mark": f"the record names a picture, its text has no {MARK}",
     "too_many_marks": f"the text has more {MARK} marks than the record names pictures",
     "too_few_marks": f"the record names more pictures than the text has {MARK} marks",
-    "image_name": "the record's picture is neither a string nor a list of strings",
+    "image_name": "the record's pictures are not names of files",
     "outside_picture": "a picture's name leads out of the folder of pictures",
     "missing_picture": "a picture's file does not exist",
     "broken_picture": "a picture's file cannot be read",
@@ -80,26 +93,104 @@ class Conversation:
     system: str | None = None
 
 
+def count_unknown_keys(record: Mapping[str, Any], counts: Counter[str]) -> None:
+    """Counts the keys of a record that are not read, of at most `MAX_UNKNOWN` names."""
+    counts.update(key for key in record if key not in KNOWN_KEYS and (key in counts or len(counts) < MAX_UNKNOWN))
+
+
+def unknown_keys_note(counts: Mapping[str, int]) -> str | None:
+    """One line that names the keys that are not read, the most frequent first; None without any."""
+    if not counts:
+        return None
+    named = sorted(counts.items(), key=lambda item: -item[1])
+    shown = ", ".join(f"{key[:40]!r} ({count:,} records)" for key, count in named[:MAX_NAMED])
+    more = f" and {len(named) - MAX_NAMED:,} more" if len(named) > MAX_NAMED else ""
+    return f"keys that are not read: {shown}{more}"
+
+
 def claims_pictures(record: Mapping[str, Any]) -> bool:
     """Whether a record names pictures, in whatever form."""
-    return _image_value(record) is not None
+    return _image_value(record) is not None or any(_is_picture(part) for part in _parts(record))
 
 
 def image_names(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of a record's pictures (``image`` or ``images``: a name or a list of names); empty for a text record.
+    """Names of a record's pictures: in ``image`` or ``images`` (a name or a list of names), or in the parts of its
+    turns; empty for a text record.
 
     Raises:
-        Unusable: the value is something else, or a name leads out of the folder of pictures.
+        Unusable: the value is something else, such as a URL, or a name leads out of the folder of pictures.
     """
     value = _image_value(record)
     names = [] if value is None else value if isinstance(value, list) else [value]
+    in_parts = [_picture_of(part) for part in _parts(record) if _is_picture(part)]
+    if any(name is not None for name in in_parts):  # parts without a name stand for those of the record
+        if names and names != in_parts:
+            raise Unusable("image_name")
+        names = in_parts
     if not all(isinstance(name, str) and name for name in names):
         raise Unusable("image_name")
     for name in names:
         path = PurePath(name)
+        if "://" in name or name.startswith("data:"):
+            raise Unusable("image_name")
         if path.is_absolute() or ".." in path.parts:
             raise Unusable("outside_picture")
     return tuple(names)
+
+
+def turns_of(record: Mapping[str, Any]) -> list[Any] | None:
+    """The record's list of turns, in the form that it has; None without one."""
+    value = next((record[key] for key in TURN_KEYS if record.get(key) is not None), None)
+    return value if isinstance(value, list) else None
+
+
+def speaker_and_content(turn: Any) -> tuple[Any, Any]:
+    """``from`` and ``value``, or ``role`` and ``content``; None where the turn has neither."""
+    if not isinstance(turn, Mapping):
+        return None, None
+    return turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+
+
+def text_of(content: Any) -> str:
+    """A turn's content as text, with a `MARK` for each picture.
+
+    >>> text_of([{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text": "What?"}])
+    '<image>\\nWhat?'
+
+    Raises:
+        Unusable: it is neither a text nor a list of texts and pictures.
+    """
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        raise Unusable("no_conversation")
+    return "".join(map(_text_of_part, content))
+
+
+def _text_of_part(part: Any) -> str:
+    if _is_picture(part):
+        return f"{MARK}\n"
+    kind, text = (part.get("type"), part.get("text")) if isinstance(part, Mapping) else (None, None)
+    if isinstance(kind, str) and any(word in kind for word in ("video", "audio")):
+        raise Unusable("video")
+    if kind not in TEXT_PARTS or not isinstance(text, str):
+        raise Unusable("no_conversation")
+    return text
+
+
+def _parts(record: Mapping[str, Any]) -> list[Any]:
+    contents = (speaker_and_content(turn)[1] for turn in turns_of(record) or ())
+    return [part for content in contents if isinstance(content, list) for part in content]
+
+
+def _is_picture(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") in IMAGE_PARTS
+
+
+def _picture_of(part: Mapping[str, Any]) -> Any:
+    """The picture that a part names; None if it only marks a place."""
+    value = next((part[key] for key in ("image_url", "image", "path", "url") if part.get(key) is not None), None)
+    return value.get("url", value) if isinstance(value, Mapping) else value
 
 
 def _image_value(record: Mapping[str, Any]) -> Any:
@@ -143,7 +234,10 @@ def read_conversation(record: Mapping[str, Any], number: int, keep_answers: bool
         Unusable: see `REASONS`.
     """
     name = record_id(record, number)
-    system, turns = _parse_turns(_turns(record))
+    if any(record.get(key) not in (None, "", []) for key in OTHER_MEDIA):
+        raise Unusable("video")
+    system, turns = _parse_turns(turns_of(record))
+    system = _one_system(record.get("system"), system)
     while turns and turns[0][0] == ASSISTANT:
         turns = turns[1:]
     if turns and turns[-1][0] == USER:
@@ -162,21 +256,16 @@ def read_conversation(record: Mapping[str, Any], number: int, keep_answers: bool
     return Conversation(name, pairs, images, system)
 
 
-def _turns(record: Mapping[str, Any]) -> Sequence[Any]:
-    value = next((record[key] for key in TURN_KEYS if record.get(key) is not None), None)
-    if isinstance(value, list):
-        return value
-    raise Unusable("no_conversation")
-
-
-def _parse_turns(turns: Sequence[Any]) -> tuple[str | None, list[tuple[str, str]]]:
+def _parse_turns(turns: Sequence[Any] | None) -> tuple[str | None, list[tuple[str, str]]]:
     """(system prompt, [(USER or ASSISTANT, text)])."""
+    if turns is None:
+        raise Unusable("no_conversation")
     system, parsed = None, []
     for turn in turns:
-        speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, Mapping) else (None, None)
-        if not isinstance(speaker, str) or speaker not in ROLES or not isinstance(text, str):
+        speaker, content = speaker_and_content(turn)
+        if not isinstance(speaker, str) or speaker not in ROLES:
             raise Unusable("no_conversation")
-        role = ROLES[speaker]
+        role, text = ROLES[speaker], text_of(content)
         if role != SYSTEM:
             parsed.append((role, text))
         elif system is None and not parsed:
@@ -184,6 +273,15 @@ def _parse_turns(turns: Sequence[Any]) -> tuple[str | None, list[tuple[str, str]
         else:
             raise Unusable("not_alternating")
     return system, parsed
+
+
+def _one_system(key: Any, turn: str | None) -> str | None:
+    """The system prompt of a record. ``key``: the value of its key ``system``; ``turn``: its system turn."""
+    if key is None or key == "":
+        return turn
+    if not isinstance(key, str) or turn not in (None, key):
+        raise Unusable("system")
+    return key
 
 
 def _is_unicode(text: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,8 +60,8 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
 def iter_questions(path: Path) -> Iterator[tuple[Question, dict[str, Any]]]:
     """The questions of a file, each with its JSON object. Raises as `read_questions`."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    except OSError as error:
         raise UserError(f"question file cannot be read ({error})", where=path, fix="check --data") from None
     for number, line in enumerate(lines, start=1):
         if line.strip():
@@ -68,9 +69,11 @@ def iter_questions(path: Path) -> Iterator[tuple[Question, dict[str, Any]]]:
             yield _question(record, f"{path}:{number}", path.parent), record
 
 
-def _record(line: str, where: str) -> dict[str, Any]:
+def _record(line: bytes, where: str) -> dict[str, Any]:
     try:
-        record = json.loads(line)
+        record = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise UserError("not UTF-8 text", where=f"{where}:{error.start + 1}", fix="save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         raise UserError(f"not JSON ({error.msg})", where=f"{where}:{error.colno}") from None
     except (RecursionError, ValueError) as error:

@@ -65,6 +65,14 @@ def test_bad_lines_are_named(folder: Path, record: Any, said: str) -> None:
     assert said in str(raised.value) and "q.jsonl:2" in str(raised.value)
 
 
+def test_text_of_another_encoding_is_named_by_line(folder: Path) -> None:
+    path = folder / "q.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"question": "Fine?"}\r\n{"question": "caf\xe9?"}\n')
+    assert read_questions(path, limit=1)[0].question == "Fine?"
+    with pytest.raises(UserError, match=r"q\.jsonl:2:18: not UTF-8 text|not UTF-8 text.*q\.jsonl:2:18"):
+        read_questions(path)
+
+
 @pytest.mark.parametrize("key", KEYS)
 def test_any_json_at_any_key_is_a_question_or_a_line(folder: Path, key: str) -> None:
     for value in (None, True, 0, 1.5, 10**30, "", "a.png", "\ud83d", [], [None], [["a.png"]], {}, {"a": []}):

@@ -32,7 +32,7 @@ class Chat:
         model: LlavaForConditionalGeneration,
         processor: LlavaProcessor,
         images: Sequence[Image.Image],
-        template: str = DEFAULT_TEMPLATE,
+        template: str | None = None,
         system: str | None = None,
         generation: dict[str, Any] | None = None,
     ) -> None:
@@ -68,7 +68,8 @@ class Chat:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     options = _parser().parse_args(arguments)
-    get_template(options.conv_mode)
+    if options.conv_mode is not None:
+        get_template(options.conv_mode)
     images = [load_image(path) for path in options.image_file]
     device = _device(options.device)
     if options.seed is not None:
@@ -124,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model-path", required=True, help="model folder or hub repository, liuhaotian or llava-hf layout")
     add("--image-file", action="append", default=[], help="picture of the first question; repeat it for more")
     add("--prompt", help="answer this one question and exit")
-    add("--conv-mode", default=DEFAULT_TEMPLATE, help="conversation template (default: %(default)s)")
+    add("--conv-mode", help=f"conversation template (default: the checkpoint's own, else {DEFAULT_TEMPLATE})")
     add("--system", help="system prompt instead of the template's")
     add("--max-new-tokens", type=_positive, default=512, help="longest answer in tokens (default: %(default)s)")
     add("--temperature", type=_not_negative, default=0.2, help="0 is greedy decoding (default: %(default)s)")

@@ -72,6 +72,7 @@ def load_processor(path: str | Path, **hub: Any) -> LlavaProcessor:
         image_token_id=config.image_token_id,
         image_token_count=count_image_tokens(config.vision_config, config.vision_feature_select_strategy),
         aspect=checkpoint.aspect,
+        chat_template=_chat_template(checkpoint),
     )
 
 
@@ -182,6 +183,30 @@ def _explain(error: Exception, checkpoint: Checkpoint) -> UserError:
             return reason
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return UserError("model cannot be loaded", checkpoint.source.name, lines[0])
+
+
+def _chat_template(checkpoint: Checkpoint) -> str | None:
+    """The checkpoint's own chat template: the processor's, else the tokenizer's. None in the liuhaotian layout, whose
+    models are trained with Vicuna's conversation whatever their tokenizer brings."""
+    if checkpoint.layout != "llava-hf":
+        return None
+    if (path := checkpoint.source.find("chat_template.jinja")) is not None:
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"chat template cannot be read ({error})", path) from None
+    for file in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        if (path := checkpoint.source.find(file)) is None:
+            continue
+        fields = read_json(path, "chat template")
+        found = fields.get("chat_template") if isinstance(fields, dict) else None
+        if isinstance(found, list):  # several, with names
+            found = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
+        if isinstance(found, dict):
+            found = found.get("default")
+        if isinstance(found, str) and found:
+            return found
+    return None
 
 
 def _image_processor(checkpoint: Checkpoint, config: LlavaConfig) -> Any:

@@ -79,6 +79,21 @@ def get_template(name: str = DEFAULT_TEMPLATE, system: str | None = None) -> Con
     return replace(template, system=template.system if system is None else system, messages=[])
 
 
+def write_turns(
+    turns: Sequence[tuple[str, str | None]],
+    system: str | None = None,
+    template: str = DEFAULT_TEMPLATE,
+    end: str | None = None,
+) -> str:
+    """Turns (question, answer) as text; an answer None leaves the turn open. `end`: end token instead of `sep2`."""
+    conversation = get_template(template, system)
+    conversation.sep2 = conversation.sep2 if end is None else end
+    for question, answer in turns:
+        conversation.append(0, question)
+        conversation.append(1, answer)
+    return conversation.prompt()
+
+
 def build_prompt(
     question: str,
     history: Sequence[tuple[str, str]] = (),
@@ -86,10 +101,4 @@ def build_prompt(
     template: str = DEFAULT_TEMPLATE,
 ) -> str:
     """Prompt of `question` after the turns of `history` (question, answer), open for the model's answer."""
-    conversation = get_template(template, system)
-    for asked, answered in history:
-        conversation.append(0, asked)
-        conversation.append(1, answered)
-    conversation.append(0, question)
-    conversation.append(1, None)
-    return conversation.prompt()
+    return write_turns([*history, (question, None)], system, template)

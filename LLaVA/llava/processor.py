@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from tokenizers import Tokenizer
 from transformers import BatchFeature, PreTrainedTokenizerFast
 
-from .conversation import DEFAULT_TEMPLATE, build_prompt
+from .conversation import DEFAULT_TEMPLATE, get_template, write_turns
 from .errors import UserError
 from .image import MAX_SQUARE_SIDE, ImageInput, load_image, pad_to_square
 
@@ -33,7 +35,8 @@ class LlavaProcessor:
         image_token_id: id of an image feature's place in `input_ids`. Text never produces it.
         image_token_count: features of one picture.
         aspect: "pad" adds a border to make pictures square, "crop" keeps the centre.
-        template: conversation template of `chat_prompt`.
+        template: name of the conversation template of `chat_prompt`; None for the checkpoint's own, else Vicuna's.
+        chat_template: the checkpoint's own chat template (Jinja), if it has one.
     """
 
     image_token = IMAGE_TOKEN
@@ -45,7 +48,8 @@ class LlavaProcessor:
         image_token_id: int,
         image_token_count: int,
         aspect: Aspect = "pad",
-        template: str = DEFAULT_TEMPLATE,
+        template: str | None = None,
+        chat_template: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -53,6 +57,7 @@ class LlavaProcessor:
         self.image_token_count = image_token_count
         self.aspect = aspect
         self.template = template
+        self.chat_template = chat_template
         self.pad_token_id = _pad_id(tokenizer, image_token_id)
         self._backend = _without_token(tokenizer.backend_tokenizer, image_token_id)
         begin = self._backend.encode("").ids
@@ -145,14 +150,64 @@ class LlavaProcessor:
             template: name of a template instead of the processor's.
 
         Raises:
-            UserError: the question has marks, but not `num_images`; or there is no such template.
+            UserError: the question has marks, but not `num_images`; there is no such template; or the checkpoint's own
+                cannot write the conversation.
         """
         marks = question.count(IMAGE_TOKEN)
         if marks not in (0, num_images):
             raise UserError(f"question has {marks} {IMAGE_TOKEN} mark(s), but {num_images} picture(s) belong to it")
         if not marks:
             question = f"{IMAGE_TOKEN}\n" * num_images + question
-        return build_prompt(question, history, system, template or self.template)
+        return self.write_turns([*history, (question, None)], system, template)
+
+    def write_turns(
+        self, turns: Sequence[tuple[str, str | None]], system: str | None = None, template: str | None = None
+    ) -> str:
+        """Turns (question, answer) as text; an answer None leaves the last turn open. Other arguments and errors as of
+        `chat_prompt`."""
+        name = template or self.template
+        if name is None and self.chat_template is not None:
+            return self._write_own(turns, system)
+        return write_turns(turns, system, name or DEFAULT_TEMPLATE, self._end_of_answer)
+
+    @property
+    def _end_of_answer(self) -> str | None:
+        """The end token, if the vocabulary lacks the one that Vicuna's conversation writes."""
+        lacks = self._backend.token_to_id(get_template().sep2) is None
+        return self.tokenizer.eos_token if lacks else None
+
+    def _write_own(self, turns: Sequence[tuple[str, str | None]], system: str | None) -> str:
+        """The conversation in the checkpoint's own template, without the begin token that `encode` puts there."""
+        in_parts = self._template_takes_parts
+
+        def content(text: str, marks: bool = False) -> Any:
+            return _parts(text, marks) if in_parts else text
+
+        is_open = bool(turns) and turns[-1][1] is None
+        messages = [] if system is None else [{"role": "system", "content": content(system)}]
+        for question, answer in turns:
+            messages.append({"role": "user", "content": content(question, marks=True)})
+            if answer is not None:
+                messages.append({"role": "assistant", "content": content(answer)})
+        written = self._render(messages, is_open)
+        return written.removeprefix(self.tokenizer.bos_token) if self._begin else written
+
+    @cached_property
+    def _template_takes_parts(self) -> bool:
+        """Whether the template expects messages of parts, as those of processors do, and not of text."""
+        try:
+            written = self._render([{"role": "user", "content": _parts(f"{IMAGE_TOKEN}probe", True)}], True)
+        except UserError:
+            return False
+        return IMAGE_TOKEN in written and "probe" in written and "'probe'" not in written
+
+    def _render(self, messages: list[dict[str, Any]], is_open: bool) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=is_open
+            )
+        except (TemplateError, TypeError) as error:
+            raise UserError(f"chat template cannot write this conversation ({error})") from None
 
     def decode(self, ids: Any, skip_special_tokens: bool = True, **options: Any) -> str:
         """Text of ids [S]."""
@@ -182,6 +237,22 @@ class LlavaProcessor:
             ids[index, length - len(row) :] = torch.tensor(row)
             mask[index, length - len(row) :] = 1
         return {"input_ids": ids, "attention_mask": mask}
+
+
+def _parts(text: str, marks: bool) -> list[dict[str, str]]:
+    """A message as chat templates of processors read it; with `marks`, each `<image>` is a picture.
+
+    >>> _parts("<image>\\nWhat?", marks=True)
+    [{'type': 'image'}, {'type': 'text', 'text': 'What?'}]
+    """
+    parts: list[dict[str, str]] = []
+    for number, piece in enumerate(text.split(IMAGE_TOKEN) if marks else [text]):
+        if number:
+            parts.append({"type": "image"})
+            piece = piece.removeprefix("\n")
+        if piece.strip() or not marks:
+            parts.append({"type": "text", "text": piece})
+    return parts
 
 
 def _as_list(images: ImageInput | Sequence[ImageInput] | None) -> list[ImageInput]:

@@ -20,6 +20,8 @@ from .hub import Source
 
 SPACE = "\u2581"
 SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+"""For roles that the files do not mention."""
 _PROBES = ("USER: What is in the picture?", "a  b\n\ncd       e", "1234 + 5,6 = \u00e9\u65e5\U0001f999", "\n")
 
 
@@ -41,6 +43,11 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerFast:
     else:
         raise UserError("no tokenizer.json and no tokenizer.model", source.name)
     special = {role: name for role in SPECIAL_ROLES if (name := _token_text(settings.get(role))) is not None}
+    special |= {
+        role: name
+        for role, name in LLAMA_TOKENS.items()
+        if role not in settings and backend.token_to_id(name) is not None
+    }
     unknown = [name for name in special.values() if backend.token_to_id(name) is None]
     if unknown:
         raise UserError(f"special tokens {', '.join(unknown)} are not in the vocabulary", path)
@@ -105,15 +112,16 @@ def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
 
 
 def _settings(source: Source) -> dict[str, Any]:
-    """Fields of special_tokens_map.json and, above them, of tokenizer_config.json."""
+    """Fields of special_tokens_map.json and, above them, of tokenizer_config.json; None for a token that is null."""
     settings: dict[str, Any] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         if (path := source.find(file)) is not None:
             fields = read_json(path, "tokenizer config")
             if not isinstance(fields, dict):
                 raise UserError("tokenizer config is not a JSON object", path)
-            settings |= {name: value for name, value in fields.items() if value is not None}
-    return {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | settings
+            given = {name: value for name, value in fields.items() if value is not None}
+            settings = dict.fromkeys(fields) | settings | given
+    return settings
 
 
 def _token_text(token: Any) -> str | None:

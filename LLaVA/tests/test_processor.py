@@ -10,6 +10,9 @@ import torch
 from PIL import Image
 from tiny_llava import TinySizes, make_image, make_liuhaotian, make_llava_hf
 from tiny_tokenizer import tokenizer_model
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from llava import LlavaProcessor, UserError, load_processor
 from llava.processor import IMAGE_TOKEN
@@ -169,3 +172,15 @@ def test_decode(processor: LlavaProcessor) -> None:
 def test_only_torch(processor: LlavaProcessor) -> None:
     with pytest.raises(UserError, match="return_tensors"):
         processor(text="a", return_tensors="np")
+
+
+def test_answers_end_with_the_models_own_token_where_the_vocabulary_lacks_vicunas(processor: LlavaProcessor) -> None:
+    """ "</s>" would be read in pieces, and "</" begins many texts."""
+    letters = {letter: number for number, letter in enumerate(map(chr, range(32, 127)))}
+    backend = Tokenizer(BPE({**letters, "<|end|>": 95, "<image>": 96}, []))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+    other = LlavaProcessor(tokenizer, processor.image_processor, 96, COUNT)
+    prompt = other.chat_prompt("b", history=[("q", "a")], system="s")
+    assert prompt == "s USER: q ASSISTANT: a<|end|>USER: b ASSISTANT:" and other.encode(prompt).count(95) == 1
+    written = processor.chat_prompt("b", history=[("q", "a")], system="s")
+    assert written == "s USER: q ASSISTANT: a</s>USER: b ASSISTANT:"

@@ -11,6 +11,8 @@ import pytest
 import sentencepiece
 from tiny_llava import make_liuhaotian, make_llava_hf
 from tiny_tokenizer import CORPUS, tokenizer_model, write_tokenizer_json, write_tokenizer_model
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from llava.errors import UserError
 from llava.hub import Source
@@ -139,3 +141,24 @@ def test_other_kinds_of_sentencepiece_models_are_refused(tmp_path: Path) -> None
     (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
     with pytest.raises(UserError, match="not of Llama's kind"):
         load_tokenizer(Source.of(tmp_path))
+
+
+@pytest.mark.parametrize("role", ["bos_token", "unk_token", "pad_token"])
+def test_a_null_token_is_none(tmp_path: Path, role: str) -> None:
+    """Not Llama's, which the vocabulary of another language model lacks."""
+    backend = Tokenizer(BPE({"a": 0, "<|end|>": 1, "<image>": 2}, []))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({role: None}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({role: None, "eos_token": "<|end|>"}))
+    tokenizer = load_tokenizer(Source(tmp_path))
+    assert getattr(tokenizer, role) is None and tokenizer.eos_token_id == 1
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({role: "<s>"}))
+    with pytest.raises(UserError, match="not in the vocabulary"):
+        load_tokenizer(Source(tmp_path))
+
+
+def test_llamas_tokens_where_the_files_say_nothing(tmp_path: Path) -> None:
+    backend = Tokenizer(BPE({"<s>": 0, "</s>": 1}, []))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(Source(tmp_path))
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) == ("<s>", "</s>", None)

@@ -25,8 +25,8 @@ IMAGE_MARK = "<image>"
 NUMBERED_MARK = re.compile(r"<image (\d+)>")
 VIDEO_ENDINGS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 ASPECTS = ("pad", "crop")
-PROCESSORS = "processor"
-"""As `chat_template`: that of the checkpoint's processor."""
+PROCESSORS, TOKENIZERS = "processor", "tokenizer"
+"""As `chat_template`: the checkpoint's own, as everywhere else; the tokenizer's, else Vicuna's, as in `llava_hf`."""
 
 Visual = Image.Image | str
 """A picture, or the path of a video."""
@@ -66,7 +66,8 @@ class LlavaPrompts(PromptWriter):
     Args:
         target: the base model.
         system: system prompt instead of the conversation's own.
-        template: chat template (Jinja) instead of the tokenizer's, or "processor" for the processor's.
+        template: "processor", "tokenizer" or a chat template (Jinja). Default: the checkpoint's own, else as
+            "tokenizer".
         aspect: LLaVA-1.5: "pad" makes pictures square with a border, "crop" cuts their middle out as `llava_hf` does;
             None leaves it to the checkpoint.
     """
@@ -74,8 +75,10 @@ class LlavaPrompts(PromptWriter):
     def __init__(
         self, target: Target, system: str | None = None, template: str | None = None, aspect: str | None = None
     ) -> None:
-        self.target, self.system, self.template = target, system, template
-        if template == PROCESSORS and not getattr(target.processor, "chat_template", None):
+        has_own = bool(getattr(target.processor, "chat_template", None))
+        self.target, self.system = target, system
+        self.template = template or (PROCESSORS if has_own else TOKENIZERS)
+        if template == PROCESSORS and not has_own:
             raise UserError("the processor of this base model has no chat template", fix="leave chat_template out")
         if aspect is not None:
             if aspect not in ASPECTS or not hasattr(target.processor, "aspect"):
@@ -99,14 +102,15 @@ class LlavaPrompts(PromptWriter):
         return self.target.prepare(texts if len(texts) > 1 else texts[0], pictures)
 
     def _conversation(self, question: str, num_images: int) -> str:
-        """In the first of these that exists: the chosen template, the tokenizer's, LLaVA-1.5's own, as in `llava_hf`.
+        """In the chosen template; for "tokenizer" the first that exists of the tokenizer's and LLaVA-1.5's own.
 
         A tokenizer's template that expects a list of parts would lose the question, and is skipped.
         """
         if self.template == PROCESSORS:  # it puts the marks before the text itself
             without_marks = question.replace(f"{IMAGE_MARK}\n", "").replace(IMAGE_MARK, "").lstrip(" ")
             return self.target.chat_prompt(without_marks, num_images, system=self.system)
-        template = self.template or getattr(self.target.tokenizer, "chat_template", None)
+        chosen = None if self.template == TOKENIZERS else self.template
+        template = chosen or getattr(self.target.tokenizer, "chat_template", None)
         if template:
             messages = [] if self.system is None else [{"role": "system", "content": self.system}]
             messages.append({"role": "user", "content": question})
@@ -115,7 +119,7 @@ class LlavaPrompts(PromptWriter):
             )
             if question.strip() in text:
                 return text
-            if self.template:
+            if chosen:
                 raise UserError("chat_template does not write the question", template[:60])
         return build_prompt(question, system=self.system)
 

@@ -63,28 +63,34 @@ def with_template(folder, copy, file):
 
 
 def test_template_of_the_processor_alone(llava_next, llava_hf, tmp_path, monkeypatch):
-    """chat_template.json gives the tokenizer none: `llava_hf` writes Vicuna's conversation, and so do we."""
+    """chat_template.json gives the tokenizer none: `llava_hf` writes Vicuna's conversation, and so do we with
+    "tokenizer". By default we write the processor's."""
     pairs = [(llava_next, models.LlavaNextMSD, {}), (llava_hf, models.LlavaMSD, {"image_aspect": "crop"})]
     for number, (source, model_class, options) in enumerate(pairs):
         folder = with_template(source, tmp_path / str(number), "chat_template.json")
         theirs, texts = upstream("llava_hf", "LlavaHf", folder, monkeypatch, dtype="float32")
         assert theirs._image_processor.chat_template == PARTS_TEMPLATE
-        one, other = compare(theirs, texts, load(model_class, folder, **options), "How many?", IMAGES[:1])
+        same = load(model_class, folder, chat_template="tokenizer", **options)
+        one, other = compare(theirs, texts, same, "How many?", IMAGES[:1])
         assert one == other
         assert texts[-1].startswith("A chat between a curious user")
+        own = load(model_class, folder)
+        assert own.prompts.write("How many?", IMAGES[:1]).text == "USER: <image>\nHow many? ASSISTANT:"
+        assert own.prompts.target.chat_prompt("How many?", 1) == "USER: <image>\nHow many? ASSISTANT:"
 
 
 def test_template_of_parts_for_the_tokenizer_too(llava_next, tmp_path, monkeypatch):
-    """With chat_template.jinja `llava_hf` loses the question; ours is what both write without a template."""
+    """With chat_template.jinja `llava_hf` loses the question; "tokenizer" is what both write without a template."""
     folder = with_template(llava_next, tmp_path / "base", "chat_template.jinja")
     theirs, texts = upstream("llava_hf", "LlavaHf", folder, monkeypatch, dtype="float32")
-    ours = load(models.LlavaNextMSD, folder)
+    ours = load(models.LlavaNextMSD, folder, chat_template="tokenizer")
     prompt = ours.prompts.write("How many?", IMAGES[:1]).text
     assert prompt == load(models.LlavaNextMSD, llava_next).prompts.write("How many?", IMAGES[:1]).text
     theirs.tokenizer.apply_chat_template([{"role": "user", "content": "How many?"}], tokenize=False)
     assert "How many?" not in texts[-1]
-    own = load(models.LlavaNextMSD, folder, chat_template="processor")
-    assert own.prompts.write("How many?", IMAGES[:1]).text == "USER: <image>\nHow many? ASSISTANT:"
+    for options in ({}, {"chat_template": "processor"}):
+        own = load(models.LlavaNextMSD, folder, **options)
+        assert own.prompts.write("How many?", IMAGES[:1]).text == "USER: <image>\nHow many? ASSISTANT:"
     with pytest.raises(UserError, match="has no chat template"):
         load(models.LlavaNextMSD, llava_next, chat_template="processor")
 
@@ -151,7 +157,7 @@ def test_chat_template_of_llava(llava_next):
     ours.prompts.template = "{% for part in messages[0]['content'] %}{{ part['text'] }}{% endfor %}"
     with pytest.raises(UserError, match="does not write the question"):
         ours.prompts.write("What?", [])
-    ours.prompts.template = None
+    ours.prompts.template = "tokenizer"
     ours.tokenizer.chat_template = "{% for part in messages[0]['content'] %}{{ part['text'] }}{% endfor %}"
     assert ours.prompts.write("What?", []).text.endswith("USER: What? ASSISTANT:")  # as if there were none
 

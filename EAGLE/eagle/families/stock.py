@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+from jinja2 import TemplateError
 from transformers import AutoProcessor, PreTrainedModel
 
+from eagle.conversations import MARK
 from eagle.families.base import Target
 from llava.device import dtype_for
 from llava.errors import UserError
@@ -94,6 +96,9 @@ def write_chat(processor: Any, turns: Sequence[tuple[list[Part], str | None]], s
     Args:
         turns: parts of each question, and its answer; None for the last one leaves it open for the model to answer.
         system: system prompt; None leaves it to the template.
+
+    Raises:
+        UserError: the template refuses the conversation, such as its system prompt.
     """
     messages = [] if system is None else [{"role": "system", "content": [text_part(system)]}]
     for question, answer in turns:
@@ -101,7 +106,25 @@ def write_chat(processor: Any, turns: Sequence[tuple[list[Part], str | None]], s
         if answer is not None:
             messages.append({"role": "assistant", "content": [text_part(answer)]})
     is_open = bool(turns) and turns[-1][1] is None
-    return processor.apply_chat_template(messages, add_generation_prompt=is_open, tokenize=False)
+    try:
+        return processor.apply_chat_template(messages, add_generation_prompt=is_open, tokenize=False)
+    except (TemplateError, TypeError) as error:
+        raise UserError(f"chat template cannot write this conversation ({error})") from None
+
+
+def parts_of(text: str) -> list[Part]:
+    """A question's words and pictures, in order.
+
+    >>> parts_of("<image>\\nWhat?")
+    [{'type': 'image'}, {'type': 'text', 'text': 'What?'}]
+    """
+    parts: list[Part] = []
+    for number, piece in enumerate(text.split(MARK)):
+        if number:
+            parts.append(IMAGE)
+        if piece.strip():
+            parts.append(text_part(piece.strip("\n")))
+    return parts
 
 
 def text_part(text: str) -> Part:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from eagle.conversations import MARK, Conversation, Unusable, open_picture
 from eagle.families.stock import load_processor
+from llava.errors import UserError
 
 PLACEHOLDER = "OK"
 """Stands for an answer that is not known yet. Any short word will do: its ids are dropped, and the ids before and after
@@ -116,22 +117,36 @@ class Template(ABC):
     def segments(self, conversation: Conversation) -> list[Segment]:
         """The whole prompt in parts: for each turn what is asked, and the answer.
 
+        Where the template writes no end token after an answer, the tokenizer's is put there: the draft must learn
+        where an answer ends.
+
         Raises:
-            Unusable: the template changes earlier text when a turn is added.
+            Unusable: the template cannot write the conversation, or changes earlier text when a turn is added.
         """
         turns: list[tuple[str, str | None]] = []
         segments, before = [], ""
         for question, answer in conversation.turns:
             question = mark_first(question)
-            asked = self.write([*turns, (question, None)], conversation.system)
-            turns.append((question, answer))
-            answered = self.write(turns, conversation.system)
+            try:
+                asked = self.write([*turns, (question, None)], conversation.system)
+                turns.append((question, answer))
+                answered = self.write(turns, conversation.system)
+            except UserError:
+                raise Unusable("template") from None
             if not (asked.startswith(before) and answered.startswith(asked)):
                 raise Unusable("template")
-            spoken = answered[len(asked) :].rstrip("\n")  # a newline after the end token is not the assistant's
-            segments += [Segment(asked[len(before) :], False), Segment(spoken, True)]
+            spoken, added = self._with_end(answered[len(asked) :], answer)
+            segments += [Segment(asked[len(before) :], False), Segment(spoken + added, True)]
             before = asked + spoken
         return segments
+
+    def _with_end(self, written: str, answer: str) -> tuple[str, str]:
+        """What the assistant says of the text ``written`` for an answer, and the end token to add to it."""
+        at = written.find(answer.strip())
+        end = at + len(answer.strip())
+        if at < 0 or written[:at].strip() or written[end:].strip():  # the template writes an end itself
+            return written.rstrip("\n"), ""  # a newline after the end token is not the assistant's
+        return written[:end], self.processor.tokenizer.eos_token or ""
 
     def encode(self, prompt: str, pictures: Sequence[Image.Image]) -> Encoded:
         """Ids as at inference, with one id for each image feature.

@@ -27,7 +27,16 @@ from eagle.arguments import DTYPES, positive
 from eagle.families import TRAINING_NAMES
 from eagle.ge_data.folder import AUTO, Settings, finished, locked, missing, write_skipped
 from eagle.ge_data.progress import AllocationProgress, summary
-from eagle.ge_data.selection import IMAGE, PICTURE_REASONS, TEXT, Range, Selection, check_pictures, repairable_shards
+from eagle.ge_data.selection import (
+    IMAGE,
+    PICTURE_REASONS,
+    TEXT,
+    Range,
+    Selection,
+    check_pictures,
+    ignored_keys,
+    repairable_shards,
+)
 from eagle.ge_data.workers import Answers, Events, Failure, Job, run_here, run_workers
 from eagle.hidden_states.index import PATTERN, Index, ShardInfo, load_index, sha256
 from eagle.hidden_states.source import INT8, model_name
@@ -178,6 +187,8 @@ def run(options: argparse.Namespace, notify: Notify) -> int:
     began = time.monotonic()
     workers, answers = devices(options.gpus), answers_wanted(options)
     selection, (start, end) = select(options)
+    if (line := ignored_keys(selection)) is not None:
+        notify(line)
     with locked(options.outdir):
         settings = Settings(
             model_type=options.model_type,

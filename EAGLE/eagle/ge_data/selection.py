@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -12,13 +13,15 @@ from eagle.conversations import (
     Conversation,
     Unusable,
     claims_pictures,
+    count_unknown_keys,
     id_to_show,
     image_names,
     open_picture,
     picture_is_there,
     read_conversation,
+    unknown_keys_note,
 )
-from eagle.ge_data.annotations import RecordFile
+from eagle.ge_data.annotations import Record, RecordFile
 from eagle.hidden_states.index import ShardInfo, Skipped, read_header
 from llava.errors import UserError
 
@@ -39,13 +42,17 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Selection:
-    """The text or image records of an annotation file, shuffled. ``order``: indices into ``records``; ``max_length``:
-    tokens of the longest conversation."""
+    """The text or image records of an annotation file, shuffled.
+
+    ``order``: indices into ``records``; ``max_length``: tokens of the longest conversation; ``unknown``: number of
+    records with each key that is not read.
+    """
 
     records: RecordFile
     order: Sequence[int]
     image_root: Path
     max_length: int
+    unknown: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, path: Path, kind: str, image_root: Path, max_length: int, seed: int) -> Selection:
@@ -58,11 +65,17 @@ class Selection:
 
         if kind == IMAGE and not image_root.is_dir():
             raise UserError("no folder of pictures", image_root, "give --image_data_path, in training --image-folder")
-        records = RecordFile(path, lambda record: claims_pictures(record) == (kind == IMAGE))
+        unknown: Counter[str] = Counter()
+
+        def keep(record: Record) -> bool:
+            count_unknown_keys(record, unknown)
+            return claims_pictures(record) == (kind == IMAGE)
+
+        records = RecordFile(path, keep)
         if not len(records):
             raise UserError(f"no {kind} records among the {records.total} records", path)
         order = np.random.default_rng(seed).permutation(len(records)).tolist()
-        return cls(records, order, image_root, max_length)
+        return cls(records, order, image_root, max_length, unknown)
 
     def number(self, index: int) -> int:
         """The number of a record in the annotation file. ``index``: in the shuffled order."""
@@ -87,6 +100,12 @@ class Selection:
         """The same selection, with ``max_length`` at most the number of the target's positions."""
         positions = getattr(target.config.get_text_config(), "max_position_embeddings", self.max_length)
         return replace(self, max_length=min(positions, self.max_length))
+
+
+def ignored_keys(selection: Selection) -> str | None:
+    """A note for the user if records have keys that are not read."""
+    line = unknown_keys_note(selection.unknown)
+    return line and f"{selection.records.path}: {line}"
 
 
 def shortened(wanted: int, selection: Selection) -> str | None:

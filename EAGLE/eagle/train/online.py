@@ -24,7 +24,7 @@ from eagle.families import TRAINING_NAMES, load_target, template_of
 from eagle.families.template import Prepared, Template
 from eagle.ge_data.extract import source_of
 from eagle.ge_data.reader import Reader
-from eagle.ge_data.selection import Selection, shortened
+from eagle.ge_data.selection import Selection, ignored_keys, shortened
 from eagle.hidden_states.index import Skipped, sha256
 from eagle.hidden_states.shards import Sample
 from eagle.hidden_states.source import Source
@@ -139,8 +139,9 @@ def load_corpus(
     run: dict[str, Any] = {"online": f"{source.model} {source.fingerprint} in {target.dtype}"}
     for kind, whole in selections.items():
         selection = limited(whole, args.limit).within(target)
-        if processes.rank == 0 and (line := shortened(config.max_length, selection)) is not None:
-            print(line, flush=True)
+        for line in (shortened(config.max_length, selection), ignored_keys(selection)):
+            if processes.rank == 0 and line is not None:
+                print(line, flush=True)
         settings = settings_of(selection, source, config)
         records = UsableRecords(Path(args.cpdir), kind, args.resume)
         usable = records.usable(selection, template, settings, processes)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from corpus_support import image_row, text_row, turns
 
-from eagle.conversations import Unusable, read_conversation
+from eagle.conversations import Unusable, claims_pictures, read_conversation
 from eagle.families import Target, template_of
 from eagle.families.template import Prepared, Template
 
@@ -36,6 +36,45 @@ def test_names_of_the_assistant(speaker: str) -> None:
     assert read_conversation(row, 0).turns == (("q", "a"),)
 
 
+def test_messages_are_read_like_conversations() -> None:
+    spoken = [("system", "Be brief."), ("user", "q"), ("assistant", "a")]
+    row = {"id": "r", "messages": [{"role": role, "content": text} for role, text in spoken]}
+    assert read_conversation(row, 0) == read_conversation(row_of("q", "a", system="Be brief."), 0)
+    mixed = {"id": "r", "conversations": row["messages"]}
+    assert read_conversation(mixed, 0) == read_conversation(row, 0)
+
+
+PICTURE_PARTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"type": "image_url", "image_url": {"url": "a.png"}}, {}),
+    ({"type": "image_url", "image_url": "a.png"}, {}),
+    ({"type": "input_image", "image_url": "a.png"}, {}),
+    ({"type": "image", "image": "a.png"}, {"images": ["a.png"]}),
+    ({"type": "image"}, {"images": ["a.png"]}),
+    ({"type": "image"}, {"image": "a.png"}),
+]
+
+
+@pytest.mark.parametrize(("part", "more"), PICTURE_PARTS, ids=str)
+def test_pictures_in_the_parts_of_messages(part: dict[str, Any], more: dict[str, Any]) -> None:
+    content = [part, {"type": "text", "text": "What?"}]
+    row = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "A cat."}], **more}
+    conversation = read_conversation(row, 0)
+    assert claims_pictures(row) and conversation.images == ("a.png",)
+    assert conversation.turns == (("<image>\nWhat?", "A cat."),)
+
+
+def test_system_key_is_the_system_turn() -> None:
+    assert read_conversation(row_of("q", "a", system="Be brief."), 0).system == "Be brief."
+    assert read_conversation(row_of("q", "a", system=""), 0).system is None
+    turn = {"from": "system", "value": "Be brief."}
+    both = {"conversations": [turn, *turns("q", "a")], "system": "Be brief."}
+    assert read_conversation(both, 0).system == "Be brief."
+
+
+def part_row(part: Any, **more: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "content": "a"}], **more}
+
+
 UNUSABLE: list[tuple[dict[str, Any], str]] = [
     ({"id": 1}, "no_conversation"),
     ({"conversations": "text"}, "no_conversation"),
@@ -53,6 +92,17 @@ UNUSABLE: list[tuple[dict[str, Any], str]] = [
     (row_of("<image> <image>", "a", image="a.png"), "too_many_marks"),
     (row_of("<image>", "a"), "too_many_marks"),
     (row_of("<image>", "a", image=["a.png", "b.png"]), "too_few_marks"),
+    (row_of("q", "a", system=["Be brief."]), "system"),
+    ({"conversations": [{"from": "system", "value": "x"}, *turns("q", "a")], "system": "y"}, "system"),
+    (row_of("What happens?", "a", video="a.mp4"), "video"),
+    (row_of("What happens?", "a", videos=["a.mp4"]), "video"),
+    (row_of("What is said?", "a", audio="a.wav"), "video"),
+    (part_row({"type": "video_url", "video_url": {"url": "a.mp4"}}), "video"),
+    (part_row({"type": "tool_result"}), "no_conversation"),
+    (part_row(7), "no_conversation"),
+    (part_row({"type": "image", "image": "a.png"}, image="b.png"), "image_name"),
+    (part_row({"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}), "image_name"),
+    (row_of("<image>", "a", image="https://host/a.png"), "image_name"),
     (row_of("q", "half \ud83e"), "text"),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from argparse import Namespace
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +22,6 @@ from eagle.ge_data import allocation
 from eagle.hidden_states.shards import ShardDataset
 from eagle.train.online import Processes, load_corpus
 from eagle.train.settings import TrainConfig
-from llava.errors import UserError
 
 SIZES = {"square.png": (60, 60), "wide.png": (112, 40), "high.png": (30, 90)}
 RECORDS: list[dict[str, Any]] = [
@@ -148,10 +148,18 @@ def test_allocation_and_online_training_read_the_same_states(
     torch.testing.assert_close(found.hidden.float(), output.hidden_states[-1][0], atol=2e-3, rtol=2e-2)
 
 
-def test_another_chat_template_than_vicunas_is_refused(next_target: Target) -> None:
-    processor = type("Processor", (), {
-        "chat_template": "mistral", "apply_chat_template": lambda self, messages, **_: "[INST] What? [/INST]",
-    })()  # fmt: skip
-    template = type(template_of(next_target))
-    with pytest.raises(UserError, match="Vicuna language model"):
-        template(processor, 7)
+MISTRAL = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}[INST] "
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}"
+    "{% endif %}{% endfor %} [/INST]{% else %} {{ message['content'][0]['text'] }}</s>{% endif %}{% endfor %}"
+)
+
+
+def test_another_chat_template_than_vicunas_is_learnt(base: Path, photos: Path, tmp_path: Path) -> None:
+    """As it is asked at inference."""
+    folder = Path(shutil.copytree(base, tmp_path / "base"))
+    (folder / "chat_template.jinja").write_text(MISTRAL)
+    other = load_target(folder, dtype="float32")
+    segments = template_of(other).segments(read_conversation(RECORDS[1], 0))
+    assert segments[0].text == other.chat_prompt("What colours?", 1) == "[INST] <image>\nWhat colours? [/INST]"
+    assert segments[1].text.strip() == "Those of square.png.</s>"

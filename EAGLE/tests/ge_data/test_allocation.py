@@ -183,6 +183,20 @@ def test_skipped_rows_are_counted_and_listed(
     assert "skipped: missing_picture" in capsys.readouterr().out
 
 
+def test_keys_of_records(base: Path, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A system key is learnt from, a video record is skipped by name, an unknown key is named once for the file."""
+    video = {"id": "v", "video": "a.mp4", "conversations": turns("What happens?", "a")}
+    told = {**text_row(1), "system": "Be brief.", "tools": "search"}
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    data = annotations([text_row(1), told, video, {"id": "m", "messages": messages, "tools": ""}])
+    out = tmp_path / "out"
+    assert allocate(base, data, out) == 0
+    assert load_index(out).samples == 3 and load_index(out).skipped == {"video": 1}
+    samples = {len(sample.input_ids) for sample in ShardDataset(out) if sample.id == str(text_row(1)["id"])}
+    assert len(samples) == 2, "the system prompt makes a difference"
+    assert capsys.readouterr().err.count("keys that are not read: 'tools' (2 records)") == 1
+
+
 def test_ranges_in_one_folder(base: Path, annotations: Write, tmp_path: Path) -> None:
     data, out = annotations(mixed_rows()), tmp_path / "out"
     assert allocate(base, data, out, "t", "--start", "4", "--limit", "2") == 0

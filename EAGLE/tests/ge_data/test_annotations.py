@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from eagle.conversations import read_conversation
 from eagle.ge_data.annotations import RecordFile, iter_records
 from eagle.ge_data.convert import convert, main
 from llava.errors import UserError, run_cli
@@ -117,10 +118,36 @@ def test_convert_makes_no_id_good_that_is_none(tmp_path: Path) -> None:
     """Rows that the allocation skips for their id are the same rows after it."""
     ids = [None, [1], {"a": 1}, 1.5, True, 7, "x", 10**30]
     source, output = tmp_path / "in.json", tmp_path / "out.json"
-    source.write_text(json.dumps([{"id": value} for value in ids] + [{}]))
+    source.write_text(json.dumps([{"id": value, "conversations": []} for value in ids] + [{"conversations": []}]))
     _, changes = convert(source, output)
     assert [row.value["id"] for row in iter_records(output)] == ["0", *ids[1:5], "7", "x", str(10**30), "8"]
     assert changes == {"ids made text": 2, "ids added (the record's number)": 2}
+
+
+def test_convert_reads_messages_with_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = [{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text": "What?"}]
+    rows = [
+        {"id": "m", "system": "Be brief.", "messages": [
+            {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        {"id": "p", "messages": [{"role": "user", "content": picture}, {"role": "assistant", "content": "A cat."}]},
+        {"id": "n", "conversations": [], "tools": []},
+    ]  # fmt: skip
+    source, output = tmp_path / "in.json", tmp_path / "out.json"
+    source.write_text(json.dumps(rows))
+    assert main(["--input", str(source), "--output", str(output)]) == 0
+    fixed = json.loads(output.read_text())
+    for row, made in zip(rows[:2], fixed, strict=False):
+        assert read_conversation(made, 0) == read_conversation(row, 0) and "messages" not in made
+    assert fixed[0]["conversations"][0] == {"from": "human", "value": "q"} and fixed[1]["image"] == ["a.png"]
+    assert "keys that are not read: 'tools' (1 records)" in capsys.readouterr().out
+
+
+def test_convert_refuses_a_file_without_turns(tmp_path: Path) -> None:
+    source, output = tmp_path / "in.json", tmp_path / "out.json"
+    source.write_text(json.dumps([{"id": 1, "dialogue": []}] * 3))
+    with pytest.raises(UserError, match="no record has a list of turns"):
+        convert(source, output)
+    assert not output.exists()
 
 
 def test_convert_empty_array(tmp_path: Path) -> None:

@@ -11,12 +11,11 @@ from torch import Tensor
 import llava
 from eagle.conversations import Unusable
 from eagle.families.template import Encoded, Template
-from llava.conversation import DEFAULT_TEMPLATE, get_template
 from llava.errors import UserError
 
 
 class LlavaTemplate(Template):
-    """LLaVA-1.5: ``<system> USER: <question> ASSISTANT: <answer></s>USER: ...``."""
+    """LLaVA-1.5: the checkpoint's own chat template, else ``<system> USER: <question> ASSISTANT: <answer></s>``."""
 
     @property
     def least_picture_tokens(self) -> int:
@@ -27,7 +26,7 @@ class LlavaTemplate(Template):
         return llava.load_processor(model)
 
     def write(self, turns: Sequence[tuple[str, str | None]], system: str | None) -> str:
-        return write_vicuna(turns, system, self.processor.template)
+        return self.processor.write_turns(turns, system)
 
     def encode(self, prompt: str, pictures: Sequence[Image.Image]) -> Encoded:
         try:
@@ -42,14 +41,3 @@ class LlavaTemplate(Template):
 
     def first_pictures(self, images: dict[str, Tensor], count: int) -> dict[str, Tensor]:
         return {"pixel_values": images["pixel_values"][:count]} if count else {}
-
-
-def write_vicuna(
-    turns: Sequence[tuple[str, str | None]], system: str | None = None, template: str = DEFAULT_TEMPLATE
-) -> str:
-    """Turns (question, answer) in Vicuna's conversation; an answer None leaves the last turn open."""
-    conversation = get_template(template, system)
-    for question, answer in turns:
-        conversation.append(0, question)
-        conversation.append(1, answer)
-    return conversation.prompt()

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from eagle.conversations import MARK
-from eagle.families.stock import IMAGE, Part, text_part, write_chat
+from eagle.families.stock import parts_of, write_chat
 from eagle.families.template import Template
 
 
@@ -31,18 +30,3 @@ class QwenTemplate(Template):
             return {}
         grids = images["image_grid_thw"][:count]  # [count, 3] frames, rows and columns of patches
         return {"pixel_values": images["pixel_values"][: int(grids.prod(dim=-1).sum())], "image_grid_thw": grids}
-
-
-def parts_of(text: str) -> list[Part]:
-    """A question's words and pictures, in order.
-
-    >>> parts_of("<image>\\nWhat?")
-    [{'type': 'image'}, {'type': 'text', 'text': 'What?'}]
-    """
-    parts: list[Part] = []
-    for number, piece in enumerate(text.split(MARK)):
-        if number:
-            parts.append(IMAGE)
-        if piece.strip():
-            parts.append(text_part(piece.strip("\n")))
-    return parts
