@@ -40,8 +40,8 @@ class Group:
         return target.prepare(prompts, [image for each in self.questions for image in each.images])
 
 
-KEYS = ("id", "images", "image", "question", "answer", "kind", "type", "facts")
-"""Keys of a question. ``image`` is a single picture; ``kind``, ``type`` and ``facts`` are for evaluations."""
+KEYS = ("id", "images", "image", "question", "answer", "kind", "type", "facts", "exchange")
+"""Keys of a question. ``image`` is a single picture; ``kind``, ``type``, ``facts`` and ``exchange`` are for evaluations."""
 
 
 def read_questions(path: Path, limit: int | None = None) -> list[Question]:
