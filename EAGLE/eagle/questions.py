@@ -41,7 +41,7 @@ class Group:
 
 
 KEYS = ("id", "images", "image", "question", "answer", "kind", "type", "facts", "exchange")
-"""Keys of a question. ``image`` is a single picture; ``kind``, ``type``, ``facts`` and ``exchange`` are for evaluations."""
+"""Keys of a question. ``image`` is a single picture. From ``kind`` on they are for evaluations."""
 
 
 def read_questions(path: Path, limit: int | None = None) -> list[Question]:
