@@ -12,6 +12,8 @@ from typing import Any
 
 from .errors import MAKE_ROOM, UserError, is_full_disk
 
+POINTER = b"version https://git-lfs"
+
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
@@ -40,6 +42,21 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         raise UserError("no room left to write this file", path, MAKE_ROOM) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_not_pointer(path: Path) -> None:
+    """Raises `UserError` if a file is only the pointer that git stores in place of a large file."""
+    with path.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise UserError("only a git-lfs pointer, not the file", path, "run `git lfs pull`, or download it again")
+
+
+def read_object(path: str | Path, what: str = "JSON file") -> dict[str, Any]:
+    """As `read_json`, for a file that must be a JSON object."""
+    content = read_json(path, what)
+    if not isinstance(content, dict):
+        raise UserError(f"{what} is not a JSON object", path)
+    return content
 
 
 def read_json(path: str | Path, what: str = "JSON file") -> Any:
