@@ -63,16 +63,17 @@ def load_config(path: str | Path, **hub: Any) -> LlavaConfig:
 
 def load_processor(path: str | Path, **hub: Any) -> LlavaProcessor:
     """Tokenizer and image processor of a checkpoint of either layout; arguments and errors as of `load_config`."""
-    checkpoint = open_checkpoint(Source.of(path, hub))
-    config = build_config(checkpoint)
-    return LlavaProcessor(
-        tokenizer=load_tokenizer(checkpoint.source),
-        image_processor=_image_processor(checkpoint, config),
-        image_token_id=config.image_token_id,
-        image_token_count=count_image_tokens(config.vision_config, config.vision_feature_select_strategy),
-        aspect=checkpoint.aspect,
-        chat_template=_chat_template(checkpoint),
-    )
+    with load_errors("processor cannot be loaded", path):
+        checkpoint = open_checkpoint(Source.of(path, hub))
+        config = build_config(checkpoint)
+        return LlavaProcessor(
+            tokenizer=load_tokenizer(checkpoint.source),
+            image_processor=_image_processor(checkpoint, config),
+            image_token_id=config.image_token_id,
+            image_token_count=count_image_tokens(config.vision_config, config.vision_feature_select_strategy),
+            aspect=checkpoint.aspect,
+            chat_template=_chat_template(checkpoint),
+        )
 
 
 def load_model(

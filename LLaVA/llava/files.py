@@ -81,6 +81,7 @@ def read_json(path: str | Path, what: str = "JSON file") -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
+        check_not_pointer(path)
         position = f"line {error.lineno} column {error.colno}"
         raise UserError(f"{what} is not valid JSON ({error.msg}, {position})", path) from None
     except RecursionError:

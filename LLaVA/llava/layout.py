@@ -136,7 +136,7 @@ def _liuhaotian_config(checkpoint: Checkpoint) -> LlavaConfig:
 
 def _rope(fields: dict[str, Any]) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` of old configs as `rope_parameters`."""
-    if isinstance(fields.get("rope_parameters"), dict):
+    if fields.get("rope_parameters") is not None:
         return dict(fields["rope_parameters"])
     scaling = dict(fields.get("rope_scaling") or {})
     kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"

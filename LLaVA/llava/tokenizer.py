@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from .errors import UserError
 from .files import check_not_pointer, read_object
 from .hub import Source
+from .loading import load_errors
 
 SPACE = "\u2581"
 SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -31,6 +32,11 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerFast:
     Raises:
         UserError: tokenizer files are missing or broken.
     """
+    with load_errors("tokenizer cannot be loaded", source.name):
+        return _read_tokenizer(source)
+
+
+def _read_tokenizer(source: Source) -> PreTrainedTokenizerFast:
     settings = _settings(source)
     if (path := source.find("tokenizer.json")) is not None:
         try:

@@ -129,12 +129,17 @@ def _read_config(path: Path, what: str) -> dict[str, Any]:
 def check_base(name: str, hub: bool) -> tuple[Contents | None, list[Check]]:
     """The base model's contents, None if they cannot be read, and the findings."""
     try:
-        contents = open_contents(name, BASE, hub)
-        if contents is None:
-            return None, [_not_cached(BASE, name)]
-        family = family_of(contents.where)
+        with load_errors("base model cannot be loaded", name, weights=True):
+            return _check_base(name, hub)
     except UserError as error:
         return None, [Check.of_error(BASE, error)]
+
+
+def _check_base(name: str, hub: bool) -> tuple[Contents | None, list[Check]]:
+    contents = open_contents(name, BASE, hub)
+    if contents is None:
+        return None, [_not_cached(BASE, name)]
+    family = family_of(contents.where)
     if missing := list(missing_tensors(contents)):
         fix = "download or copy the checkpoint again"
         return contents, [Check(BASE, State.PROBLEM, f"missing tensors: {_shorten(missing)}", fix)]

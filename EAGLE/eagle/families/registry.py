@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from llava.errors import UserError
 from llava.files import read_object
 from llava.hub import HUB_KEYS, Source
+from llava.loading import load_errors
 
 if TYPE_CHECKING:
     from eagle.families.base import Target
@@ -131,7 +132,8 @@ def load_target(path: str | Path, dtype: Any = "auto", device_map: Any = None, *
         check_attention(kwargs["attn_implementation"])
     leave_out_cudnn_attention()
     family = family_of(path, **{key: kwargs[key] for key in HUB_KEYS if key in kwargs})
-    target = family.target_class().load(str(path), dtype=dtype, device_map=device_map, **kwargs)
+    with load_errors("base model cannot be loaded", path, weights=True):
+        target = family.target_class().load(str(path), dtype=dtype, device_map=device_map, **kwargs)
     if target.offloaded:
         raise UserError(
             "a part of the base model did not fit on the devices and was offloaded, where it cannot be decoded with",

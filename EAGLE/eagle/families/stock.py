@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
-from transformers import AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from eagle.conversations import MARK
 from eagle.families.base import Target
@@ -35,11 +36,10 @@ class StockTarget(Target):
         settings["dtype"] = dtype_for(settings.get("dtype", "auto"), settings.get("device_map"))
         hub = {key: settings[key] for key in HUB_KEYS if key in settings}
         processor = load_processor(path, **hub)
-        with load_errors("base model cannot be loaded", path, weights=True):
-            check_generation_config(Source.of(path, hub, "base model"))
-            model, info = cls.model_class.from_pretrained(
-                path, **settings, output_loading_info=True, ignore_mismatched_sizes=True
-            )
+        check_generation_config(Source.of(path, hub, "base model"))
+        model, info = cls.model_class.from_pretrained(
+            path, **settings, output_loading_info=True, ignore_mismatched_sizes=True
+        )
         check_complete(info, path)
         return cls(model, processor)
 
@@ -50,10 +50,8 @@ class StockTarget(Target):
         if marks != len(pictures):
             raise UserError(f"prompt has {marks} image mark(s), but {len(pictures)} picture(s) were given")
         settings = {"padding": True, "padding_side": "left"} if len(prompts) > 1 else {}
-        try:
+        with processor_errors():
             inputs = self.processor(text=prompts, images=pictures or None, return_tensors="pt", **settings)
-        except ValueError as error:  # such as a picture 200 times as wide as high, or the mark of a video
-            raise UserError(f"the processor cannot prepare this prompt ({reason_of(error)})") from error
         return dict(inputs.to(self.device))
 
     def chat_prompt(
@@ -84,12 +82,24 @@ def check_complete(info: Mapping[str, Any], path: str) -> None:
         )
 
 
+@contextmanager
+def processor_errors() -> Iterator[None]:
+    """Raises `UserError` for what a processor refuses, such as a picture 200 times as wide as high, or the mark of a
+    video in the text."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"the processor cannot prepare this prompt ({reason_of(error)})") from error
+
+
 def load_processor(path: str, **hub: Any) -> Any:
     """The processor alone.
 
     Raises:
         UserError: it cannot be loaded.
     """
+    with load_errors("base model config is not valid", path):  # which the processor's class reads too
+        AutoConfig.from_pretrained(path, **{key: hub[key] for key in HUB_KEYS if key in hub})
     with load_errors("processor cannot be loaded", path):
         return AutoProcessor.from_pretrained(path, **hub)
 
