@@ -176,7 +176,7 @@ def test_any_value_at_any_key_is_a_line_or_a_model(folder: Path, file: str) -> N
 @pytest.mark.parametrize("file", CONFIGS)
 def test_any_value_at_any_key_many_times(folder: Path, file: str) -> None:
     if (folder / file).is_file():
-        check_any_value(folder, file, 400)
+        check_any_value(folder, file, 100)
 
 
 def with_template(folder: Path, template: str | None) -> None:
@@ -192,7 +192,9 @@ def with_template(folder: Path, template: str | None) -> None:
         (folder / "chat_template.jinja").write_text(template)
 
 
-@pytest.mark.parametrize("template", ["{% for", "{{ 1 / 0 }}", "{{ a.b.c }}", "{{ messages + 1 }}", "{{ 'x'['y'](2) }}"])
+@pytest.mark.parametrize(
+    "template", ["{% for", "{{ 1 / 0 }}", "{{ a.b.c }}", "{{ messages + 1 }}", "{{ 'x'['y'](2) }}"]
+)
 def test_a_chat_template_that_fails(folder: Path, template: str) -> None:
     if "mm_vision_tower" in json.loads((folder / "config.json").read_text()):
         pytest.skip("this layout has no chat template")
