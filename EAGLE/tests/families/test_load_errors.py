@@ -192,9 +192,7 @@ def with_template(folder: Path, template: str | None) -> None:
         (folder / "chat_template.jinja").write_text(template)
 
 
-@pytest.mark.parametrize(
-    "template", ["{% for", "{{ 1 / 0 }}", "{{ a.b.c }}", "{{ messages + 1 }}", "{{ 'x'['y'](2) }}"]
-)
+@pytest.mark.parametrize("template", ["{% for", "{{ 1 / 0 }}", "{{ a.b.c }}", "{{ messages + 1 }}"])
 def test_a_chat_template_that_fails(folder: Path, template: str) -> None:
     if "mm_vision_tower" in json.loads((folder / "config.json").read_text()):
         pytest.skip("this layout has no chat template")
