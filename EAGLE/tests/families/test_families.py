@@ -175,7 +175,7 @@ def test_settings_of_loading_reach_transformers(
 ) -> None:  # fmt: skip
     """A quantised target is transformers' own affair."""
 
-    class Seen(BaseException):  # noqa: N818 (passes through what makes errors one line)
+    class Seen(BaseException):
         pass
 
     def see(cls: type, *_: object, **settings: object) -> None:

@@ -137,7 +137,8 @@ def test_wrong_values_of_a_config(folder: Path, text: Any) -> None:
 def places(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """Paths of all keys inside a JSON object."""
     for key, inner in value.items() if isinstance(value, dict) else ():
-        yield (*path, key)
+        if key not in ("text_config", "vision_config"):  # without its sizes a section means those of a 7B model
+            yield (*path, key)
         yield from places(inner, (*path, key))
 
 
