@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
 from .device import dtype_for
 from .errors import UserError
-from .files import read_json
+from .files import read_json, read_object
 from .hub import Source, split_hub_options
 from .layout import Checkpoint, build_config, count_image_tokens, open_checkpoint
+from .loading import check_generation_config, load_errors
 from .processor import LlavaProcessor
 from .tokenizer import load_tokenizer
 from .weights import find_weights, from_clip, from_liuhaotian, has_tower, is_old_buffer, read_tensors
@@ -32,7 +32,6 @@ try:
 except ImportError:  # before transformers had two backends, the plain name was the PIL one
     from transformers import CLIPImageProcessor as ImageProcessor  # type: ignore[assignment]
 
-_LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, ImportError, SafetensorError)
 _NAMES_SHOWN = 8
 
 
@@ -64,16 +63,17 @@ def load_config(path: str | Path, **hub: Any) -> LlavaConfig:
 
 def load_processor(path: str | Path, **hub: Any) -> LlavaProcessor:
     """Tokenizer and image processor of a checkpoint of either layout; arguments and errors as of `load_config`."""
-    checkpoint = open_checkpoint(Source.of(path, hub))
-    config = build_config(checkpoint)
-    return LlavaProcessor(
-        tokenizer=load_tokenizer(checkpoint.source),
-        image_processor=_image_processor(checkpoint, config),
-        image_token_id=config.image_token_id,
-        image_token_count=count_image_tokens(config.vision_config, config.vision_feature_select_strategy),
-        aspect=checkpoint.aspect,
-        chat_template=_chat_template(checkpoint),
-    )
+    with load_errors("processor cannot be loaded", path):
+        checkpoint = open_checkpoint(Source.of(path, hub))
+        config = build_config(checkpoint)
+        return LlavaProcessor(
+            tokenizer=load_tokenizer(checkpoint.source),
+            image_processor=_image_processor(checkpoint, config),
+            image_token_id=config.image_token_id,
+            image_token_count=count_image_tokens(config.vision_config, config.vision_feature_select_strategy),
+            aspect=checkpoint.aspect,
+            chat_template=_chat_template(checkpoint),
+        )
 
 
 def load_model(
@@ -111,18 +111,15 @@ def load_model(
         place = None
         state = _liuhaotian_state(checkpoint)
         rest |= {"state_dict": state, "dtype": _checkpoint_dtype(config, state) if dtype == "auto" else dtype}
-    try:
+    with load_errors("model cannot be loaded", checkpoint.source.name, weights=True):
+        check_generation_config(checkpoint.source)
         with _quiet_transformers():
             model, info = LlavaForConditionalGeneration.from_pretrained(
                 place, output_loading_info=True, ignore_mismatched_sizes=True, **rest
             )
-    except torch.OutOfMemoryError:
-        raise
-    except _LOAD_ERRORS as error:
-        raise _explain(error, checkpoint) from error
-    _check_complete(info, checkpoint)
-    if checkpoint.layout == "liuhaotian":
-        _finish_liuhaotian(model, checkpoint)
+        _check_complete(info, checkpoint)
+        if checkpoint.layout == "liuhaotian":
+            _finish_liuhaotian(model, checkpoint)
     return model
 
 
@@ -149,7 +146,7 @@ def _finish_liuhaotian(model: LlavaForConditionalGeneration, checkpoint: Checkpo
     """
     model.config.name_or_path = model.name_or_path = checkpoint.source.name
     if (path := checkpoint.source.find("generation_config.json")) is not None:
-        fields = read_json(path, "generation config")
+        fields = read_object(path, "generation config")
         fields.pop("max_length", None)  # the context length of old releases; it would conflict with max_new_tokens
         model.generation_config = GenerationConfig.from_dict(fields)
     end = model.generation_config.eos_token_id
@@ -172,17 +169,6 @@ def _check_complete(info: dict[str, Any], checkpoint: Checkpoint) -> None:
 def _shorten(names: list[str]) -> str:
     more = len(names) - _NAMES_SHOWN
     return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
-
-
-def _explain(error: Exception, checkpoint: Checkpoint) -> UserError:
-    """Names the damaged file if that is the cause; else the first line of the library's message."""
-    if checkpoint.source.folder is not None:
-        try:
-            read_tensors(find_weights(checkpoint.source))
-        except UserError as reason:
-            return reason
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return UserError("model cannot be loaded", checkpoint.source.name, lines[0])
 
 
 def _chat_template(checkpoint: Checkpoint) -> str | None:

@@ -1,20 +1,25 @@
 """The one error of bad input, and how a command line reports it.
 
 A `UserError` says in one line what is wrong, where, and how to fix it. Any other exception that leaves a command is a
-bug of the program and keeps its traceback.
+bug of the program. It is one line too, and with the environment variable `MSD_TRACEBACK` a traceback.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
+import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
 USER_ERROR_STATUS = 2
+BUG_STATUS = 1
+TRACEBACK = "MSD_TRACEBACK"
+"""Environment variable: unless empty, a command that fails prints tracebacks."""
 INTERRUPT_STATUS = 130
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_TEXTS = ("No space left", "File too large", "quota exceeded", "PytorchStreamWriter failed", "unexpected pos")
@@ -46,6 +51,21 @@ class UserError(Exception):
 
 class OutOfMemory(UserError):
     """There is too little memory even for the smallest unit of work."""
+
+
+def reason_of(error: BaseException, limit: int = 300) -> str:
+    """What an error of a library says, in one line: its first line, and the next ones while a line ends with a colon.
+
+    >>> reason_of(ValueError("field 'size':\\n  expected int\\nmore"))
+    "field 'size': expected int"
+    """
+    words: list[str] = []
+    for line in str(error).strip().splitlines():
+        words += line.split()
+        if words and not words[-1].endswith(":"):
+            break
+    text = " ".join(words) or type(error).__name__
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def is_full_disk(error: BaseException) -> bool:
@@ -82,6 +102,8 @@ def cli_errors() -> Iterator[None]:
 
 
 def _give_up(error: UserError) -> NoReturn:
+    if os.environ.get(TRACEBACK):
+        traceback.print_exception(error)
     print(f"error: {error}", file=sys.stderr)
     raise SystemExit(USER_ERROR_STATUS) from None
 
@@ -89,6 +111,7 @@ def _give_up(error: UserError) -> NoReturn:
 def run_cli(main: Callable[[], int | None]) -> int:
     """Runs `main` and returns its exit status (None is 0); a `UserError` is printed and gives 2, Ctrl-C gives 130.
 
+    Any other exception is a bug of the program: one line and status 1, or raised if `TRACEBACK` is set.
     Use as `sys.exit(run_cli(main))`.
     """
     try:
@@ -100,6 +123,16 @@ def run_cli(main: Callable[[], int | None]) -> int:
         if stop.code is not None:
             print(stop.code, file=sys.stderr)
         return 0 if stop.code is None else 1
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        bug = UserError(
+            f"unexpected {type(error).__name__} in {Path(at.filename).name}, line {at.lineno}: {reason_of(error)}",
+            fix=f"this is a bug; run again with {TRACEBACK}=1 and report the traceback",
+        )
+        print(f"error: {bug}", file=sys.stderr)
+        return BUG_STATUS
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -12,6 +12,8 @@ from typing import Any
 
 from .errors import MAKE_ROOM, UserError, is_full_disk
 
+POINTER = b"version https://git-lfs"
+
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
@@ -42,6 +44,21 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_not_pointer(path: Path) -> None:
+    """Raises `UserError` if a file is only the pointer that git stores in place of a large file."""
+    with path.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise UserError("only a git-lfs pointer, not the file", path, "run `git lfs pull`, or download it again")
+
+
+def read_object(path: str | Path, what: str = "JSON file") -> dict[str, Any]:
+    """As `read_json`, for a file that must be a JSON object."""
+    content = read_json(path, what)
+    if not isinstance(content, dict):
+        raise UserError(f"{what} is not a JSON object", path)
+    return content
+
+
 def read_json(path: str | Path, what: str = "JSON file") -> Any:
     """Reads a JSON file.
 
@@ -64,6 +81,7 @@ def read_json(path: str | Path, what: str = "JSON file") -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
+        check_not_pointer(path)
         position = f"line {error.lineno} column {error.colno}"
         raise UserError(f"{what} is not valid JSON ({error.msg}, {position})", path) from None
     except RecursionError:

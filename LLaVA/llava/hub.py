@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, reason_of
 
 HUB_KEYS = ("revision", "cache_dir", "local_files_only", "token", "force_download")
 """Keyword arguments of `huggingface_hub.hf_hub_download` that loaders of this project take."""
@@ -34,8 +34,8 @@ def hub_errors(what: str, name: str | Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # errors of the HTTP library, such as a refusing proxy's, have no common base class
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"{what} is not a folder here, and the hub did not give it", where=name, fix=reason) from error
+        what = f"{what} is not a folder here, and the hub did not give it"
+        raise UserError(what, where=name, fix=reason_of(error)) from error
 
 
 def _check_name(what: str, name: str | Path) -> None:

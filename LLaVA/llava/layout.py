@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from .errors import UserError
-from .files import read_json
+from .files import read_object
 from .hub import Source, is_repository_name
+from .loading import load_errors
 
 CONFIG_FILE = "config.json"
 MODEL_TYPES = ("llava", "llava_llama")
@@ -51,9 +51,7 @@ def open_checkpoint(source: Source) -> Checkpoint:
         UserError: no config.json, or a model that is not LLaVA-1.5; the message says what it is.
     """
     path = source.require(CONFIG_FILE, "model config")
-    fields = read_json(path, "model config")
-    if not isinstance(fields, dict):
-        raise UserError("model config is not a JSON object", path)
+    fields = read_object(path, "model config")
     model_type = fields.get("model_type")
     architectures = fields.get("architectures") or []
     if model_type == "llava" and "text_config" in fields and "vision_config" in fields:
@@ -106,13 +104,10 @@ def build_config(checkpoint: Checkpoint) -> LlavaConfig:
     Raises:
         UserError: a config is missing or has invalid values.
     """
-    try:
+    with load_errors("model config is not valid", Path(checkpoint.source.name) / CONFIG_FILE):
         if checkpoint.layout == "llava-hf":
             return LlavaConfig.from_dict(dict(checkpoint.fields))
         return _liuhaotian_config(checkpoint)
-    except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError("model config is not valid", Path(checkpoint.source.name) / CONFIG_FILE, reason) from None
 
 
 def _liuhaotian_config(checkpoint: Checkpoint) -> LlavaConfig:
@@ -141,7 +136,7 @@ def _liuhaotian_config(checkpoint: Checkpoint) -> LlavaConfig:
 
 def _rope(fields: dict[str, Any]) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` of old configs as `rope_parameters`."""
-    if isinstance(fields.get("rope_parameters"), dict):
+    if fields.get("rope_parameters") is not None:
         return dict(fields["rope_parameters"])
     scaling = dict(fields.get("rope_scaling") or {})
     kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
@@ -150,8 +145,8 @@ def _rope(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _vision_config(tower: Source) -> CLIPVisionConfig:
     path = tower.require(CONFIG_FILE, "vision tower config")
-    fields = read_json(path, "vision tower config")
-    model_type = fields.get("model_type") if isinstance(fields, dict) else None
+    fields = read_object(path, "vision tower config")
+    model_type = fields.get("model_type")
     if model_type not in CLIP_TYPES:
         raise UserError("vision tower is not a CLIP model", path, f"model_type {model_type!r}")
     if model_type == "clip":

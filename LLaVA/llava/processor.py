@@ -13,13 +13,12 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from jinja2 import TemplateError
 from PIL import Image
 from tokenizers import Tokenizer
 from transformers import BatchFeature, PreTrainedTokenizerFast
 
 from .conversation import DEFAULT_TEMPLATE, get_template, write_turns
-from .errors import UserError
+from .errors import UserError, reason_of
 from .image import MAX_SQUARE_SIDE, ImageInput, load_image, pad_to_square
 
 IMAGE_TOKEN = "<image>"
@@ -206,8 +205,8 @@ class LlavaProcessor:
             return self.tokenizer.apply_chat_template(
                 messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=is_open
             )
-        except (TemplateError, TypeError) as error:
-            raise UserError(f"chat template cannot write this conversation ({error})") from None
+        except Exception as error:  # a template is a program: it may divide by zero
+            raise UserError(f"chat template cannot write this conversation ({reason_of(error)})") from error
 
     def decode(self, ids: Any, skip_special_tokens: bool = True, **options: Any) -> str:
         """Text of ids [S]."""

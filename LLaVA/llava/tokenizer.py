@@ -15,8 +15,9 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from .errors import UserError
-from .files import read_json
+from .files import check_not_pointer, read_object
 from .hub import Source
+from .loading import load_errors
 
 SPACE = "\u2581"
 SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -31,11 +32,17 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerFast:
     Raises:
         UserError: tokenizer files are missing or broken.
     """
+    with load_errors("tokenizer cannot be loaded", source.name):
+        return _read_tokenizer(source)
+
+
+def _read_tokenizer(source: Source) -> PreTrainedTokenizerFast:
     settings = _settings(source)
     if (path := source.find("tokenizer.json")) is not None:
         try:
             backend = Tokenizer.from_file(str(path))
         except Exception as error:  # the Rust library raises nothing narrower
+            check_not_pointer(path)
             raise UserError(f"tokenizer cannot be read ({error})", path) from None
     elif (path := source.find("tokenizer.model")) is not None:
         legacy = settings.get("legacy")
@@ -71,6 +78,7 @@ def from_sentencepiece(path: Path, legacy: bool = False) -> Tokenizer:
         pieces.load(str(path))
         vocabulary = {pieces.id_to_piece(index): index for index in range(pieces.get_piece_size())}
     except (OSError, RuntimeError, UnicodeDecodeError) as error:
+        check_not_pointer(path)
         raise UserError(f"tokenizer cannot be read ({error})", path) from None
     scores = {
         piece: pieces.get_score(index)
@@ -116,9 +124,7 @@ def _settings(source: Source) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         if (path := source.find(file)) is not None:
-            fields = read_json(path, "tokenizer config")
-            if not isinstance(fields, dict):
-                raise UserError("tokenizer config is not a JSON object", path)
+            fields = read_object(path, "tokenizer config")
             given = {name: value for name, value in fields.items() if value is not None}
             settings = dict.fromkeys(fields) | settings | given
     return settings

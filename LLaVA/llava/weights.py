@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import UserError
-from .files import read_json
+from .files import check_not_pointer, read_json
 from .hub import Source
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -162,6 +162,7 @@ def _read_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except _READ_ERRORS as error:
+        check_not_pointer(path)
         reason = str(error).strip().split("\n")[0][:120]
         raise UserError("weight file is damaged or truncated", path, reason or type(error).__name__) from None
 

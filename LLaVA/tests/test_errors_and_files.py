@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava.errors import LESS_MEMORY, OneLineParser, UserError, cli_errors, run_cli
+from llava.errors import LESS_MEMORY, TRACEBACK, OneLineParser, UserError, cli_errors, run_cli
 from llava.files import atomic_write, read_json
 
 SAID = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 14.58 GiB of which 1 GiB is free."
@@ -50,6 +50,34 @@ def test_exit_status(main, status: int, stderr: str, capsys: pytest.CaptureFixtu
 def test_defects_keep_their_traceback(error: Exception) -> None:
     with pytest.raises(type(error)), cli_errors():
         fail(error)
+
+
+def test_a_defect_is_one_line_and_a_traceback_on_request(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(TRACEBACK, raising=False)
+    assert run_cli(lambda: fail(RuntimeError("sizes do\nnot match"))) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: unexpected RuntimeError in test_errors_and_files.py, line ")
+    assert "sizes do" in line and TRACEBACK in line
+    monkeypatch.setenv(TRACEBACK, "1")
+    with pytest.raises(RuntimeError):
+        run_cli(lambda: fail(RuntimeError("sizes do not match")))
+
+
+def test_the_cause_of_a_user_error_is_shown_on_request(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load() -> int:
+        try:
+            raise KeyError("of the library")
+        except KeyError as error:
+            raise UserError("cannot be loaded") from error
+
+    monkeypatch.setenv(TRACEBACK, "1")
+    assert run_cli(load) == 2
+    errors = capsys.readouterr().err
+    assert "KeyError: 'of the library'" in errors and errors.splitlines()[-1] == "error: cannot be loaded"
 
 
 def test_parser_complains_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from eagle.families import Target
-from eagle.families.stock import text_part, write_chat
+from eagle.families.stock import processor_errors, text_part, write_chat
 from llava.conversation import build_prompt
 from llava.errors import UserError
 from llava.image import load_image
@@ -160,14 +160,15 @@ class QwenPrompts(PromptWriter):
 
     def inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
         pictures, videos = self._load([visual for prompt in prompts for visual in prompt.visuals])
-        batch = self.target.processor(
-            text=[prompt.text for prompt in prompts],
-            images=pictures,
-            videos=videos,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        )
+        with processor_errors():
+            batch = self.target.processor(
+                text=[prompt.text for prompt in prompts],
+                images=pictures,
+                videos=videos,
+                padding=True,
+                padding_side="left",
+                return_tensors="pt",
+            )
         return dict(batch.to(self.target.device))
 
     def _load(self, visuals: Sequence[Visual]) -> tuple[Any, Any]:

@@ -37,6 +37,10 @@ def check_compatible(target: Target, draft: DraftModel) -> None:
         raise misfit("vocabulary", own, base)
     elif not alike:
         log.warning("the draft's token embedding is not the base's: %s, or few tokens will be accepted", FIX)
+    head, spare = target.model.get_output_embeddings().weight, draft.spare_head
+    if spare is not None and head.ndim == 2 and head.shape[1] == size and not same_head(head, spare):
+        log.warning("the draft's lm_head is not the base's, which is used: %s, or few tokens will be accepted", FIX)
+    draft.spare_head = None
 
 
 def check_family(family: str, model_type: str) -> None:
@@ -48,6 +52,11 @@ def check_family(family: str, model_type: str) -> None:
 def misfit(what: str, own: object, base: object) -> UserError:
     """The error of a pair that does not fit."""
     return UserError(f"the draft does not fit the base model: {what} {own} in the draft, {base} in the base", fix=FIX)
+
+
+def same_head(head: Tensor, spare: Tensor) -> bool:
+    """Whether a draft's ``lm_head`` of any shape is a copy of the base's first rows [V, H]."""
+    return spare.shape[1:] == head.shape[1:] and len(spare) > 0 and same_rows(head, spare)
 
 
 @torch.no_grad()

@@ -17,19 +17,20 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import SafetensorsParsingError
 
+from eagle.conversations import MARK
 from eagle.doctor import Check, State
 from eagle.doctor.memory import Footprint
-from eagle.drafts.checkpoint import misfits
+from eagle.drafts.checkpoint import is_spare, misfits
 from eagle.drafts.config import DRAFT_VOCAB_FILE, DraftConfig
 from eagle.drafts.draft_vocab import read_draft_vocab
 from eagle.drafts.msd import DraftModel
 from eagle.families import family_of
 from eagle.families.base_weights import EMBED_NAMES, HEAD_NAMES
-from eagle.families.stock import load_processor
 from llava.errors import UserError
-from llava.files import read_json
+from llava.files import read_object
 from llava.hub import Source, cached_folder, hub_errors
 from llava.layout import MODEL_TYPES, build_config, open_checkpoint
+from llava.loading import check_generation_config, load_errors
 from llava.tokenizer import load_tokenizer
 from llava.weights import WEIGHT_FILES, find_weights, is_old_buffer, read_index, read_shapes
 
@@ -87,14 +88,14 @@ def open_contents(name: str, what: str, hub: bool) -> Contents | None:
         folder, place = cached_folder(name), "hub cache"
         if folder is None or not any(path.suffix in (".safetensors", ".bin") for path in folder.iterdir()):
             return _open_on_hub(source) if hub else None
-    config = _read_object(folder / "config.json", f"{what} config")
+    config = _read_config(folder / "config.json", what)
     shapes = read_shapes(find_weights(Source.of(folder)))
     files = frozenset(path.name for path in folder.iterdir())
     return Contents(str(folder), place, config, frozenset(shapes), shapes, files)
 
 
 def _open_on_hub(source: Source) -> Contents:
-    config = _read_object(source.require("config.json", f"{source.what} config"), f"{source.what} config")
+    config = _read_config(source.require("config.json", f"{source.what} config"), source.what)
     names: frozenset[str] | None = None
     shapes: dict[str, tuple[int, ...]] = {}
     with hub_errors(source.what, source.name):
@@ -118,34 +119,44 @@ def _open_on_hub(source: Source) -> Contents:
     return Contents(source.name, "hub", config, names, shapes, files)
 
 
-def _read_object(path: Path, what: str) -> dict[str, Any]:
-    content = read_json(path, what)
-    if not isinstance(content, dict):
-        raise UserError(f"{what} is not a JSON object", where=path)
-    return content
+def _read_config(path: Path, what: str) -> dict[str, Any]:
+    config = read_object(path, f"{what} config")
+    if not isinstance(config.get("text_config") or {}, dict):
+        raise UserError(f"text_config of the {what} config is not a JSON object", where=path)
+    return config
 
 
 def check_base(name: str, hub: bool) -> tuple[Contents | None, list[Check]]:
     """The base model's contents, None if they cannot be read, and the findings."""
     try:
-        contents = open_contents(name, BASE, hub)
-        if contents is None:
-            return None, [_not_cached(BASE, name)]
-        family_of(contents.where)  # raises UserError if the model_type is not supported
+        with load_errors("base model cannot be loaded", name, weights=True):
+            return _check_base(name, hub)
     except UserError as error:
         return None, [Check.of_error(BASE, error)]
+
+
+def _check_base(name: str, hub: bool) -> tuple[Contents | None, list[Check]]:
+    contents = open_contents(name, BASE, hub)
+    if contents is None:
+        return None, [_not_cached(BASE, name)]
+    family = family_of(contents.where)
     if missing := list(missing_tensors(contents)):
         fix = "download or copy the checkpoint again"
         return contents, [Check(BASE, State.PROBLEM, f"missing tensors: {_shorten(missing)}", fix)]
     checks = [Check(BASE, State.OK, f"{name} ({contents.place}): {contents}")]
     is_llava = contents.model_type in MODEL_TYPES
+    topic = "tokenizer"
     try:
+        check_generation_config(Source.of(contents.where))
         if is_llava:
             load_tokenizer(Source.of(contents.where))
-        else:
-            load_processor(contents.where)
+        if "mm_vision_tower" not in contents.config:  # its processor is that of a tower, which may not be here
+            template = family.template_class()
+            processor = template.load_processor(contents.where)
+            topic = "chat template"
+            template(processor, 0).write([(f"{MARK}\nWhat?", None)], None)
     except UserError as error:
-        checks.append(Check.of_error("tokenizer", error))
+        checks.append(Check.of_error(topic, error))
     return contents, checks + (_check_tower(contents, name, hub) if is_llava else [])
 
 
@@ -202,19 +213,21 @@ def check_draft(name: str, hub: bool) -> tuple[Contents | None, list[Check]]:
         contents = open_contents(name, DRAFT, hub)
         if contents is None:
             return None, [_not_cached(DRAFT, name)]
-        config = DraftConfig.from_dict(contents.config, where=f"{name}/config.json", tensors=contents.names)
+        with load_errors("draft config is not valid", f"{name}/config.json"), torch.device("meta"):
+            config = DraftConfig.from_dict(contents.config, where=f"{name}/config.json", tensors=contents.names)
+            draft = DraftModel(config)
         if config.options.head_tokens is not None and DRAFT_VOCAB_FILE not in contents.files:
             raise UserError(f"{DRAFT_VOCAB_FILE} missing", name, "make it again: python -m eagle.ge_data.vocabulary")
         if config.options.head_tokens is not None and contents.place != "hub":
             read_draft_vocab(Path(contents.where), config)
     except UserError as error:
         return None, [Check.of_error(DRAFT, error)]
-    with torch.device("meta"):
-        wrong = misfits(contents.shapes, DraftModel(config)) if contents.shapes else []
-    if wrong:
+    if wrong := misfits(contents.shapes, draft) if contents.shapes else []:
         found = f"does not fit its config: {_shorten(wrong)}"
         return contents, [Check(DRAFT, State.PROBLEM, found, "is it an MSD draft?")]
-    return contents, [Check(DRAFT, State.OK, f"{name} ({contents.place}): {contents}")]
+    spare = sorted(filter(is_spare, contents.names or ()))
+    unused = f"; not needed: {_shorten(spare)}" if spare else ""
+    return contents, [Check(DRAFT, State.OK, f"{name} ({contents.place}): {contents}{unused}")]
 
 
 def check_pair(base: Contents, draft: Contents) -> list[Check]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,11 @@ from eagle.drafts.msd import DraftModel
 from llava.errors import UserError
 from llava.files import atomic_write, write_json
 from llava.hub import Source
-from llava.weights import find_weights, read_tensors
+from llava.loading import load_errors
+from llava.weights import find_weights, is_old_buffer, read_tensors
+
+HEAD = "lm_head.weight"
+log = logging.getLogger(__name__)
 
 
 def load_draft(
@@ -35,18 +40,19 @@ def load_draft(
     config_file = source.require("config.json", "draft config")
     paths = find_weights(source)
     tensors = read_tensors(paths)
-    try:
+    spare = {name: tensors.pop(name) for name in list(tensors) if is_spare(name)}
+    with load_errors("draft config is not valid", config_file):
         config = DraftConfig.from_json(config_file, tensors=tensors)
         with torch.device("meta"):
             draft = DraftModel(config)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {str(error)[:120]}"
-        raise UserError("draft config is not valid", where=config_file, fix=reason) from error
     if problems := misfits({name: tuple(tensor.shape) for name, tensor in tensors.items()}, draft):
         raise UserError(f"draft does not fit its config: {'; '.join(problems)}", paths[0], "is this an MSD draft?")
     if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise UserError(f"draft has NaN or infinite values in {', '.join(broken)}", paths[0], "use another checkpoint")
     draft.load_state_dict(tensors, assign=True)
+    if spare:
+        log.warning("%s: a draft does not need %s, left out", name, ", ".join(spare))
+        draft.spare_head = spare.get(HEAD)
     draft.rotary = type(draft.rotary)(config.head_dim, config.rope_theta, config.mrope_section)
     if config.options.head_tokens is not None:
         source.find(DRAFT_VOCAB_FILE)  # downloads it beside the config
@@ -55,11 +61,17 @@ def load_draft(
     return draft.to(device=device, dtype=dtype if isinstance(dtype, torch.dtype) else own).eval().requires_grad_(False)
 
 
+def is_spare(name: str) -> bool:
+    """Whether a draft may have a tensor of this name though it does not use it: a buffer of old releases, or the base
+    model's ``lm_head``."""
+    return name == HEAD or is_old_buffer(name)
+
+
 def misfits(shapes: Mapping[str, tuple[int, ...]], draft: DraftModel) -> list[str]:
     """Names the tensors of a checkpoint that are missing, unexpected, or of another shape than in ``draft``."""
     wanted = {name: tuple(tensor.shape) for name, tensor in draft.state_dict().items()}
     problems = [f"missing {name}" for name in wanted if name not in shapes]
-    problems += [f"unexpected {name}" for name in shapes if name not in wanted]
+    problems += [f"unexpected {name}" for name in shapes if name not in wanted and not is_spare(name)]
     return problems + [
         f"{name} is {list(shape)}, config.json says {list(wanted[name])}"
         for name, shape in shapes.items()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from llava.errors import UserError
-from llava.files import read_json
+from llava.files import read_object
 from llava.strict import read_strict, strict_dataclass
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class DraftConfig:
         """Reads ``config.json`` (a file, or the folder that holds it)."""
         path = Path(path)
         path = path / "config.json" if path.is_dir() else path
-        return cls.from_dict(read_json(path, "draft config"), where=path, tensors=tensors)
+        return cls.from_dict(read_object(path, "draft config"), where=path, tensors=tensors)
 
     def to_dict(self) -> dict[str, Any]:
         """The published form: what was read, with section "msd" only if it differs from the defaults."""

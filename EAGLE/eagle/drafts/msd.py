@@ -229,6 +229,7 @@ class DraftModel(nn.Module):
         self.layers = nn.ModuleList([DraftLayer(config)])
         self.rotary = Rotary(config.head_dim, config.rope_theta, config.mrope_section)
         self.draft_vocab: Tensor | None = None  # [K] ids of the trimmed vocabulary; None is all of it
+        self.spare_head: Tensor | None = None  # [V, H] an lm_head in the checkpoint, to be compared with the base's
         self._draft_vocab_head: Tensor | None = None  # [K, H] the head's rows of these tokens
 
     @property

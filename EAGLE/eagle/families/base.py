@@ -47,11 +47,7 @@ class Target(ABC):
     family: ClassVar[str]
 
     def __init__(self, model: PreTrainedModel, processor: Any) -> None:
-        attention = model.config.get_text_config()._attn_implementation
-        if attention not in MASKED_ATTENTION:
-            raise UserError(
-                f"attention '{attention}' cannot verify a draft tree", fix=f"load with {' or '.join(MASKED_ATTENTION)}"
-            )
+        check_attention(model.config.get_text_config()._attn_implementation)
         self.layers = attention_layers(model.config.get_text_config())
         self.model = model.eval()
         self.processor = processor
@@ -262,6 +258,13 @@ class Target(ABC):
         """``lm_head``: [..., H] → logits [..., V]."""
         head = self.model.get_output_embeddings()
         return head(hidden.to(head.weight.device))
+
+
+def check_attention(name: str) -> None:
+    """Raises `UserError` if this attention of transformers does not take the mask of a tree."""
+    if name not in MASKED_ATTENTION:
+        fix = f"load with {' or '.join(MASKED_ATTENTION)}"
+        raise UserError(f"attention '{name}' cannot verify a draft tree", fix=fix)
 
 
 def within_window(mask: Tensor, past: Sequence[int], depths: Tensor, window: int) -> Tensor:

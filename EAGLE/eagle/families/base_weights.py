@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from llava.errors import UserError
-from llava.files import read_json
+from llava.files import read_object
 from llava.hub import Source
 from llava.weights import read_first
 
@@ -39,12 +39,12 @@ def load_base_tensors(path: str | Path, **hub: Any) -> BaseTensors:
         UserError: nothing is there, a file is broken, or no tensor has a known name.
     """
     source = Source.of(path, hub, "base model")
-    config = read_json(source.require("config.json", "base model config"), "base model config")
+    config = read_object(source.require("config.json", "base model config"), "base model config")
     embed, head = read_first(source, EMBED_NAMES), read_first(source, HEAD_NAMES)
     if embed is None:
         raise UserError("no token embedding", where=path, fix=f"expected one of {', '.join(EMBED_NAMES)}")
     if head is None:
-        tied = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False))
+        tied = config.get("tie_word_embeddings", (config.get("text_config") or {}).get("tie_word_embeddings", False))
         if not tied:
             raise UserError("no lm_head", where=path, fix=f"expected {' or '.join(HEAD_NAMES)}, or tie_word_embeddings")
         head = embed

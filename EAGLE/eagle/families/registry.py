@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava.errors import UserError
-from llava.files import read_json
+from llava.files import read_object
 from llava.hub import HUB_KEYS, Source
+from llava.loading import load_errors
 
 if TYPE_CHECKING:
     from eagle.families.base import Target
@@ -104,7 +105,7 @@ def family_of(path: str | Path, **hub: Any) -> Family:
     Raises:
         UserError: there is no config.json, or its ``model_type`` is not supported.
     """
-    model_type = read_json(_config_file(path, **hub), "base model config").get("model_type")
+    model_type = read_object(_config_file(path, **hub), "base model config").get("model_type")
     for family in FAMILIES:
         if model_type in family.model_types:
             return family
@@ -125,10 +126,14 @@ def load_target(path: str | Path, dtype: Any = "auto", device_map: Any = None, *
         UserError: the model does not exist, its family is not supported, or it does not fit on the devices.
     """
     from eagle.attention import leave_out_cudnn_attention
+    from eagle.families.base import check_attention
 
+    if isinstance(kwargs.get("attn_implementation"), str):  # before the weights are read
+        check_attention(kwargs["attn_implementation"])
     leave_out_cudnn_attention()
     family = family_of(path, **{key: kwargs[key] for key in HUB_KEYS if key in kwargs})
-    target = family.target_class().load(str(path), dtype=dtype, device_map=device_map, **kwargs)
+    with load_errors("base model cannot be loaded", path, weights=True):
+        target = family.target_class().load(str(path), dtype=dtype, device_map=device_map, **kwargs)
     if target.offloaded:
         raise UserError(
             "a part of the base model did not fit on the devices and was offloaded, where it cannot be decoded with",

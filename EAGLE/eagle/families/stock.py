@@ -7,15 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
-from jinja2 import TemplateError
-from transformers import AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from eagle.conversations import MARK
 from eagle.families.base import Target
 from llava.device import dtype_for
-from llava.errors import UserError
-from llava.hub import HUB_KEYS
+from llava.errors import UserError, reason_of
+from llava.hub import HUB_KEYS, Source
 from llava.image import load_image
+from llava.loading import check_generation_config, load_errors
 
 Part = dict[str, Any]
 """A part of a message, as transformers' chat templates read it."""
@@ -34,11 +34,12 @@ class StockTarget(Target):
     def load(cls, path: str, **kwargs: Any) -> Target:
         settings = {"attn_implementation": "sdpa", **{key: value for key, value in kwargs.items() if value is not None}}
         settings["dtype"] = dtype_for(settings.get("dtype", "auto"), settings.get("device_map"))
-        processor = load_processor(path, **{key: kwargs[key] for key in HUB_KEYS if key in kwargs})
-        with _one_line("base model", path):
-            model, info = cls.model_class.from_pretrained(
-                path, **settings, output_loading_info=True, ignore_mismatched_sizes=True
-            )
+        hub = {key: settings[key] for key in HUB_KEYS if key in settings}
+        processor = load_processor(path, **hub)
+        check_generation_config(Source.of(path, hub, "base model"))
+        model, info = cls.model_class.from_pretrained(
+            path, **settings, output_loading_info=True, ignore_mismatched_sizes=True
+        )
         check_complete(info, path)
         return cls(model, processor)
 
@@ -49,7 +50,8 @@ class StockTarget(Target):
         if marks != len(pictures):
             raise UserError(f"prompt has {marks} image mark(s), but {len(pictures)} picture(s) were given")
         settings = {"padding": True, "padding_side": "left"} if len(prompts) > 1 else {}
-        inputs = self.processor(text=prompts, images=pictures or None, return_tensors="pt", **settings)
+        with processor_errors():
+            inputs = self.processor(text=prompts, images=pictures or None, return_tensors="pt", **settings)
         return dict(inputs.to(self.device))
 
     def chat_prompt(
@@ -80,13 +82,25 @@ def check_complete(info: Mapping[str, Any], path: str) -> None:
         )
 
 
+@contextmanager
+def processor_errors() -> Iterator[None]:
+    """Raises `UserError` for what a processor refuses, such as a picture 200 times as wide as high, or the mark of a
+    video in the text."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"the processor cannot prepare this prompt ({reason_of(error)})") from error
+
+
 def load_processor(path: str, **hub: Any) -> Any:
     """The processor alone.
 
     Raises:
         UserError: it cannot be loaded.
     """
-    with _one_line("processor", path):
+    with load_errors("base model config is not valid", path):  # which the processor's class reads too
+        AutoConfig.from_pretrained(path, **{key: hub[key] for key in HUB_KEYS if key in hub})
+    with load_errors("processor cannot be loaded", path):
         return AutoProcessor.from_pretrained(path, **hub)
 
 
@@ -106,10 +120,12 @@ def write_chat(processor: Any, turns: Sequence[tuple[list[Part], str | None]], s
         if answer is not None:
             messages.append({"role": "assistant", "content": [text_part(answer)]})
     is_open = bool(turns) and turns[-1][1] is None
+    if not processor.chat_template:
+        raise UserError("the base model has no chat template", fix="add the chat_template.jinja of its release")
     try:
         return processor.apply_chat_template(messages, add_generation_prompt=is_open, tokenize=False)
-    except (TemplateError, TypeError) as error:
-        raise UserError(f"chat template cannot write this conversation ({error})") from None
+    except Exception as error:  # a template is a program: it may divide by zero
+        raise UserError(f"chat template cannot write this conversation ({reason_of(error)})") from error
 
 
 def parts_of(text: str) -> list[Part]:
@@ -129,13 +145,3 @@ def parts_of(text: str) -> list[Part]:
 
 def text_part(text: str) -> Part:
     return {"type": "text", "text": text}
-
-
-@contextmanager
-def _one_line(what: str, path: str) -> Iterator[None]:
-    """Turns transformers' errors into a `UserError` with their first line."""
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError) as error:
-        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"{what} cannot be loaded", where=path, fix=first_line) from error

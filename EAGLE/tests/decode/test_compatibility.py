@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_draft import make_draft
 from tiny_llava import make_image, make_llava_hf
 
 from eagle import MSDModel, TreeConfig
 from eagle.decode.compatibility import check_compatible
+from eagle.drafts.checkpoint import load_draft
 from eagle.drafts.msd import DraftModel
 from eagle.families import Target, load_target
 from llava.errors import UserError
@@ -25,8 +27,6 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
 
 def draft_of(target: Target, folder: Path, rows: int = 0, **changes: object) -> DraftModel:
     """A draft with ``rows`` more rows of vocabulary than the base, or fewer."""
-    from eagle.drafts.checkpoint import load_draft
-
     draft = load_draft(make_draft(folder, target, agree=1.0, **changes), dtype=torch.float32, device="cpu")
     size = draft.config.vocab_size + rows
     weight = torch.cat([draft.embed_tokens.weight.detach(), torch.zeros(max(rows, 0), draft.config.hidden_size)])
@@ -49,6 +49,24 @@ def test_rows_added_behind_the_drafts_come_from_the_base(target: Target, tmp_pat
     assert sum(answers[0].stats.accept_lengths) > 0
     wanted = target.model.generate(**inputs, max_new_tokens=24, do_sample=False)
     assert torch.equal(answers[1].sequences, wanted)
+
+
+@pytest.mark.parametrize("how", ["equal", "16 bit", "fewer rows", "other", "other width"])
+def test_an_lm_head_of_the_draft_is_compared_with_the_bases(
+    target: Target, tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, head = make_draft(tmp_path, target, agree=1.0), target.model.get_output_embeddings().weight.detach().clone()
+    given = {"16 bit": head.bfloat16(), "fewer rows": head[:-3].clone(), "other width": head[:, :4].clone()}
+    given["other"] = torch.randn(head.shape)
+    path = folder / "model.safetensors"
+    save_file({**load_file(path), "lm_head.weight": given.get(how, head).contiguous()}, path)
+    draft = load_draft(folder, dtype=torch.float32)
+    caplog.clear()
+    msd = MSDModel(target, draft, TreeConfig(1, 60, 100))
+    assert ["lm_head is not the base's" in line for line in caplog.messages] == ([True] if "other" in how else [])
+    inputs = target.prepare(target.chat_prompt("How many?", num_images=1), [make_image()])
+    stats = msd.generate(**inputs, max_new_tokens=24, temperature=0.0).stats
+    assert sum(stats.accept_lengths) > 0  # the base's own head is used
 
 
 @pytest.mark.parametrize("rows", [-3, 3])

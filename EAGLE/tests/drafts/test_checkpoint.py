@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eagle.decode.tree_config import TreeConfig
+from eagle.doctor import State
+from eagle.doctor.models import check_draft
 from eagle.drafts.checkpoint import load_draft, save_draft
 from eagle.drafts.config import DraftConfig
 from eagle.drafts.msd import DraftModel
@@ -90,6 +92,36 @@ def test_layout_follows_the_tensors_not_the_family(tmp_path):
 def test_every_tensor_that_does_not_fit_is_named(tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         load_draft(write(tmp_path, change=change))
+
+
+@pytest.mark.parametrize("name", ["layers.0.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq", "lm_head.weight"])
+@pytest.mark.parametrize("kind", ["bin", "safetensors"])
+def test_a_tensor_that_a_draft_does_not_need_is_left_out(tmp_path, kind, name, caplog):
+    def add(tensors):
+        tensors[name] = torch.full((40, 16), torch.nan) if name == "lm_head.weight" else torch.ones(4)
+
+    draft = load_draft(write(tmp_path / "draft", kind=kind, change=add))
+    assert set(draft.state_dict()) == COMMON
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert name in line and "left out" in line
+    saved = save_draft(draft, tmp_path / "again")
+    assert set(load_file(saved / "model.safetensors")) == COMMON
+
+
+@pytest.mark.parametrize("value", [[1], {"a": 1}, "x", -1, 0.5, None])
+@pytest.mark.parametrize("key", ["hidden_size", "rms_norm_eps", "rope_scaling", "text_config", "hidden_act", "msd"])
+def test_any_value_of_a_config_is_a_line_or_a_draft(tmp_path, key, value):
+    folder = write(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: value}))
+    found = check_draft(str(folder), hub=False)[1][0]
+    try:
+        load_draft(folder)
+    except UserError as error:
+        assert "\n" not in str(error)
+        assert found.state is State.PROBLEM
+    else:
+        assert found.state is State.OK
 
 
 @pytest.mark.parametrize("kind", ["bin", "safetensors"])

@@ -175,16 +175,16 @@ def test_settings_of_loading_reach_transformers(
 ) -> None:  # fmt: skip
     """A quantised target is transformers' own affair."""
 
-    class SeenError(Exception):
+    class Seen(BaseException):
         pass
 
     def see(cls: type, *_: object, **settings: object) -> None:
-        raise SeenError(settings)
+        raise Seen(settings)
 
     FAMILIES[name](tmp_path / "base")
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(see))
     asked = {"quantization_config": {"load_in_4bit": True}, "device_map": {"": "cpu"}}
-    with pytest.raises(SeenError) as seen:
+    with pytest.raises(Seen) as seen:
         MSDModel.from_pretrained(tmp_path / "base", **asked)
     assert asked.items() <= seen.value.args[0].items()
 

@@ -1,0 +1,234 @@
+"""Whatever is wrong with a base model is one line when it is loaded, and `msd doctor` finds it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from tiny_llava import make_liuhaotian, make_llava_hf
+from tiny_stock import make_llava_next, make_qwen
+
+from eagle.doctor import State
+from eagle.doctor.models import check_base
+from eagle.families import Target, load_target
+from llava.errors import UserError
+
+MAKERS: dict[str, Callable[[Path], Path]] = {
+    "llava_hf": make_llava_hf,
+    "llava, original": make_liuhaotian,
+    "llava_next": make_llava_next,
+    "qwen2_vl": make_qwen,
+    "qwen2_5_vl": lambda folder: make_qwen(folder, version="2.5"),
+}
+ODD: tuple[Any, ...] = (None, True, -1, 0, 0.5, "x", "", [], [1], {}, {"a": 1})
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("originals")
+    return {family: make(root / str(number) / "base") for number, (family, make) in enumerate(MAKERS.items())}
+
+
+@pytest.fixture(params=MAKERS)
+def folder(request: pytest.FixtureRequest, originals: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of a base model, with its tower beside it."""
+    shutil.copytree(originals[request.param].parent, tmp_path / "copy")
+    return tmp_path / "copy" / "base"
+
+
+def weights(folder: Path) -> Path:
+    return sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])[-1]
+
+
+def with_values(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def line_of(folder: Path, **options: Any) -> str:
+    with pytest.raises(UserError) as raised:
+        load_target(folder, **{"dtype": "float32", **options})
+    line = str(raised.value)
+    assert "\n" not in line
+    return line
+
+
+def problems(folder: Path) -> list[str]:
+    checks = check_base(str(folder), hub=False)[1]
+    return [f"{check.found} ({check.fix})" for check in checks if check.state is State.PROBLEM]
+
+
+@pytest.mark.parametrize("how", ["cut", "pointer"])
+def test_a_damaged_weight_file_is_named(folder: Path, how: str) -> None:
+    path = weights(folder)
+    if how == "cut":
+        os.truncate(path, path.stat().st_size // 2)
+    else:
+        path.write_text(POINTER)
+    line, (found,) = line_of(folder), problems(folder)
+    wanted = "damaged or truncated" if how == "cut" else "git lfs pull"
+    assert path.name in line and wanted in line and path.name in found
+    assert how == "cut" or wanted in found
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "config.json", "generation_config.json"])
+def test_any_file_can_be_a_pointer(folder: Path, name: str) -> None:
+    if not (folder / name).is_file() or (name == "tokenizer.model" and (folder / "tokenizer.json").is_file()):
+        pytest.skip("not read in this layout")
+    (folder / name).write_text(POINTER)
+    line, (found,) = line_of(folder), problems(folder)
+    assert f"{name} (run `git lfs pull`" in line and name in found
+
+
+@pytest.mark.parametrize("content", ["[1]", '"text"', "3", "null"])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
+def test_a_json_file_that_is_not_an_object_is_named(folder: Path, name: str, content: str) -> None:
+    (folder / name).write_text(content)
+    line, (found,) = line_of(folder), problems(folder)
+    assert "is not a JSON object" in line and name in line and name in found
+
+
+@pytest.mark.parametrize("content", ['{"eos_token_id": 2', '{"eos_token_id": "</s>"}', '{"eos_token_id": [2, null]}'])
+def test_a_damaged_generation_config_does_not_lose_the_end_token(folder: Path, content: str) -> None:
+    (folder / "generation_config.json").write_text(content)
+    assert "generation_config.json" in line_of(folder)
+    assert "generation_config.json" in problems(folder)[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"no_such_option": 1}, "no_such_option"),
+        ({"attn_implementation": "flash_attention_2"}, "'flash_attention_2' cannot verify a draft tree"),
+        ({"device_map": "nowhere"}, "nowhere"),
+        ({"dtype": "float33"}, "dtype"),
+    ],
+)
+def test_an_argument_that_cannot_be_served(folder: Path, options: dict[str, Any], said: str) -> None:
+    assert said in line_of(folder, **options)
+
+
+def test_a_package_of_a_quantisation_that_is_not_installed(folder: Path) -> None:
+    if "mm_vision_tower" in json.loads((folder / "config.json").read_text()):
+        pytest.skip("this layout is not quantised by its config")
+    with_values(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    assert "cannot be loaded" in line_of(folder)
+
+
+@pytest.mark.parametrize("text", [{"hidden_size": "x"}, [1], {"rope_parameters": 3}])
+def test_wrong_values_of_a_config(folder: Path, text: Any) -> None:
+    if "mm_vision_tower" in json.loads((folder / "config.json").read_text()):
+        with_values(folder, **(text if isinstance(text, dict) else {"hidden_size": text}))
+    else:
+        with_values(folder, text_config=text)
+    line = line_of(folder)
+    assert "config" in line and ("not valid" in line or "not a JSON object" in line)
+    assert "config" in problems(folder)[0]
+
+
+def places(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Paths of all keys inside a JSON object."""
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        if key not in ("text_config", "vision_config"):  # without its sizes a section means those of a 7B model
+            yield (*path, key)
+        yield from places(inner, (*path, key))
+
+
+def check_any_value(folder: Path, file: str, count: int) -> None:
+    """``count`` times another value at some key: a model, or one line; the doctor never fails."""
+    path, draw = folder / file, random.Random(0)
+    whole = path.read_text()
+    choices = [(place, odd) for place in places(json.loads(whole)) for odd in ODD]
+    for place, odd in draw.sample(choices, min(count, len(choices))):
+        content = json.loads(whole)
+        inner = content
+        for key in place[:-1]:
+            inner = inner[key]
+        inner[place[-1]] = odd
+        path.write_text(json.dumps(content))
+        try:
+            check_base(str(folder), hub=False)
+            load_target(folder, dtype="float32")
+        except UserError as error:
+            assert "\n" not in str(error), (place, odd)
+        except BaseException as error:
+            raise AssertionError(f"{file}: {place} = {odd!r}") from error
+    path.write_text(whole)
+
+
+CONFIGS = ("config.json", "processor_config.json", "tokenizer_config.json", "generation_config.json")
+
+
+@pytest.mark.parametrize("file", CONFIGS)
+def test_any_value_at_any_key_is_a_line_or_a_model(folder: Path, file: str) -> None:
+    if (folder / file).is_file():
+        check_any_value(folder, file, 15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", CONFIGS)
+def test_any_value_at_any_key_many_times(folder: Path, file: str) -> None:
+    if (folder / file).is_file():
+        check_any_value(folder, file, 100)
+
+
+def with_template(folder: Path, template: str | None) -> None:
+    """Replaces the chat template wherever it may be."""
+    for name in ("chat_template.jinja", "chat_template.json"):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("processor_config.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            fields = json.loads((folder / name).read_text())
+            fields.pop("chat_template", None)
+            (folder / name).write_text(json.dumps(fields))
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+
+
+@pytest.mark.parametrize("template", ["{% for", "{{ 1 / 0 }}", "{{ a.b.c }}", "{{ messages + 1 }}"])
+def test_a_chat_template_that_fails(folder: Path, template: str) -> None:
+    if "mm_vision_tower" in json.loads((folder / "config.json").read_text()):
+        pytest.skip("this layout has no chat template")
+    with_template(folder, template)
+    with pytest.raises(UserError, match="chat template cannot write") as raised:
+        load_target(folder, dtype="float32").chat_prompt("What?", 1)
+    assert "\n" not in str(raised.value)
+    assert "chat template cannot write" in problems(folder)[0]
+
+
+def test_a_missing_chat_template(folder: Path) -> None:
+    """Qwen has none to fall back to; LLaVA has Vicuna's."""
+    with_template(folder, None)
+    target = load_target(folder, dtype="float32")
+    if target.family.startswith("llava"):
+        assert "USER: " in target.chat_prompt("What?", 1) and not problems(folder)
+        return
+    with pytest.raises(UserError, match="has no chat template"):
+        target.chat_prompt("What?", 1)
+    assert "has no chat template" in problems(folder)[0]
+
+
+@pytest.fixture(scope="module")
+def qwen(originals: dict[str, Path]) -> Target:
+    return load_target(originals["qwen2_vl"], dtype="float32")
+
+
+@pytest.mark.parametrize("size", [(300, 1), (1, 300), (2010, 10)])
+def test_a_picture_that_qwens_processor_refuses(qwen: Target, size: tuple[int, int]) -> None:
+    with pytest.raises(UserError, match="aspect ratio"):
+        qwen.prepare(qwen.chat_prompt("What?", 1), [Image.new("RGB", size)])
+
+
+@pytest.mark.parametrize("pictures", [0, 1])
+def test_the_mark_of_a_video_in_a_question(qwen: Target, pictures: int) -> None:
+    prompt = qwen.chat_prompt("What is <|video_pad|>?", pictures)
+    with pytest.raises(UserError, match="video_pad"):
+        qwen.prepare(prompt, [Image.new("RGB", (60, 60))] * pictures)

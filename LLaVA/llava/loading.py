@@ -1,0 +1,75 @@
+"""The one place where errors of loading a model become one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import UserError, is_full_disk, reason_of
+from .files import check_not_pointer, read_object
+from .hub import Source
+
+JSON_FILES = (
+    "config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json",
+    "video_preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.json",
+)  # fmt: skip
+"""Files of a checkpoint that must be JSON objects."""
+
+
+@contextmanager
+def load_errors(what: str, name: str | Path, weights: bool = False) -> Iterator[None]:
+    """Turns whatever the libraries raise while they read a model into one line.
+
+    What a checkpoint says decides which code runs, so there is no list of what can be raised: errors of a weight file,
+    of a package that is not installed, of a config's values, of an argument that the model class does not know. If a
+    file of a local folder is damaged, the line names this file.
+
+    Args:
+        what: beginning of the message, such as "draft cannot be loaded".
+        name: the folder, file or repository.
+        weights: whether the weights were read, so that they can be the cause.
+
+    Raises:
+        UserError: in place of any exception but a full disk or too little memory, which `llava.errors` reports.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        from .memory import is_out_of_memory  # imports torch
+
+        if is_full_disk(error) or is_out_of_memory(error):
+            raise
+        if Path(name).is_dir():
+            try:
+                check_files(Path(name), weights)
+            except UserError as cause:
+                raise cause from error
+        raise UserError(what, name, reason_of(error)) from error
+
+
+def check_generation_config(source: Source) -> None:
+    """Raises `UserError` for a generation_config.json that is damaged, or whose end tokens are not ids. transformers
+    leaves such a file out without a word, and then answers do not end where they should."""
+    if (path := source.find("generation_config.json")) is None:
+        return
+    end = read_object(path, "generation config").get("eos_token_id")
+    ids = end if isinstance(end, list) else [end]
+    if end is not None and not (ids and all(type(each) is int for each in ids)):
+        raise UserError(f"generation config has eos_token_id {end!r}", path, "give an id or a list of ids")
+
+
+def check_files(folder: Path, weights: bool) -> None:
+    """Raises `UserError` for the first file of a checkpoint that is damaged. Reads only headers of ``weights``."""
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            check_not_pointer(path)
+    for name in JSON_FILES:
+        if (folder / name).is_file():
+            read_object(folder / name, name)
+    if weights:
+        from .weights import find_weights, read_shapes  # imports torch
+
+        read_shapes(find_weights(Source.of(folder)))
