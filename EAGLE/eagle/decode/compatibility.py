@@ -25,8 +25,13 @@ def check_compatible(target: Target, draft: DraftModel) -> None:
     Raises:
         UserError: the family, hidden size or vocabulary differ.
     """
-    check_family(target.family, draft.config.model_type)
-    table = target.model.get_input_embeddings().weight  # [V, H]
+    model = target.model
+    check_tensors(target.family, model.get_input_embeddings().weight, model.get_output_embeddings().weight, draft)
+
+
+def check_tensors(family: str, table: Tensor, head: Tensor, draft: DraftModel) -> None:
+    """As `check_compatible`, from the base's token embedding ``table`` [V, H] and ``lm_head`` [V, H] alone."""
+    check_family(family, draft.config.model_type)
     (base, size), own = table.shape, draft.config.vocab_size
     if size != draft.config.hidden_size:
         raise misfit("hidden size", draft.config.hidden_size, size)
@@ -37,7 +42,7 @@ def check_compatible(target: Target, draft: DraftModel) -> None:
         raise misfit("vocabulary", own, base)
     elif not alike:
         log.warning("the draft's token embedding is not the base's: %s, or few tokens will be accepted", FIX)
-    head, spare = target.model.get_output_embeddings().weight, draft.spare_head
+    spare = draft.spare_head
     if spare is not None and head.ndim == 2 and head.shape[1] == size and not same_head(head, spare):
         log.warning("the draft's lm_head is not the base's, which is used: %s, or few tokens will be accepted", FIX)
     draft.spare_head = None

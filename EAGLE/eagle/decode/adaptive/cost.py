@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from eagle.cache import cache_folder
 from eagle.decode.adaptive.planner import CostCurve
 from eagle.decode.drafter import Drafter
 from eagle.decode.masks import MaskBuffer
@@ -74,10 +74,7 @@ def cost_of(target: Target, draft: DraftModel, tree: TreeConfig) -> CostCurve:
 
 def folder() -> Path:
     """Where records are kept."""
-    base = os.environ.get("MSD_CACHE")
-    if base:
-        return Path(base) / "costs"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "msd" / "costs"
+    return cache_folder("costs")
 
 
 def describe(target: Target, draft: DraftModel, tree: TreeConfig) -> dict[str, Any]:
