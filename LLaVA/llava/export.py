@@ -1,7 +1,7 @@
 """Writes a checkpoint of the liuhaotian layout in the layout that transformers and serving engines read.
 
-The exported folder has the stock model, its processor, a tokenizer and a chat template. Prompt ids and answers are those
-of `llava.load_pretrained`:
+The exported folder has the stock model, its processor, a tokenizer and a chat template. Prompt ids and answers are
+those of `llava.load_pretrained`:
 
 - The tokenizer's `<unk>` becomes `<image>`. Its id already stands for pictures (see `llava.layout`), so the vocabulary
   keeps its size and a draft of the base keeps fitting.
@@ -17,7 +17,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 from transformers import LlavaProcessor as StockProcessor
@@ -181,11 +180,12 @@ def compare_prompts(processor: LlavaProcessor, folder: Path) -> None:
     """Raises `UserError` if the exported tokenizer gives other ids than LLaVA's for one of `PROBES`."""
     written = AutoProcessor.from_pretrained(folder).tokenizer
     mark = IMAGE_TOKEN * processor.image_token_count
-    for text in PROBES:
-        text = text.replace("</s>", processor.end_of_answer or "</s>")
-        ids = written(text.replace(IMAGE_TOKEN, mark)).input_ids
-        with_begin = written(
-            f"{written.bos_token}{text.replace(IMAGE_TOKEN, mark)}", add_special_tokens=False
-        ).input_ids
-        if not torch.equal(torch.tensor(ids), torch.tensor(processor.encode(text))) or ids != with_begin:
+    for probe in PROBES:
+        text = probe.replace("</s>", processor.end_of_answer or "</s>")
+        expanded = text.replace(IMAGE_TOKEN, mark)
+        found = (
+            written(expanded).input_ids,
+            written(f"{written.bos_token}{expanded}", add_special_tokens=False).input_ids,
+        )
+        if list(found) != [processor.encode(text)] * 2:
             raise UserError("the exported tokenizer gives other prompt ids than the base's", folder, f"text: {text!r}")

@@ -133,6 +133,7 @@ class EagleMSDForCausalLM(nn.Module, SupportsMultiModalEmbeddings):
             inputs_embeds: [N, H] of `embed_input_ids`. None for a target without pictures.
         """
         if inputs_embeds is None:
+            assert input_ids is not None
             inputs_embeds = self.embed_input_ids(input_ids)
         rows = self.model.fc(torch.cat([inputs_embeds, hidden_states], dim=-1))  # [N, H]
         if self.decoupled:

@@ -1,9 +1,9 @@
 """Plain positions for MSD drafts in vLLM's V1 runner.
 
 MSD's drafts count 0, 1, 2, ... also where the target (Qwen2-VL) has M-RoPE positions. vLLM's V2 runner gives a draft
-plain positions. The V1 runner gives a draft without M-RoPE the target's first row of them, where all tokens of a picture
-have one number, and computes from it the cache slots of the steps after the first. So for a target with M-RoPE and an
-MSD draft the positions are computed here, from the lengths of the sequences. Nothing changes for other drafts.
+plain positions. The V1 runner gives a draft without M-RoPE the target's first row of them, where all tokens of a
+picture have one number, and computes from it the cache slots of the steps after the first. So for a target with M-RoPE
+and an MSD draft the positions are computed here, from the lengths of the sequences. Nothing changes for other drafts.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--msd-model", help="draft head: folder or hub name")
     parser.add_argument("--data", type=Path, metavar="image_data", help="folder of the training pictures")
     parser.add_argument(
+        "--vllm-python", default=sys.executable, metavar="FILE",
+        help="Python of the environment with vLLM, for msd serve (default: this one)",
+    )  # fmt: skip
+    parser.add_argument(
         "--hub", action="store_true", help="also check that the hub can be reached (at HF_ENDPOINT if that is set)"
     )
 
@@ -54,9 +59,12 @@ def machine_checks(arguments: argparse.Namespace) -> list[Check]:
     try:
         from huggingface_hub import constants
 
+        from eagle.doctor.serving import check_vllm
+
         machine, checks = check_devices()
         checks += [check_memory(machine.free)] if machine.device == "cpu" else []
         checks.append(check_disk(Path(constants.HF_HUB_CACHE)))
+        checks.append(check_vllm(arguments.vllm_python))
         hub = check_hub() if arguments.hub else None
         checks += [hub] if hub else []
         return checks + model_checks(arguments, machine, hub is not None and hub.state is State.OK)
@@ -69,6 +77,7 @@ def model_checks(arguments: argparse.Namespace, machine: Machine, hub: bool) -> 
     """Findings on the models that were named, and room for them and for the published ones."""
     from eagle.doctor import models
     from eagle.doctor.memory import PUBLISHED, check_fit
+    from eagle.doctor.serving import check_served_draft
 
     checks: list[Check] = []
     base = draft = None
@@ -77,6 +86,7 @@ def model_checks(arguments: argparse.Namespace, machine: Machine, hub: bool) -> 
     if arguments.msd_model:
         draft, found = models.check_draft(arguments.msd_model, hub)
         checks += found
+        checks += [check_served_draft(draft)] if draft is not None else []
     if base is not None and draft is not None:
         checks += models.check_pair(base, draft)
     if base is not None and (size := models.footprint(base, draft)) is not None:

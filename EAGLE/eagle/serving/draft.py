@@ -67,9 +67,9 @@ def refuse_unportable(config: DraftConfig, name: str | Path) -> None:
     options = config.options
     if options.image_tokens is not None:
         raise UserError(
-            f"vLLM cannot merge picture rows (image_tokens {options.image_tokens}): a draft's rows are the target's there",
+            f"vLLM cannot merge picture rows (image_tokens {options.image_tokens}): a draft reads all rows there",
             name,
-            "serve a draft that reads all rows",
+            "serve a draft without image_tokens",
         )
     if options.positions != "plain":
         raise UserError(
@@ -81,9 +81,9 @@ def refuse_unportable(config: DraftConfig, name: str | Path) -> None:
 def fit(draft: DraftModel, base: BaseTensors, family: str) -> None:
     """Refuses a draft of another base model, also one of the same shape, and adds missing rows to its embedding."""
     check_family(family, draft.config.model_type)
-    if draft.config.vocab_size <= len(base.embed) and draft.config.hidden_size == base.embed.shape[1]:
-        if not same_rows(base.embed, draft.embed_tokens.weight):
-            raise UserError("the draft does not fit the base model: its token embedding is not the base's", fix=FIX)
+    comparable = draft.config.vocab_size <= len(base.embed) and draft.config.hidden_size == base.embed.shape[1]
+    if comparable and not same_rows(base.embed, draft.embed_tokens.weight):
+        raise UserError("the draft does not fit the base model: its token embedding is not the base's", fix=FIX)
     check_tensors(family, base.embed, base.head, draft)
 
 
