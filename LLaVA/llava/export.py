@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 from transformers import LlavaProcessor as StockProcessor
 
-from .checkpoint import load_config, load_model, load_processor
+from .checkpoint import load_config, load_model, load_processor, quiet_transformers
 from .conversation import get_template
 from .errors import UserError
 from .files import atomic_folder, read_json, write_json
@@ -87,7 +87,7 @@ def export_pretrained(path: str | Path, out: str | Path, **hub: Any) -> Path:
     # config.dtype, where "auto" would take float32 on a CPU that is slow in 16 bit
     model = load_model(path, dtype=config.dtype or "auto", **hub)
     model.config.architectures = [type(model).__name__]
-    with atomic_folder(out) as folder:
+    with atomic_folder(out) as folder, quiet_transformers():
         model.save_pretrained(folder)
         stock.save_pretrained(folder)
         name_plain_image_processor(folder)

@@ -33,8 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints vLLM's command and becomes it."""
-    from eagle.serving.engine import executed, require_vllm, server_command
+    from eagle.serving.engine import check_arguments, executed, require_vllm, server_command
 
+    check_arguments(arguments.port, arguments.vllm)
     vllm = require_vllm(arguments.vllm_python)
     if vllm.note:
         print(f"warning: {vllm.note}", file=sys.stderr)

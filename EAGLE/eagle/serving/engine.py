@@ -115,6 +115,21 @@ def require_vllm(python: str) -> Vllm:
     return vllm
 
 
+def check_arguments(port: int | None, more: Sequence[str]) -> None:
+    """Raises `UserError` if vLLM's arguments ``more`` set what `msd serve` sets."""
+    options = option_names(more)
+    for own, ours in (("--model", "--base-model"), ("--speculative-config", "--msd-model")):
+        if own in options:
+            raise UserError(f"vLLM's {own} is set by msd serve", fix=f"use {ours}")
+    if port is not None and "--port" in options:
+        raise UserError("--port is given twice", fix="leave it out behind --")
+
+
+def option_names(arguments: Sequence[str]) -> set[str]:
+    """Names of options, as vLLM's parser takes them: with dashes or underscores."""
+    return {argument.split("=")[0].replace("_", "-") for argument in arguments if argument.startswith("--")}
+
+
 def server_command(
     vllm: Vllm, base: str, draft: str, tokens: int, name: str, port: int | None = None, more: Sequence[str] = ()
 ) -> list[str]:
@@ -125,17 +140,8 @@ def server_command(
         tokens: drafted in each cycle.
         name: of the model in requests, unless ``more`` says another.
         more: further arguments of vLLM.
-
-    Raises:
-        UserError: ``more`` sets what this command sets.
     """
-    options = {argument.split("=")[0].replace("_", "-") for argument in more}
-    for own, ours in (("--model", "--base-model"), ("--speculative-config", "--msd-model")):
-        if own in options:
-            raise UserError(f"vLLM's {own} is set by msd serve", fix=f"use {ours}")
-    if port is not None and "--port" in options:
-        raise UserError("--port is given twice", fix="leave it out behind --")
-    served = [] if "--served-model-name" in options else ["--served-model-name", name]
+    served = [] if base == name or "--served-model-name" in option_names(more) else ["--served-model-name", name]
     speculation = json.dumps({"method": "eagle", "model": draft, "num_speculative_tokens": tokens})
     start = ["vllm", "serve", base]
     if not vllm.has_command:
