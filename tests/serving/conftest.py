@@ -5,55 +5,26 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Callable
-from dataclasses import dataclass
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from repository import REPO
 
-from eagle import MSDModel, TreeConfig
+sys.path.insert(0, str(Path(__file__).parent))
+
+from serving_support import POCKET, TOKENS, Pair, Run, load_msd
+
 from eagle.questions import Question, read_questions
 from eagle.serving.draft import export_draft
 from llava.export import export_pretrained
 
-POCKET = REPO / "pocket"
-CHAIN = TreeConfig(4, 1, 6)
-"""A chain of five tokens: what vLLM drafts."""
-TOKENS = 128
 RUN_ENGINE = Path(__file__).with_name("run_engine.py")
 QUIET = {
     "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
     "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Pair:
-    """What vLLM loads, our model of the same pair, and its target's id of pictures."""
-
-    model: Path
-    draft: Path
-    msd: MSDModel
-
-    def request(self, question: Question) -> dict[str, Any]:
-        """The question for vLLM, as ids: each picture has one token, from which vLLM makes all."""
-        image = self.msd.target.config.image_token_id
-        ids = question.inputs(self.msd.target)["input_ids"][0].tolist()
-        kept = [each for number, each in enumerate(ids) if each != image or number == 0 or ids[number - 1] != image]
-        return {"prompt_token_ids": kept, "images": [str(path.resolve()) for path in question.images]}
-
-    def answers(self, questions: list[Question]) -> tuple[list[list[int]], list[int]]:
-        """Ids of our greedy answers by the chain, and how often each position of it was accepted."""
-        ids, accepted = [], [0] * CHAIN.depth + [0]
-        for question in questions:
-            out = self.msd.generate(**question.inputs(self.msd.target), max_new_tokens=TOKENS, temperature=0.0)
-            ids.append(out.tokens[0])
-            for length in out.stats.accept_lengths:
-                accepted = [count + (position < length) for position, count in enumerate(accepted)]
-        return ids, accepted
 
 
 @pytest.fixture(scope="session")
@@ -81,13 +52,8 @@ def questions() -> list[Question]:
 @pytest.fixture(scope="session", params=["llava", "qwen2vl"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     base, draft, folder = POCKET / request.param, POCKET / f"{request.param}-msd", tmp_path_factory.mktemp("exported")
-    msd = MSDModel.from_pretrained(base, draft, dtype=torch.float32, device_map="cpu")
-    msd.tree = CHAIN
     model = export_pretrained(base, folder / "base") if request.param == "llava" else base
-    return Pair(model, export_draft(draft, folder / "draft", base), msd)
-
-
-Run = Callable[..., dict[str, Any]]
+    return Pair(model, export_draft(draft, folder / "draft", base), load_msd(base, draft))
 
 
 @pytest.fixture

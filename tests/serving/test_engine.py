@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHAIN, POCKET, Pair, Run
+from serving_support import POCKET, Pair, Run, load_msd
 
-from eagle import MSDModel
 from eagle.drafts.draft_vocab import write_draft_vocab
 from eagle.questions import Question
 from eagle.serving.draft import export_draft
 
 pytestmark = pytest.mark.by_hand
 
-FIRST = 12
+FIRST = int(os.environ.get("MSD_SERVING_QUESTIONS", "12"))
 
 
 def copy_with(draft: Path, folder: Path, **changes: object) -> Path:
@@ -70,10 +70,8 @@ def test_a_trimmed_vocabulary_drafts_as_in_our_loop(
     draft = shutil.copytree(POCKET / f"{name}-msd", tmp_path / "draft")
     ids, _ = pair.answers(questions[:4])
     write_draft_vocab(draft, torch.tensor(sorted({token for answer in ids[:2] for token in answer})))
-    msd = MSDModel.from_pretrained(POCKET / name, draft, dtype=torch.float32, device_map="cpu")
-    msd.tree = CHAIN
     exported = export_draft(draft, tmp_path / "exported", POCKET / name)
-    trimmed = Pair(pair.model, exported, msd)
+    trimmed = Pair(pair.model, exported, load_msd(POCKET / name, draft))
     again, accepted = trimmed.answers(questions[:4])
     found = run_engine(trimmed, [pair.request(each) for each in questions[:4]])
     assert again == ids == found["ids"]
