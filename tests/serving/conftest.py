@@ -53,7 +53,7 @@ def questions() -> list[Question]:
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     base, draft, folder = POCKET / request.param, POCKET / f"{request.param}-msd", tmp_path_factory.mktemp("exported")
     model = export_pretrained(base, folder / "base") if request.param == "llava" else base
-    return Pair(model, export_draft(draft, folder / "draft", base), load_msd(base, draft))
+    return Pair(base, draft, model, export_draft(draft, folder / "draft", base), load_msd(base, draft))
 
 
 @pytest.fixture

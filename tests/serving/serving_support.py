@@ -12,6 +12,7 @@ from repository import REPO
 
 from eagle import MSDModel, TreeConfig
 from eagle.questions import Question
+from eagle.serving.draft import export_draft
 
 POCKET = REPO / "pocket"
 CHAIN = TreeConfig(4, 1, 6)
@@ -28,12 +29,29 @@ def load_msd(base: Path, draft: Path) -> MSDModel:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """What vLLM loads, our model of the same pair, and its target's id of pictures."""
+class Reference:
+    """What our loop does: ids of the answers, chains drafted, and how often each position of them was accepted."""
 
+    ids: list[list[int]]
+    drafts: int
+    accepted: list[int]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A base and its draft: ``base`` and ``source`` as this project loads them, ``model`` and ``draft`` as vLLM does, and
+    ``msd``, our model of them."""
+
+    base: Path
+    source: Path
     model: Path
     draft: Path
     msd: MSDModel
+
+    def with_draft(self, source: Path, out: Path) -> Pair:
+        """The same base with another draft, which is exported to ``out``."""
+        draft = export_draft(source, out, self.base)
+        return Pair(self.base, source, self.model, draft, load_msd(self.base, source))
 
     def request(self, question: Question) -> dict[str, Any]:
         """The question for vLLM, as ids: each picture has one token, from which vLLM makes all."""
@@ -42,12 +60,12 @@ class Pair:
         kept = [each for number, each in enumerate(ids) if each != image or number == 0 or ids[number - 1] != image]
         return {"prompt_token_ids": kept, "images": [str(path.resolve()) for path in question.images]}
 
-    def answers(self, questions: list[Question]) -> tuple[list[list[int]], list[int]]:
-        """Ids of our greedy answers by the chain, and how often each position of it was accepted."""
-        ids, accepted = [], [0] * CHAIN.depth + [0]
-        for question in questions:
-            out = self.msd.generate(**question.inputs(self.msd.target), max_new_tokens=TOKENS, temperature=0.0)
-            ids.append(out.tokens[0])
-            for length in out.stats.accept_lengths:
-                accepted = [count + (position < length) for position, count in enumerate(accepted)]
-        return ids, accepted
+    def answers(self, questions: list[Question]) -> Reference:
+        """Our greedy answers by the chain."""
+        outputs = [
+            self.msd.generate(**question.inputs(self.msd.target), max_new_tokens=TOKENS, temperature=0.0)
+            for question in questions
+        ]
+        lengths = [length for output in outputs for length in output.stats.accept_lengths]
+        accepted = [sum(length > place for length in lengths) for place in range(CHAIN.depth + 1)]
+        return Reference([output.tokens[0] for output in outputs], len(lengths), accepted)
