@@ -39,8 +39,8 @@ class Reference:
 
 @dataclass(frozen=True)
 class Pair:
-    """A base and its draft: ``base`` and ``source`` as this project loads them, ``model`` and ``draft`` as vLLM does, and
-    ``msd``, our model of them."""
+    """A base and its draft: ``base`` and ``source`` as this project loads them, ``model`` and ``draft`` as vLLM does.
+    ``msd`` is our model of them."""
 
     base: Path
     source: Path
