@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from msd_vllm import untested
+from msd_vllm.cpu_sampling import repair_sampling
 from msd_vllm.positions import use_plain_positions
 
 try:
@@ -88,6 +89,7 @@ class EagleMSDForCausalLM(nn.Module, SupportsMultiModalEmbeddings):
             # The V1 runner copies this attribute into the draft's config, where MSD does not need it.
             target.hf_config.image_token_index = getattr(target.hf_config, "image_token_id", None)
         use_plain_positions(EagleMSDForCausalLM)
+        repair_sampling()
         self.config = config
         self.decoupled: bool = config.msd["decoupled"]
         first_layer = target.get_num_layers(vllm_config.parallel_config)

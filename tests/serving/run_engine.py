@@ -2,9 +2,9 @@
 
     PYTHON run_engine.py JOB.json OUT.json
 
-A job is ``{"engine": arguments of vllm.LLM, "sampling": arguments of SamplingParams, "together": bool, "requests":
-[{"prompt_token_ids" or "prompt", "images": [paths]}, ...]}``. The result has the token ids and the text of each answer,
-and vLLM's own counters of speculation.
+A job is ``{"engine": arguments of vllm.LLM, "sampling": [arguments of SamplingParams, ...], "together": bool,
+"requests": [{"prompt_token_ids": ids, "images": [paths]}, ...]}``. Each request is answered with each sampling. The
+result has the token ids of the answers, all samples of each, and vLLM's own counters of speculation.
 """
 
 from __future__ import annotations
@@ -21,15 +21,19 @@ def main(job_file: str, out_file: str) -> None:
 
     job = json.loads(Path(job_file).read_text())
     engine = LLM(**job["engine"])
-    sampling = SamplingParams(**job["sampling"])
     requests: list[dict[str, Any]] = []
     for each in job["requests"]:
-        request = {key: each[key] for key in ("prompt", "prompt_token_ids") if key in each}
+        request = {"prompt_token_ids": each["prompt_token_ids"]}
         if each["images"]:
             request["multi_modal_data"] = {"image": [Image.open(path).convert("RGB") for path in each["images"]]}
         requests.append(request)
     groups = [requests] if job["together"] else [[request] for request in requests]
-    outputs = [out for group in groups for out in engine.generate(group, sampling, use_tqdm=False)]
+    outputs = [
+        out
+        for sampling in job["sampling"]
+        for group in groups
+        for out in engine.generate(group, SamplingParams(**sampling), use_tqdm=False)
+    ]
     counters: dict[str, Any] = {}
     for metric in engine.get_metrics():
         if metric.name.startswith("vllm:spec_decode"):
@@ -41,7 +45,7 @@ def main(job_file: str, out_file: str) -> None:
     proposer = sys.modules.get("vllm.v1.spec_decode.llm_base_proposer")
     result = {
         "ids": [list(out.outputs[0].token_ids) for out in outputs],
-        "texts": [out.outputs[0].text for out in outputs],
+        "samples": [[list(sample.token_ids) for sample in out.outputs] for out in outputs],
         "prompt_lengths": [len(out.prompt_token_ids) for out in outputs],
         "counters": counters,
         "wrapped": bool(proposer and getattr(proposer.SpecDecodeBaseProposer.propose, "is_msd", False)),
