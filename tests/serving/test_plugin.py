@@ -56,6 +56,32 @@ def test_an_untested_version_is_one_line(python: Python) -> None:
     assert "was tested with vLLM 0.32.0, this is 0.99.1" in lines[0]
 
 
+def test_sampling_on_the_cpu_is_repaired_when_a_draft_asks_for_it(python: Python) -> None:
+    done = python("""
+import torch
+from vllm.platforms import current_platform
+from vllm.plugins import load_general_plugins
+from vllm.v1.sample import rejection_sampler
+current_platform.register_triton_kernel_overrides()
+load_general_plugins()
+stock, values, ends = rejection_sampler.expand_batch_to_tokens, torch.tensor([0.0, 0.7]), torch.tensor([2, 5])
+from msd_vllm.cpu_sampling import repair_sampling
+assert rejection_sampler.expand_batch_to_tokens is stock
+for _ in range(2):
+    repair_sampling()
+    found = rejection_sampler.expand_batch_to_tokens(values, ends.int(), 5, replace_from=0, replace_to=1)
+    assert torch.equal(found, torch.tensor([1.0, 1.0, 0.7, 0.7, 0.7])), found
+ids = rejection_sampler.expand_batch_to_tokens(torch.tensor([3, 9], dtype=torch.int32), ends.int(), 5)
+assert ids.tolist() == [3, 3, 9, 9, 9] and ids.dtype == torch.int32
+
+right = lambda x, ends, n: x.repeat_interleave(ends.diff(prepend=ends[:1] * 0))
+rejection_sampler.expand_batch_to_tokens = right
+repair_sampling()  # a vLLM without the fault is not changed
+assert rejection_sampler.expand_batch_to_tokens is right
+""")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
