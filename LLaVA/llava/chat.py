@@ -56,11 +56,11 @@ class Chat:
             system=self.system,
             template=self.template,
         )
-        inputs = self.processor(prompt, self.images or None).to(self.model.device)
+        inputs = self.processor(text=prompt, images=self.images or None).to(self.model.device)
         streamer = TextStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         with torch.inference_mode():
             output = self.model.generate(**inputs, streamer=streamer, **self.generation)
-        answer = self.processor.decode(output[0, inputs["input_ids"].shape[1] :]).strip()
+        answer = self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         self.history.append((question, answer))
         return answer
 

@@ -64,7 +64,10 @@ def load_config(path: str | Path, **hub: Any) -> LlavaConfig:
 def load_processor(path: str | Path, **hub: Any) -> LlavaProcessor:
     """Tokenizer and image processor of a checkpoint of either layout; arguments and errors as of `load_config`."""
     with load_errors("processor cannot be loaded", path):
-        checkpoint = open_checkpoint(Source.of(path, hub))
+        source = Source.of(path, hub)
+        if (saved := _saved_processor(source)) is not None:
+            return saved
+        checkpoint = open_checkpoint(source)
         config = build_config(checkpoint)
         return LlavaProcessor(
             tokenizer=load_tokenizer(checkpoint.source),
@@ -72,8 +75,28 @@ def load_processor(path: str | Path, **hub: Any) -> LlavaProcessor:
             image_token_id=config.image_token_id,
             image_token_count=count_image_tokens(config.vision_config, config.vision_feature_select_strategy),
             aspect=checkpoint.aspect,
-            chat_template=_chat_template(checkpoint),
+            # liuhaotian's models are trained with Vicuna's conversation, whatever their tokenizer brings
+            chat_template=_chat_template(source) if checkpoint.layout == "llava-hf" else None,
         )
+
+
+SAVED = ("image_token_id", "image_token_count", "aspect", "template")
+"""Numbers and choices of `LlavaProcessor` that its `save_pretrained` writes."""
+
+
+def _saved_processor(source: Source) -> LlavaProcessor | None:
+    """The processor that `LlavaProcessor.save_pretrained` wrote; None if the folder has none."""
+    path = source.find("processor_config.json")
+    fields = {} if path is None else read_object(path, "processor config")
+    if path is None or "image_token_count" not in fields:
+        return None
+    try:
+        image_processor = ImageProcessor.from_dict(fields["image_processor"])
+        options = {name: fields[name] for name in SAVED}
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(f"processor config is not valid ({error})", path) from None
+    template = _chat_template(source)
+    return LlavaProcessor(load_tokenizer(source), image_processor, chat_template=template, **options)
 
 
 def load_model(
@@ -171,18 +194,15 @@ def _shorten(names: list[str]) -> str:
     return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def _chat_template(checkpoint: Checkpoint) -> str | None:
-    """The checkpoint's own chat template: the processor's, else the tokenizer's. None in the liuhaotian layout, whose
-    models are trained with Vicuna's conversation whatever their tokenizer brings."""
-    if checkpoint.layout != "llava-hf":
-        return None
-    if (path := checkpoint.source.find("chat_template.jinja")) is not None:
+def _chat_template(source: Source) -> str | None:
+    """A checkpoint's own chat template: the processor's, else the tokenizer's."""
+    if (path := source.find("chat_template.jinja")) is not None:
         try:
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"chat template cannot be read ({error})", path) from None
     for file in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        if (path := checkpoint.source.find(file)) is None:
+        if (path := source.find(file)) is None:
             continue
         fields = read_json(path, "chat template")
         found = fields.get("chat_template") if isinstance(fields, dict) else None

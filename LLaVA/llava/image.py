@@ -31,8 +31,8 @@ READ_ERRORS = (
 """What PIL's readers raise on broken files."""
 
 ImageInput = Any
-"""A path, a URL (``http(s):``, ``file:``, ``data:``), bytes, a PIL picture, or an array: numpy or torch, [H, W],
-[H, W, C] or [C, H, W] with C of 1, 3 or 4; uint8, or floats from 0 to 1."""
+"""A path, a URL (``http(s):``, ``file:``, ``data:``), bytes, an open file, a PIL picture, or an array: numpy or torch,
+[H, W], [H, W, C] or [C, H, W] with C of 1, 3 or 4; uint8, or floats from 0 to 1."""
 MAX_DOWNLOAD = 64 * 2**20
 """Bytes of a picture that a URL may give."""
 TIMEOUT = 30.0
@@ -64,6 +64,10 @@ def load_image(source: ImageInput) -> Image.Image:
                 return _as_rgb(source)
             if hasattr(source, "shape"):
                 return _as_rgb(_from_array(source, name))
+            if isinstance(source, bytearray | memoryview):
+                source = bytes(source)
+            if not isinstance(source, str | bytes | os.PathLike) and not hasattr(source, "read"):
+                raise UserError("not a picture", name, "give a path, a URL, bytes, a PIL picture or an array")
             if isinstance(source, str) and (content := _from_url(source)) is not None:
                 source = content
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:

@@ -25,6 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints ``mismatches/N``; exit status 1 if there is any."""
     from tqdm import tqdm
 
+    from eagle.benchmark import with_stop_strings
     from eagle.decode.sampling import SamplingSettings
     from eagle.exactness import first_difference, noise_processors
     from eagle.loading import load_model
@@ -33,12 +34,13 @@ def run(arguments: argparse.Namespace) -> int:
     sampling = SamplingSettings(arguments.temperature, seed=arguments.seed)
     temperature, sampled = sampling.temperature, not sampling.greedy
     model = load_model(arguments)
+    stop = with_stop_strings(model)
     mismatches = 0
     for question in tqdm(questions, desc="verify", unit="question", file=sys.stderr):
         inputs = question.inputs(model.target)
         settings = {"max_new_tokens": arguments.max_new_tokens}
         noise = noise_processors(temperature, arguments.seed, inputs["input_ids"]) if sampled else None
-        expected = model.target.model.generate(**inputs, do_sample=False, logits_processor=noise, **settings)
+        expected = model.target.model.generate(**inputs, do_sample=False, logits_processor=noise, **stop, **settings)
         actual = model.generate(**inputs, **sampling.for_engine(), **settings).sequences
         if (place := first_difference(expected[0], actual[0])) is not None:
             mismatches += 1

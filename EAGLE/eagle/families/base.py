@@ -41,7 +41,8 @@ class Prefill(NamedTuple):
 class Target(ABC):
     """A transformers model and its processor.
 
-    ``family``: name of the family in `eagle.families.registry`.
+    ``family``: name of the family in `eagle.families.registry`. ``stop_strings``: those of the checkpoint's generation
+    config, from which they are removed: transformers makes no criterion of them for ``custom_generate``.
     """
 
     family: ClassVar[str]
@@ -50,6 +51,9 @@ class Target(ABC):
         check_attention(model.config.get_text_config()._attn_implementation)
         self.layers = attention_layers(model.config.get_text_config())
         self.model = model.eval()
+        texts = model.generation_config.stop_strings or ()
+        self.stop_strings = (texts,) if isinstance(texts, str) else tuple(texts)
+        model.generation_config.stop_strings = None
         self.processor = processor
 
     @classmethod

@@ -20,6 +20,7 @@ from llava.loading import check_generation_config, load_errors
 Part = dict[str, Any]
 """A part of a message, as transformers' chat templates read it."""
 IMAGE: Part = {"type": "image"}
+INVISIBLE = "\u2060"
 SHOWN = 5
 """Names of tensors in a message."""
 log = logging.getLogger(__name__)
@@ -57,9 +58,11 @@ class StockTarget(Target):
     def chat_prompt(
         self, question: str, num_images: int = 0, history: Sequence[tuple[str, str]] = (), system: str | None = None
     ) -> str:
-        turns: list[tuple[list[Part], str | None]] = [([text_part(asked)], answer) for asked, answer in history]
+        turns: list[tuple[list[Part], str | None]] = [
+            ([text_part(asked)], without_marks(self.processor, answer)) for asked, answer in history
+        ]
         turns.append(([*[IMAGE] * num_images, text_part(question)], None))
-        return write_chat(self.processor, turns, system)
+        return write_chat(self.processor, turns, None if system is None else without_marks(self.processor, system))
 
 
 def check_complete(info: Mapping[str, Any], path: str) -> None:
@@ -126,6 +129,15 @@ def write_chat(processor: Any, turns: Sequence[tuple[list[Part], str | None]], s
         return processor.apply_chat_template(messages, add_generation_prompt=is_open, tokenize=False)
     except Exception as error:  # a template is a program: it may divide by zero
         raise UserError(f"chat template cannot write this conversation ({reason_of(error)})") from error
+
+
+def without_marks(processor: Any, text: str) -> str:
+    """An answer in which the mark of a picture or a video, such as `<image>`, is text: with an invisible character."""
+    for name in ("image_token", "video_token"):
+        mark = getattr(processor, name, None)
+        if mark:
+            text = text.replace(mark, f"{mark[0]}{INVISIBLE}{mark[1:]}")
+    return text
 
 
 def parts_of(text: str) -> list[Part]:
