@@ -21,6 +21,7 @@ from .batching import BatchOptions, as_tensors, make_batch
 from .conversation import DEFAULT_TEMPLATE, get_template, write_turns
 from .errors import UserError, reason_of
 from .image import MAX_SQUARE_SIDE, ImageInput, load_image, pad_to_square
+from .inputs import check_text
 from .messages import IMAGE_TOKEN, WRITTEN_MARK, as_text, parts_of, read_message
 
 Aspect = Literal["pad", "crop"]
@@ -208,6 +209,7 @@ class LlavaProcessor(ProcessorMixin):
         return self._encoded(prompt)
 
     def _encoded(self, prompt: str, begins: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+        check_text(prompt, "prompt")
         ids = list(self._begin) if begins else []
         spans, offset = [(0, 0)] * len(ids), 0
         for number, piece in enumerate(prompt.split(IMAGE_TOKEN)):

@@ -32,6 +32,7 @@ from eagle.drafts.msd import DraftModel
 from eagle.families import Target, load_target
 from llava.errors import UserError
 from llava.hub import HUB_KEYS
+from llava.inputs import check_text
 
 
 @dataclass
@@ -205,6 +206,8 @@ class MSDModel:
         texts = self.target.stop_strings if texts is None else [texts] if isinstance(texts, str) else texts
         if not all(isinstance(text, str) and text for text in texts):
             raise UserError(f"stop strings {list(texts)!r}", fix="give texts of at least one character")
+        for text in texts:
+            check_text(text, "stop string")
         return [StopStringCriteria(self.tokenizer, list(texts))] if texts else []
 
     def __call__(self, model: Any, input_ids: Tensor, streamer: Any = None, **kwargs: Any) -> MSDOutput | Tensor:

@@ -15,6 +15,7 @@ from llava.device import dtype_for
 from llava.errors import UserError, reason_of
 from llava.hub import HUB_KEYS, Source
 from llava.image import load_image
+from llava.inputs import check_text
 from llava.loading import check_generation_config, load_errors
 
 Part = dict[str, Any]
@@ -46,6 +47,8 @@ class StockTarget(Target):
 
     def prepare(self, prompt: str | Sequence[str], images: Sequence[Any] = ()) -> dict[str, Any]:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        for text in prompts:
+            check_text(text, "prompt")
         pictures = [load_image(image) for image in images]
         marks = sum(text.count(self.processor.image_token) for text in prompts)
         if marks != len(pictures):

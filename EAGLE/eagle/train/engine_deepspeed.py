@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import deepspeed
 import torch
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
 from torch import Tensor
 
 from eagle.train.checkpoint import check_pickles
@@ -19,7 +21,7 @@ from eagle.train.engine import METRICS, Engine, adamw, metrics_of
 from eagle.train.loss import DraftObjective, trained_parameters
 from eagle.train.schedule import BatchSizes
 from eagle.train.settings import TrainConfig
-from llava.errors import UserError
+from llava.errors import UserError, reason_of
 
 TAG = "state"
 
@@ -37,6 +39,14 @@ def own_device() -> torch.device:
     return torch.device(accelerator.current_device_name())
 
 
+def check_accepted(settings: dict[str, Any]) -> None:
+    """Raises `UserError` for a config that DeepSpeed itself refuses, such as one with an unknown key in a section."""
+    try:
+        DeepSpeedConfig(deepcopy(settings))
+    except Exception as error:  # each section raises its own
+        raise UserError("DeepSpeed does not accept its config", "--deepspeed_config", reason_of(error)) from error
+
+
 class DeepSpeedEngine(Engine):
     """ZeRO, precision, clipping and accumulation as DeepSpeed's config says."""
 
@@ -44,6 +54,7 @@ class DeepSpeedEngine(Engine):
         self, objective: DraftObjective, config: TrainConfig, settings: dict[str, Any], sizes: BatchSizes
     ) -> None:
         self.rank, self.sizes = comm.get_rank(), sizes
+        check_accepted(settings)
         self.engine, *_ = deepspeed.initialize(
             model=objective,
             optimizer=adamw(objective, config),
