@@ -25,7 +25,16 @@ from .layout import Checkpoint, build_config, count_image_tokens, open_checkpoin
 from .loading import check_generation_config, load_errors
 from .processor import LlavaProcessor
 from .tokenizer import load_tokenizer
-from .weights import find_weights, from_clip, from_liuhaotian, has_tower, is_old_buffer, read_tensors
+from .weights import (
+    check_size,
+    find_weights,
+    from_clip,
+    from_liuhaotian,
+    has_tower,
+    is_old_buffer,
+    read_shapes,
+    read_tensors,
+)
 
 try:
     from transformers import CLIPImageProcessorPil as ImageProcessor
@@ -128,14 +137,15 @@ def load_model(
     if checkpoint.layout == "llava-hf":
         place: str | None = checkpoint.source.name
         rest |= dict(checkpoint.source.hub) | {"dtype": dtype}
-        if checkpoint.source.folder is not None:
-            find_weights(checkpoint.source)
+        shapes = read_shapes(find_weights(checkpoint.source))
     else:
         place = None
         state = _liuhaotian_state(checkpoint)
+        shapes = {key: tuple(value.shape) for key, value in state.items()}
         rest |= {"state_dict": state, "dtype": _checkpoint_dtype(config, state) if dtype == "auto" else dtype}
     with load_errors("model cannot be loaded", checkpoint.source.name, weights=True):
         check_generation_config(checkpoint.source)
+        check_size(LlavaForConditionalGeneration, config, shapes, checkpoint.source.name)
         with _quiet_transformers():
             model, info = LlavaForConditionalGeneration.from_pretrained(
                 place, output_loading_info=True, ignore_mismatched_sizes=True, **rest

@@ -17,6 +17,7 @@ from llava.hub import HUB_KEYS, Source
 from llava.image import load_image
 from llava.inputs import check_text
 from llava.loading import check_generation_config, load_errors
+from llava.weights import check_size, find_weights, read_shapes
 
 Part = dict[str, Any]
 """A part of a message, as transformers' chat templates read it."""
@@ -38,7 +39,9 @@ class StockTarget(Target):
         settings["dtype"] = dtype_for(settings.get("dtype", "auto"), settings.get("device_map"))
         hub = {key: settings[key] for key in HUB_KEYS if key in settings}
         processor = load_processor(path, **hub)
-        check_generation_config(Source.of(path, hub, "base model"))
+        source = Source.of(path, hub, "base model")
+        check_generation_config(source)
+        check_size(cls.model_class, load_config(path, **hub), read_shapes(find_weights(source)), path)
         model, info = cls.model_class.from_pretrained(
             path, **settings, output_loading_info=True, ignore_mismatched_sizes=True
         )
@@ -98,14 +101,23 @@ def processor_errors() -> Iterator[None]:
         raise UserError(f"the processor cannot prepare this prompt ({reason_of(error)})") from error
 
 
+def load_config(path: str, **hub: Any) -> Any:
+    """The config alone.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    with load_errors("base model config is not valid", path):
+        return AutoConfig.from_pretrained(path, **{key: hub[key] for key in HUB_KEYS if key in hub})
+
+
 def load_processor(path: str, **hub: Any) -> Any:
     """The processor alone.
 
     Raises:
         UserError: it cannot be loaded.
     """
-    with load_errors("base model config is not valid", path):  # which the processor's class reads too
-        AutoConfig.from_pretrained(path, **{key: hub[key] for key in HUB_KEYS if key in hub})
+    load_config(path, **hub)  # which the processor's class reads too
     with load_errors("processor cannot be loaded", path):
         return AutoProcessor.from_pretrained(path, **hub)
 
