@@ -5,9 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
-import struct
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
@@ -23,12 +21,6 @@ from .errors import UserError
 
 MAX_SQUARE_SIDE = 16384
 """Longest side in pixels of a picture that is made square: 0.8 GB of RGB. A 1 x 60000 picture is a bomb once padded."""
-
-READ_ERRORS = (
-    OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, RuntimeError, OverflowError, MemoryError,
-    struct.error, zlib.error,
-)  # fmt: skip
-"""What PIL's readers raise on broken files."""
 
 ImageInput = Any
 """A path, a URL (``http(s):``, ``file:``, ``data:``), bytes, an open file, a PIL picture, or an array: numpy or torch,
@@ -80,7 +72,7 @@ def load_image(source: ImageInput) -> Image.Image:
         raise UserError("picture has too many pixels", name, "make it smaller") from None
     except UserError:
         raise
-    except READ_ERRORS as error:
+    except Exception as error:  # Pillow's readers raise anything on broken files
         if isinstance(error, OSError) and error.errno is not None:
             raise PictureUnreachable(f"picture cannot be read ({error.strerror})", name) from None
         raise UserError(f"picture cannot be read ({error})", name) from None

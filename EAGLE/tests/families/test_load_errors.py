@@ -145,9 +145,8 @@ def test_a_section_without_sizes_does_not_mean_a_large_model(
     allocated = []
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: allocated.append(1))
     line = line_of(folder)
-    assert not allocated and (
-        "config describes a model of" in line or "layers, the checkpoint" in line or "not a" in line
-    )
+    assert not allocated
+    assert "config describes a model of" in line or "the vision tower takes 224" in line
 
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "vocab_size", "intermediate_size"])
@@ -159,7 +158,8 @@ def test_a_size_with_digits_too_many(folder: Path, key: str, monkeypatch: pytest
     allocated = []
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: allocated.append(1))
     line = line_of(folder)
-    assert not allocated and "check the sizes in config.json" in line
+    assert not allocated
+    assert "check the sizes in config.json" in line or "layer_types" in line
 
 
 def places(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -197,14 +197,14 @@ CONFIGS = ("config.json", "processor_config.json", "tokenizer_config.json", "gen
 @pytest.mark.parametrize("file", CONFIGS)
 def test_any_value_at_any_key_is_a_line_or_a_model(folder: Path, file: str) -> None:
     if (folder / file).is_file():
-        check_any_value(folder, file, 15)
+        check_any_value(folder, file, 8)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", CONFIGS)
 def test_any_value_at_any_key_many_times(folder: Path, file: str) -> None:
     if (folder / file).is_file():
-        check_any_value(folder, file, 100)
+        check_any_value(folder, file, 40)
 
 
 def with_template(folder: Path, template: str | None) -> None:
