@@ -112,7 +112,7 @@ class LlavaProcessor(ProcessorMixin):
         if videos is not None or audio is not None:
             raise UserError("LLaVA reads no videos and no sound", fix="leave them out")
         settings = BatchOptions.of(options)
-        pictures = list(_flat(images))
+        pictures = list(flat_pictures(images))
         data: dict[str, Any] = {}
         if text is not None:
             prompts = [text] if isinstance(text, str) else text
@@ -330,11 +330,11 @@ CALL_OPTIONS = ("images", "text_kwargs", "images_kwargs", "common_kwargs", *Batc
 """What `apply_chat_template` gives to `__call__`."""
 
 
-def _flat(images: Any) -> Iterator[ImageInput]:
+def flat_pictures(images: Any) -> Iterator[ImageInput]:
     """The pictures in a picture, an array of pictures [n, ...], or lists of these; None is no picture."""
     if isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4:
         for image in images:
-            yield from _flat(image)
+            yield from flat_pictures(image)
     elif images is not None:
         yield images
 
@@ -345,7 +345,7 @@ def _check_marks(prompts: Sequence[str], images: Any, count: int) -> None:
     nested = isinstance(images, list | tuple) and any(isinstance(each, list | tuple) for each in images)
     pairs = [(sum(marks), count)]
     if nested and len(images) == len(prompts):
-        pairs = [(own, len(list(_flat(each)))) for own, each in zip(marks, images, strict=True)]
+        pairs = [(own, len(list(flat_pictures(each)))) for own, each in zip(marks, images, strict=True)]
     for wanted, found in pairs:
         if wanted != found:
             raise UserError(f"prompt has {wanted} {IMAGE_TOKEN} mark(s), but {found} picture(s) were given")

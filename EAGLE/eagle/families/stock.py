@@ -17,6 +17,7 @@ from llava.hub import HUB_KEYS, Source
 from llava.image import load_image
 from llava.inputs import check_text
 from llava.loading import check_generation_config, load_errors
+from llava.processor import flat_pictures
 from llava.weights import check_size, find_weights, read_shapes
 
 Part = dict[str, Any]
@@ -52,7 +53,7 @@ class StockTarget(Target):
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         for text in prompts:
             check_text(text, "prompt")
-        pictures = [load_image(image) for image in images]
+        pictures = [load_image(image) for image in flat_pictures(images)]
         marks = sum(text.count(self.processor.image_token) for text in prompts)
         if marks != len(pictures):
             raise UserError(f"prompt has {marks} image mark(s), but {len(pictures)} picture(s) were given")

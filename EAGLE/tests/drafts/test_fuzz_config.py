@@ -26,7 +26,7 @@ ODD: tuple[Any, ...] = (
 MORE: dict[str, Any] = {
     "msd": {"positions": "plain", "head_tokens": None, "decoupled": True, "image_tokens": None, "image_merge": "pool"},
     "rope_scaling": {"rope_type": "default"}, "rope_parameters": {"rope_theta": 10000.0}, "bias": True,
-    "hidden_act": "silu", "head_dim": 8, "text_config": {}, "torch_dtype": "float32",
+    "hidden_act": "silu", "head_dim": 8, "text_config": {"rope_scaling": {}}, "torch_dtype": "float32",
     "train": {"epochs": 1, "learning_rate": 1e-4, "seed": 3},
 }  # fmt: skip
 MAKERS = {"llava": make_llava_hf, "qwen2_vl": make_qwen}
