@@ -40,6 +40,7 @@ from eagle.web.stream import LAST, Answerer, ClientGone, Detokenizer, Event, Pie
 from llava.errors import UserError
 
 PATIENCE = 600  # seconds until a server that says nothing is given up
+MANY = 10_000
 QUESTION = "How many shapes can you count here?"
 
 
@@ -238,8 +239,9 @@ def test_decoding_ends_when_the_client_leaves(model: MSDModel, monkeypatch: pyte
 
 @pytest.fixture
 def gate(model: MSDModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """Holds each prefill at the first layer of the text model until ``open`` is set. ``calls`` counts its layers."""
-    held = SimpleNamespace(open=threading.Event(), reached=threading.Semaphore(0), calls=0)
+    """Holds each forward at the first layer of the text model until it gets one of ``passes``. ``calls`` counts runs of
+    its layers."""
+    held = SimpleNamespace(passes=threading.Semaphore(0), reached=threading.Semaphore(0), calls=0)
     layers = model.target.text_model.layers
     assert len(layers) > 1
 
@@ -247,11 +249,11 @@ def gate(model: MSDModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNam
         held.calls += 1
         if layer is layers[0]:
             held.reached.release()
-            assert held.open.wait(PATIENCE)
+            assert held.passes.acquire(timeout=PATIENCE)
 
     hooks = [layer.register_forward_hook(wait) for layer in layers]  # after the layer
     yield held
-    held.open.set()
+    held.passes.release(MANY)
     for hook in hooks:
         hook.remove()
 
@@ -271,6 +273,13 @@ def connect(port: int, body: bytes, *headers: str) -> socket.socket:
     return opened
 
 
+def next_event(answer: Any) -> dict[str, Any]:
+    """The next event of a response that is read from a socket."""
+    while not (line := answer.readline()).startswith(b"{"):
+        assert line, "the connection has ended"
+    return dict(json.loads(line))
+
+
 def test_the_prefill_ends_when_the_client_leaves(
     page: Page, port: int, gate: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,7 +296,7 @@ def test_the_prefill_ends_when_the_client_leaves(
     assert gate.reached.acquire(timeout=PATIENCE)
     client.close()
     assert left.acquire(timeout=PATIENCE)
-    gate.open.set()
+    gate.passes.release(MANY)
     wait_until(lambda: page._open == 0)
     assert gate.calls == 1
     assert events(port, question=QUESTION, max_new_tokens=2)[-1]["kind"] == "end"
@@ -310,7 +319,7 @@ def test_places_in_the_queue(model: MSDModel, gate: SimpleNamespace) -> None:
     answerer.leave(second)
     assert queues[2].get(timeout=PATIENCE) == {"kind": "waiting", "ahead": 1}
     assert queues[1].get(timeout=PATIENCE) == {"kind": "gone"}
-    gate.open.set()
+    gate.passes.release(MANY)
     assert [queues[2].get(timeout=PATIENCE).get("ahead") for _ in range(2)] == [0, None]
     assert queues[1].empty() and not first.gone.is_set()
 
@@ -323,11 +332,16 @@ def test_fifty_requests_at_once(page: Page, port: int, gate: SimpleNamespace) ->
     status = [int(answer.readline().split()[1]) for answer in answers]
     assert status.count(200) == 16 and status.count(503) == 34
     assert json.loads(request(port, "/about").read())["longest"] == 40, "the page can be read meanwhile"
-    gate.open.set()
     waiting = [answer for answer, code in zip(answers, status, strict=True) if code == 200]
+    ahead = {next_event(answer)["ahead"]: answer for answer in waiting}
+    assert sorted(ahead) == list(range(16))
+    gate.passes.release()  # for the prefill of the first one
+    assert next_event(ahead[0])["new_tokens"] == 1, "it is sent although others wait"
+    gate.passes.release(MANY)
     for answer in waiting:
-        lines = iter(answer.readline, b"")
-        assert any(b'"kind": "end"' in line for line in lines)
+        while (event := next_event(answer))["kind"] not in LAST:
+            pass
+        assert event["kind"] == "end" and event["new_tokens"] == 3
     wait_until(lambda: page._open == 0)
     for client in clients:
         client.close()
