@@ -45,9 +45,7 @@ class PictureUnreachable(UserError):
     """The file system or the network, not the picture, is the cause."""
 
 
-def load_image(
-    source: ImageInput, *, formats: Sequence[str] | None = None, max_side: int | None = None
-) -> Image.Image:
+def load_image(source: ImageInput, *, formats: Sequence[str] | None = None, max_side: int | None = None) -> Image.Image:
     """Reads a picture as RGB.
 
     The orientation of EXIF is applied. Transparent parts are laid on white. Grey of more than 8 bit is scaled from its

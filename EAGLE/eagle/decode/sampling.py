@@ -19,7 +19,6 @@ from transformers.generation import logits_process as hf
 
 from llava.errors import UserError
 
-
 LOWEST = 1e-6
 """Lowest temperature above 0: logits are divided by it, and float32 must hold the result."""
 

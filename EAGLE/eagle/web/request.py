@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from typing import Any
 
 from PIL import Image
@@ -21,6 +22,7 @@ MAX_SIDE = 8192
 """Longest side of a picture in pixels; a square of it has 0.2 GB of RGB."""
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")
 """Formats of pictures. Not those for which Pillow starts other programs, such as EPS."""
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 @strict_dataclass
@@ -46,6 +48,8 @@ class AnswerRequest:
         """
         if isinstance(given, dict):
             given = {"max_new_tokens": min(cls.max_new_tokens, longest), **given}
+            if HALF_CHARACTER.search(str(given.get("question"))):
+                raise UserError("the question has half of a character (a lone surrogate)", fix="write the character")
         request = read_strict(cls, given, "request")
         if not request.question.strip():
             raise UserError("no question", fix="write one")

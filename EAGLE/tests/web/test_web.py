@@ -142,6 +142,8 @@ def test_plain_decoding_has_no_drafted_token_and_the_same_answer(port: int) -> N
         ({"question": "x", "max_new_tokens": 10**30}, "give 1 to 40"),
         ({"question": "x" * 500_001}, "question of 500001 characters (give at most 500000)"),
         ({"question": "x", "temperature": "hot"}, "give a number"),
+        (b'{"question": "x\\ud800"}', "half of a character"),
+        (b'\xff{"question": "x"}', "not JSON"),
         (b"{", "not JSON"),
         (b"[" * 100_000, "not JSON"),
         (b'{"question": "x", "temperature": NaN}', "give a finite number"),
@@ -302,9 +304,19 @@ def test_the_prefill_ends_when_the_client_leaves(
     assert events(port, question=QUESTION, max_new_tokens=2)[-1]["kind"] == "end"
 
 
-def test_no_hook_stays_in_the_model(model: MSDModel, port: int) -> None:
-    assert events(port, question=QUESTION, max_new_tokens=2)[-1]["kind"] == "end"
-    assert not any(part._forward_pre_hooks for part in model.target.model.modules())
+def test_cycles_run_without_hooks(model: MSDModel, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled layers would be compiled again."""
+    verify, hooked = Decoder.verify, []
+
+    def look(self: Decoder, trees: Any) -> Any:
+        hooked.append(any(part._forward_pre_hooks for part in model.target.model.modules()))
+        return verify(self, trees)
+
+    monkeypatch.setattr(Decoder, "verify", look)
+    assert events(port, question=QUESTION, max_new_tokens=20)[-1]["kind"] == "end"
+    assert hooked and not any(hooked)
+    (error,) = events(port, question=QUESTION, image="%%")
+    assert error["kind"] == "error" and not any(part._forward_pre_hooks for part in model.target.model.modules())
 
 
 def test_places_in_the_queue(model: MSDModel, gate: SimpleNamespace) -> None:
@@ -512,6 +524,7 @@ def test_contrast_of_the_page(scheme: int) -> None:
     assert len(blocks) == 2 and "prefers-color-scheme: dark" in style
     colours = dict(re.findall(r"--([\w-]+): (#\w{6})", blocks[scheme]))
     assert not re.search(r"#[0-9a-f]{3,6}\b", style.split("body {")[1]), "all colours are named in the two blocks"
+    assert re.search(r"#legend i \{[^}]* color: var\(--text\)", style), "the legend's numbers are on the colours"
     grounds = ["page", "panel", *(f"d{depth}" for depth in range(1, 11))]
     pairs = [("text", ground) for ground in grounds] + [("on-accent", "accent")]
     pairs += [(name, ground) for name in ("muted", "error") for ground in ("page", "panel")]
