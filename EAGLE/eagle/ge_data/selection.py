@@ -21,7 +21,6 @@ from eagle.conversations import (
     read_conversation,
     unknown_keys_note,
 )
-from eagle.families.layers import position_limit
 from eagle.ge_data.annotations import Record, RecordFile
 from eagle.hidden_states.index import ShardInfo, Skipped, read_header
 from llava.errors import UserError
@@ -99,6 +98,8 @@ class Selection:
 
     def within(self, target: Target) -> Selection:
         """The same selection, with ``max_length`` at most the number of the target's positions."""
+        from eagle.families.layers import position_limit  # not at import time: it loads torch
+
         positions = position_limit(target.config.get_text_config()) or self.max_length
         return replace(self, max_length=min(positions, self.max_length))
 
