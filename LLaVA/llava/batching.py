@@ -16,6 +16,8 @@ from .strict import read_strict, strict_dataclass
 NO_LIMIT = 10**9
 """transformers gives tokenizers without a limit a larger `model_max_length`."""
 GROUPS = ("text_kwargs", "common_kwargs")
+NO_EFFECT = (("return_token_type_ids", False), ("verbose", True), ("verbose", False))
+"""Options with values that change nothing here."""
 
 
 @strict_dataclass
@@ -26,7 +28,6 @@ class BatchOptions:
         padding: None pads where prompts have different lengths. True and "longest" pad to the longest row.
         return_tensors: "pt", "np", or None for lists.
         padding_side: None for the tokenizer's.
-        return_token_type_ids, verbose: without effect.
     """
 
     padding: bool | Literal["longest", "max_length", "do_not_pad"] | None = None
@@ -38,8 +39,6 @@ class BatchOptions:
     add_special_tokens: bool = True
     return_attention_mask: bool = True
     return_mm_token_type_ids: bool = False
-    return_token_type_ids: Literal[False] = False
-    verbose: bool = True
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> BatchOptions:
@@ -55,7 +54,8 @@ class BatchOptions:
         for group in GROUPS:
             flat |= given.get(group) or {}
         plain = {name: value.value if isinstance(value, Enum) else value for name, value in flat.items()}
-        kept = {name: value for name, value in plain.items() if value is not None or name == "return_tensors"}
+        set_ones = {name: value for name, value in plain.items() if value is not None or name == "return_tensors"}
+        kept = {name: value for name, value in set_ones.items() if (name, value) not in NO_EFFECT}
         return read_strict(cls, kept, "options of the processor")
 
     @property

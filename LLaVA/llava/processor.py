@@ -17,7 +17,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
-from .batching import BatchOptions, as_tensors, make_batch
+from .batching import NO_EFFECT, BatchOptions, as_tensors, make_batch
 from .conversation import DEFAULT_TEMPLATE, get_template, write_turns
 from .errors import UserError, reason_of
 from .image import MAX_SQUARE_SIDE, ImageInput, load_image, pad_to_square
@@ -326,7 +326,14 @@ class LlavaProcessor(ProcessorMixin):
         return image
 
 
-CALL_OPTIONS = ("images", "text_kwargs", "images_kwargs", "common_kwargs", *BatchOptions.__dataclass_fields__)
+CALL_OPTIONS = (
+    "images",
+    *dict(NO_EFFECT),
+    "text_kwargs",
+    "images_kwargs",
+    "common_kwargs",
+    *BatchOptions.__dataclass_fields__,
+)
 """What `apply_chat_template` gives to `__call__`."""
 
 

@@ -72,6 +72,7 @@ CALLS: list[dict[str, Any]] = [
     {"text": ["USER: Hi", "a b c d"], "return_tensors": "pt", "padding": True, "padding_side": "right"},
     {"text": "USER: Hi", "return_tensors": "pt", "add_special_tokens": False},
     {"text": "USER: Hi", "return_tensors": "pt", "return_attention_mask": False},
+    {"text": "USER: Hi", "return_tensors": "pt", "return_token_type_ids": False, "verbose": True, "max_length": None},
     {"text": "<image>", "images": SQUARE, "return_tensors": "pt", "return_mm_token_type_ids": True},
     {"text": "<image>", "images": np.asarray(SQUARE), "return_tensors": "pt"},
     {"text": "<image>", "images": torch.from_numpy(np.asarray(SQUARE).copy()), "return_tensors": "pt"},
