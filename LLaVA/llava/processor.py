@@ -89,8 +89,8 @@ class LlavaProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        images: ImageInput | Sequence[Any] | None = None,
         text: str | Sequence[str] | None = None,
+        images: ImageInput | Sequence[Any] | None = None,
         videos: None = None,
         audio: None = None,
         **options: Any,
@@ -98,8 +98,9 @@ class LlavaProcessor(ProcessorMixin):
         """Model inputs of one prompt or a batch of prompts.
 
         Args:
+            text: prompts [B], with one `<image>` for each picture. None for pixel values alone. Without names of
+                arguments, text and images may also come in transformers' order.
             images: pictures [n] in the order of the marks, over all prompts; or a list of pictures for each prompt.
-            text: prompts [B], with one `<image>` for each picture. None for pixel values alone.
             options: see `BatchOptions`. Unlike transformers' processors, the default is padded torch tensors.
 
         Returns:
@@ -112,12 +113,14 @@ class LlavaProcessor(ProcessorMixin):
         if videos is not None or audio is not None:
             raise UserError("LLaVA reads no videos and no sound", fix="leave them out")
         settings = BatchOptions.of(options)
+        if _are_swapped(text, images):
+            text, images = images, text
         pictures = list(flat_pictures(images))
         data: dict[str, Any] = {}
         if text is not None:
-            prompts = [text] if isinstance(text, str) else text
-            if not isinstance(prompts, list | tuple) or not all(isinstance(prompt, str) for prompt in prompts):
+            if not _is_text(text):
                 raise UserError("text is not a text or a list of texts", fix="call processor(text=..., images=...)")
+            prompts = [text] if isinstance(text, str) else list(text)
             _check_marks(prompts, images, len(pictures))
             rows = [self._encoded(prompt, settings.add_special_tokens)[0] for prompt in prompts]
             data |= make_batch(rows, settings, self.tokenizer, self.pad_token_id, self.image_token_id)
@@ -335,6 +338,19 @@ CALL_OPTIONS = (
     *BatchOptions.__dataclass_fields__,
 )
 """What `apply_chat_template` gives to `__call__`."""
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list | tuple) and all(isinstance(each, str) for each in value))
+
+
+def _are_swapped(text: Any, images: Any) -> bool:
+    """Whether the arguments came in the order of transformers' processors, pictures first."""
+    if text is None:
+        return False
+    if _is_text(text):  # a prompt, or the path of a picture
+        return _is_text(images) and IMAGE_TOKEN in "".join(images) and IMAGE_TOKEN not in "".join(text)
+    return _is_text(images) or not any(isinstance(each, str) for each in flat_pictures(text))
 
 
 def flat_pictures(images: Any) -> Iterator[ImageInput]:

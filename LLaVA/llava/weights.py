@@ -23,8 +23,9 @@ from .errors import UserError
 from .files import check_not_pointer, read_json
 from .hub import Source
 
-SPARE = 2
-"""A smaller excess of a config over its checkpoint is found by name when the tensors are loaded."""
+SPARE, SMALL = 2, 2**24
+"""A smaller excess of a config over its checkpoint, as a factor or in weights, is found by name when the tensors are
+loaded."""
 CHECK_SIZES = "check the sizes in config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 _READ_ERRORS = (
@@ -210,7 +211,7 @@ def check_size(model_class: Any, config: Any, shapes: Mapping[str, tuple[int, ..
         name: of the checkpoint, for the message.
 
     Raises:
-        UserError: the model would have more than `SPARE` times the checkpoint's weights.
+        UserError: the model would have more than `SPARE` times the checkpoint's weights, and `SMALL` more.
     """
     if getattr(config, "quantization_config", None) is not None:  # several weights are packed into one
         return
@@ -222,6 +223,6 @@ def check_size(model_class: Any, config: Any, shapes: Mapping[str, tuple[int, ..
     with torch.device("meta"):
         model = model_class(deepcopy(config))
     wanted = sum(parameter.numel() for parameter in model.parameters())
-    if wanted > SPARE * found:
+    if wanted > max(SPARE * found, found + SMALL):
         sizes = f"{wanted:,} weights, the checkpoint has {found:,}"
         raise UserError(f"config describes a model of {sizes}", name, CHECK_SIZES)

@@ -155,7 +155,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def test_any_json_anywhere_in_every_form_of_a_record(annotations: Write, photos: Path, tmp_path: Path) -> None:
-    """A conversation or a reason, and converting does not change which."""
+    """A conversation or a reason, also after it was converted."""
     rows: list[Row] = []
     for form in FORMS:
         for place in places(form):
@@ -181,7 +181,9 @@ def test_any_json_anywhere_in_every_form_of_a_record(annotations: Write, photos:
     assert len(rows) > 600 and 50 < sum(not isinstance(each, str) for each in found) < len(rows) - 200
     assert convert(annotations(rows), tmp_path / "out.json")[0] == len(rows)
     fixed = list(iter_records(tmp_path / "out.json"))
-    assert [outcome_of(row.value, number) for number, row in enumerate(fixed)] == found
+    again = [outcome_of(row.value, number) for number, row in enumerate(fixed)]
+    for row, first, second in zip(rows, found, again, strict=True):  # a skipped row may get another reason
+        assert first == second or (isinstance(first, str) and isinstance(second, str)), row
 
 
 SPELLED = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|>",
