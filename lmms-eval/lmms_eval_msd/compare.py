@@ -9,7 +9,6 @@ Both are the `--output_path` of lmms-eval runs with `--log_samples`; the newest 
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from llava.arguments import OneLineParser
 from llava.errors import UserError, run_cli
 from llava.files import atomic_write
 from lmms_eval_msd.report import Run, differences, load_run, speedup
@@ -109,7 +109,7 @@ def draw(comparison: Mapping[str, Any], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m lmms_eval_msd.compare", description=__doc__.splitlines()[0])
+    parser = OneLineParser(prog="python -m lmms_eval_msd.compare", description=__doc__.splitlines()[0])
     parser.add_argument("--base", type=Path, required=True, help="--output_path of the run without --use_msd")
     parser.add_argument("--msd", type=Path, required=True, help="--output_path of the run with --use_msd")
     parser.add_argument("--out", type=Path, required=True, help="folder for compare.json and compare.png")

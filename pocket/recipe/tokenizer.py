@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
+import sys
 from pathlib import Path
 from random import Random
 
@@ -12,6 +12,8 @@ from .encode import SYSTEM
 from .english import topics
 from .sample import converse
 from .tables import tables
+from llava.arguments import OneLineParser
+from llava.errors import run_cli
 
 VOCABULARY = 2048
 CONFIG = {
@@ -70,7 +72,7 @@ def train_tokenizer(folder: Path, number: int = 4000, seed: int = 0) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -78,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_cli(main))
