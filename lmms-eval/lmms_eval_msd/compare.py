@@ -180,7 +180,13 @@ def draw(comparisons: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     tasks = list(comparisons[0]["tasks"])
-    series = [("base alone", [one["tokens_per_second"]["base"] for one in comparisons[0]["tasks"].values()], [""] * len(tasks))]
+    series = [
+        (
+            "base alone",
+            [one["tokens_per_second"]["base"] for one in comparisons[0]["tasks"].values()],
+            [""] * len(tasks),
+        )
+    ]
     for name, comparison in zip(names(comparisons), comparisons, strict=True):
         rows = comparison["tasks"].values()
         times = ["" if row["speedup"] is None else f"{row['speedup']:.2f}x" for row in rows]

@@ -52,7 +52,9 @@ def two_drafts(tmp_path):
     tasks = ("chartqa_msd", "textvqa_val_msd")
     base = write_run(tmp_path / "base", False, ["a", "b"], 1042.0, tasks=tasks)
     drafts = [
-        write_run(tmp_path / name, True, ["a", "b"], speed, tasks=tasks, draft=f"a-place/of-drafts/{name}", shares=shares)
+        write_run(
+            tmp_path / name, True, ["a", "b"], speed, tasks=tasks, draft=f"a-place/of-drafts/{name}", shares=shares
+        )
         for name, speed, shares in (("trained", 2084.0, POSITIONS), ("shipped", 4168.0, POSITIONS[:2]))
     ]
     return ["--base", str(base), "--msd", *map(str, drafts), "--out", str(tmp_path / "out")]

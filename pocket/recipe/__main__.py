@@ -14,6 +14,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
 from llava.arguments import OneLineParser
 from llava.errors import run_cli
 

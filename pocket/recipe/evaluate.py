@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .facts import is_right
 from llava.arguments import OneLineParser
 from llava.errors import run_cli
+
+from .facts import is_right
 
 Item = dict[str, Any]
 Answerer = Callable[[list[tuple[str, list[Path]]]], list[str]]

@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-from collections.abc import Callable
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 

@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 from random import Random
 
+from llava.arguments import OneLineParser
+from llava.errors import run_cli
+
 from .encode import SYSTEM
 from .english import topics
 from .sample import converse
 from .tables import tables
-from llava.arguments import OneLineParser
-from llava.errors import run_cli
 
 VOCABULARY = 2048
 CONFIG = {

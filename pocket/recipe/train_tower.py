@@ -13,8 +13,8 @@ import argparse
 import json
 import logging
 import os
-import time
 import sys
+import time
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from llava.arguments import OneLineParser
-from llava.errors import run_cli
 from llava.device import cpu_has_bfloat16
+from llava.errors import run_cli
 
 from .draw import sketch_of
 from .encode import Tokenizer

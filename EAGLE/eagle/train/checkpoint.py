@@ -172,7 +172,9 @@ class CheckpointStore:
         world, progress.run = progress.run["world"], {**progress.run, **given}
         try:
             engine.load(folder / "state")
-            states = [torch.load(folder / "state" / f"random-{rank:03d}.pt", weights_only=True) for rank in range(world)]
+            states = [
+                torch.load(folder / "state" / f"random-{rank:03d}.pt", weights_only=True) for rank in range(world)
+            ]
             _set_random_state(states[engine.rank % world])
             if "meter" in states[0]:  # older runs do not have it
                 meters = [state["meter"] for state in states]
@@ -212,13 +214,13 @@ def check_same_run(progress: Progress, run: Mapping[str, Any], steps_per_epoch: 
     """
     fix = "resume with the same settings and data, or start in another --cpdir"
     old, new = progress.run, run
-    if old["micro"] == new["micro"] and old["accumulation"] * old["world"] != new["accumulation"] * new["world"]:
-        pieces = old["accumulation"] * old["world"]
+    pieces, given = (one["accumulation"] * one["world"] for one in (old, new))  # micro-batches of a step
+    if old["micro"] == new["micro"] and pieces != given:
         if new["world"] != old["world"] and pieces % new["world"] == 0:
             fix = f"with {new['world']} processes set gradient_accumulation_steps to {pieces // new['world']}"
         raise UserError(
             f"the interrupted run had {old['micro'] * pieces} samples a step ({old['micro']} x {old['accumulation']} "
-            f"accumulated x {old['world']} processes), this one has {new['micro'] * new['accumulation'] * new['world']}",
+            f"accumulated x {old['world']} processes), this one has {new['micro'] * given}",
             where=folder,
             fix=fix,
         )
@@ -227,8 +229,8 @@ def check_same_run(progress: Progress, run: Mapping[str, Any], steps_per_epoch: 
         unknown = key.startswith(STATES) and None in (before, current)  # as in older runs
         if before == current or unknown or key in ("accumulation", "world"):
             continue
-        if key == "epochs" and current > before:
-            if progress.step == steps_per_epoch * before:
+        if key == "epochs" and new["epochs"] > old["epochs"]:
+            if progress.step == steps_per_epoch * old["epochs"]:
                 continue
             fix = f"finish the {before} epochs first, or start in another --cpdir"
         raise UserError(f"the interrupted run had {key}={before}, this one has {current}", where=folder, fix=fix)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -13,7 +14,6 @@ from tqdm import tqdm
 
 from llava.errors import UserError
 from llava.files import atomic_write, write_json
-
 
 FIRST_STEPS = 10
 """After so many steps the time that is left is estimated."""
@@ -212,5 +212,4 @@ def stage_boundary(steps: Sequence[Mapping[str, float]]) -> float | None:
     >>> stage_boundary([{"step": at, "image_probability": share} for at, share in ((5, 0), (10, 0), (15, 0.5))])
     10
     """
-    pairs = zip(steps, steps[1:], strict=False)
-    return next((a["step"] for a, b in pairs if a["image_probability"] == 0 < b["image_probability"]), None)
+    return next((a["step"] for a, b in pairwise(steps) if a["image_probability"] == 0 < b["image_probability"]), None)

@@ -71,7 +71,10 @@ def test_absolute_names_inside_the_folder_are_as_relative_ones(
     assert allocate(base, annotations([outside, *rows()[1:]]), tmp_path / "one", "v", pictures=own) == 0
     assert load_index(tmp_path / "one").skipped == {"outside_picture": 1}
     capsys.readouterr()
-    assert allocate(base, annotations([{**outside, "id": str(n)} for n in range(3)]), tmp_path / "all", "v", pictures=own) == 2
+    assert (
+        allocate(base, annotations([{**outside, "id": str(n)} for n in range(3)]), tmp_path / "all", "v", pictures=own)
+        == 2
+    )
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert f"{tmp_path}/elsewhere.png" in line and f"--image_data_path {own} is the folder" in line
 

@@ -56,7 +56,11 @@ RUN = {"micro": 2, "accumulation": 4, "world": 1, "text": 10, "image": 8, "epoch
         ({}, 3, None),
         ({"accumulation": 2, "world": 2}, 3, None),
         ({"accumulation": 1, "world": 4}, 3, None),
-        ({"world": 2}, 3, "8 samples a step .* this one has 16: .*with 2 processes set gradient_accumulation_steps to 2"),
+        (
+            {"world": 2},
+            3,
+            "8 samples a step .* this one has 16: .*with 2 processes set gradient_accumulation_steps to 2",
+        ),
         ({"accumulation": 2}, 3, "8 samples a step .* this one has 4: "),
         ({"micro": 4, "accumulation": 2}, 3, "had micro=2, this one has 4"),
         ({"epochs": 6}, 8, None),
@@ -96,9 +100,8 @@ def test_optimizer_state_for_another_number_of_processes(old: int, new: int) -> 
     for rank, (part, moment) in enumerate(zip(parts(weights, old), parts(mean, old), strict=True)):
         kept = part[: max(0, len(weights) - rank * len(part))]
         state = {"exp_avg": moment, "step": torch.tensor(5.0)}
-        states.append({
-            "single_partition_of_fp32_groups": [kept], "base_optimizer_state": {"state": {0: state}, "param_groups": []},
-        })  # fmt: skip
+        optimizer = {"state": {0: state}, "param_groups": []}
+        states.append({"single_partition_of_fp32_groups": [kept], "base_optimizer_state": optimizer})
     for rank, (weight, moment) in enumerate(zip(parts(weights, new), parts(mean, new), strict=True)):
         got = repartition(states, len(weight), rank)
         own = got["base_optimizer_state"]["state"][0]

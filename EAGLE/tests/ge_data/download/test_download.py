@@ -283,7 +283,9 @@ def test_check_finds_pictures_by_absolute_names(run: Run, root: Path, annotation
     names = [str(root / "mine" / "a.png"), str(root / "gqa" / "images" / "g1.jpg"), str(tmp_path / "out.png")]
     rows = [image_row(number, name) for number, name in enumerate(names)]
     out = " ".join(run("--check", "--annotations", str(annotations(rows)))[1].split())
-    assert "3 records, 2 with pictures" in out and f"1 records name no usable picture: {REASONS['outside_picture']}" in out
+    assert (
+        "3 records, 2 with pictures" in out and f"1 records name no usable picture: {REASONS['outside_picture']}" in out
+    )
     assert "gqa 1 needed, 0 there, 1 missing" in out and "other 1 needed, 1 there, 0 missing" in out
 
 
