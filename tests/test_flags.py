@@ -16,6 +16,7 @@ from llava.arguments import OneLineParser
 from llava.errors import UserError, run_cli
 
 MODULES = {
+    "llava.chat": ("--imgae_file", "--image-file"),
     "eagle.ge_data.convert": ("--ouput", "--output"),
     "eagle.ge_data.allocation": ("--json_data", "--json_data_path"),
     "eagle.ge_data.vocabulary": ("--szie", "--size"),

@@ -76,6 +76,17 @@ def test_training_stored_and_online(commands) -> None:
     assert files in online and "--tmpdir" not in online
 
 
+def test_training_without_deepspeed_is_one_line(
+    commands, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "deepspeed").unlink()
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        commands("4_train.sh")
+    assert failed.value.returncode == 2
+    assert capfd.readouterr().err.startswith("error: deepspeed is not installed for ")
+
+
 @pytest.mark.parametrize(
     ("tasks", "asks"),
     [("", True), ("chartqa_msd", True), ("mme,chartqa_msd", True), ("mme", False), ("xchartqa", False)],
