@@ -54,7 +54,7 @@ def check_compiler(main: bool) -> None:
     if main and not any(folder.rglob(f"{builder.NAME}.so")):
         print(
             f"DeepSpeed compiles {builder.NAME} with {compiler}, once on a machine, into {folder}: "
-            "this takes a minute or two without further output",
+            "this takes one to three minutes without further output",
             flush=True,
         )
 
