@@ -66,7 +66,8 @@ fi
 
 # accelerate starts several processes on accelerators alone, torch's launcher everywhere
 processes="${NUM_PROCESSES:-1}"
-launch=("$python" -m accelerate.commands.launch --quiet --num_processes=1 --main_process_port="${PORT:-29506}")
+launch=("$python" -m accelerate.commands.launch --quiet --num_processes=1 --num_machines=1 --mixed_precision=no
+    --dynamo_backend=no --main_process_port="${PORT:-29506}")
 [ "$processes" = 1 ] ||
     launch=("$python" -m torch.distributed.run --nproc_per_node="$processes" --master_port="${PORT:-29506}")
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from loguru import logger
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -120,7 +121,8 @@ def summary(stats: Stats) -> dict[str, Any]:
 def table(report: Mapping[str, Any]) -> Table:
     """The report for the screen."""
     title = "MSD decoding" if report["use_msd"] else "plain decoding (no draft)"
-    result = Table(title=f"{title}, {report['dtype']}, {report['hardware']}", title_justify="left")
+    name = f"{title}, {report['dtype']}, {report['hardware']}"
+    result = Table(title=name, title_justify="left", box=box.SIMPLE, collapse_padding=True)
     result.add_column("task")
     columns = ["answers", "tokens", "τ", "tokens/s", "seconds"]
     if "baseline" in report:

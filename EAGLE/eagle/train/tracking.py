@@ -187,8 +187,8 @@ def plot(history: Mapping[str, Any], path: Path) -> None:
             values = [row["results"][name][key] for row in rows]
             label = f"validation, {name} set"
             panel.plot([row["step"] for row in rows], values, marker=".", color=COLOURS[name], label=label)
-    for panel, key in ((shares, "image_probability"), (rates, "learning_rate")):
-        panel.plot(at, [row[key] for row in steps], color=AXES_COLOURS[key], drawstyle="steps-pre")
+    for panel, key, style in ((shares, "image_probability", "steps-pre"), (rates, "learning_rate", "default")):
+        panel.plot(at, [row[key] for row in steps], color=AXES_COLOURS[key], drawstyle=style)
         panel.set_xlabel("step")
     boundary = stage_boundary(steps)
     losses.set(ylabel="loss", title="Loss")

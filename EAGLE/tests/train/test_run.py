@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from train_support import SCRIPT, assert_same_curve, curve, environment, logged,
 
 from eagle.drafts.checkpoint import load_draft
 from eagle.train.checkpoint import CheckpointStore, Progress, replace_folder
+from eagle.train.schedule import BatchSizes, Schedule
+from eagle.train.settings import TrainConfig
 from llava.errors import UserError
 
 
@@ -120,23 +123,25 @@ def test_best_is_the_draft_with_the_highest_tau(arguments, run, tmp_path, monkey
 def test_more_epochs_after_the_end(arguments, run, tmp_path, capsys):
     """The further epochs are those of a longer run: samples, noise, rate. Stopped in them, it resumes as ever."""
     quiet = ("--tracker", "none", "--resume")
-    still = {"learning_rate": 0.0}  # so that the losses tell the samples and their noise
+    still = {"learning_rate": 0.0, "text_share": 0.25, "validate_every": 99}  # so that losses tell samples and noise
     for name, epochs in (("long", 4), ("grown", 3), ("grown", 4)):
-        assert run(arguments(name, *quiet, epochs=epochs, text_share=0.25, **still)) == 0
+        assert run(arguments(name, *quiet, epochs=epochs, **still)) == 0
     assert len(curve(tmp_path / "grown")) == 8
     for grown, whole in zip(curve(tmp_path / "grown")[6:], curve(tmp_path / "long")[6:], strict=True):
         assert grown == pytest.approx(whole)
-    for name in ("once", "twice"):
-        assert run(arguments(name, *quiet, epochs=2)) == 0
+    assert run(arguments("once", *quiet, epochs=2)) == 0
+    shutil.copytree(tmp_path / "once", tmp_path / "twice")
     assert run(arguments("once", *quiet, epochs=4)) == 0
-    assert run(arguments("twice", *quiet, "--max-steps", "5", epochs=4)) == 0
-    assert run(arguments("twice", *quiet, epochs=4)) == 0
+    for limit in ("5", "0"):
+        assert run(arguments("twice", *quiet, "--max-steps", limit, epochs=4)) == 0
     assert_same_curve(tmp_path / "once", tmp_path / "twice")
-    assert same_weights(tmp_path, "once/final", "twice/final") and not same_weights(tmp_path, "once/best", "long/best")
-    assert run(arguments("whole", *quiet, epochs=4)) == 0
-    columns = ("learning_rate", "image_probability", "epoch")
-    grown, whole = ([[row[key] for key in columns] for row in logged(tmp_path / name)] for name in ("once", "whole"))
-    assert grown[4:] == whole[4:] and grown[:4] != whole[:4]
+    assert same_weights(tmp_path, "once/final", "twice/final") and not same_weights(
+        tmp_path, "once/final", "long/final"
+    )
+    whole = Schedule.plan(BatchSizes(2, 2, 1), 11, 9, TrainConfig(epochs=4, learning_rate=1e-3))
+    rows = logged(tmp_path / "once")[4:]
+    assert [row["learning_rate"] for row in rows] == pytest.approx([whole.learning_rate(step) for step in range(4, 8)])
+    assert [row["image_probability"] for row in rows] == [0.5, 0.5, 1, 1]
     capsys.readouterr()
     assert run(arguments("once", *quiet, epochs=3)) == 2
     assert "the interrupted run had epochs=4, this one has 3" in capsys.readouterr().err
