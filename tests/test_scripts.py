@@ -147,6 +147,7 @@ def test_step_5_takes_the_newest_draft_of_step_4(
     folders = lines[-1].split(" --msd ")[1].split(" --out ")[0].split()
     assert [Path(folder).name for folder in folders] == ["msd", "other"][: len(drafts)]
     assert len(commands("5_evaluate.sh", OTHER="", **settings)) == len(lines) - (len(drafts) - 1)
+    assert ("The pocket models answer in whole sentences" in capfd.readouterr().out) == (base == "pocket/llava")
 
 
 def test_a_draft_alone_is_for_the_pocket_model(commands, tmp_path: Path) -> None:

@@ -129,7 +129,6 @@ def table(report: Mapping[str, Any]) -> Table:
         columns.append("speed-up")
     for name in columns:
         result.add_column(name, justify="right")
-    result.add_column("accepted at position 1, 2, ...")
     rows = dict(report["tasks"])
     if len(rows) > 1:
         rows["all"] = report["total"]
@@ -138,8 +137,7 @@ def table(report: Mapping[str, Any]) -> Table:
         cells.append(f"{row['seconds']:.1f}")
         if "baseline" in report:
             cells.append("-" if row["speedup"] is None else f"{row['speedup']:.2f}x")
-        shares = " ".join(f"{share:.2f}" for share in row["acceptance_by_position"])
-        result.add_row(task, *cells, shares or "-")
+        result.add_row(task, *cells)
     return result
 
 
@@ -198,6 +196,9 @@ def show(report: Mapping[str, Any]) -> None:
     """Prints the table."""
     console = Console()
     console.print(table(report))
+    for task, row in report["tasks"].items():
+        if shares := " ".join(f"{share:.2f}" for share in row["acceptance_by_position"]):
+            console.print(f"{task}, accepted at position 1, 2, ...: {shares}", highlight=False)
     for name, (plain, fast) in report.get("baseline", {}).get("differences", {}).items():
         console.print(f"the baseline differs in {name}: {plain}, here {fast}; the speeds are not quite comparable")
 
