@@ -52,6 +52,8 @@ MACHINE = (
     "CUBLAS_STATUS",
 )  # in messages about the machine
 SHARED = ("step", "best", "history", "run")  # parts of the progress that are the same in all processes
+COMPARED = ("micro", "accumulation", "world", "epochs")
+"""Settings of a run that `check_same_run` does not only compare for equality."""
 STATES = "states_"  # prefix of the names that describe a run's stored states
 
 DEEPSPEED_CLASSES = {
@@ -162,7 +164,8 @@ class CheckpointStore:
             UserError: see `check_same_run`; or a file is damaged.
         """
         read = read_json(folder / "progress.json", "progress of the interrupted run")
-        if not isinstance(read, dict) or set(read) != set(SHARED):
+        whole = isinstance(read, dict) and set(read) == set(SHARED) and isinstance(read["run"], dict)
+        if not whole or not set(COMPARED) <= set(read["run"]):
             raise UserError(
                 "checkpoint is damaged (progress.json)", where=folder, fix="remove it and resume from the one before"
             )

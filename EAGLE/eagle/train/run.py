@@ -76,7 +76,8 @@ def left_to_do(progress: Progress, schedule: Schedule, config: TrainConfig) -> s
     limit = min(config.max_steps or schedule.total_steps, schedule.total_steps)
     if progress.step >= limit:
         return f"nothing to train: step {progress.step} is done"
-    return f"this run: steps {progress.step + 1} to {limit}; an estimate of its time follows after {FIRST_STEPS} steps"
+    time = f"; an estimate of the time follows after {FIRST_STEPS} steps" if limit - progress.step > FIRST_STEPS else ""
+    return f"this run: steps {progress.step + 1} to {limit}{time}"
 
 
 def launched() -> bool:
