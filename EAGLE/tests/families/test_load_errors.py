@@ -146,7 +146,7 @@ def test_a_section_without_sizes_does_not_mean_a_large_model(
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: allocated.append(1))
     line = line_of(folder)
     assert not allocated
-    assert "config describes a model of" in line or "the vision tower takes 224" in line
+    assert "check the sizes in config.json" in line or "the vision tower takes 224" in line
 
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "vocab_size", "intermediate_size"])
