@@ -235,9 +235,7 @@ def test_bad_input_is_one_line_and_status_2(pair, capsys, name):
 @pytest.mark.parametrize("seed", ["1.5", "True", str(2**64), "9" * 20, "-1"])
 def test_a_seed_that_is_not_one(pair, capsys, seed):
     for command in (["generate", "--prompt", "x"], ["verify", "--data", "x"], ["exactness", "--data", "x"]):
-        with pytest.raises(SystemExit) as stop:
-            main([*command, *models(pair), "--seed", seed])
-        assert stop.value.code == 2
+        assert main([*command, *models(pair), "--seed", seed]) == 2
         assert f"argument --seed: {seed} is not a whole number from 0" in capsys.readouterr().err
 
 
