@@ -41,10 +41,12 @@ class Prefill(NamedTuple):
 class Target(ABC):
     """A transformers model and its processor.
 
-    ``family``: name of the family in `eagle.families.registry`.
+    ``family``: name of the family in `eagle.families.registry`. ``placement``: says on which device it was loaded and
+    why, if the caller left that open.
     """
 
     family: ClassVar[str]
+    placement: str = ""
 
     def __init__(self, model: PreTrainedModel, processor: Any) -> None:
         check_attention(model.config.get_text_config()._attn_implementation)
