@@ -42,10 +42,12 @@ class Target(ABC):
     """A transformers model and its processor.
 
     ``family``: name of the family in `eagle.families.registry`. ``stop_strings``: those of the checkpoint's generation
-    config, from which they are removed: transformers makes no criterion of them for ``custom_generate``.
+    config, from which they are removed: transformers makes no criterion of them for ``custom_generate``. ``placement``:
+    says on which device it was loaded and why, if the caller left that open.
     """
 
     family: ClassVar[str]
+    placement: str = ""
 
     def __init__(self, model: PreTrainedModel, processor: Any) -> None:
         check_attention(model.config.get_text_config()._attn_implementation)
