@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import UserError
+from llava.inputs import check_text
 from llava.strict import reject_unknown
 
 
@@ -25,7 +26,9 @@ class Question:
 
     def inputs(self, target: Any) -> dict[str, Any]:
         """Model inputs of the question in the conversation template of ``target``, a `Target`."""
-        return target.prepare(target.chat_prompt(self.question, num_images=len(self.images)), self.images)
+        inputs = target.prepare(target.chat_prompt(self.question, num_images=len(self.images)), self.images)
+        target.check_length(inputs, where=f"question {self.id}")
+        return dict(inputs)
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,9 @@ class Group:
     def inputs(self, target: Any) -> dict[str, Any]:
         """Padded model inputs of all of them, [B, S]."""
         prompts = [target.chat_prompt(each.question, num_images=len(each.images)) for each in self.questions]
-        return target.prepare(prompts, [image for each in self.questions for image in each.images])
+        inputs = target.prepare(prompts, [image for each in self.questions for image in each.images])
+        target.check_length(inputs, where=f"one of the questions {', '.join(each.id for each in self.questions)}")
+        return dict(inputs)
 
 
 KEYS = ("id", "images", "image", "question", "answer", "kind", "type", "facts", "exchange")
@@ -91,10 +96,8 @@ def _question(record: Mapping[str, Any], where: str, folder: Path) -> Question:
     if not isinstance(answer, str | int | float | None):
         raise UserError(f"'answer' is {answer!r}", where=where, fix="give a text")
     for name, value in (("question", text), ("answer", answer)):
-        if isinstance(value, str) and not value.isascii() and value.encode("utf-8", "ignore").decode() != value:
-            raise UserError(
-                f"'{name}' has half of a character (a lone surrogate)", where=where, fix="write the character"
-            )
+        if isinstance(value, str):
+            check_text(value, f"'{name}'", where)
     images = tuple(folder / name for name in _image_names(record, where))
     for image in images:
         if not _is_file(image):

@@ -5,10 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import os
-import struct
 import warnings
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
@@ -24,15 +22,9 @@ from .errors import UserError
 MAX_SQUARE_SIDE = 16384
 """Longest side in pixels of a picture that is made square: 0.8 GB of RGB. A 1 x 60000 picture is a bomb once padded."""
 
-READ_ERRORS = (
-    OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, RuntimeError, OverflowError, MemoryError,
-    struct.error, zlib.error,
-)  # fmt: skip
-"""What PIL's readers raise on broken files."""
-
 ImageInput = Any
-"""A path, a URL (``http(s):``, ``file:``, ``data:``), bytes, a PIL picture, or an array: numpy or torch, [H, W],
-[H, W, C] or [C, H, W] with C of 1, 3 or 4; uint8, or floats from 0 to 1."""
+"""A path, a URL (``http(s):``, ``file:``, ``data:``), bytes, an open file, a PIL picture, or an array: numpy or torch,
+[H, W], [H, W, C] or [C, H, W] with C of 1, 3 or 4; uint8, or floats from 0 to 1."""
 MAX_DOWNLOAD = 64 * 2**20
 """Bytes of a picture that a URL may give."""
 TIMEOUT = 30.0
@@ -45,15 +37,19 @@ class PictureUnreachable(UserError):
     """The file system or the network, not the picture, is the cause."""
 
 
-def load_image(source: ImageInput) -> Image.Image:
+def load_image(source: ImageInput, *, formats: Sequence[str] | None = None, max_side: int | None = None) -> Image.Image:
     """Reads a picture as RGB.
 
     The orientation of EXIF is applied. Transparent parts are laid on white. Grey of more than 8 bit is scaled from its
     own range of values.
 
+    Args:
+        formats: names of the file formats that are accepted, as Pillow has them. None accepts all.
+        max_side: longest side in pixels. A larger picture is refused before it is decoded.
+
     Raises:
         PictureUnreachable: it exists, but the system or the network cannot give it.
-        UserError: it is missing, not a picture, broken, or larger than PIL's limit of pixels.
+        UserError: it is missing, not a picture, broken, or larger than ``max_side`` or PIL's limit of pixels.
     """
     name = source if isinstance(source, Path) else _short(source) if isinstance(source, str) else None
     name = f"<{type(source).__name__}>" if name is None else name
@@ -64,9 +60,19 @@ def load_image(source: ImageInput) -> Image.Image:
                 return _as_rgb(source)
             if hasattr(source, "shape"):
                 return _as_rgb(_from_array(source, name))
+            if isinstance(source, bytearray | memoryview):
+                source = bytes(source)
+            if not isinstance(source, str | bytes | os.PathLike) and not hasattr(source, "read"):
+                raise UserError("not a picture", name, "give a path, a URL, bytes, a PIL picture or an array")
             if isinstance(source, str) and (content := _from_url(source)) is not None:
                 source = content
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if formats is not None:
+                Image.init()
+                formats = [each for each in formats if each in Image.OPEN]  # an older Pillow has fewer
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as image:
+                if max_side is not None and max(image.size) > max_side:
+                    width, height = image.size
+                    raise UserError(f"picture of {width} x {height} pixels", name, f"give at most {max_side} a side")
                 return _as_rgb(image)
     except FileNotFoundError:
         raise UserError("picture not found", name) from None
@@ -76,7 +82,7 @@ def load_image(source: ImageInput) -> Image.Image:
         raise UserError("picture has too many pixels", name, "make it smaller") from None
     except UserError:
         raise
-    except READ_ERRORS as error:
+    except Exception as error:  # Pillow's readers raise anything on broken files
         if isinstance(error, OSError) and error.errno is not None:
             raise PictureUnreachable(f"picture cannot be read ({error.strerror})", name) from None
         raise UserError(f"picture cannot be read ({error})", name) from None
