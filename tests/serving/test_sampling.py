@@ -13,9 +13,10 @@ from eagle.questions import Question
 
 pytestmark = pytest.mark.by_hand
 
-SAMPLES, LENGTH, ENOUGH = 800, 12, 150
-SETTINGS = {"T 1": {"temperature": 1.0}, "T 2, top-k 20, top-p 0.9": {"temperature": 2.0, "top_k": 20, "top_p": 0.9}}
-"""The second spreads the answers of a small model with sharp distributions. vLLM takes temperatures up to 2."""
+SAMPLES, LENGTH, ENOUGH = 600, 9, 150
+SETTINGS = {"T 1": {"temperature": 1.0}, "T 2, top-k 20": {"temperature": 2.0, "top_k": 20}}
+QUESTION = {"llava": 99, "qwen2_vl": 123}
+"""For each family a question whose answer begins in several ways. Most answers of these small models begin in one."""
 WRONG = {"temperature": 0.6}
 """Another distribution, which the test must tell from the right one."""
 
@@ -51,13 +52,14 @@ def fits(pair: Pair, question: Question, samples: list[list[int]], setting: dict
 
 def test_sampled_tokens_have_the_targets_distribution(pair: Pair, questions: list[Question], run_engine: Run) -> None:
     jobs = [{"n": SAMPLES, "max_tokens": LENGTH, "seed": None, **setting} for setting in SETTINGS.values()]
-    found = run_engine(pair, [pair.request(questions[0])], sampling=jobs, block_size=32, max_num_seqs=32)
+    question = questions[QUESTION[pair.msd.target.family]]
+    found = run_engine(pair, [pair.request(question)], sampling=jobs, block_size=32, max_num_seqs=32)
     assert found["counters"]["num_accepted_tokens"] > SAMPLES
     right, wrong = [], []
     for setting, samples in zip(SETTINGS.values(), found["samples"], strict=True):
         assert len(samples) == SAMPLES
-        right += fits(pair, questions[0], samples, setting)
-        wrong += fits(pair, questions[0], samples, WRONG)
+        right += fits(pair, question, samples, setting)
+        wrong += fits(pair, question, samples, WRONG)
     assert len({fit.where for fit in right}) > 3
     assert significant(right) == []
     assert {fit.where for fit in significant(wrong)} - {"0"}  # behind the first token, which is not drafted
