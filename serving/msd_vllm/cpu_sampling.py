@@ -1,19 +1,24 @@
 """Sampling with speculation on vLLM's CPU backend.
 
 With a temperature, vLLM's rejection sampler repeats each request's temperature, top-p and top-k for its drafted tokens.
-On the CPU backend of 0.32 this writes into a copy, so that the sampler reads uninitialized memory and sampled answers
-are wrong, with any kind of draft (https://github.com/vllm-project/vllm/issues/55005). Greedy answers are not concerned.
-Where an MSD draft is served on such a backend, the step is done here.
+On the CPU backend of 0.32 this writes into a copy, so the sampler reads uninitialized memory and sampled answers are
+wrong, with any kind of draft (https://github.com/vllm-project/vllm/issues/55005). Also, in a step in which no request
+has drafted tokens, because all are at their last one, top-k takes the maximum of nothing, which ends the engine. Greedy
+answers are not concerned. Where an MSD draft is served on this backend, both are corrected here.
 """
 
 from __future__ import annotations
+
+import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 def repair_sampling() -> None:
-    """Replaces vLLM's step if this is the CPU backend and the step is wrong. It may be called several times."""
+    """On the CPU backend: replaces the first step if it is wrong, and skips the second one where there are no tokens.
+    It may be called several times."""
     from vllm.platforms import current_platform
     from vllm.v1.sample import rejection_sampler
 
@@ -22,6 +27,20 @@ def repair_sampling() -> None:
     values, ends = torch.tensor([0.5, 2.0]), torch.tensor([1, 3], dtype=torch.int32)
     if not torch.equal(rejection_sampler.expand_batch_to_tokens(values, ends, 3), repeat_for_tokens(values, ends, 3)):
         rejection_sampler.expand_batch_to_tokens = repeat_for_tokens
+    constrain = rejection_sampler.apply_sampling_constraints
+    if not getattr(constrain, "is_msd", False):
+        rejection_sampler.apply_sampling_constraints = unless_empty(constrain)
+
+
+def unless_empty(constrain: Any) -> Any:
+    """``constrain``, vLLM's temperature, top-p and top-k, only for logits [N, V] with rows."""
+
+    @functools.wraps(constrain)
+    def constrained(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return constrain(logits, *args, **kwargs) if len(logits) else logits
+
+    constrained.is_msd = True  # type: ignore[attr-defined]
+    return constrained
 
 
 def repeat_for_tokens(

@@ -74,6 +74,11 @@ for _ in range(2):
 ids = rejection_sampler.expand_batch_to_tokens(torch.tensor([3, 9], dtype=torch.int32), ends.int(), 5)
 assert ids.tolist() == [3, 3, 9, 9, 9] and ids.dtype == torch.int32
 
+from types import SimpleNamespace
+greedy_not = SimpleNamespace(all_greedy=False, temperature=torch.ones(1), top_k=torch.tensor([20]), top_p=None)
+nothing = rejection_sampler.apply_sampling_constraints(torch.zeros(0, 8), torch.tensor([0]), greedy_not)
+assert nothing.shape == (0, 8)  # no request of the step has drafted tokens
+
 right = lambda x, ends, n: x.repeat_interleave(ends.diff(prepend=ends[:1] * 0))
 rejection_sampler.expand_batch_to_tokens = right
 repair_sampling()  # a vLLM without the fault is not changed
