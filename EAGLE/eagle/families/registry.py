@@ -82,6 +82,46 @@ FAMILIES: tuple[Family, ...] = (
         training_name="qwen2_5_vl",
         eval_model="qwen2_5_vl_msd",
     ),
+    Family(
+        "qwen3_vl",
+        model_types=("qwen3_vl",),
+        target="eagle.families.qwen3_vl.target:Qwen3VLTarget",
+        template="eagle.families.qwen2_vl.template:QwenTemplate",
+        training_name="qwen3_vl",
+        eval_model="qwen3_vl_msd",
+    ),
+    Family(
+        "qwen3_vl_moe",
+        model_types=("qwen3_vl_moe",),
+        target="eagle.families.qwen3_vl.target:Qwen3VLMoeTarget",
+        template="eagle.families.qwen2_vl.template:QwenTemplate",
+        training_name="qwen3_vl_moe",
+        eval_model="qwen3_vl_moe_msd",
+    ),
+    Family(
+        "gemma3",
+        model_types=("gemma3",),
+        target="eagle.families.gemma3.target:Gemma3Target",
+        template="eagle.families.gemma3.template:Gemma3Template",
+        training_name="gemma3",
+        eval_model="gemma3_msd",
+    ),
+    Family(
+        "internvl",
+        model_types=("internvl",),
+        target="eagle.families.internvl.target:InternVLTarget",
+        template="eagle.families.internvl.template:InternVLTemplate",
+        training_name="internvl",
+        eval_model="internvl_msd",
+    ),
+    Family(
+        "llava_onevision",
+        model_types=("llava_onevision",),
+        target="eagle.families.llava_onevision.target:LlavaOnevisionTarget",
+        template="eagle.families.llava_onevision.template:LlavaOnevisionTemplate",
+        training_name="llava_onevision",
+        eval_model="llava_onevision_msd",
+    ),
 )
 TRAINING_NAMES = {family.training_name: family.name for family in FAMILIES}
 """``--model_type`` -> family."""

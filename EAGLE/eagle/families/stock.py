@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
@@ -46,12 +47,14 @@ class StockTarget(Target):
     def prepare(self, prompt: str | Sequence[str], images: Sequence[Any] = ()) -> dict[str, Any]:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         pictures = [load_image(image) for image in images]
-        marks = sum(text.count(self.processor.image_token) for text in prompts)
-        if marks != len(pictures):
-            raise UserError(f"prompt has {marks} image mark(s), but {len(pictures)} picture(s) were given")
+        marks = [text.count(self.processor.image_token) for text in prompts]
+        if sum(marks) != len(pictures):
+            raise UserError(f"prompt has {sum(marks)} image mark(s), but {len(pictures)} picture(s) were given")
+        rest = iter(pictures)
+        own = [list(islice(rest, count)) for count in marks]  # the pictures of each prompt
         settings = {"padding": True, "padding_side": "left"} if len(prompts) > 1 else {}
         with processor_errors():
-            inputs = self.processor(text=prompts, images=pictures or None, return_tensors="pt", **settings)
+            inputs = self.processor(text=prompts, images=own if pictures else None, return_tensors="pt", **settings)
         return dict(inputs.to(self.device))
 
     def chat_prompt(
