@@ -64,7 +64,7 @@ ONEVISION_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "
 ONEVISION_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }} {% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image>{% elif part['type'] == 'video' %}<video>{% endif %}{% endfor %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'text' %}\n{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ '\n' + part['text'] }}{% endif %}{% endfor %}"
     "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SIDE = 28
@@ -148,6 +148,7 @@ def make_gemma3(folder: str | Path, *, seed: int = 0, **text: Any) -> Path:
         eos_token_id=[ids["<eos>"], ids["<end_of_turn>"]],
     )  # fmt: skip
     model = Gemma3ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.5)  # zeros before
     images = Gemma3ImageProcessor(size={"height": SIDE, "width": SIDE})
     processor = Gemma3Processor(images, tokenizer, chat_template=GEMMA_TEMPLATE, image_seq_length=4)
     return _save(model, processor, ids, "<end_of_turn>", "<pad>", folder)

@@ -53,7 +53,9 @@ def load_draft(
     if spare:
         log.warning("%s: a draft does not need %s, left out", name, ", ".join(spare))
         draft.spare_head = spare.get(HEAD)
-    draft.rotary = type(draft.rotary)(config.head_dim, config.rope_theta, config.mrope_section)
+    draft.rotary = type(draft.rotary)(
+        config.head_dim, config.rope_theta, config.mrope_section, config.mrope_interleaved
+    )
     if config.options.head_tokens is not None:
         source.find(DRAFT_VOCAB_FILE)  # downloads it beside the config
         draft.draft_vocab = read_draft_vocab(config_file.parent, config)

@@ -139,6 +139,10 @@ class Template(ABC):
                 answered = self.write(turns, conversation.system)
             except UserError:
                 raise Unusable("template") from None
+            if not answered.startswith(asked):  # some templates write another white space before a given answer
+                stem = asked.rstrip()
+                following = answered.removeprefix(stem)
+                asked = stem + following[: len(following) - len(following.lstrip())]
             if not (asked.startswith(before) and answered.startswith(asked)):
                 raise Unusable("template")
             spoken, added = self._with_end(answered[len(asked) :], answer)
