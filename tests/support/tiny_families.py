@@ -1,6 +1,7 @@
 """Tiny checkpoints of today's families, with random weights and true processors.
 
     make_qwen3_vl(folder)        Qwen3-VL; moe=True for the one with experts
+    make_qwen3_5(folder)         Qwen3.5; moe=True for the one with experts
     make_gemma3(folder)          Gemma 3
     make_internvl(folder)        InternVL around a Qwen2
     make_onevision(folder)       LLaVA-OneVision around a Qwen2
@@ -35,6 +36,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2VLImageProcessor,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeConfig,
@@ -122,6 +127,37 @@ def make_qwen3_vl(folder: str | Path, *, moe: bool = False, seed: int = 0, **tex
         Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(**config))
         if moe
         else Qwen3VLForConditionalGeneration(Qwen3VLConfig(**config))
+    )
+    sizes = {"patch_size": 14, "size": {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}}
+    processor = Qwen3VLProcessor(
+        Qwen2VLImageProcessor(**sizes), tokenizer, Qwen3VLVideoProcessor(**sizes), chat_template=QWEN_TEMPLATE
+    )
+    return _save(model, processor, ids, "<|im_end|>", "<|endoftext|>", folder)
+
+
+def make_qwen3_5(folder: str | Path, *, moe: bool = False, seed: int = 0, **text: Any) -> Path:
+    """Writes a Qwen3.5 of four text layers, three of which have linear attention."""
+    torch.manual_seed(seed)
+    tokenizer = byte_tokenizer(QWEN_SPECIAL, "<|im_end|>", "<|endoftext|>")
+    ids = _ids(tokenizer, QWEN_SPECIAL)
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True, "rope_theta": 1e7,
+            "partial_rotary_factor": 0.5}  # fmt: skip
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+    config: dict[str, Any] = {
+        "text_config": {**TEXT, "num_hidden_layers": 4, "head_dim": 16, "vocab_size": len(tokenizer), "rope_parameters": rope,
+                        "linear_conv_kernel_dim": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+                        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "eos_token_id": ids["<|im_end|>"],
+                        "pad_token_id": ids["<|endoftext|>"], "tie_word_embeddings": False, **(experts if moe else {}), **text},
+        "vision_config": {"depth": 2, "hidden_size": 16, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 32,
+                          "patch_size": 14, "num_position_embeddings": 16},
+        "image_token_id": ids["<|image_pad|>"], "video_token_id": ids["<|video_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"], "vision_end_token_id": ids["<|vision_end|>"],
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+    model: PreTrainedModel = (
+        Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeConfig(**config))
+        if moe
+        else Qwen3_5ForConditionalGeneration(Qwen3_5Config(**config))
     )
     sizes = {"patch_size": 14, "size": {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}}
     processor = Qwen3VLProcessor(

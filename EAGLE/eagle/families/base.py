@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eagle.families.layers import FULL, SLIDING, attention_layers
+from eagle.families.layers import FULL, LINEAR, SLIDING, attention_layers
 from eagle.kv_cache import KVCache
 from eagle.weight_layout import to_input_major_layout
 from llava.errors import UserError
 
 MASKED_ATTENTION = ("sdpa", "eager")
-LayerMasks = Tensor | dict[str, Tensor]
+LayerMasks = Tensor | dict[str, Tensor | None]
 """A mask for all layers, or one for each type of layer."""
 
 
@@ -241,7 +241,16 @@ class Target(ABC):
         """A cache of ``capacity`` rows for each of ``batch`` sequences, with each layer on its own device."""
         heads, head_dim = self.cache_shape
         devices = [next(layer.parameters()).device for layer in self.text_model.layers]
-        return KVCache.allocate(devices, batch, heads, head_dim, capacity, self.dtype)
+        return KVCache.allocate(devices, batch, heads, head_dim, capacity, self.dtype, self.new_states(batch))
+
+    def new_states(self, batch: int) -> dict[int, Any]:
+        """Empty states of the layers that have no cached rows, by layer."""
+        return {}
+
+    @property
+    def verifies_trees(self) -> bool:
+        """False if only a chain of drafted tokens can be verified in one forward."""
+        return not self.layers.linear
 
     def prefill(self, inputs: Mapping[str, Any]) -> Prefill:
         """One forward over prompts, without a cache.
@@ -293,6 +302,8 @@ class Target(ABC):
             past: cached rows of each sequence.
             depths: [B, N] of the nodes.
         """
+        if self.layers.linear:
+            return {FULL: mask, LINEAR: None}
         if self.layers.window is None:
             return mask
         sliding = within_window(mask, past, depths, self.layers.window)

@@ -127,6 +127,8 @@ class StaticEngine:
     """
 
     def __init__(self, target: Target, draft: DraftModel | None, backend: str = "inductor") -> None:
+        if not target.verifies_trees:
+            raise UserError(f"{target.family} has layers with a state, which are not compiled", fix="leave compile out")
         devices = {parameter.device for parameter in target.text_model.parameters()} | {target.head_device}
         if len(devices) > 1:
             raise UserError(
