@@ -142,7 +142,12 @@ def make_qwen3_5(folder: str | Path, *, moe: bool = False, seed: int = 0, **text
     ids = _ids(tokenizer, QWEN_SPECIAL)
     rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True, "rope_theta": 1e7,
             "partial_rotary_factor": 0.5}  # fmt: skip
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+    experts = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+    }
     config: dict[str, Any] = {
         "text_config": {**TEXT, "num_hidden_layers": 4, "head_dim": 16, "vocab_size": len(tokenizer), "rope_parameters": rope,
                         "linear_conv_kernel_dim": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
@@ -174,7 +179,14 @@ def make_gemma3(folder: str | Path, *, seed: int = 0, **text: Any) -> Path:
         image_token="<image_soft_token>", boi_token="<start_of_image>", eoi_token="<end_of_image>",
     )  # fmt: skip
     ids = _ids(tokenizer, GEMMA_SPECIAL)
-    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": SIDE, "patch_size": 7}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": SIDE,
+        "patch_size": 7,
+    }
     config = Gemma3Config(
         text_config={**TEXT, "num_hidden_layers": 4, "head_dim": 8, "query_pre_attn_scalar": 8, "vocab_size": len(tokenizer),
                      "sliding_window": 24, "sliding_window_pattern": 2, "eos_token_id": ids["<end_of_turn>"],

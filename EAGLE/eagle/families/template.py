@@ -338,7 +338,10 @@ def spans_before_replacing(prompt: str, mark: str, text: str, spans: Sequence[Sp
             return marks[number] + (len(mark) if is_end else 0)
         return place - (number + 1) * longer
 
-    return [(original(start, False), original(end, True)) if end > start else (original(start, False),) * 2 for start, end in spans]
+    return [
+        (original(start, False), original(end, True)) if end > start else (original(start, False),) * 2
+        for start, end in spans
+    ]
 
 
 def part_of_each_token(lengths: Sequence[int], spans: Sequence[Span]) -> list[int]:

@@ -165,7 +165,9 @@ def test_videos(model: MSDModel, tree: TreeConfig) -> None:
     if family == "gemma3":
         pytest.skip("the family does not have videos")
     video = np.random.default_rng(0).integers(0, 255, (4, 56, 56, 3), dtype=np.uint8)
-    mark = {"internvl": "<video>", "llava_onevision": "<video>"}.get(family, "<|vision_start|><|video_pad|><|vision_end|>")
+    mark = {"internvl": "<video>", "llava_onevision": "<video>"}.get(
+        family, "<|vision_start|><|video_pad|><|vision_end|>"
+    )
     settings: dict[str, Any] = {}
     if "qwen3" in family:
         metadata = VideoMetadata(total_num_frames=4, fps=2.0, frames_indices=[0, 1, 2, 3])
