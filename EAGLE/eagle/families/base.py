@@ -418,8 +418,8 @@ def encode_media(model: PreTrainedModel, inputs: Mapping[str, Any], name: str, *
 
 
 def joined_features(features: Tensor | Sequence[Tensor]) -> Tensor:
-    """Features of all pictures (or videos), [I, H] in prompt order. Given as one tensor or as one for each picture, with
-    a dimension for pictures or without."""
+    """Features of all pictures (or videos), [I, H] in prompt order. Given as one tensor or as one for each picture,
+    with a dimension for pictures or without."""
     joined = features if isinstance(features, Tensor) else torch.cat(list(features), dim=0)
     return joined.flatten(0, -2)
 

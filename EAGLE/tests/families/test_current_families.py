@@ -31,7 +31,26 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
 }
 TREES = [TreeConfig(5, 10, 60), TreeConfig(2, 2, 6)]
 SIZES = [(50, 34), (112, 30), (64, 100)]
-WORDS = "which of these shapes can you count and what is the sum of red green blue numbers here".split()
+WORDS = [
+    "which",
+    "of",
+    "these",
+    "shapes",
+    "can",
+    "you",
+    "count",
+    "and",
+    "what",
+    "is",
+    "the",
+    "sum",
+    "of",
+    "red",
+    "green",
+    "blue",
+    "numbers",
+    "here",
+]
 ENDS = {"gemma3": "<end_of_turn>", "llava_onevision": "<|im_end|>"}
 
 
@@ -149,8 +168,10 @@ def test_what_is_learnt_and_what_is_asked(
         picture.save(tmp_path / f"{index}.png")
     conversation = read_conversation({"id": "r", **row}, 0)
     prepared = template.prepare(conversation, tmp_path, 1000)
-    inputs = target.prepare("".join(part.text for part in template.segments(conversation)),
-                            [tmp_path / name for name in conversation.images])  # fmt: skip
+    inputs = target.prepare(
+        "".join(part.text for part in template.segments(conversation)),
+        [tmp_path / name for name in conversation.images],
+    )
     assert torch.equal(inputs["input_ids"][0], prepared.input_ids)
     for name in template.image_inputs if conversation.images else ():
         assert torch.equal(inputs[name], prepared.images[name])

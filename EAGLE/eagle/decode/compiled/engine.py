@@ -162,7 +162,7 @@ class StaticEngine:
         columns = cache.open(size)
         tokens, positions = (F.pad(part, (0, size - count)) for part in (tokens, positions))
         if isinstance(masks, dict):
-            padded: LayerMasks = {kind: filled(mask, size, columns) for kind, mask in masks.items()}
+            padded: LayerMasks = {kind: filled(mask, size, columns) for kind, mask in masks.items() if mask is not None}
         else:
             padded = filled(masks, size, columns)
         hidden, logits = self.verify_nodes(tokens, self.target.text_positions(positions), padded, cache)
