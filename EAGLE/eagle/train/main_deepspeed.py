@@ -35,7 +35,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--config",
         required=True,
-        help="draft's config.json with a 'train' section; a bare name may be a shipped one, auto is the sizes of the base",
+        help="draft's config.json with a 'train' section; a bare name may be a shipped one; auto: the base's sizes",
     )
     parser.add_argument("--deepspeed_config", required=True, help="batch sizes, precision, ZeRO (ds_config.json)")
     parser.add_argument("--resume", action="store_true", help="resume from the newest checkpoint in CKPT, if any")
