@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from eval_support import IMAGES, TREE, load, request
+from eval_support import IMAGES, TREE, class_of, load, request
 from tiny_draft import make_draft
 
 from eagle.families import load_target
@@ -29,7 +29,7 @@ def some_requests():
     [("llava_msd", False), ("qwen2_vl_msd", False), *((name, True) for name in MODELS)],
 )
 def test_batches_change_nothing(name, speculative, tmp_path, family_bases):
-    folder, model_class = family_bases[name], getattr(models, MODELS[name].rpartition(".")[2])
+    folder, model_class = family_bases[name], class_of(name)
     draft = make_draft(tmp_path / "draft", load_target(folder)) if speculative else None
     single, several = (load(model_class, folder, draft, batch_size=size, **TREE) for size in (1, "3"))
     alone, together = single.generate_until(some_requests()), several.generate_until(some_requests())

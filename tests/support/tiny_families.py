@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tiny_stock import QWEN_SPECIAL, QWEN_TEMPLATE, TEXT, silence_specials
 from tiny_tokenizer import CORPUS
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -79,10 +79,14 @@ def byte_tokenizer(special: tuple[str, ...], eos: str, pad: str, **named: str) -
     tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet))
     others = [token for token in special if token not in (*named.values(), eos, pad)]
     tokens = {**named, **{f"special_{number}": token for number, token in enumerate(others)}}
-    return PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=eos, pad_token=pad, padding_side="left", extra_special_tokens=tokens,
         bos_token="<bos>" if "<bos>" in special else None,
     )  # fmt: skip
+    if fast.bos_token:  # as published, it begins every text with this token
+        begin = [(fast.bos_token, fast.bos_token_id)]
+        fast.backend_tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=begin)
+    return fast
 
 
 def _save(model: PreTrainedModel, processor: Any, ids: dict[str, int], eos: str, pad: str, folder: str | Path) -> Path:
@@ -101,8 +105,8 @@ def _ids(tokenizer: PreTrainedTokenizerFast, special: tuple[str, ...]) -> dict[s
     return dict(zip(special, tokenizer.convert_tokens_to_ids(list(special)), strict=True))
 
 
-def make_qwen3_vl(folder: str | Path, *, moe: bool = False, seed: int = 0, **text: Any) -> Path:
-    """Writes a Qwen3-VL of three text layers, two of which get DeepStack features."""
+def make_qwen3_vl(folder: str | Path, *, moe: bool = False, seed: int = 0, patch: int = 14, **text: Any) -> Path:
+    """Writes a Qwen3-VL of three text layers, two of which get DeepStack features; ``patch``: side of an image patch."""
     torch.manual_seed(seed)
     tokenizer = byte_tokenizer(QWEN_SPECIAL, "<|im_end|>", "<|endoftext|>")
     ids = _ids(tokenizer, QWEN_SPECIAL)
@@ -113,7 +117,7 @@ def make_qwen3_vl(folder: str | Path, *, moe: bool = False, seed: int = 0, **tex
                         "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"],
                         "tie_word_embeddings": False, **(experts if moe else {}), **text},
         "vision_config": {"depth": 3, "hidden_size": 16, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 32,
-                          "patch_size": 14, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+                          "patch_size": patch, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
         "image_token_id": ids["<|image_pad|>"], "video_token_id": ids["<|video_pad|>"],
         "vision_start_token_id": ids["<|vision_start|>"], "vision_end_token_id": ids["<|vision_end|>"],
         "tie_word_embeddings": False,
@@ -123,7 +127,7 @@ def make_qwen3_vl(folder: str | Path, *, moe: bool = False, seed: int = 0, **tex
         if moe
         else Qwen3VLForConditionalGeneration(Qwen3VLConfig(**config))
     )
-    sizes = {"patch_size": 14, "size": {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}}
+    sizes = {"patch_size": patch, "size": {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}}
     processor = Qwen3VLProcessor(
         Qwen2VLImageProcessor(**sizes), tokenizer, Qwen3VLVideoProcessor(**sizes), chat_template=QWEN_TEMPLATE
     )

@@ -21,7 +21,9 @@ class Qwen3VLTarget(Qwen2VLTarget):
 
     def embed_prompt(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> PromptEmbeds:
         encoded = {
-            media.name: encode_media(self.model, inputs, media.name, **{name: inputs.get(name) for name in media.inputs})
+            media.name: encode_media(
+                self.model, inputs, media.name, **{name: inputs.get(name) for name in media.inputs}
+            )
             for media in self.media
         }
         given = {**inputs, "mm_encoder_outputs": encoded}
@@ -50,7 +52,9 @@ def joined_layer(encoded: list[tuple[Tensor, Any]], layer: int) -> Tensor:
     Args:
         encoded: for each kind of media which of the places [I] are its own, and transformers' output.
     """
-    parts = [(mask, joined_features(output.deepstack_features[layer])) for mask, output in encoded if output is not None]
+    parts = [
+        (mask, joined_features(output.deepstack_features[layer])) for mask, output in encoded if output is not None
+    ]
     first = parts[0][1]
     joined = first.new_zeros(encoded[0][0].shape[0], first.shape[-1])
     for mask, features in parts:
