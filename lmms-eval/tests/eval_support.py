@@ -40,9 +40,13 @@ QWEN_TEMPLATE = (
 
 QWEN3_TEMPLATE = QWEN_TEMPLATE.replace(
     "<|im_start|>assistant\n{% endif %}",
-    "<|im_start|>assistant\n{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
-    "{% endif %}",
+    "<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
 )
+
+EARLIER = ("llava_msd", "llava_next_msd", "qwen2_vl_msd", "qwen2_5_vl_msd")
+SOME_SLOW = [name if name in EARLIER else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+"""All models; those of today's families in the slow tests."""
 
 
 def request(context, visuals, number=0, settings=None, kind="generate_until", ask=None, **metadata) -> Instance:
