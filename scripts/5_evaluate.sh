@@ -3,8 +3,8 @@
 #   scripts/5_evaluate.sh                                             pocket/llava with the draft of step 4, else the shipped one
 #   BASE=liuhaotian/llava-v1.5-7b DRAFT=lucylyn/MSD-LLaVA1.5-7B scripts/5_evaluate.sh
 #   scripts/5_evaluate.sh BASE DRAFT chartqa,textvqa_val              the same as arguments
-# Environment: BASE, DRAFT (default: the draft of step 4, in WORK or CKPT), TASKS, LIMIT, OUT, MODEL (llava_msd,
-# llava_next_msd, qwen2_vl_msd, qwen2_5_vl_msd), NUM_PROCESSES, PORT, BATCH_SIZE, GEN_KWARGS,
+# Environment: BASE, DRAFT (default: the draft of step 4, in WORK or CKPT), TASKS, LIMIT, OUT, MODEL (llava_msd
+# and the others in docs/evaluation.md), NUM_PROCESSES, PORT, BATCH_SIZE, GEN_KWARGS,
 # MODEL_ARGS (more of lmms-eval's model arguments, such as dtype=float32), QUESTIONS (a FILE.jsonl to ask instead of ChartQA's test split, in chartqa and chartqa_msd; the pocket LLaVA gets its own).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from lmms_eval_msd.prompts import (
     Prompt,
     Qwen2_5Prompts,
     Qwen2Prompts,
+    Qwen3_5Prompts,
     Qwen3Prompts,
     Visual,
     visuals_of,
@@ -106,7 +107,7 @@ class MSD(lmms):
     Class attributes are the defaults of the model in lmms-eval that a family's scores are compared with: ``writer`` of
     its prompts, whose fields are settings of `--model_args`; ``max_new_tokens`` of an answer if the task sets none;
     ``ignored_stops``: `until` texts of a task that it does not stop at; ``system``: system prompt, None for the
-    template's; ``strips``: drops white space around an answer.
+    template's; ``strips``: drops white space around an answer; ``sampling``: settings that a task can replace.
 
     Args:
         pretrained: base model, folder or hub name.
@@ -132,6 +133,7 @@ class MSD(lmms):
     ignored_stops: ClassVar[frozenset[str]] = frozenset()
     system: ClassVar[str | None] = None
     strips: ClassVar[bool] = False
+    sampling: ClassVar[Mapping[str, float]] = {}
 
     def __init__(
         self,
@@ -253,7 +255,7 @@ class MSD(lmms):
 
     def settings(self, given: dict[str, Any] | None) -> GenerationSettings:
         """A task's settings, with the family's defaults."""
-        return GenerationSettings.from_task(given, self.max_new_tokens, self.ignored_stops)
+        return GenerationSettings.from_task({**self.sampling, **(given or {})}, self.max_new_tokens, self.ignored_stops)
 
     def clean(self) -> None:
         """Sums the statistics and frees the models; lmms-eval calls it in every process after the last request."""
@@ -391,6 +393,21 @@ class Qwen3VLMoeMSD(Qwen3VLMSD):
     """Qwen3-VL with experts."""
 
     family = "qwen3_vl_moe"
+
+
+class Qwen3_5MSD(Qwen3VLMSD):
+    """Qwen3.5."""
+
+    family = "qwen3_5"
+    writer = Qwen3_5Prompts
+    max_new_tokens = 1024
+    sampling = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
+
+
+class Qwen3_5MoeMSD(Qwen3_5MSD):
+    """Qwen3.5 with experts."""
+
+    family = "qwen3_5_moe"
 
 
 class Gemma3MSD(MSD):

@@ -292,14 +292,17 @@ class Qwen2Prompts(InterleavedPrompts):
         return pictures or [], {"do_resize": False, **(self.videos(videos) if videos else {})}
 
     def _element(self, visual: Visual) -> dict[str, Any]:
-        sizes = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
         if isinstance(visual, str):
-            return {"type": "video", "video": visual, **sizes, **self.sampling(visual)}
-        return {"type": "image", "image": as_jpeg(visual) if self.jpeg else visual, **sizes}
+            return {"type": "video", "video": visual, **self.frame_settings(visual)}
+        return {"type": "image", "image": as_jpeg(visual) if self.jpeg else visual, **self.sizes}
 
-    def sampling(self, path: str) -> dict[str, Any]:
-        """How `qwen_vl_utils` chooses the frames of a video; {} for two a second."""
-        return {}
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+
+    def frame_settings(self, path: str) -> dict[str, Any]:
+        """Which frames of a video `qwen_vl_utils` takes, two a second unless told otherwise, and their sizes."""
+        return self.sizes
 
     def videos(self, read: Sequence[tuple[Tensor, dict[str, Any]]]) -> dict[str, Any]:
         """Arguments of the processor for frames [T, 3, h, w] of videos and what is known of each."""
@@ -329,9 +332,9 @@ class Qwen3Prompts(Qwen2_5Prompts):
     def variables(self) -> dict[str, Any]:
         return {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
 
-    def sampling(self, path: str) -> dict[str, Any]:
+    def frame_settings(self, path: str) -> dict[str, Any]:
         count = measure(path)[0]
-        return {"nframes": min(self.max_num_frames, count - count % 2)}  # an even number
+        return {"nframes": min(self.max_num_frames, count - count % 2), **self.sizes}  # an even number
 
     def videos(self, read: Sequence[tuple[Tensor, dict[str, Any]]]) -> dict[str, Any]:
         frames, known = map(list, zip(*read, strict=True))
@@ -339,6 +342,24 @@ class Qwen3Prompts(Qwen2_5Prompts):
 
     def finish(self, answer: str) -> str:
         return answer.partition(END_OF_THOUGHT)[2].strip() if self.enable_thinking else answer
+
+
+@dataclass(eq=False)
+class Qwen3_5Prompts(Qwen3Prompts):
+    """Qwen3.5 as `qwen3_5`: two frames of a video a second.
+
+    Args:
+        total_pixels: most pixels of all frames of a video, in place of those of each.
+    """
+
+    min_pixels: int = 64 * 32 * 32
+    max_pixels: int = 128 * 32 * 32
+    max_num_frames: int = 768
+    enable_thinking: bool | None = True
+    total_pixels: int = 224 * 1024 * 32 * 32
+
+    def frame_settings(self, path: str) -> dict[str, Any]:
+        return {"min_pixels": self.min_pixels, "total_pixels": self.total_pixels, "max_frames": self.max_num_frames}
 
 
 @dataclass(frozen=True)

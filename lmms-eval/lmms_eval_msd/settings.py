@@ -100,6 +100,7 @@ PROMPTS: dict[str, Callable[[str, Any], Any]] = {
     "image_aspect": as_text,
     "min_pixels": as_count,
     "max_pixels": as_count,
+    "total_pixels": as_count,
     "max_patches": as_count,
     "max_num_frames": as_count,
     "interleave_visuals": as_bool,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_draft import make_draft
-from tiny_families import make_gemma3, make_internvl, make_onevision, make_qwen3_vl
+from tiny_families import make_gemma3, make_internvl, make_onevision, make_qwen3_5, make_qwen3_vl
 from tiny_llava import make_image, make_liuhaotian, make_llava_hf
 from tiny_stock import make_llava_next, make_qwen
 
@@ -27,6 +27,8 @@ FIXTURES = {
     "qwen2_5_vl_msd": "qwen2_5",
     "qwen3_vl_msd": "qwen3",
     "qwen3_vl_moe_msd": "qwen3_moe",
+    "qwen3_5_msd": "qwen3_5",
+    "qwen3_5_moe_msd": "qwen3_5_moe",
     "gemma3_msd": "gemma3",
     "internvl_msd": "internvl",
 }
@@ -74,8 +76,8 @@ def qwen2_5(models: Path) -> Path:
     return qwen_with_its_template(models / "qwen2_5", "2.5")
 
 
-def qwen3_with_its_template(folder: Path, **settings: Any) -> Path:
-    make_qwen3_vl(folder, patch=16, max_position_embeddings=2048, **settings)
+def qwen3_with_its_template(folder: Path, make: Callable[..., Path] = make_qwen3_vl, **settings: Any) -> Path:
+    make(folder, patch=16, max_position_embeddings=2048, **settings)
     (folder / "chat_template.jinja").write_text(QWEN3_TEMPLATE)
     return folder
 
@@ -89,6 +91,16 @@ def qwen3(models: Path) -> Path:
 def qwen3_moe(models: Path) -> Path:
     """Its name says that it has experts, which lmms-eval reads."""
     return qwen3_with_its_template(models / "Qwen3-VL-A3B", moe=True)
+
+
+@pytest.fixture(scope="session")
+def qwen3_5(models: Path) -> Path:
+    return qwen3_with_its_template(models / "qwen3_5", make_qwen3_5)
+
+
+@pytest.fixture(scope="session")
+def qwen3_5_moe(models: Path) -> Path:
+    return qwen3_with_its_template(models / "Qwen3.5-A3B", make_qwen3_5, moe=True)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from eval_support import IMAGES, TREE, class_of, load, make_video, request, upstream
+from eval_support import EARLIER, IMAGES, TREE, class_of, load, make_video, request, upstream
 from lmms_eval.api.instance import Instance
 from tiny_draft import make_draft
 from tiny_llava import make_image
@@ -14,9 +14,10 @@ from transformers.video_utils import load_video
 
 from eagle.families import load_target
 from llava import UserError
+from lmms_eval_msd import MODELS
 from lmms_eval_msd.prompts import visuals_of
 
-CURRENT = ["qwen3_vl_msd", "qwen3_vl_moe_msd", "gemma3_msd", "internvl_msd", "llava_onevision_msd"]
+CURRENT = [name for name in MODELS if name not in EARLIER]
 VIDEOS = [name for name in CURRENT if name != "gemma3_msd"]
 LIMITS = {"min_pixels": 64 * 64, "max_pixels": 96 * 96, "max_num_frames": 4}
 METADATA = {"task": "tiny", "doc_id": 0, "repeats": 1}
@@ -43,12 +44,12 @@ def given_to_generate(model, monkeypatch) -> list[dict]:
     return calls
 
 
-def compare(theirs, calls, ours, context, visuals, ask=None):
-    """Asks both models. Token ids, pixels and answers are equal."""
-    ask = ask or (lambda: request(context, visuals, settings=dict(SHORT)))
-    one = getattr(theirs.generate_until([ask()])[0], "text", None) or theirs.generate_until([ask()])[0]
+def compare(theirs, calls, ours, context, visuals, ask=None, settings=SHORT):
+    """Asks both models. Token ids, pixels and answers are equal. ``ask``: a request to theirs, if it is another."""
+    answer = theirs.generate_until([ask or request(context, visuals, settings=dict(settings))])[0]
     check_inputs(calls[-1], ours, context, visuals)
-    assert ours.generate_until([request(context, visuals, settings=SHORT)])[0].text == one != ""
+    own = ours.generate_until([request(context, visuals, settings=settings)])[0].text
+    assert own == getattr(answer, "text", answer) != ""
 
 
 def check_inputs(theirs, ours, context, visuals):
@@ -71,15 +72,31 @@ ASKED = [
 
 @pytest.mark.parametrize("name", ["qwen3_vl_msd", pytest.param("qwen3_vl_moe_msd", marks=pytest.mark.slow)])
 def test_as_qwen3_vl(name, family_bases, clip, monkeypatch):
-    folder = family_bases[name]
-    theirs, texts = upstream("qwen3_vl", "Qwen3_VL", folder, monkeypatch, **LIMITS)
-    ours = load(class_of(name), folder, **LIMITS)
+    compare_qwen(name, ("qwen3_vl", "Qwen3_VL"), family_bases[name], clip, monkeypatch, **LIMITS)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_msd", pytest.param("qwen3_5_moe_msd", marks=pytest.mark.slow)])
+def test_as_qwen3_5(name, family_bases, clip, monkeypatch):
+    """Which is asked to think, and samples where a task does not set a temperature."""
+    limits = LIMITS | {"total_pixels": 3 * 96 * 96, "max_num_frames": 8, "enable_thinking": False}
+    greedy = {**SHORT, "temperature": 0}
+    ours = compare_qwen(name, ("qwen3_5", "Qwen3_5"), family_bases[name], clip, monkeypatch, greedy, **limits)
+    assert type(ours.prompts).enable_thinking is True
+    sampled = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20}
+    assert sampled.items() <= ours.settings(None).engine.items()
+    assert ours.settings({"temperature": 0}).engine == {"max_new_tokens": 1024, "do_sample": False}
+
+
+def compare_qwen(name, theirs_is, folder, clip, monkeypatch, settings=SHORT, **limits):
+    theirs, texts = upstream(*theirs_is, folder, monkeypatch, **limits)
+    ours = load(class_of(name), folder, **limits)
     calls = given_to_generate(theirs, monkeypatch)
     for context, pictures, clips in ASKED:
         visuals = IMAGES[:pictures] + [clip] * clips
-        compare(theirs, calls, ours, context, visuals)
+        compare(theirs, calls, ours, context, visuals, settings=settings)
         assert ours.prompts.write(context, visuals).text == texts[-1]
     assert "seconds>" in ours.tokenizer.decode(ours.prompts.inputs([ours.prompts.write("", [clip])])["input_ids"][0])
+    return ours
 
 
 @pytest.mark.parametrize("thinking", [True, False])
@@ -122,7 +139,7 @@ def test_as_internvl_hf(internvl, clip, monkeypatch):
         content = [{"type": "video" if isinstance(each, str) else "image", "url": each} for each in visuals]
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": context}]}]
         given = (context, lambda doc, asked=messages: asked, dict(SHORT), 0, "tiny", "test")
-        compare(theirs, calls, ours, context, visuals, lambda of=given: Instance("generate_until", of, 0, METADATA))
+        compare(theirs, calls, ours, context, visuals, Instance("generate_until", given, 0, METADATA))
         assert ours.prompts.write(context, visuals).text == texts[-1]
 
 

