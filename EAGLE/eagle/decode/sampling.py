@@ -19,6 +19,9 @@ from transformers.generation import logits_process as hf
 
 from llava.errors import UserError
 
+LOWEST = 1e-6
+"""Lowest temperature above 0: logits are divided by it, and float32 must hold the result."""
+
 
 @dataclass(frozen=True)
 class SamplingSettings:
@@ -30,7 +33,7 @@ class SamplingSettings:
         seed: makes sampling repeatable; one for all sequences or one for each.
 
     Raises:
-        UserError: the temperature is negative or not finite.
+        UserError: the temperature is negative, not finite, or too close to 0.
     """
 
     temperature: float = 0.0
@@ -41,6 +44,8 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"temperature {self.temperature}", fix="give 0 for greedy decoding, or a larger number")
+        if 0 < self.temperature < LOWEST:
+            raise UserError(f"temperature {self.temperature}", fix=f"give 0 for greedy decoding, or at least {LOWEST}")
         if self.top_p is not None and not 0 <= self.top_p <= 1:
             raise UserError(f"top_p {self.top_p}", fix="give a number from 0 (the best token alone) to 1 (no limit)")
         if self.top_k is not None and self.top_k < 0:

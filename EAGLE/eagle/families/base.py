@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eagle.families.layers import FULL, SLIDING, attention_layers
+from eagle.families.layers import FULL, LINEAR, SLIDING, attention_layers, position_limit
 from eagle.kv_cache import KVCache
 from eagle.weight_layout import to_input_major_layout
 from llava.errors import UserError
 
 MASKED_ATTENTION = ("sdpa", "eager")
-LayerMasks = Tensor | dict[str, Tensor]
+LayerMasks = Tensor | dict[str, Tensor | None]
 """A mask for all layers, or one for each type of layer."""
 
 
@@ -162,6 +162,26 @@ class Target(ABC):
         """Inputs that transformers' `generate` needs beside ``inputs``, derived from ``input_ids`` [B, P]."""
         return {}
 
+    def check_length(self, inputs: Mapping[str, Any], new_tokens: int = 0, where: str | None = None) -> None:
+        """Compares prompts and ``new_tokens`` after them with the positions that the model is made for.
+
+        Args:
+            inputs: as `prepare` returns them.
+            where: names the prompt in the error.
+
+        Raises:
+            UserError: they are too long.
+        """
+        input_ids, limit = inputs["input_ids"], position_limit(self.config.get_text_config())
+        if limit is None or input_ids.shape[1] + new_tokens <= limit:  # a token has at most one position of its own
+            return
+        needed = int(self.prompt_positions(input_ids, inputs)[1].max())
+        if needed >= limit:
+            raise UserError(f"prompt of {needed} positions for a model of {limit}", where, "shorten the prompt")
+        if needed + new_tokens > limit:
+            what = f"prompt of {needed} positions and {new_tokens} new tokens for a model of {limit} positions"
+            raise UserError(what, where, f"ask for at most {limit - needed} new tokens")
+
     @property
     def text_model(self) -> Any:
         """The stock text model: embeddings in, hidden states after the final norm out."""
@@ -241,7 +261,16 @@ class Target(ABC):
         """A cache of ``capacity`` rows for each of ``batch`` sequences, with each layer on its own device."""
         heads, head_dim = self.cache_shape
         devices = [next(layer.parameters()).device for layer in self.text_model.layers]
-        return KVCache.allocate(devices, batch, heads, head_dim, capacity, self.dtype)
+        return KVCache.allocate(devices, batch, heads, head_dim, capacity, self.dtype, self.new_states(batch))
+
+    def new_states(self, batch: int) -> dict[int, Any]:
+        """Empty states of the layers that have no cached rows, by layer."""
+        return {}
+
+    @property
+    def verifies_trees(self) -> bool:
+        """False if only a chain of drafted tokens can be verified in one forward."""
+        return not self.layers.linear
 
     def prefill(self, inputs: Mapping[str, Any]) -> Prefill:
         """One forward over prompts, without a cache.
@@ -293,6 +322,8 @@ class Target(ABC):
             past: cached rows of each sequence.
             depths: [B, N] of the nodes.
         """
+        if self.layers.linear:
+            return {FULL: mask, LINEAR: None}
         if self.layers.window is None:
             return mask
         sliding = within_window(mask, past, depths, self.layers.window)
@@ -387,8 +418,8 @@ def encode_media(model: PreTrainedModel, inputs: Mapping[str, Any], name: str, *
 
 
 def joined_features(features: Tensor | Sequence[Tensor]) -> Tensor:
-    """Features of all pictures (or videos), [I, H] in prompt order. Given as one tensor or as one for each picture, with
-    a dimension for pictures or without."""
+    """Features of all pictures (or videos), [I, H] in prompt order. Given as one tensor or as one for each picture,
+    with a dimension for pictures or without."""
     joined = features if isinstance(features, Tensor) else torch.cat(list(features), dim=0)
     return joined.flatten(0, -2)
 

@@ -99,6 +99,22 @@ FAMILIES: tuple[Family, ...] = (
         eval_model="qwen3_vl_moe_msd",
     ),
     Family(
+        "qwen3_5",
+        model_types=("qwen3_5",),
+        target="eagle.families.qwen3_5.target:Qwen3_5Target",
+        template="eagle.families.qwen2_vl.template:QwenTemplate",
+        training_name="qwen3_5",
+        eval_model="qwen3_5_msd",
+    ),
+    Family(
+        "qwen3_5_moe",
+        model_types=("qwen3_5_moe",),
+        target="eagle.families.qwen3_5.target:Qwen3_5MoeTarget",
+        template="eagle.families.qwen2_vl.template:QwenTemplate",
+        training_name="qwen3_5_moe",
+        eval_model="qwen3_5_moe_msd",
+    ),
+    Family(
         "gemma3",
         model_types=("gemma3",),
         target="eagle.families.gemma3.target:Gemma3Target",

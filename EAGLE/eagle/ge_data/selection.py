@@ -98,7 +98,9 @@ class Selection:
 
     def within(self, target: Target) -> Selection:
         """The same selection, with ``max_length`` at most the number of the target's positions."""
-        positions = getattr(target.config.get_text_config(), "max_position_embeddings", self.max_length)
+        from eagle.families.layers import position_limit  # not at import time: it loads torch
+
+        positions = position_limit(target.config.get_text_config()) or self.max_length
         return replace(self, max_length=min(positions, self.max_length))
 
 

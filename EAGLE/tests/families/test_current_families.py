@@ -31,7 +31,26 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
 }
 TREES = [TreeConfig(5, 10, 60), TreeConfig(2, 2, 6)]
 SIZES = [(50, 34), (112, 30), (64, 100)]
-WORDS = "which of these shapes can you count and what is the sum of red green blue numbers here".split()
+WORDS = [
+    "which",
+    "of",
+    "these",
+    "shapes",
+    "can",
+    "you",
+    "count",
+    "and",
+    "what",
+    "is",
+    "the",
+    "sum",
+    "of",
+    "red",
+    "green",
+    "blue",
+    "numbers",
+    "here",
+]
 ENDS = {"gemma3": "<end_of_turn>", "llava_onevision": "<|im_end|>"}
 
 
@@ -160,8 +179,10 @@ def test_what_is_learnt_and_what_is_asked(
         picture.save(tmp_path / f"{index}.png")
     conversation = read_conversation({"id": "r", **row}, 0)
     prepared = template.prepare(conversation, tmp_path, 1000)
-    inputs = target.prepare("".join(part.text for part in template.segments(conversation)),
-                            [tmp_path / name for name in conversation.images])  # fmt: skip
+    inputs = target.prepare(
+        "".join(part.text for part in template.segments(conversation)),
+        [tmp_path / name for name in conversation.images],
+    )
     assert torch.equal(inputs["input_ids"][0], prepared.input_ids)
     for name in template.image_inputs if conversation.images else ():
         assert torch.equal(inputs[name], prepared.images[name])
@@ -176,7 +197,9 @@ def test_videos(model: MSDModel, tree: TreeConfig) -> None:
     if family == "gemma3":
         pytest.skip("the family does not have videos")
     video = np.random.default_rng(0).integers(0, 255, (4, 56, 56, 3), dtype=np.uint8)
-    mark = {"internvl": "<video>", "llava_onevision": "<video>"}.get(family, "<|vision_start|><|video_pad|><|vision_end|>")
+    mark = {"internvl": "<video>", "llava_onevision": "<video>"}.get(
+        family, "<|vision_start|><|video_pad|><|vision_end|>"
+    )
     settings: dict[str, Any] = {}
     if "qwen3" in family:
         metadata = VideoMetadata(total_num_frames=4, fps=2.0, frames_indices=[0, 1, 2, 3])

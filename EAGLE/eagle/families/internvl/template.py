@@ -6,8 +6,8 @@ from eagle.families.template import PicturesFirstTemplate
 
 
 class InternVLTemplate(PicturesFirstTemplate):
-    """``<|im_start|>user\\n<question><|im_end|>\\n<|im_start|>assistant\\n<answer><|im_end|>\\n``. A picture has several
-    tiles, and its inputs do not tell how many."""
+    """``<|im_start|>user\\n<question><|im_end|>\\n<|im_start|>assistant\\n<answer><|im_end|>\\n``. A picture has
+    several tiles, and its inputs do not tell how many."""
 
     @property
     def least_picture_tokens(self) -> int:
