@@ -401,7 +401,7 @@ class Qwen3_5MSD(Qwen3VLMSD):
     family = "qwen3_5"
     writer = Qwen3_5Prompts
     max_new_tokens = 1024
-    sampling = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
+    sampling: ClassVar[Mapping[str, float]] = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
 
 
 class Qwen3_5MoeMSD(Qwen3_5MSD):

@@ -95,12 +95,12 @@ def qwen3_moe(models: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def qwen3_5(models: Path) -> Path:
-    return qwen3_with_its_template(models / "qwen3_5", make_qwen3_5)
+    return qwen3_with_its_template(models / "qwen3_5", make_qwen3_5, seed=3)
 
 
 @pytest.fixture(scope="session")
 def qwen3_5_moe(models: Path) -> Path:
-    return qwen3_with_its_template(models / "Qwen3.5-A3B", make_qwen3_5, moe=True)
+    return qwen3_with_its_template(models / "Qwen3.5-A3B", make_qwen3_5, moe=True, seed=3)
 
 
 @pytest.fixture(scope="session")

@@ -53,7 +53,7 @@ def request(context, visuals, number=0, settings=None, kind="generate_until", as
     """One request of the task `tiny`; ``ask`` is how a task of several rounds asks on."""
     metadata = {"task": "tiny", "doc_id": number, "repeats": 1} | metadata
     if kind != "loglikelihood":
-        settings = {"max_new_tokens": 24, "until": ["\n\n"]} | (settings or {})
+        settings = {"max_new_tokens": 24, "until": ["\n\n"], "temperature": 0} | (settings or {})
     texts = () if ask is None else (ask,)
     task = metadata["task"]
     return Instance(kind, (context, settings, lambda doc: visuals, *texts, number, task, "test"), 0, metadata)
@@ -67,6 +67,8 @@ def class_of(name: str):
 def load(model_class, folder, draft=None, **options):
     """One of our models, with documents for the tasks `tiny` and `other`."""
     given = {"use_msd": draft is not None, "msd_model_path": draft and str(draft), "device": "cpu"}
+    if getattr(model_class.writer, "enable_thinking", None):  # a tiny model never ends a thought
+        given["enable_thinking"] = False
     model = model_class(str(folder), **(given | {"dtype": "float32"} | options))
     model.task_dict = {task: {"test": dict.fromkeys(range(100))} for task in ("tiny", "other")}
     return model

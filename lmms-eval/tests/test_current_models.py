@@ -44,11 +44,11 @@ def given_to_generate(model, monkeypatch) -> list[dict]:
     return calls
 
 
-def compare(theirs, calls, ours, context, visuals, ask=None, settings=SHORT):
+def compare(theirs, calls, ours, context, visuals, ask=None):
     """Asks both models. Token ids, pixels and answers are equal. ``ask``: a request to theirs, if it is another."""
-    answer = theirs.generate_until([ask or request(context, visuals, settings=dict(settings))])[0]
+    answer = theirs.generate_until([ask or request(context, visuals, settings=dict(SHORT))])[0]
     check_inputs(calls[-1], ours, context, visuals)
-    own = ours.generate_until([request(context, visuals, settings=settings)])[0].text
+    own = ours.generate_until([request(context, visuals, settings=SHORT)])[0].text
     assert own == getattr(answer, "text", answer) != ""
 
 
@@ -79,21 +79,20 @@ def test_as_qwen3_vl(name, family_bases, clip, monkeypatch):
 def test_as_qwen3_5(name, family_bases, clip, monkeypatch):
     """Which is asked to think, and samples where a task does not set a temperature."""
     limits = LIMITS | {"total_pixels": 3 * 96 * 96, "max_num_frames": 8, "enable_thinking": False}
-    greedy = {**SHORT, "temperature": 0}
-    ours = compare_qwen(name, ("qwen3_5", "Qwen3_5"), family_bases[name], clip, monkeypatch, greedy, **limits)
+    ours = compare_qwen(name, ("qwen3_5", "Qwen3_5"), family_bases[name], clip, monkeypatch, **limits)
     assert type(ours.prompts).enable_thinking is True
     sampled = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20}
     assert sampled.items() <= ours.settings(None).engine.items()
     assert ours.settings({"temperature": 0}).engine == {"max_new_tokens": 1024, "do_sample": False}
 
 
-def compare_qwen(name, theirs_is, folder, clip, monkeypatch, settings=SHORT, **limits):
+def compare_qwen(name, theirs_is, folder, clip, monkeypatch, **limits):
     theirs, texts = upstream(*theirs_is, folder, monkeypatch, **limits)
     ours = load(class_of(name), folder, **limits)
     calls = given_to_generate(theirs, monkeypatch)
     for context, pictures, clips in ASKED:
         visuals = IMAGES[:pictures] + [clip] * clips
-        compare(theirs, calls, ours, context, visuals, settings=settings)
+        compare(theirs, calls, ours, context, visuals)
         assert ours.prompts.write(context, visuals).text == texts[-1]
     assert "seconds>" in ours.tokenizer.decode(ours.prompts.inputs([ours.prompts.write("", [clip])])["input_ids"][0])
     return ours

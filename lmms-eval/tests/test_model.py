@@ -195,7 +195,7 @@ def test_defaults_are_those_of_the_family(base, qwen2, qwen2_5):
 @pytest.mark.parametrize("name", list(MODELS)[1:])
 def test_draft_of_each_family(name, family_bases, tmp_path):
     folder, model_class = family_bases[name], class_of(name)
-    draft = make_draft(tmp_path / "draft", load_target(folder))
+    draft = make_draft(tmp_path / "draft", load_target(folder), agree=1.0)
     requests = [request("How many?", IMAGES[:1]), request("Which two?", IMAGES[:2]), request("No picture.", None)]
     plain, fast = load(model_class, folder), load(model_class, folder, draft, **TREE)
     answers = [[each.text for each in model.generate_until(requests)] for model in (plain, fast)]

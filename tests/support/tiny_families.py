@@ -127,7 +127,7 @@ def _ids(tokenizer: PreTrainedTokenizerFast, special: tuple[str, ...]) -> dict[s
 
 
 def make_qwen3_vl(folder: str | Path, *, moe: bool = False, seed: int = 0, patch: int = 14, **text: Any) -> Path:
-    """Writes a Qwen3-VL of three text layers, two of which get DeepStack features; ``patch``: side of an image patch."""
+    """Writes a Qwen3-VL of three text layers, two of which get DeepStack features; ``patch``: side of a patch."""
     torch.manual_seed(seed)
     tokenizer = byte_tokenizer(QWEN_SPECIAL, "<|im_end|>", "<|endoftext|>")
     ids = _ids(tokenizer, QWEN_SPECIAL)
