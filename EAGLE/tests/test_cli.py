@@ -145,8 +145,8 @@ def test_throughput_of_each_batch_size(pair, capsys, tmp_path):
     assert [row["tree"]["total_tokens"] for row in report["rows"]] == [32, 12]
     assert all(row["speedup"] == pytest.approx(row["msd"] / row["plain"]) for row in report["rows"])
     assert "speed-up" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        main(["throughput", *models(pair), "--data", str(pair / "questions.jsonl"), "--batch-sizes", "0"])
+    assert main(["throughput", *models(pair), "--data", str(pair / "questions.jsonl"), "--batch-sizes", "0"]) == 2
+    assert "--batch-sizes: 0 is not at least 1" in capsys.readouterr().err
 
 
 def test_bench_takes_more_contestants(pair, capsys, tmp_path):
