@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any, ClassVar
 
+from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from eagle.conversations import MARK
@@ -44,7 +45,8 @@ class StockTarget(Target):
         check_complete(info, path)
         return cls(model, processor)
 
-    def prepare(self, prompt: str | Sequence[str], images: Sequence[Any] = ()) -> dict[str, Any]:
+    def prepare(self, prompt: str | Sequence[str], images: Sequence[Any] = (), **more: Any) -> dict[str, Any]:
+        """As in `Target`. ``more``: further arguments of the processor, such as videos."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         pictures = [load_image(image) for image in images]
         marks = [text.count(self.processor.image_token) for text in prompts]
@@ -52,10 +54,12 @@ class StockTarget(Target):
             raise UserError(f"prompt has {sum(marks)} image mark(s), but {len(pictures)} picture(s) were given")
         rest = iter(pictures)
         own = [list(islice(rest, count)) for count in marks]  # the pictures of each prompt
-        settings = {"padding": True, "padding_side": "left"} if len(prompts) > 1 else {}
+        settings = special_tokens(self.processor, prompts) | more
+        if len(prompts) > 1:
+            settings |= {"padding": True, "padding_side": "left"}
         with processor_errors():
             inputs = self.processor(text=prompts, images=own if pictures else None, return_tensors="pt", **settings)
-        return dict(inputs.to(self.device))
+        return {name: value for name, value in inputs.to(self.device).items() if isinstance(value, Tensor)}
 
     def chat_prompt(
         self, question: str, num_images: int = 0, history: Sequence[tuple[str, str]] = (), system: str | None = None
@@ -85,6 +89,13 @@ def check_complete(info: Mapping[str, Any], path: str) -> None:
         )
 
 
+def special_tokens(processor: Any, prompts: Sequence[str]) -> dict[str, Any]:
+    """Keyword arguments of the processor. A begin-of-sequence token that the template has written is not added again,
+    as in transformers' ``apply_chat_template``."""
+    begin = processor.tokenizer.bos_token
+    return {"add_special_tokens": False} if begin and all(text.startswith(begin) for text in prompts) else {}
+
+
 @contextmanager
 def processor_errors() -> Iterator[None]:
     """Raises `UserError` for what a processor refuses, such as a picture 200 times as wide as high, or the mark of a
@@ -107,12 +118,15 @@ def load_processor(path: str, **hub: Any) -> Any:
         return AutoProcessor.from_pretrained(path, **hub)
 
 
-def write_chat(processor: Any, turns: Sequence[tuple[list[Part], str | None]], system: str | None = None) -> str:
+def write_chat(
+    processor: Any, turns: Sequence[tuple[list[Part], str | None]], system: str | None = None, **settings: Any
+) -> str:
     """A conversation in the checkpoint's own chat template.
 
     Args:
         turns: parts of each question, and its answer; None for the last one leaves it open for the model to answer.
         system: system prompt; None leaves it to the template.
+        settings: variables of the template, such as ``enable_thinking``.
 
     Raises:
         UserError: the template refuses the conversation, such as its system prompt.
@@ -126,7 +140,7 @@ def write_chat(processor: Any, turns: Sequence[tuple[list[Part], str | None]], s
     if not processor.chat_template:
         raise UserError("the base model has no chat template", fix="add the chat_template.jinja of its release")
     try:
-        return processor.apply_chat_template(messages, add_generation_prompt=is_open, tokenize=False)
+        return processor.apply_chat_template(messages, add_generation_prompt=is_open, tokenize=False, **settings)
     except Exception as error:  # a template is a program: it may divide by zero
         raise UserError(f"chat template cannot write this conversation ({reason_of(error)})") from error
 

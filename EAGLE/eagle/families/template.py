@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from eagle.conversations import MARK, Conversation, Unusable, open_picture, picture_path
-from eagle.families.stock import load_processor, parts_of, write_chat
+from eagle.families.stock import load_processor, parts_of, special_tokens, write_chat
 from llava.errors import UserError
 
 PLACEHOLDER = "OK"
@@ -165,7 +165,8 @@ class Template(ABC):
             Unusable: the tokenizer cannot encode the text, or the image processor refuses a picture.
         """
         mark, text = self.processor.image_token, self.written_mark
-        written = self.processor.tokenizer(prompt.replace(mark, text), return_offsets_mapping=True)
+        special = special_tokens(self.processor, [prompt])
+        written = self.processor.tokenizer(prompt.replace(mark, text), return_offsets_mapping=True, **special)
         ids, spans = written["input_ids"], [(start, end) for start, end in written["offset_mapping"]]
         spans = spans_before_replacing(prompt, mark, text, spans)
         videos = self.media_ids - {self.image_token_id}
@@ -174,7 +175,7 @@ class Template(ABC):
         if not pictures:
             return Encoded(ids, spans, {})
         try:
-            given = self.processor(text=[prompt], images=[list(pictures)], return_tensors="pt")
+            given = self.processor(text=[prompt], images=[list(pictures)], return_tensors="pt", **special)
         except ValueError:  # such as a picture 200 times as wide as high
             raise Unusable("broken_picture") from None
         expanded = given["input_ids"][0].tolist()
