@@ -26,12 +26,12 @@ from eagle.conversations import REASONS
 from eagle.ge_data.download import __main__ as download
 from eagle.ge_data.download import transfer
 from eagle.ge_data.folder import locked
-from eagle.picture_sources import SOURCES, ArchiveSet, choose
+from eagle.ge_data.download.sources import SOURCES, choose
 from llava.errors import run_cli
 
 from .test_covers import picture
 
-ARCHIVES = [source.name for source in SOURCES if isinstance(source, ArchiveSet)]
+ARCHIVES = [source.name for source in SOURCES if source.kind == "archive"]
 RECORDS = b'[{"id": "a", "conversations": []}]'
 
 
@@ -125,8 +125,8 @@ def test_only_some_sets(run: Run, root: Path) -> None:
 
 def test_the_checksum_is_not_required_of_a_mirror() -> None:
     (plain,), (mirrored,) = choose("coco"), choose("coco", ["coco=http://x/a.zip?x=1"])
-    assert isinstance(plain, ArchiveSet) and plain.md5
-    assert isinstance(mirrored, ArchiveSet) and mirrored.md5 is None and mirrored.address == "http://x/a.zip?x=1"
+    assert plain.md5
+    assert mirrored.md5 is None and mirrored.address == "http://x/a.zip?x=1"
 
 
 def test_killed_and_resumed(run: Run, root: Path, server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +150,7 @@ def test_one_set_fails_and_the_others_go_on(run: Run, root: Path, server: FileSe
     status, _, errors = run()
     first, second, last = errors.splitlines()
     assert status == 2
-    assert first.startswith("error: gqa: the server has no such file (404") and server.url("gqa.zip") in first
+    assert first.startswith("error: gqa: the server refuses (404") and server.url("gqa.zip") in first
     assert second.startswith("error: vg1: archive is damaged") and str(root / "archives" / "vg1.zip") in second
     assert last.startswith("error: 2 of 8 sets failed: gqa, vg1 (")
     assert tree(root) == sorted(
@@ -192,7 +192,7 @@ def test_no_space(run: Run, root: Path, server: FileServer, monkeypatch: pytest.
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2 * size - 1))
     status, _, errors = run("--only", "coco,gqa")
     assert status == 2
-    expected = rf"error: coco: not enough space for archive and pictures of coco: {2 * size / 1e6:.2f} MB needed, "
+    expected = rf"error: coco: not enough space for coco: {2 * size / 1e6:.2f} MB needed, "
     assert re.match(expected, errors) and "--root" in errors.splitlines()[0]
     assert not list(root.rglob("coco*")) and len(os.listdir(root / "gqa/images")) == 3
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
@@ -303,7 +303,7 @@ def test_a_page_instead_of_an_annotation_file_is_not_kept(
     status, out, errors = run("--only", "annotations")
     assert status == 2 and "sharegpt: " in out
     assert (
-        errors.startswith("error: llava: the server did not send an annotation file") and server.url("llava") in errors
+        errors.startswith("error: llava: the server sent a wrong file, discarded: not an annotation file") and server.url("llava") in errors
     )
     assert tree(root) == ["annotations/ShareGPT_V3_unfiltered_cleaned_split.json"]
     server.put("llava", b"\xef\xbb\xbf \n" + RECORDS + b"\n ")
@@ -387,7 +387,7 @@ def test_annotations_from_the_hub(hub: HubServer, root: Path, capsys: pytest.Cap
     command = ["--root", str(root), "--only", "annotations"]
     assert run_cli(lambda: download.main(command)) == 2
     shown = capsys.readouterr()
-    assert "error: llava: the hub does not have llava_v1_5_mix665k.json" in shown.err
+    assert "error: llava: the hub did not give llava_v1_5_mix665k.json" in shown.err
     assert shown.err.splitlines()[-1].startswith("error: 1 of 2 sets failed: llava")
     assert tree(root) == ["annotations/ShareGPT_V3_unfiltered_cleaned_split.json"]
     assert (root / tree(root)[0]).read_bytes() == RECORDS
@@ -402,6 +402,6 @@ def test_hub_that_cannot_be_reached(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert run_cli(lambda: download.main(["--root", str(root), "--only", "sharegpt"])) == 2
     first, last = capsys.readouterr().err.splitlines()
-    expected = "error: sharegpt: download of ShareGPT_V3_unfiltered_cleaned_split.json from the hub failed ("
+    expected = "error: sharegpt: the hub did not give ShareGPT_V3_unfiltered_cleaned_split.json ("
     assert first.startswith(expected) and last.startswith("error: 1 of 1 sets failed: sharegpt")
     assert hub.requests == []
