@@ -118,7 +118,7 @@ def load_target(path: str | Path, dtype: Any = "auto", device_map: Any = None, *
 
     Args:
         dtype: a torch dtype or its name, or "auto" for the checkpoint's own (float32 on a CPU that is slow in 16 bit).
-        device_map: as in transformers.
+        device_map: as in transformers; "meta" opens the weight files and does not read their data.
         kwargs: hub settings (``revision``, ``cache_dir``, ``local_files_only``, ``token``) and other arguments of
             transformers' ``from_pretrained``, such as ``quantization_config``.
 
@@ -134,7 +134,7 @@ def load_target(path: str | Path, dtype: Any = "auto", device_map: Any = None, *
     family = family_of(path, **{key: kwargs[key] for key in HUB_KEYS if key in kwargs})
     with load_errors("base model cannot be loaded", path, weights=True):
         target = family.target_class().load(str(path), dtype=dtype, device_map=device_map, **kwargs)
-    if target.offloaded:
+    if target.offloaded and device_map != "meta":
         raise UserError(
             "a part of the base model did not fit on the devices and was offloaded, where it cannot be decoded with",
             where=path,

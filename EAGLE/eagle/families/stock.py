@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from eagle.conversations import MARK
 from eagle.families.base import Target
+from llava.checkpoint import quiet_transformers
 from llava.device import dtype_for
 from llava.errors import UserError, reason_of
 from llava.hub import HUB_KEYS, Source
@@ -37,9 +38,10 @@ class StockTarget(Target):
         hub = {key: settings[key] for key in HUB_KEYS if key in settings}
         processor = load_processor(path, **hub)
         check_generation_config(Source.of(path, hub, "base model"))
-        model, info = cls.model_class.from_pretrained(
-            path, **settings, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        with quiet_transformers():
+            model, info = cls.model_class.from_pretrained(
+                path, **settings, output_loading_info=True, ignore_mismatched_sizes=True
+            )
         check_complete(info, path)
         return cls(model, processor)
 

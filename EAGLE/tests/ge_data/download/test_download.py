@@ -303,7 +303,8 @@ def test_a_page_instead_of_an_annotation_file_is_not_kept(
     status, out, errors = run("--only", "annotations")
     assert status == 2 and "sharegpt: " in out
     assert (
-        errors.startswith("error: llava: the server sent a wrong file, discarded: not an annotation file") and server.url("llava") in errors
+        errors.startswith("error: llava: the server sent a wrong file, discarded: not an annotation file")
+        and server.url("llava") in errors
     )
     assert tree(root) == ["annotations/ShareGPT_V3_unfiltered_cleaned_split.json"]
     server.put("llava", b"\xef\xbb\xbf \n" + RECORDS + b"\n ")
