@@ -89,10 +89,10 @@ def test_a_bad_line_does_not_end_it(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--temperature", "-1"], "argument --temperature: -1 is negative"),
-        (["--temperature", "nan"], "argument --temperature: nan is negative"),
+        (["--temperature", "-1"], "temperature -1.0 (give 0 for greedy"),
+        (["--temperature", "nan"], "temperature nan (give 0 for greedy"),
         (["--top-p", "0"], "argument --top-p: 0 is not in (0, 1]"),
-        (["--max-new-tokens", "0"], "argument --max-new-tokens: 0 is not positive"),
+        (["--max-new-tokens", "0"], "argument --max-new-tokens: 0 is not at least 1"),
         (["--conv-mode", "v9"], "unknown conversation template: v9"),
         (["--device", "abacus"], "device cannot be used: abacus"),
     ],

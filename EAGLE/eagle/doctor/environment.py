@@ -54,7 +54,7 @@ def check_packages() -> list[Check]:
                 wanted[requirement.name] = requirement
     for name, requirement in wanted.items():
         version = platform.python_version() if name == "Python" else _version(name)
-        if name in OWN or version is not None and requirement.specifier.contains(version, prereleases=True):
+        if name in OWN or (version is not None and requirement.specifier.contains(version, prereleases=True)):
             continue
         found = f"{version or 'not installed'}, wanted {requirement.specifier or 'any version'}"
         fix = "make an environment with another Python" if name == "Python" else f"pip install '{requirement}'"

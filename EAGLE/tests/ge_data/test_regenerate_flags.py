@@ -58,8 +58,8 @@ WRONG = {
     "--temperature is for the model's own": ["--temperature", "0"],
     "--max-new-tokens is for the model's own": ["--max-new-tokens", "9"],
     "--at-once is for the model's own": ["--at-once", "2"],
-    "--temperature -1.0": ["--regenerate", "--temperature", "-1"],
-    "--temperature nan": ["--regenerate", "--temperature", "nan"],
+    "temperature -1.0": ["--regenerate", "--temperature", "-1"],
+    "temperature nan": ["--regenerate", "--temperature", "nan"],
     "draft not found": ["--regenerate", "--msd-model", "./nothing"],
 }
 

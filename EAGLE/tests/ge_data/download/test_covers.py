@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from io import BytesIO
 from pathlib import Path
-from threading import Barrier
 
 import numpy as np
 import pytest
@@ -146,14 +144,6 @@ def test_refused_covers_are_gone_if_saved_ones_still_arrive(
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
-def test_covers_arrive_several_at_a_time(server: FileServer, folder: Path) -> None:
-    barrier = Barrier(3)
-    for name in "abc":
-        server.put(name, picture(), barrier=barrier)
-    fetch_covers({name: server.url(name) for name in "abc"}, folder, workers=3)
-    assert len(os.listdir(folder)) == 3
-
-
 BAD_LISTS = {
     "<html>quota exceeded</html>": "not valid JSON",
     "[]": "not a JSON object",
@@ -169,9 +159,3 @@ def test_bad_list(tmp_path: Path, text: str) -> None:
     (tmp_path / "dataset.json").write_text(text)
     with pytest.raises(UserError, match=BAD_LISTS[text]):
         read_addresses(tmp_path / "dataset.json")
-
-
-def test_list(tmp_path: Path) -> None:
-    entries = {"0153.X": {"imageURL": "http://x/1.jpg", "title": "One"}, "B00-2": {"imageURL": "http://x/2.gif"}}
-    (tmp_path / "dataset.json").write_text(json.dumps(entries))
-    assert read_addresses(tmp_path / "dataset.json") == {"0153.X": "http://x/1.jpg", "B00-2": "http://x/2.gif"}
