@@ -40,7 +40,7 @@ def gib(count: float) -> str:
 
 
 def check_packages() -> list[Check]:
-    """A finding for Python and each package that is missing or outside the range that ours declare; one for the rest."""
+    """A finding for Python and for each package outside the range that ours declare, and one for the rest."""
     checks: list[Check] = []
     wanted: dict[str, Requirement] = {}
     for owner, folder in OWN.items():

@@ -132,12 +132,9 @@ def as_jpeg(data: bytes, address: str) -> bytes:
                 raise Refused("the server has only a placeholder", address)
             if image.format == "JPEG":
                 return data
-            converted: Image.Image = image
-            if "A" in image.getbands() or "transparency" in image.info:
-                white = Image.new("RGBA", image.size, "white")
-                converted = Image.alpha_composite(white, image.convert("RGBA"))
+            opaque = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             buffer = BytesIO()
-            converted.convert("RGB").save(buffer, "JPEG", quality=QUALITY)
+            opaque.convert("RGB").save(buffer, "JPEG", quality=QUALITY)
             return buffer.getvalue()
     except UnidentifiedImageError:
         raise Refused("the server did not send a picture", address) from None

@@ -10,8 +10,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from http.client import HTTPException, HTTPResponse, InvalidURL
 from pathlib import Path
 from time import sleep
@@ -22,7 +21,7 @@ from urllib.request import Request, urlopen
 
 from eagle.ge_data.download.sources import WEB
 from eagle.ge_data.progress import format_bytes, progress_bar
-from llava.errors import UserError
+from llava.errors import UserError, is_full_disk
 from llava.files import read_object, write_json
 
 TRIES = 7
@@ -30,19 +29,12 @@ TRIES = 7
 TIMEOUT = 60.0
 """Seconds without data after which a connection counts as broken."""
 CHUNK = 1 << 16
-RANGE_REFUSED, RETRYABLE = 416, (408, 425, 429)
+RANGE_REFUSED = 416
+RETRYABLE = (408, RANGE_REFUSED, 425, 429)
 AGAIN = "run the command again"
 MIRROR = "--mirror takes another address"
 
 T = TypeVar("T")
-
-
-class RetryableError(Exception):
-    """A failure that may not happen again."""
-
-
-class StalePart(RetryableError):
-    """What is here is not the beginning of the server's file."""
 
 
 class Refused(UserError):
@@ -84,7 +76,7 @@ def fetch_bytes(address: str, limit: int) -> bytes:
     """
 
     def attempt() -> bytes:
-        with _request(address) as response, _network_errors(address):
+        with _request(address) as response:
             size, data = response.length, response.read(limit + 1)
         if len(data) > limit:
             raise Refused(f"file of more than {limit} bytes", address)
@@ -104,21 +96,32 @@ def need_space(folder: Path, size: int, what: str) -> None:
 
 
 def _retry(work: Callable[[], T], address: str, progress: Callable[[], int] = lambda: 0) -> T:
-    """Calls ``work`` until it returns, with growing pauses after a `RetryableError`.
+    """Calls ``work`` until it returns, with growing pauses after a failure that may not happen again.
 
     Raises:
-        UserError: it failed `TRIES` times in a row without new ``progress``.
+        UserError: the server refuses, or ``work`` failed `TRIES` times in a row without new ``progress``.
+        OSError: the disk is full or fails.
     """
     failures, best = 0, progress()
     while True:
         try:
             return work()
-        except RetryableError as error:
-            have = progress()
-            failures, best = (1, have) if have > best else (failures + 1, best)
-            if failures == TRIES:
-                raise UserError(f"download failed {TRIES} times ({error})", address, AGAIN) from None
-            sleep(2 ** (failures - 1) * random.uniform(0.75, 1.25))
+        except HTTPError as error:
+            error.close()
+            reason = f"the server says {error.code} {error.reason}"
+            if error.code < 500 and error.code not in RETRYABLE:
+                raise Refused(reason, address, MIRROR) from None
+        except (InvalidURL, ValueError) as error:
+            raise Refused(f"not an address ({error})", address) from None
+        except (OSError, HTTPException) as error:
+            if is_full_disk(error) or getattr(error, "filename", None):
+                raise
+            reason = str(getattr(error, "reason", error)) or type(error).__name__
+        have = progress()
+        failures, best = (1, have) if have > best else (failures + 1, best)
+        if failures == TRIES:
+            raise UserError(f"download failed {TRIES} times ({reason})", address, AGAIN)
+        sleep(2 ** (failures - 1) * random.uniform(0.75, 1.25))
 
 
 def _download_rest(address: str, part: Path, label: str, space_factor: int, bar: Any) -> None:
@@ -128,28 +131,30 @@ def _download_rest(address: str, part: Path, label: str, space_factor: int, bar:
     version, size = state.get("version"), state.get("size")
     if have and have == size:
         return
-    resume = {"Range": f"bytes={have}-", "If-Range": version} if have and version else {}
     try:
-        with _request(address, resume) as response:
-            if response.status == 206:
-                given = re.match(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
-                if given is None or int(given[1]) != have or _version(response) not in (None, version):
-                    raise StalePart("the file changed on the server")  # which does not know If-Range
-                size = int(given[2])
-            else:
-                _discard(part)
-                have, size = 0, response.length
-            need_space(part.parent, space_factor * (size or 0) - have, label)
-            if not have:
-                write_json(state_file, {"version": _version(response), "size": size})
-            bar.total, bar.n, bar.initial = size, have, have
-            with part.open("ab") as file:
-                for chunk in _chunks(response, address):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-    except StalePart:
-        _discard(part)
+        response = _request(address, {"Range": f"bytes={have}-", "If-Range": version} if have and version else {})
+    except HTTPError as error:
+        if error.code == RANGE_REFUSED:  # the server's file is shorter than what is here
+            _discard(part)
         raise
+    with response:
+        if response.status == 206:
+            given = re.match(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
+            if given is None or int(given[1]) != have or _version(response) not in (None, version):
+                _discard(part)
+                raise ConnectionError("the file changed on the server")  # which does not know If-Range
+            size = int(given[2])
+        else:
+            _discard(part)
+            have, size = 0, response.length
+        need_space(part.parent, space_factor * (size or 0) - have, label)
+        if not have:
+            write_json(state_file, {"version": _version(response), "size": size})
+        bar.total, bar.n, bar.initial = size, have, have
+        with part.open("ab") as file:
+            while chunk := response.read(CHUNK):
+                file.write(chunk)
+                bar.update(len(chunk))
     _check_complete(_size(part), size)
 
 
@@ -157,42 +162,15 @@ def _request(address: str, headers: Mapping[str, str] | None = None) -> HTTPResp
     """Sends a GET request. Follows redirects and uses the proxies of the environment."""
     if not address.startswith(WEB):
         raise Refused("not an http or https address", address)
-    with _network_errors(address):
-        request = Request(quote(address, safe="%/:=&?~#+!$,;'@()*[]"), headers=dict(headers or {}))
-        request.add_header("User-Agent", "msd-download")
-        request.add_header("Accept-Encoding", "identity")
-        response: HTTPResponse = urlopen(request, timeout=TIMEOUT)
+    headers = {"User-Agent": "msd-download", "Accept-Encoding": "identity", **(headers or {})}
+    request = Request(quote(address, safe="%/:=&?~#+!$,;'@()*[]"), headers=headers)
+    response: HTTPResponse = urlopen(request, timeout=TIMEOUT)
     return response
-
-
-def _chunks(response: HTTPResponse, address: str) -> Iterator[bytes]:
-    with _network_errors(address):
-        while chunk := response.read(CHUNK):
-            yield chunk
-
-
-@contextmanager
-def _network_errors(address: str) -> Iterator[None]:
-    """Raises `RetryableError` if another request may succeed, else `Refused`."""
-    try:
-        yield
-    except HTTPError as error:
-        error.close()
-        status = f"{error.code} {error.reason}".strip()
-        if error.code == RANGE_REFUSED:
-            raise StalePart("the server's file is shorter than what is here") from None
-        if error.code in RETRYABLE or error.code >= 500:
-            raise RetryableError(f"the server says {status}") from None
-        raise Refused(f"the server refuses ({status})", address, MIRROR) from None
-    except (InvalidURL, ValueError) as error:
-        raise Refused(f"not an address ({error})", address) from None
-    except (OSError, HTTPException) as error:
-        raise RetryableError(str(getattr(error, "reason", error)) or type(error).__name__) from None
 
 
 def _check_complete(have: int, size: int | None) -> None:
     if size is not None and have < size:
-        raise RetryableError(f"the connection ended after {have} of {size} bytes")
+        raise ConnectionError(f"the connection ended after {have} of {size} bytes")
 
 
 def _version(response: HTTPResponse) -> str | None:

@@ -66,7 +66,7 @@ def test_gone_covers_are_listed_and_nothing_is_asked_twice(
     addresses = {name: server.url(name) for name in files}
     fetch_covers(addresses, folder, workers=2)
     assert sorted(os.listdir(folder)) == ["a.jpg", "c.jpg"]
-    listed = f"b\t{server.url('b')}\tthe server refuses (404 Not Found)\n"
+    listed = f"b\t{server.url('b')}\tthe server says 404 Not Found\n"
     assert (folder.parent / "gone.txt").read_text() == listed
 
     (folder / "a.jpg").unlink()
