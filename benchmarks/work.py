@@ -11,6 +11,7 @@ from benchmarks.random_pair import RandomPrompt
 from benchmarks.spec import Cell, Suite
 from eagle.benchmark import Work
 from eagle.decode.msd import MSDModel
+from eagle.families.layers import position_limit
 from eagle.questions import Group, Question, read_questions
 from llava.errors import UserError
 
@@ -47,7 +48,7 @@ def work_of(cell: Cell, suite: Suite, model: MSDModel, random: bool) -> list[Wor
 
 def check_length(positions: int, cell: Cell, suite: Suite, model: MSDModel) -> None:
     """Raises if the cell needs more positions than the model has."""
-    limit = getattr(model.target.config.get_text_config(), "max_position_embeddings", None)
+    limit = position_limit(model.target.config.get_text_config())
     if limit is not None and positions > limit:
         raise UserError(
             f"cell '{cell.name}' needs {positions} positions, the model has {limit}", suite.where, "a shorter context"

@@ -25,7 +25,9 @@ class Question:
 
     def inputs(self, target: Any) -> dict[str, Any]:
         """Model inputs of the question in the conversation template of ``target``, a `Target`."""
-        return target.prepare(target.chat_prompt(self.question, num_images=len(self.images)), self.images)
+        inputs = target.prepare(target.chat_prompt(self.question, num_images=len(self.images)), self.images)
+        target.check_length(inputs, where=f"question {self.id}")
+        return dict(inputs)
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,9 @@ class Group:
     def inputs(self, target: Any) -> dict[str, Any]:
         """Padded model inputs of all of them, [B, S]."""
         prompts = [target.chat_prompt(each.question, num_images=len(each.images)) for each in self.questions]
-        return target.prepare(prompts, [image for each in self.questions for image in each.images])
+        inputs = target.prepare(prompts, [image for each in self.questions for image in each.images])
+        target.check_length(inputs, where=f"one of the questions {', '.join(each.id for each in self.questions)}")
+        return dict(inputs)
 
 
 KEYS = ("id", "images", "image", "question", "answer", "kind", "type", "facts", "exchange")

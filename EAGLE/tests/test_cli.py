@@ -1,11 +1,14 @@
 """The command `msd` on tiny real models: what it prints, what it writes, how it fails."""
 
 import json
+import re
+from unittest.mock import patch
 
 import pytest
 import torch
 from tiny_draft import make_draft
 from tiny_llava import make_image, make_liuhaotian
+from transformers import LlamaModel
 
 from eagle import exactness
 from eagle.cli import main
@@ -142,8 +145,8 @@ def test_throughput_of_each_batch_size(pair, capsys, tmp_path):
     assert [row["tree"]["total_tokens"] for row in report["rows"]] == [32, 12]
     assert all(row["speedup"] == pytest.approx(row["msd"] / row["plain"]) for row in report["rows"])
     assert "speed-up" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        main(["throughput", *models(pair), "--data", str(pair / "questions.jsonl"), "--batch-sizes", "0"])
+    assert main(["throughput", *models(pair), "--data", str(pair / "questions.jsonl"), "--batch-sizes", "0"]) == 2
+    assert "--batch-sizes: 0 is not at least 1" in capsys.readouterr().err
 
 
 def test_bench_takes_more_contestants(pair, capsys, tmp_path):
@@ -186,6 +189,26 @@ def bad_inputs(pair):
         "lost picture": ([*check, "--data", str(pair / "lost.jsonl")], "lost.png"),
         "negative temperature": ([*ask, "--temperature", "-1"], "temperature -1.0"),
     }
+
+
+@pytest.mark.parametrize("command", ["generate", "verify", "bench"])
+def test_a_prompt_longer_than_the_model_is_refused_before_any_forward(pair, capsys, command):
+    """The tiny base has 512 positions."""
+    long = "word " * 2000
+    (pair / "long.jsonl").write_text(json.dumps({"id": "long", "question": long}) + "\n")
+    options = ["--prompt", long] if command == "generate" else ["--data", str(pair / "long.jsonl")]
+    with patch.object(LlamaModel, "forward", side_effect=AssertionError):
+        assert main([command, *models(pair), "--tree", "fixed", *options]) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert re.search(r"prompt of \d{4,} positions for a model of 512", error)
+    assert command == "generate" or "question long" in error
+
+
+def test_an_answer_that_may_be_too_long_is_warned_of_once(pair, capsys, caplog):
+    options = ["--data", str(pair / "questions.jsonl"), "--max-new-tokens", "475", "--limit", "2"]
+    assert main(["verify", *models(pair), *options]) == 0
+    (line,) = [record.getMessage() for record in caplog.records if "positions" in record.getMessage()]
+    assert re.match(r"prompt of \d+ positions and 475 new tokens for a model of 512 positions \(ask for at most", line)
 
 
 @pytest.mark.parametrize("name", [

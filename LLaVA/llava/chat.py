@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration, TextStreamer
 
-from .arguments import positive, temperature
+from .arguments import OneLineParser, positive, temperature
 from .checkpoint import load_pretrained
 from .conversation import DEFAULT_TEMPLATE, get_template
-from .errors import OneLineParser, UserError, run_cli
+from .errors import UserError, run_cli
 from .image import load_image
 from .processor import LlavaProcessor
 

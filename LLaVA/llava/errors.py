@@ -6,7 +6,6 @@ bug of the program. It is one line too, and with the environment variable `MSD_T
 
 from __future__ import annotations
 
-import argparse
 import errno
 import os
 import sys
@@ -133,10 +132,3 @@ def run_cli(main: Callable[[], int | None]) -> int:
         )
         print(f"error: {bug}", file=sys.stderr)
         return BUG_STATUS
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are `UserError`s: one line, without the usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message, fix="see --help")

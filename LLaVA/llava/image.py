@@ -8,7 +8,7 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
@@ -45,15 +45,19 @@ class PictureUnreachable(UserError):
     """The file system or the network, not the picture, is the cause."""
 
 
-def load_image(source: ImageInput) -> Image.Image:
+def load_image(source: ImageInput, *, formats: Sequence[str] | None = None, max_side: int | None = None) -> Image.Image:
     """Reads a picture as RGB.
 
     The orientation of EXIF is applied. Transparent parts are laid on white. Grey of more than 8 bit is scaled from its
     own range of values.
 
+    Args:
+        formats: names of the file formats that are accepted, as Pillow has them. None accepts all.
+        max_side: longest side in pixels. A larger picture is refused before it is decoded.
+
     Raises:
         PictureUnreachable: it exists, but the system or the network cannot give it.
-        UserError: it is missing, not a picture, broken, or larger than PIL's limit of pixels.
+        UserError: it is missing, not a picture, broken, or larger than ``max_side`` or PIL's limit of pixels.
     """
     name = source if isinstance(source, Path) else _short(source) if isinstance(source, str) else None
     name = f"<{type(source).__name__}>" if name is None else name
@@ -66,7 +70,13 @@ def load_image(source: ImageInput) -> Image.Image:
                 return _as_rgb(_from_array(source, name))
             if isinstance(source, str) and (content := _from_url(source)) is not None:
                 source = content
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if formats is not None:
+                Image.init()
+                formats = [each for each in formats if each in Image.OPEN]  # an older Pillow has fewer
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as image:
+                if max_side is not None and max(image.size) > max_side:
+                    width, height = image.size
+                    raise UserError(f"picture of {width} x {height} pixels", name, f"give at most {max_side} a side")
                 return _as_rgb(image)
     except FileNotFoundError:
         raise UserError("picture not found", name) from None

@@ -58,6 +58,7 @@ def weight_map(source: Source) -> dict[str, str] | str:
             return file
         if (path := source.find(f"{file}.index.json")) is not None:
             return read_index(path)
+    source.refuse_adapter()
     raise UserError("no weights", source.name, f"looked for {', '.join(WEIGHT_FILES)} and their index.json")
 
 

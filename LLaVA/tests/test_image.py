@@ -63,6 +63,16 @@ def test_bomb(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_image(data).size == (100, 100)
 
 
+def test_limits_of_the_caller() -> None:
+    """A picture that is too large is refused by its header: this one has no more."""
+    wide = encoded(Image.new("RGB", (9, 2)))
+    assert load_image(wide, formats=["JPEG", "PNG", "NONE"], max_side=9).size == (9, 2)
+    with pytest.raises(UserError, match=r"picture of 9 x 2 pixels.*at most 8"):
+        load_image(wide[: wide.index(b"IDAT") + 8], max_side=8)
+    with pytest.raises(UserError, match="unknown format"):
+        load_image(wide, formats=["JPEG"])
+
+
 @pytest.mark.parametrize(("size", "box"), [((5, 2), (0, 1, 5, 3)), ((2, 5), (1, 0, 3, 5)), ((4, 4), (0, 0, 4, 4))])
 def test_pad_centres_on_the_longer_side(size: tuple[int, int], box: tuple[int, int, int, int]) -> None:
     square = pad_to_square(Image.new("RGB", size, (255, 0, 0)), (1, 2, 3))

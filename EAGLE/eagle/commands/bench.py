@@ -78,10 +78,9 @@ def run(arguments: argparse.Namespace) -> int:
     ]
     if arguments.prompt_lookup:
         others.append(Contestant(f"prompt lookup {own}", with_prompt_lookup(model, settings, arguments.prompt_lookup)))
-    progress = tqdm(total=arguments.warm_up + len(questions), desc="bench", unit="question", file=sys.stderr)
-    for _ in interleave([msd, *others, *rivals], [[question] for question in questions], arguments.warm_up):
-        progress.update()
-    progress.close()
+    with tqdm(total=arguments.warm_up + len(questions), desc="bench", unit="question", file=sys.stderr) as progress:
+        for _ in interleave([msd, *others, *rivals], [[question] for question in questions], arguments.warm_up):
+            progress.update()
     asked = {name: value for name, value in vars(arguments).items() if name not in ("command", "out")}
     asked |= {"also_tree": list(trees), "tree": vars(model.tree)}
     report = make_report(msd, rivals, asked, record(model.device))

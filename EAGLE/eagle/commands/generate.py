@@ -33,6 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.raw_prompt:
         prompt = target.chat_prompt(prompt, num_images=len(arguments.image), system=arguments.system)
     inputs = target.prepare(prompt, arguments.image)
+    target.check_length(inputs)
     streamer = None if arguments.json else TextStreamer(target.tokenizer, skip_prompt=True, skip_special_tokens=True)
     output = model.generate(
         **inputs,

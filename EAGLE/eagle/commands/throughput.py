@@ -58,10 +58,9 @@ def run(arguments: argparse.Namespace) -> int:
         settings = {"max_new_tokens": arguments.max_new_tokens, "temperature": 0.0}
         msd = Contestant("MSD", with_engine(model, True, settings))
         plain = Contestant("plain", with_engine(model, False, settings))
-        progress = tqdm(total=1 + len(groups), desc=f"batches of {size}", file=sys.stderr)
-        for _ in interleave([msd, plain], [[group] for group in groups], warm_up=1):
-            progress.update()
-        progress.close()
+        with tqdm(total=1 + len(groups), desc=f"batches of {size}", file=sys.stderr) as progress:
+            for _ in interleave([msd, plain], [[group] for group in groups], warm_up=1):
+                progress.update()
         rows.append(row_of(model, size, msd.total, plain.total))
     console().print(table_of(rows))
     if arguments.out:

@@ -1,6 +1,8 @@
 """Check that MSD's answers equal those of transformers' `generate`, token for token.
 
-With a temperature, transformers searches greedily in processed scores to which the same noise is added as in MSD.
+At the first token that differs, the distance of the two tokens' logits is printed in steps of the dtype. In 16 bit a
+distance of a few steps is rounding; more is a bug. With a temperature, transformers searches greedily in processed
+scores to which the same noise is added as in MSD.
 """
 
 from __future__ import annotations
@@ -27,14 +29,14 @@ def run(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from eagle.decode.sampling import SamplingSettings
-    from eagle.exactness import first_difference, noise_processors
+    from eagle.exactness import MANY_STEPS, first_difference, logit_gap, noise_processors
     from eagle.loading import load_model
 
     questions = read_questions(arguments.data, arguments.limit)
     sampling = SamplingSettings(arguments.temperature, seed=arguments.seed)
     temperature, sampled = sampling.temperature, not sampling.greedy
     model = load_model(arguments)
-    mismatches = 0
+    mismatches = far = 0
     for question in tqdm(questions, desc="verify", unit="question", file=sys.stderr):
         inputs = question.inputs(model.target)
         settings = {"max_new_tokens": arguments.max_new_tokens}
@@ -43,7 +45,14 @@ def run(arguments: argparse.Namespace) -> int:
         actual = model.generate(**inputs, **sampling.for_engine(), **settings).sequences
         if (place := first_difference(expected[0], actual[0])) is not None:
             mismatches += 1
-            tqdm.write(f"{question.id}: differs at new token {place - inputs['input_ids'].shape[1]}", file=sys.stderr)
+            line = f"{question.id}: differs at new token {place - inputs['input_ids'].shape[1]}"
+            if not sampled and place < min(expected.shape[1], actual.shape[1]):
+                gap = logit_gap(model.target, inputs, expected[0], place, int(actual[0, place]))
+                far += gap.steps > MANY_STEPS
+                line += f", logits {gap.logits[0]:.6g} and {gap.logits[1]:.6g}, {gap.steps:.1f} steps apart"
+            tqdm.write(line, file=sys.stderr)
     how = f"temperature {temperature:g}, seed {arguments.seed}" if sampled else "greedy"
     print(f"{mismatches}/{len(questions)} mismatches ({model.dtype}, {how}, {arguments.max_new_tokens} new tokens)")
+    if mismatches and not sampled:
+        print(f"{far} of {mismatches} differ by more than {MANY_STEPS} steps of {model.dtype}: not rounding")
     return 1 if mismatches else 0

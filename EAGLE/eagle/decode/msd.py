@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from eagle.drafts.msd import DraftModel
 from eagle.families import Target, load_target
 from llava.errors import UserError
 from llava.hub import HUB_KEYS
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -79,6 +82,7 @@ class MSDModel:
         self.tree = TreeConfig.named(tree or ("fixed" if compile else "auto"), target.device)
         self.exact_phases = False  # wait for the device at the ends of phases: exact phase times, less speed
         self._acceptance = Acceptance()  # learnt over all requests
+        self._length_warned = False
         self._costs: dict[tuple[int, ...], CostCurve] = {}
         own = Compression() if draft is None else draft.config.options.compression
         self.compression = own.replaced(draft_image_tokens)
@@ -173,6 +177,7 @@ class MSDModel:
         Raises:
             UserError: the settings ask for beam search or for streaming of a batch, or the temperature is negative.
         """
+        temperature = None if temperature is None else float(temperature)  # transformers refuses whole numbers
         if temperature is not None and do_sample is None:
             do_sample = not SamplingSettings(temperature).greedy
         if do_sample:
@@ -222,6 +227,8 @@ class MSDModel:
     ) -> MSDOutput:
         """Called by transformers' `generate` after it has prepared inputs, processors and criteria."""
         check_request(input_ids, generation_config, bound_streamer, model_inputs)
+        stopper = Stopper(stopping_criteria, input_ids.shape[1])
+        self._warn_of_length({"input_ids": input_ids, **model_inputs}, stopper.max_new_tokens)
         if bound_streamer is not None:
             bound_streamer.put(input_ids.cpu())
         batch = input_ids.shape[0]
@@ -229,7 +236,7 @@ class MSDModel:
         draft = self.draft if use_msd and tree.total_tokens > 1 else None
         settings = DecodingSettings(
             sampler=Sampler(logits_processor, generation_config.do_sample),
-            stopper=Stopper(stopping_criteria, input_ids.shape[1]),
+            stopper=stopper,
             tree=tree,
             planner=None if draft is None else self._planner_for(tree, batch, seeded=seed is not None),
             compression=self.compression,
@@ -243,6 +250,16 @@ class MSDModel:
         answers = [torch.tensor(each, dtype=input_ids.dtype, device=input_ids.device) for each in tokens]
         padded = pad_sequence(answers, batch_first=True, padding_value=generation_config.pad_token_id or 0)
         return MSDOutput(torch.cat([input_ids, padded], dim=1), tokens, decoder.stats)
+
+    def _warn_of_length(self, inputs: Mapping[str, Any], new_tokens: int) -> None:
+        """Warns, once for a model, if prompt and answer may have more positions than the model is made for."""
+        if self._length_warned:
+            return
+        try:
+            self.target.check_length(inputs, new_tokens)
+        except UserError as error:
+            self._length_warned = True
+            log.warning("%s: answers may get worse", error)
 
     def tree_for(self, batch: int) -> TreeConfig:
         """The default tree of each sequence of a batch. Adaptive trees are for a single sequence only."""

@@ -30,7 +30,7 @@ class SamplingSettings:
         seed: makes sampling repeatable; one for all sequences or one for each.
 
     Raises:
-        UserError: the temperature is negative or not finite.
+        UserError: the temperature is negative, not finite, or too close to 0.
     """
 
     temperature: float = 0.0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eagle.families.layers import FULL, SLIDING, attention_layers
+from eagle.families.layers import FULL, SLIDING, attention_layers, position_limit
 from eagle.kv_cache import KVCache
 from eagle.weight_layout import to_input_major_layout
 from llava.errors import UserError
@@ -90,6 +90,26 @@ class Target(ABC):
     def complete_inputs(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Inputs that transformers' `generate` needs beside ``inputs``, derived from ``input_ids`` [B, P]."""
         return {}
+
+    def check_length(self, inputs: Mapping[str, Any], new_tokens: int = 0, where: str | None = None) -> None:
+        """Compares prompts and ``new_tokens`` after them with the positions that the model is made for.
+
+        Args:
+            inputs: as `prepare` returns them.
+            where: names the prompt in the error.
+
+        Raises:
+            UserError: they are too long.
+        """
+        input_ids, limit = inputs["input_ids"], position_limit(self.config.get_text_config())
+        if limit is None or input_ids.shape[1] + new_tokens <= limit:  # a token has at most one position of its own
+            return
+        needed = int(self.prompt_positions(input_ids, inputs)[1].max())
+        if needed >= limit:
+            raise UserError(f"prompt of {needed} positions for a model of {limit}", where, "shorten the prompt")
+        if needed + new_tokens > limit:
+            what = f"prompt of {needed} positions and {new_tokens} new tokens for a model of {limit} positions"
+            raise UserError(what, where, f"ask for at most {limit - needed} new tokens")
 
     @property
     def text_model(self) -> Any:

@@ -52,14 +52,37 @@ def attention_layers(config: Any) -> AttentionLayers:
     )
 
 
+def rope_parts(config: Any) -> list[Mapping[str, Any]]:
+    """The rotary settings of a text model: one mapping, or one for each type of layer."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return [part for part in rope.values() if isinstance(part, Mapping)] or [rope]
+
+
+def position_limit(config: Any) -> int | None:
+    """Positions that a text model is made for: ``max_position_embeddings``, or more if its rotary positions are scaled.
+    None if the config does not say.
+
+    >>> from types import SimpleNamespace
+    >>> position_limit(SimpleNamespace(max_position_embeddings=4096, rope_scaling={"type": "linear", "factor": 2.0}))
+    8192
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None:
+        return None
+    scaled = [
+        int(part["factor"] * (part.get("original_max_position_embeddings") or limit))
+        for part in rope_parts(config)
+        if part.get("factor")
+    ]
+    return max([limit, *scaled])
+
+
 def check_rope(config: Any) -> None:
     """Raises `UserError` if the angles of a position depend on the length of the sequence.
 
     `generate` computes each key with the length at its time, and a tree is verified in one forward.
     """
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    parts = [part for part in rope.values() if isinstance(part, Mapping)] or [rope]
-    for part in parts:
+    for part in rope_parts(config):
         kind = part.get("rope_type", part.get("type", "default"))
         if kind not in STATIC_ROPE:
             raise UserError(

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from eagle.conversations import MARK, Conversation, Unusable, open_picture
+from eagle.conversations import MARK, Conversation, Unusable, open_picture, picture_path
 from eagle.families.stock import load_processor
 from llava.errors import UserError
 
@@ -231,7 +231,7 @@ class Template(ABC):
     def _open_pictures(self, conversation: Conversation, root: Path, max_length: int) -> list[Image.Image]:
         if len(conversation.images) * self.least_picture_tokens > max_length:
             raise Unusable("image_cut")  # before thousands of them fill the memory
-        return [open_picture(root / name) for name in conversation.images]
+        return [open_picture(picture_path(root, name)) for name in conversation.images]
 
 
 def join_images(images: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ from eagle.ge_data.selection import (
 from eagle.ge_data.workers import Answers, Events, Failure, Job, run_here, run_workers
 from eagle.hidden_states.index import PATTERN, Index, ShardInfo, load_index, sha256
 from eagle.hidden_states.source import INT8, model_name
-from llava.arguments import temperature
+from llava.arguments import OneLineParser, temperature
 from llava.errors import UserError, run_cli
 
 KINDS = {"t": TEXT, "v": IMAGE}
@@ -63,7 +63,7 @@ def part(text: str) -> tuple[int, int]:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     about = (__doc__ or "").splitlines()[0]
-    made = argparse.ArgumentParser(prog="python -m eagle.ge_data.allocation", description=about, allow_abbrev=False)
+    made = OneLineParser(prog="python -m eagle.ge_data.allocation", description=about, allow_abbrev=False)
     add = made.add_argument
     add("--outdir", required=True, type=Path, help="folder of the shards; an unfinished one is completed")
     add("--model_type", required=True, choices=MODEL_TYPES, help="family of --model; _t text, _v image records")

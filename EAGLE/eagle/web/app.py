@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from eagle.decode.msd import MSDModel
 from eagle.questions import Question
-from eagle.web.request import AnswerRequest
-from eagle.web.stream import Answerer, PieceStreamer
+from eagle.web.request import MAX_PICTURE, MAX_SIDE, AnswerRequest
+from eagle.web.stream import LAST, Answerer, Event
 from llava.errors import UserError
 
 FOLDER = Path(__file__).parent
-MAX_BODY = 32 * 2**20  # bytes of a request: a picture of 24 MB in base64
+MAX_BODY = 32 * 2**20  # bytes of a request: a picture in base64 and a question
+MAX_OPEN = 16  # requests that are read, wait or run
+UPLOAD_SECONDS = 120.0  # for the body of a request
 # The page loads nothing from other servers, and no other page may show it in a frame.
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'",
@@ -44,6 +49,7 @@ class Page:
     def __init__(self, model: MSDModel, about: dict[str, Any], longest: int, samples: Sequence[Question] = ()) -> None:
         self.model, self.about, self.longest, self.samples = model, about, longest, list(samples)
         self._answerer = Answerer(model)
+        self._open = 0
 
     def routes(self) -> list[Route]:
         return [
@@ -69,48 +75,115 @@ class Page:
         samples = [
             {"picture": f"samples/{number}", "question": sample.question} for number, sample in enumerate(self.samples)
         ]
-        about = {**self.about, "longest": self.longest, "draft": self.model.draft is not None, "samples": samples}
+        limits = {"longest": self.longest, "max_picture": MAX_PICTURE, "max_side": MAX_SIDE}
+        about = {**self.about, **limits, "draft": self.model.draft is not None, "samples": samples}
         return JSONResponse(about, headers=HEADERS)
 
     async def sample(self, request: Request) -> Response:
         """The picture of a sample."""
         number = request.path_params["number"]
         if number >= len(self.samples):
-            return JSONResponse({"message": f"there are {len(self.samples)} samples"}, status_code=404)
+            return refusal(404, f"there are {len(self.samples)} samples")
         return FileResponse(self.samples[number].images[0], headers=HEADERS)
 
     async def answer(self, request: Request) -> Response:
         """Streams the events of a `PieceStreamer`, one JSON object a line. A bad request has status 400. A picture that
-        cannot be read is an "error" event."""
-        if request.headers.get("content-type", "").split(";")[0] != "application/json":
-            return JSONResponse({"message": "send application/json"}, status_code=415)
-        body, size = bytearray(), 0
-        async for part in request.stream():  # to its end: a client reads no response before it has sent all
-            size += len(part)
-            if size <= MAX_BODY:
-                body += part
-        if size > MAX_BODY:
-            return JSONResponse({"message": f"over {MAX_BODY // 2**20} MB"}, status_code=413)
+        cannot be read is an "error" event, and so is a prompt that is too long for the model."""
+        if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+            return refusal(415, "send application/json")
+        if self._open == MAX_OPEN:
+            return refusal(503, f"{MAX_OPEN} requests are open: ask again later")
+        self._open += 1
+        asked: AnswerRequest | Response | None = None
         try:
-            asked = AnswerRequest.from_json(json.loads(body), self.longest)
-        except (ValueError, RecursionError):
-            return JSONResponse({"message": "the request is not JSON"}, status_code=400)
+            asked = await self._read(request)
+        finally:
+            if not isinstance(asked, AnswerRequest):
+                self._open -= 1
+        return self._start(asked) if isinstance(asked, AnswerRequest) else asked
+
+    async def _read(self, request: Request) -> AnswerRequest | Response:
+        """The question of a request, or why it is refused. A body that is too large is not read to its end."""
+        try:
+            body = await asyncio.wait_for(read_body(request), UPLOAD_SECONDS)
+            if body is None:
+                return refusal(413, f"over {MAX_BODY // 2**20} MB")
+            return await asyncio.to_thread(parse, body, self.longest)
+        except ClientDisconnect:
+            return refusal(400, "the request ended early")
+        except asyncio.TimeoutError:
+            return refusal(408, f"the request took over {UPLOAD_SECONDS:.0f} s")
         except UserError as error:
-            return JSONResponse({"message": str(error)}, status_code=400)
-        lines = _lines(self._answerer.answer(asked))
-        return StreamingResponse(lines, media_type="application/x-ndjson", headers=HEADERS)
+            return refusal(400, str(error))
+
+    def _start(self, asked: AnswerRequest) -> Response:
+        """Queues a request. The response ends it if the client leaves."""
+        events, loop = asyncio.Queue[Event](), asyncio.get_running_loop()
+
+        def send(event: Event) -> None:  # in the thread that decodes
+            with suppress(RuntimeError):  # the server has ended
+                loop.call_soon_threadsafe(arrive, event)
+
+        def arrive(event: Event) -> None:
+            self._open -= event["kind"] in LAST
+            events.put_nowait(event)
+
+        streamer = self._answerer.answer(asked, send)
+        return EventStream(lines(events), partial(self._answerer.leave, streamer))
 
 
-async def _lines(streamer: PieceStreamer) -> AsyncIterator[str]:
-    """Each event as a line. Stops the decoding when the client leaves."""
-    kind = "tokens"
+class EventStream(StreamingResponse):
+    """A stream of JSON lines. ``leave`` is called at its end, however it ends."""
+
+    def __init__(self, content: AsyncIterator[str], leave: Callable[[], None]) -> None:
+        super().__init__(content, media_type="application/x-ndjson", headers=HEADERS)
+        self._leave = leave
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._leave()
+
+
+async def lines(events: asyncio.Queue[Event]) -> AsyncIterator[str]:
+    """Each event as a line, up to the last one."""
+    kind = None
+    while kind not in LAST:
+        event = await events.get()
+        kind = event["kind"]
+        yield json.dumps(event, ensure_ascii=False) + "\n"
+
+
+async def read_body(request: Request) -> bytes | None:
+    """The body of a request, or None if it is longer than `MAX_BODY`."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > MAX_BODY:
+        return None
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_BODY:
+            return None
+    return bytes(body)
+
+
+def parse(body: bytes, longest: int) -> AnswerRequest:
+    """`AnswerRequest.from_json` of a body.
+
+    Raises:
+        UserError: it is not JSON, or not such a request.
+    """
     try:
-        while kind == "tokens":
-            event = await asyncio.to_thread(streamer.events.get)
-            kind = event["kind"]
-            yield json.dumps(event, ensure_ascii=False) + "\n"
-    finally:
-        streamer.gone.set()
+        given = json.loads(body)
+    except (ValueError, RecursionError):
+        raise UserError("the request is not JSON") from None
+    return AnswerRequest.from_json(given, longest)
+
+
+def refusal(status: int, message: str) -> Response:
+    """A response that says in one line why there is no answer."""
+    return JSONResponse({"message": message}, status_code=status, headers=HEADERS)
 
 
 def application(page: Page, hosts: Sequence[str]) -> Starlette:

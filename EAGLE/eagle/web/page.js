@@ -5,20 +5,35 @@ const DEEPEST = 10; // colours in page.css; deeper tokens share the last
 const $ = (id) => document.getElementById(id);
 let picture = null; // base64, or null
 let running = null; // AbortController of the answer in progress
+let limits = null; // of the server, from /about
+
+function problem(text) {
+  $("problem").textContent = text;
+}
 
 function show(bytes, type) {
+  const blob = new Blob([bytes], { type });
+  problem("");
+  if (limits && blob.size > limits.max_picture) {
+    clear();
+    const size = (number) => (number / 2 ** 20).toFixed(1);
+    problem(`The picture has ${size(blob.size)} MB; the server takes at most ${size(limits.max_picture)} MB.`);
+    return;
+  }
   const reader = new FileReader();
+  reader.onerror = () => problem("The picture cannot be read.");
   reader.onload = () => {
     picture = reader.result.slice(reader.result.indexOf(",") + 1);
     $("picture").src = reader.result;
     $("picture").hidden = $("clear").hidden = false;
     $("hint").hidden = true;
   };
-  reader.readAsDataURL(new Blob([bytes], { type }));
+  reader.readAsDataURL(blob);
 }
 
 function clear() {
   picture = null;
+  problem("");
   $("file").value = "";
   $("picture").hidden = $("clear").hidden = true;
   $("hint").hidden = false;
@@ -31,6 +46,10 @@ function choose(button) {
 
 async function pick(sample, button) {
   const response = await fetch(sample.picture);
+  if (!response.ok) {
+    problem("The sample cannot be read.");
+    return;
+  }
   show(await response.arrayBuffer(), response.headers.get("content-type"));
   $("question").value = sample.question;
   choose(button);
@@ -71,6 +90,12 @@ function state(article, text, error = false) {
   const line = article.querySelector(".state");
   line.textContent = text;
   line.classList.toggle("error", error);
+  if (error) announce(text);
+}
+
+// For screen readers: starts, ends and errors, not each token.
+function announce(text) {
+  $("announcement").textContent = text;
 }
 
 async function* lines(response) {
@@ -88,7 +113,9 @@ async function* lines(response) {
 
 // Streams one answer into its pane; gives its end event, or null.
 async function answer(article, msd) {
+  const title = article.querySelector("h2").textContent;
   state(article, "waiting …");
+  announce(`${title}: waiting`);
   const response = await fetch("answer", {
     method: "POST",
     headers: { "Content-Type": "application/json" },
@@ -111,9 +138,14 @@ async function answer(article, msd) {
       state(article, event.message, true);
       return null;
     }
+    if (event.kind === "waiting") {
+      state(article, event.ahead ? `waiting: ${event.ahead} ahead of you` : "reading the question …");
+      continue;
+    }
     measure(article, event);
     if (event.kind === "end") {
       state(article, `done: ${event.new_tokens} tokens in ${event.cycles} cycles, ${event.seconds.toFixed(2)} s`);
+      announce(`${title}: done, ${event.new_tokens} tokens`);
       return event;
     }
     state(article, "answering …");
@@ -134,6 +166,7 @@ async function ask(submit) {
   $("verdict").textContent = "";
   const wanted = mode === "both" ? [true, false] : [mode === "msd"];
   const panes = wanted.map((msd) => pane(msd ? "MSD" : "plain decoding"));
+  panes[0].scrollIntoView({ block: "nearest" }); // on a phone it may be below the form
   let current = panes[0];
   try {
     const ends = [];
@@ -143,7 +176,9 @@ async function ask(submit) {
     }
     if (ends.length === 2 && ends.every(Boolean)) compare(...ends);
   } catch (error) {
-    state(current, error.name === "AbortError" ? "stopped" : `no answer: ${error.message}`, error.name !== "AbortError");
+    const stopped = error.name === "AbortError";
+    state(current, stopped ? "stopped" : `no answer: ${error.message}`, !stopped);
+    if (stopped) announce("stopped");
   } finally {
     running = null;
     $("ask").disabled = false;
@@ -155,10 +190,12 @@ function compare(msd, plain) {
   const ratio = (msd.tokens_per_second / plain.tokens_per_second).toFixed(2);
   const same = msd.text === plain.text ? "the same answer" : "the answers differ";
   $("verdict").textContent = `MSD ${ratio}x plain decoding, one after the other; ${same}.`;
+  announce($("verdict").textContent);
 }
 
 async function start() {
   const about = await (await fetch("about")).json();
+  limits = about;
   $("about").textContent = [about.base_model, about.msd_model, about.dtype, about.device].filter(Boolean).join(" · ");
   $("length").max = about.longest;
   $("length").value = Math.min($("length").value, about.longest);
@@ -205,7 +242,19 @@ $("drop").addEventListener("drop", (event) => {
     show(file, file.type);
   }
 });
+$("picture").addEventListener("load", () => {
+  const { naturalWidth: width, naturalHeight: height } = $("picture");
+  if (!picture || Math.max(width, height) <= limits.max_side) return;
+  clear();
+  problem(`The picture has ${width} x ${height} pixels; the server takes at most ${limits.max_side} a side.`);
+});
 $("clear").addEventListener("click", clear);
 $("stop").addEventListener("click", () => running && running.abort());
 $("form").addEventListener("submit", ask);
-start();
+$("question").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+    event.preventDefault();
+    $("form").requestSubmit();
+  }
+});
+start().catch((error) => problem(`The server does not answer: ${error.message}`));

@@ -25,7 +25,7 @@ from transformers import (
 from eagle import MSDModel, TreeConfig
 from eagle.drafts.checkpoint import load_draft
 from eagle.families import load_target
-from eagle.families.layers import attention_layers
+from eagle.families.layers import attention_layers, position_limit
 from eagle.families.llava.target import LlavaTarget
 from llava import UserError
 
@@ -139,3 +139,19 @@ def test_rotary_kinds_that_do_not_depend_on_the_length(kind: str) -> None:
 
 def test_a_window_that_is_switched_off() -> None:
     assert attention_layers(Qwen2Config(use_sliding_window=False, sliding_window=8)).window is None
+
+
+@pytest.mark.parametrize(
+    ("rope", "limit"),
+    [
+        ({}, 4096),
+        ({"rope_type": "default", "rope_theta": 1e4}, 4096),
+        ({"rope_type": "linear", "factor": 4.0}, 16384),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}, 16384),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 512}, 4096),
+        ({"sliding_attention": {"rope_type": "default"}, "full_attention": {"rope_type": "linear", "factor": 2}}, 8192),
+    ],
+)
+def test_positions_that_a_model_is_made_for(rope: dict[str, Any], limit: int) -> None:
+    assert position_limit(SimpleNamespace(max_position_embeddings=4096, rope_parameters=rope)) == limit
+    assert position_limit(SimpleNamespace(rope_parameters=rope)) is None

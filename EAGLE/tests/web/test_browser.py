@@ -18,6 +18,7 @@ from typing import Any
 import browser as chromium
 import pytest
 from fault_support import hear_ctrl_c
+from PIL import Image
 
 from eagle.arguments import POCKET
 
@@ -159,6 +160,109 @@ def test_stop_and_ask_again(page: Any) -> None:
     ask(page, "Please describe the picture.", 8)
     finish(page)
     assert texts(page, ".count") == ["8"]
+
+
+@pytest.fixture
+def phone(page: Any) -> Iterator[Any]:
+    """The page on a phone in a dark room."""
+    screen = {"width": 390, "height": 667, "deviceScaleFactor": 1, "mobile": True}
+    dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
+    yield page
+    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_a_phone_shows_the_answer_and_the_dark_colours(phone: Any) -> None:
+    upload(phone, PICTURE)
+    ask(phone, "Please describe the picture.", 20)
+    finish(phone)
+    assert phone.execute_script("return document.documentElement.scrollWidth <= innerWidth"), "no sideways scrolling"
+    box = "const box = document.querySelector('.text').getBoundingClientRect();"
+    assert phone.execute_script(box + "return box.top >= 0 && box.top + 60 <= innerHeight"), "the answer is in view"
+    names = ("html", "form", ".d1", "i.d10")
+    grounds = [by(phone, name)[0].value_of_css_property("background-color") for name in names]
+    assert all(sum(map(int, re.findall(r"\d+", ground)[:3])) < 3 * 128 for ground in grounds), grounds
+
+
+def test_control_enter_sends(page: Any) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    for key in (Keys.CONTROL, Keys.META):
+        page.refresh()
+        wait(page, lambda: page.execute_script("return document.body.dataset.ready") == "yes")
+        (question,) = by(page, "#question")
+        page.execute_script("document.getElementById('length').value = 3")
+        question.send_keys(Keys.ENTER, "And?")
+        assert by(page, "article") == [], "Enter alone is a new line"
+        question.send_keys(key, Keys.ENTER)
+        finish(page)
+
+
+def test_the_extremes_of_the_controls(page: Any) -> None:
+    for selector in ("#temperature", "#length"):
+        (field,) = by(page, selector)
+        for bound in ("min", "max"):
+            page.execute_script("arguments[0].value = arguments[0][arguments[1]]", field, bound)
+            page.execute_script("if (arguments[0].id === 'temperature') $('length').value = 4", field)
+            by(page, "#ask")[0].click()
+            finish(page)
+    (field,) = by(page, "#temperature")
+    page.execute_script("arguments[0].value = 2.1", field)
+    by(page, "#ask")[0].click()
+    assert page.execute_script("return !arguments[0].checkValidity() && !running", field), "the browser refuses it"
+
+
+def test_the_place_in_the_queue_is_shown_and_a_waiting_request_can_be_stopped(page: Any, address: str) -> None:
+    long = {"question": "Please describe the picture.", "msd": False, "max_new_tokens": 512, "temperature": 2}
+    page.execute_script(
+        "window.other = new AbortController();"
+        "const asked = (body, signal) => fetch('answer', {method: 'POST', signal, body: JSON.stringify(body),"
+        "    headers: {'Content-Type': 'application/json'}});"
+        "for (let n = 0; n < 2; n += 1) asked(arguments[0], window.other.signal).catch(() => {});",
+        long,
+    )
+    page.execute_script(WATCH.replace("sizes", "states").replace(
+        "document.querySelectorAll('.text span').length", "document.querySelector('.state')?.textContent"
+    ))  # fmt: skip
+    ask(page, "What is this?", 4)
+    wait(page, lambda: any("ahead of you" in (state or "") for state in page.execute_script("return window.states")))
+    by(page, "#stop")[0].click()
+    wait(page, lambda: texts(page, ".state") == ["stopped"])
+    page.execute_script("window.other.abort()")
+    ask(page, "What is this?", 4)
+    finish(page)
+
+
+def test_screen_readers_hear_starts_and_ends_but_not_each_token(page: Any) -> None:
+    page.execute_script(
+        "window.heard = []; new MutationObserver(() => window.heard.push($('announcement').textContent))"
+        "    .observe($('announcement'), {childList: true});"
+    )
+    ask(page, "Please describe the picture.", 30)
+    finish(page)
+    assert by(page, "#answers [aria-live], #answers[aria-live], #answers [role=status]") == []
+    heard = page.execute_script("return window.heard")
+    assert len(heard) == 2 and heard[0] == "MSD: waiting" and heard[1].startswith("MSD: done, ")
+
+
+def test_a_picture_that_is_too_large_is_told_before_it_is_sent(page: Any, tmp_path: Path) -> None:
+    (tmp_path / "large.png").write_bytes(bytes(22 * 2**20 + 1))
+    Image.new("1", (8193, 2)).save(tmp_path / "wide.png")
+    for name, said in (("large.png", "takes at most 22.0 MB"), ("wide.png", "has 8193 x 2 pixels")):
+        by(page, "#file")[0].send_keys(str(tmp_path / name))
+        wait(page, lambda said=said: said in texts(page, "#problem")[0])
+        assert page.execute_script("return picture") is None
+    upload(page, PICTURE)
+    assert texts(page, "#problem") == [""]
+
+
+def test_a_question_that_is_too_long_is_told(page: Any) -> None:
+    page.execute_script("$('question').value = 'word '.repeat(50000)")
+    by(page, "#ask")[0].click()
+    wait(page, lambda: "for a model of 4096" in texts(page, ".state.error")[0] if by(page, ".state.error") else False)
+    assert "for a model of 4096" in page.execute_script("return $('announcement').textContent")
 
 
 def test_a_file_that_is_no_picture_is_told(page: Any, tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from eagle.ge_data.download.sources import HUB, Source, choose
 from eagle.ge_data.download.transfer import AGAIN, fetch, need_space
 from eagle.ge_data.download.unpack import unpack
 from eagle.ge_data.folder import locked
-from llava.errors import OneLineParser, UserError, reason_of, run_cli
+from llava.arguments import OneLineParser
+from llava.errors import UserError, reason_of, run_cli
 
 ARCHIVES = "archives"
 """Folder in the root for archives until they are unpacked."""

@@ -41,11 +41,12 @@ def read_addresses(path: Path) -> dict[str, str]:
     """
     addresses = {}
     for name, entry in read_object(path, "list of OCR-VQA covers").items():
-        addresses[name] = entry.get("imageURL") if isinstance(entry, dict) else None
-        if not isinstance(addresses[name], str):
+        address = entry.get("imageURL") if isinstance(entry, dict) else None
+        if not isinstance(address, str):
             raise UserError(f"list of OCR-VQA covers has no imageURL for '{name}'", path, LIST_FIX)
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise UserError(f"list of OCR-VQA covers has '{name}', which is not a file name", path, LIST_FIX)
+        addresses[name] = address
     return addresses
 
 

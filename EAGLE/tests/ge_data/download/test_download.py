@@ -273,6 +273,16 @@ def test_check_of_an_annotation_file(run: Run, root: Path, annotations: Write, s
     assert status == 1 and "\0" not in out and max(map(len, out.splitlines())) < 300
 
 
+def test_check_finds_pictures_by_absolute_names(run: Run, root: Path, annotations: Write, tmp_path: Path) -> None:
+    (root / "mine").mkdir(parents=True)
+    (root / "mine" / "a.png").write_bytes(b"x")
+    names = [str(root / "mine" / "a.png"), str(root / "gqa" / "images" / "g1.jpg"), str(tmp_path / "out.png")]
+    rows = [image_row(number, name) for number, name in enumerate(names)]
+    out = " ".join(run("--check", "--annotations", str(annotations(rows)))[1].split())
+    assert "3 records, 2 with pictures" in out and "1 records name no usable picture: a picture's name leads out" in out
+    assert "gqa 1 needed, 0 there, 1 missing" in out and "other 1 needed, 1 there, 0 missing" in out
+
+
 PAGE = b"<html>[quota exceeded]</html>"
 
 
@@ -323,7 +333,7 @@ BAD = {
     "--annotations rows.json": "--annotations needs --check",
     "--check --annotations nothing.json": "annotation file cannot be read",
     "--workers 0": "--workers",
-    "--nonsense": "unrecognized",
+    "--nonsense": "unknown flag --nonsense",
 }
 
 
