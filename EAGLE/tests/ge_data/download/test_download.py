@@ -15,11 +15,12 @@ from types import SimpleNamespace
 from zipfile import ZipFile
 
 import pytest
-from corpus_support import Write, image_row, text_row
+from corpus_support import Write, image_record, text_record
 from file_server import FileServer
 from hub_server import HubServer
 from huggingface_hub import hf_hub_download
 
+from eagle.conversations import REASONS
 from eagle.ge_data.download import __main__ as download
 from eagle.ge_data.download import transfer
 from eagle.ge_data.download.sources import SOURCES, choose
@@ -188,7 +189,9 @@ def test_no_space(run: Run, root: Path, server: FileServer, monkeypatch: pytest.
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
     status, _, errors = run("--only", "ocr_vqa,annotations")
     assert status == 2 and len(errors.splitlines()) == 4
-    assert "space for the covers of ocr_vqa" in errors and "space for llava_v1_5_mix665k.json" in errors
+    assert "space for ocr_vqa" in errors and "space for llava_v1_5_mix665k.json" in errors
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert "not enough space for the covers of ocr_vqa" in run("--only", "ocr_vqa")[2]
 
 
 def test_a_full_disk_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,11 +240,11 @@ def test_check_tells_what_is_there(run: Run, root: Path, server: FileServer) -> 
 
 def test_check_of_an_annotation_file(run: Run, root: Path, annotations: Write, server: FileServer) -> None:
     run("--only", "coco,ocr_vqa")
-    coco = [image_row(n, f"coco/train2017/coco{n}.jpg") for n in (0, 1, 1, 2)]
-    gqa = [image_row(n, f"gqa/images/g{n}.jpg") for n in range(7)]
-    covers = [image_row(n, f"ocr_vqa/images/k{n}.jpg") for n in (1, 2, 3, 4)]
-    strange = {**image_row(0), "images": ["mine/a.png", "b.png"], "image": None}
-    file = annotations([text_row(0), *coco, *gqa, *covers, strange])
+    coco = [image_record(n, f"coco/train2017/coco{n}.jpg") for n in (0, 1, 1, 2)]
+    gqa = [image_record(n, f"gqa/images/g{n}.jpg") for n in range(7)]
+    covers = [image_record(n, f"ocr_vqa/images/k{n}.jpg") for n in (1, 2, 3, 4)]
+    strange = {**image_record(0), "images": ["mine/a.png", "b.png"], "image": None}
+    file = annotations([text_record(0), *coco, *gqa, *covers, strange])
     status, out, _ = run("--check", "--annotations", str(file))
     assert status == 1
     lines = [" ".join(line.split()) for line in out.splitlines()]
@@ -265,11 +268,11 @@ def test_check_of_an_annotation_file(run: Run, root: Path, annotations: Write, s
     (root / "mine").mkdir()
     (root / "mine" / "a.png").write_bytes(b"x")
     assert "other 2 needed, 1 there, 1 missing" in " ".join(run("--check", "--annotations", str(file))[1].split())
-    unusable = [image_row(1, "mine/a.png"), {**image_row(2), "image": 5}, image_row(3, "../a.png")]
+    unusable = [image_record(1, "mine/a.png"), {**image_record(2), "image": 5}, image_record(3, "../a.png")]
     status, out, _ = run("--check", "--annotations", str(annotations(unusable)))
     assert status == 0 and "3 records, 1 with pictures" in out
-    assert out.count("1 records name no usable picture") == 2 and "a picture's name leads out of the folder" in out
-    status, out, _ = run("--check", "--annotations", str(annotations([image_row(1, "a\0\n" + 300 * "x")])))
+    assert out.count("1 records name no usable picture") == 2 and REASONS["outside_picture"] in out
+    status, out, _ = run("--check", "--annotations", str(annotations([image_record(1, "a\0\n" + 300 * "x")])))
     assert status == 1 and "\0" not in out and max(map(len, out.splitlines())) < 300
 
 
@@ -277,9 +280,9 @@ def test_check_finds_pictures_by_absolute_names(run: Run, root: Path, annotation
     (root / "mine").mkdir(parents=True)
     (root / "mine" / "a.png").write_bytes(b"x")
     names = [str(root / "mine" / "a.png"), str(root / "gqa" / "images" / "g1.jpg"), str(tmp_path / "out.png")]
-    rows = [image_row(number, name) for number, name in enumerate(names)]
+    rows = [image_record(number, name) for number, name in enumerate(names)]
     out = " ".join(run("--check", "--annotations", str(annotations(rows)))[1].split())
-    assert "3 records, 2 with pictures" in out and "1 records name no usable picture: a picture's name leads out" in out
+    assert "3 records, 2 with pictures" in out and f"no usable picture: {REASONS['outside_picture']}" in out
     assert "gqa 1 needed, 0 there, 1 missing" in out and "other 1 needed, 1 there, 0 missing" in out
 
 
@@ -317,10 +320,10 @@ def test_covers_that_are_gone_do_not_fail_the_check(
     server.put("ocr_vqa", json.dumps(covers).encode())
     status, out, errors = run("--only", "ocr_vqa")
     assert (status, errors) == (0, "") and "2 pictures" in out and "3 gone from the web" in out
-    needed = annotations([image_row(n, f"ocr_vqa/images/{name}.jpg") for n, name in enumerate(covers)])
+    needed = annotations([image_record(n, f"ocr_vqa/images/{name}.jpg") for n, name in enumerate(covers)])
     status, out, _ = run("--check", "--annotations", str(needed))
     assert status == 0 and "5 needed, 2 there, 3 missing, 3 of them gone from the web" in " ".join(out.split())
-    needed = annotations([image_row(n, f"ocr_vqa/images/{name}.jpg") for n, name in enumerate([*covers, "k9"])])
+    needed = annotations([image_record(n, f"ocr_vqa/images/{name}.jpg") for n, name in enumerate([*covers, "k9"])])
     assert run("--check", "--annotations", str(needed))[0] == 1
 
 
