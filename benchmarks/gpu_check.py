@@ -39,6 +39,7 @@ from eagle.decode.tree_config import TreeConfig
 from eagle.exactness import MANY_STEPS, first_difference, logit_gap
 from eagle.provenance import record
 from eagle.questions import Question, read_questions
+from llava.arguments import OneLineParser
 from llava.errors import UserError, run_cli
 from llava.files import atomic_write, write_json
 
@@ -99,7 +100,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     add("--device", default=str(found or "cpu"), help="default: %(default)s")
