@@ -176,8 +176,8 @@ def huge_question(record: Record, rng: Random) -> str:
     for turn in record["conversations"]:
         if "<image>" in turn["value"]:  # the picture comes first, the answer is what has no room
             turn["value"] = "<image>" + turn["value"].replace("<image>", "")
-    record["conversations"] = [{**record["conversations"][0], "value": record["conversations"][0]["value"] + "long " * 2000},
-                            *record["conversations"][1:]]  # fmt: skip
+    first, *others = record["conversations"]
+    record["conversations"] = [{**first, "value": first["value"] + "long " * 2000}, *others]
     return "answer_cut"
 
 

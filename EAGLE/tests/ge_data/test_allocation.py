@@ -28,7 +28,7 @@ ROUNDING = {"rtol": 2**-7, "atol": 1e-4}  # states are stored in bfloat16
 
 
 def mixed_rows(count: int = 7) -> list[dict[str, Any]]:
-    """Text and image rows in alternation, of growing length."""
+    """Text and image records in alternation, of growing length."""
     names = ("a.png", "b.png")
     return [row for n in range(count) for row in (text_record(n, n % 4 + 1), image_record(n, names[n % 2]))]
 

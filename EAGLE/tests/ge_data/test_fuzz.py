@@ -186,8 +186,8 @@ def test_flipped_bits_in_an_annotation_file(tmp_path: Path) -> None:
 
 
 def test_conversion_passes_damage_on(annotations: Write, tmp_path: Path) -> None:
-    """It repairs names and ids and leaves the rest to the allocation, record for record: none that has to be skipped becomes
-    a good one."""
+    """It repairs names and ids and leaves the rest to the allocation, record for record: none that has to be skipped
+    becomes a good one."""
     records = [record for record, _, _ in mangled_records(SEED, each=3)] + [
         junk_somewhere(Random(seed)) for seed in range(100)
     ]
