@@ -8,6 +8,7 @@ from pathlib import Path
 from llava.arguments import positive as positive
 from llava.arguments import temperature
 from llava.errors import UserError
+from llava.inputs import seed_option
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 POCKET = Path(__file__).resolve().parents[2] / "pocket"
@@ -53,7 +54,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=temperature, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-p", type=float, help="sample from the smallest set of tokens with this probability")
     parser.add_argument("--top-k", type=int, help="sample from this many most probable tokens")
-    parser.add_argument("--seed", type=int, help="makes sampling repeatable")
+    parser.add_argument("--seed", type=seed_option, help="makes sampling repeatable")
 
 
 def add_data_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -63,6 +64,14 @@ def add_data_options(parser: argparse.ArgumentParser, required: bool = True) -> 
 
 def add_report_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the results to this file as JSON")
+
+
+def count(text: str) -> int:
+    """An argparse type: a whole number of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
 
 
 def tree_limits(text: str) -> tuple[int, int, int]:

@@ -135,10 +135,17 @@ def with_engine(
     return answer
 
 
+def with_stop_strings(model: MSDModel) -> dict[str, Any]:
+    """Settings with which transformers' own `generate` ends at the stop strings of the checkpoint."""
+    texts = model.target.stop_strings
+    return {"stop_strings": list(texts), "tokenizer": model.tokenizer} if texts else {}
+
+
 def with_transformers(model: MSDModel, settings: Mapping[str, Any], **more: Any) -> Callable[[Work], Answer]:
     """Decodes with transformers' own `generate`. ``more``: further settings of it. A seed sets torch's global random
     state, which its sampling uses."""
     given = {key: value for key, value in settings.items() if key not in ("temperature", "seed")} | more
+    given |= with_stop_strings(model)
     if settings.get("temperature"):
         given.update(do_sample=True, temperature=settings["temperature"])
     else:

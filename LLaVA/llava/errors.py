@@ -45,7 +45,8 @@ class UserError(Exception):
         line = self.what if self.where is None else f"{self.what}: {self.where}"
         if self.fix is not None:
             line = f"{line} ({self.fix})"
-        return " ".join(line.split())
+        plain = line.encode("utf-8", "backslashreplace").decode()  # names of files may have lone surrogates
+        return " ".join(plain.split())
 
 
 class OutOfMemory(UserError):

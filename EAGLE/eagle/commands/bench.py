@@ -14,6 +14,7 @@ from eagle.arguments import (
     add_model_options,
     add_report_option,
     add_sampling_options,
+    count,
     positive,
     tree_limits,
 )
@@ -54,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="synchronize the accelerator after each phase: exact phase times, lower speed (no difference on a CPU)",
     )  # fmt: skip
     parser.add_argument(
-        "--warm-up", type=int, default=2, metavar="N", help="questions answered first, not counted (default: 2)"
+        "--warm-up", type=count, default=2, metavar="N", help="questions answered first, not counted (default: 2)"
     )
     add_report_option(parser)
 

@@ -13,6 +13,7 @@ import sys
 from eagle.arguments import add_data_options, add_length_option, add_model_options
 from eagle.questions import read_questions
 from llava.arguments import temperature
+from llava.inputs import seed_option
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,13 +22,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_options(parser)
     add_length_option(parser)
     parser.add_argument("--temperature", type=temperature, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--seed", type=int, default=0, help="of sampled answers (default: 0)")
+    parser.add_argument("--seed", type=seed_option, default=0, help="of sampled answers (default: 0)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints ``mismatches/N``; exit status 1 if there is any."""
     from tqdm import tqdm
 
+    from eagle.benchmark import with_stop_strings
     from eagle.decode.sampling import SamplingSettings
     from eagle.exactness import MANY_STEPS, first_difference, logit_gap, noise_processors
     from eagle.loading import load_model
@@ -36,12 +38,13 @@ def run(arguments: argparse.Namespace) -> int:
     sampling = SamplingSettings(arguments.temperature, seed=arguments.seed)
     temperature, sampled = sampling.temperature, not sampling.greedy
     model = load_model(arguments)
+    stop = with_stop_strings(model)
     mismatches = far = 0
     for question in tqdm(questions, desc="verify", unit="question", file=sys.stderr):
         inputs = question.inputs(model.target)
         settings = {"max_new_tokens": arguments.max_new_tokens}
         noise = noise_processors(temperature, arguments.seed, inputs["input_ids"]) if sampled else None
-        expected = model.target.model.generate(**inputs, do_sample=False, logits_processor=noise, **settings)
+        expected = model.target.model.generate(**inputs, do_sample=False, logits_processor=noise, **stop, **settings)
         actual = model.generate(**inputs, **sampling.for_engine(), **settings).sequences
         if (place := first_difference(expected[0], actual[0])) is not None:
             mismatches += 1

@@ -41,6 +41,7 @@ from eagle.hidden_states.index import PATTERN, Index, ShardInfo, load_index, sha
 from eagle.hidden_states.source import INT8, model_name
 from llava.arguments import OneLineParser, temperature
 from llava.errors import UserError, run_cli
+from llava.inputs import seed_option
 
 KINDS = {"t": TEXT, "v": IMAGE}
 HIDDEN_DTYPES = (AUTO, INT8)
@@ -83,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
         default=2048,
         help="tokens at which conversations are cut (default: 2048)",
     )
-    add("--seed", type=int, default=42, help="of the shuffle and of sampled answers (default: 42)")
+    add("--seed", type=seed_option, default=42, help="of the shuffle and of sampled answers (default: 42)")
     add("--shard-size", type=positive, default=64, help="records of a shard (default: 64)")
     add("--again", action="store_true", help="replace shards that skipped records whose pictures can be read by now")
     add("--batch-tokens", type=positive, help="maximal tokens of a forward, with padding (default: 8192, CPU 1024)")

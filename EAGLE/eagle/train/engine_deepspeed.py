@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.git_version_info import installed_ops
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 from torch.utils.cpp_extension import get_cxx_compiler, get_default_build_root, is_ninja_available
@@ -23,7 +25,7 @@ from eagle.train.engine import METRICS, Engine, adamw, metrics_of
 from eagle.train.loss import DraftObjective, trained_parameters
 from eagle.train.schedule import BatchSizes
 from eagle.train.settings import TrainConfig
-from llava.errors import UserError
+from llava.errors import UserError, reason_of
 
 TAG = "state"
 
@@ -66,6 +68,14 @@ def own_device() -> torch.device:
     return torch.device(accelerator.current_device_name())
 
 
+def check_accepted(settings: dict[str, Any]) -> None:
+    """Raises `UserError` for a config that DeepSpeed itself refuses, such as one with an unknown key in a section."""
+    try:
+        DeepSpeedConfig(deepcopy(settings))
+    except Exception as error:  # each section raises its own
+        raise UserError("DeepSpeed does not accept its config", "--deepspeed_config", reason_of(error)) from error
+
+
 class DeepSpeedEngine(Engine):
     """ZeRO, precision, clipping and accumulation as DeepSpeed's config says."""
 
@@ -73,6 +83,7 @@ class DeepSpeedEngine(Engine):
         self, objective: DraftObjective, config: TrainConfig, settings: dict[str, Any], sizes: BatchSizes
     ) -> None:
         self.rank, self.sizes = comm.get_rank(), sizes
+        check_accepted(settings)
         self.engine, *_ = deepspeed.initialize(
             model=objective,
             optimizer=adamw(objective, config),
