@@ -26,7 +26,7 @@ MAY_NOT_IMPORT = {
     "lmms_eval_msd": {"pocket"},
 }
 LAYERS = (  # modules and folders of eagle, lowest first; the package itself re-exports names and belongs to none
-    "kv_cache recurrent_state weight_layout attention conversations picture_sources arguments extras locks provenance",
+    "kv_cache recurrent_state weight_layout attention conversations arguments extras locks provenance",
     "drafts",
     "families",
     "hidden_states",

@@ -175,7 +175,8 @@ def load_target(path: str | Path, dtype: Any = "auto", device_map: Any = None, *
     Args:
         dtype: a torch dtype or its name, or "auto" for the checkpoint's own (float32 on a CPU that is slow in 16 bit).
         device_map: as in transformers. With None and "auto" the model goes on one accelerator if it fits there
-            (`eagle.families.placement`); "auto" spreads it otherwise. `Target.placement` says what was chosen.
+            (`eagle.families.placement`); "auto" spreads it otherwise. `Target.placement` says what was chosen. "meta"
+            opens the weight files and does not read their data.
         kwargs: hub settings (``revision``, ``cache_dir``, ``local_files_only``, ``token``) and other arguments of
             transformers' ``from_pretrained``, such as ``quantization_config``.
 
@@ -196,7 +197,7 @@ def load_target(path: str | Path, dtype: Any = "auto", device_map: Any = None, *
         placement = place(Source.of(path, hub, "base model"), dtype, device_map, quantized)
         target = family.target_class().load(str(path), dtype=dtype, device_map=placement.device_map, **kwargs)
     target.placement = placement.line
-    if target.offloaded:
+    if target.offloaded and device_map != "meta":
         raise UserError(
             "a part of the base model did not fit on the devices and was offloaded, where it cannot be decoded with",
             where=path,

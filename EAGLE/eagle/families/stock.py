@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from eagle.conversations import MARK
 from eagle.families.base import Target
+from llava.checkpoint import quiet_transformers
 from llava.device import dtype_for
 from llava.errors import UserError, reason_of
 from llava.hub import HUB_KEYS, Source
@@ -45,9 +46,10 @@ class StockTarget(Target):
         source = Source.of(path, hub, "base model")
         check_generation_config(source)
         check_size(cls.model_class, load_config(path, **hub), read_shapes(find_weights(source)), path)
-        model, info = cls.model_class.from_pretrained(
-            path, **settings, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        with quiet_transformers():
+            model, info = cls.model_class.from_pretrained(
+                path, **settings, output_loading_info=True, ignore_mismatched_sizes=True
+            )
         check_complete(info, path)
         return cls(model, processor)
 
