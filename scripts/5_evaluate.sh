@@ -4,8 +4,8 @@
 #   BASE=liuhaotian/llava-v1.5-7b DRAFT=lucylyn/MSD-LLaVA1.5-7B scripts/5_evaluate.sh
 #   scripts/5_evaluate.sh BASE DRAFT chartqa,textvqa_val              the same as arguments
 # Environment: BASE, DRAFT (default: the draft of step 4, in WORK or CKPT), OTHER (a second draft to compare with; default:
-# the shipped one beside a draft of step 4 for pocket/llava; OTHER= for none), TASKS, LIMIT, OUT, MODEL (llava_msd,
-# llava_next_msd, qwen2_vl_msd, qwen2_5_vl_msd), NUM_PROCESSES, PORT, BATCH_SIZE, GEN_KWARGS,
+# the shipped one beside a draft of step 4 for pocket/llava; OTHER= for none), TASKS, LIMIT, OUT, MODEL (llava_msd
+# and the others in docs/evaluation.md), NUM_PROCESSES, PORT, BATCH_SIZE, GEN_KWARGS,
 # MODEL_ARGS (more of lmms-eval's model arguments, such as dtype=float32), QUESTIONS (a FILE.jsonl to ask instead of
 # ChartQA's test split, in chartqa and chartqa_msd; the pocket LLaVA gets its own).
 # Results: OUT/DATE/compare.md (the page; outputs/evaluate by default), compare.json, compare.png, and lmms-eval's own.

@@ -27,7 +27,7 @@ MAY_NOT_IMPORT = {
     "msd_vllm": {"llava", "eagle", "lmms_eval_msd", "lmms_eval", "pocket", "transformers"},
 }
 LAYERS = (  # modules and folders of eagle, lowest first; the package itself re-exports names and belongs to none
-    "cache kv_cache weight_layout attention conversations picture_sources arguments extras locks provenance",
+    "cache kv_cache recurrent_state weight_layout attention conversations arguments extras locks provenance",
     "drafts",
     "families",
     "hidden_states",

@@ -96,23 +96,38 @@ class KVCache(Cache):
         stores: storage by device, or by whatever else groups layers.
         devices: the device of each layer, in order.
         lengths: rows in use of each sequence.
+        states: of layers that have a state instead of rows (`eagle.recurrent_state.StateLayer`), by layer.
     """
 
-    def __init__(self, stores: Mapping[Any, CacheStorage], devices: Sequence[Hashable], lengths: Sequence[int]) -> None:
-        self._stores, self._devices = stores, list(devices)
-        layer_views: dict[int, CacheLayer] = {}
+    def __init__(
+        self,
+        stores: Mapping[Any, CacheStorage],
+        devices: Sequence[Hashable],
+        lengths: Sequence[int],
+        states: Mapping[int, Any] | None = None,
+    ) -> None:
+        self._stores, self._devices, self._states = stores, list(devices), dict(states or {})
+        layer_views: dict[int, Any] = dict(self._states)
         for device, (keys, values) in stores.items():
             indices = RowIndices()
-            layers = [index for index, where in enumerate(devices) if where == device]
+            layers = [index for index, where in enumerate(devices) if where == device and index not in self._states]
             layer_views.update(
                 {index: CacheLayer(keys[i], values[i], lengths, indices) for i, index in enumerate(layers)}
             )
         super().__init__(layers=[layer_views[index] for index in range(len(devices))])
+        self._rows = [layer for index, layer in enumerate(self.layers) if index not in self._states]
         self.capacity = next(iter(stores.values())).keys.shape[3]
 
     @classmethod
     def allocate(
-        cls, devices: Sequence[torch.device], batch: int, heads: int, head_dim: int, capacity: int, dtype: torch.dtype
+        cls,
+        devices: Sequence[torch.device],
+        batch: int,
+        heads: int,
+        head_dim: int,
+        capacity: int,
+        dtype: torch.dtype,
+        states: Mapping[int, Any] | None = None,
     ) -> KVCache:
         """An empty cache.
 
@@ -122,20 +137,21 @@ class KVCache(Cache):
             heads, head_dim: of the keys and values.
             capacity: rows (positions) of each sequence, with tree nodes. Rounded up on an accelerator, so the next
                 request can use the same memory again.
+            states: as for the class.
         """
         stores = {}
         for device in dict.fromkeys(devices):
             if device.type != "cpu":
                 capacity = -(-capacity // BLOCK) * BLOCK
-            layers = sum(where == device for where in devices)
+            layers = sum(where == device and index not in (states or {}) for index, where in enumerate(devices))
             shape = (layers, batch, heads, capacity, head_dim)
             stores[device] = CacheStorage(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
-        return cls(stores, devices, [0] * batch)
+        return cls(stores, devices, [0] * batch, states)
 
     @property
     def lengths(self) -> list[int]:
         """Rows in use of each sequence."""
-        return self.layers[0].lengths
+        return self._rows[0].lengths
 
     @property
     def length(self) -> int:
@@ -143,9 +159,11 @@ class KVCache(Cache):
         return max(self.lengths)
 
     def truncate(self, lengths: Sequence[int]) -> None:
-        """Removes all rows from ``lengths[b]`` on from sequence ``b``."""
-        for layer in self.layers:
+        """Removes all rows from ``lengths[b]`` on from sequence ``b``, and drafted tokens from states."""
+        for layer in self._rows:
             layer.lengths = list(lengths)
+        for state in self._states.values():
+            state.discard()
 
     def keep(self, bases: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
         """Of the rows of sequence b from ``bases[b]`` on, keeps ``bases[b] + paths[b][i]`` as row ``bases[b] + i`` and
@@ -153,6 +171,8 @@ class KVCache(Cache):
 
         A path ascends and starts at 0 (the root is always kept). Rows that do not move are not copied.
         """
+        for state in self._states.values():
+            state.keep([len(path) for path in paths])
         for row, (base, path) in enumerate(zip(bases, paths, strict=True)):
             first = next((i for i, node in enumerate(path) if node != i), len(path))
             if first == len(path):
@@ -168,7 +188,8 @@ class KVCache(Cache):
         stores = {
             device: CacheStorage(*(part[:, row : row + 1] for part in store)) for device, store in self._stores.items()
         }
-        return KVCache(stores, self._devices, self.lengths[row : row + 1])
+        states = {index: state.sequence(row) for index, state in self._states.items()}
+        return KVCache(stores, self._devices, self.lengths[row : row + 1], states)
 
     def select(self, rows: Sequence[int]) -> KVCache:
         """A cache of the given sequences, in ascending order, on the same storage. Only the rows in use of sequences
@@ -183,4 +204,5 @@ class KVCache(Cache):
         stores = {
             device: CacheStorage(*(part[:, : len(kept)] for part in store)) for device, store in self._stores.items()
         }
-        return KVCache(stores, self._devices, [self.lengths[row] for row in kept])
+        states = {index: state.select(kept) for index, state in self._states.items()}
+        return KVCache(stores, self._devices, [self.lengths[row] for row in kept], states)

@@ -255,7 +255,7 @@ def _build_image_processor(fields: dict[str, Any], path: Path, config: LlavaConf
 def quiet_transformers() -> Iterator[None]:
     """Hides transformers' table of missing tensors, and its progress bar if stderr is not a terminal.
 
-    `_check_complete` names the tensors in one line.
+    The caller names the tensors in one line.
     """
     level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

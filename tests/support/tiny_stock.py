@@ -53,7 +53,7 @@ TEXT: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _silence_specials(model: PreTrainedModel, ids: list[int]) -> None:
+def silence_specials(model: PreTrainedModel, ids: list[int]) -> None:
     """No special token is produced by chance."""
     if not model.config.get_text_config().tie_word_embeddings:
         with torch.no_grad():
@@ -98,7 +98,7 @@ def make_qwen(
             "fullatt_block_indexes": [1], "tokens_per_second": 2,
         }  # fmt: skip
         model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config))
-    _silence_specials(model, list(ids.values()))
+    silence_specials(model, list(ids.values()))
     model.generation_config.eos_token_id = ids["<|im_end|>"]
     published = {"do_sample": True, "temperature": 0.01, "top_p": 0.001, "top_k": 1, "repetition_penalty": 1.0}
     model.generation_config.update(**published)
@@ -130,7 +130,7 @@ def make_llava_next(folder: str | Path, *, seed: int = 0) -> Path:
         tie_word_embeddings=False,
     )  # fmt: skip
     model = LlavaNextForConditionalGeneration(config)
-    _silence_specials(model, [0, 1, 2, tokenizer_size(), tokenizer_size() + 1])
+    silence_specials(model, [0, 1, 2, tokenizer_size(), tokenizer_size() + 1])
     model.save_pretrained(folder)
     images = LlavaNextImageProcessor(
         size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_grid_pinpoints=pinpoints

@@ -197,7 +197,7 @@ class MSDModel:
         kwargs.update(self.target.complete_inputs(input_ids, kwargs), do_sample=do_sample)
         settings = {key: value for key, value in kwargs.items() if value is not None}
         if use_msd:  # measured at first use, before the clock starts
-            self._costs_of(tree or self.tree_for(input_ids.shape[0]), input_ids.shape[0])
+            self._costs_of(self._bounds(tree, input_ids.shape[0]), input_ids.shape[0])
         start = time.perf_counter()
         output = self.target.model.generate(
             input_ids=input_ids, stopping_criteria=criteria, custom_generate=decode, **settings
@@ -245,7 +245,7 @@ class MSDModel:
         if bound_streamer is not None:
             bound_streamer.put(input_ids.cpu())
         batch = input_ids.shape[0]
-        tree = tree or self.tree_for(batch)
+        tree = self._bounds(tree, batch)
         draft = self.draft if use_msd and tree.total_tokens > 1 else None
         settings = DecodingSettings(
             sampler=Sampler(logits_processor, generation_config.do_sample),
@@ -263,6 +263,11 @@ class MSDModel:
         answers = [torch.tensor(each, dtype=input_ids.dtype, device=input_ids.device) for each in tokens]
         padded = pad_sequence(answers, batch_first=True, padding_value=generation_config.pad_token_id or 0)
         return MSDOutput(torch.cat([input_ids, padded], dim=1), tokens, decoder.stats)
+
+    def _bounds(self, tree: TreeConfig | None, batch: int) -> TreeConfig:
+        """The tree of a request: a chain if the target verifies nothing else."""
+        tree = tree or self.tree_for(batch)
+        return tree if self.target.verifies_trees else tree.as_chain()
 
     def _warn_of_length(self, inputs: Mapping[str, Any], new_tokens: int) -> None:
         """Warns, once for a model, if prompt and answer may have more positions than the model is made for."""

@@ -64,6 +64,10 @@ class TreeConfig:
             return cls(depth=10, top_k=3, total_tokens=32, adaptive=True)
         return cls(depth=10, top_k=10, total_tokens=96, adaptive=True)
 
+    def as_chain(self) -> TreeConfig:
+        """The same depth, with one node at each level."""
+        return replace(self, top_k=1, total_tokens=min(self.total_tokens, self.depth + 2))
+
     def for_batch(self, batch: int) -> TreeConfig:
         """The tree of each sequence if ``batch`` of them are verified in one forward. Unchanged until all trees
         together have more nodes than this tree or `BATCH_NODES`, then a share of these."""

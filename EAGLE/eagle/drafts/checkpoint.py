@@ -31,6 +31,7 @@ def load_draft(
     Args:
         name: folder or hub name.
         dtype: a torch dtype, or "auto" for the checkpoint's own.
+        device: "meta" opens the weight files and does not read their data.
         hub: see `llava.hub.HUB_KEYS`.
 
     Raises:
@@ -47,13 +48,16 @@ def load_draft(
             draft = DraftModel(config)
     if problems := misfits({name: tuple(tensor.shape) for name, tensor in tensors.items()}, draft):
         raise UserError(f"draft does not fit its config: {'; '.join(problems)}", paths[0], "is this an MSD draft?")
-    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+    meta = torch.device(device).type == "meta"
+    if not meta and (broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]):
         raise UserError(f"draft has NaN or infinite values in {', '.join(broken)}", paths[0], "use another checkpoint")
     draft.load_state_dict(tensors, assign=True)
     if spare:
         log.warning("%s: a draft does not need %s, left out", name, ", ".join(spare))
         draft.spare_head = spare.get(HEAD)
-    draft.rotary = type(draft.rotary)(config.head_dim, config.rope_theta, config.mrope_section)
+    draft.rotary = type(draft.rotary)(
+        config.head_dim, config.rope_theta, config.mrope_section, config.mrope_interleaved
+    )
     if config.options.head_tokens is not None:
         source.find(DRAFT_VOCAB_FILE)  # downloads it beside the config
         draft.draft_vocab = read_draft_vocab(config_file.parent, config)

@@ -72,6 +72,7 @@ class DraftConfig:
     rms_norm_eps: float = Field(1e-6, gt=0)
     rope_theta: float = Field(10000.0, gt=0)
     mrope_section: tuple[int, ...] | None = None
+    mrope_interleaved: bool = False
     hidden_act: str = "silu"
     input_layernorm: bool = False
     attention_bias: bool = False
@@ -127,6 +128,7 @@ class DraftConfig:
                 rms_norm_eps=text.get("rms_norm_eps", 1e-6),
                 rope_theta=text.get("rope_theta") or rope.get("rope_theta") or 10000.0,
                 mrope_section=tuple(section) if section else None,
+                mrope_interleaved=bool(rope.get("mrope_interleaved", False)),
                 hidden_act=text.get("hidden_act", "silu"),
                 input_layernorm=present("layers.0.input_layernorm.weight", like_qwen),
                 attention_bias=present("layers.0.self_attn.q_proj.bias", like_qwen),

@@ -86,13 +86,16 @@ def fuse_linears(*layers: nn.Linear) -> nn.Linear:
 
 
 class Rotary(nn.Module):
-    """Rotary angles. With ``mrope_section``, three position rows are interleaved by section as Qwen2-VL does."""
+    """Rotary angles. With ``mrope_section``, three position rows (time, height, width) share the frequencies: in
+    sections one after the other as in Qwen2-VL, or interleaved as in Qwen3-VL."""
 
     inv_freq: Tensor
 
-    def __init__(self, head_dim: int, theta: float, mrope_section: tuple[int, ...] | None) -> None:
+    def __init__(
+        self, head_dim: int, theta: float, mrope_section: tuple[int, ...] | None, interleaved: bool = False
+    ) -> None:
         super().__init__()
-        self.head_dim, self.theta, self.mrope_section = head_dim, theta, mrope_section
+        self.head_dim, self.theta, self.mrope_section, self.interleaved = head_dim, theta, mrope_section, interleaved
         self.register_buffer("inv_freq", self._frequencies(torch.device("cpu")), persistent=False)
 
     def _frequencies(self, device: torch.device) -> Tensor:
@@ -105,11 +108,18 @@ class Rotary(nn.Module):
             self.inv_freq = self._frequencies(self.inv_freq.device)
         angles = position_ids.unsqueeze(-1).float() * self.inv_freq  # [(3,) B, S, D/2]
         if angles.dim() == 4:
-            sections = self.mrope_section or (angles.shape[-1],)
-            parts = angles.split(list(sections), dim=-1)
-            angles = torch.cat([part[row % 3] for row, part in enumerate(parts)], dim=-1)
+            angles = angles.gather(0, self._rows(angles.device).expand(1, *angles.shape[1:]))[0]  # [B, S, D/2]
         angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)  # [B, 1, S, D]
         return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def _rows(self, device: torch.device) -> Tensor:
+        """[D/2] the position row that each frequency takes."""
+        count, sections = self.head_dim // 2, self.mrope_section or (self.head_dim // 2,)
+        if not self.interleaved:
+            return torch.tensor([row % 3 for row, size in enumerate(sections) for _ in range(size)], device=device)
+        rows = torch.arange(count, device=device) % 3
+        ends = torch.tensor([3 * size for size in sections], device=device)[rows]
+        return torch.where(torch.arange(count, device=device) < ends, rows, 0)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -227,7 +237,7 @@ class DraftModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=config.fc_bias)
         self.layers = nn.ModuleList([DraftLayer(config)])
-        self.rotary = Rotary(config.head_dim, config.rope_theta, config.mrope_section)
+        self.rotary = Rotary(config.head_dim, config.rope_theta, config.mrope_section, config.mrope_interleaved)
         self.draft_vocab: Tensor | None = None  # [K] ids of the trimmed vocabulary; None is all of it
         self.spare_head: Tensor | None = None  # [V, H] an lm_head in the checkpoint, to be compared with the base's
         self._draft_vocab_head: Tensor | None = None  # [K, H] the head's rows of these tokens

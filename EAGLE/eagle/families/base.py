@@ -13,14 +13,48 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eagle.families.layers import FULL, SLIDING, attention_layers, position_limit
+from eagle.families.layers import FULL, LINEAR, SLIDING, attention_layers, position_limit
 from eagle.kv_cache import KVCache
 from eagle.weight_layout import to_input_major_layout
 from llava.errors import UserError
 
 MASKED_ATTENTION = ("sdpa", "eager")
-LayerMasks = Tensor | dict[str, Tensor]
+LayerMasks = Tensor | dict[str, Tensor | None]
 """A mask for all layers, or one for each type of layer."""
+
+
+class Media(NamedTuple):
+    """A kind of media in a prompt.
+
+    ``name``: as in transformers' ``get_<name>_features``; ``token``: the config's name for the id at the place of each
+    feature; ``inputs``: the model inputs that are encoded.
+    """
+
+    name: str
+    token: str
+    inputs: tuple[str, ...]
+
+
+class PromptEmbeds(NamedTuple):
+    """Prompts as the text model reads them.
+
+    ``embeds`` [B, S, H] input embeddings, with the projected features of pictures and videos in place; ``image_mask``
+    [B, S] bool, true at these; ``deepstack``: [I, H] each, in prompt order, what the first text layers add to the
+    hidden states there (DeepStack, arXiv 2406.04334).
+    """
+
+    embeds: Tensor
+    image_mask: Tensor
+    deepstack: tuple[Tensor, ...] = ()
+
+    def sequence(self, index: int, keep: Tensor | slice) -> PromptEmbeds:
+        """One sequence, [1, its own length]. ``keep`` [S] bool: its tokens, without the padding."""
+        before, own = int(self.image_mask[:index].sum()), int(self.image_mask[index].sum())
+        return PromptEmbeds(
+            self.embeds[index : index + 1, keep],
+            self.image_mask[index : index + 1, keep],
+            tuple(features[before : before + own] for features in self.deepstack),
+        )
 
 
 class Prefill(NamedTuple):
@@ -41,12 +75,14 @@ class Prefill(NamedTuple):
 class Target(ABC):
     """A transformers model and its processor.
 
-    ``family``: name of the family in `eagle.families.registry`. ``stop_strings``: those of the checkpoint's generation
-    config, from which they are removed: transformers makes no criterion of them for ``custom_generate``. ``placement``:
-    says on which device it was loaded and why, if the caller left that open.
+    ``family``: name of the family in `eagle.families.registry`. ``media``: the kinds of media that its prompts may
+    have. Positions are 0, 1, 2, … unless the family's class says otherwise. ``stop_strings``: those of the checkpoint's
+    generation config, from which they are removed: transformers makes no criterion of them for ``custom_generate``.
+    ``placement``: says on which device it was loaded and why, if the caller left that open.
     """
 
     family: ClassVar[str]
+    media: ClassVar[tuple[Media, ...]] = (Media("image", "image_token_id", ("pixel_values",)),)
     placement: str = ""
 
     def __init__(self, model: PreTrainedModel, processor: Any) -> None:
@@ -67,17 +103,52 @@ class Target(ABC):
             UserError: one of them cannot be loaded.
         """
 
-    @abstractmethod
-    def embed_prompt(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Input embeddings of a prompt [B, S, H], image features in place, and the image mask [B, S]."""
+    def embed_prompt(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> PromptEmbeds:
+        """Encodes the pictures and videos of prompts [B, S], with one id for each feature.
 
-    @abstractmethod
+        Raises:
+            UserError: the prompts have places for another number of features.
+        """
+        masks = [self.media_mask(media, input_ids, inputs) for media in self.media]  # [B, S] each
+        image_mask = torch.stack(masks).any(dim=0)
+        # an id of media may lie outside of the vocabulary
+        embeds = self.model.get_input_embeddings()(input_ids.masked_fill(image_mask, 0))  # [B, S, H]
+        for media, mask in zip(self.media, masks, strict=True):
+            given = {name: inputs.get(name) for name in media.inputs}
+            encoded = encode_media(self.model, inputs, media.name, **given)
+            embeds = place_features(embeds, mask, None if encoded is None else joined_features(encoded.pooler_output))
+        return PromptEmbeds(embeds, image_mask)
+
+    def media_mask(self, media: Media, input_ids: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """[B, S] bool: the places of features of this kind."""
+        mask = input_ids == getattr(self.config, media.token)
+        if inputs.get("attention_mask") is not None:
+            mask &= inputs["attention_mask"].bool()  # padding may use the same id
+        return mask
+
     def prompt_positions(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Position ids as the family's text model takes them, and ``next_position`` [B]."""
+        attention_mask = inputs.get("attention_mask")
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        positions = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)  # [B, S]
+        return positions, positions.amax(dim=-1) + 1
 
-    @abstractmethod
     def text_positions(self, positions: Tensor) -> Tensor:
         """Position ids [B, N] of text tokens in the form that the family's text model takes."""
+        return positions
+
+    def read_prompt(self, prompt: PromptEmbeds, positions: Tensor, **arguments: Any) -> Tensor:
+        """The text model's forward over prompts.
+
+        Args:
+            positions: as `prompt_positions` gives them.
+            arguments: of the text model: its cache, and ``attention_mask`` [B, S] of padded prompts.
+
+        Returns:
+            [B, S, H] hidden states after the final norm.
+        """
+        return self.text_model(inputs_embeds=prompt.embeds, position_ids=positions, **arguments).last_hidden_state
 
     @abstractmethod
     def prepare(self, prompt: str | Sequence[str], images: Sequence[Any] = ()) -> dict[str, Any]:
@@ -196,7 +267,16 @@ class Target(ABC):
         """A cache of ``capacity`` rows for each of ``batch`` sequences, with each layer on its own device."""
         heads, head_dim = self.cache_shape
         devices = [next(layer.parameters()).device for layer in self.text_model.layers]
-        return KVCache.allocate(devices, batch, heads, head_dim, capacity, self.dtype)
+        return KVCache.allocate(devices, batch, heads, head_dim, capacity, self.dtype, self.new_states(batch))
+
+    def new_states(self, batch: int) -> dict[int, Any]:
+        """Empty states of the layers that have no cached rows, by layer."""
+        return {}
+
+    @property
+    def verifies_trees(self) -> bool:
+        """False if only a chain of drafted tokens can be verified in one forward."""
+        return not self.layers.linear
 
     def prefill(self, inputs: Mapping[str, Any]) -> Prefill:
         """One forward over prompts, without a cache.
@@ -206,15 +286,11 @@ class Target(ABC):
                 padded, and the family's image inputs.
         """
         input_ids = inputs["input_ids"]
-        embeds, image_mask = self.embed_prompt(input_ids, inputs)
+        prompt = self.embed_prompt(input_ids, inputs)
         positions, next_position = self.prompt_positions(input_ids, inputs)
-        output = self.text_model(
-            inputs_embeds=embeds,
-            attention_mask=inputs.get("attention_mask"),
-            position_ids=positions,
-            use_cache=False,
-        )
-        return Prefill(output.last_hidden_state, embeds, image_mask, positions, next_position)
+        attention_mask = inputs.get("attention_mask")
+        hidden = self.read_prompt(prompt, positions, attention_mask=attention_mask, use_cache=False)
+        return Prefill(hidden, prompt.embeds, prompt.image_mask, positions, next_position)
 
     def prefill_each(self, inputs: Mapping[str, Any], cache: KVCache) -> Iterator[Prefill]:
         """Fills the cache, one sequence after the other and without their padding, so that each is read exactly as it
@@ -228,22 +304,20 @@ class Target(ABC):
             The `Prefill` of each sequence, [1, its own length].
         """
         input_ids = inputs["input_ids"]
-        embeds, image_mask = self.embed_prompt(input_ids, inputs)
+        prompts = self.embed_prompt(input_ids, inputs)
         positions, next_position = self.prompt_positions(input_ids, inputs)
         attention_mask = inputs.get("attention_mask")
         check_position_ids(inputs.get("position_ids"), positions, attention_mask)
         lengths = []
         for index in range(input_ids.shape[0]):
             keep = slice(None) if attention_mask is None else attention_mask[index].bool()
-            own_embeds, own_images = embeds[index : index + 1, keep], image_mask[index : index + 1, keep]
+            prompt = prompts.sequence(index, keep)
             own_positions = positions[..., index : index + 1, :][..., keep]
             part = cache.sequence(index)
-            output = self.text_model(
-                inputs_embeds=own_embeds, position_ids=own_positions, use_cache=True, **{self.cache_argument: part}
-            )
+            hidden = self.read_prompt(prompt, own_positions, use_cache=True, **{self.cache_argument: part})
             lengths.append(part.length)
             own_next = next_position[index : index + 1]
-            yield Prefill(output.last_hidden_state, own_embeds, own_images, own_positions, own_next)
+            yield Prefill(hidden, prompt.embeds, prompt.image_mask, own_positions, own_next)
         cache.truncate(lengths)
 
     def masks_by_layer(self, mask: Tensor, past: Sequence[int], depths: Tensor) -> LayerMasks:
@@ -254,6 +328,8 @@ class Target(ABC):
             past: cached rows of each sequence.
             depths: [B, N] of the nodes.
         """
+        if self.layers.linear:
+            return {FULL: mask, LINEAR: None}
         if self.layers.window is None:
             return mask
         sliding = within_window(mask, past, depths, self.layers.window)
@@ -335,20 +411,21 @@ def check_position_ids(given: Tensor | None, own: Tensor, attention_mask: Tensor
         )
 
 
-def gather_image_features(
-    model: PreTrainedModel, inputs: Mapping[str, Any], modality: str, **kwargs: Any
-) -> Tensor | None:
-    """Projected features of all pictures (or videos) of a request, [I, H] in prompt order; None without any.
+def encode_media(model: PreTrainedModel, inputs: Mapping[str, Any], name: str, **given: Any) -> Any:
+    """transformers' output of encoding all pictures (or videos) of a request; None without any.
 
     Features that `generate` has computed already (``mm_encoder_outputs``) are used as they are.
     """
-    encoded = (inputs.get("mm_encoder_outputs") or {}).get(modality)
-    if encoded is None:
-        if all(value is None for value in kwargs.values()):
-            return None
-        encode = getattr(model.model, f"get_{modality}_features")
-        encoded = encode(**{key: value for key, value in kwargs.items() if value is not None}, return_dict=True)
-    features = encoded.pooler_output  # one tensor, or one a picture; with a dimension for pictures or without
+    encoded = (inputs.get("mm_encoder_outputs") or {}).get(name)
+    if encoded is not None or all(value is None for value in given.values()):
+        return encoded
+    encode = getattr(model.model, f"get_{name}_features")
+    return encode(**{key: value for key, value in given.items() if value is not None}, return_dict=True)
+
+
+def joined_features(features: Tensor | Sequence[Tensor]) -> Tensor:
+    """Features of all pictures (or videos), [I, H] in prompt order. Given as one tensor or as one for each picture,
+    with a dimension for pictures or without."""
     joined = features if isinstance(features, Tensor) else torch.cat(list(features), dim=0)
     return joined.flatten(0, -2)
 

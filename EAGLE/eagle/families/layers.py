@@ -7,13 +7,15 @@ from typing import Any, NamedTuple
 
 from llava.errors import UserError
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 ONE_WINDOW = ("mistral", "phi3")
 """Text models that use one window in all layers and take one mask."""
 MASK_BY_LAYER_TYPE = (
     "cohere2", "gemma2", "gemma3_text", "ministral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3", "smollm3",
 )  # fmt: skip
 """Text models that take a mask for each type of layer, as a mapping."""
+LINEAR_STATES = ("qwen3_5_text", "qwen3_5_moe_text")
+"""Text models with linear-attention layers whose states the engine keeps."""
 STATIC_ROPE = ("default", "linear", "llama3", "yarn", "mrope", "proportional")
 """Kinds of rotary positions whose angles depend on the position alone."""
 TREE_FIX = "decode it with transformers' own generate"
@@ -21,10 +23,11 @@ TREE_FIX = "decode it with transformers' own generate"
 
 class AttentionLayers(NamedTuple):
     """``window``: rows that a sliding layer sees, itself included; None without such layers. ``by_type``: the text
-    model takes a mapping from layer type to mask."""
+    model takes a mapping from layer type to mask. ``linear``: the layers that have a state instead of cached rows."""
 
     window: int | None
     by_type: bool
+    linear: tuple[int, ...] = ()
 
 
 def attention_layers(config: Any) -> AttentionLayers:
@@ -34,7 +37,10 @@ def attention_layers(config: Any) -> AttentionLayers:
         UserError: it has layers or rotary positions that a draft tree cannot be verified with exactly.
     """
     check_rope(config)
-    types = set(getattr(config, "layer_types", None) or ())
+    layers = tuple(getattr(config, "layer_types", None) or ())
+    types = set(layers)
+    if LINEAR in types and types <= {LINEAR, FULL} and getattr(config, "model_type", None) in LINEAR_STATES:
+        return AttentionLayers(None, True, tuple(index for index, kind in enumerate(layers) if kind == LINEAR))
     unknown = sorted(types - {FULL, SLIDING})
     if unknown:
         raise UserError(f"layers of type {', '.join(unknown)} cannot verify a draft tree exactly", fix=TREE_FIX)

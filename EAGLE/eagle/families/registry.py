@@ -82,6 +82,62 @@ FAMILIES: tuple[Family, ...] = (
         training_name="qwen2_5_vl",
         eval_model="qwen2_5_vl_msd",
     ),
+    Family(
+        "qwen3_vl",
+        model_types=("qwen3_vl",),
+        target="eagle.families.qwen3_vl.target:Qwen3VLTarget",
+        template="eagle.families.qwen2_vl.template:QwenTemplate",
+        training_name="qwen3_vl",
+        eval_model="qwen3_vl_msd",
+    ),
+    Family(
+        "qwen3_vl_moe",
+        model_types=("qwen3_vl_moe",),
+        target="eagle.families.qwen3_vl.target:Qwen3VLMoeTarget",
+        template="eagle.families.qwen2_vl.template:QwenTemplate",
+        training_name="qwen3_vl_moe",
+        eval_model="qwen3_vl_moe_msd",
+    ),
+    Family(
+        "qwen3_5",
+        model_types=("qwen3_5",),
+        target="eagle.families.qwen3_5.target:Qwen3_5Target",
+        template="eagle.families.qwen2_vl.template:QwenTemplate",
+        training_name="qwen3_5",
+        eval_model="qwen3_5_msd",
+    ),
+    Family(
+        "qwen3_5_moe",
+        model_types=("qwen3_5_moe",),
+        target="eagle.families.qwen3_5.target:Qwen3_5MoeTarget",
+        template="eagle.families.qwen2_vl.template:QwenTemplate",
+        training_name="qwen3_5_moe",
+        eval_model="qwen3_5_moe_msd",
+    ),
+    Family(
+        "gemma3",
+        model_types=("gemma3",),
+        target="eagle.families.gemma3.target:Gemma3Target",
+        template="eagle.families.gemma3.template:Gemma3Template",
+        training_name="gemma3",
+        eval_model="gemma3_msd",
+    ),
+    Family(
+        "internvl",
+        model_types=("internvl",),
+        target="eagle.families.internvl.target:InternVLTarget",
+        template="eagle.families.internvl.template:InternVLTemplate",
+        training_name="internvl",
+        eval_model="internvl_msd",
+    ),
+    Family(
+        "llava_onevision",
+        model_types=("llava_onevision",),
+        target="eagle.families.llava_onevision.target:LlavaOnevisionTarget",
+        template="eagle.families.llava_onevision.template:LlavaOnevisionTemplate",
+        training_name="llava_onevision",
+        eval_model="llava_onevision_msd",
+    ),
 )
 TRAINING_NAMES = {family.training_name: family.name for family in FAMILIES}
 """``--model_type`` -> family."""
@@ -119,7 +175,8 @@ def load_target(path: str | Path, dtype: Any = "auto", device_map: Any = None, *
     Args:
         dtype: a torch dtype or its name, or "auto" for the checkpoint's own (float32 on a CPU that is slow in 16 bit).
         device_map: as in transformers. With None and "auto" the model goes on one accelerator if it fits there
-            (`eagle.families.placement`); "auto" spreads it otherwise. `Target.placement` says what was chosen.
+            (`eagle.families.placement`); "auto" spreads it otherwise. `Target.placement` says what was chosen. "meta"
+            opens the weight files and does not read their data.
         kwargs: hub settings (``revision``, ``cache_dir``, ``local_files_only``, ``token``) and other arguments of
             transformers' ``from_pretrained``, such as ``quantization_config``.
 
@@ -140,7 +197,7 @@ def load_target(path: str | Path, dtype: Any = "auto", device_map: Any = None, *
         placement = place(Source.of(path, hub, "base model"), dtype, device_map, quantized)
         target = family.target_class().load(str(path), dtype=dtype, device_map=placement.device_map, **kwargs)
     target.placement = placement.line
-    if target.offloaded:
+    if target.offloaded and device_map != "meta":
         raise UserError(
             "a part of the base model did not fit on the devices and was offloaded, where it cannot be decoded with",
             where=path,

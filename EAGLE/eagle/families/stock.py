@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, ClassVar
 
+from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from eagle.conversations import MARK
 from eagle.families.base import Target
+from llava.checkpoint import quiet_transformers
 from llava.device import dtype_for
 from llava.errors import UserError, reason_of
 from llava.hub import HUB_KEYS, Source
@@ -43,24 +46,30 @@ class StockTarget(Target):
         source = Source.of(path, hub, "base model")
         check_generation_config(source)
         check_size(cls.model_class, load_config(path, **hub), read_shapes(find_weights(source)), path)
-        model, info = cls.model_class.from_pretrained(
-            path, **settings, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        with quiet_transformers():
+            model, info = cls.model_class.from_pretrained(
+                path, **settings, output_loading_info=True, ignore_mismatched_sizes=True
+            )
         check_complete(info, path)
         return cls(model, processor)
 
-    def prepare(self, prompt: str | Sequence[str], images: Sequence[Any] = ()) -> dict[str, Any]:
+    def prepare(self, prompt: str | Sequence[str], images: Sequence[Any] = (), **more: Any) -> dict[str, Any]:
+        """As in `Target`. ``more``: further arguments of the processor, such as videos."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         for text in prompts:
             check_text(text, "prompt")
         pictures = [load_image(image) for image in flat_pictures(images)]
-        marks = sum(text.count(self.processor.image_token) for text in prompts)
-        if marks != len(pictures):
-            raise UserError(f"prompt has {marks} image mark(s), but {len(pictures)} picture(s) were given")
-        settings = {"padding": True, "padding_side": "left"} if len(prompts) > 1 else {}
+        marks = [text.count(self.processor.image_token) for text in prompts]
+        if sum(marks) != len(pictures):
+            raise UserError(f"prompt has {sum(marks)} image mark(s), but {len(pictures)} picture(s) were given")
+        rest = iter(pictures)
+        own = [list(islice(rest, count)) for count in marks]  # the pictures of each prompt
+        settings = special_tokens(self.processor, prompts) | more
+        if len(prompts) > 1:
+            settings |= {"padding": True, "padding_side": "left"}
         with processor_errors():
-            inputs = self.processor(text=prompts, images=pictures or None, return_tensors="pt", **settings)
-        return dict(inputs.to(self.device))
+            inputs = self.processor(text=prompts, images=own if pictures else None, return_tensors="pt", **settings)
+        return {name: value for name, value in inputs.to(self.device).items() if isinstance(value, Tensor)}
 
     def chat_prompt(
         self, question: str, num_images: int = 0, history: Sequence[tuple[str, str]] = (), system: str | None = None
@@ -90,6 +99,13 @@ def check_complete(info: Mapping[str, Any], path: str) -> None:
         log.warning(
             "%s: %d tensors are not part of the model and were left out: %s", path, len(unknown), unknown[:SHOWN]
         )
+
+
+def special_tokens(processor: Any, prompts: Sequence[str]) -> dict[str, Any]:
+    """Keyword arguments of the processor. A begin-of-sequence token that the template has written is not added again,
+    as in transformers' ``apply_chat_template``."""
+    begin = processor.tokenizer.bos_token
+    return {"add_special_tokens": False} if begin and all(text.startswith(begin) for text in prompts) else {}
 
 
 @contextmanager
@@ -123,12 +139,15 @@ def load_processor(path: str, **hub: Any) -> Any:
         return AutoProcessor.from_pretrained(path, **hub)
 
 
-def write_chat(processor: Any, turns: Sequence[tuple[list[Part], str | None]], system: str | None = None) -> str:
+def write_chat(
+    processor: Any, turns: Sequence[tuple[list[Part], str | None]], system: str | None = None, **settings: Any
+) -> str:
     """A conversation in the checkpoint's own chat template.
 
     Args:
         turns: parts of each question, and its answer; None for the last one leaves it open for the model to answer.
         system: system prompt; None leaves it to the template.
+        settings: variables of the template, such as ``enable_thinking``.
 
     Raises:
         UserError: the template refuses the conversation, such as its system prompt.
@@ -142,7 +161,7 @@ def write_chat(processor: Any, turns: Sequence[tuple[list[Part], str | None]], s
     if not processor.chat_template:
         raise UserError("the base model has no chat template", fix="add the chat_template.jinja of its release")
     try:
-        return processor.apply_chat_template(messages, add_generation_prompt=is_open, tokenize=False)
+        return processor.apply_chat_template(messages, add_generation_prompt=is_open, tokenize=False, **settings)
     except Exception as error:  # a template is a program: it may divide by zero
         raise UserError(f"chat template cannot write this conversation ({reason_of(error)})") from error
 

@@ -7,6 +7,7 @@ places in the text.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
@@ -18,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from eagle.conversations import MARK, Conversation, Unusable, open_picture, picture_path
-from eagle.families.stock import load_processor
+from eagle.families.stock import load_processor, parts_of, special_tokens, write_chat
 from llava.errors import UserError
 
 PLACEHOLDER = "OK"
@@ -101,9 +102,14 @@ class Template(ABC):
         """The processor of a checkpoint, without its weights."""
         return load_processor(model)
 
-    @abstractmethod
     def write(self, turns: Sequence[tuple[str, str | None]], system: str | None) -> str:
         """The prompt of turns (question, answer). Where the last answer is None, the prompt ends where it begins."""
+        return write_chat(self.processor, [(parts_of(question), answer) for question, answer in turns], system)
+
+    @property
+    def written_mark(self) -> str:
+        """The text that the processor puts in the place of ``processor.image_token``, with one image token."""
+        return self.processor.image_token
 
     @abstractmethod
     def first_pictures(self, images: dict[str, Tensor], count: int) -> dict[str, Tensor]:
@@ -133,6 +139,10 @@ class Template(ABC):
                 answered = self.write(turns, conversation.system)
             except UserError:
                 raise Unusable("template") from None
+            if not answered.startswith(asked):  # some templates write another white space before a given answer
+                stem = asked.rstrip()
+                following = answered.removeprefix(stem)
+                asked = stem + following[: len(following) - len(following.lstrip())]
             if not (asked.startswith(before) and answered.startswith(asked)):
                 raise Unusable("template")
             spoken, added = self._with_end(answered[len(asked) :], answer)
@@ -154,15 +164,18 @@ class Template(ABC):
         Raises:
             Unusable: the tokenizer cannot encode the text, or the image processor refuses a picture.
         """
-        written = self.processor.tokenizer(prompt, return_offsets_mapping=True)
+        mark, text = self.processor.image_token, self.written_mark
+        special = special_tokens(self.processor, [prompt])
+        written = self.processor.tokenizer(prompt.replace(mark, text), return_offsets_mapping=True, **special)
         ids, spans = written["input_ids"], [(start, end) for start, end in written["offset_mapping"]]
+        spans = spans_before_replacing(prompt, mark, text, spans)
         videos = self.media_ids - {self.image_token_id}
         if ids.count(self.image_token_id) != len(pictures) or not videos.isdisjoint(ids):
             raise Unusable("text")  # the text itself contains the token of a picture or video
         if not pictures:
             return Encoded(ids, spans, {})
         try:
-            given = self.processor(text=[prompt], images=list(pictures), return_tensors="pt")
+            given = self.processor(text=[prompt], images=[list(pictures)], return_tensors="pt", **special)
         except ValueError:  # such as a picture 200 times as wide as high
             raise Unusable("broken_picture") from None
         expanded = given["input_ids"][0].tolist()
@@ -234,6 +247,19 @@ class Template(ABC):
         return [open_picture(picture_path(root, name)) for name in conversation.images]
 
 
+class PicturesFirstTemplate(Template):
+    """A family whose image inputs cannot be divided between the pictures of a conversation. Answers are generated for
+    conversations with all pictures in the first question."""
+
+    def outline(self, conversation: Conversation, image_root: Path, max_length: int) -> PromptOutline:
+        if any(MARK in question for question, _ in conversation.turns[1:]):
+            raise Unusable("template")
+        return super().outline(conversation, image_root, max_length)
+
+    def first_pictures(self, images: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+        return images if count else {}
+
+
 def join_images(images: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The image inputs of several conversations as those of a batch, joined along dimension 0; some may have none.
 
@@ -248,6 +274,8 @@ def join_images(images: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def _with_equal_tiles(values: list[Tensor]) -> list[Tensor]:
     """``values`` [P, tiles, ...] with as many tiles as the largest of them has."""
+    if values[0].ndim == 1:
+        return values
     most = max(value.shape[1] for value in values)
     return [
         torch.cat([value, value.new_zeros(value.shape[0], most - value.shape[1], *value.shape[2:])], dim=1)
@@ -287,6 +315,34 @@ def expanded_spans(written: Sequence[int], spans: Sequence[Span], expanded: Sequ
         else:
             raise Unusable("text")
     return result
+
+
+def spans_before_replacing(prompt: str, mark: str, text: str, spans: Sequence[Span]) -> list[Span]:
+    """Characters of ``prompt`` for spans of the same prompt with each ``mark`` replaced by ``text``. What lies in the
+    text is given the whole mark.
+
+    >>> spans_before_replacing("a*b", "*", "<*>", [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)])
+    [(0, 1), (1, 2), (1, 2), (1, 2), (2, 3)]
+    """
+    if mark == text:
+        return list(spans)
+    longer = len(text) - len(mark)
+    pieces = accumulate(len(piece) for piece in prompt.split(mark)[:-1])
+    marks = [length + number * len(mark) for number, length in enumerate(pieces)]  # where each begins in the prompt
+    begins = [place + number * longer for number, place in enumerate(marks)]  # and after replacing
+
+    def original(place: int, is_end: bool) -> int:
+        number = (bisect_left if is_end else bisect_right)(begins, place) - 1  # the last mark that begins before
+        if number < 0:
+            return place
+        if place < begins[number] + len(text) or (is_end and place == begins[number] + len(text)):
+            return marks[number] + (len(mark) if is_end else 0)
+        return place - (number + 1) * longer
+
+    return [
+        (original(start, False), original(end, True)) if end > start else (original(start, False),) * 2
+        for start, end in spans
+    ]
 
 
 def part_of_each_token(lengths: Sequence[int], spans: Sequence[Span]) -> list[int]:

@@ -33,7 +33,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--basepath", required=True, metavar="BASE", help="base model, folder or hub name")
     parser.add_argument("--cpdir", required=True, metavar="CKPT", help="folder of the checkpoints")
     parser.add_argument(
-        "--config", required=True, help="draft's config.json with a 'train' section; a bare name may be a shipped one"
+        "--config",
+        required=True,
+        help="draft's config.json with a 'train' section; a bare name may be a shipped one; auto: the base's sizes",
     )
     parser.add_argument("--deepspeed_config", required=True, help="batch sizes, precision, ZeRO (ds_config.json)")
     parser.add_argument("--resume", action="store_true", help="resume from the newest checkpoint in CKPT, if any")

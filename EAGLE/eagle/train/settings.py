@@ -26,6 +26,7 @@ from llava.strict import read_strict, strict_dataclass
 
 SECTION = "train"
 SECTIONS = (SECTION, "msd")
+AUTO = "auto"
 TRACKERS = ("tensorboard", "wandb", "none")
 IMAGE_FOLDER = Path("image_data")
 
@@ -100,12 +101,20 @@ def find_config(path: str | Path) -> Path:
     return shipped if not path.exists() and path.parent == Path() and shipped.is_file() else path
 
 
-def read_config(path: str | Path) -> tuple[DraftConfig, TrainConfig]:
+def read_config(path: str | Path, base: str | None = None) -> tuple[DraftConfig, TrainConfig]:
     """Reads a training config: the draft's ``config.json`` with a ``"train"`` section (absent: the recipe).
+
+    Args:
+        path: the file, or "auto" for a draft with the sizes of the base model.
+        base: the base model.
 
     Raises:
         UserError: the file cannot be read, or a key or value is wrong; an unknown key names the nearest known one.
     """
+    if str(path) == AUTO and base is not None:
+        from eagle.families.draft_config import draft_config_of  # imports torch
+
+        return draft_config_of(base), TrainConfig()
     path = find_config(path)
     content = read_json(path, "training config")
     if not isinstance(content, dict) or not isinstance(content.get(SECTION, {}), dict):

@@ -141,11 +141,14 @@ def measure(
     def verify(count: int) -> Callable[[], None]:
         tokens = torch.full((1, count), end, device=target.device)
         block = torch.ones(1, count, count, dtype=torch.bool, device=target.device).tril()
-        positions = prefill.next_position + torch.arange(count, device=target.device)[None]
+        depths = torch.arange(count, device=target.device)[None]  # [1, n]
+        positions = prefill.next_position + depths
 
         def once() -> None:
             cache.truncate([context])
-            mask = masks.window([context], block) if count > 1 else None
+            mask = None
+            if count > 1:
+                mask = target.masks_by_layer(masks.window([context], block), [context], depths)
             target.head(target.verify(tokens, positions, mask, cache)).argmax(dim=-1).cpu()
 
         return once

@@ -127,6 +127,8 @@ class StaticEngine:
     """
 
     def __init__(self, target: Target, draft: DraftModel | None, backend: str = "inductor") -> None:
+        if not target.verifies_trees:
+            raise UserError(f"{target.family} has layers with a state, which are not compiled", fix="leave compile out")
         devices = {parameter.device for parameter in target.text_model.parameters()} | {target.head_device}
         if len(devices) > 1:
             raise UserError(
@@ -160,7 +162,7 @@ class StaticEngine:
         columns = cache.open(size)
         tokens, positions = (F.pad(part, (0, size - count)) for part in (tokens, positions))
         if isinstance(masks, dict):
-            padded: LayerMasks = {kind: filled(mask, size, columns) for kind, mask in masks.items()}
+            padded: LayerMasks = {kind: filled(mask, size, columns) for kind, mask in masks.items() if mask is not None}
         else:
             padded = filled(masks, size, columns)
         hidden, logits = self.verify_nodes(tokens, self.target.text_positions(positions), padded, cache)

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 
 from transformers import LlavaNextForConditionalGeneration
 
-from eagle.families.llava.target import LlavaTarget
+from eagle.families.base import Media
 from eagle.families.stock import StockTarget, without_marks
 from llava.conversation import build_prompt
 
 
-class LlavaNextTarget(StockTarget, LlavaTarget):
+class LlavaNextTarget(StockTarget):
     """LLaVA-1.6 in the layout of transformers; positions and image features as in LLaVA-1.5."""
 
     family = "llava_next"
     model_class = LlavaNextForConditionalGeneration
-    image_inputs = ("pixel_values", "image_sizes")
+    media = (Media("image", "image_token_id", ("pixel_values", "image_sizes")),)
 
     def chat_prompt(
         self, question: str, num_images: int = 0, history: Sequence[tuple[str, str]] = (), system: str | None = None

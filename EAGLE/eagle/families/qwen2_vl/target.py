@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
 
-from eagle.families.base import gather_image_features, place_features
+from eagle.families.base import Media
 from eagle.families.stock import StockTarget
 from llava.errors import UserError
 
@@ -22,6 +22,10 @@ class Qwen2VLTarget(StockTarget):
 
     family = "qwen2_vl"
     model_class = Qwen2VLForConditionalGeneration
+    media = (
+        Media("image", "image_token_id", ("pixel_values", "image_grid_thw")),
+        Media("video", "video_token_id", ("pixel_values_videos", "video_grid_thw")),
+    )
 
     def token_types(self, input_ids: Tensor) -> Tensor:
         """[B, S]: 0 text, 1 image, 2 video."""
@@ -33,18 +37,6 @@ class Qwen2VLTarget(StockTarget):
         if inputs.get("mm_token_type_ids") is not None or all(inputs.get(name) is None for name in GRIDS):
             return {}
         return {"mm_token_type_ids": self.token_types(input_ids)}
-
-    def embed_prompt(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        embeds = self.model.get_input_embeddings()(input_ids)  # [B, S, H]
-        types = self.token_types(input_ids)
-        for kind, modality, pixels, grid in (
-            (IMAGE, "image", "pixel_values", "image_grid_thw"),
-            (VIDEO, "video", "pixel_values_videos", "video_grid_thw"),
-        ):
-            given = {name: inputs.get(name) for name in (pixels, grid)}
-            features = gather_image_features(self.model, inputs, modality, **given)
-            embeds = place_features(embeds, types == kind, features)
-        return embeds, types != TEXT
 
     def prompt_positions(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         attention_mask = inputs.get("attention_mask")

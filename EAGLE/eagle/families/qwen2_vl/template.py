@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from eagle.families.stock import parts_of, write_chat
 from eagle.families.template import Template
 
 
@@ -15,9 +12,6 @@ class QwenTemplate(Template):
     """``<|im_start|>user\\n<question><|im_end|>\\n<|im_start|>assistant\\n<answer><|im_end|>\\n``."""
 
     image_inputs = ("pixel_values", "image_grid_thw")
-
-    def write(self, turns: Sequence[tuple[str, str | None]], system: str | None) -> str:
-        return write_chat(self.processor, [(parts_of(question), answer) for question, answer in turns], system)
 
     def grids(self, images: dict[str, Tensor]) -> Tensor:
         if "image_grid_thw" not in images:

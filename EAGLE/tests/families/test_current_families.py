@@ -1,0 +1,231 @@
+"""Today's families on tiny random models: exact, with the masks of training, and trainable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from corpus_support import turns
+from tiny_draft import make_draft
+from tiny_families import make_gemma3, make_internvl, make_onevision, make_qwen3_vl
+from tiny_llava import make_image
+from transformers.video_utils import VideoMetadata
+
+from eagle import MSDModel, TreeConfig
+from eagle.conversations import read_conversation
+from eagle.drafts.checkpoint import load_draft
+from eagle.families import load_target, template_of
+from eagle.families.template import join_images
+from llava.errors import UserError
+
+MAKERS: dict[str, Callable[[Path], Path]] = {
+    "qwen3_vl": make_qwen3_vl,
+    "qwen3_vl_moe": lambda folder: make_qwen3_vl(folder, moe=True),
+    "gemma3": make_gemma3,
+    "internvl": make_internvl,
+    "llava_onevision": make_onevision,
+}
+TREES = [TreeConfig(5, 10, 60), TreeConfig(2, 2, 6)]
+SIZES = [(50, 34), (112, 30), (64, 100)]
+WORDS = [
+    "which",
+    "of",
+    "these",
+    "shapes",
+    "can",
+    "you",
+    "count",
+    "and",
+    "what",
+    "is",
+    "the",
+    "sum",
+    "of",
+    "red",
+    "green",
+    "blue",
+    "numbers",
+    "here",
+]
+ENDS = {"gemma3": "<end_of_turn>", "llava_onevision": "<|im_end|>"}
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> MSDModel:
+    folder = tmp_path_factory.mktemp(request.param)
+    target = load_target(MAKERS[request.param](folder / "base"), dtype=torch.float32)
+    target.model.generation_config.eos_token_id = None
+    changes: dict[str, Any] = {}
+    if "qwen3" in request.param:
+        rope = {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
+        changes = {"msd": {"positions": "mrope"}, "rope_scaling": rope}
+    draft = make_draft(folder / "draft", target, agree=1.0, head_dim=8, **changes)
+    return MSDModel(target, load_draft(draft, dtype=torch.float32), tree=TREES[0])
+
+
+def pictures(count: int, first: int = 0) -> list[Any]:
+    return [make_image(width=w, height=h, seed=i) for i, (w, h) in enumerate((SIZES * 2)[first : first + count])]
+
+
+def asked(model: MSDModel, question: str, count: int = 0, first: int = 0) -> dict[str, Any]:
+    return model.target.prepare(model.target.chat_prompt(question, count), pictures(count, first))
+
+
+def check(model: MSDModel, inputs: dict[str, Any], length: int = 30, **settings: Any) -> list[int]:
+    """MSD's answer is that of transformers; returns the accepted lengths."""
+    expected = model.target.model.generate(**inputs, max_new_tokens=length, do_sample=False)
+    output = model.generate(**inputs, max_new_tokens=length, temperature=0.0, **settings)
+    assert torch.equal(output.sequences, expected)
+    return output.stats.accept_lengths
+
+
+@pytest.mark.parametrize("tree", TREES, ids=str)
+def test_any_number_of_pictures(model: MSDModel, tree: TreeConfig) -> None:
+    accepted = []
+    for count in (0, 1, 2, 3):
+        accepted += check(model, asked(model, "Which of these can you count?", count), tree=tree)
+    if tree.total_tokens == 60:
+        assert max(accepted) > 0
+
+
+def test_the_picture_matters(model: MSDModel) -> None:
+    """Otherwise equality above would say nothing about pictures."""
+    first, second = (model.target.prefill(asked(model, "What?", 1, index)).hidden[0, -1] for index in (0, 2))
+    assert (first - second).norm() > 1e-3 * first.norm()
+
+
+@pytest.mark.slow
+def test_compiled_parts_give_the_same(model: MSDModel) -> None:
+    compiled = MSDModel(model.target, model.draft, TREES[1], compile="eager")
+    for count in (0, 2):
+        check(compiled, asked(model, "Which of these can you count? " * 4, count), length=40)
+
+
+def test_one_begin_token(model: MSDModel) -> None:
+    """Where the template writes it, the tokenizer does not add another; in training neither."""
+    begin = model.tokenizer.bos_token_id
+    if begin is None:
+        pytest.skip("the family has none")
+    prompt = model.target.chat_prompt("What?")
+    assert model.tokenizer(prompt)["input_ids"].count(begin) == 2  # what would be
+    assert model.target.prepare(prompt)["input_ids"][0].tolist().count(begin) == 1
+    assert template_of(model.target).encode(prompt, []).input_ids.count(begin) == 1
+
+
+def test_through_generate(model: MSDModel) -> None:
+    for count in (0, 1):
+        inputs = asked(model, "Which?", count)
+        settings = {"max_new_tokens": 20, "do_sample": False}
+        expected = model.target.model.generate(**inputs, **settings)
+        assert torch.equal(model.target.model.generate(**inputs, **settings, custom_generate=model), expected)
+
+
+def test_a_batch_is_as_if_alone(model: MSDModel) -> None:
+    questions = [("Hi", 0), ("Which of these shapes can you count? " * 3, 1), ("And?", 2)]
+    prompts = [model.target.chat_prompt(question, count) for question, count in questions]
+    batch = model.target.prepare(prompts, pictures(3))
+    output = model.generate(**batch, max_new_tokens=25, temperature=0.0, tree=TREES[1])
+    for index, (prompt, own) in enumerate(zip(prompts, ([], pictures(1), pictures(2, 1)), strict=True)):
+        if index == 2:  # the seed of a picture is its place
+            own = pictures(3)[1:]
+        alone = model.target.prepare(prompt, own)
+        expected = model.target.model.generate(**alone, max_new_tokens=25, do_sample=False)
+        assert output.tokens[index] == expected[0, alone["input_ids"].shape[1] :].tolist()
+
+
+def test_one_seed_one_answer(model: MSDModel) -> None:
+    inputs = asked(model, "Which?", 1)
+    settings = {"max_new_tokens": 25, "temperature": 1.0, "seed": 3}
+    plain = MSDModel(model.target, None).generate(**inputs, **settings)
+    assert model.generate(**inputs, **settings).tokens == plain.tokens
+
+
+def test_hidden_states_of_padded_prompts(model: MSDModel) -> None:
+    """As data generation reads them: a batch padded on the right gives what each prompt gives alone."""
+    template = template_of(model.target)
+    single = [asked(model, "Which of these?", 2), asked(model, "Hi", 1, 2)]
+    longest = max(one["input_ids"].shape[1] for one in single)
+    ids, mask = (
+        torch.cat([torch.nn.functional.pad(one[name], (0, longest - one[name].shape[1])) for one in single])
+        for name in ("input_ids", "attention_mask")
+    )
+    images = [{name: one[name] for name in template.image_inputs} for one in single]
+    together = model.target.prefill({"input_ids": ids, "attention_mask": mask, **join_images(images)})
+    for index, own in enumerate(single):
+        expected = model.target.prefill(own)
+        count = own["input_ids"].shape[1]
+        assert torch.allclose(together.hidden[index, :count], expected.hidden[0], atol=1e-4)
+        assert torch.equal(together.image_mask[index, :count], expected.image_mask[0])
+
+
+ROWS: list[tuple[dict[str, Any], list[str]]] = [
+    ({"conversations": turns("Name two rivers.", "The Nile.", "And?", "The Rhine.")}, ["The Nile.", "The Rhine."]),
+    ({"conversations": turns("<image>\nWhat colours?", "Red.", "More?", "No."), "image": "0.png"}, ["Red.", "No."]),
+    ({"conversations": turns("<image> and <image>?", "Both"), "image": ["1.png", "2.png"]}, ["Both"]),
+    ({"conversations": [{"from": "system", "value": "Be brief."}, *turns("q", "a")]}, ["a"]),
+]
+
+
+@pytest.mark.parametrize(("row", "answers"), ROWS, ids=["text", "picture", "two pictures", "system"])
+def test_what_is_learnt_and_what_is_asked(
+    model: MSDModel, tmp_path: Path, row: dict[str, Any], answers: list[str]
+) -> None:
+    target, template = model.target, template_of(model.target)
+    for index, picture in enumerate(pictures(3)):
+        picture.save(tmp_path / f"{index}.png")
+    conversation = read_conversation({"id": "r", **row}, 0)
+    prepared = template.prepare(conversation, tmp_path, 1000)
+    inputs = target.prepare(
+        "".join(part.text for part in template.segments(conversation)),
+        [tmp_path / name for name in conversation.images],
+    )
+    assert torch.equal(inputs["input_ids"][0], prepared.input_ids)
+    for name in template.image_inputs if conversation.images else ():
+        assert torch.equal(inputs[name], prepared.images[name])
+    learnt = target.tokenizer.decode(prepared.input_ids[prepared.loss_mask])
+    end = ENDS.get(target.family, "<|im_end|>")
+    assert learnt.replace(" ", "") == "".join(answer + end for answer in answers).replace(" ", "")
+
+
+@pytest.mark.parametrize("tree", TREES, ids=str)
+def test_videos(model: MSDModel, tree: TreeConfig) -> None:
+    family = model.target.family
+    if family == "gemma3":
+        pytest.skip("the family does not have videos")
+    video = np.random.default_rng(0).integers(0, 255, (4, 56, 56, 3), dtype=np.uint8)
+    mark = {"internvl": "<video>", "llava_onevision": "<video>"}.get(
+        family, "<|vision_start|><|video_pad|><|vision_end|>"
+    )
+    settings: dict[str, Any] = {}
+    if "qwen3" in family:
+        metadata = VideoMetadata(total_num_frames=4, fps=2.0, frames_indices=[0, 1, 2, 3])
+        settings = {"video_metadata": [metadata], "do_sample_frames": False}
+    text = f"user {mark} What happens? assistant"
+    inputs = dict(model.target.processor(text=[text], videos=[video], return_tensors="pt", **settings))
+    inputs = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    check(model, inputs, tree=tree)
+
+
+def test_too_many_or_too_few_pictures(model: MSDModel) -> None:
+    inputs = asked(model, "What?", 2)
+    for name in template_of(model.target).image_inputs:
+        inputs.pop(name)
+    with pytest.raises(UserError, match="image tokens"):
+        model.generate(**inputs, max_new_tokens=2, temperature=0.0)
+
+
+@pytest.mark.slow
+def test_three_hundred_prompts(model: MSDModel) -> None:
+    """Random words with and without pictures, trees of several shapes, batches of one and of three."""
+    random = np.random.default_rng(0)
+    trees = [*TREES, TreeConfig(1, 4, 4), TreeConfig(4, 1, 5), TreeConfig(3, 8, 25)]
+    accepted: list[int] = []
+    for number in range(300):
+        question = " ".join(random.choice(WORDS, int(random.integers(1, 40))))
+        inputs = asked(model, question, int(random.integers(0, 4)), int(random.integers(0, 3)))
+        accepted += check(model, inputs, length=20, tree=trees[number % len(trees)])
+    assert sum(accepted) > 0
