@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from eagle.doctor import Check, State
-from eagle.doctor.models import Contents
+from eagle.doctor import Check, State, problems
 from eagle.drafts.config import DraftConfig
 from eagle.serving.draft import refuse_unportable
 from eagle.serving.engine import INSTALL_PLUGIN, find_vllm
@@ -15,10 +14,11 @@ VLLM, SERVED = "vLLM", "draft in vLLM"
 def check_vllm(python: str) -> Check:
     """vLLM and the plugin in the environment of an interpreter. Nothing else needs them, so that they are missing is
     no problem."""
-    try:
+    failed: list[Check] = []
+    with problems(failed, VLLM):
         vllm = find_vllm(python, ask_runner=True)
-    except UserError as error:
-        return Check.of_error(VLLM, error)
+    if failed:
+        return failed[0]
     if vllm.version is None:
         return Check(VLLM, State.OK, "not installed; only msd serve needs it")
     found = f"{vllm.version}, {vllm.runner or 'unknown'} model runner"
@@ -30,11 +30,10 @@ def check_vllm(python: str) -> Check:
     return Check(VLLM, State.OK, found)
 
 
-def check_served_draft(draft: Contents) -> Check:
+def check_served_draft(config: DraftConfig, name: str) -> Check:
     """Whether vLLM can run a draft with its settings."""
     try:
-        config = DraftConfig.from_dict(draft.config, where=f"{draft.where}/config.json", tensors=draft.names)
-        refuse_unportable(config, draft.where)
+        refuse_unportable(config, name)
     except UserError as error:
         return Check(SERVED, State.WARNING, error.what, error.fix or "")
     return Check(SERVED, State.OK, "can be exported (msd export --to vllm)")
