@@ -3,6 +3,7 @@
     make_qwen3_vl(folder)        Qwen3-VL; moe=True for the one with experts
     make_qwen3_5(folder)         Qwen3.5; moe=True for the one with experts
     make_gemma3(folder)          Gemma 3
+    make_gemma4(folder)          Gemma 4; kind="experts" or "plain" for the layers of the larger ones
     make_internvl(folder)        InternVL around a Qwen2
     make_onevision(folder)       LLaVA-OneVision around a Qwen2
 
@@ -23,6 +24,12 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     Gemma3ImageProcessor,
     Gemma3Processor,
+    Gemma4AudioFeatureExtractor,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
+    Gemma4ImageProcessor,
+    Gemma4Processor,
+    Gemma4VideoProcessor,
     GotOcr2ImageProcessor,
     InternVLConfig,
     InternVLForConditionalGeneration,
@@ -68,6 +75,29 @@ GEMMA_TEMPLATE = (
     "{% if part['type'] == 'image' %}<start_of_image>"
     "{% else %}{{ part['text'] | trim }}{% endif %}{% endfor %}<end_of_turn>\n{% endfor %}"
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+GEMMA4_SPECIAL = (
+    "<pad>",
+    "<eos>",
+    "<bos>",
+    "<|turn>",
+    "<turn|>",
+    "<|channel>",
+    "<channel|>",
+    "<|image>",
+    "<|image|>",
+    "<image|>",
+    "<|video|>",
+    "<|audio>",
+    "<|audio|>",
+    "<audio|>",
+)
+GEMMA4_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|turn>"
+    "{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|image|>{% elif part['type'] == 'video' %}<|video|>"
+    "{% else %}{{ part['text'] | trim }}{% endif %}{% endfor %}<turn|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|turn>model\n<|channel>thought\n<channel|>{% endif %}"
 )
 INTERN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>")
 INTERN_TEMPLATE = (
@@ -279,6 +309,77 @@ def make_gemma3(folder: str | Path, *, seed: int = 0, **text: Any) -> Path:
     images = Gemma3ImageProcessor(size={"height": SIDE, "width": SIDE})
     processor = Gemma3Processor(images, tokenizer, chat_template=GEMMA_TEMPLATE, image_seq_length=4)
     return _save(model, processor, ids, "<end_of_turn>", "<pad>", folder)
+
+
+def make_gemma4(folder: str | Path, *, kind: str = "small", seed: int = 0, **text: Any) -> Path:
+    """Writes a Gemma 4 whose pictures have 70 tokens at most and whose window has 24.
+
+    Args:
+        kind: "small": what layers read of the tokens, and shared keys and values; "plain": pictures whose tokens see
+            each other, and keys that are the values; "experts": as plain, with experts.
+    """
+    torch.manual_seed(seed)
+    tokens = {"image": "<|image|>", "boi": "<|image>", "eoi": "<image|>"}
+    tokens |= {"audio": "<|audio|>", "boa": "<|audio>", "eoa": "<audio|>"}
+    tokenizer = byte_tokenizer(
+        GEMMA4_SPECIAL, "<eos>", "<pad>", **{f"{name}_token": token for name, token in tokens.items()}
+    )
+    ids = _ids(tokenizer, GEMMA4_SPECIAL)
+    small = {"hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2, "use_double_wide_mlp": True}
+    plain = {
+        "hidden_size_per_layer_input": 0,
+        "use_bidirectional_attention": "vision",
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+    }
+    experts = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}
+    kinds = {"small": small, "plain": plain, "experts": {**plain, **experts}}
+    config = Gemma4Config(
+        text_config={
+            **TEXT,
+            "num_hidden_layers": 6,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "vocab_size": len(tokenizer),
+            "vocab_size_per_layer_input": len(tokenizer),
+            "sliding_window": 24,
+            "final_logit_softcapping": 0.3,
+            "eos_token_id": ids["<turn|>"],
+            "bos_token_id": ids["<bos>"],
+            "pad_token_id": ids["<pad>"],
+            **kinds[kind],
+            **text,
+        },
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "patch_size": 4,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 128,
+        },
+        audio_config=None,
+        image_token_id=ids["<|image|>"],
+        video_token_id=ids["<|video|>"],
+        audio_token_id=ids["<|audio|>"],
+        boi_token_id=ids["<|image>"],
+        eoi_token_id=ids["<image|>"],
+    )
+    model = Gemma4ForConditionalGeneration(config)
+    sizes = {"patch_size": 4, "pooling_kernel_size": 2, "max_soft_tokens": 70}
+    processor = Gemma4Processor(
+        Gemma4AudioFeatureExtractor(),
+        Gemma4ImageProcessor(**sizes),
+        tokenizer,
+        Gemma4VideoProcessor(**sizes),
+        chat_template=GEMMA4_TEMPLATE,
+        image_seq_length=70,
+    )
+    return _save(model, processor, ids, "<turn|>", "<pad>", folder)
 
 
 def make_internvl(folder: str | Path, *, seed: int = 0, **text: Any) -> Path:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from eagle.families.registry import FAMILIES
 from llava.errors import UserError
 from llava.files import read_object
 from llava.hub import Source
@@ -22,10 +23,12 @@ HEAD_NAMES = ("lm_head.weight", "language_model.lm_head.weight")
 
 
 class BaseTensors(NamedTuple):
-    """``embed`` [V, H] the token embedding; ``head`` [V, H] the weight of ``lm_head``; in the base's dtype."""
+    """``embed`` [V, H] the token embedding; ``head`` [V, H] the weight of ``lm_head``; in the base's dtype. ``cap``: the
+    base's logits l are ``cap * tanh(l / cap)``."""
 
     embed: Tensor
     head: Tensor
+    cap: float | None = None
 
 
 def load_base_tensors(path: str | Path, **hub: Any) -> BaseTensors:
@@ -50,4 +53,5 @@ def load_base_tensors(path: str | Path, **hub: Any) -> BaseTensors:
         head = embed
     if embed.shape != head.shape:
         raise UserError(f"embedding {list(embed.shape)} and lm_head {list(head.shape)} differ in shape", where=path)
-    return BaseTensors(embed, head)
+    caps = any(family.caps_logits and config.get("model_type") in family.model_types for family in FAMILIES)
+    return BaseTensors(embed, head, (config.get("text_config") or {}).get("final_logit_softcapping") if caps else None)

@@ -11,7 +11,7 @@ FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention
 ONE_WINDOW = ("mistral", "phi3")
 """Text models that use one window in all layers and take one mask."""
 MASK_BY_LAYER_TYPE = (
-    "cohere2", "gemma2", "gemma3_text", "ministral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3", "smollm3",
+    "cohere2", "gemma2", "gemma3_text", "gemma4_text", "ministral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3", "smollm3",
 )  # fmt: skip
 """Text models that take a mask for each type of layer, as a mapping."""
 LINEAR_STATES = ("qwen3_5_text", "qwen3_5_moe_text")

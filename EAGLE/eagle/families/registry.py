@@ -33,6 +33,7 @@ class Family:
         template: training template, ``module:class``.
         training_name: ``--model_type`` of training; with ``_t`` or ``_v`` that of the allocation.
         eval_model: ``--model`` of lmms-eval.
+        caps_logits: the stock model applies ``final_logit_softcapping`` of its text config.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Family:
     template: str
     training_name: str
     eval_model: str
+    caps_logits: bool = False
 
     def target_class(self) -> type[Target]:
         return _imported(self.target)
@@ -121,6 +123,15 @@ FAMILIES: tuple[Family, ...] = (
         template="eagle.families.gemma3.template:Gemma3Template",
         training_name="gemma3",
         eval_model="gemma3_msd",
+    ),
+    Family(
+        "gemma4",
+        model_types=("gemma4",),
+        target="eagle.families.gemma4.target:Gemma4Target",
+        template="eagle.families.gemma4.template:Gemma4Template",
+        training_name="gemma4",
+        eval_model="gemma4_msd",
+        caps_logits=True,
     ),
     Family(
         "internvl",

@@ -11,7 +11,7 @@ import pytest
 import torch
 from corpus_support import turns
 from tiny_draft import make_draft
-from tiny_families import make_gemma3, make_internvl, make_onevision, make_qwen3_vl
+from tiny_families import make_gemma3, make_gemma4, make_internvl, make_onevision, make_qwen3_vl
 from tiny_llava import make_image
 from transformers.video_utils import VideoMetadata
 
@@ -26,6 +26,9 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "qwen3_vl": make_qwen3_vl,
     "qwen3_vl_moe": lambda folder: make_qwen3_vl(folder, moe=True),
     "gemma3": make_gemma3,
+    "gemma4": make_gemma4,
+    "gemma4_plain": lambda folder: make_gemma4(folder, kind="plain"),
+    "gemma4_experts": lambda folder: make_gemma4(folder, kind="experts"),
     "internvl": make_internvl,
     "llava_onevision": make_onevision,
 }
@@ -51,7 +54,7 @@ WORDS = [
     "numbers",
     "here",
 ]
-ENDS = {"gemma3": "<end_of_turn>", "llava_onevision": "<|im_end|>"}
+ENDS = {"gemma3": "<end_of_turn>", "gemma4": "<turn|>", "llava_onevision": "<|im_end|>"}
 
 
 @pytest.fixture(scope="module", params=MAKERS)
@@ -186,11 +189,11 @@ def test_videos(model: MSDModel, tree: TreeConfig) -> None:
     if family == "gemma3":
         pytest.skip("the family does not have videos")
     video = np.random.default_rng(0).integers(0, 255, (4, 56, 56, 3), dtype=np.uint8)
-    mark = {"internvl": "<video>", "llava_onevision": "<video>"}.get(
+    mark = {"internvl": "<video>", "llava_onevision": "<video>", "gemma4": "<|video|>"}.get(
         family, "<|vision_start|><|video_pad|><|vision_end|>"
     )
     settings: dict[str, Any] = {}
-    if "qwen3" in family:
+    if "qwen3" in family or family == "gemma4":
         metadata = VideoMetadata(total_num_frames=4, fps=2.0, frames_indices=[0, 1, 2, 3])
         settings = {"video_metadata": [metadata], "do_sample_frames": False}
     text = f"user {mark} What happens? assistant"
