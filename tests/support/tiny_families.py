@@ -4,6 +4,9 @@
     make_qwen3_5(folder)         Qwen3.5; moe=True for the one with experts
     make_gemma3(folder)          Gemma 3
     make_gemma4(folder)          Gemma 4; kind="experts" or "plain" for the layers of the larger ones
+    make_mistral3(folder)        Mistral 3
+    make_glm(folder, kind)       kind: glm4v, glm4v_moe, glm46v or glm_ocr
+    make_paddleocr(folder)       PaddleOCR-VL
     make_internvl(folder)        InternVL around a Qwen2
     make_onevision(folder)       LLaVA-OneVision around a Qwen2
 
@@ -30,6 +33,20 @@ from transformers import (
     Gemma4ImageProcessor,
     Gemma4Processor,
     Gemma4VideoProcessor,
+    Glm4vConfig,
+    Glm4vForConditionalGeneration,
+    Glm4vImageProcessor,
+    Glm4vMoeConfig,
+    Glm4vMoeForConditionalGeneration,
+    Glm4vProcessor,
+    Glm4vVideoProcessor,
+    Glm46VConfig,
+    Glm46VForConditionalGeneration,
+    Glm46VImageProcessor,
+    Glm46VProcessor,
+    Glm46VVideoProcessor,
+    GlmOcrConfig,
+    GlmOcrForConditionalGeneration,
     GotOcr2ImageProcessor,
     InternVLConfig,
     InternVLForConditionalGeneration,
@@ -40,6 +57,14 @@ from transformers import (
     LlavaOnevisionImageProcessor,
     LlavaOnevisionProcessor,
     LlavaOnevisionVideoProcessor,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PaddleOCRVLConfig,
+    PaddleOCRVLForConditionalGeneration,
+    PaddleOCRVLImageProcessor,
+    PaddleOCRVLProcessor,
+    PixtralImageProcessor,
+    PixtralProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2VLImageProcessor,
@@ -98,6 +123,66 @@ GEMMA4_TEMPLATE = (
     "{% if part['type'] == 'image' %}<|image|>{% elif part['type'] == 'video' %}<|video|>"
     "{% else %}{{ part['text'] | trim }}{% endif %}{% endfor %}<turn|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|turn>model\n<|channel>thought\n<channel|>{% endif %}"
+)
+MISTRAL_SPECIAL = (
+    "<unk>",
+    "<s>",
+    "</s>",
+    "<pad>",
+    "[INST]",
+    "[/INST]",
+    "[SYSTEM_PROMPT]",
+    "[/SYSTEM_PROMPT]",
+    "[IMG]",
+    "[IMG_BREAK]",
+    "[IMG_END]",
+)
+MISTRAL_TEMPLATE = (
+    "{{ '<s>' }}{% for message in messages %}{% if message['role'] == 'system' %}[SYSTEM_PROMPT]"
+    "{{ message['content'][0]['text'] }}[/SYSTEM_PROMPT]{% elif message['role'] == 'user' %}[INST]"
+    "{% for part in message['content'] %}{{ '[IMG]' if part['type'] == 'image' else part['text'] }}{% endfor %}[/INST]"
+    "{% else %}{{ message['content'][0]['text'] + '</s>' }}{% endif %}{% endfor %}"
+)
+GLM_SPECIAL = (
+    "<|endoftext|>",
+    "[gMASK]",
+    "<sop>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<think>",
+    "</think>",
+    "<|begin_of_image|>",
+    "<|end_of_image|>",
+    "<|begin_of_video|>",
+    "<|end_of_video|>",
+    "<|image|>",
+    "<|video|>",
+)
+GLM_TEMPLATE = (
+    "[gMASK]<sop>{% for message in messages %}<|{{ message['role'] }}|>\nTHOUGHT{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|begin_of_image|><|image|><|end_of_image|>"
+    "{% elif part['type'] == 'video' %}<|begin_of_video|><|video|><|end_of_video|>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+PADDLE_SPECIAL = (
+    "<unk>",
+    "</s>",
+    "<|begin_of_sentence|>",
+    "<|IMAGE_START|>",
+    "<|IMAGE_PLACEHOLDER|>",
+    "<|IMAGE_END|>",
+    "<|video_pad|>",
+)
+PADDLE_TEMPLATE = (
+    "<|begin_of_sentence|>{% for message in messages %}{% if message['role'] == 'user' %}{{ 'User: ' }}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{{ '\n' }}{% elif message['role'] == 'assistant' %}{{ 'Assistant:\n' + message['content'][0]['text'] + '</s>' }}"
+    "{% else %}{{ message['content'][0]['text'] + '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
 )
 INTERN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>")
 INTERN_TEMPLATE = (
@@ -380,6 +465,144 @@ def make_gemma4(folder: str | Path, *, kind: str = "small", seed: int = 0, **tex
         image_seq_length=70,
     )
     return _save(model, processor, ids, "<turn|>", "<pad>", folder)
+
+
+def make_mistral3(folder: str | Path, *, seed: int = 0, **text: Any) -> Path:
+    """Writes a Mistral 3 around a Mistral."""
+    torch.manual_seed(seed)
+    tokenizer = byte_tokenizer(MISTRAL_SPECIAL, "</s>", "<pad>")
+    ids = _ids(tokenizer, MISTRAL_SPECIAL)
+    config = Mistral3Config(
+        text_config={
+            "model_type": "mistral",
+            **TEXT,
+            "head_dim": 8,
+            "vocab_size": len(tokenizer),
+            "sliding_window": None,
+            "eos_token_id": ids["</s>"],
+            "tie_word_embeddings": False,
+            **text,
+        },
+        vision_config={
+            "model_type": "pixtral",
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "head_dim": 8,
+            "image_size": 56,
+            "patch_size": 7,
+        },
+        image_token_index=ids["[IMG]"],
+        spatial_merge_size=2,
+        tie_word_embeddings=False,
+    )
+    model = Mistral3ForConditionalGeneration(config)
+    processor = PixtralProcessor(
+        PixtralImageProcessor(size={"longest_edge": 56}, patch_size=7),
+        tokenizer,
+        patch_size=7,
+        spatial_merge_size=2,
+        chat_template=MISTRAL_TEMPLATE,
+    )
+    return _save(model, processor, ids, "</s>", "<pad>", folder)
+
+
+def make_glm(folder: str | Path, kind: str = "glm4v", *, seed: int = 0, **text: Any) -> Path:
+    """Writes a GLM-4.1V, GLM-4.5V, GLM-4.6V or GLM-OCR."""
+    torch.manual_seed(seed)
+    tokenizer = byte_tokenizer(
+        GLM_SPECIAL, "<|endoftext|>", "<|endoftext|>", image_token="<|image|>", video_token="<|video|>"
+    )
+    ids = _ids(tokenizer, GLM_SPECIAL)
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
+    if kind == "glm4v_moe":
+        experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1}
+        text = {**experts, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, **text}
+        rope |= {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}
+    config: dict[str, Any] = {
+        "text_config": {
+            **TEXT,
+            "head_dim": 8,
+            "vocab_size": len(tokenizer),
+            "rope_parameters": rope,
+            "eos_token_id": ids["<|endoftext|>"],
+            "pad_token_id": ids["<|endoftext|>"],
+            "tie_word_embeddings": False,
+            **text,
+        },
+        "vision_config": {
+            "depth": 2,
+            "hidden_size": 16,
+            "num_heads": 2,
+            "intermediate_size": 32,
+            "out_hidden_size": 32,
+            "patch_size": 14,
+            "image_size": 56,
+        },
+        "image_token_id": ids["<|image|>"],
+        "video_token_id": ids["<|video|>"],
+        "image_start_token_id": ids["<|begin_of_image|>"],
+        "image_end_token_id": ids["<|end_of_image|>"],
+        "video_start_token_id": ids["<|begin_of_video|>"],
+        "video_end_token_id": ids["<|end_of_video|>"],
+        "tie_word_embeddings": False,
+    }
+    classes: dict[str, tuple[Any, Any]] = {
+        "glm4v": (Glm4vForConditionalGeneration, Glm4vConfig),
+        "glm4v_moe": (Glm4vMoeForConditionalGeneration, Glm4vMoeConfig),
+        "glm46v": (Glm46VForConditionalGeneration, Glm46VConfig),
+        "glm_ocr": (GlmOcrForConditionalGeneration, GlmOcrConfig),
+    }
+    model_class, config_class = classes[kind]
+    processors: tuple[Any, Any, Any] = (Glm46VProcessor, Glm46VImageProcessor, Glm46VVideoProcessor)
+    if kind.startswith("glm4v"):
+        processors = (Glm4vProcessor, Glm4vImageProcessor, Glm4vVideoProcessor)
+    sizes = {"patch_size": 14, "size": {"shortest_edge": 56 * 56, "longest_edge": 2 * 112 * 112}}
+    thought = "{{ '<think></think>\n' if message['role'] == 'assistant' else '' }}" if kind == "glm46v" else ""
+    processor = processors[0](
+        processors[1](**sizes),
+        tokenizer,
+        processors[2](**sizes),
+        chat_template=GLM_TEMPLATE.replace("THOUGHT", thought),
+    )
+    return _save(model_class(config_class(**config)), processor, ids, "<|endoftext|>", "<|endoftext|>", folder)
+
+
+def make_paddleocr(folder: str | Path, *, seed: int = 0, **text: Any) -> Path:
+    """Writes a PaddleOCR-VL."""
+    torch.manual_seed(seed)
+    tokenizer = byte_tokenizer(PADDLE_SPECIAL, "</s>", "<unk>", image_token="<|IMAGE_PLACEHOLDER|>")
+    ids = _ids(tokenizer, PADDLE_SPECIAL)
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 5e5}
+    config = PaddleOCRVLConfig(
+        text_config={
+            **TEXT,
+            "head_dim": 8,
+            "vocab_size": len(tokenizer),
+            "rope_parameters": rope,
+            "eos_token_id": ids["</s>"],
+            "pad_token_id": ids["<unk>"],
+            "tie_word_embeddings": False,
+            **text,
+        },
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 56,
+            "patch_size": 14,
+        },
+        image_token_id=ids["<|IMAGE_PLACEHOLDER|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|IMAGE_START|>"],
+        vision_end_token_id=ids["<|IMAGE_END|>"],
+        tie_word_embeddings=False,
+    )
+    sizes = {"min_pixels": 56 * 56, "max_pixels": 112 * 112}
+    processor = PaddleOCRVLProcessor(PaddleOCRVLImageProcessor(**sizes), tokenizer, chat_template=PADDLE_TEMPLATE)
+    return _save(PaddleOCRVLForConditionalGeneration(config), processor, ids, "</s>", "<unk>", folder)
 
 
 def make_internvl(folder: str | Path, *, seed: int = 0, **text: Any) -> Path:

@@ -11,7 +11,16 @@ import pytest
 import torch
 from corpus_support import turns
 from tiny_draft import make_draft
-from tiny_families import make_gemma3, make_gemma4, make_internvl, make_onevision, make_qwen3_vl
+from tiny_families import (
+    make_gemma3,
+    make_gemma4,
+    make_glm,
+    make_internvl,
+    make_mistral3,
+    make_onevision,
+    make_paddleocr,
+    make_qwen3_vl,
+)
 from tiny_llava import make_image
 from transformers.video_utils import VideoMetadata
 
@@ -30,6 +39,12 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "gemma4_plain": lambda folder: make_gemma4(folder, kind="plain"),
     "gemma4_experts": lambda folder: make_gemma4(folder, kind="experts"),
     "internvl": make_internvl,
+    "mistral3": make_mistral3,
+    "glm4v": make_glm,
+    "glm4v_moe": lambda folder: make_glm(folder, "glm4v_moe"),
+    "glm46v": lambda folder: make_glm(folder, "glm46v"),
+    "glm_ocr": lambda folder: make_glm(folder, "glm_ocr"),
+    "paddleocr_vl": make_paddleocr,
     "llava_onevision": make_onevision,
 }
 TREES = [TreeConfig(5, 10, 60), TreeConfig(2, 2, 6)]
@@ -54,7 +69,9 @@ WORDS = [
     "numbers",
     "here",
 ]
-ENDS = {"gemma3": "<end_of_turn>", "gemma4": "<turn|>", "llava_onevision": "<|im_end|>"}
+ENDS = {"gemma3": "<end_of_turn>", "gemma4": "<turn|>", "mistral3": "</s>", "paddleocr_vl": "</s>"}
+PICTURES_ONLY = ("gemma3", "mistral3", "glm4v", "glm4v_moe", "glm46v", "glm_ocr", "paddleocr_vl")
+THOUGHTS = {"glm46v": "<think></think>\n"}
 
 
 @pytest.fixture(scope="module", params=MAKERS)
@@ -179,15 +196,16 @@ def test_what_is_learnt_and_what_is_asked(
     for name in template.image_inputs if conversation.images else ():
         assert torch.equal(inputs[name], prepared.images[name])
     learnt = target.tokenizer.decode(prepared.input_ids[prepared.loss_mask])
-    end = ENDS.get(target.family, "<|im_end|>")
-    assert learnt.replace(" ", "") == "".join(answer + end for answer in answers).replace(" ", "")
+    end = ENDS.get(target.family, "<|endoftext|>" if "glm" in target.family else "<|im_end|>")
+    thought = THOUGHTS.get(target.family, "")
+    assert learnt.replace(" ", "") == "".join(thought + answer + end for answer in answers).replace(" ", "")
 
 
 @pytest.mark.parametrize("tree", TREES, ids=str)
 def test_videos(model: MSDModel, tree: TreeConfig) -> None:
     family = model.target.family
-    if family == "gemma3":
-        pytest.skip("the family does not have videos")
+    if family in PICTURES_ONLY:
+        pytest.skip("pictures only")
     video = np.random.default_rng(0).integers(0, 255, (4, 56, 56, 3), dtype=np.uint8)
     mark = {"internvl": "<video>", "llava_onevision": "<video>", "gemma4": "<|video|>"}.get(
         family, "<|vision_start|><|video_pad|><|vision_end|>"
