@@ -81,15 +81,16 @@ class Target(ABC):
     """A transformers model and its processor.
 
     ``family``: name of the family in `eagle.families.registry`. ``media``: the kinds of media that its prompts may
-    have. Positions are 0, 1, 2, … unless the family's class says otherwise.
+    have. ``text_types``: text models of this family alone, beside those of `eagle.families.layers`. Positions are 0, 1, 2, … unless the family's class says otherwise.
     """
 
     family: ClassVar[str]
     media: ClassVar[tuple[Media, ...]] = (Media("image", "image_token_id", ("pixel_values",)),)
+    text_types: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: PreTrainedModel, processor: Any) -> None:
         check_attention(model.config.get_text_config()._attn_implementation)
-        self.layers = attention_layers(model.config.get_text_config())
+        self.layers = attention_layers(model.config.get_text_config(), self.text_types)
         self.model = model.eval()
         self.processor = processor
 
@@ -137,9 +138,10 @@ class Target(ABC):
         """Position ids [B, N] of text tokens in the form that the family's text model takes."""
         return positions
 
-    def read_ids(self, tokens: Tensor) -> Tensor:
-        """Generated ids as the stock model reads them, of the same shape."""
-        return tokens
+    def token_reader(self) -> Callable[[Tensor], dict[str, Tensor]]:
+        """What the text model is given for generated tokens [B, N]."""
+        embed = self.model.get_input_embeddings()
+        return lambda tokens: {"inputs_embeds": embed(tokens)}
 
     def read_prompt(self, prompt: PromptEmbeds, positions: Tensor, **arguments: Any) -> Tensor:
         """The text model's forward over prompts.
@@ -351,7 +353,7 @@ class Target(ABC):
             [B, N, H] hidden states after the final norm.
         """
         output = self.text_model(
-            input_ids=self.read_ids(tokens),
+            **self.token_reader()(tokens),
             attention_mask=mask,
             position_ids=self.text_positions(positions),
             use_cache=True,

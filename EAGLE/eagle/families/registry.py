@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava.errors import UserError
+from llava.errors import UserError, reason_of
 from llava.files import read_object
 from llava.hub import HUB_KEYS, Source
 from llava.loading import load_errors
@@ -246,9 +246,10 @@ def load_target(path: str | Path, dtype: Any = "auto", device_map: Any = None, *
     if isinstance(kwargs.get("attn_implementation"), str):  # before the weights are read
         check_attention(kwargs["attn_implementation"])
     leave_out_cudnn_attention()
-    family = family_of(path, **{key: kwargs[key] for key in HUB_KEYS if key in kwargs})
+    hub = {key: kwargs[key] for key in HUB_KEYS if key in kwargs}
+    family, target_class = family_of(path, **hub), _target_class(path, **hub)
     with load_errors("base model cannot be loaded", path, weights=True):
-        target = family.target_class().load(str(path), dtype=dtype, device_map=device_map, **kwargs)
+        target = target_class.load(str(path), dtype=dtype, device_map=device_map, **kwargs)
     if target.offloaded:
         raise UserError(
             "a part of the base model did not fit on the devices and was offloaded, where it cannot be decoded with",
@@ -256,6 +257,28 @@ def load_target(path: str | Path, dtype: Any = "auto", device_map: Any = None, *
             fix="take 16 bit, a quantization_config, a smaller model, more devices, or --device-map cpu",
         )
     return target
+
+
+def _target_class(path: str | Path, **hub: Any) -> type[Target]:
+    """The family's class, if the installed transformers has its models and the text model is known."""
+    from transformers import __version__
+
+    from eagle.families.layers import check_text_type
+
+    family = family_of(path, **hub)
+    try:
+        target_class = family.target_class()
+    except ImportError as error:
+        raise UserError(
+            f"transformers {__version__} does not have the model '{family.name}' ({reason_of(error)})",
+            path,
+            "install a newer release of transformers",
+        ) from error
+    text = read_object(_config_file(path, **hub), "base model config").get("text_config")
+    kind = text.get("model_type") if isinstance(text, dict) else None
+    if isinstance(kind, str):  # before weights are downloaded
+        check_text_type(kind, target_class.text_types)
+    return target_class
 
 
 def template_of(target: Target) -> Template:

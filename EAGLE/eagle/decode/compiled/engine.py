@@ -236,14 +236,13 @@ def filled(mask: Tensor, rows: int, columns: int) -> Tensor:
 
 def verifier(target: Target) -> Callable[..., tuple[Tensor, Tensor]]:
     """The forward of `StaticEngine.verify`, as a function to compile."""
-    text_model, read_ids = target.text_model, target.read_ids
+    text_model, read = target.text_model, target.token_reader()
     head, cache_argument = target.head_function(), target.cache_argument
 
     def verify(tokens: Tensor, positions: Tensor, mask: LayerMasks, cache: StaticCache) -> tuple[Tensor, Tensor]:
         given = {cache_argument: cache}
-        output = text_model(
-            input_ids=read_ids(tokens), attention_mask=mask, position_ids=positions, use_cache=True, **given
-        )
+        given |= read(tokens)
+        output = text_model(attention_mask=mask, position_ids=positions, use_cache=True, **given)
         return output.last_hidden_state, head(output.last_hidden_state)
 
     return verify

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ class Gemma4Target(StockTarget):
 
     family = "gemma4"
     model_class = Gemma4ForConditionalGeneration
+    text_types = ("gemma4_text",)
     media = (
         Media("image", "image_token_id", ("pixel_values", "image_position_ids")),
         Media("video", "video_token_id", ("pixel_values_videos", "video_position_ids", "num_frames_per_video")),
@@ -29,10 +30,21 @@ class Gemma4Target(StockTarget):
         config = self.config
         self.media_ids = (config.image_token_id, config.video_token_id, config.audio_token_id)
 
-    def read_ids(self, tokens: Tensor) -> Tensor:
+    def read_ids(self, ids: Tensor) -> Tensor:
         """Ids of media are read as padding."""
-        is_media = torch.stack([tokens == index for index in self.media_ids]).any(dim=0)
-        return tokens.masked_fill(is_media, self.config.get_text_config().pad_token_id)
+        is_media = torch.stack([ids == index for index in self.media_ids]).any(dim=0)
+        return ids.masked_fill(is_media, self.config.get_text_config().pad_token_id)
+
+    def token_reader(self) -> Callable[[Tensor], dict[str, Tensor]]:
+        text, read_ids, plain = self.text_model, self.read_ids, super().token_reader()
+        if not self.config.get_text_config().hidden_size_per_layer_input:
+            return lambda tokens: plain(read_ids(tokens))
+
+        def read(tokens: Tensor) -> dict[str, Tensor]:
+            ids = read_ids(tokens)
+            return plain(ids) | {"per_layer_inputs": text.get_per_layer_inputs(ids)}
+
+        return read
 
     def embed_prompt(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> PromptEmbeds:
         if inputs.get("input_features") is not None or bool((input_ids == self.config.audio_token_id).any()):

@@ -18,6 +18,7 @@ class Glm4vTarget(Qwen2VLTarget):
 
     family = "glm4v"
     model_class = Glm4vForConditionalGeneration
+    text_types = ("glm4v_text",)
     media = (Media("image", "image_token_id", ("pixel_values", "image_grid_thw")),)
 
 
@@ -26,6 +27,7 @@ class Glm4vMoeTarget(Glm4vTarget):
 
     family = "glm4v_moe"
     model_class = Glm4vMoeForConditionalGeneration
+    text_types = ("glm4v_moe_text",)
 
 
 class Glm46VTarget(Glm4vTarget):
@@ -33,6 +35,7 @@ class Glm46VTarget(Glm4vTarget):
 
     family = "glm46v"
     model_class = Glm46VForConditionalGeneration
+    text_types = ("glm4v_text",)
 
 
 class GlmOcrTarget(Glm4vTarget):
@@ -40,3 +43,4 @@ class GlmOcrTarget(Glm4vTarget):
 
     family = "glm_ocr"
     model_class = GlmOcrForConditionalGeneration
+    text_types = ("glm_ocr_text",)

@@ -13,4 +13,5 @@ class PaddleOCRVLTarget(Qwen2VLTarget):
 
     family = "paddleocr_vl"
     model_class = PaddleOCRVLForConditionalGeneration
+    text_types = ("paddleocr_vl_text",)
     media = (Media("image", "image_token_id", ("pixel_values", "image_grid_thw")),)

@@ -22,6 +22,7 @@ class Qwen2VLTarget(StockTarget):
 
     family = "qwen2_vl"
     model_class = Qwen2VLForConditionalGeneration
+    text_types = ("qwen2_vl_text",)
     media = (
         Media("image", "image_token_id", ("pixel_values", "image_grid_thw")),
         Media("video", "video_token_id", ("pixel_values_videos", "video_grid_thw")),
@@ -79,3 +80,4 @@ class Qwen2_5VLTarget(Qwen2VLTarget):
 
     family = "qwen2_5_vl"
     model_class = Qwen2_5_VLForConditionalGeneration
+    text_types = ("qwen2_5_vl_text",)
