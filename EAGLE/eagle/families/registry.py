@@ -247,7 +247,7 @@ def load_target(path: str | Path, dtype: Any = "auto", device_map: Any = None, *
         check_attention(kwargs["attn_implementation"])
     leave_out_cudnn_attention()
     hub = {key: kwargs[key] for key in HUB_KEYS if key in kwargs}
-    family, target_class = family_of(path, **hub), _target_class(path, **hub)
+    target_class = _target_class(path, **hub)
     with load_errors("base model cannot be loaded", path, weights=True):
         target = target_class.load(str(path), dtype=dtype, device_map=device_map, **kwargs)
     if target.offloaded:
@@ -267,7 +267,7 @@ def _target_class(path: str | Path, **hub: Any) -> type[Target]:
 
     family = family_of(path, **hub)
     try:
-        target_class = family.target_class()
+        target_class = family.target_class()  # imports transformers' model class
     except ImportError as error:
         raise UserError(
             f"transformers {__version__} does not have the model '{family.name}' ({reason_of(error)})",
