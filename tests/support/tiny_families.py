@@ -3,14 +3,15 @@
     make_qwen3_vl(folder)        Qwen3-VL; moe=True for the one with experts
     make_qwen3_5(folder)         Qwen3.5; moe=True for the one with experts
     make_gemma3(folder)          Gemma 3
-    make_gemma4(folder)          Gemma 4; kind="experts" or "plain" for the layers of the larger ones
+    make_gemma4(folder)          Gemma 4; kind="experts", "plain" or "unified" for the larger ones
     make_mistral3(folder)        Mistral 3
     make_glm(folder, kind)       kind: glm4v, glm4v_moe, glm46v or glm_ocr
     make_paddleocr(folder)       PaddleOCR-VL
     make_internvl(folder)        InternVL around a Qwen2
     make_onevision(folder)       LLaVA-OneVision around a Qwen2
 
-No pytest in here: any package's tests may import it.
+Classes of transformers are looked up when they are used, as older releases lack some. No pytest in here: any package's
+tests may import it.
 """
 
 from __future__ import annotations
@@ -19,66 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tiny_stock import QWEN_SPECIAL, QWEN_TEMPLATE, TEXT, silence_specials
 from tiny_tokenizer import CORPUS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-    Gemma3ImageProcessor,
-    Gemma3Processor,
-    Gemma4AudioFeatureExtractor,
-    Gemma4Config,
-    Gemma4ForConditionalGeneration,
-    Gemma4ImageProcessor,
-    Gemma4Processor,
-    Gemma4VideoProcessor,
-    Glm4vConfig,
-    Glm4vForConditionalGeneration,
-    Glm4vImageProcessor,
-    Glm4vMoeConfig,
-    Glm4vMoeForConditionalGeneration,
-    Glm4vProcessor,
-    Glm4vVideoProcessor,
-    Glm46VConfig,
-    Glm46VForConditionalGeneration,
-    Glm46VImageProcessor,
-    Glm46VProcessor,
-    Glm46VVideoProcessor,
-    GlmOcrConfig,
-    GlmOcrForConditionalGeneration,
-    GotOcr2ImageProcessor,
-    InternVLConfig,
-    InternVLForConditionalGeneration,
-    InternVLProcessor,
-    InternVLVideoProcessor,
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
-    LlavaOnevisionImageProcessor,
-    LlavaOnevisionProcessor,
-    LlavaOnevisionVideoProcessor,
-    Mistral3Config,
-    Mistral3ForConditionalGeneration,
-    PaddleOCRVLConfig,
-    PaddleOCRVLForConditionalGeneration,
-    PaddleOCRVLImageProcessor,
-    PaddleOCRVLProcessor,
-    PixtralImageProcessor,
-    PixtralProcessor,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2VLImageProcessor,
-    Qwen3_5Config,
-    Qwen3_5ForConditionalGeneration,
-    Qwen3_5MoeConfig,
-    Qwen3_5MoeForConditionalGeneration,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-    Qwen3VLMoeConfig,
-    Qwen3VLMoeForConditionalGeneration,
-    Qwen3VLProcessor,
-    Qwen3VLVideoProcessor,
-)
 
 GEMMA_SPECIAL = (
     "<pad>",
@@ -202,7 +147,7 @@ ONEVISION_TEMPLATE = (
 SIDE = 28
 
 
-def byte_tokenizer(special: tuple[str, ...], eos: str, pad: str, **named: str) -> PreTrainedTokenizerFast:
+def byte_tokenizer(special: tuple[str, ...], eos: str, pad: str, **named: str) -> transformers.PreTrainedTokenizerFast:
     """Byte-level BPE with the given special tokens, some of which the processor knows by name."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -211,7 +156,7 @@ def byte_tokenizer(special: tuple[str, ...], eos: str, pad: str, **named: str) -
     tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet))
     others = [token for token in special if token not in (*named.values(), eos, pad)]
     tokens = {**named, **{f"special_{number}": token for number, token in enumerate(others)}}
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=eos,
         pad_token=pad,
@@ -221,7 +166,9 @@ def byte_tokenizer(special: tuple[str, ...], eos: str, pad: str, **named: str) -
     )
 
 
-def _save(model: PreTrainedModel, processor: Any, ids: dict[str, int], eos: str, pad: str, folder: str | Path) -> Path:
+def _save(
+    model: transformers.PreTrainedModel, processor: Any, ids: dict[str, int], eos: str, pad: str, folder: str | Path
+) -> Path:
     silence_specials(model, list(ids.values()))
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -233,7 +180,7 @@ def _save(model: PreTrainedModel, processor: Any, ids: dict[str, int], eos: str,
     return Path(folder)
 
 
-def _ids(tokenizer: PreTrainedTokenizerFast, special: tuple[str, ...]) -> dict[str, int]:
+def _ids(tokenizer: transformers.PreTrainedTokenizerFast, special: tuple[str, ...]) -> dict[str, int]:
     return dict(zip(special, tokenizer.convert_tokens_to_ids(list(special)), strict=True))
 
 
@@ -273,14 +220,17 @@ def make_qwen3_vl(folder: str | Path, *, moe: bool = False, seed: int = 0, **tex
         "vision_end_token_id": ids["<|vision_end|>"],
         "tie_word_embeddings": False,
     }
-    model: PreTrainedModel = (
-        Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(**config))
+    model: transformers.PreTrainedModel = (
+        transformers.Qwen3VLMoeForConditionalGeneration(transformers.Qwen3VLMoeConfig(**config))
         if moe
-        else Qwen3VLForConditionalGeneration(Qwen3VLConfig(**config))
+        else transformers.Qwen3VLForConditionalGeneration(transformers.Qwen3VLConfig(**config))
     )
     sizes = {"patch_size": 14, "size": {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}}
-    processor = Qwen3VLProcessor(
-        Qwen2VLImageProcessor(**sizes), tokenizer, Qwen3VLVideoProcessor(**sizes), chat_template=QWEN_TEMPLATE
+    processor = transformers.Qwen3VLProcessor(
+        transformers.Qwen2VLImageProcessor(**sizes),
+        tokenizer,
+        transformers.Qwen3VLVideoProcessor(**sizes),
+        chat_template=QWEN_TEMPLATE,
     )
     return _save(model, processor, ids, "<|im_end|>", "<|endoftext|>", folder)
 
@@ -336,14 +286,17 @@ def make_qwen3_5(folder: str | Path, *, moe: bool = False, seed: int = 0, **text
         "vision_end_token_id": ids["<|vision_end|>"],
         "tie_word_embeddings": False,
     }
-    model: PreTrainedModel = (
-        Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeConfig(**config))
+    model: transformers.PreTrainedModel = (
+        transformers.Qwen3_5MoeForConditionalGeneration(transformers.Qwen3_5MoeConfig(**config))
         if moe
-        else Qwen3_5ForConditionalGeneration(Qwen3_5Config(**config))
+        else transformers.Qwen3_5ForConditionalGeneration(transformers.Qwen3_5Config(**config))
     )
     sizes = {"patch_size": 14, "size": {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}}
-    processor = Qwen3VLProcessor(
-        Qwen2VLImageProcessor(**sizes), tokenizer, Qwen3VLVideoProcessor(**sizes), chat_template=QWEN_TEMPLATE
+    processor = transformers.Qwen3VLProcessor(
+        transformers.Qwen2VLImageProcessor(**sizes),
+        tokenizer,
+        transformers.Qwen3VLVideoProcessor(**sizes),
+        chat_template=QWEN_TEMPLATE,
     )
     return _save(model, processor, ids, "<|im_end|>", "<|endoftext|>", folder)
 
@@ -368,7 +321,7 @@ def make_gemma3(folder: str | Path, *, seed: int = 0, **text: Any) -> Path:
         "image_size": SIDE,
         "patch_size": 7,
     }
-    config = Gemma3Config(
+    config = transformers.Gemma3Config(
         text_config={
             **TEXT,
             "num_hidden_layers": 4,
@@ -389,10 +342,10 @@ def make_gemma3(folder: str | Path, *, seed: int = 0, **text: Any) -> Path:
         eoi_token_index=ids["<end_of_image>"],
         eos_token_id=[ids["<eos>"], ids["<end_of_turn>"]],
     )
-    model = Gemma3ForConditionalGeneration(config)
+    model = transformers.Gemma3ForConditionalGeneration(config)
     torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.5)  # zeros before
-    images = Gemma3ImageProcessor(size={"height": SIDE, "width": SIDE})
-    processor = Gemma3Processor(images, tokenizer, chat_template=GEMMA_TEMPLATE, image_seq_length=4)
+    images = transformers.Gemma3ImageProcessor(size={"height": SIDE, "width": SIDE})
+    processor = transformers.Gemma3Processor(images, tokenizer, chat_template=GEMMA_TEMPLATE, image_seq_length=4)
     return _save(model, processor, ids, "<end_of_turn>", "<pad>", folder)
 
 
@@ -401,7 +354,8 @@ def make_gemma4(folder: str | Path, *, kind: str = "small", seed: int = 0, **tex
 
     Args:
         kind: "small": what layers read of the tokens, and shared keys and values; "plain": pictures whose tokens see
-            each other, and keys that are the values; "experts": as plain, with experts.
+            each other, and keys that are the values; "experts": as plain, with experts; "unified": as plain, without an
+            encoder of pictures.
     """
     torch.manual_seed(seed)
     tokens = {"image": "<|image|>", "boi": "<|image>", "eoi": "<image|>"}
@@ -419,7 +373,24 @@ def make_gemma4(folder: str | Path, *, kind: str = "small", seed: int = 0, **tex
     }
     experts = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}
     kinds = {"small": small, "plain": plain, "experts": {**plain, **experts}}
-    config = Gemma4Config(
+    kinds["unified"] = {name: value for name, value in plain.items() if name != "hidden_size_per_layer_input"}
+
+    def part(name: str) -> Any:
+        return getattr(transformers, ("Gemma4Unified" if kind == "unified" else "Gemma4") + name)
+
+    sizes = {"patch_size": 4, "pooling_kernel_size": 2}
+    unified = {**sizes, "mm_embed_dim": 16, "mm_posemb_size": 128, "output_proj_dims": 16}
+    vision = {
+        **sizes,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "position_embedding_size": 128,
+    }
+    config = part("Config")(
         text_config={
             **TEXT,
             "num_hidden_layers": 6,
@@ -436,17 +407,7 @@ def make_gemma4(folder: str | Path, *, kind: str = "small", seed: int = 0, **tex
             **kinds[kind],
             **text,
         },
-        vision_config={
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "patch_size": 4,
-            "pooling_kernel_size": 2,
-            "position_embedding_size": 128,
-        },
+        vision_config=unified if kind == "unified" else vision,
         audio_config=None,
         image_token_id=ids["<|image|>"],
         video_token_id=ids["<|video|>"],
@@ -454,13 +415,13 @@ def make_gemma4(folder: str | Path, *, kind: str = "small", seed: int = 0, **tex
         boi_token_id=ids["<|image>"],
         eoi_token_id=ids["<image|>"],
     )
-    model = Gemma4ForConditionalGeneration(config)
-    sizes = {"patch_size": 4, "pooling_kernel_size": 2, "max_soft_tokens": 70}
-    processor = Gemma4Processor(
-        Gemma4AudioFeatureExtractor(),
-        Gemma4ImageProcessor(**sizes),
+    model = part("ForConditionalGeneration")(config)
+    sizes["max_soft_tokens"] = 70
+    processor = part("Processor")(
+        part("AudioFeatureExtractor")(),
+        part("ImageProcessor")(**sizes),
         tokenizer,
-        Gemma4VideoProcessor(**sizes),
+        part("VideoProcessor")(**sizes),
         chat_template=GEMMA4_TEMPLATE,
         image_seq_length=70,
     )
@@ -472,7 +433,7 @@ def make_mistral3(folder: str | Path, *, seed: int = 0, **text: Any) -> Path:
     torch.manual_seed(seed)
     tokenizer = byte_tokenizer(MISTRAL_SPECIAL, "</s>", "<pad>")
     ids = _ids(tokenizer, MISTRAL_SPECIAL)
-    config = Mistral3Config(
+    config = transformers.Mistral3Config(
         text_config={
             "model_type": "mistral",
             **TEXT,
@@ -497,9 +458,9 @@ def make_mistral3(folder: str | Path, *, seed: int = 0, **text: Any) -> Path:
         spatial_merge_size=2,
         tie_word_embeddings=False,
     )
-    model = Mistral3ForConditionalGeneration(config)
-    processor = PixtralProcessor(
-        PixtralImageProcessor(size={"longest_edge": 56}, patch_size=7),
+    model = transformers.Mistral3ForConditionalGeneration(config)
+    processor = transformers.PixtralProcessor(
+        transformers.PixtralImageProcessor(size={"longest_edge": 56}, patch_size=7),
         tokenizer,
         patch_size=7,
         spatial_merge_size=2,
@@ -549,15 +510,19 @@ def make_glm(folder: str | Path, kind: str = "glm4v", *, seed: int = 0, **text: 
         "tie_word_embeddings": False,
     }
     classes: dict[str, tuple[Any, Any]] = {
-        "glm4v": (Glm4vForConditionalGeneration, Glm4vConfig),
-        "glm4v_moe": (Glm4vMoeForConditionalGeneration, Glm4vMoeConfig),
-        "glm46v": (Glm46VForConditionalGeneration, Glm46VConfig),
-        "glm_ocr": (GlmOcrForConditionalGeneration, GlmOcrConfig),
+        "glm4v": (transformers.Glm4vForConditionalGeneration, transformers.Glm4vConfig),
+        "glm4v_moe": (transformers.Glm4vMoeForConditionalGeneration, transformers.Glm4vMoeConfig),
+        "glm46v": (transformers.Glm46VForConditionalGeneration, transformers.Glm46VConfig),
+        "glm_ocr": (transformers.GlmOcrForConditionalGeneration, transformers.GlmOcrConfig),
     }
     model_class, config_class = classes[kind]
-    processors: tuple[Any, Any, Any] = (Glm46VProcessor, Glm46VImageProcessor, Glm46VVideoProcessor)
+    processors: tuple[Any, Any, Any] = (
+        transformers.Glm46VProcessor,
+        transformers.Glm46VImageProcessor,
+        transformers.Glm46VVideoProcessor,
+    )
     if kind.startswith("glm4v"):
-        processors = (Glm4vProcessor, Glm4vImageProcessor, Glm4vVideoProcessor)
+        processors = (transformers.Glm4vProcessor, transformers.Glm4vImageProcessor, transformers.Glm4vVideoProcessor)
     sizes = {"patch_size": 14, "size": {"shortest_edge": 56 * 56, "longest_edge": 2 * 112 * 112}}
     thought = "{{ '<think></think>\n' if message['role'] == 'assistant' else '' }}" if kind == "glm46v" else ""
     processor = processors[0](
@@ -575,7 +540,7 @@ def make_paddleocr(folder: str | Path, *, seed: int = 0, **text: Any) -> Path:
     tokenizer = byte_tokenizer(PADDLE_SPECIAL, "</s>", "<unk>", image_token="<|IMAGE_PLACEHOLDER|>")
     ids = _ids(tokenizer, PADDLE_SPECIAL)
     rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 5e5}
-    config = PaddleOCRVLConfig(
+    config = transformers.PaddleOCRVLConfig(
         text_config={
             **TEXT,
             "head_dim": 8,
@@ -601,8 +566,10 @@ def make_paddleocr(folder: str | Path, *, seed: int = 0, **text: Any) -> Path:
         tie_word_embeddings=False,
     )
     sizes = {"min_pixels": 56 * 56, "max_pixels": 112 * 112}
-    processor = PaddleOCRVLProcessor(PaddleOCRVLImageProcessor(**sizes), tokenizer, chat_template=PADDLE_TEMPLATE)
-    return _save(PaddleOCRVLForConditionalGeneration(config), processor, ids, "</s>", "<unk>", folder)
+    processor = transformers.PaddleOCRVLProcessor(
+        transformers.PaddleOCRVLImageProcessor(**sizes), tokenizer, chat_template=PADDLE_TEMPLATE
+    )
+    return _save(transformers.PaddleOCRVLForConditionalGeneration(config), processor, ids, "</s>", "<unk>", folder)
 
 
 def make_internvl(folder: str | Path, *, seed: int = 0, **text: Any) -> Path:
@@ -618,7 +585,7 @@ def make_internvl(folder: str | Path, *, seed: int = 0, **text: Any) -> Path:
         video_token="<video>",
     )
     ids = _ids(tokenizer, INTERN_SPECIAL)
-    config = InternVLConfig(
+    config = transformers.InternVLConfig(
         text_config={
             "model_type": "qwen2",
             **TEXT,
@@ -640,12 +607,12 @@ def make_internvl(folder: str | Path, *, seed: int = 0, **text: Any) -> Path:
         downsample_ratio=0.5,
         tie_word_embeddings=False,
     )
-    model = InternVLForConditionalGeneration(config)
+    model = transformers.InternVLForConditionalGeneration(config)
     size = {"height": SIDE, "width": SIDE}
-    processor = InternVLProcessor(
-        GotOcr2ImageProcessor(size=size, crop_to_patches=True, max_patches=4),
+    processor = transformers.InternVLProcessor(
+        transformers.GotOcr2ImageProcessor(size=size, crop_to_patches=True, max_patches=4),
         tokenizer,
-        InternVLVideoProcessor(size=size),
+        transformers.InternVLVideoProcessor(size=size),
         image_seq_length=4,
         chat_template=INTERN_TEMPLATE,
     )
@@ -658,7 +625,7 @@ def make_onevision(folder: str | Path, *, seed: int = 0, **text: Any) -> Path:
     tokenizer = byte_tokenizer(ONEVISION_SPECIAL, "<|im_end|>", "<|endoftext|>")
     ids = _ids(tokenizer, ONEVISION_SPECIAL)
     pinpoints = [[28, 56], [56, 28], [56, 56]]
-    config = LlavaOnevisionConfig(
+    config = transformers.LlavaOnevisionConfig(
         text_config={
             "model_type": "qwen2",
             **TEXT,
@@ -682,12 +649,12 @@ def make_onevision(folder: str | Path, *, seed: int = 0, **text: Any) -> Path:
         image_grid_pinpoints=pinpoints,
         tie_word_embeddings=False,
     )
-    model = LlavaOnevisionForConditionalGeneration(config)
+    model = transformers.LlavaOnevisionForConditionalGeneration(config)
     size = {"height": SIDE, "width": SIDE}
-    processor = LlavaOnevisionProcessor(
-        LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=pinpoints),
+    processor = transformers.LlavaOnevisionProcessor(
+        transformers.LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=pinpoints),
         tokenizer,
-        LlavaOnevisionVideoProcessor(size=size),
+        transformers.LlavaOnevisionVideoProcessor(size=size),
         num_image_tokens=16,
         vision_feature_select_strategy="full",
         chat_template=ONEVISION_TEMPLATE,

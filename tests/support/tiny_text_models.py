@@ -1,7 +1,7 @@
 """Tiny language models of any class of transformers, inside a LLaVA. No pytest in here.
 
-    text_types()                 model types of language models
-    llava_around(kind, base)     a LLaVA's target with that language model
+text_types()                 model types of language models
+llava_around(kind, base)     a LLaVA's target with that language model
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ MORE: dict[str, dict[str, Any]] = {
 
 def text_types() -> list[str]:
     """Model types of language models."""
-    texts = [name for name in MODEL_MAPPING_NAMES if name.endswith("_text") or name.endswith("_text_model")]
+    texts = [name for name in MODEL_MAPPING_NAMES if name.endswith(("_text", "_text_model"))]
     return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *texts})
 
 

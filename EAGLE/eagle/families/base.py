@@ -435,7 +435,9 @@ def encode_media(model: PreTrainedModel, inputs: Mapping[str, Any], name: str, *
     if encoded is not None or all(value is None for value in given.values()):
         return encoded
     encode = getattr(model.model, f"get_{name}_features")
-    return encode(**{key: value for key, value in given.items() if value is not None}, return_dict=True)
+    pixels, *rest = given.values()  # without its name, which differs between releases
+    named = {key: value for key, value in zip(list(given)[1:], rest, strict=True) if value is not None}
+    return encode(pixels, **named, return_dict=True)
 
 
 def joined_features(features: Tensor | Sequence[Tensor]) -> Tensor:

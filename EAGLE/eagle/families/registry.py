@@ -28,6 +28,7 @@ class Family:
 
     Args:
         name: what shards, drafts and `Target.family` call it.
+        title, published: the models' name and checkpoints, for `eagle.families.page`.
         model_types: values of ``model_type`` in a base model's config.json.
         target: adapter, ``module:class``.
         template: training template, ``module:class``.
@@ -37,6 +38,8 @@ class Family:
     """
 
     name: str
+    title: str
+    published: tuple[str, ...]
     model_types: tuple[str, ...]
     target: str
     template: str
@@ -54,6 +57,8 @@ class Family:
 FAMILIES: tuple[Family, ...] = (
     Family(
         "llava",
+        title="LLaVA-1.5",
+        published=("liuhaotian/llava-v1.5-*", "llava-hf/llava-1.5-*"),
         model_types=("llava", "llava_llama"),
         target="eagle.families.llava.target:LlavaTarget",
         template="eagle.families.llava.template:LlavaTemplate",
@@ -62,6 +67,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "llava_next",
+        title="LLaVA-1.6",
+        published=("llava-hf/llava-v1.6-*",),
         model_types=("llava_next",),
         target="eagle.families.llava_next.target:LlavaNextTarget",
         template="eagle.families.llava_next.template:LlavaNextTemplate",
@@ -70,6 +77,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "qwen2_vl",
+        title="Qwen2-VL",
+        published=("Qwen/Qwen2-VL-*",),
         model_types=("qwen2_vl",),
         target="eagle.families.qwen2_vl.target:Qwen2VLTarget",
         template="eagle.families.qwen2_vl.template:QwenTemplate",
@@ -78,6 +87,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "qwen2_5_vl",
+        title="Qwen2.5-VL",
+        published=("Qwen/Qwen2.5-VL-*",),
         model_types=("qwen2_5_vl",),
         target="eagle.families.qwen2_vl.target:Qwen2_5VLTarget",
         template="eagle.families.qwen2_vl.template:QwenTemplate",
@@ -86,6 +97,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "qwen3_vl",
+        title="Qwen3-VL",
+        published=("Qwen/Qwen3-VL-2B, 4B, 8B, 32B",),
         model_types=("qwen3_vl",),
         target="eagle.families.qwen3_vl.target:Qwen3VLTarget",
         template="eagle.families.qwen2_vl.template:QwenTemplate",
@@ -94,6 +107,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "qwen3_vl_moe",
+        title="Qwen3-VL with experts",
+        published=("Qwen/Qwen3-VL-30B-A3B, 235B-A22B",),
         model_types=("qwen3_vl_moe",),
         target="eagle.families.qwen3_vl.target:Qwen3VLMoeTarget",
         template="eagle.families.qwen2_vl.template:QwenTemplate",
@@ -102,6 +117,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "qwen3_5",
+        title="Qwen3.5",
+        published=("Qwen/Qwen3.5-27B and other dense sizes",),
         model_types=("qwen3_5",),
         target="eagle.families.qwen3_5.target:Qwen3_5Target",
         template="eagle.families.qwen2_vl.template:QwenTemplate",
@@ -110,6 +127,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "qwen3_5_moe",
+        title="Qwen3.5 with experts",
+        published=("Qwen/Qwen3.5-35B-A3B and others",),
         model_types=("qwen3_5_moe",),
         target="eagle.families.qwen3_5.target:Qwen3_5MoeTarget",
         template="eagle.families.qwen2_vl.template:QwenTemplate",
@@ -118,6 +137,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "gemma3",
+        title="Gemma 3",
+        published=("google/gemma-3-4b, 12b, 27b",),
         model_types=("gemma3",),
         target="eagle.families.gemma3.target:Gemma3Target",
         template="eagle.families.gemma3.template:Gemma3Template",
@@ -126,6 +147,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "gemma4",
+        title="Gemma 4",
+        published=("google/gemma-4-E2B, E4B, 26B-A4B, 31B",),
         model_types=("gemma4",),
         target="eagle.families.gemma4.target:Gemma4Target",
         template="eagle.families.gemma4.template:Gemma4Template",
@@ -134,7 +157,20 @@ FAMILIES: tuple[Family, ...] = (
         caps_logits=True,
     ),
     Family(
+        "gemma4_unified",
+        title="Gemma 4 unified",
+        published=("google/gemma-4-12B",),
+        model_types=("gemma4_unified",),
+        target="eagle.families.gemma4_unified.target:Gemma4UnifiedTarget",
+        template="eagle.families.gemma4.template:Gemma4Template",
+        training_name="gemma4_unified",
+        eval_model="gemma4_unified_msd",
+        caps_logits=True,
+    ),
+    Family(
         "internvl",
+        title="InternVL 2.5 to 3.5",
+        published=("OpenGVLab/InternVL3-*-hf",),
         model_types=("internvl",),
         target="eagle.families.internvl.target:InternVLTarget",
         template="eagle.families.internvl.template:InternVLTemplate",
@@ -143,6 +179,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "llava_onevision",
+        title="LLaVA-OneVision",
+        published=("llava-hf/llava-onevision-*",),
         model_types=("llava_onevision",),
         target="eagle.families.llava_onevision.target:LlavaOnevisionTarget",
         template="eagle.families.llava_onevision.template:LlavaOnevisionTemplate",
@@ -151,6 +189,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "mistral3",
+        title="Mistral 3",
+        published=("mistralai/Mistral-Small-3.1-*, Ministral-3-*",),
         model_types=("mistral3",),
         target="eagle.families.mistral3.target:Mistral3Target",
         template="eagle.families.mistral3.template:Mistral3Template",
@@ -159,6 +199,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "glm4v",
+        title="GLM-4.1V",
+        published=("zai-org/GLM-4.1V-9B-*",),
         model_types=("glm4v",),
         target="eagle.families.glm4v.target:Glm4vTarget",
         template="eagle.families.qwen2_vl.template:QwenTemplate",
@@ -167,6 +209,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "glm4v_moe",
+        title="GLM-4.5V",
+        published=("zai-org/GLM-4.5V",),
         model_types=("glm4v_moe",),
         target="eagle.families.glm4v.target:Glm4vMoeTarget",
         template="eagle.families.qwen2_vl.template:QwenTemplate",
@@ -175,6 +219,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "glm46v",
+        title="GLM-4.6V",
+        published=("zai-org/GLM-4.6V*",),
         model_types=("glm46v",),
         target="eagle.families.glm4v.target:Glm46VTarget",
         template="eagle.families.qwen2_vl.template:QwenTemplate",
@@ -183,6 +229,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "glm_ocr",
+        title="GLM-OCR",
+        published=("zai-org/GLM-OCR",),
         model_types=("glm_ocr",),
         target="eagle.families.glm4v.target:GlmOcrTarget",
         template="eagle.families.qwen2_vl.template:QwenTemplate",
@@ -191,6 +239,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "paddleocr_vl",
+        title="PaddleOCR-VL",
+        published=("PaddlePaddle/PaddleOCR-VL",),
         model_types=("paddleocr_vl",),
         target="eagle.families.paddleocr_vl.target:PaddleOCRVLTarget",
         template="eagle.families.qwen2_vl.template:QwenTemplate",

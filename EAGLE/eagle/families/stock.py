@@ -47,7 +47,7 @@ class StockTarget(Target):
     def prepare(self, prompt: str | Sequence[str], images: Sequence[Any] = ()) -> dict[str, Any]:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         pictures = [load_image(image) for image in images]
-        marks = [text.count(self.processor.image_token) for text in prompts]
+        marks = [text.count(self.image_mark) for text in prompts]
         if sum(marks) != len(pictures):
             raise UserError(f"prompt has {sum(marks)} image mark(s), but {len(pictures)} picture(s) were given")
         rest = iter(pictures)
@@ -56,6 +56,11 @@ class StockTarget(Target):
         with processor_errors():
             inputs = self.processor(text=prompts, images=own if pictures else None, return_tensors="pt", **settings)
         return dict(inputs.to(self.device))
+
+    @property
+    def image_mark(self) -> str:
+        """What a prompt has in the place of a picture."""
+        return self.processor.image_token
 
     def chat_prompt(
         self, question: str, num_images: int = 0, history: Sequence[tuple[str, str]] = (), system: str | None = None

@@ -108,9 +108,14 @@ class Template(ABC):
         return write_chat(self.processor, [(parts_of(question), answer) for question, answer in turns], system)
 
     @property
-    def written_mark(self) -> str:
-        """The text that the processor puts in the place of ``processor.image_token``, with one image token."""
+    def image_mark(self) -> str:
+        """What a prompt has in the place of a picture."""
         return self.processor.image_token
+
+    @property
+    def written_mark(self) -> str:
+        """The text that the processor puts in the place of `image_mark`, with one image token."""
+        return self.image_mark
 
     @property
     def inner_ids(self) -> frozenset[int]:
@@ -171,7 +176,7 @@ class Template(ABC):
         Raises:
             Unusable: the tokenizer cannot encode the text, or the image processor refuses a picture.
         """
-        mark, text = self.processor.image_token, self.written_mark
+        mark, text = self.image_mark, self.written_mark
         written = self.processor.tokenizer(prompt.replace(mark, text), return_offsets_mapping=True)
         ids, spans = written["input_ids"], [(start, end) for start, end in written["offset_mapping"]]
         spans = spans_before_replacing(prompt, mark, text, spans)

@@ -37,9 +37,7 @@ class Losses(NamedTuple):
     rows: Tensor
 
 
-def _chunk_terms(
-    predicted: Tensor, target: Tensor, head: Tensor, cap: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _chunk_terms(predicted: Tensor, target: Tensor, head: Tensor, cap: float | None) -> tuple[Tensor, Tensor, Tensor]:
     """One chunk: sum of cross-entropies, its gradient [n, H] and the hits [3]."""
     logits = F.linear(predicted, head).float()  # [n, V]
     wanted = F.linear(target, head).float()

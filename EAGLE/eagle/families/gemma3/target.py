@@ -18,6 +18,10 @@ class Gemma3Target(StockTarget):
     family = "gemma3"
     model_class = Gemma3ForConditionalGeneration
 
+    @property
+    def image_mark(self) -> str:
+        return self.processor.boi_token
+
     def read_prompt(self, prompt: PromptEmbeds, positions: Tensor, **arguments: Any) -> Tensor:
         """The masks are those that transformers' `generate` gives the model for such a prompt."""
         cache = self.cache_argument

@@ -30,6 +30,11 @@ class Gemma4Target(StockTarget):
         config = self.config
         self.media_ids = (config.image_token_id, config.video_token_id, config.audio_token_id)
 
+    @property
+    def reads_tokens_by_layer(self) -> bool:
+        """Whether each text layer has an embedding of its own."""
+        return bool(getattr(self.config.get_text_config(), "hidden_size_per_layer_input", None))
+
     def read_ids(self, ids: Tensor) -> Tensor:
         """Ids of media are read as padding."""
         is_media = torch.stack([ids == index for index in self.media_ids]).any(dim=0)
@@ -37,7 +42,7 @@ class Gemma4Target(StockTarget):
 
     def token_reader(self) -> Callable[[Tensor], dict[str, Tensor]]:
         text, read_ids, plain = self.text_model, self.read_ids, super().token_reader()
-        if not self.config.get_text_config().hidden_size_per_layer_input:
+        if not self.reads_tokens_by_layer:
             return lambda tokens: plain(read_ids(tokens))
 
         def read(tokens: Tensor) -> dict[str, Tensor]:
@@ -50,7 +55,7 @@ class Gemma4Target(StockTarget):
         if inputs.get("input_features") is not None or bool((input_ids == self.config.audio_token_id).any()):
             raise UserError("audio in the prompt is not supported", fix="leave it out")
         prompt = super().embed_prompt(input_ids, inputs)
-        if not self.config.get_text_config().hidden_size_per_layer_input:
+        if not self.reads_tokens_by_layer:
             return prompt
         return prompt._replace(per_layer=self.text_model.get_per_layer_inputs(self.read_ids(input_ids)))
 
