@@ -469,15 +469,16 @@ def make_mistral3(folder: str | Path, *, seed: int = 0, **text: Any) -> Path:
     return _save(model, processor, ids, "</s>", "<pad>", folder)
 
 
-def make_glm(folder: str | Path, kind: str = "glm4v", *, seed: int = 0, **text: Any) -> Path:
-    """Writes a GLM-4.1V, GLM-4.5V, GLM-4.6V or GLM-OCR."""
+def make_glm(folder: str | Path, kind: str = "glm4v", *, moe: bool = False, seed: int = 0, **text: Any) -> Path:
+    """Writes a GLM-4.1V, GLM-4.5V, GLM-4.6V or GLM-OCR. ``moe``: a text model with experts."""
     torch.manual_seed(seed)
     tokenizer = byte_tokenizer(
         GLM_SPECIAL, "<|endoftext|>", "<|endoftext|>", image_token="<|image|>", video_token="<|video|>"
     )
     ids = _ids(tokenizer, GLM_SPECIAL)
     rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
-    if kind == "glm4v_moe":
+    if moe:
+        text["model_type"] = "glm4v_moe_text"
         experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1}
         text = {**experts, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, **text}
         rope |= {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}

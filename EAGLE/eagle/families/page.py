@@ -18,9 +18,9 @@ TAIL = """
 transformers, {windows} of them with sliding windows (`eagle.families.layers`). The other families have their own.
 
 **Refused in one line when the model is loaded**: another `model_type`; another language model; layers that are not full,
-sliding or (Qwen3.5) linear attention; rotary positions other than {rope}; attention kernels other than {attention}; a model
-that the installed transformers does not have. **Refused in one line with the prompt**: audio (Gemma 4), videos of
-families that have pictures only.
+sliding or (Qwen3.5) linear attention; rotary positions other than {rope};
+attention kernels other than {attention}; a model that the installed transformers does not have. **Refused in one line with the prompt**: audio (Gemma 4), videos of
+families that have pictures only. InternVL's processor gives videos as pictures.
 
 **Checked** with tiny random models of each family, in float32 on a CPU: greedy answers equal transformers' `generate` and
 sampled ones equal plain decoding with the same seed, with pictures of several sizes, several pictures, none, videos,

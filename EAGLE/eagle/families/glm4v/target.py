@@ -23,7 +23,7 @@ class Glm4vTarget(Qwen2VLTarget):
 
 
 class Glm4vMoeTarget(Glm4vTarget):
-    """GLM-4.5V and GLM-4.6V with experts, pictures only."""
+    """GLM-4.5V, pictures only."""
 
     family = "glm4v_moe"
     model_class = Glm4vMoeForConditionalGeneration
@@ -31,11 +31,11 @@ class Glm4vMoeTarget(Glm4vTarget):
 
 
 class Glm46VTarget(Glm4vTarget):
-    """GLM-4.6V, pictures only."""
+    """GLM-4.6V with experts or without, pictures only."""
 
     family = "glm46v"
     model_class = Glm46VForConditionalGeneration
-    text_types = ("glm4v_text",)
+    text_types = ("glm4v_text", "glm4v_moe_text")
 
 
 class GlmOcrTarget(Glm4vTarget):
