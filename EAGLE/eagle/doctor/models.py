@@ -7,6 +7,7 @@ these few kilobytes are all that is fetched.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -196,15 +197,24 @@ def missing_tensors(contents: Contents) -> Iterator[str]:
 
 
 def _missing_in_layers(names: Iterable[str], text_layers: int) -> Iterator[str]:
-    """What layers lack that others of the same stack have; the text stack has at least ``text_layers`` layers."""
-    stacks: dict[str, dict[int, set[str]]] = {}
+    """What layers lack that others of the same stack have; the text stack has at least ``text_layers`` layers.
+
+    A stack may have several kinds of layers. A layer that is like no other is compared with the most similar of those
+    that have all its tensors.
+    """
+    stacks: dict[str, dict[int, frozenset[str]]] = {}
     for match in filter(None, map(LAYER.fullmatch, names)):
-        stacks.setdefault(match["stack"], {}).setdefault(int(match["number"]), set()).add(match["part"])
+        layers = stacks.setdefault(match["stack"], {})
+        number = int(match["number"])
+        layers[number] = layers.get(number, frozenset()) | {match["part"]}
     for stack, layers in sorted(stacks.items()):
-        parts = set().union(*layers.values())
-        count = max(0 if VISION.search(stack) else text_layers, max(layers) + 1)
-        for number in range(count):
-            yield from (f"{stack}{number}.{part}" for part in sorted(parts - layers.get(number, set())))
+        kinds = Counter(layers.values())
+        for number in range(max(0 if VISION.search(stack) else text_layers, max(layers) + 1)):
+            own = layers.get(number, frozenset())
+            larger = [kind for kind in kinds if kind > own]
+            if kinds[own] < 2 and larger:
+                nearest = min(larger, key=lambda kind: (len(kind), -kinds[kind]))
+                yield from (f"{stack}{number}.{part}" for part in sorted(nearest - own))
 
 
 def check_draft(name: str, hub: bool) -> tuple[Contents | None, list[Check]]:

@@ -14,20 +14,21 @@ Written by `python -m eagle.families > docs/families.md` from `eagle.families.re
 |---|---|---|---|---|---|
 """
 TAIL = """
-**Language model.** LLaVA, InternVL, LLaVA-OneVision and Mistral 3 may be built around any of {known} language models of
-transformers, {windows} of them with sliding windows (`eagle.families.layers`). The other families have their own.
+**Language model.** LLaVA, InternVL, LLaVA-OneVision and Mistral 3 may be built around any of {known} language models
+of transformers, {windows} of them with sliding windows (`eagle.families.layers`). The other families have their own.
 
-**Refused in one line when the model is loaded**: another `model_type`; another language model; layers that are not full,
-sliding or (Qwen3.5) linear attention; rotary positions other than {rope};
-attention kernels other than {attention}; a model that the installed transformers does not have. **Refused in one line with the prompt**: audio (Gemma 4), videos of
-families that have pictures only. InternVL's processor gives videos as pictures.
+**Refused in one line when the model is loaded**: another `model_type` or language model; layers that are not full,
+sliding or (Qwen3.5) linear attention; attention kernels other than {attention}; models that the installed
+transformers does not have; rotary positions other than {rope}.
+**Refused in one line with the prompt**: audio (Gemma 4), and videos where the table has pictures only. InternVL's
+processor gives videos as pictures.
 
-**Checked** with tiny random models of each family, in float32 on a CPU: greedy answers equal transformers' `generate` and
-sampled ones equal plain decoding with the same seed, with pictures of several sizes, several pictures, none, videos,
+**Checked** with tiny random models of each family in float32 on a CPU: greedy answers equal transformers' `generate`,
+and sampled ones plain decoding with the same seed, with pictures of several sizes, several pictures, none, videos,
 batches, trees of several shapes, before and past windows; what is learnt in training; hidden states of padded prompts
-(`EAGLE/tests/families/test_current_families.py`, `test_families.py`, `test_recurrent.py`). Language models and what is
-refused: `test_exact_or_refused.py`, which goes through every model of the installed transformers. No published checkpoint
-of a family was run.
+(`test_current_families.py`, `test_families.py` and `test_recurrent.py` in `EAGLE/tests/families/`). Language models and
+what is refused: `test_exact_or_refused.py`, which goes through every model of the installed transformers. **Not
+checked**: any published checkpoint.
 """
 
 

@@ -26,6 +26,7 @@ from llava.strict import read_strict, strict_dataclass
 
 SECTION = "train"
 SECTIONS = (SECTION, "msd")
+AUTO = "auto"
 TRACKERS = ("tensorboard", "wandb", "none")
 IMAGE_FOLDER = Path("image_data")
 
@@ -49,7 +50,7 @@ class TrainConfig:
         description="image rows that the draft keeps of a picture, merged; -1: as section 'msd' says, else all",
     )
     validation_share: float = Field(0.05, ge=0, le=0.9, description="share of each data set kept for validation")
-    seed: int = Field(42, ge=0, description="seed of split, order, noise and initial weights")
+    seed: int = Field(42, ge=0, le=2**63 - 1, description="seed of split, order, noise and initial weights")
 
     learning_rate: float = Field(5e-5, ge=0, description="peak learning rate of AdamW")
     beta1: float = Field(0.9, ge=0, le=1, description="AdamW's beta1")
@@ -100,12 +101,20 @@ def find_config(path: str | Path) -> Path:
     return shipped if not path.exists() and path.parent == Path() and shipped.is_file() else path
 
 
-def read_config(path: str | Path) -> tuple[DraftConfig, TrainConfig]:
+def read_config(path: str | Path, base: str | None = None) -> tuple[DraftConfig, TrainConfig]:
     """Reads a training config: the draft's ``config.json`` with a ``"train"`` section (absent: the recipe).
+
+    Args:
+        path: the file, or "auto" for a draft with the sizes of the base model.
+        base: the base model.
 
     Raises:
         UserError: the file cannot be read, or a key or value is wrong; an unknown key names the nearest known one.
     """
+    if str(path) == AUTO and base is not None:
+        from eagle.families.draft_config import draft_config_of  # imports torch
+
+        return draft_config_of(base), TrainConfig()
     path = find_config(path)
     content = read_json(path, "training config")
     if not isinstance(content, dict) or not isinstance(content.get(SECTION, {}), dict):

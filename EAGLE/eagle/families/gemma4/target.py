@@ -60,18 +60,22 @@ class Gemma4Target(StockTarget):
         return prompt._replace(per_layer=self.text_model.get_per_layer_inputs(self.read_ids(input_ids)))
 
     def read_prompt(self, prompt: PromptEmbeds, positions: Tensor, **arguments: Any) -> Tensor:
-        """The masks are those that transformers' `generate` gives the model for such a prompt."""
+        """The masks are those of the stock model's own forward over such a prompt."""
         cache = self.cache_argument
-        arguments["attention_mask"] = self.model.create_masks_for_generate(
-            config=self.config,
+        arguments["attention_mask"] = self.prompt_masks(
+            prompt.image_mask,
             inputs_embeds=prompt.embeds,
             attention_mask=arguments.get("attention_mask"),
             position_ids=positions,
-            mm_token_type_ids=prompt.image_mask.long(),
-            is_first_iteration=True,
             **{cache: arguments.get(cache)},
         )
         return super().read_prompt(prompt, positions, per_layer_inputs=prompt.per_layer, **arguments)
+
+    def prompt_masks(self, is_media: Tensor, **arguments: Any) -> dict[str, Tensor | None]:
+        """A mask for each type of layer. ``is_media`` [B, S] bool."""
+        return self.model.create_masks_for_generate(
+            config=self.config, mm_token_type_ids=is_media.long(), is_first_iteration=True, **arguments
+        )
 
     def complete_inputs(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Token types, without which transformers reads the tokens of a picture as text."""

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from eagle.families.template import Template
 
-
 NO_THOUGHT = "<|channel>thought\n<channel|>"
 
 

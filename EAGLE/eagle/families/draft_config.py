@@ -1,0 +1,65 @@
+"""The config of a new draft for a base model: one layer with the sizes of its text model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from eagle.drafts.config import DraftConfig
+from eagle.families.layers import FULL
+from eagle.families.registry import family_of
+from llava.hub import Source
+from llava.layout import MODEL_TYPES, build_config, open_checkpoint
+from llava.loading import load_errors
+
+
+def draft_config_of(base: str | Path, **hub: Any) -> DraftConfig:
+    """Reads the base's config.json alone.
+
+    Args:
+        base: folder or hub name.
+        hub: see `llava.hub.HUB_KEYS`.
+
+    Raises:
+        UserError: there is none, or its family is not supported.
+    """
+    family = family_of(base, **hub)
+    with load_errors("base model config is not valid", base):
+        if set(family.model_types) & set(MODEL_TYPES):
+            config = build_config(open_checkpoint(Source.of(base, hub, "base model")))
+        else:
+            config = AutoConfig.from_pretrained(str(base), **hub)
+        text = config.get_text_config()
+    return DraftConfig.from_dict(draft_fields(family.name, text), where=f"draft for {base}")
+
+
+def draft_fields(family: str, text: Any) -> dict[str, Any]:
+    """A draft's ``config.json`` for a text model's config."""
+    heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    rope: dict[str, Any] = dict(getattr(text, "rope_parameters", None) or {})
+    if any(isinstance(part, Mapping) for part in rope.values()):  # by type of layer
+        rope = dict(rope.get(FULL) or next(iter(rope.values())))
+    fields = {
+        "model_type": family,
+        "hidden_size": text.hidden_size,
+        "intermediate_size": text.intermediate_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
+        "head_dim": head_dim,
+        "num_hidden_layers": 1,
+        "hidden_act": getattr(text, "hidden_act", None) or text.hidden_activation,
+        "vocab_size": text.vocab_size,
+        "max_position_embeddings": text.max_position_embeddings,
+        "rms_norm_eps": text.rms_norm_eps,
+        "rope_theta": rope.get("rope_theta", 10000.0),
+        "tie_word_embeddings": False,
+    }
+    section = rope.get("mrope_section")
+    if section and 2 * sum(section) == head_dim:
+        interleaved = bool(rope.get("mrope_interleaved", False))
+        fields["rope_scaling"] = {"type": "mrope", "mrope_section": section, "mrope_interleaved": interleaved}
+    return fields
