@@ -91,3 +91,18 @@ def test_sequences_of_different_length_equal_caches_of_their_own():
     assert kept.layers[0].store_k.shape[0] == 2 and kept.layers[0].store_k.data_ptr() == storage, "it was copied"
     with pytest.raises(ValueError, match="ascending"):
         kept.select([1, 0])
+
+
+def test_layers_with_keys_of_other_shapes():
+    """Each layer keeps the rows of its own shape; one without heads has none."""
+    shapes = [(2, 4), (1, 8), (2, 4), (0, 4)]
+    cache = KVCache.allocate([CPU] * 4, 1, shapes, capacity=8, dtype=torch.float32)
+    rows = [torch.randn(1, heads, 5, size) for heads, size in shapes]
+    for layer in range(3):
+        cache.update(rows[layer], -rows[layer], layer)
+    cache.keep([2], [[0, 2]])
+    assert cache.length == 4
+    for layer in range(3):
+        keys, values = cache.update(rows[layer][:, :, :1], rows[layer][:, :, :1], layer)
+        assert torch.equal(keys[:, :, :4], rows[layer][:, :, [0, 1, 2, 4]])
+        assert torch.equal(values[:, :, :4], -rows[layer][:, :, [0, 1, 2, 4]])

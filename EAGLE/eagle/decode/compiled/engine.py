@@ -240,8 +240,7 @@ def verifier(target: Target) -> Callable[..., tuple[Tensor, Tensor]]:
     head, cache_argument = target.head_function(), target.cache_argument
 
     def verify(tokens: Tensor, positions: Tensor, mask: LayerMasks, cache: StaticCache) -> tuple[Tensor, Tensor]:
-        given = {cache_argument: cache}
-        given |= read(tokens)
+        given: dict[str, Any] = {cache_argument: cache, **read(tokens)}
         output = text_model(attention_mask=mask, position_ids=positions, use_cache=True, **given)
         return output.last_hidden_state, head(output.last_hidden_state)
 

@@ -1,4 +1,4 @@
-"""Gemma 4 that reads patches of pictures directly, without an encoder. Tokens of a picture see each other in all layers."""
+"""Gemma 4 without an encoder of pictures: tokens of a picture see each other in all layers."""
 
 from __future__ import annotations
 

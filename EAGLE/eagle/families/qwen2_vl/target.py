@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class Qwen2VLTarget(StockTarget):
     family = "qwen2_vl"
     model_class = Qwen2VLForConditionalGeneration
     text_types = ("qwen2_vl_text",)
-    media = (
+    media: ClassVar[tuple[Media, ...]] = (
         Media("image", "image_token_id", ("pixel_values", "image_grid_thw")),
         Media("video", "video_token_id", ("pixel_values_videos", "video_grid_thw")),
     )
