@@ -22,7 +22,7 @@ class Qwen2VLTarget(StockTarget):
 
     family = "qwen2_vl"
     model_class = Qwen2VLForConditionalGeneration
-    text_types = ("qwen2_vl_text",)
+    text_types: ClassVar[tuple[str, ...]] = ("qwen2_vl_text",)
     media: ClassVar[tuple[Media, ...]] = (
         Media("image", "image_token_id", ("pixel_values", "image_grid_thw")),
         Media("video", "video_token_id", ("pixel_values_videos", "video_grid_thw")),
