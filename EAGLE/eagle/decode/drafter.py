@@ -116,8 +116,8 @@ class Drafter:
 
     def _new_cache(self, batch: int, rows: int) -> KVCache:
         config, draft = self.draft.config, self.draft
-        heads = config.num_key_value_heads
-        return KVCache.allocate([draft.device], batch, heads, config.head_dim, rows, draft.dtype)
+        shape = (config.num_key_value_heads, config.head_dim)
+        return KVCache.allocate([draft.device], batch, [shape], rows, draft.dtype)
 
     def _read(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """One draft forward over accepted rows: tokens [B, n], hidden [B, n, H] → outputs [B, n, H]."""

@@ -31,6 +31,11 @@ from eagle.kv_cache import KVCache
 from eagle.weight_layout import input_major, to_input_major_layout
 
 
+def capped(logits: Tensor, cap: float) -> Tensor:
+    """Logits between ``-cap`` and ``cap``, in the operations and their order of transformers."""
+    return torch.tanh(logits / cap) * cap
+
+
 def top_children(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """The ``top_k`` most probable next tokens of each row.
 
@@ -241,6 +246,7 @@ class DraftModel(nn.Module):
         self.draft_vocab: Tensor | None = None  # [K] ids of the trimmed vocabulary; None is all of it
         self.spare_head: Tensor | None = None  # [V, H] an lm_head in the checkpoint, to be compared with the base's
         self._draft_vocab_head: Tensor | None = None  # [K, H] the head's rows of these tokens
+        self._cap: float | None = None  # of the target's logits
 
     @property
     def layer(self) -> DraftLayer:
@@ -268,10 +274,11 @@ class DraftModel(nn.Module):
             return text
         return torch.where(next_is_image.unsqueeze(-1), next_embeds, text)
 
-    def prepare_for_decoding(self, head: nn.Module | None = None) -> DraftModel:
+    def prepare_for_decoding(self, head: nn.Module | None = None, cap: float | None = None) -> DraftModel:
         """Fuses the projections that read the same input, changes the memory layout of the weights
         (`eagle.weight_layout`), and copies the rows of the target's ``lm_head`` that a trimmed vocabulary needs. Call
-        it once, after loading. Training does not need it."""
+        it once, after loading. Training does not need it. ``cap``: of the target's logits."""
+        self._cap = cap
         if self.draft_vocab is not None and head is not None:
             self.draft_vocab = self.draft_vocab.to(self.device)
             weight = cast(Tensor, head.weight)
@@ -296,7 +303,8 @@ class DraftModel(nn.Module):
         if self._draft_vocab_head is None or self.draft_vocab is None:
             ids, logprobs = top_children(head(hidden), top_k)
         else:
-            indices, logprobs = top_children(F.linear(hidden, self._draft_vocab_head), top_k)
+            logits = F.linear(hidden, self._draft_vocab_head)
+            indices, logprobs = top_children(logits if self._cap is None else capped(logits, self._cap), top_k)
             ids = self.draft_vocab.to(indices.device)[indices]
         return ids.to(hidden.device), logprobs.to(hidden.device)
 

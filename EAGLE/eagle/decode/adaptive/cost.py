@@ -81,10 +81,11 @@ def describe(target: Target, draft: DraftModel, tree: TreeConfig) -> dict[str, A
     """Everything that the costs depend on, as JSON values."""
     device = target.device
     text = target.config.get_text_config()
-    shape = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    shape = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
     return {
         "family": target.family,
-        "target": {name: getattr(text, name, None) for name in shape} | {"vocab_size": target.vocab_size},
+        "target": {name: getattr(text, name, None) for name in shape}
+        | {"num_key_value_heads": target.cache_shapes[0][0], "vocab_size": target.vocab_size},
         "attention": [text._attn_implementation, torch.backends.cuda.cudnn_sdp_enabled()],
         "draft": {
             "hidden_size": draft.config.hidden_size,
