@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from transformers import (
     Glm4vForConditionalGeneration,
     Glm4vMoeForConditionalGeneration,
@@ -18,7 +20,7 @@ class Glm4vTarget(Qwen2VLTarget):
 
     family = "glm4v"
     model_class = Glm4vForConditionalGeneration
-    text_types = ("glm4v_text",)
+    text_types: ClassVar[tuple[str, ...]] = ("glm4v_text",)
     media = (Media("image", "image_token_id", ("pixel_values", "image_grid_thw")),)
 
 
