@@ -76,7 +76,7 @@ def main() -> int:
     arguments = parse_arguments()
     device = torch.device(arguments.device)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    console, parts = Console(), []
+    console, parts = Console(width=None if sys.stdout.isatty() else 160), []
     deadline = time.perf_counter() + 60 * arguments.minutes
     for name, run in plan(arguments, device):
         part = Part(name)
@@ -95,6 +95,9 @@ def main() -> int:
         release(device)
         print_part(console, part)
         save(arguments, device, parts)
+    odd = sum(not holds for part in parts for _, holds, _ in part.verdicts)
+    failed = sum(part.error is not None for part in parts)
+    console.print(f"{len(parts)} parts: {failed} failed, {odd} figures not as expected (worth a report, not an error)")
     console.print(f"written: {arguments.out / 'gpu_check.json'}, {arguments.out / 'gpu_check.html'}")
     return 1 if any(part.error for part in parts) else 0
 

@@ -3,6 +3,10 @@
 #   scripts/1_setup.sh                                    into .venv with python3
 #   PYTHON=python3.12 VENV=~/envs/msd scripts/1_setup.sh  another Python, another place
 set -euo pipefail
+if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then # the comment above
+    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
+    exit 0
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python="${PYTHON:-python3}"

@@ -4,6 +4,10 @@
 #   TEXT=ShareGPT_V3_unfiltered_cleaned_split.json IMAGE=llava_v1_5_mix665k.json scripts/2_convert.sh
 # Environment: TEXT, IMAGE (annotation files), WORK (where the results go: WORK/text.json, WORK/image.json).
 set -euo pipefail
+if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then # the comment above
+    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
+    exit 0
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python="${PYTHON:-.venv/bin/python}"
 command -v "$python" >/dev/null || python="$(command -v python3)"

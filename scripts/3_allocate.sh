@@ -10,6 +10,10 @@
 # share: docs/data.md joins them), SHARD_SIZE (rows of a shard), WORK as in step 2. REGENERATE (1: the base answers itself)
 # with DRAFT (which speeds it up), TEMPERATURE and MAX_NEW_TOKENS. Results: WORK/hidden_t, WORK/hidden_v.
 set -euo pipefail
+if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then # the comment above
+    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
+    exit 0
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python="${PYTHON:-.venv/bin/python}"
 command -v "$python" >/dev/null || python="$(command -v python3)"

@@ -7,6 +7,10 @@
 # Environment: BASE, CONFIG and DS_CONFIG (a path, or the name of one shipped in EAGLE/eagle/train), DEVICES, PORT,
 # WORK as in step 2, CKPT (where checkpoints go; the draft is CKPT/final). With ONLINE also PICTURES and COUNT as in step 3.
 set -euo pipefail
+if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then # the comment above
+    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
+    exit 0
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python="${PYTHON:-.venv/bin/python}"
 command -v "$python" >/dev/null || python="$(command -v python3)"

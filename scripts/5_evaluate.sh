@@ -10,6 +10,10 @@
 # ChartQA's test split, in chartqa and chartqa_msd; the pocket LLaVA gets its own).
 # Results: OUT/DATE/compare.md (the page; outputs/evaluate by default), compare.json, compare.png, and lmms-eval's own.
 set -euo pipefail
+if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then # the comment above
+    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
+    exit 0
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root="$PWD"
 

@@ -16,6 +16,20 @@ from .errors import MAKE_ROOM, UserError, is_full_disk
 POINTER = b"version https://git-lfs"
 
 
+def check_writable(path: str | Path) -> None:
+    """Raises `UserError` if no file can be written at a path. Missing parent folders are created. Call it before long
+    work whose result goes there."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise UserError("not a file", path, "name a file to write")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write a file here ({error.strerror})", path) from None
+    if not os.access(path.parent, os.W_OK):
+        raise UserError("cannot write a file here", path)
+
+
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, and renames that file to `path` when the block ends without an exception.
@@ -25,9 +39,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     Raises:
         UserError: the folder cannot be written, or the disk is full.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)  # what a link names is written
+    check_writable(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=f".tmp{path.suffix}", dir=path.parent)
     except OSError as error:
         raise UserError(f"cannot write a file here ({error.strerror})", path) from None

@@ -26,6 +26,9 @@ from .messages import IMAGE_TOKEN, WRITTEN_MARK, as_text, parts_of, read_message
 
 Aspect = Literal["pad", "crop"]
 
+UNWRITABLE = "\U0010fffd\U0010fffd"
+"""Stands for the image token where a text cannot mean it: characters that no text has."""
+
 
 class LlavaProcessor(ProcessorMixin):
     """Tokenizer and image processor of one checkpoint, called as transformers' own processors are.
@@ -186,7 +189,7 @@ class LlavaProcessor(ProcessorMixin):
             raise UserError(f"unknown option '{next(iter(options))}'", fix="this processor has no Jinja template")
         system = [text for role, text in turns if role == "system"]
         written = get_template(self.template or DEFAULT_TEMPLATE, "\n".join(system) if system else None)
-        written.sep2 = self._end_of_answer or written.sep2
+        written.sep2 = self.end_of_answer or written.sep2
         for role, text in turns:
             if role != "system":
                 written.append(role == "assistant", text)
@@ -383,7 +386,18 @@ def _pad_id(tokenizer: PreTrainedTokenizerFast, image_token_id: int) -> int:
 
 
 def _without_token(backend: Tokenizer, index: int) -> Tokenizer:
-    """A copy that treats the text of token `index` (such as `<unk>` in a question) as plain text."""
+    """A copy that treats the text of token `index` (such as `<unk>` in a question) as plain text.
+
+    A token behind the model's vocabulary is renamed, not removed: the ids of the tokens added after it are counted from
+    the vocabulary.
+    """
     state = json.loads(backend.to_str())
-    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] != index]
+    vocabulary = backend.get_vocab_size(with_added_tokens=False)
+    tokens = []
+    for token in state["added_tokens"]:
+        if token["id"] != index:
+            tokens.append(token)
+        elif index >= vocabulary:
+            tokens.append({**token, "content": UNWRITABLE})
+    state["added_tokens"] = tokens
     return Tokenizer.from_str(json.dumps(state))

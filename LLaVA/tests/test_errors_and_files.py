@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llava.errors import LESS_MEMORY, TRACEBACK, UserError, cli_errors, run_cli
-from llava.files import atomic_write, read_json
+from llava.files import atomic_write, check_writable, read_json
 
 SAID = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 14.58 GiB of which 1 GiB is free."
 FULL = f"{SAID} Of the allocated memory 12 GiB is allocated by PyTorch. If reserved memory is large try setting this."
@@ -130,3 +130,24 @@ def test_light_modules_import_no_heavy_package() -> None:
     code = f"import sys, llava, llava.errors, llava.files, llava.hub; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_a_link_stays_a_link_and_a_device_is_refused(tmp_path: Path) -> None:
+    real, link = tmp_path / "real.txt", tmp_path / "link.txt"
+    real.write_text("old")
+    link.symlink_to(real)
+    with atomic_write(link) as path:
+        path.write_text("new")
+    assert link.is_symlink() and real.read_text() == "new"
+    for place in (tmp_path, Path("/dev/null")):
+        with pytest.raises(UserError, match="not a file"), atomic_write(place):
+            raise AssertionError("nothing may be written")
+    assert not Path("/dev/null").is_file()
+
+
+def test_a_place_is_checked_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write a file here"):
+        check_writable(tmp_path / "file" / "report.json")
+    check_writable(tmp_path / "new" / "report.json")
+    assert not (tmp_path / "new" / "report.json").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import inspect
 import io
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -293,3 +294,17 @@ def test_an_unknown_template_variable(processor: LlavaProcessor) -> None:
         processor.apply_chat_template(MESSAGES, tools=[])
     text = processor.apply_chat_template(MESSAGES[3:], "{{ messages[0]['content'] }}{{ mood }}", mood="!")
     assert text == "Why?!"
+
+
+def test_tokens_added_after_the_image_token_keep_their_ids(tmp_path: Path) -> None:
+    """Their ids are counted from the vocabulary, so the image token must not be taken out of the row."""
+    folder = make_llava_hf(tmp_path / "base")
+    backend = json.loads((folder / "tokenizer.json").read_text())
+    top = max(token["id"] for token in backend["added_tokens"])
+    for number, text in enumerate(("<end>", "<other>"), start=1):
+        backend["added_tokens"].append({**backend["added_tokens"][-1], "id": top + number, "content": text})
+    (folder / "tokenizer.json").write_text(json.dumps(backend))
+    processor = load_processor(str(folder))
+    text = "a<end>b<other>c"
+    assert processor.encode(text) == processor.tokenizer(text)["input_ids"]
+    assert processor.encode(f"{IMAGE_TOKEN}{text}")[-5:] == processor.tokenizer(text)["input_ids"][-5:]

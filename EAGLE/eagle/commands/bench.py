@@ -25,7 +25,7 @@ from eagle.arguments import (
 from eagle.commands.output import console
 from eagle.questions import read_questions
 from llava.errors import UserError
-from llava.files import write_json
+from llava.files import check_writable, write_json
 
 if TYPE_CHECKING:
     from eagle.benchmark import Contestant
@@ -129,6 +129,8 @@ def run_on_servers(arguments: argparse.Namespace) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints a table; writes the JSON report if ``--out`` is given."""
+    if arguments.out:
+        check_writable(arguments.out)
     if arguments.server is not None:
         return run_on_servers(arguments)
     for name in ("plain_server", "concurrency", "rate", "plot"):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from eagle.arguments import add_data_options, add_model_options, add_report_option, positive
 from eagle.commands.output import console
 from eagle.questions import read_questions
-from llava.files import write_json
+from llava.files import check_writable, write_json
 from llava.inputs import seed_option
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the table; exit status 1 if a comparison fails."""
+    if arguments.out:
+        check_writable(arguments.out)
     from tqdm import tqdm
 
     from eagle.exactness import check_prompt, significant

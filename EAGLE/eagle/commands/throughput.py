@@ -12,7 +12,7 @@ from eagle.arguments import add_data_options, add_length_option, add_model_optio
 from eagle.commands.output import console
 from eagle.questions import Group, read_questions
 from llava.errors import UserError
-from llava.files import write_json
+from llava.files import check_writable, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Answers the same questions greedily at every batch size, with MSD and plain decoding in turn."""
+    if arguments.out:
+        check_writable(arguments.out)
     from tqdm import tqdm
 
     from eagle.benchmark import Contestant, interleave, with_engine

@@ -304,11 +304,28 @@ class MSDModel:
         return self._costs[bounds]
 
 
+def check_mask(mask: Tensor | None) -> None:
+    """Refuses an attention mask [B, P] with zeros that are not padding at an end of a sequence, and one without ones.
+
+    transformers keeps masked tokens in windows, in the states of linear attention and in the text that processors see.
+    The engine removes them.
+    """
+    if mask is None or mask.ndim != 2:
+        return
+    ones = torch.nn.functional.pad(mask.bool(), (1, 0)).int()  # [B, 1 + P]
+    runs = (ones.diff(dim=1) > 0).sum(dim=1)  # [B]
+    if bool((runs != 1).any()):
+        raise UserError(
+            "attention_mask with zeros inside a prompt", fix="mask only the padding before or after a prompt"
+        )
+
+
 def check_request(
     input_ids: Tensor, settings: GenerationConfig, streamer: Any, model_inputs: Mapping[str, Any]
 ) -> None:
     """Refuses settings and inputs that speculative decoding does not support."""
     check_settings(settings)
+    check_mask(model_inputs.get("attention_mask"))
     if model_inputs.get("inputs_embeds") is not None:
         raise UserError("inputs_embeds: MSD needs the ids of the prompt", fix="give input_ids and the pictures instead")
     if streamer is not None and input_ids.shape[0] > 1:

@@ -26,7 +26,8 @@ class SamplingSettings:
 
     Attributes:
         temperature: 0 is greedy decoding; all other settings are then ignored.
-        top_p, top_k: None or 0 is no limit. The limits of the checkpoint's generation config are not used either.
+        top_p: 0 is the best token alone; None is no limit.
+        top_k: None or 0 is no limit. The limits of the checkpoint's generation config are not used either.
         seed: makes sampling repeatable; one for all sequences or one for each.
 
     Raises:
@@ -52,7 +53,7 @@ class SamplingSettings:
     @property
     def limits(self) -> dict[str, Any]:
         """``top_p`` and ``top_k`` as `MSDModel.generate` takes them."""
-        return {"top_p": self.top_p or 1.0, "top_k": int(self.top_k or 0)}
+        return {"top_p": 1.0 if self.top_p is None else self.top_p, "top_k": int(self.top_k or 0)}
 
     def for_engine(self) -> dict[str, Any]:
         """Keyword arguments of `MSDModel.generate`."""

@@ -35,5 +35,5 @@ def problems(checks: list[Check], topic: str) -> Iterator[None]:
         yield
     except UserError as error:
         found = error.what if error.where is None else f"{error.what}: {error.where}"
-        fix = error.fix or "docs/troubleshooting.md explains the message"
+        fix = error.fix or "is the name right? see docs/troubleshooting.md"
         checks.append(Check(topic, State.PROBLEM, " ".join(found.split()), " ".join(fix.split())))

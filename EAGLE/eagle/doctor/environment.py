@@ -149,7 +149,8 @@ def check_pictures(root: Path) -> list[Check]:
     from eagle.ge_data.download.sources import PICTURE_SETS
 
     if not root.is_dir():
-        return [Check("data", State.PROBLEM, f"no such folder: {root}", PICTURE_GUIDE)]
+        what = f"not a folder: {root}" if root.exists() else f"no such folder: {root}"
+        return [Check("data", State.PROBLEM, f"{what} (--data is the folder of the training pictures)", PICTURE_GUIDE)]
     checks = []
     for source in PICTURE_SETS:
         count, state, fix = count_pictures(root, source), State.OK, ""

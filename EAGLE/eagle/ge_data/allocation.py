@@ -122,6 +122,9 @@ def select(options: argparse.Namespace) -> tuple[Selection, Range]:
             exist.
     """
     kind = KINDS[options.model_type.rsplit("_", 1)[1]]
+    given, default = options.image_data_path, parser().get_default("image_data_path")
+    if given != default and not given.is_dir():  # said in the text pass too, which comes first and is long
+        raise UserError("no folder of pictures", given, "give --image_data_path")
     selection = Selection.of(options.json_data_path, kind, options.image_data_path, options.max_length, options.seed)
     total = len(selection.order)
     end = total if options.end is None else min(options.end, total)

@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from eagle import MSDModel, TreeConfig
 from eagle.decode.generate_settings import NO_EFFECT, REFUSED, SERVED
+from eagle.decode.sampling import SamplingSettings
 from eagle.drafts.checkpoint import load_draft
 from eagle.families import load_target
 from llava import UserError
@@ -122,3 +123,21 @@ def test_limits_mean_what_they_mean_in_transformers(model: MSDModel) -> None:
     ):
         with pytest.raises(UserError):
             model.generate(**inputs, max_new_tokens=4, **settings)
+
+
+def test_a_mask_with_holes_is_refused(model: MSDModel) -> None:
+    """transformers counts masked tokens in windows and states, and shows them to processors."""
+    inputs = model.target.prepare(PROMPTS[0])
+    for change in (slice(3, 6), slice(None)):
+        mask = inputs["attention_mask"].clone()
+        mask[0, change] = 0
+        with pytest.raises(UserError, match="zeros inside a prompt"):
+            model.generate(**{**inputs, "attention_mask": mask}, max_new_tokens=4, temperature=0.0)
+
+
+def test_top_p_of_nothing_is_the_best_token_alone(model: MSDModel) -> None:
+    settings = SamplingSettings(4.0, top_p=0.0, seed=1)
+    inputs = model.target.prepare(PROMPTS[0])
+    greedy = model.generate(**inputs, max_new_tokens=12, temperature=0.0)
+    assert model.generate(**inputs, max_new_tokens=12, **settings.for_engine()).tokens == greedy.tokens
+    assert SamplingSettings(1.0).limits == {"top_p": 1.0, "top_k": 0}

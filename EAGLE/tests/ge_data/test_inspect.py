@@ -40,9 +40,8 @@ def test_a_check_that_takes_long_shows_a_bar(
 def test_an_unknown_family_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]) -> None:
     folder = corpus(tmp_path, family="mamba")
     assert run_cli(lambda: inspect.main([str(folder), *more])) == 2
-    assert capsys.readouterr().err == (
-        "error: unknown family of models: mamba (known: llava, llava_next, qwen2_vl, qwen2_5_vl)\n"
-    )
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: unknown family of models: mamba (known: llava, llava_next, qwen2_vl, ")
 
 
 def test_the_model_that_the_shards_name_is_found(

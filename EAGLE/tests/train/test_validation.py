@@ -104,7 +104,7 @@ def trainer_of(rank, world, joined):
     engine.rank, engine.sum = rank, joined
     logged, saved = [], []
     tracker = SimpleNamespace(log_validation=lambda step, results: logged.append((step, results)))
-    store = SimpleNamespace(save_draft=lambda engine, name: saved.append(name))
+    store = SimpleNamespace(save_draft=lambda engine, name, *more: saved.append(name))
     data, schedule = TrainingData(make_sets()), SimpleNamespace(sizes=sizes)
     trainer = Trainer(engine, data, schedule, objective.config, store, tracker, Progress(step=7))
     return trainer, logged, saved
