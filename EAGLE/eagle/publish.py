@@ -18,7 +18,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
-from eagle.drafts.checkpoint import load_draft, save_draft
+from eagle.drafts.checkpoint import load_msd_draft, save_draft
 from eagle.drafts.msd import DraftModel
 from llava.errors import UserError
 from llava.files import read_json

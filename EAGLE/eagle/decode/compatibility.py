@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from eagle.drafts.eagle3 import Eagle3Draft
+from eagle.drafts.eagle3_config import Eagle3Config
+from eagle.drafts.head import DraftHead
 from eagle.drafts.msd import DraftModel
 from eagle.families import Target
 from llava.errors import UserError
@@ -18,7 +22,56 @@ FIX = "use the draft that was trained for this base model"
 log = logging.getLogger(__name__)
 
 
-def check_compatible(target: Target, draft: DraftModel) -> None:
+def check_compatible(target: Target, draft: DraftHead) -> None:
+    """Refuses a draft of another base model, and gives the draft what it uses of the target.
+
+    Raises:
+        UserError: sizes, vocabulary, layers or family differ.
+    """
+    if isinstance(draft, Eagle3Draft):
+        check_eagle3(target, draft)
+    elif isinstance(draft, DraftModel):
+        check_msd(target, draft)
+
+
+def check_eagle3(target: Target, draft: Eagle3Draft) -> None:
+    """`check_compatible` for EAGLE-3 heads.
+
+    Raises:
+        UserError: sizes, vocabulary or layers differ.
+    """
+    config, table = draft.config, cast(Tensor, target.model.get_input_embeddings().weight)  # [V, H]
+    check_eagle3_sizes(config, len(table), target.hidden_size)
+    draft.use_target(len(target.text_model.layers))
+    if draft.embed_tokens is None:
+        draft.use_embedding(target.model.get_input_embeddings())
+    elif draft.embed_tokens.weight.shape[1] == table.shape[1]:
+        alike = same_rows(table, draft.embed_tokens.weight)
+        if alike and config.vocab_size < len(table):
+            extend(draft, table[config.vocab_size :])
+        elif not alike:
+            log.warning("the draft's token embedding is not the base's: %s, unless it was trained", FIX)
+    if draft.config.vocab_size != len(table):
+        raise misfit("vocabulary", draft.config.vocab_size, len(table))
+    images = [getattr(target.config, media.token) for media in target.media]
+    if config.image_rows == "token" and max(images) >= len(table):
+        fix = 'set "image_rows": "feature" in section "msd" of its config.json'
+        raise UserError(f"the draft reads image tokens as embeddings, but token {max(images)} has none", fix=fix)
+
+
+def check_eagle3_sizes(config: Eagle3Config, vocabulary: int, hidden_size: int) -> None:
+    """Raises `UserError` if an EAGLE-3 head does not fit a base of this vocabulary and hidden size. A head with its own
+    embedding may have fewer tokens."""
+    if config.target_hidden_size != hidden_size:
+        raise misfit("hidden size", config.target_hidden_size, hidden_size)
+    shares = not (config.own_embedding and config.own_head) or config.image_rows == "feature"
+    if shares and config.hidden_size != hidden_size:
+        raise misfit("hidden size", config.hidden_size, hidden_size)
+    if config.vocab_size != vocabulary and not (config.own_embedding and config.vocab_size < vocabulary):
+        raise misfit("vocabulary", config.vocab_size, vocabulary)
+
+
+def check_msd(target: Target, draft: DraftModel) -> None:
     """Refuses a draft of another base model. A base may have more tokens than the draft, as the ``-hf`` releases of
     LLaVA do. The draft's embedding is a copy of the base's, so the missing rows are copied from there.
 
@@ -72,8 +125,9 @@ def same_rows(table: Tensor, own: Tensor) -> bool:
     return bool((found - wanted).norm() <= TOLERANCE * wanted.norm())
 
 
-def extend(draft: DraftModel, rows: Tensor) -> None:
+def extend(draft: DraftHead, rows: Tensor) -> None:
     """Appends ``rows`` [n, H] to the draft's token embedding."""
+    assert draft.embed_tokens is not None
     own = draft.embed_tokens.weight
     joined = torch.cat([own.detach(), rows.detach().to(own)])  # [V, H]
     draft.embed_tokens = nn.Embedding.from_pretrained(joined, freeze=not own.requires_grad)
