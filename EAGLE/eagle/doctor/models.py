@@ -14,16 +14,19 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import SafetensorsParsingError
 
 from eagle.conversations import MARK
 from eagle.doctor import Check, State
 from eagle.doctor.memory import Footprint
-from eagle.drafts.checkpoint import is_spare, misfits
-from eagle.drafts.config import DRAFT_VOCAB_FILE, DraftConfig
+from eagle.decode.compatibility import check_eagle3_sizes
+from eagle.drafts.checkpoint import MAPPING, build_draft, canonical, is_spare, misfits
+from eagle.drafts.config import DRAFT_VOCAB_FILE
 from eagle.drafts.draft_vocab import read_draft_vocab
+from eagle.drafts.eagle3 import Eagle3Draft
+from eagle.drafts.eagle3_config import Eagle3Config
+from eagle.drafts.head import DraftHead
 from eagle.drafts.msd import DraftModel
 from eagle.families import family_of
 from eagle.families.base_weights import EMBED_NAMES, HEAD_NAMES
@@ -36,6 +39,7 @@ from llava.tokenizer import load_tokenizer
 from llava.weights import WEIGHT_FILES, find_weights, is_old_buffer, read_index, read_shapes
 
 BASE, DRAFT, PAIR, TOWER = "base model", "draft", "base and draft", "vision tower"
+CONVENTIONS = "draft's conventions"
 LAYER = re.compile(r"(?P<stack>(?:.*\.)?(?:layers|blocks)\.)(?P<number>\d+)\.(?P<part>.+)")
 VISION = re.compile(r"vision|visual")
 NAMES_SHOWN = 5
@@ -58,8 +62,10 @@ class Contents:
 
     @property
     def text_config(self) -> Mapping[str, Any]:
-        """Settings of the language model: at the top of old configs, in ``text_config`` of new ones."""
-        return {**self.config, **(self.config.get("text_config") or {})}
+        """Settings of the language model: at the top of old configs, in ``text_config`` of new ones, in
+        ``transformer_layer_config`` of draft heads in speculators' layout."""
+        inner = self.config.get("text_config") or self.config.get("transformer_layer_config") or {}
+        return {**self.config, **inner}
 
     @property
     def model_type(self) -> str:
@@ -67,7 +73,8 @@ class Contents:
 
     def __str__(self) -> str:
         size = f"{sum(map(prod, self.shapes.values())) / 1e6:,.1f} M parameters" if self.shapes else "weights not read"
-        return f"{self.config.get('model_type')}, vocabulary {self.text_config.get('vocab_size')}, {size}"
+        kind = self.config.get("model_type", "speculators head")
+        return f"{kind}, vocabulary {self.text_config.get('vocab_size')}, {size}"
 
 
 def open_contents(name: str, what: str, hub: bool) -> Contents | None:
@@ -223,21 +230,32 @@ def check_draft(name: str, hub: bool) -> tuple[Contents | None, list[Check]]:
         contents = open_contents(name, DRAFT, hub)
         if contents is None:
             return None, [_not_cached(DRAFT, name)]
-        with load_errors("draft config is not valid", f"{name}/config.json"), torch.device("meta"):
-            config = DraftConfig.from_dict(contents.config, where=f"{name}/config.json", tensors=contents.names)
-            draft = DraftModel(config)
-        if config.options.head_tokens is not None and DRAFT_VOCAB_FILE not in contents.files:
-            raise UserError(f"{DRAFT_VOCAB_FILE} missing", name, "make it again: python -m eagle.ge_data.vocabulary")
-        if config.options.head_tokens is not None and contents.place != "hub":
-            read_draft_vocab(Path(contents.where), config)
+        shapes = {canonical(name): shape for name, shape in contents.shapes.items()}
+        draft = _head_of(contents, shapes)
+        if isinstance(draft, DraftModel) and draft.config.options.head_tokens is not None:
+            if DRAFT_VOCAB_FILE not in contents.files:
+                raise UserError(f"{DRAFT_VOCAB_FILE} missing", name, "make it again: python -m eagle.ge_data.vocabulary")
+            if contents.place != "hub":
+                read_draft_vocab(Path(contents.where), draft.config)
     except UserError as error:
         return None, [Check.of_error(DRAFT, error)]
-    if wrong := misfits(contents.shapes, draft) if contents.shapes else []:
+    if wrong := misfits(shapes, draft) if shapes else []:
         found = f"does not fit its config: {_shorten(wrong)}"
-        return contents, [Check(DRAFT, State.PROBLEM, found, "is it an MSD draft?")]
-    spare = sorted(filter(is_spare, contents.names or ()))
+        return contents, [Check(DRAFT, State.PROBLEM, found, f"is it an {draft.kind} draft?")]
+    spare = sorted(tensor for tensor in contents.names or () if is_spare(tensor, draft) and tensor not in MAPPING)
     unused = f"; not needed: {_shorten(spare)}" if spare else ""
-    return contents, [Check(DRAFT, State.OK, f"{name} ({contents.place}): {contents}{unused}")]
+    return contents, [
+        Check(DRAFT, State.OK, f"{name} ({contents.place}): {contents}{unused}"),
+        Check(CONVENTIONS, State.OK, f"{draft.kind}: {draft.conventions()}"),
+    ]
+
+
+def _head_of(contents: Contents, shapes: Mapping[str, tuple[int, ...]]) -> DraftHead:
+    """The head without weights. If only the names of its tensors are known, their shapes are empty."""
+    known = shapes or (None if contents.names is None else {canonical(name): () for name in contents.names})
+    where = f"{contents.where}/config.json"
+    with load_errors("draft config is not valid", where):
+        return build_draft(contents.config, known, where)
 
 
 def check_pair(base: Contents, draft: Contents) -> list[Check]:
@@ -247,6 +265,9 @@ def check_pair(base: Contents, draft: Contents) -> list[Check]:
     fields, own = base.text_config, draft.text_config
     embedding = next((base.shapes[name] for name in EMBED_NAMES if name in base.shapes), None)
     rows, columns = embedding or (fields.get("vocab_size"), fields.get("hidden_size"))
+    head = _head_of(draft, {canonical(name): shape for name, shape in draft.shapes.items()})
+    if isinstance(head, Eagle3Draft) and isinstance(rows, int) and isinstance(columns, int):
+        return _check_eagle3_pair(head.config, rows, columns, fields.get("num_hidden_layers"))
     vocabulary, hidden = own.get("vocab_size"), own.get("hidden_size")
     more = rows - vocabulary if isinstance(rows, int) and isinstance(vocabulary, int) else 0
     for what, theirs, ours, fits in (
@@ -262,6 +283,16 @@ def check_pair(base: Contents, draft: Contents) -> list[Check]:
         checks.append(Check(PAIR, State.PROBLEM, found, fix))
     added = f", {more} of them from the base, if its first {vocabulary} are the draft's" if more > 0 else ""
     return checks or [Check(PAIR, State.OK, f"fit together: hidden size {columns}, vocabulary {rows}{added}")]
+
+
+def _check_eagle3_pair(config: Eagle3Config, vocabulary: int, hidden_size: int, layers: Any) -> list[Check]:
+    try:
+        check_eagle3_sizes(config, vocabulary, hidden_size)
+        read = config.layers_of(layers) if isinstance(layers, int) else ()
+    except UserError as error:
+        return [Check.of_error(PAIR, error)]
+    found = f"fit together: hidden size {hidden_size}, vocabulary {vocabulary}"
+    return [Check(PAIR, State.OK, f"{found}, inputs of layers {', '.join(map(str, read))} of {layers}")]
 
 
 def footprint(base: Contents, draft: Contents | None) -> Footprint | None:
