@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from eagle.families import Target
 
-MAPPING = ("d2t", "t2d")
+WINDOW = ("layer_types", "sliding_window", "use_sliding_window")
 
 
 def make_eagle3(
@@ -21,6 +22,7 @@ def make_eagle3(
     layout: Literal["flat", "speculators"] = "flat",
     *,
     seed: int = 0,
+    vocabulary: Sequence[int] | None = None,
     drop: tuple[str, ...] = (),
     shapes: dict[str, tuple[int, ...]] | None = None,
     **changes: Any,
@@ -31,27 +33,28 @@ def make_eagle3(
     rows of the target's, so it agrees with the target now and then though nobody trained it.
 
     Args:
+        vocabulary: ids of its own vocabulary; by default every other one.
         drop: tensors to leave out.
         shapes: further tensors of zeros, such as norms.
         changes: fields of ``config.json``: of the layer in the speculators layout if they are in a layer's config.
     """
     text, tables = target.config.get_text_config(), target.model.get_input_embeddings().weight.detach().float()
-    size, (vocabulary, hidden) = 2 * text.hidden_size, tables.shape
+    size, (tokens, hidden) = 2 * text.hidden_size, tables.shape
     heads, key_heads, head_dim = text.num_attention_heads, text.num_key_value_heads, 2 * (hidden // 8)
     layers = len(target.text_model.layers)
     layer: dict[str, Any] = {
         "model_type": "llama", "hidden_size": hidden, "intermediate_size": size, "num_attention_heads": heads,
         "num_key_value_heads": key_heads, "head_dim": head_dim, "num_hidden_layers": 1, "hidden_act": "silu",
-        "rms_norm_eps": 1e-6, "rope_theta": 1e4, "vocab_size": vocabulary,
+        "rms_norm_eps": 1e-6, "rope_theta": 1e4, "vocab_size": tokens,
     }  # fmt: skip
-    kept = torch.arange(0, vocabulary, 2)  # every other id
+    kept = torch.arange(0, tokens, 2) if vocabulary is None else torch.tensor(sorted(set(vocabulary)))  # [K]
     top: dict[str, Any] = {"draft_vocab_size": len(kept), "target_hidden_size": hidden}
     if layout == "flat":
         outputs = [-1, 0, layers - 1]
         config = {"architectures": ["LlamaForCausalLMEagle3"], **layer, **top}
         config |= {"eagle_config": {"eagle_aux_hidden_state_layer_ids": outputs}, **changes}
     else:
-        layer |= {key: changes.pop(key) for key in list(changes) if key in layer or "sliding" in key or "layer_t" in key}
+        layer |= {key: changes.pop(key) for key in list(changes) if key in (*layer, *WINDOW)}
         config = {"architectures": ["Eagle3DraftModel"], "speculators_model_type": "eagle3", **top}
         config |= {"eagle_aux_hidden_state_layer_ids": [0, 1, layers], "transformer_layer_config": layer, **changes}
     count = (layer if layout == "speculators" else config)["num_hidden_layers"]
@@ -80,7 +83,7 @@ def make_eagle3(
     tensors["norm.weight"] = torch.ones(hidden) if final is None else final.weight.detach().float().clone()
     tensors["lm_head.weight"] = target.model.get_output_embeddings().weight.detach().float()[kept].clone()
     tensors["d2t"] = kept - torch.arange(len(kept))
-    tensors["t2d"] = torch.zeros(vocabulary, dtype=torch.bool).index_fill(0, kept, True)
+    tensors["t2d"] = torch.zeros(tokens, dtype=torch.bool).index_fill(0, kept, True)
     if layout == "speculators":
         tensors["embed_tokens.weight"] = tables.clone()
     tensors |= {name: torch.ones(shape) for name, shape in (shapes or {}).items()}

@@ -18,9 +18,9 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import SafetensorsParsingError
 
 from eagle.conversations import MARK
+from eagle.decode.compatibility import check_eagle3_sizes
 from eagle.doctor import Check, State
 from eagle.doctor.memory import Footprint
-from eagle.decode.compatibility import check_eagle3_sizes
 from eagle.drafts.checkpoint import MAPPING, build_draft, canonical, is_spare, misfits
 from eagle.drafts.config import DRAFT_VOCAB_FILE
 from eagle.drafts.draft_vocab import read_draft_vocab
@@ -234,7 +234,8 @@ def check_draft(name: str, hub: bool) -> tuple[Contents | None, list[Check]]:
         draft = _head_of(contents, shapes)
         if isinstance(draft, DraftModel) and draft.config.options.head_tokens is not None:
             if DRAFT_VOCAB_FILE not in contents.files:
-                raise UserError(f"{DRAFT_VOCAB_FILE} missing", name, "make it again: python -m eagle.ge_data.vocabulary")
+                fix = "make it again: python -m eagle.ge_data.vocabulary"
+                raise UserError(f"{DRAFT_VOCAB_FILE} missing", name, fix)
             if contents.place != "hub":
                 read_draft_vocab(Path(contents.where), draft.config)
     except UserError as error:

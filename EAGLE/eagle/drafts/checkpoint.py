@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from eagle.drafts.config import DRAFT_VOCAB_FILE, DraftConfig
 from eagle.drafts.draft_vocab import read_draft_vocab, write_draft_vocab
 from eagle.drafts.eagle3 import Eagle3Draft, draft_vocabulary
-from eagle.drafts.eagle3_config import Eagle3Config
+from eagle.drafts.eagle3_config import Eagle3Config, Shapes
 from eagle.drafts.head import DraftHead
 from eagle.drafts.msd import DraftModel
 from llava.errors import UserError
@@ -83,7 +83,7 @@ def load_msd_draft(name: str | Path, purpose: str, **settings: Any) -> DraftMode
     return draft
 
 
-def build_draft(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None, where: str | Path) -> DraftHead:
+def build_draft(config: Mapping[str, Any], shapes: Shapes | None, where: str | Path) -> DraftHead:
     """The head that a ``config.json`` and the shapes of its tensors describe, on the meta device, without weights.
 
     Args:
@@ -137,7 +137,7 @@ def is_spare(name: str, draft: DraftHead) -> bool:
     return known or is_old_buffer(name)
 
 
-def misfits(shapes: Mapping[str, tuple[int, ...]], draft: DraftHead) -> list[str]:
+def misfits(shapes: Shapes, draft: DraftHead) -> list[str]:
     """Names the tensors of a checkpoint that are missing, unexpected, or of another shape than in ``draft``."""
     wanted = {name: tuple(tensor.shape) for name, tensor in draft.state_dict().items()}
     problems = [f"missing {name}" for name in wanted if name not in shapes]

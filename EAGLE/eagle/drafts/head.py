@@ -1,7 +1,7 @@
 """What decoding needs of a draft head, whatever its kind.
 
-Row ``t`` of a head's input pairs the target's features of token ``t`` with token ``t + 1``. From a row the head predicts
-a hidden state, from which the next token is drafted and which takes the place of the features in the row of that token.
+Row ``t`` of a head's input pairs the target's features of token ``t`` with token ``t + 1``. From a row the head
+predicts a hidden state. The next token is drafted from it, and it takes the place of the features in that token's row.
 
 ==========  =====================================================================================
 kind        module

@@ -303,9 +303,7 @@ class Target(ABC):
             hidden = self.read_prompt(prompt, positions, attention_mask=attention_mask, use_cache=False)
         return Prefill(hidden, prompt.embeds, prompt.image_mask, positions, next_position, streams.joined())
 
-    def prefill_each(
-        self, inputs: Mapping[str, Any], cache: KVCache, layers: Sequence[int] = ()
-    ) -> Iterator[Prefill]:
+    def prefill_each(self, inputs: Mapping[str, Any], cache: KVCache, layers: Sequence[int] = ()) -> Iterator[Prefill]:
         """Fills the cache, one sequence after the other and without their padding, so that each is read exactly as it
         would be alone. The pictures of all sequences are encoded together.
 

@@ -139,7 +139,8 @@ def measure(
     ids = torch.full((1, context), end, device=target.device)
     sizes = (*(n for n in NODES if n < tree.total_tokens), tree.total_tokens)
     cache = target.new_cache(1, context + sizes[-1])
-    (prefill,) = list(target.prefill_each({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, cache, draft.target_layers))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    (prefill,) = list(target.prefill_each(inputs, cache, draft.target_layers))
     masks = MaskBuffer(sizes[-1], context + sizes[-1], target.dtype, target.device)
 
     def verify(count: int) -> Callable[[], None]:
