@@ -13,6 +13,7 @@ from eagle.drafts.eagle3 import Eagle3Draft
 from eagle.drafts.eagle3_config import Eagle3Config
 from eagle.drafts.head import DraftHead
 from eagle.drafts.msd import DraftModel
+from eagle.drafts.vispec import ViSpecDraft
 from eagle.families import Target
 from llava.errors import UserError
 
@@ -32,6 +33,10 @@ def check_compatible(target: Target, draft: DraftHead) -> None:
         check_eagle3(target, draft)
     elif isinstance(draft, DraftModel):
         check_msd(target, draft)
+    else:
+        check_embedding(target, draft)
+        if isinstance(draft, ViSpecDraft) and draft.options.image_rows == "token":
+            check_image_ids(target, 'leave "image_rows" out of section "msd" of its config.json')
 
 
 def check_eagle3(target: Target, draft: Eagle3Draft) -> None:
@@ -53,10 +58,15 @@ def check_eagle3(target: Target, draft: Eagle3Draft) -> None:
             log.warning("the draft's token embedding is not the base's: %s, unless it was trained", FIX)
     if draft.config.vocab_size != len(table):
         raise misfit("vocabulary", draft.config.vocab_size, len(table))
-    images = [getattr(target.config, media.token) for media in target.media]
-    if config.image_rows == "token" and max(images) >= len(table):
-        fix = 'set "image_rows": "feature" in section "msd" of its config.json'
-        raise UserError(f"the draft reads image tokens as embeddings, but token {max(images)} has none", fix=fix)
+    if config.image_rows == "token":
+        check_image_ids(target, 'set "image_rows": "feature" in section "msd" of its config.json')
+
+
+def check_image_ids(target: Target, fix: str) -> None:
+    """Raises `UserError` if an image token of the target has no embedding."""
+    largest = max(getattr(target.config, media.token) for media in target.media)
+    if largest >= len(target.model.get_input_embeddings().weight):
+        raise UserError(f"the draft reads image tokens as embeddings, but token {largest} has none", fix=fix)
 
 
 def check_eagle3_sizes(config: Eagle3Config, vocabulary: int, hidden_size: int) -> None:
@@ -72,13 +82,24 @@ def check_eagle3_sizes(config: Eagle3Config, vocabulary: int, hidden_size: int) 
 
 
 def check_msd(target: Target, draft: DraftModel) -> None:
-    """Refuses a draft of another base model. A base may have more tokens than the draft, as the ``-hf`` releases of
-    LLaVA do. The draft's embedding is a copy of the base's, so the missing rows are copied from there.
+    """`check_compatible` for MSD drafts, which are of a family too."""
+    check_family(target.family, draft.config.model_type)
+    check_embedding(target, draft)
+    head, spare = target.model.get_output_embeddings().weight, draft.spare_head
+    fits = head.ndim == 2 and head.shape[1] == draft.config.hidden_size
+    if spare is not None and fits and not same_head(head, spare):
+        log.warning("the draft's lm_head is not the base's, which is used: %s, or few tokens will be accepted", FIX)
+    draft.spare_head = None
+
+
+def check_embedding(target: Target, draft: DraftHead) -> None:
+    """Compares a draft's token embedding with the base's, of which it is a copy. A base may have more tokens than the
+    draft, as the ``-hf`` releases of LLaVA do; the missing rows are copied from there.
 
     Raises:
-        UserError: the family, hidden size or vocabulary differ.
+        UserError: the hidden size or vocabulary differ.
     """
-    check_family(target.family, draft.config.model_type)
+    assert draft.embed_tokens is not None
     table = target.model.get_input_embeddings().weight  # [V, H]
     (base, size), own = table.shape, draft.config.vocab_size
     if size != draft.config.hidden_size:
@@ -90,10 +111,6 @@ def check_msd(target: Target, draft: DraftModel) -> None:
         raise misfit("vocabulary", own, base)
     elif not alike:
         log.warning("the draft's token embedding is not the base's: %s, or few tokens will be accepted", FIX)
-    head, spare = target.model.get_output_embeddings().weight, draft.spare_head
-    if spare is not None and head.ndim == 2 and head.shape[1] == size and not same_head(head, spare):
-        log.warning("the draft's lm_head is not the base's, which is used: %s, or few tokens will be accepted", FIX)
-    draft.spare_head = None
 
 
 def check_family(family: str, model_type: str) -> None:

@@ -54,6 +54,7 @@ class Drafter:
         self._extend_rope(rows)
         self._lengths = [0] * batch
         self._shift = [0] * batch  # position id minus row index of new tokens; 0 for plain positions
+        self._context: Tensor | None = None  # [B, C] what the rows of each sequence get from its prompt
         self._widths: list[int] = []  # drafted rows of each level in the cache
         self._last = torch.zeros(
             batch, config.hidden_size, dtype=draft.dtype, device=device
@@ -73,12 +74,16 @@ class Drafter:
         next_embeds = prefill.embeds.roll(-1, dims=1).to(device)  # [1, S, H]; the wrapped last row is never an image
         features, positions = prefill.features.to(device), prefill.positions.to(device)  # [1, S, F], [1 or 3, (1,) S]
         prompt = Prompt(features, next_ids, next_is_image, next_embeds, positions, prefill.next_position)
-        x, own_positions, next_position = self.draft.read_prompt(prompt, self.compression)
+        x, own_positions, next_position, context = self.draft.read_prompt(prompt, self.compression)
         count = x.shape[1]
         rope = self._slice(0, count) if own_positions is None else self.draft.rotary(own_positions, x.dtype)
         if next_position is not None:
             self._shift[row] = next_position - count
             self._extend_rope(self._rows + self._shift[row])
+        if context is not None:
+            if self._context is None:
+                self._context = context.new_zeros(len(self._lengths), context.shape[-1])
+            self._context[row] = context[0]
         mask = None if self.draft.window is None else window_mask(count, self.draft.window, device)
         self._last[row] = self.draft(x, None, mask, self.cache.sequence(row), rope, last_only=True)[0, 0]
         self._lengths[row] = count
@@ -121,7 +126,7 @@ class Drafter:
         mask = None
         if batch * count > 1 or self.draft.window is not None:
             mask = self._mask(self._causal[:, :count, :count].expand(batch, -1, -1), [1] * count)
-        x = self.draft.text_rows(self.draft.condense(hidden), tokens)
+        x = self.draft.text_rows(self.draft.condense(hidden), tokens, self._context)
         return self.draft(x, None, mask, self.cache, self._rope(0, count))
 
     def expand(self, tree: TreeConfig, should_deepen: Callable[[Tensor], bool] | None = None) -> Candidates:
@@ -161,6 +166,7 @@ class Drafter:
         self.cache = self.cache.select(rows)
         self._lengths, self._shift = ([values[row] for row in rows] for values in (self._lengths, self._shift))
         self._last = self._last[list(rows)]
+        self._context = None if self._context is None else self._context[list(rows)]
 
     def _children(self, hidden: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """Drafted tokens after predicted hidden states [B, F, H], [B, F, k] each."""
@@ -171,7 +177,7 @@ class Drafter:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One draft forward over the frontiers: tokens [B, k], hidden [B, k, H] → predicted hidden states [B, k, H] and
         their children, [B, k, k] each."""
-        x = self.draft.text_rows(hidden, tokens)  # [B, k, X]
+        x = self.draft.text_rows(hidden, tokens, self._context)  # [B, k, X]
         mask = self._mask(tree_mask, self._widths)
         output = self.draft(x, None, mask, self.cache, self._rope(step, 1))
         return output, *self._children(output, top_k)

@@ -279,7 +279,8 @@ def check_pair(base: Contents, draft: Contents) -> list[Check]:
             checks.append(Check(PAIR, State.WARNING, f"the base's {what} is not known", "use msd generate to find out"))
         elif not fits:
             checks.append(Check(PAIR, State.PROBLEM, f"{what} {ours} in the draft, {theirs} in the base", fix))
-    if not checks and ("qwen" in base.model_type) != ("qwen" in draft.model_type):
+    is_msd = isinstance(head, DraftModel)  # the others do not name their family
+    if not checks and is_msd and ("qwen" in base.model_type) != ("qwen" in draft.model_type):
         found = f"base is {base.model_type}, draft was made for {draft.model_type}"
         checks.append(Check(PAIR, State.PROBLEM, found, fix))
     added = f", {more} of them from the base, if its first {vocabulary} are the draft's" if more > 0 else ""

@@ -16,6 +16,7 @@ from eagle.drafts.eagle3 import Eagle3Draft, draft_vocabulary
 from eagle.drafts.eagle3_config import Eagle3Config, Shapes
 from eagle.drafts.head import DraftHead
 from eagle.drafts.msd import DraftModel
+from eagle.drafts.vispec import QUERIES, ViSpecDraft
 from llava.errors import UserError
 from llava.files import atomic_write, read_object, write_json
 from llava.hub import Source
@@ -97,12 +98,12 @@ def build_draft(config: Mapping[str, Any], shapes: Shapes | None, where: str | P
     with torch.device("meta"):
         if kind is Eagle3Draft:
             return Eagle3Draft(Eagle3Config.from_dict(config, where, shapes))
+        if kind is ViSpecDraft:
+            return ViSpecDraft.from_dict(config, where, shapes or {})
         return DraftModel(DraftConfig.from_dict(config, where, shapes))
 
 
-def kind_of(
-    config: Mapping[str, Any], names: Collection[str] | None, where: str | Path
-) -> type[DraftModel] | type[Eagle3Draft]:
+def kind_of(config: Mapping[str, Any], names: Collection[str] | None, where: str | Path) -> type[DraftHead]:
     """The kind of a head, from its config and the names of its tensors.
 
     Raises:
@@ -113,15 +114,16 @@ def kind_of(
     other = {
         "P-EAGLE": form == "peagle" or "mask_hidden" in names,
         "DFlash": form == "dflash" or "dflash_config" in config or "hidden_norm.weight" in names,
-        "ViSpec": "imadpt.q" in names,
         f"'{form}' speculators": form not in (None, "eagle3"),
     }
     for name, found in other.items():
         if found:
-            raise UserError(f"{name} heads are not supported", where, "use an MSD or an EAGLE-3 head")
+            raise UserError(f"{name} heads are not supported", where, "use an MSD, EAGLE-3 or ViSpec head")
     by_config = form == "eagle3" or any(key in config for key in ("eagle_config", "draft_vocab_size"))
     by_name = any("Eagle3" in str(each) for each in config.get("architectures") or ())
     by_tensors = "layers.0.hidden_norm.weight" in names or "d2t" in names
+    if QUERIES in names or "img_fc.weight" in names:
+        return ViSpecDraft
     return Eagle3Draft if by_config or by_name or by_tensors else DraftModel
 
 
@@ -133,7 +135,7 @@ def canonical(name: str) -> str:
 def is_spare(name: str, draft: DraftHead) -> bool:
     """Whether a checkpoint may have a tensor of this name though it is not part of the head: a buffer of old releases,
     the mapping of a trimmed vocabulary, or, for an MSD draft, the base model's ``lm_head``."""
-    known = name == HEAD if isinstance(draft, DraftModel) else name in MAPPING
+    known = name == HEAD if isinstance(draft, DraftModel) else name in MAPPING and isinstance(draft, Eagle3Draft)
     return known or is_old_buffer(name)
 
 

@@ -88,7 +88,7 @@ class Eagle3Draft(DraftHead):
         config = self.config
         layers = config.target_layers
         read = "default layers of the target" if layers is None else f"layers {', '.join(map(str, layers))}"
-        positions = config.positions
+        positions: str = config.positions
         if positions == "mrope":
             positions += " interleaved" if config.mrope_interleaved else " sectioned"
         return "; ".join(
@@ -127,7 +127,7 @@ class Eagle3Draft(DraftHead):
             positions = positions[0]
         return PromptRows(x, positions, int(prompt.next_position))
 
-    def text_rows(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+    def text_rows(self, hidden: Tensor, tokens: Tensor, context: Tensor | None = None) -> Tensor:
         return torch.cat([self.embed(tokens), hidden], dim=-1)
 
     def condense(self, features: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ from llava.strict import read_strict, strict_dataclass
 
 Size = Annotated[int, Field(ge=1)]
 Shapes = Mapping[str, tuple[int, ...]]
-FLAT, SPECULATORS = "flat", "speculators"
 FEATURES = 3
 """Streams that a head reads if neither its tensors nor its config say."""
 OWN_ROPE_BASE = 10000.0

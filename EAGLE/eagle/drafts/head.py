@@ -8,6 +8,7 @@ kind        module
 ==========  =====================================================================================
 MSD         `eagle.drafts.msd`
 EAGLE-3     `eagle.drafts.eagle3`
+ViSpec      `eagle.drafts.vispec`
 ==========  =====================================================================================
 """
 
@@ -19,6 +20,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import Self
 
 from eagle.drafts.compression import Compression
 from eagle.drafts.modules import MLP, Attention, Rotary, top_children
@@ -46,12 +48,13 @@ class PromptRows(NamedTuple):
     """The input rows of a prompt.
 
     ``x`` [1, R, X]; ``positions`` [1, R] or [3, 1, R], None for 0, 1, 2, ...; ``next_position``: position of the row
-    after them, None for R.
+    after them, None for R; ``context`` [1, C] what all later rows of the sequence get from its prompt, if anything.
     """
 
     x: Tensor
     positions: Tensor | None = None
     next_position: int | None = None
+    context: Tensor | None = None
 
 
 class DraftHead(nn.Module, ABC):
@@ -108,12 +111,13 @@ class DraftHead(nn.Module, ABC):
         """The input rows of a prompt."""
 
     @abstractmethod
-    def text_rows(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+    def text_rows(self, hidden: Tensor, tokens: Tensor, context: Tensor | None = None) -> Tensor:
         """Input rows of new tokens: [B, n, X].
 
         Args:
             hidden: [B, n, H] predicted hidden states, or `condense` of the target's features.
             tokens: [B, n] the token after each of them.
+            context: [B, C] of the sequences' prompts (`PromptRows`).
         """
 
     def condense(self, features: Tensor) -> Tensor:
@@ -154,7 +158,7 @@ class DraftHead(nn.Module, ABC):
         """Takes the target's token embedding, for a head without its own."""
         self._target_embedding = (embedding,)
 
-    def prepare_for_decoding(self, head: nn.Module | None = None) -> DraftHead:
+    def prepare_for_decoding(self, head: nn.Module | None = None) -> Self:
         """Fuses the projections that read the same input, changes the memory layout of the weights
         (`eagle.weight_layout`), and copies the rows of the target's ``lm_head`` that a trimmed vocabulary needs. Call
         it once, after loading. Training does not need it."""

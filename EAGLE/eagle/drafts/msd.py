@@ -90,7 +90,7 @@ class DraftModel(DraftHead):
             return PromptRows(x)
         return PromptRows(x, positions, int(next_position))
 
-    def text_rows(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+    def text_rows(self, hidden: Tensor, tokens: Tensor, context: Tensor | None = None) -> Tensor:
         return self.fuse(hidden, self.embed_tokens(tokens))
 
     def forward(

@@ -38,7 +38,8 @@ def pair(request, tmp_path_factory):
 
 def model_of(pair, tree=TREE, **changes) -> MSDModel:
     """With a random head. Its vocabulary has the tokens of an answer, so that some drafted ones are right."""
-    changes = {"vocabulary": alone(pair.target, QUESTIONS[0]), **changes}
+    if "vocabulary" not in changes:
+        changes["vocabulary"] = alone(pair.target, QUESTIONS[0])
     folder = make_eagle3(pair.folder / f"draft{len(list(pair.folder.iterdir()))}", pair.target, **changes)
     return MSDModel(pair.target, load_draft(folder, dtype=torch.float32), tree)
 
@@ -219,8 +220,8 @@ def test_an_image_id_without_an_embedding_is_refused(pair):
     own, config.image_token_id = config.image_token_id, 10**6
     try:
         with pytest.raises(UserError, match="image_rows"):
-            model_of(pair)
-        model_of(pair, msd={"image_rows": "feature"})
+            model_of(pair, vocabulary=None)
+        model_of(pair, vocabulary=None, msd={"image_rows": "feature"})
     finally:
         config.image_token_id = own
 
