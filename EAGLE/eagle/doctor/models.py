@@ -242,7 +242,7 @@ def check_draft(name: str, hub: bool) -> tuple[Contents | None, list[Check]]:
         return None, [Check.of_error(DRAFT, error)]
     if wrong := misfits(shapes, draft) if shapes else []:
         found = f"does not fit its config: {_shorten(wrong)}"
-        return contents, [Check(DRAFT, State.PROBLEM, found, f"is it an {draft.kind} draft?")]
+        return contents, [Check(DRAFT, State.PROBLEM, found, f"use a complete {draft.kind} draft")]
     spare = sorted(tensor for tensor in contents.names or () if is_spare(tensor, draft) and tensor not in MAPPING)
     unused = f"; not needed: {_shorten(spare)}" if spare else ""
     return contents, [

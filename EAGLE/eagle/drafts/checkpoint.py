@@ -48,7 +48,7 @@ def load_draft(
         config = read_object(config_file, "draft config")
         draft = build_draft(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, config_file)
     if problems := misfits({name: tuple(tensor.shape) for name, tensor in tensors.items()}, draft):
-        fix = f"is this an {draft.kind} draft?"
+        fix = f"use a complete {draft.kind} draft"
         raise UserError(f"draft does not fit its config: {'; '.join(problems)}", paths[0], fix)
     spare = {name: tensors.pop(name) for name in list(tensors) if is_spare(name, draft)}
     if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
@@ -80,7 +80,7 @@ def load_msd_draft(name: str | Path, purpose: str, **settings: Any) -> DraftMode
     """
     draft = load_draft(name, **settings)
     if not isinstance(draft, DraftModel):
-        raise UserError(f"{purpose} takes MSD drafts, this is an {draft.kind} head", where=name)
+        raise UserError(f"{purpose} takes MSD drafts, not {draft.kind} heads", where=name)
     return draft
 
 
