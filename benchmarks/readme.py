@@ -24,6 +24,7 @@ from PIL import Image
 from benchmarks.plot import draw_compact
 from benchmarks.report import NOISY
 from eagle.hidden_states.index import sha256
+from llava.arguments import OneLineParser
 from llava.errors import UserError, run_cli
 from llava.files import atomic_write, read_json
 
@@ -203,7 +204,7 @@ def drawn_from(path: Path) -> str | None:
 
 def run(argv: Sequence[str]) -> int:
     """Writes or checks; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m benchmarks.readme", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="write nothing")

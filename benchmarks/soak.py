@@ -37,6 +37,7 @@ from eagle.decode.msd import MSDModel
 from eagle.loading import load_model
 from eagle.provenance import hardware, versions
 from eagle.questions import Question, read_questions
+from llava.arguments import OneLineParser
 from llava.errors import UserError, run_cli
 from llava.files import atomic_write, write_json
 
@@ -205,7 +206,7 @@ def write(found: dict[str, Any], out: Path) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__.splitlines()[0])
+    made = OneLineParser(prog="python -m benchmarks.soak", description=__doc__.splitlines()[0])
     add_model_options(made, dtype="float32", required=False)
     add_data_options(made, required=False)
     add_length_option(made, default=32)

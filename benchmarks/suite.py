@@ -31,6 +31,7 @@ from eagle.arguments import positive
 from eagle.benchmark import interleave
 from eagle.decode.msd import MSDModel
 from eagle.loading import device_map_for
+from llava.arguments import OneLineParser
 from llava.device import cpu_has_bfloat16, dtype_for, on_cpu
 from llava.errors import UserError, run_cli
 from llava.files import write_json
@@ -41,7 +42,7 @@ SUITES = Path(__file__).resolve().parent / "suites"
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
+    made = OneLineParser(
         prog="python -m benchmarks.suite", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = made.add_argument

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from eagle.provenance import record
+from llava.arguments import OneLineParser
 
 REPO = Path(__file__).resolve().parents[1]
 PACKAGES = ("LLaVA", "EAGLE", "lmms-eval")
@@ -18,7 +19,7 @@ PACKAGES = ("LLaVA", "EAGLE", "lmms-eval")
 
 def parser(module: str, description: str | None) -> argparse.ArgumentParser:
     """The command line of an experiment, with ``--out``."""
-    made = argparse.ArgumentParser(
+    made = OneLineParser(
         prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--out", type=Path, metavar="FILE.json", help="write the figures here")

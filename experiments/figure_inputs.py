@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 from experiments.common import REPO
+from llava.arguments import OneLineParser
 from llava.errors import run_cli
 from llava.files import atomic_write
 
@@ -92,7 +93,7 @@ def draw_notes(axes: Axes) -> None:
 
 def main() -> None:
     """Draws the figure."""
-    made = argparse.ArgumentParser(
+    made = OneLineParser(
         prog="python -m experiments.figure_inputs", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip

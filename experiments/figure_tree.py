@@ -31,6 +31,7 @@ from eagle.decode.tree_config import TreeConfig
 from eagle.hidden_states.index import sha256
 from eagle.questions import Question, read_questions
 from experiments.common import REPO
+from llava.arguments import OneLineParser
 from llava.errors import UserError, run_cli
 from llava.files import atomic_write
 from llava.image import load_image
@@ -204,7 +205,7 @@ def title_of(cycles: Sequence[Cycle], number: int, question: Question, tokenizer
 
 def main() -> None:
     """Answers the question and draws one cycle."""
-    made = argparse.ArgumentParser(
+    made = OneLineParser(
         prog="python -m experiments.figure_tree", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip

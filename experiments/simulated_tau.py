@@ -23,6 +23,7 @@ import numpy as np
 from eagle.train.schedule import IMAGE
 from experiments.common import caption, run_record
 from experiments.training_study import bench, chain_tau
+from llava.arguments import OneLineParser
 from llava.errors import UserError, run_cli
 from llava.files import atomic_write, read_json, write_json
 
@@ -47,7 +48,7 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", type=Path, required=True, help="folder of experiments.training_study")
     parser.add_argument("--final-only", action="store_true", help="final drafts alone: nothing is measured now")
     return parser.parse_args()

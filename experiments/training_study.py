@@ -34,6 +34,7 @@ from eagle.train.engine import read_deepspeed_config
 from eagle.train.schedule import IMAGE, TEXT, BatchSizes
 from eagle.train.settings import TrainConfig, find_config
 from experiments.common import REPO, caption, environment, run_record
+from llava.arguments import OneLineParser
 from llava.errors import UserError, run_cli
 from llava.files import atomic_write, read_json, write_json
 from llava.strict import read_strict
@@ -116,7 +117,7 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m experiments.training_study", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip

@@ -12,6 +12,10 @@ python="${PYTHON:-.venv/bin/python}"
 command -v "$python" >/dev/null || python="$(command -v python3)"
 work="${WORK:-outputs/pipeline}"
 PATH="$(cd "$(dirname "$(command -v "$python")")" && pwd):$PATH"  # DeepSpeed starts the `python` it finds
+if ! command -v deepspeed >/dev/null; then
+    echo "error: deepspeed is not installed for $python: run step 1, or set PYTHON" >&2
+    exit 2
+fi
 
 data=(--tmpdir_v "$work/hidden_v" --tmpdir_t "$work/hidden_t")
 if [ -n "${ONLINE:-}" ] && [ "$ONLINE" != 0 ]; then

@@ -3,9 +3,12 @@
 #   scripts/5_evaluate.sh                                             pocket/llava with the draft of step 4, else the shipped one
 #   BASE=liuhaotian/llava-v1.5-7b DRAFT=lucylyn/MSD-LLaVA1.5-7B scripts/5_evaluate.sh
 #   scripts/5_evaluate.sh BASE DRAFT chartqa,textvqa_val              the same as arguments
-# Environment: BASE, DRAFT (default: the draft of step 4, in WORK or CKPT), TASKS, LIMIT, OUT, MODEL (llava_msd,
-# llava_next_msd, qwen2_vl_msd, qwen2_5_vl_msd), NUM_PROCESSES, PORT, BATCH_SIZE, GEN_KWARGS,
-# MODEL_ARGS (more of lmms-eval's model arguments, such as dtype=float32), QUESTIONS (a FILE.jsonl to ask instead of ChartQA's test split, in chartqa and chartqa_msd; the pocket LLaVA gets its own).
+# Environment: BASE, DRAFT (default: the draft of step 4, in WORK or CKPT), OTHER (a second draft to compare with; default:
+# the shipped one beside a draft of step 4 for pocket/llava; OTHER= for none), TASKS, LIMIT, OUT, MODEL (llava_msd
+# and the others in docs/evaluation.md), NUM_PROCESSES, PORT, BATCH_SIZE, GEN_KWARGS,
+# MODEL_ARGS (more of lmms-eval's model arguments, such as dtype=float32), QUESTIONS (a FILE.jsonl to ask instead of
+# ChartQA's test split, in chartqa and chartqa_msd; the pocket LLaVA gets its own).
+# Results: OUT/DATE/compare.md (the page; outputs/evaluate by default), compare.json, compare.png, and lmms-eval's own.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root="$PWD"
@@ -15,17 +18,25 @@ draft="${2:-${DRAFT:-}}"
 tasks="${3:-${TASKS:-chartqa}}"
 out="${OUT:-outputs/evaluate}"
 questions="${QUESTIONS:-}"
-if [ -z "$draft" ]; then # the one that step 4 trained: the finished draft, else the newest checkpoint of a stopped run
+about=
+other="${OTHER:-}"
+if [ -z "$draft" ]; then # the one that step 4 trained: the draft of its end, else the newest checkpoint
     checkpoints="${CKPT:-${WORK:-outputs/pipeline}/checkpoints}"
-    if [ -d "$checkpoints/final" ]; then
-        draft="$checkpoints/final"
-    elif [ -f "$checkpoints/latest" ]; then
+    if [ -f "$checkpoints/latest" ] && ! [ "$checkpoints/final" -nt "$checkpoints/latest" ]; then
         draft="$checkpoints/$(cat "$checkpoints/latest")"
+        about=" (the newest checkpoint of step 4, which has not ended)"
+    elif [ -d "$checkpoints/final" ]; then
+        draft="$checkpoints/final"
+        about=" (of step 4)"
     elif [ "$base" = pocket/llava ]; then
         draft=pocket/llava-msd
+        about=" (shipped; step 4 has made none in $checkpoints)"
     else
         echo "error: no draft for $base: set DRAFT, or train one with step 4 (none is in $checkpoints)" >&2
         exit 2
+    fi
+    if [ "$base" = pocket/llava ] && [ "$draft" != pocket/llava-msd ]; then
+        other="${OTHER-pocket/llava-msd}"
     fi
 fi
 if [ "$base" = pocket/llava ]; then
@@ -34,7 +45,8 @@ if [ "$base" = pocket/llava ]; then
     esac
 fi
 echo "base model: $base"
-echo "draft:      $draft"
+echo "draft:      $draft$about"
+[ -z "$other" ] || echo "also:       $other"
 
 python="${PYTHON:-$root/.venv/bin/python}"
 [ -x "$python" ] || python="$(command -v "$python" || command -v python3)"
@@ -43,6 +55,7 @@ python="${PYTHON:-$root/.venv/bin/python}"
 absolute() { if [ -e "$1" ]; then realpath "$1"; else echo "$1"; fi; }
 base="$(absolute "$base")"
 draft="$(absolute "$draft")"
+[ -z "$other" ] || other="$(absolute "$other")"
 mkdir -p "$out"
 out="$(realpath "$out")"
 
@@ -53,7 +66,8 @@ fi
 
 # accelerate starts several processes on accelerators alone, torch's launcher everywhere
 processes="${NUM_PROCESSES:-1}"
-launch=("$python" -m accelerate.commands.launch --quiet --num_processes=1 --main_process_port="${PORT:-29506}")
+launch=("$python" -m accelerate.commands.launch --quiet --num_processes=1 --num_machines=1 --mixed_precision=no
+    --dynamo_backend=no --main_process_port="${PORT:-29506}")
 [ "$processes" = 1 ] ||
     launch=("$python" -m torch.distributed.run --nproc_per_node="$processes" --master_port="${PORT:-29506}")
 
@@ -69,4 +83,15 @@ evaluate() { # folder, then flags
 stamp="$(date +%Y%m%d_%H%M%S)"
 evaluate "$out/$stamp/base"
 evaluate "$out/$stamp/msd" --use_msd --msd_model_path "$draft" --msd_baseline "$out/$stamp/base"
-"$python" -m lmms_eval_msd.compare --base "$out/$stamp/base" --msd "$out/$stamp/msd" --out "$out/$stamp"
+runs=("$out/$stamp/msd")
+if [ -n "$other" ]; then
+    evaluate "$out/$stamp/other" --use_msd --msd_model_path "$other" --msd_baseline "$out/$stamp/base"
+    runs+=("$out/$stamp/other")
+fi
+"$python" -m lmms_eval_msd.compare --base "$out/$stamp/base" --msd "${runs[@]}" --out "$out/$stamp"
+case "$base" in
+    "$root"/pocket/*)
+        echo "The pocket models answer in whole sentences, which the scores of ChartQA count as wrong: equal answers, τ and speed"
+        echo "are what to compare here."
+        ;;
+esac

@@ -76,6 +76,17 @@ def test_training_stored_and_online(commands) -> None:
     assert files in online and "--tmpdir" not in online
 
 
+def test_training_without_deepspeed_is_one_line(
+    commands, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "deepspeed").unlink()
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        commands("4_train.sh")
+    assert failed.value.returncode == 2
+    assert capfd.readouterr().err.startswith("error: deepspeed is not installed for ")
+
+
 @pytest.mark.parametrize(
     ("tasks", "asks"),
     [("", True), ("chartqa_msd", True), ("mme,chartqa_msd", True), ("mme", False), ("xchartqa", False)],
@@ -102,32 +113,51 @@ def test_questions_for_other_models_are_those_given(commands, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("made", "used"),
-    [(["final", "latest"], "final"), (["latest"], "step-00000004"), ([], None)],
-    ids=["finished", "stopped", "none"],
+    ("made", "used", "told"),
+    [
+        (["latest", "final"], "final", "final (of step 4)"),
+        (["final"], "final", "final (of step 4)"),
+        (["final", "latest"], "step-00000004", "step-00000004 (the newest checkpoint of step 4, which has not ended)"),
+        (["latest"], "step-00000004", "step-00000004 (the newest checkpoint of step 4, which has not ended)"),
+        ([], None, "pocket/llava-msd (shipped; step 4 has made none in "),
+    ],
+    ids=["finished", "copied", "resumed", "killed", "none"],
 )
 @pytest.mark.parametrize("base", ["pocket/llava", "owner/base"])
-def test_step_5_takes_the_draft_of_step_4(
-    commands, tmp_path: Path, made: list[str], used: str | None, base: str
+def test_step_5_takes_the_newest_draft_of_step_4(
+    commands, tmp_path: Path, made: list[str], used: str | None, told: str, base: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     checkpoints = tmp_path / "work" / "checkpoints"
     (checkpoints / "step-00000004").mkdir(parents=True)
     (tmp_path / "data").mkdir()
-    if "final" in made:
-        (checkpoints / "final").mkdir()
-    if "latest" in made:
-        (checkpoints / "latest").write_text("step-00000004\n")
+    for age, name in enumerate(made):
+        (checkpoints / name).mkdir() if name == "final" else (checkpoints / name).write_text("step-00000004\n")
+        os.utime(checkpoints / name, (1000 + age, 1000 + age))
     settings = {"WORK": str(tmp_path / "work"), "OUT": str(tmp_path), "BASE": base}
     if used is None and base != "pocket/llava":
         with pytest.raises(subprocess.CalledProcessError) as failed:
             commands("5_evaluate.sh", **settings)
         assert failed.value.returncode == 2
         return
-    msd = commands("5_evaluate.sh", **settings)[-2]
-    assert f"--msd_model_path {checkpoints / used if used else REPO / 'pocket/llava-msd'}" in msd
+    lines = commands("5_evaluate.sh", **settings)
+    drafts = [line.split("--msd_model_path ")[1].split()[0] for line in lines if "--use_msd" in line]
+    shipped = [str(REPO / "pocket/llava-msd")] if base == "pocket/llava" else []
+    assert drafts == ([str(checkpoints / used)] if used else []) + shipped
+    assert f"{told}\n" in capfd.readouterr().out or used is None
+    folders = lines[-1].split(" --msd ")[1].split(" --out ")[0].split()
+    assert [Path(folder).name for folder in folders] == ["msd", "other"][: len(drafts)]
+    assert len(commands("5_evaluate.sh", OTHER="", **settings)) == len(lines) - (len(drafts) - 1)
+    assert ("The pocket models answer in whole sentences" in capfd.readouterr().out) == (base == "pocket/llava")
 
 
 def test_a_draft_alone_is_for_the_pocket_model(commands, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     msd = commands("5_evaluate.sh", OUT=str(tmp_path), DRAFT="owner/draft")[-2]
     assert f"pretrained={REPO}/pocket/llava " in msd and "--msd_model_path owner/draft" in msd
+
+
+def test_a_second_draft_is_evaluated_too(commands, tmp_path: Path) -> None:
+    flags = {"BASE": "owner/base", "DRAFT": "owner/draft", "OTHER": "owner/second", "TASKS": "mme"}
+    _, msd, other, compared = commands("5_evaluate.sh", OUT=str(tmp_path), **flags)
+    assert "--msd_model_path owner/draft" in msd and "--msd_model_path owner/second" in other
+    assert " --msd " in compared and "/msd " in compared and "/other " in compared

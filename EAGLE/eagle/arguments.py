@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from llava.errors import UserError
+from llava.inputs import seed_option
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 POCKET = Path(__file__).resolve().parents[2] / "pocket"
@@ -51,7 +52,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-p", type=float, help="sample from the smallest set of tokens with this probability")
     parser.add_argument("--top-k", type=int, help="sample from this many most probable tokens")
-    parser.add_argument("--seed", type=int, help="makes sampling repeatable")
+    parser.add_argument("--seed", type=seed_option, help="makes sampling repeatable")
 
 
 def add_data_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -68,6 +69,14 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def count(text: str) -> int:
+    """An argparse type: a whole number of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
     return value
 
 

@@ -5,6 +5,8 @@ The contestants take turns, so a slow minute of the machine slows all of them. S
 
 from __future__ import annotations
 
+import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +21,9 @@ from eagle.decode.msd import MSDModel
 from eagle.decode.stats import Stats
 from eagle.decode.tree_config import TreeConfig
 from eagle.families import Target
+
+RESAMPLES = 2000
+"""Of the bootstrap."""
 
 
 class Work(Protocol):
@@ -46,6 +51,7 @@ class Contestant:
 
     ``answer``: answers a question or a batch. ``plain``: decodes without speculation, so it may be the baseline of the
     speed-up. ``rounds``: statistics of each round that counts. ``tokens``: its answers in the newest round.
+    ``answers``: those of all rounds that count.
     """
 
     name: str
@@ -53,6 +59,7 @@ class Contestant:
     plain: bool = False
     rounds: list[Stats] = field(default_factory=list)
     tokens: list[list[int]] = field(default_factory=list)
+    answers: list[list[int]] = field(default_factory=list)
 
     def run(self, work: Sequence[Work]) -> Stats:
         """Answers all of ``work`` once. Returns the statistics of all answers together."""
@@ -128,10 +135,17 @@ def with_engine(
     return answer
 
 
+def with_stop_strings(model: MSDModel) -> dict[str, Any]:
+    """Settings with which transformers' own `generate` ends at the stop strings of the checkpoint."""
+    texts = model.target.stop_strings
+    return {"stop_strings": list(texts), "tokenizer": model.tokenizer} if texts else {}
+
+
 def with_transformers(model: MSDModel, settings: Mapping[str, Any], **more: Any) -> Callable[[Work], Answer]:
     """Decodes with transformers' own `generate`. ``more``: further settings of it. A seed sets torch's global random
     state, which its sampling uses."""
     given = {key: value for key, value in settings.items() if key not in ("temperature", "seed")} | more
+    given |= with_stop_strings(model)
     if settings.get("temperature"):
         given.update(do_sample=True, temperature=settings["temperature"])
     else:
@@ -163,14 +177,54 @@ def with_prompt_lookup(model: MSDModel, settings: Mapping[str, Any], tokens: int
     return with_transformers(model, settings, prompt_lookup_num_tokens=tokens, suppress_tokens=pictures)
 
 
-def baselines(models: Sequence[MSDModel], settings: Mapping[str, Any]) -> list[Contestant]:
-    """Plain decoding by our loop and by transformers, for the same base model in each dtype."""
+def baselines(
+    models: Sequence[MSDModel], settings: Mapping[str, Any], compiled: bool | None = None
+) -> list[Contestant]:
+    """Plain decoding by our loop and by transformers, for the same base model in each dtype.
+
+    Args:
+        compiled: also both of them compiled, transformers' with its static cache. None: on an accelerator.
+    """
     found = []
     for model in models:
         dtype = str(model.dtype).removeprefix("torch.")
         found.append(Contestant(f"autoregressive {dtype}", with_engine(model, False, settings), plain=True))
         found.append(Contestant(f"transformers generate {dtype}", with_transformers(model, settings), plain=True))
+        if model.device.type != "cpu" if compiled is None else compiled:
+            own = MSDModel(model.target, compile=True)
+            found.append(Contestant(f"autoregressive {dtype}, compiled", with_engine(own, False, settings), plain=True))
+            static = with_transformers(model, settings, cache_implementation="static")
+            found.append(Contestant(f"transformers generate {dtype}, static cache", static, plain=True))
     return found
+
+
+class PairedSpeedup(NamedTuple):
+    """Mean over questions of the ratio of their speeds, and its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def paired_speedup(own: Contestant, other: Contestant, value: Callable[[Stats], float] = speed) -> PairedSpeedup:
+    """How much faster ``own`` is than ``other``, question by question. Long answers count as much as short ones.
+
+    Args:
+        value: of which the ratio is taken. Questions without one (an answer of a single token has no speed after the
+            first) are left out.
+    """
+    pairs = [(value(one), value(two)) for one, two in zip(own.rounds, other.rounds, strict=True)]
+    ratios = [one / two for one, two in pairs if one > 0 and two > 0]
+    if not ratios:
+        return PairedSpeedup(math.nan, math.nan, math.nan)
+    draw = random.Random(0)
+    means = sorted(statistics.fmean(draw.choices(ratios, k=len(ratios))) for _ in range(RESAMPLES))
+    return PairedSpeedup(statistics.fmean(ratios), means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES)])
+
+
+def identical(own: Contestant, other: Contestant) -> int:
+    """Number of answers that are equal, token for token."""
+    return sum(one == two for one, two in zip(own.answers, other.answers, strict=True))
 
 
 def interleave(contestants: Sequence[Contestant], rounds: Sequence[Sequence[Work]], warm_up: int) -> Iterator[int]:
@@ -191,6 +245,7 @@ def interleave(contestants: Sequence[Contestant], rounds: Sequence[Sequence[Work
             stats = contestant.run(work)
             if number >= 0:
                 contestant.rounds.append(stats)
+                contestant.answers += contestant.tokens
         yield number
 
 

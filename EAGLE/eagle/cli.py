@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from importlib import import_module
 
+from llava.arguments import OneLineParser
 from llava.errors import run_cli
 
 COMMANDS = {
@@ -21,7 +22,7 @@ COMMANDS = {
 
 def parser(names: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
     """The parser of the commands ``names``."""
-    top = argparse.ArgumentParser(prog="msd", description="Lossless speculative decoding for vision-language models.")
+    top = OneLineParser(prog="msd", description="Lossless speculative decoding for vision-language models.")
     commands = top.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
     for name in names:
         module = import_module(COMMANDS[name])
@@ -34,8 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status (2 for bad input). Only the module of that command is imported."""
     given = sys.argv[1:] if argv is None else list(argv)
     names = given[:1] if given[:1] and given[0] in COMMANDS else COMMANDS
-    arguments = parser(names).parse_args(given)
-    return run_cli(lambda: import_module(COMMANDS[arguments.command]).run(arguments))
+
+    def run() -> int | None:
+        arguments = parser(names).parse_args(given)
+        return import_module(COMMANDS[arguments.command]).run(arguments)
+
+    return run_cli(run)
 
 
 if __name__ == "__main__":

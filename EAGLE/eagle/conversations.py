@@ -57,7 +57,7 @@ REASONS = {
     "too_many_marks": f"the text has more {MARK} marks than the record names pictures",
     "too_few_marks": f"the record names more pictures than the text has {MARK} marks",
     "image_name": "the record's pictures are not names of files",
-    "outside_picture": "a picture's name leads out of the folder of pictures",
+    "outside_picture": "a picture is not inside the folder of pictures",
     "missing_picture": "a picture's file does not exist",
     "broken_picture": "a picture's file cannot be read",
     "text": "the tokenizer cannot encode the text",
@@ -118,7 +118,7 @@ def image_names(record: Mapping[str, Any]) -> tuple[str, ...]:
     turns; empty for a text record.
 
     Raises:
-        Unusable: the value is something else, such as a URL, or a name leads out of the folder of pictures.
+        Unusable: the value is something else, such as a URL, or a name has "..", which leads out of its folder.
     """
     value = _image_value(record)
     names = [] if value is None else value if isinstance(value, list) else [value]
@@ -130,12 +130,23 @@ def image_names(record: Mapping[str, Any]) -> tuple[str, ...]:
     if not all(isinstance(name, str) and name for name in names):
         raise Unusable("image_name")
     for name in names:
-        path = PurePath(name)
         if "://" in name or name.startswith("data:"):
             raise Unusable("image_name")
-        if path.is_absolute() or ".." in path.parts:
+        if ".." in PurePath(name).parts:
             raise Unusable("outside_picture")
     return tuple(names)
+
+
+def picture_path(root: Path, name: str) -> Path:
+    """Where a picture is. A name is relative to ``root``, the folder of pictures, or absolute and inside it.
+
+    Raises:
+        Unusable: it is absolute and not inside.
+    """
+    path = root / name
+    if PurePath(name).is_absolute() and not any(map(path.is_relative_to, (root.absolute(), root.resolve()))):
+        raise Unusable("outside_picture")
+    return path
 
 
 def turns_of(record: Mapping[str, Any]) -> list[Any] | None:

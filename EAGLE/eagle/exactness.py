@@ -10,9 +10,10 @@ among the counts of its node, and also compared with the target's distribution o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +28,10 @@ from eagle.decode.sampling import Sampler
 from eagle.decode.stopping import Stopper
 from eagle.decode.tree import DraftTree
 from eagle.decode.tree_config import TreeConfig
+from eagle.families import Target
 
 AT_ONCE = 1 << 22  # noise values drawn at once, for all draws, positions and tokens
+MANY_STEPS = 4  # steps of the dtype between two logits; more than rounding explains
 ENOUGH = 500  # a node is tested from this many draws on
 FIRST, ROOT, INNER = "first token", "second token", "inside the tree"
 PARTIAL, FULL = "bonus after partial acceptance", "bonus after full acceptance"
@@ -253,6 +256,39 @@ class AddNoise(LogitsProcessor):
 def noise_processors(temperature: float, seed: int, prompt: Tensor) -> LogitsProcessorList:
     """Processors with which transformers' greedy search samples at this temperature as MSD does. ``prompt`` [1, P]."""
     return LogitsProcessorList([hf.TemperatureLogitsWarper(temperature), AddNoise(seed, prompt)])
+
+
+class Gap(NamedTuple):
+    """How close the target's logits of two tokens are at one place. ``expected``, ``found``: the tokens; ``logits``:
+    theirs; ``steps``: their distance in steps of the target's dtype at that size."""
+
+    expected: int
+    found: int
+    logits: tuple[float, float]
+    steps: float
+
+
+@torch.inference_mode()
+def logit_gap(target: Target, inputs: Mapping[str, Any], expected: Tensor, place: int, found: int) -> Gap:
+    """The gap between the expected token and another one.
+
+    A forward of several tokens rounds in another way than a forward of one, so in 16 bit two answers may differ where
+    two logits are nearly equal. A gap of more than `MANY_STEPS` is not rounding.
+
+    Args:
+        inputs: of the prompt, [1, P].
+        expected: [P + n] prompt and answer.
+        place: index of the token in ``expected``.
+        found: the other answer's token there.
+    """
+    ids = expected[:place].unsqueeze(0)  # [1, place]
+    hidden = target.prefill({**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}).hidden
+    row = target.head(hidden[:, -1])[0]  # [V]
+    token = int(expected[place])
+    first, second = float(row[token]), float(row[found])
+    size = max(abs(first), abs(second), torch.finfo(row.dtype).tiny)
+    step = torch.finfo(row.dtype).eps * 2.0 ** math.floor(math.log2(size))
+    return Gap(token, found, (first, second), abs(first - second) / step)
 
 
 def first_difference(expected: Tensor, actual: Tensor) -> int | None:

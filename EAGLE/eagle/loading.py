@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +38,8 @@ def load_model(arguments: argparse.Namespace, need_draft: bool = True, dtype: st
         compile=arguments.compile,
         **extra,
     )
+    if model.target.placement:
+        print(model.target.placement, file=sys.stderr)
     model.tree = tree_from(arguments, model.device)
     return model
 

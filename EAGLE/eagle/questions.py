@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import UserError
+from llava.inputs import check_text
 from llava.strict import reject_unknown
 
 
@@ -95,10 +96,8 @@ def _question(record: Mapping[str, Any], where: str, folder: Path) -> Question:
     if not isinstance(answer, str | int | float | None):
         raise UserError(f"'answer' is {answer!r}", where=where, fix="give a text")
     for name, value in (("question", text), ("answer", answer)):
-        if isinstance(value, str) and not value.isascii() and value.encode("utf-8", "ignore").decode() != value:
-            raise UserError(
-                f"'{name}' has half of a character (a lone surrogate)", where=where, fix="write the character"
-            )
+        if isinstance(value, str):
+            check_text(value, f"'{name}'", where)
     images = tuple(folder / name for name in _image_names(record, where))
     for image in images:
         if not _is_file(image):

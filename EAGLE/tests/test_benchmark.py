@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from eagle.benchmark import Answer, Contestant, find_quiet, interleave, new_tokens
+from eagle.benchmark import Answer, Contestant, find_quiet, identical, interleave, new_tokens, paired_speedup
 from eagle.decode.stats import Stats
 
 
@@ -63,3 +65,27 @@ def test_median_and_spread_of_some_rounds() -> None:
     assert contestant.spread(lambda stats: stats.seconds, [0, 1, 2]) == pytest.approx((4 - 1) / 2)
     assert contestant.spread() == pytest.approx((8.75 - 1.5625) / 3.75)
     assert timed("a", 1.0).spread() == 0.0
+
+
+def contestant(name: str, rounds: list[tuple[int, float]], answers: list[list[int]]) -> Contestant:
+    """``rounds``: new tokens and seconds of each question."""
+    stats = [Stats(tokens, seconds=seconds, first_token=0.5) for tokens, seconds in rounds]
+    return Contestant(name, lambda work: Answer(Stats(), []), rounds=stats, answers=answers)
+
+
+def test_speedup_by_question_counts_each_question_once() -> None:
+    """Worked: ratios 2 and 1, so the mean is 1.5, while the totals say 110/60 over 110/105 = 1.75."""
+    own = contestant("own", [(100, 50.0), (10, 10.0)], [[1, 2], [3]])
+    other = contestant("other", [(100, 100.0), (10, 10.0)], [[1, 2], [4]])
+    paired = paired_speedup(own, other)
+    assert paired.mean == pytest.approx(1.5) and (paired.low, paired.high) == pytest.approx((1.0, 2.0))
+    assert identical(own, other) == 1
+    single = contestant("own", [(1, 1.0)], [[1]])
+    assert math.isnan(paired_speedup(single, single, lambda stats: stats.decoding_speed).mean)
+
+
+def test_acceptance_by_position_is_a_count_of_cycles() -> None:
+    stats = Stats(new_tokens=1 + 3 + 1 + 3 + 2, cycles=4, accept_lengths=[2, 0, 2, 1])
+    assert stats.acceptance_by_position == [0.75, 0.5]
+    assert (stats.tau, stats.accepted_per_cycle) == (2.25, 1.25)
+    assert Stats().acceptance_by_position == [] and Stats().accepted_per_cycle == 0.0

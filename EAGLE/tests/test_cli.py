@@ -145,8 +145,8 @@ def test_throughput_of_each_batch_size(pair, capsys, tmp_path):
     assert [row["tree"]["total_tokens"] for row in report["rows"]] == [32, 12]
     assert all(row["speedup"] == pytest.approx(row["msd"] / row["plain"]) for row in report["rows"])
     assert "speed-up" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        main(["throughput", *models(pair), "--data", str(pair / "questions.jsonl"), "--batch-sizes", "0"])
+    assert main(["throughput", *models(pair), "--data", str(pair / "questions.jsonl"), "--batch-sizes", "0"]) == 2
+    assert "--batch-sizes: 0 is not at least 1" in capsys.readouterr().err
 
 
 def test_bench_takes_more_contestants(pair, capsys, tmp_path):
@@ -174,6 +174,7 @@ def bad_inputs(pair):
     (pair / "empty.jsonl").write_text("")
     (pair / "bad.jsonl").write_text('{"question": "x"}\n{"question": 3}\n')
     (pair / "lost.jsonl").write_text('{"question": "x", "images": ["lost.png"]}\n')
+    (pair / "latin.jsonl").write_bytes('{"question": "café"}\n'.encode("latin-1"))
     ask = ["generate", *models(pair), "--prompt", "x"]
     check = ["verify", *models(pair)]
     return {
@@ -188,6 +189,13 @@ def bad_inputs(pair):
         "bad row": ([*check, "--data", str(pair / "bad.jsonl")], "bad.jsonl:2"),
         "lost picture": ([*check, "--data", str(pair / "lost.jsonl")], "lost.png"),
         "negative temperature": ([*ask, "--temperature", "-1"], "temperature -1.0"),
+        "negative top-k": ([*ask, "--top-k", "-1"], "top_k -1"),
+        "Latin-1 prompt": ([*ask[:-1], "caf\udce9"], "half of a character"),
+        "surrogate system": ([*ask, "--system", "\ud83d"], "half of a character"),
+        "surrogate stop": ([*ask, "--stop", "\ud83d"], "half of a character"),
+        "Latin-1 picture": ([*ask, "--image", "caf\udce9.png"], "picture not found"),
+        "Latin-1 base": (["generate", "--base-model", "caf\udce9", "--prompt", "x", "--no-msd"], "not found"),
+        "Latin-1 file": ([*check, "--data", str(pair / "latin.jsonl")], "latin.jsonl:1:18"),
     }
 
 
@@ -213,7 +221,8 @@ def test_an_answer_that_may_be_too_long_is_warned_of_once(pair, capsys, caplog):
 
 @pytest.mark.parametrize("name", [
     "missing picture", "broken picture", "picture not mentioned", "mentioned, not given", "no draft", "absent base",
-    "base as draft", "empty data", "bad row", "lost picture", "negative temperature",
+    "base as draft", "empty data", "bad row", "lost picture", "negative temperature", "negative top-k",
+    "Latin-1 prompt", "surrogate system", "surrogate stop", "Latin-1 picture", "Latin-1 base", "Latin-1 file",
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_status_2(pair, capsys, name):
     arguments, named = bad_inputs(pair)[name]
@@ -221,6 +230,13 @@ def test_bad_input_is_one_line_and_status_2(pair, capsys, name):
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
     assert named in errors[0]
+
+
+@pytest.mark.parametrize("seed", ["1.5", "True", str(2**64), "9" * 20, "-1"])
+def test_a_seed_that_is_not_one(pair, capsys, seed):
+    for command in (["generate", "--prompt", "x"], ["verify", "--data", "x"], ["exactness", "--data", "x"]):
+        assert main([*command, *models(pair), "--seed", seed]) == 2
+        assert f"argument --seed: {seed} is not a whole number from 0" in capsys.readouterr().err
 
 
 def test_a_draft_of_another_size_is_refused(pair, capsys, tmp_path):

@@ -9,6 +9,7 @@ Reads one question per line from stdin, keeps the conversation, and streams each
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,10 +18,12 @@ import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration, TextStreamer
 
+from .arguments import OneLineParser
 from .checkpoint import load_pretrained
 from .conversation import DEFAULT_TEMPLATE, get_template
-from .errors import OneLineParser, UserError, run_cli
+from .errors import UserError, run_cli
 from .image import load_image
+from .inputs import seed_option
 from .processor import LlavaProcessor
 
 
@@ -56,11 +59,11 @@ class Chat:
             system=self.system,
             template=self.template,
         )
-        inputs = self.processor(prompt, self.images or None).to(self.model.device)
+        inputs = self.processor(text=prompt, images=self.images or None).to(self.model.device)
         streamer = TextStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         with torch.inference_mode():
             output = self.model.generate(**inputs, streamer=streamer, **self.generation)
-        answer = self.processor.decode(output[0, inputs["input_ids"].shape[1] :]).strip()
+        answer = self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         self.history.append((question, answer))
         return answer
 
@@ -130,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-new-tokens", type=_positive, default=512, help="longest answer in tokens (default: %(default)s)")
     add("--temperature", type=_not_negative, default=0.2, help="0 is greedy decoding (default: %(default)s)")
     add("--top-p", type=_probability, default=1.0, help="nucleus sampling (default: %(default)s)")
-    add("--seed", type=int, help="seed of sampling")
+    add("--seed", type=seed_option, help="seed of sampling")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: %(default)s")
     add("--device", help="cuda, cuda:1, mps, cpu (default: CUDA or MPS if available)")
     return parser
@@ -143,8 +146,8 @@ def _positive(text: str) -> int:
 
 
 def _not_negative(text: str) -> float:
-    if not (value := float(text)) >= 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
+    if not 0 <= (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is negative or not finite")
     return value
 
 

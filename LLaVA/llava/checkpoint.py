@@ -25,7 +25,16 @@ from .layout import Checkpoint, build_config, count_image_tokens, open_checkpoin
 from .loading import check_generation_config, load_errors
 from .processor import LlavaProcessor
 from .tokenizer import load_tokenizer
-from .weights import find_weights, from_clip, from_liuhaotian, has_tower, is_old_buffer, read_tensors
+from .weights import (
+    check_size,
+    find_weights,
+    from_clip,
+    from_liuhaotian,
+    has_tower,
+    is_old_buffer,
+    read_shapes,
+    read_tensors,
+)
 
 try:
     from transformers import CLIPImageProcessorPil as ImageProcessor
@@ -64,7 +73,10 @@ def load_config(path: str | Path, **hub: Any) -> LlavaConfig:
 def load_processor(path: str | Path, **hub: Any) -> LlavaProcessor:
     """Tokenizer and image processor of a checkpoint of either layout; arguments and errors as of `load_config`."""
     with load_errors("processor cannot be loaded", path):
-        checkpoint = open_checkpoint(Source.of(path, hub))
+        source = Source.of(path, hub)
+        if (saved := _saved_processor(source)) is not None:
+            return saved
+        checkpoint = open_checkpoint(source)
         config = build_config(checkpoint)
         return LlavaProcessor(
             tokenizer=load_tokenizer(checkpoint.source),
@@ -72,8 +84,28 @@ def load_processor(path: str | Path, **hub: Any) -> LlavaProcessor:
             image_token_id=config.image_token_id,
             image_token_count=count_image_tokens(config.vision_config, config.vision_feature_select_strategy),
             aspect=checkpoint.aspect,
-            chat_template=_chat_template(checkpoint),
+            # liuhaotian's models are trained with Vicuna's conversation, whatever their tokenizer brings
+            chat_template=_chat_template(source) if checkpoint.layout == "llava-hf" else None,
         )
+
+
+SAVED = ("image_token_id", "image_token_count", "aspect", "template")
+"""Numbers and choices of `LlavaProcessor` that its `save_pretrained` writes."""
+
+
+def _saved_processor(source: Source) -> LlavaProcessor | None:
+    """The processor that `LlavaProcessor.save_pretrained` wrote; None if the folder has none."""
+    path = source.find("processor_config.json")
+    fields = {} if path is None else read_object(path, "processor config")
+    if path is None or "image_token_count" not in fields:
+        return None
+    try:
+        image_processor = ImageProcessor.from_dict(fields["image_processor"])
+        options = {name: fields[name] for name in SAVED}
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(f"processor config is not valid ({error})", path) from None
+    template = _chat_template(source)
+    return LlavaProcessor(load_tokenizer(source), image_processor, chat_template=template, **options)
 
 
 def load_model(
@@ -105,14 +137,15 @@ def load_model(
     if checkpoint.layout == "llava-hf":
         place: str | None = checkpoint.source.name
         rest |= dict(checkpoint.source.hub) | {"dtype": dtype}
-        if checkpoint.source.folder is not None:
-            find_weights(checkpoint.source)
+        shapes = read_shapes(find_weights(checkpoint.source))
     else:
         place = None
         state = _liuhaotian_state(checkpoint)
+        shapes = {key: tuple(value.shape) for key, value in state.items()}
         rest |= {"state_dict": state, "dtype": _checkpoint_dtype(config, state) if dtype == "auto" else dtype}
     with load_errors("model cannot be loaded", checkpoint.source.name, weights=True):
         check_generation_config(checkpoint.source)
+        check_size(LlavaForConditionalGeneration, config, shapes, checkpoint.source.name)
         with _quiet_transformers():
             model, info = LlavaForConditionalGeneration.from_pretrained(
                 place, output_loading_info=True, ignore_mismatched_sizes=True, **rest
@@ -171,18 +204,15 @@ def _shorten(names: list[str]) -> str:
     return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def _chat_template(checkpoint: Checkpoint) -> str | None:
-    """The checkpoint's own chat template: the processor's, else the tokenizer's. None in the liuhaotian layout, whose
-    models are trained with Vicuna's conversation whatever their tokenizer brings."""
-    if checkpoint.layout != "llava-hf":
-        return None
-    if (path := checkpoint.source.find("chat_template.jinja")) is not None:
+def _chat_template(source: Source) -> str | None:
+    """A checkpoint's own chat template: the processor's, else the tokenizer's."""
+    if (path := source.find("chat_template.jinja")) is not None:
         try:
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"chat template cannot be read ({error})", path) from None
     for file in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        if (path := checkpoint.source.find(file)) is None:
+        if (path := source.find(file)) is None:
             continue
         fields = read_json(path, "chat template")
         found = fields.get("chat_template") if isinstance(fields, dict) else None

@@ -6,7 +6,6 @@ bug of the program. It is one line too, and with the environment variable `MSD_T
 
 from __future__ import annotations
 
-import argparse
 import errno
 import os
 import sys
@@ -46,7 +45,8 @@ class UserError(Exception):
         line = self.what if self.where is None else f"{self.what}: {self.where}"
         if self.fix is not None:
             line = f"{line} ({self.fix})"
-        return " ".join(line.split())
+        plain = line.encode("utf-8", "backslashreplace").decode()  # names of files may have lone surrogates
+        return " ".join(plain.split())
 
 
 class OutOfMemory(UserError):
@@ -133,10 +133,3 @@ def run_cli(main: Callable[[], int | None]) -> int:
         )
         print(f"error: {bug}", file=sys.stderr)
         return BUG_STATUS
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are `UserError`s: one line, without the usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message, fix="see --help")

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError, reason_of
+from .files import read_object
 
 HUB_KEYS = ("revision", "cache_dir", "local_files_only", "token", "force_download")
 """Keyword arguments of `huggingface_hub.hf_hub_download` that loaders of this project take."""
 
+_WHOLE = ("model*.safetensors", "pytorch_model*.bin")
+"""Weight files of a whole model, in a folder."""
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -78,11 +81,14 @@ class Source:
         """The source of this path or name.
 
         Raises:
-            UserError: it is neither a folder nor a possible name of a repository.
+            UserError: it is neither a folder nor a possible name of a repository, or a folder with only an adapter.
         """
-        if not Path(path).is_dir():
+        source = cls(str(path), dict(hub or {}), what)
+        if source.folder is None:
             _check_name(what, path)
-        return cls(str(path), dict(hub or {}), what)
+        elif not any(next(source.folder.glob(pattern), None) for pattern in _WHOLE):
+            source.refuse_adapter()
+        return source
 
     @property
     def folder(self) -> Path | None:
@@ -111,6 +117,19 @@ class Source:
         """As `find`, for a file that the model must have; ``what`` names it in the UserError."""
         path = self.find(file)
         if path is None:
+            self.refuse_adapter()
             fix = None if self.folder else "the hub did not give it, and its cache has no copy; check name and network"
             raise UserError(f"{what} not found", Path(self.name) / file, fix)
         return path
+
+    def refuse_adapter(self) -> None:
+        """Raises UserError if the model is a LoRA adapter, for a caller that finds no config or no weights."""
+        path = self.find("adapter_config.json")
+        if path is None:
+            return
+        base = read_object(path, "adapter config").get("base_model_name_or_path")
+        raise UserError(
+            f"{self.what} is a LoRA adapter{f' of {base}' if base else ''}, not a whole model",
+            self.name,
+            "merge it into its base with peft's merge_and_unload(), and give the folder that save_pretrained() writes",
+        )

@@ -5,9 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
-import struct
 import warnings
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.client import HTTPException
@@ -24,15 +22,9 @@ from .errors import UserError
 MAX_SQUARE_SIDE = 16384
 """Longest side in pixels of a picture that is made square: 0.8 GB of RGB. A 1 x 60000 picture is a bomb once padded."""
 
-READ_ERRORS = (
-    OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, RuntimeError, OverflowError, MemoryError,
-    struct.error, zlib.error,
-)  # fmt: skip
-"""What PIL's readers raise on broken files."""
-
 ImageInput = Any
-"""A path, a URL (``http(s):``, ``file:``, ``data:``), bytes, a PIL picture, or an array: numpy or torch, [H, W],
-[H, W, C] or [C, H, W] with C of 1, 3 or 4; uint8, or floats from 0 to 1."""
+"""A path, a URL (``http(s):``, ``file:``, ``data:``), bytes, an open file, a PIL picture, or an array: numpy or torch,
+[H, W], [H, W, C] or [C, H, W] with C of 1, 3 or 4; uint8, or floats from 0 to 1."""
 MAX_DOWNLOAD = 64 * 2**20
 """Bytes of a picture that a URL may give."""
 TIMEOUT = 30.0
@@ -68,6 +60,10 @@ def load_image(source: ImageInput, *, formats: Sequence[str] | None = None, max_
                 return _as_rgb(source)
             if hasattr(source, "shape"):
                 return _as_rgb(_from_array(source, name))
+            if isinstance(source, bytearray | memoryview):
+                source = bytes(source)
+            if not isinstance(source, str | bytes | os.PathLike) and not hasattr(source, "read"):
+                raise UserError("not a picture", name, "give a path, a URL, bytes, a PIL picture or an array")
             if isinstance(source, str) and (content := _from_url(source)) is not None:
                 source = content
             if formats is not None:
@@ -86,7 +82,7 @@ def load_image(source: ImageInput, *, formats: Sequence[str] | None = None, max_
         raise UserError("picture has too many pixels", name, "make it smaller") from None
     except UserError:
         raise
-    except READ_ERRORS as error:
+    except Exception as error:  # Pillow's readers raise anything on broken files
         if isinstance(error, OSError) and error.errno is not None:
             raise PictureUnreachable(f"picture cannot be read ({error.strerror})", name) from None
         raise UserError(f"picture cannot be read ({error})", name) from None

@@ -8,25 +8,30 @@ hidden states have one length and `input_ids == image_token_id` is the image mas
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from functools import cached_property
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from PIL import Image
 from tokenizers import Tokenizer
-from transformers import BatchFeature, PreTrainedTokenizerFast
+from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
+from .batching import NO_EFFECT, BatchOptions, as_tensors, make_batch
 from .conversation import DEFAULT_TEMPLATE, get_template, write_turns
 from .errors import UserError, reason_of
 from .image import MAX_SQUARE_SIDE, ImageInput, load_image, pad_to_square
+from .inputs import check_text
+from .messages import IMAGE_TOKEN, WRITTEN_MARK, as_text, parts_of, read_message
 
-IMAGE_TOKEN = "<image>"
 Aspect = Literal["pad", "crop"]
 
 
-class LlavaProcessor:
-    """Tokenizer and image processor of one checkpoint.
+class LlavaProcessor(ProcessorMixin):
+    """Tokenizer and image processor of one checkpoint, called as transformers' own processors are.
+
+    `save_pretrained` and `from_pretrained` work as in transformers. `AutoProcessor` reads what was saved as
+    transformers' own `LlavaProcessor`, which needs a vocabulary with `<image>` and always crops pictures.
 
     Args:
         tokenizer: the Llama tokenizer.
@@ -50,50 +55,144 @@ class LlavaProcessor:
         template: str | None = None,
         chat_template: str | None = None,
     ) -> None:
-        self.tokenizer = tokenizer
-        self.image_processor = image_processor
+        super().__init__(tokenizer=tokenizer, image_processor=image_processor, chat_template=chat_template)
         self.image_token_id = image_token_id
         self.image_token_count = image_token_count
         self.aspect = aspect
         self.template = template
-        self.chat_template = chat_template
         self.pad_token_id = _pad_id(tokenizer, image_token_id)
         self._backend = _without_token(tokenizer.backend_tokenizer, image_token_id)
         begin = self._backend.encode("").ids
         self._begin = begin if begin == [tokenizer.bos_token_id] else []
         self._drops_space = self._ids(" a") == self._ids("a")
+        self._parts_known: dict[str, bool] = {}
+
+    @classmethod
+    def from_pretrained(cls, path: Any, **hub: Any) -> LlavaProcessor:
+        """The processor of a checkpoint of either layout, or of a folder that `save_pretrained` wrote; as
+        `llava.load_processor`."""
+        from .checkpoint import load_processor  # which imports this module
+
+        return load_processor(path, **hub)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `save_pretrained` writes, with the numbers by which transformers' own class counts image tokens."""
+        side = math.isqrt(self.image_token_count)
+        extra = self.image_token_count - side**2
+        crop = max(dict(self.image_processor.crop_size).values())
+        return super().to_dict() | {
+            "image_token": IMAGE_TOKEN,
+            "patch_size": crop // side,
+            "vision_feature_select_strategy": "full" if extra else "default",
+            "num_additional_image_tokens": 1,
+        }
 
     def __call__(
         self,
-        text: str | Sequence[str],
-        images: ImageInput | Sequence[ImageInput] | None = None,
-        return_tensors: str = "pt",
+        text: str | Sequence[str] | None = None,
+        images: ImageInput | Sequence[Any] | None = None,
+        videos: None = None,
+        audio: None = None,
+        **options: Any,
     ) -> BatchFeature:
         """Model inputs of one prompt or a batch of prompts.
 
         Args:
-            text: prompts [B], with one `<image>` for each picture.
-            images: pictures [n] in the order of the marks, over all prompts.
-            return_tensors: only "pt".
+            text: prompts [B], with one `<image>` for each picture. None for pixel values alone. Without names of
+                arguments, text and images may also come in transformers' order.
+            images: pictures [n] in the order of the marks, over all prompts; or a list of pictures for each prompt.
+            options: see `BatchOptions`. Unlike transformers' processors, the default is padded torch tensors.
 
         Returns:
-            input_ids [B, S] and attention_mask [B, S] int64, padded on the left; with pictures also
-            pixel_values [n, 3, h, w] float32.
+            input_ids [B, S] and attention_mask [B, S] int64; with pictures also pixel_values [n, 3, h, w] float32.
 
         Raises:
-            UserError: the numbers of marks and pictures differ, or a picture or a text cannot be used.
+            UserError: the numbers of marks and pictures differ, a picture or a text cannot be used, or an option is
+                unknown.
         """
-        if return_tensors != "pt":
-            raise UserError("return_tensors must be 'pt'", return_tensors)
-        prompts = [text] if isinstance(text, str) else list(text)
-        pictures = _as_list(images)
-        marks = sum(prompt.count(IMAGE_TOKEN) for prompt in prompts)
-        if marks != len(pictures):
-            raise UserError(f"prompt has {marks} {IMAGE_TOKEN} mark(s), but {len(pictures)} picture(s) were given")
-        data = self._pad([self.encode(prompt) for prompt in prompts])
+        if videos is not None or audio is not None:
+            raise UserError("LLaVA reads no videos and no sound", fix="leave them out")
+        settings = BatchOptions.of(options)
+        if _are_swapped(text, images):
+            text, images = images, text
+        pictures = list(flat_pictures(images))
+        data: dict[str, Any] = {}
+        if text is not None:
+            if not _is_text(text):
+                raise UserError("text is not a text or a list of texts", fix="call processor(text=..., images=...)")
+            prompts = [text] if isinstance(text, str) else list(text)
+            _check_marks(prompts, images, len(pictures))
+            rows = [self._encoded(prompt, settings.add_special_tokens)[0] for prompt in prompts]
+            data |= make_batch(rows, settings, self.tokenizer, self.pad_token_id, self.image_token_id)
+        elif not pictures:
+            raise UserError("neither text nor images", fix="call processor(text=..., images=...)")
         if pictures:
-            data["pixel_values"] = self.pixel_values(pictures)
+            data["pixel_values"] = as_tensors(self.pixel_values(pictures), settings.return_tensors)
         return BatchFeature(data)
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Any],
+        chat_template: str | None = None,
+        *,
+        add_generation_prompt: bool = False,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        processor_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Messages in the conversation template, as text or as model inputs.
+
+        Args:
+            conversation: messages ``{"role", "content"}``, or a list of such lists. A content is a text, in which
+                `<image>` of a user is a picture, or a list of parts: ``{"type": "text", "text"}``;
+                ``{"type": "image"}`` with the picture as ``image``, ``url``, ``path`` or ``base64``; or OpenAI's
+                ``image_url``.
+            chat_template: a Jinja template instead of the processor's.
+            add_generation_prompt: ends with the beginning of an answer.
+            tokenize: returns ``input_ids``, or all model inputs with ``return_dict``.
+            processor_kwargs: options of `__call__`; they may be among ``options`` too. Other ``options`` are variables
+                of the template.
+
+        Raises:
+            UserError: a message has another form, the template cannot write it, or as `__call__`.
+        """
+        many = bool(conversation) and isinstance(conversation[0], list | tuple)
+        call = {name: options.pop(name) for name in list(options) if name in CALL_OPTIONS}
+        texts, pictures = [], []
+        for messages in conversation if many else [conversation]:
+            read = [read_message(message) for message in messages]
+            turns = [(role, text) for role, text, _ in read]
+            texts.append(self._write_messages(turns, chat_template, add_generation_prompt, options))
+            pictures += [each for *_, own in read for each in own]
+        if not tokenize:
+            return texts if many else texts[0]
+        call = {"images": pictures or None, **call, **(processor_kwargs or {})}
+        inputs = self(text=[self._without_begin(text) for text in texts], **call)
+        return inputs if return_dict else inputs["input_ids"]
+
+    def _write_messages(
+        self, turns: Sequence[tuple[str, str]], template: str | None, is_open: bool, options: Mapping[str, Any]
+    ) -> str:
+        """Turns (role, text with marks) in a Jinja template, else in LLaVA's conversation."""
+        template = template or (None if self.template else self.chat_template)
+        if template is not None:
+            in_parts = self._takes_parts(template)
+            messages = [
+                {"role": role, "content": parts_of(text, role == "user") if in_parts else text} for role, text in turns
+            ]
+            return self._render(messages, is_open, template, **options)
+        if options:
+            raise UserError(f"unknown option '{next(iter(options))}'", fix="this processor has no Jinja template")
+        system = [text for role, text in turns if role == "system"]
+        written = get_template(self.template or DEFAULT_TEMPLATE, "\n".join(system) if system else None)
+        written.sep2 = self._end_of_answer or written.sep2
+        for role, text in turns:
+            if role != "system":
+                written.append(role == "assistant", text)
+        if is_open:
+            written.append(1, None)
+        return written.prompt()
 
     def encode(self, prompt: str) -> list[int]:
         """Ids of one prompt; each `<image>` becomes `image_token_count` image ids.
@@ -110,12 +209,18 @@ class LlavaProcessor:
         Raises:
             UserError: as `encode`.
         """
-        ids, spans, offset = list(self._begin), [(0, 0)] * len(self._begin), 0
+        return self._encoded(prompt)
+
+    def _encoded(self, prompt: str, begins: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+        check_text(prompt, "prompt")
+        ids = list(self._begin) if begins else []
+        spans, offset = [(0, 0)] * len(ids), 0
         for number, piece in enumerate(prompt.split(IMAGE_TOKEN)):
             if number:
                 ids += [self.image_token_id] * self.image_token_count
                 spans += [(offset, offset + len(IMAGE_TOKEN))] * self.image_token_count
                 offset += len(IMAGE_TOKEN)
+            piece = piece.replace(WRITTEN_MARK, IMAGE_TOKEN)
             lead = " " if self._drops_space and piece.startswith((" ", "\u2581")) else ""
             encoding = self._backend.encode(lead + piece, add_special_tokens=False)
             if self.image_token_id in encoding.ids:
@@ -144,7 +249,8 @@ class LlavaProcessor:
         Args:
             question: what the user asks. Without `<image>` marks of its own, the pictures come first.
             num_images: pictures that belong to this question.
-            history: earlier (question, answer) turns; a question keeps the `<image>` marks it has.
+            history: earlier (question, answer) turns; a question keeps the `<image>` marks it has, in an answer they
+                are text.
             system: system prompt instead of the template's.
             template: name of a template instead of the processor's.
 
@@ -157,7 +263,8 @@ class LlavaProcessor:
             raise UserError(f"question has {marks} {IMAGE_TOKEN} mark(s), but {num_images} picture(s) belong to it")
         if not marks:
             question = f"{IMAGE_TOKEN}\n" * num_images + question
-        return self.write_turns([*history, (question, None)], system, template)
+        turns = [*((asked, as_text(answer)) for asked, answer in history), (question, None)]
+        return self.write_turns(turns, None if system is None else as_text(system), template)
 
     def write_turns(
         self, turns: Sequence[tuple[str, str | None]], system: str | None = None, template: str | None = None
@@ -177,44 +284,37 @@ class LlavaProcessor:
 
     def _write_own(self, turns: Sequence[tuple[str, str | None]], system: str | None) -> str:
         """The conversation in the checkpoint's own template, without the begin token that `encode` puts there."""
-        in_parts = self._template_takes_parts
-
-        def content(text: str, marks: bool = False) -> Any:
-            return _parts(text, marks) if in_parts else text
-
-        is_open = bool(turns) and turns[-1][1] is None
-        messages = [] if system is None else [{"role": "system", "content": content(system)}]
+        messages = [] if system is None else [("system", system)]
         for question, answer in turns:
-            messages.append({"role": "user", "content": content(question, marks=True)})
+            messages.append(("user", question))
             if answer is not None:
-                messages.append({"role": "assistant", "content": content(answer)})
-        written = self._render(messages, is_open)
-        return written.removeprefix(self.tokenizer.bos_token) if self._begin else written
+                messages.append(("assistant", answer))
+        is_open = bool(turns) and turns[-1][1] is None
+        return self._without_begin(self._write_messages(messages, self.chat_template, is_open, {}))
 
-    @cached_property
-    def _template_takes_parts(self) -> bool:
-        """Whether the template expects messages of parts, as those of processors do, and not of text."""
-        try:
-            written = self._render([{"role": "user", "content": _parts(f"{IMAGE_TOKEN}probe", True)}], True)
-        except UserError:
-            return False
-        return IMAGE_TOKEN in written and "probe" in written and "'probe'" not in written
+    def _without_begin(self, text: str) -> str:
+        """A prompt without the begin token that `encode` puts there."""
+        return text.removeprefix(self.tokenizer.bos_token) if self._begin else text
 
-    def _render(self, messages: list[dict[str, Any]], is_open: bool) -> str:
+    def _takes_parts(self, template: str) -> bool:
+        """Whether a template expects messages of parts, as those of processors do, and not of text."""
+        if template not in self._parts_known:
+            probe = [{"role": "user", "content": parts_of(f"{IMAGE_TOKEN}probe", True)}]
+            try:
+                written = self._render(probe, True, template)
+            except UserError:
+                written = ""
+            takes = IMAGE_TOKEN in written and "probe" in written and "'probe'" not in written
+            self._parts_known[template] = takes
+        return self._parts_known[template]
+
+    def _render(self, messages: list[dict[str, Any]], is_open: bool, template: str, **options: Any) -> str:
         try:
             return self.tokenizer.apply_chat_template(
-                messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=is_open
+                messages, chat_template=template, tokenize=False, add_generation_prompt=is_open, **options
             )
         except Exception as error:  # a template is a program: it may divide by zero
             raise UserError(f"chat template cannot write this conversation ({reason_of(error)})") from error
-
-    def decode(self, ids: Any, skip_special_tokens: bool = True, **options: Any) -> str:
-        """Text of ids [S]."""
-        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, **options)
-
-    def batch_decode(self, ids: Any, skip_special_tokens: bool = True, **options: Any) -> list[str]:
-        """Texts of ids [B, S]."""
-        return self.tokenizer.batch_decode(ids, skip_special_tokens=skip_special_tokens, **options)
 
     def _ids(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
@@ -228,36 +328,50 @@ class LlavaProcessor:
             raise UserError("picture too long for its width", f"{image.width} x {image.height}", "crop it")
         return image
 
-    def _pad(self, rows: Sequence[list[int]]) -> dict[str, torch.Tensor]:
-        length = max((len(row) for row in rows), default=0)
-        ids = torch.full((len(rows), length), self.pad_token_id)  # [B, S]
-        mask = torch.zeros_like(ids)
-        for index, row in enumerate(rows):
-            ids[index, length - len(row) :] = torch.tensor(row)
-            mask[index, length - len(row) :] = 1
-        return {"input_ids": ids, "attention_mask": mask}
+
+CALL_OPTIONS = (
+    "images",
+    *dict(NO_EFFECT),
+    "text_kwargs",
+    "images_kwargs",
+    "common_kwargs",
+    *BatchOptions.__dataclass_fields__,
+)
+"""What `apply_chat_template` gives to `__call__`."""
 
 
-def _parts(text: str, marks: bool) -> list[dict[str, str]]:
-    """A message as chat templates of processors read it; with `marks`, each `<image>` is a picture.
-
-    >>> _parts("<image>\\nWhat?", marks=True)
-    [{'type': 'image'}, {'type': 'text', 'text': 'What?'}]
-    """
-    parts: list[dict[str, str]] = []
-    for number, piece in enumerate(text.split(IMAGE_TOKEN) if marks else [text]):
-        if number:
-            parts.append({"type": "image"})
-            piece = piece.removeprefix("\n")
-        if piece.strip() or not marks:
-            parts.append({"type": "text", "text": piece})
-    return parts
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list | tuple) and all(isinstance(each, str) for each in value))
 
 
-def _as_list(images: ImageInput | Sequence[ImageInput] | None) -> list[ImageInput]:
-    if images is None:
-        return []
-    return list(images) if isinstance(images, list | tuple) else [images]  # type: ignore[list-item]
+def _are_swapped(text: Any, images: Any) -> bool:
+    """Whether the arguments came in the order of transformers' processors, pictures first."""
+    if text is None:
+        return False
+    if _is_text(text):  # a prompt, or the path of a picture
+        return _is_text(images) and IMAGE_TOKEN in "".join(images) and IMAGE_TOKEN not in "".join(text)
+    return _is_text(images) or not any(isinstance(each, str) for each in flat_pictures(text))
+
+
+def flat_pictures(images: Any) -> Iterator[ImageInput]:
+    """The pictures in a picture, an array of pictures [n, ...], or lists of these; None is no picture."""
+    if isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4:
+        for image in images:
+            yield from flat_pictures(image)
+    elif images is not None:
+        yield images
+
+
+def _check_marks(prompts: Sequence[str], images: Any, count: int) -> None:
+    """Raises `UserError` if marks and pictures differ in number; by prompt, where each has its own list."""
+    marks = [prompt.count(IMAGE_TOKEN) for prompt in prompts]
+    nested = isinstance(images, list | tuple) and any(isinstance(each, list | tuple) for each in images)
+    pairs = [(sum(marks), count)]
+    if nested and len(images) == len(prompts):
+        pairs = [(own, len(list(flat_pictures(each)))) for own, each in zip(marks, images, strict=True)]
+    for wanted, found in pairs:
+        if wanted != found:
+            raise UserError(f"prompt has {wanted} {IMAGE_TOKEN} mark(s), but {found} picture(s) were given")
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerFast, image_token_id: int) -> int:

@@ -6,12 +6,15 @@ memory only once. `Source` (see `llava.hub`) is the folder or repository of the 
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 import zipfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +23,10 @@ from .errors import UserError
 from .files import check_not_pointer, read_json
 from .hub import Source
 
+SPARE, SMALL = 2, 2**24
+"""A smaller excess of a config over its checkpoint, as a factor or in weights, is found by name when the tensors are
+loaded."""
+CHECK_SIZES = "check the sizes in config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 _READ_ERRORS = (
     SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, OSError, AttributeError,
@@ -58,6 +65,7 @@ def weight_map(source: Source) -> dict[str, str] | str:
             return file
         if (path := source.find(f"{file}.index.json")) is not None:
             return read_index(path)
+    source.refuse_adapter()
     raise UserError("no weights", source.name, f"looked for {', '.join(WEIGHT_FILES)} and their index.json")
 
 
@@ -192,3 +200,30 @@ def _rename(name: str, rules: Iterable[tuple[str, str]]) -> str:
         if count:
             return new
     return name
+
+
+def check_size(model_class: Any, config: Any, shapes: Mapping[str, tuple[int, ...]], name: str) -> None:
+    """Refuses a config that describes a much larger model than the checkpoint holds, before memory is allocated for it.
+    A section without its sizes, for example, means those of a 7B model.
+
+    Args:
+        model_class: class of transformers.
+        shapes: of the checkpoint's tensors.
+        name: of the checkpoint, for the message.
+
+    Raises:
+        UserError: the model would have more than `SPARE` times the checkpoint's weights, and `SMALL` more.
+    """
+    if getattr(config, "quantization_config", None) is not None:  # several weights are packed into one
+        return
+    found = sum(map(math.prod, shapes.values()))
+    sections = (config.get_text_config(), getattr(config, "vision_config", None))
+    layers = [getattr(section, key, 0) for section in sections for key in ("num_hidden_layers", "depth")]
+    if max(layer for layer in layers if isinstance(layer, int)) > len(shapes):
+        raise UserError(f"config has {max(layers)} layers, the checkpoint {len(shapes)} tensors", name, CHECK_SIZES)
+    with torch.device("meta"):
+        model = model_class(deepcopy(config))
+    wanted = sum(parameter.numel() for parameter in model.parameters())
+    if wanted > max(SPARE * found, found + SMALL):
+        sizes = f"{wanted:,} weights, the checkpoint has {found:,}"
+        raise UserError(f"config describes a model of {sizes}", name, CHECK_SIZES)

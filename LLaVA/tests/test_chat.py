@@ -35,9 +35,9 @@ def test_one_question_in_a_subprocess(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     model, processor = load_pretrained(folder)
-    inputs = processor(processor.chat_prompt("What is it?", 1), image)
+    inputs = processor(text=processor.chat_prompt("What is it?", 1), images=image)
     output = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    assert done.stdout.strip() == processor.decode(output).strip()
+    assert done.stdout.strip() == processor.decode(output, skip_special_tokens=True).strip()
 
 
 def test_error_is_one_line_and_status_2(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,15 +52,18 @@ def test_conversation_goes_on(
     prompts = []
     original = chat.LlavaProcessor.__call__
 
-    def spy(self, text, images=None, **options):
+    def spy(self, images=None, text=None, **options):
         prompts.append((text, len(images or ())))
-        return original(self, text, images, **options)
+        return original(self, images, text, **options)
 
     monkeypatch.setattr(chat.LlavaProcessor, "__call__", spy)
     model, processor = load_pretrained(folder)
     talk = Chat(model, processor, [make_image()], system="S", generation={"max_new_tokens": 3, "do_sample": False})
     first = talk.ask("What is it?")
     talk.ask("Why?")
+    talk.history[-1] = ("Why?", "The tag <image> again.")
+    talk.ask("And?")
+    assert prompts.pop()[1] == 1
     assert prompts == [
         ("S USER: <image>\nWhat is it? ASSISTANT:", 1),
         (f"S USER: <image>\nWhat is it? ASSISTANT: {first}</s>USER: Why? ASSISTANT:", 1),
@@ -91,6 +94,11 @@ def test_a_bad_line_does_not_end_it(folder: Path) -> None:
     [
         (["--temperature", "-1"], "argument --temperature: -1 is negative"),
         (["--temperature", "nan"], "argument --temperature: nan is negative"),
+        (["--temperature", "inf"], "argument --temperature: inf is negative or not finite"),
+        (["--seed", "1.5"], "argument --seed: 1.5 is not a whole number"),
+        (["--seed", "99999999999999999999"], "argument --seed: 99999999999999999999 is not a whole number from 0 to"),
+        (["--prompt", "caf\udce9"], "prompt has half of a character"),
+        (["--system", "\ud83d", "--prompt", "a"], "prompt has half of a character"),
         (["--top-p", "0"], "argument --top-p: 0 is not in (0, 1]"),
         (["--max-new-tokens", "0"], "argument --max-new-tokens: 0 is not positive"),
         (["--conv-mode", "v9"], "unknown conversation template: v9"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava.errors import LESS_MEMORY, TRACEBACK, OneLineParser, UserError, cli_errors, run_cli
+from llava.errors import LESS_MEMORY, TRACEBACK, UserError, cli_errors, run_cli
 from llava.files import atomic_write, read_json
 
 SAID = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 14.58 GiB of which 1 GiB is free."
@@ -78,11 +78,6 @@ def test_the_cause_of_a_user_error_is_shown_on_request(
     assert run_cli(load) == 2
     errors = capsys.readouterr().err
     assert "KeyError: 'of the library'" in errors and errors.splitlines()[-1] == "error: cannot be loaded"
-
-
-def test_parser_complains_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_cli(lambda: OneLineParser().parse_args(["--nope"]) and None) == 2
-    assert capsys.readouterr().err == "error: unrecognized arguments: --nope (see --help)\n"
 
 
 def test_atomic_write_appears_whole(tmp_path: Path) -> None:

@@ -13,12 +13,11 @@ from eagle.families import FAMILIES
 __version__ = "0.1.0"
 __all__ = ["MODELS", "__version__", "manifests"]
 
-CLASSES = {"llava": "LlavaMSD", "llava_next": "LlavaNextMSD", "qwen2_vl": "Qwen2VLMSD", "qwen2_5_vl": "Qwen2_5VLMSD"}
-"""Family -> its class in `lmms_eval_msd.model`."""
 MODELS = {
-    family.eval_model: f"lmms_eval_msd.model.{CLASSES[family.name]}" for family in FAMILIES if family.name in CLASSES
+    family.eval_model: f"lmms_eval_msd.model.{family.target.rpartition(':')[2].removesuffix('Target')}MSD"
+    for family in FAMILIES
 }
-"""``--model`` -> class."""
+"""``--model`` -> class, which has the name of the family's target: `LlavaMSD` for `LlavaTarget`."""
 
 
 def manifests() -> list[Any]:

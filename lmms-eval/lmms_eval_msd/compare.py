@@ -1,27 +1,41 @@
-"""Compares an evaluation of the base model alone with one that used MSD: scores, answers, τ and speed.
+"""Compares an evaluation of the base model alone with those that used MSD: scores, answers, τ, acceptance and speed.
 
-    python -m lmms_eval_msd.compare --base DIR --msd DIR --out DIR
+    python -m lmms_eval_msd.compare --base DIR --msd DIR [DIR ...] --out DIR
 
-Both are the `--output_path` of lmms-eval runs with `--log_samples`; the newest run below each counts. Writes
-`compare.json` and `compare.png` and prints a table. The exit status is not 0 if results are missing, or with
-`--require-equal` if an answer differs.
+Each is the `--output_path` of an lmms-eval run with `--log_samples`; the newest run below it counts. Several `--msd`
+are of different drafts. Writes `compare.md`, `compare.json` and `compare.png` and prints the page's tables. The exit
+status is not 0 if results are missing, or with `--require-equal` if an answer differs.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as Screen
 
+from llava.arguments import OneLineParser
 from llava.errors import UserError, run_cli
-from llava.files import atomic_write
+from llava.files import atomic_write, write_json
 from lmms_eval_msd.report import Run, differences, load_run, speedup
+
+COLOURS = ("#9aa5b1", "#2f6fb0", "#d98032", "#4b9560", "#8a63a8")
+"""Of the base and of each draft in the chart."""
+POSITIONS = 8
+"""Positions in a table on the screen; the page has all of them."""
+
+
+class Table(NamedTuple):
+    """A table of the page; ``texts`` columns are on the left, numbers follow."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    texts: int = 2
 
 
 def compare(base: Run, msd: Run) -> dict[str, Any]:
@@ -59,48 +73,136 @@ def compare(base: Run, msd: Run) -> dict[str, Any]:
     return {"tasks": rows, **setting, "differences": apart, "results": {"base": str(base.path), "msd": str(msd.path)}}
 
 
-def table(comparison: Mapping[str, Any]) -> Table:
-    """The comparison for the screen; one line for each metric."""
-    result = Table(title=f"base and MSD, {comparison['dtype']}, {comparison['hardware']}", title_justify="left")
-    for name in ("task", "metric"):
-        result.add_column(name)
-    for name in ("base", "MSD", "equal answers", "τ", "tokens/s base", "tokens/s MSD", "speed-up"):
-        result.add_column(name, justify="right")
-    for task, row in comparison["tasks"].items():
-        speed = row["tokens_per_second"]
-        decoding = [
-            f"{row['answers_equal']}/{row['answers']}",
-            f"{row['tau']:.2f}",
-            f"{speed['base']:.1f}",
-            f"{speed['msd']:.1f}",
-            "-" if row["speedup"] is None else f"{row['speedup']:.2f}x",
-        ]
-        metrics = row["metrics"] or {"-": {"base": None, "msd": None}}
-        for name, values in metrics.items():
-            scores = ["-" if values[run] is None else f"{values[run]:.4g}" for run in ("base", "msd")]
-            result.add_row(task, name, *scores, *decoding)
-            task, decoding = "", [""] * len(decoding)
-    return result
+def names(comparisons: Sequence[Any]) -> list[str]:
+    """What the runs with a draft are called."""
+    return ["MSD"] if len(comparisons) == 1 else [f"MSD {number}" for number in range(1, len(comparisons) + 1)]
 
 
-def draw(comparison: Mapping[str, Any], path: Path) -> None:
+def tables(comparisons: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Speed, scores and acceptance of the base and of each draft.
+
+    Args:
+        comparisons: `compare` of the same base with each draft.
+    """
+    called = names(comparisons)
+    speed, scores, accepted = [], [], []
+    for task, base in comparisons[0]["tasks"].items():
+        rows = [comparison["tasks"][task] for comparison in comparisons]
+        plain = base["tokens_per_second"]["base"]
+        speed.append([task, "base", "", _number(plain, ".1f"), _number(1.0 if plain else None, ".2f", "x"), "1.00"])
+        for name, row in zip(called, rows, strict=True):
+            equal = f"{row['answers_equal']}/{row['answers']}"
+            times = _number(row["speedup"], ".2f", "x")
+            speed.append(["", name, equal, f"{row['tokens_per_second']['msd']:.1f}", times, f"{row['tau']:.2f}"])
+            shares = [f"{share:.2f}" for share in row["acceptance_by_position"]]
+            accepted.append([task if name == called[0] else "", name, *shares])
+        for metric, values in base["metrics"].items():
+            others = [row["metrics"].get(metric, {}).get("msd") for row in rows]
+            first = task if metric == next(iter(base["metrics"])) else ""
+            scores.append([first, metric, *(_number(value, ".4g") for value in (values["base"], *others))])
+    deepest = max((len(row) - 2 for row in accepted), default=0)
+    accepted = [row + [""] * (deepest + 2 - len(row)) for row in accepted]
+    return [
+        Table("Speed", ["task", "run", "equal answers", "tokens/s", "speed-up", "τ"], speed),
+        Table("Scores", ["task", "metric", "base", *called], scores),
+        Table("Accepted drafted tokens by position", ["task", "run", *map(str, range(1, deepest + 1))], accepted),
+    ]
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "-" if value is None else f"{value:{form}}{unit}"
+
+
+def runs(comparisons: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """What is compared: name and value of each line."""
+    first = comparisons[0]
+    drafts = [(name, str(one["draft"])) for name, one in zip(names(comparisons), comparisons, strict=True)]
+    machine = f"{first['hardware']}, {first['dtype']}, {first['processes']} process(es)"
+    return [("base", str(first["base"])), *drafts, ("machine", machine)]
+
+
+def warnings(comparisons: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One line for each setting in which a run with a draft differs from the base's."""
+    return [
+        f"the runs differ in {setting}: base {plain}, {name} {fast}; their speeds are not quite comparable"
+        for name, comparison in zip(names(comparisons), comparisons, strict=True)
+        for setting, (plain, fast) in comparison["differences"].items()
+    ]
+
+
+def show(comparisons: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """The tables on the screen, at most 80 columns wide."""
+    for name, value in runs(comparisons):
+        console.print(f"{name:<8} {value}", soft_wrap=True, highlight=False, markup=False)
+    for table in tables(comparisons):
+        screen = Screen(title=table.title, title_justify="left", box=box.SIMPLE, collapse_padding=True)
+        for place, name in enumerate(table.header[: table.texts + POSITIONS]):
+            screen.add_column(name, justify="left" if place < table.texts else "right", overflow="fold")
+        for row in table.rows:
+            screen.add_row(*row[: table.texts + POSITIONS])
+        console.print(screen)
+    for line in warnings(comparisons):
+        console.print(line, highlight=False, markup=False)
+
+
+PAGE = """# Base model and MSD
+
+{runs}
+
+{tables}
+
+![tokens per second](compare.png)
+
+Equal answers: answers that are the base's own, letter by letter. Tokens/s: new tokens by the time of decoding, without
+reading data and scoring; base and MSD ran one after the other. τ: new tokens for each verification. Accepted: share of
+verifications that accepted the drafted token at this position and all before it. Versions: {versions}.
+{warnings}"""
+
+
+def page(comparisons: Sequence[Mapping[str, Any]]) -> str:
+    """The comparison as a page in Markdown."""
+    parts = []
+    for table in tables(comparisons):
+        marks = ["---"] * table.texts + ["---:"] * (len(table.header) - table.texts)
+        lines = [f"| {' | '.join(cells)} |" for cells in (table.header, marks, *table.rows)]
+        parts.append("\n".join([f"## {table.title}", "", *lines]))
+    return PAGE.format(
+        runs="\n".join(f"- {name}: `{value}`" for name, value in runs(comparisons)),
+        tables="\n\n".join(parts),
+        versions=", ".join(f"{name} {version}" for name, version in comparisons[0]["versions"].items()) or "unknown",
+        warnings="".join(f"\n{line}.\n" for line in warnings(comparisons)),
+    )
+
+
+def draw(comparisons: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Bar chart of tokens per second of each task, with the speed-up above."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows: dict[str, Any] = comparison["tasks"]
-    figure = Figure(figsize=(max(4.0, 1.0 + 1.6 * len(rows)), 3.6), layout="constrained")
+    tasks = list(comparisons[0]["tasks"])
+    series = [
+        (
+            "base alone",
+            [one["tokens_per_second"]["base"] for one in comparisons[0]["tasks"].values()],
+            [""] * len(tasks),
+        )
+    ]
+    for name, comparison in zip(names(comparisons), comparisons, strict=True):
+        rows = comparison["tasks"].values()
+        times = ["" if row["speedup"] is None else f"{row['speedup']:.2f}x" for row in rows]
+        series.append((name, [row["tokens_per_second"]["msd"] for row in rows], times))
+    figure = Figure(figsize=(max(4.0, 1.0 + 0.8 * len(series) * len(tasks)), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for shift, run, label, colour in ((-0.2, "base", "base alone", "#9aa5b1"), (0.2, "msd", "MSD", "#2f6fb0")):
-        speeds = [row["tokens_per_second"][run] for row in rows.values()]
-        bars = axes.bar([place + shift for place in range(len(rows))], speeds, width=0.4, label=label, color=colour)
-        if run == "msd":
-            texts = ["" if row["speedup"] is None else f"{row['speedup']:.2f}x" for row in rows.values()]
-            axes.bar_label(bars, texts, padding=2)
-    axes.set_xticks(range(len(rows)), list(rows))
+    width = 0.8 / len(series)
+    for number, (name, speeds, texts) in enumerate(series):
+        shift = (number - (len(series) - 1) / 2) * width
+        places = [place + shift for place in range(len(tasks))]
+        bars = axes.bar(places, speeds, width=width, label=name, color=COLOURS[number % len(COLOURS)])
+        axes.bar_label(bars, texts, padding=2)
+    axes.set_xticks(range(len(tasks)), tasks)
     axes.set_ylabel("tokens per second")
-    axes.set_title(str(comparison["hardware"]), fontsize="small")
+    axes.set_title(str(comparisons[0]["hardware"]), fontsize="small")
     axes.margins(y=0.15)
     axes.legend(fontsize="small")
     with atomic_write(path) as temporary:
@@ -109,21 +211,24 @@ def draw(comparison: Mapping[str, Any], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m lmms_eval_msd.compare", description=__doc__.splitlines()[0])
+    parser = OneLineParser(prog="python -m lmms_eval_msd.compare", description=__doc__.splitlines()[0])
     parser.add_argument("--base", type=Path, required=True, help="--output_path of the run without --use_msd")
-    parser.add_argument("--msd", type=Path, required=True, help="--output_path of the run with --use_msd")
-    parser.add_argument("--out", type=Path, required=True, help="folder for compare.json and compare.png")
+    parser.add_argument(
+        "--msd", type=Path, required=True, nargs="+", help="--output_path of the run with --use_msd, of each draft"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for compare.md, compare.json and compare.png")
     parser.add_argument("--require-equal", action="store_true", help="end with status 1 if an answer differs")
     args = parser.parse_args(argv)
-    comparison = compare(load_run(args.base, use_msd=False), load_run(args.msd, use_msd=True))
-    with atomic_write(args.out / "compare.json") as temporary:
-        temporary.write_text(json.dumps(comparison, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    draw(comparison, args.out / "compare.png")
+    base = load_run(args.base, use_msd=False)
+    comparisons = [compare(base, load_run(folder, use_msd=True)) for folder in args.msd]
+    write_json(args.out / "compare.json", {**comparisons[0], "others": comparisons[1:]})
+    draw(comparisons, args.out / "compare.png")
+    with atomic_write(args.out / "compare.md") as temporary:
+        temporary.write_text(page(comparisons), encoding="utf-8")
     console = Console()
-    console.print(table(comparison))
-    for name, (plain, fast) in comparison["differences"].items():
-        console.print(f"the runs differ in {name}: base {plain}, MSD {fast}; their speeds are not quite comparable")
-    differ = any(row["answers_equal"] < row["answers"] for row in comparison["tasks"].values())
+    show(comparisons, console)
+    console.print(f"page     {args.out / 'compare.md'}", soft_wrap=True, highlight=False, markup=False)
+    differ = any(row["answers_equal"] < row["answers"] for one in comparisons for row in one["tasks"].values())
     return 1 if differ and args.require_equal else 0
 
 

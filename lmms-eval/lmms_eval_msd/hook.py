@@ -15,7 +15,7 @@ import functools
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 from loguru import logger
 
+from llava.arguments import reject_unknown_flags
 from llava.errors import UserError, cli_errors
 from lmms_eval_msd import MODELS
 
@@ -84,9 +85,9 @@ def _parse_eval_args(original: Callable[[], Any]) -> tuple[argparse.ArgumentPars
     finally:
         sys.argv = argv
     add_flags(parser)
-    args = parser.parse_args()
-    _check_parsed(parser, args)
-    return parser, args
+    args, rest = parser.parse_known_args()
+    _check_parsed(parser, args, rest)
+    return parser, parser.parse_args()
 
 
 def _parse_known_args(original: Callable[..., Any], parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
@@ -95,7 +96,7 @@ def _parse_known_args(original: Callable[..., Any], parser: argparse.ArgumentPar
     with_warning(add_tasks)
     with_warning(_extend_parser, parser)
     namespace, rest = original(parser, *args, **kwargs)
-    _check_parsed(parser, namespace)
+    _check_parsed(parser, namespace, rest)
     return namespace, rest
 
 
@@ -104,10 +105,14 @@ def _extend_parser(parser: argparse.ArgumentParser) -> None:
     add_flags(parser)  # last: flags that nothing reads would be worse than none
 
 
-def _check_parsed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def _check_parsed(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Checks the flags of an evaluation with our models. ``rest``: words that the parser does not know."""
+    ours = not MODELS.keys().isdisjoint(models_to_evaluate(parser, args))
     with cli_errors():
+        if ours:
+            reject_unknown_flags(rest, parser._option_string_actions)
         check_flags(args)
-    if not MODELS.keys().isdisjoint(models_to_evaluate(parser, args)):
+    if ours:
         with_warning(join_processes)
 
 
@@ -132,19 +137,26 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         return
     group = parser.add_argument_group(f"multimodal speculative decoding ({', '.join(MODELS)})")
     group.add_argument(
-        "--use_msd",
+        *_spellings("--use_msd"),
         action="store_true",
         default=False,
         help="Decode with the draft; without it the base model decodes alone.",
     )
-    group.add_argument("--msd_model_path", type=str, default=None, metavar="DRAFT", help="Draft: folder or hub name.")
     group.add_argument(
-        "--msd_baseline",
+        *_spellings("--msd_model_path"), type=str, default=None, metavar="DRAFT", help="Draft: folder or hub name."
+    )
+    group.add_argument(
+        *_spellings("--msd_baseline"),
         type=str,
         default=None,
         metavar="RESULTS",
         help="Results of a run without --use_msd (file or folder), to report the speed-up.",
     )
+
+
+def _spellings(flag: str) -> tuple[str, str]:
+    """A flag as lmms-eval writes its own, and with dashes."""
+    return flag, flag.replace("_", "-")
 
 
 def join_processes() -> None:

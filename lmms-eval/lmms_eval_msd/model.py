@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from abc import abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -19,23 +18,28 @@ from transformers import StopStringCriteria
 
 from eagle import MSDModel, Stats
 from eagle.families import Target, family_named, family_of
-from eagle.families.stock import load_processor
 from llava.errors import UserError
 from lmms_eval_msd import report
-from lmms_eval_msd.prompts import LlavaPrompts, Prompt, PromptWriter, QwenPrompts, Visual, visuals_of
-from lmms_eval_msd.report import Baseline, load_baseline
-from lmms_eval_msd.settings import (
-    LLAVA_PROMPTS,
-    QWEN_PROMPTS,
-    GenerationSettings,
-    ModelArgs,
-    as_batch_size,
-    as_bool,
-    as_count,
+from lmms_eval_msd.prompts import (
+    ChatPrompts,
+    Gemma3Prompts,
+    InternVLPrompts,
+    Llava15Prompts,
+    LlavaPrompts,
+    OnevisionPrompts,
+    Prompt,
+    Qwen2_5Prompts,
+    Qwen2Prompts,
+    Qwen3_5Prompts,
+    Qwen3Prompts,
+    Visual,
+    visuals_of,
 )
+from lmms_eval_msd.report import Baseline, load_baseline
+from lmms_eval_msd.settings import PROMPTS, GenerationSettings, ModelArgs, as_batch_size, as_bool
 
-FRAMES = 32
-"""Most frames of a video, as in lmms-eval's Qwen models."""
+ASSISTANT = "You are a helpful assistant."
+EMPTY_LINE = frozenset({"\n\n"})
 Item = TypeVar("Item")
 
 
@@ -100,9 +104,10 @@ class Dialogue:
 class MSD(lmms):
     """One base model, decoded with or without a draft, in the same loop and with the same prompts.
 
-    Class attributes are the defaults of the model in lmms-eval that a family's scores are compared with:
-    ``max_new_tokens`` of an answer if the task sets none; ``ignored_stops``: `until` texts of a task that it does not
-    stop at; ``system``: system prompt, None for the template's; ``strips``: drops white space around an answer.
+    Class attributes are the defaults of the model in lmms-eval that a family's scores are compared with: ``writer`` of
+    its prompts, whose fields are settings of `--model_args`; ``max_new_tokens`` of an answer if the task sets none;
+    ``ignored_stops``: `until` texts of a task that it does not stop at; ``system``: system prompt, None for the
+    template's; ``strips``: drops white space around an answer; ``sampling``: settings that a task can replace.
 
     Args:
         pretrained: base model, folder or hub name.
@@ -123,11 +128,12 @@ class MSD(lmms):
 
     is_simple = True
     family: ClassVar[str]
-    prompt_args: ClassVar[tuple[str, ...]]
+    writer: ClassVar[type[ChatPrompts]]
     max_new_tokens: ClassVar[int]
     ignored_stops: ClassVar[frozenset[str]] = frozenset()
     system: ClassVar[str | None] = None
     strips: ClassVar[bool] = False
+    sampling: ClassVar[Mapping[str, float]] = {}
 
     def __init__(
         self,
@@ -152,7 +158,8 @@ class MSD(lmms):
         if msd_baseline and not self.use_msd:
             raise UserError("msd_baseline without use_msd", msd_baseline, "add --use_msd: it gives the speed-up")
         self.batch_size_per_gpu = as_batch_size(batch_size)
-        self.options = ModelArgs.parse(options, self.prompt_args, family_named(self.family).eval_model)
+        own = [each.name for each in fields(self.writer) if each.name in PROMPTS]
+        self.options = ModelArgs.parse(options, own, family_named(self.family).eval_model)
         self._check_family(str(pretrained))
         self.baseline: Baseline | None = load_baseline(Path(msd_baseline)) if msd_baseline else None
         self.names = {"base": str(pretrained), "draft": str(msd_model_path) if self.use_msd else None}
@@ -184,11 +191,7 @@ class MSD(lmms):
             base, draft, dtype=dtype, device_map=placement, tree=self.options.tree, **self.options.loading
         )
         system = self.system if system_prompt is None else self._resolve_system_prompt(str(system_prompt))
-        self.prompts = self.make_prompts(self.msd.target, system)
-
-    @abstractmethod
-    def make_prompts(self, target: Target, system: str | None) -> PromptWriter:
-        """The prompts of the family, with the settings of `--model_args`."""
+        self.prompts = self.writer(self.msd.target, system, **self.options.prompts)
 
     @property
     def batch_size(self) -> int:
@@ -252,7 +255,7 @@ class MSD(lmms):
 
     def settings(self, given: dict[str, Any] | None) -> GenerationSettings:
         """A task's settings, with the family's defaults."""
-        return GenerationSettings.from_task(given, self.max_new_tokens, self.ignored_stops)
+        return GenerationSettings.from_task({**self.sampling, **(given or {})}, self.max_new_tokens, self.ignored_stops)
 
     def clean(self) -> None:
         """Sums the statistics and frees the models; lmms-eval calls it in every process after the last request."""
@@ -316,6 +319,7 @@ class MSD(lmms):
         results = []
         for count, new in zip(prompt_lengths, output.tokens, strict=True):
             text = settings.cut(self.msd.tokenizer.decode(new, skip_special_tokens=True))
+            text = self.prompts.finish(text)
             text = text.strip() if self.strips else text
             results.append(GenerationResult(text, TokenCounts(input_tokens=int(count), output_tokens=len(new))))
         if request.counted:
@@ -335,59 +339,97 @@ class LlavaMSD(MSD):
     """LLaVA-1.5."""
 
     family = "llava"
-    prompt_args = LLAVA_PROMPTS
+    writer = Llava15Prompts
     max_new_tokens = 1024
 
-    def make_prompts(self, target: Target, system: str | None) -> PromptWriter:
-        given = self.options.prompts
-        return LlavaPrompts(target, system, given.get("chat_template"), given.get("image_aspect"))
 
-
-class LlavaNextMSD(LlavaMSD):
+class LlavaNextMSD(MSD):
     """LLaVA-1.6."""
 
     family = "llava_next"
+    writer = LlavaPrompts
+    max_new_tokens = 1024
+
+
+class LlavaOnevisionMSD(MSD):
+    """LLaVA-OneVision."""
+
+    family = "llava_onevision"
+    writer = OnevisionPrompts
+    max_new_tokens = 1024
 
 
 class Qwen2VLMSD(MSD):
-    """Qwen2-VL. ``pixels``: fewest and most pixels of a picture or of a video's frame."""
+    """Qwen2-VL."""
 
     family = "qwen2_vl"
-    prompt_args = QWEN_PROMPTS
+    writer = Qwen2Prompts
     max_new_tokens = 128
-    system = "You are a helpful assistant."
+    system = ASSISTANT
     strips = True
-    pixels: ClassVar[tuple[int, int]] = (3136, 602112)
-
-    def make_prompts(self, target: Target, system: str | None) -> PromptWriter:
-        """Also gives the target a processor with these limits of a picture's size."""
-        given = self.options.prompts
-        fewest = as_count("min_pixels", given.get("min_pixels", self.pixels[0]))
-        most = as_count("max_pixels", given.get("max_pixels", self.pixels[1]))
-        base = str(self.names["base"])
-        target.processor = load_processor(base, min_pixels=fewest, max_pixels=most, **self.options.hub)
-        return QwenPrompts(
-            target,
-            system or "",
-            (fewest, most),
-            as_count("max_num_frames", given.get("max_num_frames", FRAMES)),
-            as_bool("interleave_visuals", given.get("interleave_visuals", False)),
-            given.get("reasoning_prompt"),
-        )
 
 
-class Qwen2_5VLMSD(Qwen2VLMSD):
+class Qwen2_5VLMSD(MSD):
     """Qwen2.5-VL."""
 
     family = "qwen2_5_vl"
+    writer = Qwen2_5Prompts
     max_new_tokens = 32768
-    ignored_stops = frozenset({"\n\n"})
-    strips = False
-    pixels = (256 * 28 * 28, 1605632)
+    ignored_stops = EMPTY_LINE
+    system = ASSISTANT
+
+
+class Qwen3VLMSD(MSD):
+    """Qwen3-VL."""
+
+    family = "qwen3_vl"
+    writer = Qwen3Prompts
+    max_new_tokens = 128
+    ignored_stops = EMPTY_LINE
+    system = ASSISTANT
+
+
+class Qwen3VLMoeMSD(Qwen3VLMSD):
+    """Qwen3-VL with experts."""
+
+    family = "qwen3_vl_moe"
+
+
+class Qwen3_5MSD(Qwen3VLMSD):
+    """Qwen3.5."""
+
+    family = "qwen3_5"
+    writer = Qwen3_5Prompts
+    max_new_tokens = 1024
+    sampling: ClassVar[Mapping[str, float]] = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
+
+
+class Qwen3_5MoeMSD(Qwen3_5MSD):
+    """Qwen3.5 with experts."""
+
+    family = "qwen3_5_moe"
+
+
+class Gemma3MSD(MSD):
+    """Gemma 3."""
+
+    family = "gemma3"
+    writer = Gemma3Prompts
+    max_new_tokens = 128
+    ignored_stops = EMPTY_LINE
+    system = ASSISTANT
+
+
+class InternVLMSD(MSD):
+    """InternVL."""
+
+    family = "internvl"
+    writer = InternVLPrompts
+    max_new_tokens = 1024
 
 
 @torch.inference_mode()
-def score(target: Target, prompts: PromptWriter, prompt: Prompt, continuation: str) -> tuple[float, bool]:
+def score(target: Target, prompts: ChatPrompts, prompt: Prompt, continuation: str) -> tuple[float, bool]:
     """Mean negative log-likelihood of ``continuation`` after the prompt, and whether it is the greedy one."""
     space = "" if prompt.text[-1:].isspace() else " "
     inputs = prompts.inputs([replace(prompt, text=prompt.text + space + continuation.strip())])

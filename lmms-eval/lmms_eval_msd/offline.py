@@ -10,7 +10,6 @@ the hub. Columns: type, question, answer, image; split test. Each line of the in
 
 from __future__ import annotations
 
-import argparse
 import io
 import sys
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from eagle.questions import iter_questions
+from llava.arguments import OneLineParser
 from llava.errors import UserError, run_cli
 from llava.files import atomic_write
 from llava.image import load_image
@@ -77,7 +77,7 @@ def write_chartqa(questions: Path, out: Path, limit: int | None = None) -> tuple
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m lmms_eval_msd.offline", description=__doc__.splitlines()[0])
+    parser = OneLineParser(prog="python -m lmms_eval_msd.offline", description=__doc__.splitlines()[0])
     parser.add_argument("--jsonl", type=Path, required=True, help="question file")
     parser.add_argument("--out", type=Path, required=True, help="folder to run lmms-eval in")
     parser.add_argument("--limit", type=int, help="first so many questions")

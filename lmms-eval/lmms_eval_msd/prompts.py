@@ -1,32 +1,38 @@
 """Prompts and model inputs, written as lmms-eval's own models write them, so that scores compare.
 
-LLaVA's are those of `llava_hf`, Qwen's those of `qwen2_vl` and `qwen2_5_vl` with their picture sizes. They differ from
-`Target.chat_prompt` in the places of the pictures, in the choice of a template, and in reading videos.
+They differ from `Target.chat_prompt` in the places of the pictures, in the choice of a template, and in reading videos.
 """
 
 from __future__ import annotations
 
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from io import BytesIO
+from typing import Any, ClassVar
 
+import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from eagle.families import Target
-from eagle.families.stock import processor_errors, text_part, write_chat
+from eagle.families.stock import text_part, write_chat
 from llava.conversation import build_prompt
-from llava.errors import UserError
+from llava.errors import UserError, reason_of
 from llava.image import load_image
-from lmms_eval_msd.video import provide_reader, thin_out
+from lmms_eval_msd.video import frames_at, measure, provide_reader, thin_out
 
+FRAMES = 32
+"""Most frames of a video, as in lmms-eval's own models."""
 IMAGE_MARK = "<image>"
+VIDEO_MARK = "<video>"
 NUMBERED_MARK = re.compile(r"<image (\d+)>")
 VIDEO_ENDINGS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 ASPECTS = ("pad", "crop")
 PROCESSORS, TOKENIZERS = "processor", "tokenizer"
 """As `chat_template`: the checkpoint's own, as everywhere else; the tokenizer's, else Vicuna's, as in `llava_hf`."""
+END_OF_THOUGHT = "</think>"
 
 Visual = Image.Image | str
 """A picture, or the path of a video."""
@@ -40,10 +46,21 @@ class Prompt:
     visuals: tuple[Visual, ...] = ()
 
 
-class PromptWriter(ABC):
-    """Writes prompts as the model of lmms-eval that a family's scores are compared with."""
+@dataclass(eq=False)
+class ChatPrompts:
+    """The checkpoint's chat template: pictures and videos first and the text after them, in one turn.
 
-    @abstractmethod
+    ``has_videos``: whether the family reads videos. Fields of subclasses are settings of `--model_args`.
+
+    Args:
+        target: the base model.
+        system: text of the system turn; None leaves it to the template.
+    """
+
+    target: Target
+    system: str | None = None
+    has_videos: ClassVar[bool] = False
+
     def write(self, context: str, visuals: Sequence[Visual]) -> Prompt:
         """The conversation around one request.
 
@@ -54,62 +71,86 @@ class PromptWriter(ABC):
         Raises:
             UserError: the family cannot read one of the ``visuals``.
         """
+        self.check(visuals)
+        parts = self.parts(context.replace(IMAGE_MARK, ""), visuals)
+        question = [_chat_part(part) for part in parts]
+        written = write_chat(self.target.processor, [(question, None)], self.system, **self.variables)
+        return Prompt(written, tuple(part for part in parts if not isinstance(part, Text)))
 
-    @abstractmethod
+    def check(self, visuals: Sequence[Visual]) -> None:
+        """Raises `UserError` if there is a video and the family reads only pictures."""
+        for visual in visuals:
+            if isinstance(visual, str) and not self.has_videos:
+                raise UserError(f"the task gives a video, and {self.target.family} models see pictures alone", visual)
+
+    def parts(self, text: str, visuals: Sequence[Visual]) -> list[Visual | Text]:
+        """What is in the turn, in order."""
+        return [*visuals, Text(text)]
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """Variables of the template."""
+        return {}
+
     def inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
         """Model inputs of prompts, padded on the left where there are several, on the model's device."""
+        visuals = [visual for prompt in prompts for visual in prompt.visuals]
+        with visual_errors(visuals):
+            pictures, settings = self.read(visuals)
+        texts = [prompt.text for prompt in prompts]
+        return self.target.prepare(texts if len(texts) > 1 else texts[0], pictures, **settings)
+
+    def read(self, visuals: Sequence[Visual]) -> tuple[list[Image.Image], dict[str, Any]]:
+        """The pictures among ``visuals``, and arguments of the processor with the videos."""
+        pictures = [visual for visual in visuals if isinstance(visual, Image.Image)]
+        videos = [self.frames(visual) for visual in visuals if isinstance(visual, str)]
+        return pictures, {"videos": videos, "do_sample_frames": False} if videos else {}
+
+    def frames(self, path: str) -> Tensor:
+        """Frames [T, 3, h, w] of a video."""
+        raise NotImplementedError
+
+    def finish(self, answer: str) -> str:
+        """What is scored of an answer."""
+        return answer
 
 
-class LlavaPrompts(PromptWriter):
-    """LLaVA-1.5 and LLaVA-1.6: pictures are `<image>` marks in the text of one turn.
+@dataclass(eq=False)
+class LlavaPrompts(ChatPrompts):
+    """LLaVA as `llava_hf`: pictures are `<image>` marks in the text of one turn.
 
     Args:
-        target: the base model.
-        system: system prompt instead of the conversation's own.
-        template: "processor", "tokenizer" or a chat template (Jinja). Default: the checkpoint's own, else as
+        chat_template: "processor", "tokenizer" or a chat template (Jinja). Default: the checkpoint's own, else as
             "tokenizer".
-        aspect: LLaVA-1.5: "pad" makes pictures square with a border, "crop" cuts their middle out as `llava_hf` does;
-            None leaves it to the checkpoint.
     """
 
-    def __init__(
-        self, target: Target, system: str | None = None, template: str | None = None, aspect: str | None = None
-    ) -> None:
-        has_own = bool(getattr(target.processor, "chat_template", None))
-        self.target, self.system = target, system
-        self.template = template or (PROCESSORS if has_own else TOKENIZERS)
-        if template == PROCESSORS and not has_own:
+    chat_template: str | None = None
+
+    def __post_init__(self) -> None:
+        has_own = bool(getattr(self.target.processor, "chat_template", None))
+        if self.chat_template == PROCESSORS and not has_own:
             raise UserError("the processor of this base model has no chat template", fix="leave chat_template out")
-        if aspect is not None:
-            if aspect not in ASPECTS or not hasattr(target.processor, "aspect"):
-                raise UserError(
-                    "image_aspect cannot be used", aspect, f"it is one of {', '.join(ASPECTS)}, for llava_msd"
-                )
-            target.processor.aspect = aspect
+        self.chat_template = self.chat_template or (PROCESSORS if has_own else TOKENIZERS)
 
     def write(self, context: str, visuals: Sequence[Visual]) -> Prompt:
-        pictures = pictures_only(visuals, self.target.family)
-        question = context
-        if context.count(IMAGE_MARK) != len(pictures):
-            question = context.replace(IMAGE_MARK, "")
-            if pictures:
-                question = " ".join([IMAGE_MARK] * len(pictures)) + "\n" + question
-        return Prompt(self._conversation(question, len(pictures)), tuple(pictures))
+        if self.chat_template == PROCESSORS:  # it puts the marks before the text itself
+            return super().write(context.replace(f"{IMAGE_MARK}\n", "").lstrip(" "), visuals)
+        self.check(visuals)
+        question, marks = context, [VIDEO_MARK if isinstance(visual, str) else IMAGE_MARK for visual in visuals]
+        known = (IMAGE_MARK, VIDEO_MARK) if self.has_videos else (IMAGE_MARK,)
+        if any(context.count(mark) != marks.count(mark) for mark in known):
+            for mark in known:
+                question = question.replace(mark, "")
+            if marks:
+                question = " ".join(marks) + "\n" + question
+        return Prompt(self._conversation(question), tuple(visuals))
 
-    def inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
-        texts = [prompt.text for prompt in prompts]
-        pictures = [visual for prompt in prompts for visual in prompt.visuals]
-        return self.target.prepare(texts if len(texts) > 1 else texts[0], pictures)
-
-    def _conversation(self, question: str, num_images: int) -> str:
+    def _conversation(self, question: str) -> str:
         """In the chosen template; for "tokenizer" the first that exists of the tokenizer's and LLaVA-1.5's own.
 
         A tokenizer's template that expects a list of parts would lose the question, and is skipped.
         """
-        if self.template == PROCESSORS:  # it puts the marks before the text itself
-            without_marks = question.replace(f"{IMAGE_MARK}\n", "").replace(IMAGE_MARK, "").lstrip(" ")
-            return self.target.chat_prompt(without_marks, num_images, system=self.system)
-        chosen = None if self.template == TOKENIZERS else self.template
+        chosen = None if self.chat_template == TOKENIZERS else self.chat_template
         template = chosen or getattr(self.target.tokenizer, "chat_template", None)
         if template:
             messages = [] if self.system is None else [{"role": "system", "content": self.system}]
@@ -124,81 +165,201 @@ class LlavaPrompts(PromptWriter):
         return build_prompt(question, system=self.system)
 
 
-class QwenPrompts(PromptWriter):
-    """Qwen2-VL and Qwen2.5-VL: a system turn, then one turn with pictures and videos first and the text after them.
+@dataclass(eq=False)
+class Llava15Prompts(LlavaPrompts):
+    """LLaVA-1.5.
 
     Args:
-        target: the base model. Its processor has to know the limits of ``pixels``.
-        system: text of the system turn.
-        pixels: fewest and most pixels of a picture or of a video's frame.
-        frames: most frames of a video.
-        interleave: put pictures where the text says `<image 1>`, `<image 2>`, ...
-        reasoning: text after every question.
+        image_aspect: "pad" makes pictures square with a border, "crop" cuts their middle out as `llava_hf` does; None
+            leaves it to the checkpoint.
     """
 
-    def __init__(
-        self,
-        target: Target,
-        system: str,
-        pixels: tuple[int, int],
-        frames: int = 32,
-        interleave: bool = False,
-        reasoning: str | None = None,
-    ) -> None:
-        self.target, self.system, self.pixels, self.frames = target, system, pixels, frames
-        self.interleave = interleave
-        self.reasoning = reasoning.replace("\\n", "\n") if reasoning else None
+    image_aspect: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.image_aspect is not None:
+            if self.image_aspect not in ASPECTS:
+                raise UserError(f"image_aspect is none of {', '.join(ASPECTS)}", self.image_aspect)
+            self.target.processor.aspect = self.image_aspect
 
     def write(self, context: str, visuals: Sequence[Visual]) -> Prompt:
-        text = context.replace(IMAGE_MARK, "")
-        if self.reasoning:
-            text = text.strip() + self.reasoning
-        parts: list[Visual | Text] = interleaved(text, visuals) if self.interleave else [*visuals, Text(text)]
-        question = [_chat_part(part) for part in parts]
-        written = write_chat(self.target.processor, [(question, None)], self.system)
-        return Prompt(written, tuple(part for part in parts if not isinstance(part, Text)))
+        if self.chat_template != PROCESSORS:
+            return super().write(context, visuals)
+        self.check(visuals)  # its processor has a template, but is not one of transformers
+        text = context.replace(f"{IMAGE_MARK}\n", "").replace(IMAGE_MARK, "").lstrip(" ")
+        return Prompt(self.target.chat_prompt(text, len(visuals), system=self.system), tuple(visuals))
 
-    def inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
-        pictures, videos = self._load([visual for prompt in prompts for visual in prompt.visuals])
-        with processor_errors():
-            batch = self.target.processor(
-                text=[prompt.text for prompt in prompts],
-                images=pictures,
-                videos=videos,
-                padding=True,
-                padding_side="left",
-                return_tensors="pt",
-            )
-        return dict(batch.to(self.target.device))
 
-    def _load(self, visuals: Sequence[Visual]) -> tuple[Any, Any]:
-        """Pictures and videos in the sizes that Qwen models expect; None for none.
+@dataclass(eq=False)
+class OnevisionPrompts(LlavaPrompts):
+    """LLaVA-OneVision as `llava_hf`.
 
-        Pictures pass through JPEG as in lmms-eval's own models, or scores would not compare.
-        """
-        from lmms_eval.models.model_utils.media_encoder import encode_image_to_data_url
+    Args:
+        max_num_frames: frames of each video, from its first to its last; a shorter video repeats frames.
+    """
+
+    max_num_frames: int = FRAMES
+    has_videos = True
+
+    def frames(self, path: str) -> Tensor:
+        return frames_at(path, np.linspace(0, measure(path)[0] - 1, self.max_num_frames, dtype=int).tolist())
+
+
+@dataclass(eq=False)
+class InternVLPrompts(ChatPrompts):
+    """InternVL as `internvl_hf`.
+
+    Args:
+        max_patches: most tiles of a picture.
+        max_num_frames: frames of each video, from the middle of equal parts; a shorter video repeats frames.
+    """
+
+    max_patches: int = 12
+    max_num_frames: int = FRAMES
+    has_videos = True
+
+    def __post_init__(self) -> None:
+        self.target.processor.image_processor.max_patches = self.max_patches
+
+    def frames(self, path: str) -> Tensor:
+        middles = (np.arange(self.max_num_frames) + 0.5) * measure(path)[0] / self.max_num_frames
+        return frames_at(path, middles.astype(int).tolist())
+
+
+@dataclass(eq=False)
+class InterleavedPrompts(ChatPrompts):
+    """Prompts with settings of lmms-eval's models of Qwen and Gemma.
+
+    Args:
+        interleave_visuals: put pictures where the text says `<image 1>`, `<image 2>`, ...
+        reasoning_prompt: text after every question.
+    """
+
+    interleave_visuals: bool = False
+    reasoning_prompt: str | None = None
+
+    def parts(self, text: str, visuals: Sequence[Visual]) -> list[Visual | Text]:
+        if self.reasoning_prompt:
+            text = text.strip() + self.reasoning_prompt.replace("\\n", "\n")
+        return interleaved(text, visuals) if self.interleave_visuals else super().parts(text, visuals)
+
+
+@dataclass(eq=False)
+class Gemma3Prompts(InterleavedPrompts):
+    """Gemma 3 as `gemma3`: pictures are converted to JPEG, and `<image 1>` is removed if pictures do not go there."""
+
+    def parts(self, text: str, visuals: Sequence[Visual]) -> list[Visual | Text]:
+        return super().parts(text if self.interleave_visuals else NUMBERED_MARK.sub("", text), visuals)
+
+    def read(self, visuals: Sequence[Visual]) -> tuple[list[Image.Image], dict[str, Any]]:
+        pictures, settings = super().read(visuals)
+        return [as_jpeg(picture) for picture in pictures], settings
+
+
+@dataclass(eq=False)
+class Qwen2Prompts(InterleavedPrompts):
+    """Qwen2-VL as `qwen2_vl`: sizes and frames are those of `qwen_vl_utils`, and pictures are converted to JPEG.
+
+    Args:
+        min_pixels: fewest pixels of a picture or of a video's frame.
+        max_pixels: most pixels.
+        max_num_frames: most frames of a video.
+    """
+
+    min_pixels: int = 3136
+    max_pixels: int = 602112
+    max_num_frames: int = FRAMES
+    has_videos = True
+    jpeg: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        self.system = self.system or ""  # an empty turn, or the template writes its own
+        if self.min_pixels > self.max_pixels:
+            raise UserError(f"min_pixels {self.min_pixels} is more than max_pixels {self.max_pixels}")
+
+    def read(self, visuals: Sequence[Visual]) -> tuple[list[Image.Image], dict[str, Any]]:
         from qwen_vl_utils import process_vision_info
 
         if not visuals:
-            return None, None
-        fewest, most = self.pixels
-        elements: list[dict[str, Any]] = []
-        for visual in visuals:
-            element: dict[str, Any] = {"max_pixels": most, "min_pixels": fewest}
-            if isinstance(visual, Image.Image):
-                settings = {"image_format": "JPEG", "mime_type": "image/jpeg", "convert_rgb": True, "quality": 85}
-                element |= {"type": "image", "image": encode_image_to_data_url(visual, **settings)}
-            else:
-                provide_reader()
-                element |= {"type": "video", "video": visual}
-            elements.append(element)
-        try:
-            pictures, videos = process_vision_info([{"role": "user", "content": elements}])
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
-            names = ", ".join(str(visual) for visual in visuals if isinstance(visual, str))
-            first_line = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UserError("picture or video cannot be read", names or None, first_line) from error
-        return pictures, None if videos is None else [thin_out(video, self.frames) for video in videos]
+            return [], {}
+        provide_reader()
+        pictures, videos = process_vision_info(
+            [{"role": "user", "content": [self._element(visual) for visual in visuals]}],
+            image_patch_size=self.target.processor.image_processor.patch_size,
+            return_video_metadata=True,
+        )
+        return pictures or [], {"do_resize": False, **(self.videos(videos) if videos else {})}
+
+    def _element(self, visual: Visual) -> dict[str, Any]:
+        if isinstance(visual, str):
+            return {"type": "video", "video": visual, **self.frame_settings(visual)}
+        return {"type": "image", "image": as_jpeg(visual) if self.jpeg else visual, **self.sizes}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+
+    def frame_settings(self, path: str) -> dict[str, Any]:
+        """Which frames of a video `qwen_vl_utils` takes, two a second unless told otherwise, and their sizes."""
+        return self.sizes
+
+    def videos(self, read: Sequence[tuple[Tensor, dict[str, Any]]]) -> dict[str, Any]:
+        """Arguments of the processor for frames [T, 3, h, w] of videos and what is known of each."""
+        return {"videos": [thin_out(frames, self.max_num_frames) for frames, _ in read]}
+
+
+@dataclass(eq=False)
+class Qwen2_5Prompts(Qwen2Prompts):
+    """Qwen2.5-VL as `qwen2_5_vl`."""
+
+    min_pixels: int = 256 * 28 * 28
+    max_pixels: int = 1605632
+
+
+@dataclass(eq=False)
+class Qwen3Prompts(Qwen2_5Prompts):
+    """Qwen3-VL as `qwen3_vl`: pictures are not converted, and the frames of a video have timestamps.
+
+    Args:
+        enable_thinking: the template's switch. If it is true, only what follows the thought is scored.
+    """
+
+    enable_thinking: bool | None = None
+    jpeg = False
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        return {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
+
+    def frame_settings(self, path: str) -> dict[str, Any]:
+        count = measure(path)[0]
+        return {"nframes": min(self.max_num_frames, count - count % 2), **self.sizes}  # an even number
+
+    def videos(self, read: Sequence[tuple[Tensor, dict[str, Any]]]) -> dict[str, Any]:
+        frames, known = map(list, zip(*read, strict=True))
+        return {"videos": frames, "video_metadata": known, "do_sample_frames": False}
+
+    def finish(self, answer: str) -> str:
+        return answer.partition(END_OF_THOUGHT)[2].strip() if self.enable_thinking else answer
+
+
+@dataclass(eq=False)
+class Qwen3_5Prompts(Qwen3Prompts):
+    """Qwen3.5 as `qwen3_5`: two frames of a video a second.
+
+    Args:
+        total_pixels: most pixels of all frames of a video, in place of those of each.
+    """
+
+    min_pixels: int = 64 * 32 * 32
+    max_pixels: int = 128 * 32 * 32
+    max_num_frames: int = 768
+    enable_thinking: bool | None = True
+    total_pixels: int = 224 * 1024 * 32 * 32
+
+    def frame_settings(self, path: str) -> dict[str, Any]:
+        return {"min_pixels": self.min_pixels, "total_pixels": self.total_pixels, "max_frames": self.max_num_frames}
 
 
 @dataclass(frozen=True)
@@ -254,15 +415,18 @@ def visuals_of(given: Any) -> list[Visual]:
     raise UserError(f"the task gives a {type(given).__name__}", fix="MSD evaluates tasks of pictures, videos and text")
 
 
-def pictures_only(visuals: Iterable[Visual], family: str) -> list[Image.Image]:
-    """``visuals`` of a family that reads only pictures.
+def as_jpeg(picture: Image.Image) -> Image.Image:
+    """The picture as lmms-eval's own models of Qwen2-VL and Gemma 3 see it, or scores would not compare."""
+    encoded = BytesIO()
+    picture.convert("RGB").save(encoded, "JPEG", quality=85)
+    return Image.open(encoded)
 
-    Raises:
-        UserError: there is a video among them.
-    """
-    pictures = []
-    for visual in visuals:
-        if isinstance(visual, str):
-            raise UserError(f"the task gives a video, and {family} models see pictures alone", visual)
-        pictures.append(visual)
-    return pictures
+
+@contextmanager
+def visual_errors(visuals: Sequence[Visual]) -> Iterator[None]:
+    """Raises `UserError` where a picture or video cannot be read, such as one without frames."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        names = ", ".join(visual for visual in visuals if isinstance(visual, str))
+        raise UserError("picture or video cannot be read", names or None, reason_of(error)) from error

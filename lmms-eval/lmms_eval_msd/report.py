@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from loguru import logger
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -120,14 +121,14 @@ def summary(stats: Stats) -> dict[str, Any]:
 def table(report: Mapping[str, Any]) -> Table:
     """The report for the screen."""
     title = "MSD decoding" if report["use_msd"] else "plain decoding (no draft)"
-    result = Table(title=f"{title}, {report['dtype']}, {report['hardware']}", title_justify="left")
+    name = f"{title}, {report['dtype']}, {report['hardware']}"
+    result = Table(title=name, title_justify="left", box=box.SIMPLE, collapse_padding=True)
     result.add_column("task")
     columns = ["answers", "tokens", "τ", "tokens/s", "seconds"]
     if "baseline" in report:
         columns.append("speed-up")
     for name in columns:
         result.add_column(name, justify="right")
-    result.add_column("accepted at position 1, 2, ...")
     rows = dict(report["tasks"])
     if len(rows) > 1:
         rows["all"] = report["total"]
@@ -136,8 +137,7 @@ def table(report: Mapping[str, Any]) -> Table:
         cells.append(f"{row['seconds']:.1f}")
         if "baseline" in report:
             cells.append("-" if row["speedup"] is None else f"{row['speedup']:.2f}x")
-        shares = " ".join(f"{share:.2f}" for share in row["acceptance_by_position"])
-        result.add_row(task, *cells, shares or "-")
+        result.add_row(task, *cells)
     return result
 
 
@@ -196,6 +196,9 @@ def show(report: Mapping[str, Any]) -> None:
     """Prints the table."""
     console = Console()
     console.print(table(report))
+    for task, row in report["tasks"].items():
+        if shares := " ".join(f"{share:.2f}" for share in row["acceptance_by_position"]):
+            console.print(f"{task}, accepted at position 1, 2, ...: {shares}", highlight=False)
     for name, (plain, fast) in report.get("baseline", {}).get("differences", {}).items():
         console.print(f"the baseline differs in {name}: {plain}, here {fast}; the speeds are not quite comparable")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +25,6 @@ LOADING = (
     "attn_implementation", "revision", "draft_revision", "cache_dir", "local_files_only", "token", "draft_image_tokens",
     "compile",
 )  # fmt: skip
-LLAVA_PROMPTS = ("chat_template", "image_aspect")
-QWEN_PROMPTS = ("min_pixels", "max_pixels", "max_num_frames", "interleave_visuals", "reasoning_prompt")
 DEFAULT_MAX_NEW_TOKENS = 1024
 NOT_OURS = {"image_sizes", "image_aspect_ratio", "max_agentic_steps", "modalities", "use_cache"}
 _reported: set[str] = set()
@@ -62,7 +60,7 @@ class ModelArgs:
         return cls(
             TreeConfig(**bounds) if bounds else None,
             {key: given[key] for key in LOADING if key in given},
-            {key: given[key] for key in prompts if key in given},
+            {key: PROMPTS[key](key, given[key]) for key in prompts if key in given},
         )
 
     @property
@@ -91,6 +89,25 @@ def as_count(name: str, value: Any) -> int:
 def as_batch_size(value: int | str) -> int:
     """A batch size; lmms-eval's `auto` is one."""
     return 1 if str(value).startswith("auto") else as_count("batch_size", value)
+
+
+def as_text(_: str, value: Any) -> str:
+    return str(value)
+
+
+PROMPTS: dict[str, Callable[[str, Any], Any]] = {
+    "chat_template": as_text,
+    "image_aspect": as_text,
+    "min_pixels": as_count,
+    "max_pixels": as_count,
+    "total_pixels": as_count,
+    "max_patches": as_count,
+    "max_num_frames": as_count,
+    "interleave_visuals": as_bool,
+    "reasoning_prompt": as_text,
+    "enable_thinking": as_bool,
+}
+"""How arguments of prompts are read."""
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,34 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_draft import make_draft
+from tiny_families import make_gemma3, make_internvl, make_onevision, make_qwen3_5, make_qwen3_vl
 from tiny_llava import make_image, make_liuhaotian, make_llava_hf
 from tiny_stock import make_llava_next, make_qwen
 
 from eagle.families import load_target
 
 sys.path.insert(0, str(Path(__file__).parent))
-from eval_support import QWEN_TEMPLATE, write_llava_processor
+from eval_support import QWEN3_TEMPLATE, QWEN_TEMPLATE, write_llava_processor
+
+FIXTURES = {
+    "llava_msd": "base",
+    "llava_next_msd": "llava_next",
+    "llava_onevision_msd": "onevision",
+    "qwen2_vl_msd": "qwen2",
+    "qwen2_5_vl_msd": "qwen2_5",
+    "qwen3_vl_msd": "qwen3",
+    "qwen3_vl_moe_msd": "qwen3_moe",
+    "qwen3_5_msd": "qwen3_5",
+    "qwen3_5_moe_msd": "qwen3_5_moe",
+    "gemma3_msd": "gemma3",
+    "internvl_msd": "internvl",
+}
 
 
 @pytest.fixture(scope="session")
@@ -59,10 +76,57 @@ def qwen2_5(models: Path) -> Path:
     return qwen_with_its_template(models / "qwen2_5", "2.5")
 
 
+def qwen3_with_its_template(folder: Path, make: Callable[..., Path] = make_qwen3_vl, **settings: Any) -> Path:
+    make(folder, patch=16, max_position_embeddings=2048, **settings)
+    (folder / "chat_template.jinja").write_text(QWEN3_TEMPLATE)
+    return folder
+
+
 @pytest.fixture(scope="session")
-def family_bases(base: Path, llava_next: Path, qwen2: Path, qwen2_5: Path) -> dict[str, Path]:
-    """A base model for each name of `--model`."""
-    return {"llava_msd": base, "llava_next_msd": llava_next, "qwen2_vl_msd": qwen2, "qwen2_5_vl_msd": qwen2_5}
+def qwen3(models: Path) -> Path:
+    return qwen3_with_its_template(models / "qwen3")
+
+
+@pytest.fixture(scope="session")
+def qwen3_moe(models: Path) -> Path:
+    """Its name says that it has experts, which lmms-eval reads."""
+    return qwen3_with_its_template(models / "Qwen3-VL-A3B", moe=True)
+
+
+@pytest.fixture(scope="session")
+def qwen3_5(models: Path) -> Path:
+    return qwen3_with_its_template(models / "qwen3_5", make_qwen3_5, seed=3)
+
+
+@pytest.fixture(scope="session")
+def qwen3_5_moe(models: Path) -> Path:
+    return qwen3_with_its_template(models / "Qwen3.5-A3B", make_qwen3_5, moe=True, seed=3)
+
+
+@pytest.fixture(scope="session")
+def gemma3(models: Path) -> Path:
+    return make_gemma3(models / "gemma3")
+
+
+@pytest.fixture(scope="session")
+def internvl(models: Path) -> Path:
+    return make_internvl(models / "internvl", seed=1, max_position_embeddings=2048)
+
+
+@pytest.fixture(scope="session")
+def onevision(models: Path) -> Path:
+    return make_onevision(models / "onevision", seed=1, max_position_embeddings=2048)
+
+
+@pytest.fixture
+def family_bases(request: pytest.FixtureRequest) -> Mapping[str, Path]:
+    """A base model for each name of `--model`, made when it is asked for."""
+
+    class Bases(dict[str, Path]):
+        def __missing__(self, name: str) -> Path:
+            return request.getfixturevalue(FIXTURES[name])
+
+    return Bases()
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,10 @@ from lmms_eval_msd.compare import compare, main
 from lmms_eval_msd.report import load_run
 
 
-def write_run(folder, use_msd, answers, speed, score=0.5, tasks=("chartqa",), **changes):
+def write_run(folder, use_msd, answers, speed, score=0.5, tasks=("chartqa",), shares=(1.0, 1.0), **changes):
     (folder / "model").mkdir(parents=True)
     row = {"answers": 2, "tokens": 20, "cycles": 5, "tau": 3.6 if use_msd else 1.0, "seconds": 2.0, "phases_ms": {}}
-    row |= {"tokens_per_second": speed, "histogram": {"2": 5}, "acceptance_by_position": [1.0, 1.0]}
+    row |= {"tokens_per_second": speed, "histogram": {"2": 5}, "acceptance_by_position": list(shares)}
     scores = {"alias": "chartqa", "relaxed_overall,none": score, "relaxed_overall_stderr,none": 0.1, "n,none": "N/A"}
     decoding = {"use_msd": use_msd, "base": "b", "draft": "d", "dtype": "float32", "tree": None, "processes": 1}
     decoding |= {"hardware": "cpu", "versions": {}, "tasks": dict.fromkeys(tasks, row), "total": row} | changes
@@ -39,7 +39,61 @@ def test_table_json_and_chart(runs, capsys):
     assert (row["answers_equal"], row["answers"], row["tau"], row["speedup"]) == (1, 2, 3.6, 2.5)
     assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert "1/2" in capsys.readouterr().out
+    assert json.loads((out / "compare.json").read_text())["others"] == []
     assert main([*argv, "--require-equal"]) == 1
+
+
+POSITIONS = [0.91, 0.82, 0.73, 0.64, 0.55, 0.46, 0.37, 0.28, 0.19]
+
+
+@pytest.fixture
+def two_drafts(tmp_path):
+    """The arguments of a comparison with long names."""
+    tasks = ("chartqa_msd", "textvqa_val_msd")
+    base = write_run(tmp_path / "base", False, ["a", "b"], 1042.0, tasks=tasks)
+    drafts = [
+        write_run(
+            tmp_path / name, True, ["a", "b"], speed, tasks=tasks, draft=f"a-place/of-drafts/{name}", shares=shares
+        )
+        for name, speed, shares in (("trained", 2084.0, POSITIONS), ("shipped", 4168.0, POSITIONS[:2]))
+    ]
+    return ["--base", str(base), "--msd", *map(str, drafts), "--out", str(tmp_path / "out")]
+
+
+def test_tables_fit_80_columns(two_drafts, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(two_drafts) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, (line for line in lines if not line.startswith("page ")))) <= 80
+    for whole in (
+        "textvqa_val_msd base 1042.0 1.00x 1.00",
+        "MSD 2 2/2 4168.0 4.00x 3.60",
+        "chartqa_msd relaxed_overall 0.5 0.5 0.5",
+        "textvqa_val_msd MSD 1 0.91 0.82 0.73 0.64 0.55 0.46 0.37 0.28",
+    ):
+        assert whole in [" ".join(line.split()) for line in lines], "\n".join(lines)
+    assert "MSD 1    a-place/of-drafts/trained" in lines and "MSD 2    a-place/of-drafts/shipped" in lines
+    assert not any("…" in line for line in lines)
+
+
+def test_page_has_everything(two_drafts, tmp_path, capsys):
+    assert main(two_drafts) == 0
+    text = (tmp_path / "out" / "compare.md").read_text()
+    for line in (
+        "- base: `b`",
+        "- MSD 2: `a-place/of-drafts/shipped`",
+        "- machine: `cpu, float32, 1 process(es)`",
+        "| task | run | equal answers | tokens/s | speed-up | τ |",
+        "|  | MSD 2 | 2/2 | 4168.0 | 4.00x | 3.60 |",
+        "| task | metric | base | MSD 1 | MSD 2 |",
+        "| textvqa_val_msd | relaxed_overall | 0.5 | 0.5 | 0.5 |",
+        "| chartqa_msd | MSD 1 | 0.91 | 0.82 | 0.73 | 0.64 | 0.55 | 0.46 | 0.37 | 0.28 | 0.19 |",
+        "|  | MSD 2 | 0.91 | 0.82 |  |  |  |  |  |  |  |",
+        "![tokens per second](compare.png)",
+    ):
+        assert line in text.splitlines(), text
+    comparison = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert [one["draft"].rsplit("/", 1)[1] for one in (comparison, *comparison["others"])] == ["trained", "shipped"]
 
 
 def test_absent_results(runs, tmp_path):

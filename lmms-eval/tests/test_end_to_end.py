@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 from eval_support import read
+from tiny_draft import make_draft
 
+from eagle.families import load_target
+from lmms_eval_msd import MODELS
 from lmms_eval_msd.offline import write_chartqa
 
 REPO = Path(__file__).resolve().parents[2]
@@ -138,7 +141,7 @@ def assert_flags_in_help(data: Path, *command: str) -> None:
     result = python(data, *command, "eval", "--help")
     assert result.returncode == 0, result.stdout
     assert all(flag in result.stdout for flag in ("--use_msd", "--msd_model_path DRAFT", "--msd_baseline RESULTS"))
-    assert "(llava_msd, llava_next_msd, qwen2_vl_msd, qwen2_5_vl_msd)" in result.stdout
+    assert f"({', '.join(MODELS)})" in result.stdout
 
 
 @pytest.mark.slow
@@ -206,6 +209,27 @@ def test_command_of_the_readme(base, draft, data):
     assert result.returncode == 0, result.stdout
     report = json.loads(read(out, "_msd.json"))
     assert (report["use_msd"], report["processes"], report["total"]["answers"]) == (True, 1, 2)
+
+
+@pytest.mark.slow
+def test_run_of_qwen3_vl(qwen3, tmp_path, data):
+    """With a draft and without: equal answers, and the settings of the family are accepted."""
+    draft = make_draft(tmp_path / "draft", load_target(qwen3), agree=1.0)
+    common = ["--model", "qwen3_vl_msd", "--tasks", "chartqa", "--log_samples", "--gen_kwargs", "temperature=0"]
+    common += ["--model_args", f"pretrained={qwen3},dtype=float32,max_pixels=200704,min_pixels=4096"]
+    answers = {}
+    flags = ["--use_msd", "--msd_model_path", str(draft)]
+    for name, module, more in (("base", "lmms_eval_msd", []), ("msd", "lmms_eval", flags)):
+        out = tmp_path / name
+        result = run(data, module, *common, *more, "--output_path", str(out))
+        assert result.returncode == 0, result.stdout
+        report = json.loads(read(out, "_msd.json"))
+        assert (report["use_msd"], report["total"]["answers"]) == (name == "msd", 3)
+        samples = [json.loads(line) for line in read(out, "_samples_chartqa.jsonl").splitlines()]
+        answers[name] = sorted((each["doc_id"], each["filtered_resps"][0]) for each in samples)
+    assert answers["base"] == answers["msd"]
+    assert all(text for _, text in answers["msd"])
+    assert report["total"]["tau"] > 1.0
 
 
 @pytest.mark.slow

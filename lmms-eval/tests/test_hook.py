@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -40,7 +41,7 @@ def test_flags_become_model_args():
     hook.check_flags(args)
     assert hook.flags_to_model_args(args) == "pretrained=b,use_msd=True,msd_model_path=d"
     assert hook.flags_to_model_args(parse("--model_args", "pretrained=b")) == "pretrained=b"
-    args = parse("--use_msd", "--msd_model_path", "d", "--msd_baseline", "runs")
+    args = parse("--use-msd", "--msd-model-path", "d", "--msd-baseline", "runs")
     assert hook.flags_to_model_args(args) == "use_msd=True,msd_model_path=d,msd_baseline=runs"
 
 
@@ -139,6 +140,19 @@ def test_own_command_line_checks_the_flags(monkeypatch, capsys):
         module.parse_eval_args()
     assert stop.value.code == 2
     assert "error: --use_msd needs a draft" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["python -m lmms_eval_msd", "lmms-eval"])
+def test_unknown_flag_names_the_nearest(own, monkeypatch, capsys):
+    monkeypatch.setattr(hook, "add_tasks", lambda: None)
+    monkeypatch.setattr("sys.modules", {**sys.modules, "lmms_eval.__main__": SimpleNamespace(cli_evaluate_single=None)})
+    module = evaluation(make_parser(flags=False))
+    hook.extend(module) if own else hook.install()
+    monkeypatch.setattr("sys.argv", ["lmms-eval", "--model", "llava_msd", "--msd_modl_path", "d"])
+    with pytest.raises(SystemExit) as stop:
+        module.parse_eval_args()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: unknown flag --msd_modl_path (did you mean --msd_model_path?)\n"
 
 
 def test_other_parsers_are_left_alone():

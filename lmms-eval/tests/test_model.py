@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from eval_support import IMAGES, TREE, load, request
+from eval_support import IMAGES, SOME_SLOW, TREE, class_of, load, request
 from tiny_draft import make_draft
 from tiny_llava import make_image
 
@@ -98,13 +98,13 @@ def test_greedy_continuation_is_recognised(plain, monkeypatch):
     assert loss == pytest.approx(0.0, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["llava_next_msd", "qwen2_vl_msd", "qwen2_5_vl_msd"])
+@pytest.mark.parametrize("name", SOME_SLOW[1:])
 def test_loglikelihood_of_each_family(name, family_bases):
-    model = load(getattr(models, MODELS[name].rpartition(".")[2]), family_bases[name])
+    model = load(class_of(name), family_bases[name])
     ask = request("How many?", IMAGES[:1], settings="three shapes", kind="loglikelihood")
     loss, _ = model.loglikelihood([ask])[0]
     prompt = model.prompts.write("How many?", IMAGES[:1])
-    space = " " if name == "llava_next_msd" else ""  # Qwen's prompts end with a new line
+    space = " " if name == "llava_next_msd" else ""  # the others' prompts end with a new line
     inputs = model.prompts.inputs([type(prompt)(f"{prompt.text}{space}three shapes", prompt.visuals)])
     start = model.prompts.inputs([prompt])["input_ids"].shape[1]
     with torch.inference_mode():
@@ -150,7 +150,7 @@ def test_statistics_reach_the_results(base, draft, requests, tmp_path, capsys):
         ({"batch_size": "many"}, "batch_size"),
         ({"batch_size": 0}, "batch_size"),
         ({"max_pixels": 3}, "unknown key 'max_pixels': --model_args of llava_msd"),
-        ({"image_aspect": "wide"}, "image_aspect"),
+        ({"image_aspect": "wide"}, "image_aspect is none of pad, crop"),
         ({"msd_baseline": "x"}, "msd_baseline without use_msd"),
     ],
 )
@@ -171,7 +171,7 @@ def test_family_of_another_name(fixture, right, base, qwen2, tmp_path):
     source = base if fixture == "base" else qwen2
     (tmp_path / "config.json").write_text((source / "config.json").read_text())
     for name in MODELS.keys() - {right}:
-        model_class = getattr(models, MODELS[name].rpartition(".")[2])
+        model_class = class_of(name)
         with pytest.raises(UserError, match=rf"--model {name} evaluates .*use --model {right}") as error:
             model_class(str(tmp_path), device="cpu")
         assert "\n" not in str(error.value)
@@ -192,10 +192,10 @@ def test_defaults_are_those_of_the_family(base, qwen2, qwen2_5):
         assert model.settings({"until": ["\n\n"]}).until == stops
 
 
-@pytest.mark.parametrize("name", ["llava_next_msd", "qwen2_vl_msd", "qwen2_5_vl_msd"])
+@pytest.mark.parametrize("name", list(MODELS)[1:])
 def test_draft_of_each_family(name, family_bases, tmp_path):
-    folder, model_class = family_bases[name], getattr(models, MODELS[name].rpartition(".")[2])
-    draft = make_draft(tmp_path / "draft", load_target(folder))
+    folder, model_class = family_bases[name], class_of(name)
+    draft = make_draft(tmp_path / "draft", load_target(folder), agree=1.0)
     requests = [request("How many?", IMAGES[:1]), request("Which two?", IMAGES[:2]), request("No picture.", None)]
     plain, fast = load(model_class, folder), load(model_class, folder, draft, **TREE)
     answers = [[each.text for each in model.generate_until(requests)] for model in (plain, fast)]

@@ -154,10 +154,12 @@ def test_chat_template_of_llava(llava_next):
     ours = load(models.LlavaNextMSD, llava_next, chat_template=template)
     prompt = ours.prompts.write("What?", IMAGES[:1])
     assert prompt == Prompt("<s>[INST] <image>\nWhat? [/INST]", (IMAGES[0],))
-    ours.prompts.template = "{% for part in messages[0]['content'] %}{{ part['text'] }}{% endfor %}"
+    ids = ours.prompts.inputs([prompt])["input_ids"][0].tolist()
+    assert ids.count(ours.tokenizer.bos_token_id) == 1  # the template's
+    ours.prompts.chat_template = "{% for part in messages[0]['content'] %}{{ part['text'] }}{% endfor %}"
     with pytest.raises(UserError, match="does not write the question"):
         ours.prompts.write("What?", [])
-    ours.prompts.template = "tokenizer"
+    ours.prompts.chat_template = "tokenizer"
     ours.tokenizer.chat_template = "{% for part in messages[0]['content'] %}{{ part['text'] }}{% endfor %}"
     assert ours.prompts.write("What?", []).text.endswith("USER: What? ASSISTANT:")  # as if there were none
 

@@ -61,7 +61,7 @@ def test_speedup(tmp_path):
     assert built["baseline"]["differences"] == {"hardware": ["other", cpu_name()]}
 
 
-def test_table(tmp_path, capsys):
+def test_table(tmp_path, capsys, monkeypatch):
     baseline = load_baseline(write_results(tmp_path / "whole", {"a": 2.0}, hardware="other").parent)
     built = report.build({"a": stats([2, 0, 1], 2, 2.0)}, SETTINGS, CPU, baseline)
     console = Console(width=160)
@@ -69,8 +69,12 @@ def test_table(tmp_path, capsys):
         console.print(report.table(built))
     assert "2.00x" in text.get()
     assert "speed-up" in text.get()
+    monkeypatch.setenv("COLUMNS", "80")
     report.show(built)
-    assert "differs in hardware: other" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "differs in hardware: other" in shown
+    assert "a, accepted at position 1, 2, ...: 0.67 0.33" in shown.splitlines()
+    assert max(len(line) for line in shown.splitlines() if "differs" not in line) <= 80
 
 
 def test_baseline_that_is_none(tmp_path, base, draft):

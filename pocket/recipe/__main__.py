@@ -15,6 +15,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from llava.arguments import OneLineParser
+from llava.errors import run_cli
+
 HERE = Path(__file__).resolve().parents[1]
 BUILD = HERE / "build"
 LLAVA, QWEN, DATA = HERE / "llava", HERE / "qwen2vl", HERE / "data"
@@ -63,7 +66,7 @@ def steps(build: Path = BUILD) -> list[Step]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
     BUILD.mkdir(exist_ok=True)
@@ -81,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_cli(main))

@@ -18,6 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llava.arguments import OneLineParser
+from llava.errors import run_cli
+
 from .facts import is_right
 
 Item = dict[str, Any]
@@ -122,7 +125,7 @@ def evaluate(answerer: Answerer, items: list[Item], folder: Path, exchanged: boo
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--exchange", action="store_true", help="ask about exchanged pictures too")
@@ -142,4 +145,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_cli(main))

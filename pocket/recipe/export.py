@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from llava.arguments import OneLineParser
+from llava.errors import run_cli
 from llava.files import write_json
 
 from .encode import MEAN, SIDE, STD
@@ -120,7 +123,7 @@ def put_in_place(fresh: Path, out: Path) -> None:
 
 def command(doc: str | None, export: Callable[[dict[str, torch.Tensor], Path, Path], None]) -> None:
     """The command line of an export: the last checkpoint of a training run into a model folder."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of the training run")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -131,4 +134,4 @@ def command(doc: str | None, export: Callable[[dict[str, torch.Tensor], Path, Pa
 
 
 if __name__ == "__main__":
-    command(__doc__, export)
+    sys.exit(run_cli(lambda: command(__doc__, export)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -15,6 +16,8 @@ from typing import Any
 
 from PIL import Image
 
+from llava.arguments import OneLineParser
+from llava.errors import run_cli
 from llava.files import atomic_write, write_json
 
 from .draw import draw
@@ -170,7 +173,7 @@ def write_heldout(out: Path, number: int, seed: int) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--images", type=int, default=0, help="conversations with a picture")
     parser.add_argument("--texts", type=int, default=0, help="conversations without")
@@ -188,4 +191,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_cli(main))

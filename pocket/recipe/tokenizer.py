@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
+import sys
 from pathlib import Path
 from random import Random
+
+from llava.arguments import OneLineParser
+from llava.errors import run_cli
 
 from .encode import SYSTEM
 from .english import topics
@@ -70,7 +73,7 @@ def train_tokenizer(folder: Path, number: int = 4000, seed: int = 0) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -78,4 +81,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_cli(main))

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llava import load_pretrained
+from llava.errors import run_cli
 
 from .draw import draw
 from .encode import Encoded, Tokenizer, collate, encode, pixels_of
@@ -105,4 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_cli(main))

@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
+from llava.arguments import OneLineParser
 from llava.device import cpu_has_bfloat16
 
 from .encode import IGNORE
@@ -212,7 +213,7 @@ def compile_layers(model: Any) -> None:
 
 def arguments(doc: str | None, steps: int) -> argparse.ArgumentParser:
     """What the command line of every training takes."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of tokenizer, checkpoint and log")
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--seed", type=int, default=0)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tiny_stock import QWEN_SPECIAL, QWEN_TEMPLATE, TEXT, silence_specials
 from tiny_tokenizer import CORPUS
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -96,7 +96,7 @@ def byte_tokenizer(special: tuple[str, ...], eos: str, pad: str, **named: str) -
     tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet))
     others = [token for token in special if token not in (*named.values(), eos, pad)]
     tokens = {**named, **{f"special_{number}": token for number, token in enumerate(others)}}
-    return PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=eos,
         pad_token=pad,
@@ -104,6 +104,10 @@ def byte_tokenizer(special: tuple[str, ...], eos: str, pad: str, **named: str) -
         extra_special_tokens=tokens,
         bos_token="<bos>" if "<bos>" in special else None,
     )
+    if fast.bos_token:  # as published, it begins every text with this token
+        begin = [(fast.bos_token, fast.bos_token_id)]
+        fast.backend_tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=begin)
+    return fast
 
 
 def _save(model: PreTrainedModel, processor: Any, ids: dict[str, int], eos: str, pad: str, folder: str | Path) -> Path:
@@ -122,8 +126,8 @@ def _ids(tokenizer: PreTrainedTokenizerFast, special: tuple[str, ...]) -> dict[s
     return dict(zip(special, tokenizer.convert_tokens_to_ids(list(special)), strict=True))
 
 
-def make_qwen3_vl(folder: str | Path, *, moe: bool = False, seed: int = 0, **text: Any) -> Path:
-    """Writes a Qwen3-VL of three text layers, two of which get DeepStack features."""
+def make_qwen3_vl(folder: str | Path, *, moe: bool = False, seed: int = 0, patch: int = 14, **text: Any) -> Path:
+    """Writes a Qwen3-VL of three text layers, two of which get DeepStack features; ``patch``: side of a patch."""
     torch.manual_seed(seed)
     tokenizer = byte_tokenizer(QWEN_SPECIAL, "<|im_end|>", "<|endoftext|>")
     ids = _ids(tokenizer, QWEN_SPECIAL)
@@ -148,7 +152,7 @@ def make_qwen3_vl(folder: str | Path, *, moe: bool = False, seed: int = 0, **tex
             "num_heads": 2,
             "intermediate_size": 32,
             "out_hidden_size": 32,
-            "patch_size": 14,
+            "patch_size": patch,
             "num_position_embeddings": 16,
             "deepstack_visual_indexes": [0, 1],
         },
@@ -163,15 +167,15 @@ def make_qwen3_vl(folder: str | Path, *, moe: bool = False, seed: int = 0, **tex
         if moe
         else Qwen3VLForConditionalGeneration(Qwen3VLConfig(**config))
     )
-    sizes = {"patch_size": 14, "size": {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}}
+    sizes = {"patch_size": patch, "size": {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}}
     processor = Qwen3VLProcessor(
         Qwen2VLImageProcessor(**sizes), tokenizer, Qwen3VLVideoProcessor(**sizes), chat_template=QWEN_TEMPLATE
     )
     return _save(model, processor, ids, "<|im_end|>", "<|endoftext|>", folder)
 
 
-def make_qwen3_5(folder: str | Path, *, moe: bool = False, seed: int = 0, **text: Any) -> Path:
-    """Writes a Qwen3.5 of four text layers, three of which have linear attention."""
+def make_qwen3_5(folder: str | Path, *, moe: bool = False, seed: int = 0, patch: int = 14, **text: Any) -> Path:
+    """Writes a Qwen3.5 of four text layers, three of which have linear attention; ``patch``: side of an image patch."""
     torch.manual_seed(seed)
     tokenizer = byte_tokenizer(QWEN_SPECIAL, "<|im_end|>", "<|endoftext|>")
     ids = _ids(tokenizer, QWEN_SPECIAL)
@@ -212,7 +216,7 @@ def make_qwen3_5(folder: str | Path, *, moe: bool = False, seed: int = 0, **text
             "num_heads": 2,
             "intermediate_size": 32,
             "out_hidden_size": 32,
-            "patch_size": 14,
+            "patch_size": patch,
             "num_position_embeddings": 16,
         },
         "image_token_id": ids["<|image_pad|>"],
@@ -226,7 +230,7 @@ def make_qwen3_5(folder: str | Path, *, moe: bool = False, seed: int = 0, **text
         if moe
         else Qwen3_5ForConditionalGeneration(Qwen3_5Config(**config))
     )
-    sizes = {"patch_size": 14, "size": {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}}
+    sizes = {"patch_size": patch, "size": {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}}
     processor = Qwen3VLProcessor(
         Qwen2VLImageProcessor(**sizes), tokenizer, Qwen3VLVideoProcessor(**sizes), chat_template=QWEN_TEMPLATE
     )

@@ -14,6 +14,7 @@ from eagle.arguments import (
     add_model_options,
     add_report_option,
     add_sampling_options,
+    count,
     positive,
     tree_limits,
 )
@@ -37,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also measure the baselines in this dtype; may be repeated (default: the dtype of MSD)",
     )  # fmt: skip
     parser.add_argument(
+        "--compiled-baselines", action=argparse.BooleanOptionalAction,
+        help="also measure compiled plain decoding, by our loop and by transformers with its static cache (default: on "
+        "an accelerator)",
+    )  # fmt: skip
+    parser.add_argument(
         "--also-tree", action="append", type=tree_limits, default=[], metavar="D/K/N",
         help="also measure MSD with this fixed tree (depth, top-k, nodes), such as 5/10/60; may be repeated",
     )  # fmt: skip
@@ -49,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="synchronize the accelerator after each phase: exact phase times, lower speed (no difference on a CPU)",
     )  # fmt: skip
     parser.add_argument(
-        "--warm-up", type=int, default=2, metavar="N", help="questions answered first, not counted (default: 2)"
+        "--warm-up", type=count, default=2, metavar="N", help="questions answered first, not counted (default: 2)"
     )
     add_report_option(parser)
 
@@ -71,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     dtypes = [name for name in dict.fromkeys(arguments.baseline_dtype or []) if name != own]
     plain = [model, *(load_model(arguments, need_draft=False, dtype=name) for name in dtypes)]
     msd = Contestant(f"MSD {own}", with_engine(model, True, settings))
-    rivals = baselines(plain, settings)
+    rivals = baselines(plain, settings, arguments.compiled_baselines)
     trees = {"/".join(map(str, limits)): TreeConfig(*limits) for limits in arguments.also_tree}
     others = [
         Contestant(f"MSD {own}, tree {name}", with_engine(model, True, settings, tree)) for name, tree in trees.items()
@@ -101,12 +107,27 @@ def make_report(
     Args:
         made: `eagle.provenance.record`.
     """
-    from eagle.benchmark import strongest
+    from eagle.benchmark import identical, paired_speedup, strongest
 
     best, total = strongest(rivals), msd.total
+    later = max(rivals, key=lambda rival: rival.total.decoding_speed)
+
+    def decoding(stats: Any) -> float:
+        return stats.decoding_speed
+
+    reference = next((rival for rival in rivals if rival.name.startswith("transformers")), best)
     return {
         "speedup": total.tokens_per_second / best.total.tokens_per_second,
+        "paired_speedup": paired_speedup(msd, best)._asdict(),
+        "after_first_token": {
+            "speedup": total.decoding_speed / later.total.decoding_speed,
+            "paired_speedup": paired_speedup(msd, later, decoding)._asdict(),
+            "baseline_name": later.name,
+        },
         "tau": total.tau,
+        "accepted_per_cycle": total.accepted_per_cycle,
+        "acceptance_by_position": total.acceptance_by_position,
+        "identical": {"answers": identical(msd, reference), "of": len(msd.answers), "to": reference.name},
         "tokens_per_second": {"msd": total.tokens_per_second, "baseline": best.total.tokens_per_second},
         "baseline_name": best.name,
         "baselines": {rival.name: rival.total.tokens_per_second for rival in rivals},
@@ -145,6 +166,23 @@ def print_report(report: dict[str, Any], msd: Contestant, rivals: list[Contestan
         first = f"{first_token_ms(total):.0f} ms"
         table.add_row(contestant.name, f"{speed:.1f}", f"{contestant.spread():.0%}", first, tau, f"{speed / best:.2f}x")
     out.print(table)
+    paired, after = report["paired_speedup"], report["after_first_token"]
+    out.print(
+        f"speed-up over {report['baseline_name']}: of totals {report['speedup']:.2f}x, mean of questions "
+        f"{paired['mean']:.2f}x [{paired['low']:.2f}, {paired['high']:.2f}]"
+    )
+    paired = after["paired_speedup"]
+    out.print(
+        f"after the first token, over {after['baseline_name']}: {after['speedup']:.2f}x, mean of questions "
+        f"{paired['mean']:.2f}x [{paired['low']:.2f}, {paired['high']:.2f}]"
+    )
+    shares = " ".join(f"{share:.2f}" for share in report["acceptance_by_position"])
+    out.print(
+        f"tokens per verification: {report['tau']:.2f} with the bonus token, {report['accepted_per_cycle']:.2f} "
+        f"without; accepted at position 1, 2, …: {shares}"
+    )
+    same = report["identical"]
+    out.print(f"answers identical to {same['to']}: {same['answers']} of {same['of']}")
     phases = ", ".join(f"{name} {ms:.2f}" for name, ms in report["phases_ms"].items())
     out.print(f"ms a cycle (prefill: a question): {phases}")
     for whole, shares in report["phases_share"].items():

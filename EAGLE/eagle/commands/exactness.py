@@ -11,6 +11,7 @@ from eagle.arguments import add_data_options, add_model_options, add_report_opti
 from eagle.commands.output import console
 from eagle.questions import read_questions
 from llava.files import write_json
+from llava.inputs import seed_option
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draws", type=positive, default=50_000, metavar="N", help="for each setting and question (default: 50000)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    parser.add_argument("--seed", type=seed_option, default=0, help="of the draws (default: 0)")
     add_report_option(parser)
 
 

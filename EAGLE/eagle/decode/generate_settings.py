@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from transformers import GenerationConfig
@@ -103,19 +104,32 @@ REASONS = {
 
 
 FIX = "leave it out, or use the target's own generate"
+log = logging.getLogger(__name__)
 
 
 def check_settings(settings: GenerationConfig) -> None:
     """Raises `UserError` for a setting that the engine does not serve."""
+    for name, value, reason in unsupported(settings):
+        raise UserError(f"{name}={value!r}: {reason}", fix=FIX)
+
+
+def leave_out_unsupported(settings: GenerationConfig, model: str) -> None:
+    """Removes from a checkpoint's own generation config what the engine does not serve, with a warning for each."""
+    for name, value, reason in list(unsupported(settings)):
+        log.warning("generation config of %s: %s=%r is not used: %s", model, name, value, reason)
+        if name in REFUSED:
+            setattr(settings, name, REFUSED[name][0])
+        else:
+            delattr(settings, name)
+
+
+def unsupported(settings: GenerationConfig) -> Iterator[tuple[str, Any, str]]:
+    """Name, value and reason of each setting that the engine does not serve."""
     for name, value in vars(settings).items():
         if name.startswith("_") or name in SERVED or name in NO_EFFECT:
             continue
         off = REFUSED.get(name)
         if off is None:
-            raise UserError(
-                f"{name}={value!r}: MSD does not know this setting",
-                fix="leave it out, or use the target's own generate",
-            )
-        if not any(value is each or value == each for each in off):
-            reason = REASONS.get(name, "MSD does not support it")
-            raise UserError(f"{name}={value!r}: {reason}", fix=FIX)
+            yield name, value, "MSD does not know this setting"
+        elif not any(value is each or value == each for each in off):
+            yield name, value, REASONS.get(name, "MSD does not support it")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from eagle.decode.adaptive.planner import Acceptance, CostCurve, Planner
 from eagle.decode.compatibility import check_compatible
 from eagle.decode.compiled.engine import StaticEngine
 from eagle.decode.decoder import Decoder, DecodingSettings
-from eagle.decode.generate_settings import check_settings
+from eagle.decode.generate_settings import check_settings, leave_out_unsupported
 from eagle.decode.noise import seeds_of
 from eagle.decode.sampling import Sampler, SamplingSettings
 from eagle.decode.stats import Stats
@@ -32,6 +33,7 @@ from eagle.drafts.head import DraftHead
 from eagle.families import Target, load_target
 from llava.errors import UserError
 from llava.hub import HUB_KEYS
+from llava.inputs import check_text
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +90,7 @@ class MSDModel:
         if own is None and draft is not None and draft_image_tokens not in (None, "all"):
             raise UserError(f"draft image tokens {draft_image_tokens}: {draft.kind} heads read all", fix="leave it out")
         self.compression = (own or Compression()).replaced(draft_image_tokens)
+        leave_out_unsupported(target.model.generation_config, target.config.name_or_path)
         target.prepare_for_decoding()
         if draft is not None:
             check_compatible(target, draft)
@@ -172,7 +175,7 @@ class MSDModel:
             temperature: 0 is greedy. None uses the checkpoint's generation config, as in transformers.
             seed: makes sampling repeatable and independent of the global random state. One, or one for each sequence.
                 The answer to a seed does not depend on draft, tree or batch, except for rounding.
-            stop_strings: texts that end the answer.
+            stop_strings: texts that end the answer, in place of those of the checkpoint's generation config.
             streamer: a transformers streamer, for a single prompt.
             kwargs: model inputs, and any setting of transformers' `generate` for greedy search or sampling.
 
@@ -186,12 +189,12 @@ class MSDModel:
             kwargs["temperature"] = temperature
         elif do_sample is False:
             kwargs.update(temperature=None, top_p=None, top_k=None)
-        criteria = StoppingCriteriaList(stopping_criteria or [])
-        stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
-        if stop_strings and not all(isinstance(text, str) and text for text in stop_strings):
-            raise UserError(f"stop strings {list(stop_strings)!r}", fix="give texts of at least one character")
-        if stop_strings:
-            criteria.append(StopStringCriteria(self.tokenizer, stop_strings))
+        given = kwargs.get("generation_config")
+        if given is not None and given.stop_strings is not None:
+            stop_strings = given.stop_strings if stop_strings is None else stop_strings
+            kwargs["generation_config"] = copy(given)
+            kwargs["generation_config"].stop_strings = None
+        criteria = StoppingCriteriaList([*(stopping_criteria or []), *self._stop_at(stop_strings)])
         decode = partial(self._decode, use_msd=use_msd, tree=tree, seed=seed, bound_streamer=streamer)
         kwargs.update(self.target.complete_inputs(input_ids, kwargs), do_sample=do_sample)
         settings = {key: value for key, value in kwargs.items() if value is not None}
@@ -205,10 +208,20 @@ class MSDModel:
         output.stats.first_token = output.stats.first_token_at - start
         return output
 
+    def _stop_at(self, texts: str | Sequence[str] | None) -> list[StopStringCriteria]:
+        """The criterion of these stop strings; None for those of the checkpoint."""
+        texts = self.target.stop_strings if texts is None else [texts] if isinstance(texts, str) else texts
+        if not all(isinstance(text, str) and text for text in texts):
+            raise UserError(f"stop strings {list(texts)!r}", fix="give texts of at least one character")
+        for text in texts:
+            check_text(text, "stop string")
+        return [StopStringCriteria(self.tokenizer, list(texts))] if texts else []
+
     def __call__(self, model: Any, input_ids: Tensor, streamer: Any = None, **kwargs: Any) -> MSDOutput | Tensor:
         """For ``target.generate(**inputs, custom_generate=msd)``. Returns the sequences, or an `MSDOutput` with
         ``return_dict_in_generate``. transformers does not pass its streamer to such a function: use
         ``custom_generate=partial(msd, streamer=s)``."""
+        kwargs["stopping_criteria"] = StoppingCriteriaList([*kwargs["stopping_criteria"], *self._stop_at(None)])
         output = self._decode(model, input_ids, use_msd=True, tree=None, seed=None, bound_streamer=streamer, **kwargs)
         return output if kwargs["generation_config"].return_dict_in_generate else output.sequences
 

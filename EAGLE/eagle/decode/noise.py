@@ -8,14 +8,13 @@ becomes a token. So the draft, the tree, the batch and the length of a cycle do 
 from __future__ import annotations
 
 import hashlib
-import operator
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from llava.errors import UserError
+from llava.inputs import checked_seed
 
 AT_ONCE = 8
 """Positions are drawn in whole groups of this size, so noise does not depend on how many are requested."""
@@ -66,17 +65,3 @@ def seeds_of(seed: int | Sequence[int], batch: int) -> list[int]:
     if len(seed) != batch:
         raise UserError(f"{len(seed)} seeds for {batch} sequences", fix="give one seed, or one for each")
     return [checked_seed(each) for each in seed]
-
-
-def checked_seed(seed: Any) -> int:
-    """A seed of any integer type as an int.
-
-    Raises:
-        UserError: it is not an integer, or outside of what torch takes.
-    """
-    if isinstance(seed, str | bytes | bool) or not hasattr(seed, "__index__"):
-        raise UserError(f"seed {seed!r} is not a whole number", fix="give one from 0 to 2^63 - 1")
-    number = operator.index(seed)
-    if not -(2**63) <= number < 2**63:
-        raise UserError(f"seed {number} is out of range", fix="give one from 0 to 2^63 - 1")
-    return number

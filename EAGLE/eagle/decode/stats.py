@@ -65,6 +65,17 @@ class Stats:
         return (self.new_tokens - self.requests) / self.cycles if self.cycles else 0.0
 
     @property
+    def accepted_per_cycle(self) -> float:
+        """Drafted tokens accepted per verification, without the bonus token."""
+        return sum(self.accept_lengths) / self.cycles if self.cycles else 0.0
+
+    @property
+    def acceptance_by_position(self) -> list[float]:
+        """Share of all cycles in which at least 1, 2, 3, … drafted tokens were accepted."""
+        longest = max(self.accept_lengths, default=0)
+        return [sum(count >= n for count in self.accept_lengths) / self.cycles for n in range(1, longest + 1)]
+
+    @property
     def tokens_per_second(self) -> float:
         return self.new_tokens / self.seconds if self.seconds else 0.0
 

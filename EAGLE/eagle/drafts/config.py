@@ -69,8 +69,8 @@ class DraftConfig:
     num_key_value_heads: Size
     vocab_size: Size
     head_dim: Size
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
+    rms_norm_eps: float = Field(1e-6, gt=0)
+    rope_theta: float = Field(10000.0, gt=0)
     mrope_section: tuple[int, ...] | None = None
     mrope_interleaved: bool = False
     hidden_act: str = "silu"
@@ -94,7 +94,9 @@ class DraftConfig:
         Raises:
             UserError: a size is missing or wrong, or section "msd" has an unknown key or a wrong value.
         """
-        text = {**config, **config.get("text_config", {})}
+        _check_objects(config, ("text_config",), where)
+        text = {**config, **(config.get("text_config") or {})}
+        _check_objects(text, ("rope_scaling", "rope_parameters"), where)
         required = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
         missing = [key for key in required if key not in text]
         if missing:
@@ -104,6 +106,8 @@ class DraftConfig:
                 raise UserError(f"{key}={text[key]!r}", where=where, fix="give a whole number of at least 1")
         rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
         section = rope.get("mrope_section")
+        if section is not None and not (isinstance(section, list) and all(type(part) is int for part in section)):
+            raise UserError(f"mrope_section={section!r}", where=where, fix="give a list of whole numbers")
         family = str(config.get("model_type", "llava"))
         like_qwen = "qwen" in family
         names = None if tensors is None else set(tensors)
@@ -165,3 +169,9 @@ class DraftConfig:
         if self.options != DraftOptions():
             out["msd"] = asdict(self.options)
         return out
+
+
+def _check_objects(config: Mapping[str, Any], keys: Iterable[str], where: str | Path) -> None:
+    for key in keys:
+        if not isinstance(config.get(key) or {}, Mapping):
+            raise UserError(f"{key}={config[key]!r}", where=where, fix="give an object")

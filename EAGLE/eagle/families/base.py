@@ -85,16 +85,22 @@ class Target(ABC):
     """A transformers model and its processor.
 
     ``family``: name of the family in `eagle.families.registry`. ``media``: the kinds of media that its prompts may
-    have. Positions are 0, 1, 2, … unless the family's class says otherwise.
+    have. Positions are 0, 1, 2, … unless the family's class says otherwise. ``stop_strings``: those of the checkpoint's
+    generation config, from which they are removed: transformers makes no criterion of them for ``custom_generate``.
+    ``placement``: says on which device it was loaded and why, if the caller left that open.
     """
 
     family: ClassVar[str]
     media: ClassVar[tuple[Media, ...]] = (Media("image", "image_token_id", ("pixel_values",)),)
+    placement: str = ""
 
     def __init__(self, model: PreTrainedModel, processor: Any) -> None:
         check_attention(model.config.get_text_config()._attn_implementation)
         self.layers = attention_layers(model.config.get_text_config())
         self.model = model.eval()
+        texts = model.generation_config.stop_strings or ()
+        self.stop_strings = (texts,) if isinstance(texts, str) else tuple(texts)
+        model.generation_config.stop_strings = None
         self.processor = processor
         self._streams = StreamReader()
 

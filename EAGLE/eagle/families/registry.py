@@ -174,7 +174,8 @@ def load_target(path: str | Path, dtype: Any = "auto", device_map: Any = None, *
 
     Args:
         dtype: a torch dtype or its name, or "auto" for the checkpoint's own (float32 on a CPU that is slow in 16 bit).
-        device_map: as in transformers.
+        device_map: as in transformers. With None and "auto" the model goes on one accelerator if it fits there
+            (`eagle.families.placement`); "auto" spreads it otherwise. `Target.placement` says what was chosen.
         kwargs: hub settings (``revision``, ``cache_dir``, ``local_files_only``, ``token``) and other arguments of
             transformers' ``from_pretrained``, such as ``quantization_config``.
 
@@ -183,13 +184,18 @@ def load_target(path: str | Path, dtype: Any = "auto", device_map: Any = None, *
     """
     from eagle.attention import leave_out_cudnn_attention
     from eagle.families.base import check_attention
+    from eagle.families.placement import place
 
     if isinstance(kwargs.get("attn_implementation"), str):  # before the weights are read
         check_attention(kwargs["attn_implementation"])
     leave_out_cudnn_attention()
-    family = family_of(path, **{key: kwargs[key] for key in HUB_KEYS if key in kwargs})
+    hub = {key: kwargs[key] for key in HUB_KEYS if key in kwargs}
+    family = family_of(path, **hub)
     with load_errors("base model cannot be loaded", path, weights=True):
-        target = family.target_class().load(str(path), dtype=dtype, device_map=device_map, **kwargs)
+        quantized = kwargs.get("quantization_config") is not None
+        placement = place(Source.of(path, hub, "base model"), dtype, device_map, quantized)
+        target = family.target_class().load(str(path), dtype=dtype, device_map=placement.device_map, **kwargs)
+    target.placement = placement.line
     if target.offloaded:
         raise UserError(
             "a part of the base model did not fit on the devices and was offloaded, where it cannot be decoded with",

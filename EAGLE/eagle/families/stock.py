@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any, ClassVar
 
+from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from eagle.conversations import MARK
@@ -16,11 +17,15 @@ from llava.device import dtype_for
 from llava.errors import UserError, reason_of
 from llava.hub import HUB_KEYS, Source
 from llava.image import load_image
+from llava.inputs import check_text
 from llava.loading import check_generation_config, load_errors
+from llava.processor import flat_pictures
+from llava.weights import check_size, find_weights, read_shapes
 
 Part = dict[str, Any]
 """A part of a message, as transformers' chat templates read it."""
 IMAGE: Part = {"type": "image"}
+INVISIBLE = "\u2060"
 SHOWN = 5
 """Names of tensors in a message."""
 log = logging.getLogger(__name__)
@@ -37,32 +42,41 @@ class StockTarget(Target):
         settings["dtype"] = dtype_for(settings.get("dtype", "auto"), settings.get("device_map"))
         hub = {key: settings[key] for key in HUB_KEYS if key in settings}
         processor = load_processor(path, **hub)
-        check_generation_config(Source.of(path, hub, "base model"))
+        source = Source.of(path, hub, "base model")
+        check_generation_config(source)
+        check_size(cls.model_class, load_config(path, **hub), read_shapes(find_weights(source)), path)
         model, info = cls.model_class.from_pretrained(
             path, **settings, output_loading_info=True, ignore_mismatched_sizes=True
         )
         check_complete(info, path)
         return cls(model, processor)
 
-    def prepare(self, prompt: str | Sequence[str], images: Sequence[Any] = ()) -> dict[str, Any]:
+    def prepare(self, prompt: str | Sequence[str], images: Sequence[Any] = (), **more: Any) -> dict[str, Any]:
+        """As in `Target`. ``more``: further arguments of the processor, such as videos."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        pictures = [load_image(image) for image in images]
+        for text in prompts:
+            check_text(text, "prompt")
+        pictures = [load_image(image) for image in flat_pictures(images)]
         marks = [text.count(self.processor.image_token) for text in prompts]
         if sum(marks) != len(pictures):
             raise UserError(f"prompt has {sum(marks)} image mark(s), but {len(pictures)} picture(s) were given")
         rest = iter(pictures)
         own = [list(islice(rest, count)) for count in marks]  # the pictures of each prompt
-        settings = {"padding": True, "padding_side": "left"} if len(prompts) > 1 else {}
+        settings = special_tokens(self.processor, prompts) | more
+        if len(prompts) > 1:
+            settings |= {"padding": True, "padding_side": "left"}
         with processor_errors():
             inputs = self.processor(text=prompts, images=own if pictures else None, return_tensors="pt", **settings)
-        return dict(inputs.to(self.device))
+        return {name: value for name, value in inputs.to(self.device).items() if isinstance(value, Tensor)}
 
     def chat_prompt(
         self, question: str, num_images: int = 0, history: Sequence[tuple[str, str]] = (), system: str | None = None
     ) -> str:
-        turns: list[tuple[list[Part], str | None]] = [([text_part(asked)], answer) for asked, answer in history]
+        turns: list[tuple[list[Part], str | None]] = [
+            ([text_part(asked)], without_marks(self.processor, answer)) for asked, answer in history
+        ]
         turns.append(([*[IMAGE] * num_images, text_part(question)], None))
-        return write_chat(self.processor, turns, system)
+        return write_chat(self.processor, turns, None if system is None else without_marks(self.processor, system))
 
 
 def check_complete(info: Mapping[str, Any], path: str) -> None:
@@ -85,6 +99,13 @@ def check_complete(info: Mapping[str, Any], path: str) -> None:
         )
 
 
+def special_tokens(processor: Any, prompts: Sequence[str]) -> dict[str, Any]:
+    """Keyword arguments of the processor. A begin-of-sequence token that the template has written is not added again,
+    as in transformers' ``apply_chat_template``."""
+    begin = processor.tokenizer.bos_token
+    return {"add_special_tokens": False} if begin and all(text.startswith(begin) for text in prompts) else {}
+
+
 @contextmanager
 def processor_errors() -> Iterator[None]:
     """Raises `UserError` for what a processor refuses, such as a picture 200 times as wide as high, or the mark of a
@@ -95,24 +116,36 @@ def processor_errors() -> Iterator[None]:
         raise UserError(f"the processor cannot prepare this prompt ({reason_of(error)})") from error
 
 
+def load_config(path: str, **hub: Any) -> Any:
+    """The config alone.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    with load_errors("base model config is not valid", path):
+        return AutoConfig.from_pretrained(path, **{key: hub[key] for key in HUB_KEYS if key in hub})
+
+
 def load_processor(path: str, **hub: Any) -> Any:
     """The processor alone.
 
     Raises:
         UserError: it cannot be loaded.
     """
-    with load_errors("base model config is not valid", path):  # which the processor's class reads too
-        AutoConfig.from_pretrained(path, **{key: hub[key] for key in HUB_KEYS if key in hub})
+    load_config(path, **hub)  # which the processor's class reads too
     with load_errors("processor cannot be loaded", path):
         return AutoProcessor.from_pretrained(path, **hub)
 
 
-def write_chat(processor: Any, turns: Sequence[tuple[list[Part], str | None]], system: str | None = None) -> str:
+def write_chat(
+    processor: Any, turns: Sequence[tuple[list[Part], str | None]], system: str | None = None, **settings: Any
+) -> str:
     """A conversation in the checkpoint's own chat template.
 
     Args:
         turns: parts of each question, and its answer; None for the last one leaves it open for the model to answer.
         system: system prompt; None leaves it to the template.
+        settings: variables of the template, such as ``enable_thinking``.
 
     Raises:
         UserError: the template refuses the conversation, such as its system prompt.
@@ -126,9 +159,18 @@ def write_chat(processor: Any, turns: Sequence[tuple[list[Part], str | None]], s
     if not processor.chat_template:
         raise UserError("the base model has no chat template", fix="add the chat_template.jinja of its release")
     try:
-        return processor.apply_chat_template(messages, add_generation_prompt=is_open, tokenize=False)
+        return processor.apply_chat_template(messages, add_generation_prompt=is_open, tokenize=False, **settings)
     except Exception as error:  # a template is a program: it may divide by zero
         raise UserError(f"chat template cannot write this conversation ({reason_of(error)})") from error
+
+
+def without_marks(processor: Any, text: str) -> str:
+    """An answer in which the mark of a picture or a video, such as `<image>`, is text: with an invisible character."""
+    for name in ("image_token", "video_token"):
+        mark = getattr(processor, name, None)
+        if mark:
+            text = text.replace(mark, f"{mark[0]}{INVISIBLE}{mark[1:]}")
+    return text
 
 
 def parts_of(text: str) -> list[Part]:

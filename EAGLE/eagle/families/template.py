@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from eagle.conversations import MARK, Conversation, Unusable, open_picture
-from eagle.families.stock import load_processor, parts_of, write_chat
+from eagle.conversations import MARK, Conversation, Unusable, open_picture, picture_path
+from eagle.families.stock import load_processor, parts_of, special_tokens, write_chat
 from llava.errors import UserError
 
 PLACEHOLDER = "OK"
@@ -165,7 +165,8 @@ class Template(ABC):
             Unusable: the tokenizer cannot encode the text, or the image processor refuses a picture.
         """
         mark, text = self.processor.image_token, self.written_mark
-        written = self.processor.tokenizer(prompt.replace(mark, text), return_offsets_mapping=True)
+        special = special_tokens(self.processor, [prompt])
+        written = self.processor.tokenizer(prompt.replace(mark, text), return_offsets_mapping=True, **special)
         ids, spans = written["input_ids"], [(start, end) for start, end in written["offset_mapping"]]
         spans = spans_before_replacing(prompt, mark, text, spans)
         videos = self.media_ids - {self.image_token_id}
@@ -174,7 +175,7 @@ class Template(ABC):
         if not pictures:
             return Encoded(ids, spans, {})
         try:
-            given = self.processor(text=[prompt], images=[list(pictures)], return_tensors="pt")
+            given = self.processor(text=[prompt], images=[list(pictures)], return_tensors="pt", **special)
         except ValueError:  # such as a picture 200 times as wide as high
             raise Unusable("broken_picture") from None
         expanded = given["input_ids"][0].tolist()
@@ -243,7 +244,7 @@ class Template(ABC):
     def _open_pictures(self, conversation: Conversation, root: Path, max_length: int) -> list[Image.Image]:
         if len(conversation.images) * self.least_picture_tokens > max_length:
             raise Unusable("image_cut")  # before thousands of them fill the memory
-        return [open_picture(root / name) for name in conversation.images]
+        return [open_picture(picture_path(root, name)) for name in conversation.images]
 
 
 class PicturesFirstTemplate(Template):

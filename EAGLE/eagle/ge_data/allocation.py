@@ -40,7 +40,9 @@ from eagle.ge_data.selection import (
 from eagle.ge_data.workers import Answers, Events, Failure, Job, run_here, run_workers
 from eagle.hidden_states.index import PATTERN, Index, ShardInfo, load_index, sha256
 from eagle.hidden_states.source import INT8, model_name
+from llava.arguments import OneLineParser
 from llava.errors import UserError, run_cli
+from llava.inputs import seed_option
 
 KINDS = {"t": TEXT, "v": IMAGE}
 HIDDEN_DTYPES = (AUTO, INT8)
@@ -63,7 +65,7 @@ def part(text: str) -> tuple[int, int]:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     about = (__doc__ or "").splitlines()[0]
-    made = argparse.ArgumentParser(prog="python -m eagle.ge_data.allocation", description=about, allow_abbrev=False)
+    made = OneLineParser(prog="python -m eagle.ge_data.allocation", description=about, allow_abbrev=False)
     add = made.add_argument
     add("--outdir", required=True, type=Path, help="folder of the shards; an unfinished one is completed")
     add("--model_type", required=True, choices=MODEL_TYPES, help="family of --model; _t text, _v image records")
@@ -83,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
         default=2048,
         help="tokens at which conversations are cut (default: 2048)",
     )
-    add("--seed", type=int, default=42, help="of the shuffle and of sampled answers (default: 42)")
+    add("--seed", type=seed_option, default=42, help="of the shuffle and of sampled answers (default: 42)")
     add("--shard-size", type=positive, default=64, help="records of a shard (default: 64)")
     add("--again", action="store_true", help="replace shards that skipped records whose pictures can be read by now")
     add("--batch-tokens", type=positive, help="maximal tokens of a forward, with padding (default: 8192, CPU 1024)")

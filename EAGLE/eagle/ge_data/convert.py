@@ -28,6 +28,7 @@ from eagle.conversations import (
     unknown_keys_note,
 )
 from eagle.ge_data.annotations import Record, iter_records
+from llava.arguments import OneLineParser
 from llava.errors import UserError, run_cli
 from llava.files import atomic_write
 
@@ -122,7 +123,7 @@ def _names_in_parts(record: Record) -> list[str]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog="python -m eagle.ge_data.convert", description=(__doc__ or "").splitlines()[0])
+    made = OneLineParser(prog="python -m eagle.ge_data.convert", description=(__doc__ or "").splitlines()[0])
     made.add_argument("--input", required=True, type=Path, help="annotation file, a JSON array")
     made.add_argument("--output", required=True, type=Path, help="file to write")
     return made

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from eagle.ge_data.progress import checksum_bar, format_bytes
 from eagle.hidden_states.index import INDEX, MAKE_AGAIN, Index, load_index, sha256
+from llava.arguments import OneLineParser
 from llava.errors import UserError, run_cli
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def shown_sample(data: ShardDataset, number: int, model: str | None) -> Text:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog="python -m eagle.ge_data.inspect", description=(__doc__ or "").splitlines()[0])
+    made = OneLineParser(prog="python -m eagle.ge_data.inspect", description=(__doc__ or "").splitlines()[0])
     made.add_argument("folder", type=Path, help="folder of the shards")
     made.add_argument("--model", help="base model, for the sample's text (default: the one the shards name)")
     made.add_argument("--sample", type=int, default=0, help="number of the sample (default: 0)")

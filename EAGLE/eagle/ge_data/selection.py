@@ -18,6 +18,7 @@ from eagle.conversations import (
     image_names,
     open_picture,
     picture_is_there,
+    picture_path,
     read_conversation,
     unknown_keys_note,
 )
@@ -129,16 +130,17 @@ def check_pictures(selection: Selection, ranges: Sequence[Range], begun: bool) -
     indices = [index for first, last in ranges for index in range(first, last)]
     checked, missing = 0, []
     for index in indices[:: -(-len(indices) // MAX_CHECKED)]:
-        paths = [selection.image_root / name for name in _picture_names(selection, selection.order[index])]
-        checked += bool(paths)
-        missing += [path for path in paths if not picture_is_there(path)][:1]
+        names = _picture_names(selection, selection.order[index])
+        checked += bool(names)
+        missing += [selection.image_root / name for name in names if not _is_there(selection.image_root, name)][:1]
     if not missing:
         return None
     if len(missing) == checked and (checked >= ENOUGH_CHECKED or not begun):
         raise UserError(
             f"none of {checked} records that were checked has its pictures",
             missing[0],
-            "--image_data_path is the folder that the paths in the records start from",
+            f"--image_data_path {selection.image_root} is the folder that the paths in the records start from, or that "
+            "absolute ones are inside of",
         )
     return (
         f"{len(missing)} of {checked} records that were checked ({len(missing) / checked:.0%}) lack a picture, such as "
@@ -167,10 +169,17 @@ def _is_readable(selection: Selection, number: int) -> bool:
     """Whether all pictures of a record can be read. ``number``: in the annotation file."""
     try:
         for name in _picture_names(selection, bisect_left(selection.records.numbers, number)):
-            open_picture(selection.image_root / name)
+            open_picture(picture_path(selection.image_root, name))
     except Unusable:
         return False
     return True
+
+
+def _is_there(root: Path, name: str) -> bool:
+    try:
+        return picture_is_there(picture_path(root, name))
+    except Unusable:
+        return False
 
 
 def _picture_names(selection: Selection, place: int) -> tuple[str, ...]:

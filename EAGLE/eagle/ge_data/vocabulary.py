@@ -8,7 +8,6 @@ so that answers do not change. Useful if the vocabulary is large and the head do
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 from eagle.arguments import positive
 from eagle.ge_data.progress import progress_bar
 from eagle.hidden_states.index import load_index, open_shard
+from llava.arguments import OneLineParser
 from llava.errors import UserError, run_cli
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def most_frequent(counts: Tensor, size: int) -> tuple[Tensor, float]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     about = (__doc__ or "").splitlines()[0]
-    parser = argparse.ArgumentParser(prog="python -m eagle.ge_data.vocabulary", description=about)
+    parser = OneLineParser(prog="python -m eagle.ge_data.vocabulary", description=about)
     parser.add_argument("--draft", required=True, type=Path, help="folder of the draft; its config is changed")
     parser.add_argument("--data", required=True, type=Path, nargs="+", help="folders of hidden states")
     parser.add_argument("--size", type=positive, default=32_000, help="tokens at most (default: 32000)")

@@ -7,7 +7,7 @@
                        provenance.json                  commit, versions, command, data and settings
                        progress.json, state/            everything that --resume needs
       best/            the draft with the best simulated acceptance in validation
-      final/           the draft at the end
+      final/           the draft where the run ended or stopped
       latest           name of the newest step folder
       training.json, training.png, tensorboard/
 
@@ -20,7 +20,7 @@ import errno
 import json
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +52,8 @@ MACHINE = (
     "CUBLAS_STATUS",
 )  # in messages about the machine
 SHARED = ("step", "best", "history", "run")  # parts of the progress that are the same in all processes
+COMPARED = ("micro", "accumulation", "world", "epochs")
+"""Settings of a run that `check_same_run` does not only compare for equality."""
 STATES = "states_"  # prefix of the names that describe a run's stored states
 
 DEEPSPEED_CLASSES = {
@@ -141,50 +143,45 @@ class CheckpointStore:
         engine.barrier()
         if engine.is_main:
             write_json(temporary / "progress.json", {name: getattr(progress, name) for name in SHARED})
-            self._finish(engine, temporary, name)
+            self._finish(engine, temporary, name, progress.step)
             with atomic_write(self.folder / "latest") as pointer:
                 pointer.write_text(name + "\n", encoding="utf-8")
             for old in self.step_folders()[: -self.keep_last]:
                 shutil.rmtree(old)
         engine.barrier()
 
-    def save_draft(self, engine: Engine, name: str) -> None:
+    def save_draft(self, engine: Engine, name: str, step: int) -> None:
         """Writes the draft alone, as ``best`` or ``final``."""
         temporary = self._begin(engine, name)
         if engine.is_main:
-            self._finish(engine, temporary, name)
+            self._finish(engine, temporary, name, step)
         engine.barrier()
 
-    def load(self, engine: Engine, folder: Path, run: Mapping[str, Any]) -> Progress:
+    def load(self, engine: Engine, folder: Path, run: Mapping[str, Any], steps_per_epoch: int) -> Progress:
         """Restores ``engine`` from a step folder; ``run`` is compared with the interrupted run's.
 
         Raises:
-            UserError: a setting that decides the loss curve differs (the message names it), or a file is damaged.
+            UserError: see `check_same_run`; or a file is damaged.
         """
         read = read_json(folder / "progress.json", "progress of the interrupted run")
-        if not isinstance(read, dict) or set(read) != set(SHARED):
+        whole = isinstance(read, dict) and set(read) == set(SHARED) and isinstance(read["run"], dict)
+        if not whole or not set(COMPARED) <= set(read["run"]):
             raise UserError(
                 "checkpoint is damaged (progress.json)", where=folder, fix="remove it and resume from the one before"
             )
         progress = Progress(**read)
         given = json.loads(json.dumps(run))
-        for key in {**given, **progress.run}:
-            before, current = progress.run.get(key), given.get(key)
-            unknown = key.startswith(STATES) and None in (before, current)  # as in older runs
-            if before != current and not unknown:
-                raise UserError(
-                    f"the interrupted run had {key}={before}, this one has {current}",
-                    where=folder,
-                    fix="resume with the same settings and data, or start in another --cpdir",
-                )
-        progress.run = {**progress.run, **given}
-        random = folder / "state" / f"random-{engine.rank:03d}.pt"
+        check_same_run(progress, given, steps_per_epoch, folder)
+        world, progress.run = progress.run["world"], {**progress.run, **given}
         try:
             engine.load(folder / "state")
-            own = torch.load(random, weights_only=True)
-            _set_random_state(own)
-            if "meter" in own:  # older runs do not have it
-                progress.meter.restore(own["meter"])
+            states = [
+                torch.load(folder / "state" / f"random-{rank:03d}.pt", weights_only=True) for rank in range(world)
+            ]
+            _set_random_state(states[engine.rank % world])
+            if "meter" in states[0]:  # older runs do not have it
+                meters = [state["meter"] for state in states]
+                progress.meter.restore(meters[engine.rank] if world == engine.sizes.world else mean_state(meters))
         except DAMAGE as error:
             if not blames_file(error):
                 raise
@@ -203,10 +200,49 @@ class CheckpointStore:
         engine.barrier()
         return temporary
 
-    def _finish(self, engine: Engine, temporary: Path, name: str) -> None:
+    def _finish(self, engine: Engine, temporary: Path, name: str, step: int) -> None:
         save_draft(engine.objective.draft, temporary)
-        write_json(temporary / "provenance.json", {**self.provenance, "date": now()})
+        write_json(temporary / "provenance.json", {**self.provenance, "step": step, "date": now()})
         replace_folder(temporary, self.folder / name)
+
+
+def check_same_run(progress: Progress, run: Mapping[str, Any], steps_per_epoch: int, folder: Path) -> None:
+    """Checks that a run with the settings and data ``run`` can continue an interrupted one.
+
+    Another number of processes is accepted with the same micro-batch and total batch: each step has the same
+    micro-batches then. More epochs are accepted after the end of all epochs.
+
+    Raises:
+        UserError: a value that decides the loss curve differs.
+    """
+    fix = "resume with the same settings and data, or start in another --cpdir"
+    old, new = progress.run, run
+    pieces, given = (one["accumulation"] * one["world"] for one in (old, new))  # micro-batches of a step
+    if old["micro"] == new["micro"] and pieces != given:
+        if new["world"] != old["world"] and pieces % new["world"] == 0:
+            fix = f"with {new['world']} processes set gradient_accumulation_steps to {pieces // new['world']}"
+        raise UserError(
+            f"the interrupted run had {old['micro'] * pieces} samples a step ({old['micro']} x {old['accumulation']} "
+            f"accumulated x {old['world']} processes), this one has {new['micro'] * given}",
+            where=folder,
+            fix=fix,
+        )
+    for key in {**new, **old}:
+        before, current = old.get(key), new.get(key)
+        unknown = key.startswith(STATES) and None in (before, current)  # as in older runs
+        if before == current or unknown or key in ("accumulation", "world"):
+            continue
+        if key == "epochs" and new["epochs"] > old["epochs"]:
+            if progress.step == steps_per_epoch * old["epochs"]:
+                continue
+            fix = f"finish the {before} epochs first, or start in another --cpdir"
+        raise UserError(f"the interrupted run had {key}={before}, this one has {current}", where=folder, fix=fix)
+
+
+def mean_state(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The mean of the processes' `Meter.state`s, for another number of processes: their mean stays the same."""
+    sums = None if states[0]["sums"] is None else torch.stack([state["sums"] for state in states]).mean(dim=0)
+    return {**states[0], "sums": sums}
 
 
 def check_pickles(folder: Path) -> None:

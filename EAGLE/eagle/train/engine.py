@@ -141,6 +141,27 @@ SECTIONS = {
     "comms_logger": "{...}",
 }
 """Keys whose value is an object, and its form."""
+PRECISION_KEYS = {
+    "bf16": (
+        "enabled",
+        "immediate_grad_update",
+        "check_grad_overflow",
+        "bf16_master_weights_and_grads",
+        "bf16_optimizer_states",
+    ),
+    "fp16": (
+        "enabled",
+        "auto_cast",
+        "loss_scale",
+        "initial_scale_power",
+        "loss_scale_window",
+        "hysteresis",
+        "consecutive_hysteresis",
+        "min_loss_scale",
+        "fp16_master_weights_and_grads",
+    ),
+}
+"""Keys of the sections that a run without DeepSpeed reads too."""
 
 
 def read_deepspeed_config(path: str | Path) -> dict[str, Any]:
@@ -183,7 +204,8 @@ def check_deepspeed_config(config: Mapping[str, Any], where: str | Path) -> None
     for key, form in SECTIONS.items():
         if key in config and not isinstance(config[key], dict):
             raise UserError(f"'{key}' is {config[key]!r}", where=where, fix=f'write "{key}": {form}')
-    for key in ("bf16", "fp16"):
+    for key, known in PRECISION_KEYS.items():
+        reject_unknown(config.get(key, {}), known, f"{where}, section '{key}'")
         enabled = config.get(key, {}).get("enabled", False)
         if not isinstance(enabled, bool):
             raise UserError(f"'{key}.enabled' is {enabled!r}", where=where, fix="give true or false")
@@ -222,6 +244,8 @@ class PlainEngine(Engine):
     def __init__(
         self, objective: DraftObjective, config: TrainConfig, deepspeed: Mapping[str, Any], sizes: BatchSizes
     ) -> None:
+        if deepspeed.get("fp16", {}).get("enabled"):
+            raise UserError("fp16 needs DeepSpeed", fix="start the run with DeepSpeed's launcher, or use bf16")
         self.device = self.choose_device()
         self.objective = objective.to(self.device)
         self.sizes = sizes

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,11 @@ import deepspeed
 import torch
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
+from deepspeed.git_version_info import installed_ops
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
+from torch.utils.cpp_extension import get_cxx_compiler, get_default_build_root, is_ninja_available
 
 from eagle.train.checkpoint import check_pickles
 from eagle.train.collate import Batch
@@ -19,15 +25,40 @@ from eagle.train.engine import METRICS, Engine, adamw, metrics_of
 from eagle.train.loss import DraftObjective, trained_parameters
 from eagle.train.schedule import BatchSizes
 from eagle.train.settings import TrainConfig
-from llava.errors import UserError
+from llava.errors import UserError, reason_of
 
 TAG = "state"
 
 
 def join_processes() -> tuple[int, int]:
     """Connects the launched processes; returns (rank, number of processes)."""
+    check_compiler(main=os.environ["RANK"] == "0")
     deepspeed.init_distributed()
     return comm.get_rank(), comm.get_world_size()
+
+
+def check_compiler(main: bool) -> None:
+    """Checks that DeepSpeed can compile its operation for processes without a GPU, and says if it is about to.
+
+    Raises:
+        UserError: there is no C++ compiler, or no ninja. torch needs both even if the operation is compiled already.
+    """
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME) or installed_ops.get(builder.NAME):
+        return
+    compiler = get_cxx_compiler()
+    if shutil.which(compiler) is None:
+        fix = "install g++, set CXX to another compiler, or train in one process with `python main_deepspeed.py ...`"
+        raise UserError("DeepSpeed compiles an operation and finds no C++ compiler", compiler, fix)
+    if not is_ninja_available():
+        raise UserError("DeepSpeed compiles an operation and finds no ninja", fix="pip install ninja")
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    if main and not any(folder.rglob(f"{builder.NAME}.so")):
+        print(
+            f"DeepSpeed compiles {builder.NAME} with {compiler}, once on a machine, into {folder}: "
+            "this takes one to three minutes without further output",
+            flush=True,
+        )
 
 
 def own_device() -> torch.device:
@@ -37,6 +68,14 @@ def own_device() -> torch.device:
     return torch.device(accelerator.current_device_name())
 
 
+def check_accepted(settings: dict[str, Any]) -> None:
+    """Raises `UserError` for a config that DeepSpeed itself refuses, such as one with an unknown key in a section."""
+    try:
+        DeepSpeedConfig(deepcopy(settings))
+    except Exception as error:  # each section raises its own
+        raise UserError("DeepSpeed does not accept its config", "--deepspeed_config", reason_of(error)) from error
+
+
 class DeepSpeedEngine(Engine):
     """ZeRO, precision, clipping and accumulation as DeepSpeed's config says."""
 
@@ -44,6 +83,7 @@ class DeepSpeedEngine(Engine):
         self, objective: DraftObjective, config: TrainConfig, settings: dict[str, Any], sizes: BatchSizes
     ) -> None:
         self.rank, self.sizes = comm.get_rank(), sizes
+        check_accepted(settings)
         self.engine, *_ = deepspeed.initialize(
             model=objective,
             optimizer=adamw(objective, config),
@@ -71,7 +111,18 @@ class DeepSpeedEngine(Engine):
         if not (folder / TAG).is_dir():
             raise UserError("was not written by a DeepSpeed run", where=folder, fix="resume with the same launcher")
         check_pickles(folder / TAG)
-        self.engine.load_checkpoint(str(folder), tag=TAG)
+        shards = sorted((folder / TAG).glob("*zero_pp_rank_*_optim_states.pt"), key=_rank_of)
+        if len(shards) in (0, self.sizes.world):
+            self.engine.load_checkpoint(str(folder), tag=TAG)
+            return
+        if not isinstance(self.engine.optimizer, DeepSpeedZeroOptimizer) or self.engine.zero_round_robin_gradients():
+            fix = "resume with as many, or use ZeRO stage 1 or 2 without round_robin_gradients in the whole run"
+            raise UserError(f"was written by {len(shards)} processes, these are {self.sizes.world}", folder, fix)
+        self.engine.load_checkpoint(str(folder), tag=TAG, load_module_only=True)
+        states = [torch.load(file, weights_only=False, map_location="cpu")["optimizer_state_dict"] for file in shards]
+        partition = self.engine.optimizer.single_partition_of_fp32_groups[0].numel()
+        own = repartition(states, partition, self.rank)
+        self.engine.optimizer.load_state_dict([own] * self.sizes.world, load_from_fp32_weights=True)
 
     def sum(self, values: Tensor) -> Tensor:
         values = values.to(self.device, copy=True)
@@ -80,3 +131,37 @@ class DeepSpeedEngine(Engine):
 
     def barrier(self) -> None:
         comm.barrier()
+
+
+def repartition(states: Sequence[Mapping[str, Any]], size: int, rank: int) -> dict[str, Any]:
+    """The state of ZeRO's optimizer for process ``rank`` of another number of processes.
+
+    The trained weights are one group. Each process has an equal part of its flat tensors; the last parts are padded,
+    the moments in the file too, the weights not.
+
+    Args:
+        states: of all old processes.
+        size: of a new part.
+    """
+
+    def part(old: Sequence[Tensor]) -> Tensor:
+        own = torch.cat(list(old))[rank * size : (rank + 1) * size]
+        return torch.nn.functional.pad(own, (0, size - own.numel()))
+
+    weights = [state["single_partition_of_fp32_groups"][0] for state in states]
+    optimizers = [state["base_optimizer_state"] for state in states]
+    moments: dict[str, Any] = {}
+    for name, value in optimizers[0]["state"][0].items():
+        parts = [optimizer["state"][0][name] for optimizer in optimizers]
+        whole = torch.is_tensor(value) and value.dim() == 1
+        moments[name] = part([old[: len(own)] for old, own in zip(parts, weights, strict=True)]) if whole else value
+    return {
+        **states[0],
+        "single_partition_of_fp32_groups": [part(weights)],
+        "base_optimizer_state": {**optimizers[0], "state": {0: moments}},
+    }
+
+
+def _rank_of(shard: Path) -> int:
+    """The process that wrote a file of ZeRO's optimizer."""
+    return int(shard.name.split("zero_pp_rank_")[1].split("_")[0])

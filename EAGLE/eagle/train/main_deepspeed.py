@@ -15,6 +15,7 @@ import argparse
 import sys
 
 from eagle.train.settings import TRACKERS, add_setting_flags, add_source_flags
+from llava.arguments import OneLineParser
 from llava.errors import run_cli
 
 
@@ -26,7 +27,7 @@ def main() -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--basepath", required=True, metavar="BASE", help="base model, folder or hub name")
@@ -34,7 +35,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--config",
         required=True,
-        help="draft's config.json with a 'train' section; a bare name may be a shipped one, auto is the sizes of the base",
+        help="draft's config.json with a 'train' section; a bare name may be a shipped one; auto: the base's sizes",
     )
     parser.add_argument("--deepspeed_config", required=True, help="batch sizes, precision, ZeRO (ds_config.json)")
     parser.add_argument("--resume", action="store_true", help="resume from the newest checkpoint in CKPT, if any")

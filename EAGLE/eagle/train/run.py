@@ -24,7 +24,7 @@ from eagle.train.loss import DraftObjective, check_base
 from eagle.train.online import Processes, load_corpus
 from eagle.train.schedule import IMAGE, TEXT, BatchSizes, Schedule
 from eagle.train.settings import TrainConfig, check_sources, override, read_config, with_draft_settings
-from eagle.train.tracking import Tracker
+from eagle.train.tracking import FIRST_STEPS, Tracker
 from eagle.train.trainer import Trainer
 from llava.errors import UserError
 
@@ -60,14 +60,24 @@ def run(args: argparse.Namespace, stack: ExitStack) -> None:
     progress = restore(args, store, engine, data, schedule, config)
     if engine.is_main:
         print(schedule.describe(), flush=True)
+        print(left_to_do(progress, schedule, config), flush=True)
     total = min(config.max_steps or schedule.total_steps, schedule.total_steps)
     tracker = Tracker(Path(args.cpdir), args.tracker, total, progress.step, asdict(config), engine.is_main)
     trainer = Trainer(engine, data, schedule, config, store, tracker, progress)
     complete = trainer.run()
     tracker.finish(progress.history)
     if engine.is_main:
-        where = Path(args.cpdir) / "final" if complete else store.latest()
-        print(f"{'trained' if complete else 'stopped; resume with --resume'}: {where}", flush=True)
+        stopped = f"stopped after step {progress.step} of {schedule.total_steps}, resume with --resume; draft so far"
+        print(f"{'trained' if complete else stopped}: {Path(args.cpdir) / 'final'}", flush=True)
+
+
+def left_to_do(progress: Progress, schedule: Schedule, config: TrainConfig) -> str:
+    """Which steps this run makes, in one line."""
+    limit = min(config.max_steps or schedule.total_steps, schedule.total_steps)
+    if progress.step >= limit:
+        return f"nothing to train: step {progress.step} is done"
+    time = f"; an estimate of the time follows after {FIRST_STEPS} steps" if limit - progress.step > FIRST_STEPS else ""
+    return f"this run: steps {progress.step + 1} to {limit}{time}"
 
 
 def launched() -> bool:
@@ -179,7 +189,7 @@ def restore(
         if args.resume and engine.is_main:
             print(f"no checkpoint in {args.cpdir} yet: starting a new run", flush=True)
         return Progress(run=run)
-    progress = store.load(engine, folder, run)
+    progress = store.load(engine, folder, run, schedule.steps_per_epoch)
     if engine.is_main:
         print(f"resumed after step {progress.step} from {folder}", flush=True)
     return progress

@@ -50,7 +50,7 @@ class TrainConfig:
         description="image rows that the draft keeps of a picture, merged; -1: as section 'msd' says, else all",
     )
     validation_share: float = Field(0.05, ge=0, le=0.9, description="share of each data set kept for validation")
-    seed: int = Field(42, ge=0, description="seed of split, order, noise and initial weights")
+    seed: int = Field(42, ge=0, le=2**63 - 1, description="seed of split, order, noise and initial weights")
 
     learning_rate: float = Field(5e-5, ge=0, description="peak learning rate of AdamW")
     beta1: float = Field(0.9, ge=0, le=1, description="AdamW's beta1")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -13,6 +14,9 @@ from tqdm import tqdm
 
 from llava.errors import UserError
 from llava.files import atomic_write, write_json
+
+FIRST_STEPS = 10
+"""After so many steps the time that is left is estimated."""
 
 
 class Meter:
@@ -87,6 +91,7 @@ class Tracker:
     ) -> None:
         self.folder, self.main = folder, main
         self.bar = tqdm(total=total, initial=done, unit="step", disable=not main, dynamic_ncols=True, mininterval=1.0)
+        self._steps, self._first_step = 0, 0.0
         self._tensorboard: Any = None
         self._wandb: Any = None
         if main and kind == "tensorboard":
@@ -95,7 +100,15 @@ class Tracker:
             self._wandb = _open_wandb(folder, settings)
 
     def advance(self) -> None:
+        """Counts a step. After the first ones it prints how long the others take."""
         self.bar.update()
+        self._steps += 1
+        if self._steps == 1:
+            self._first_step = perf_counter()
+        elif self._steps == FIRST_STEPS and self.main and (left := self.bar.total - self.bar.n):
+            seconds = (perf_counter() - self._first_step) / (FIRST_STEPS - 1)
+            time = tqdm.format_interval(left * seconds)
+            self.bar.write(f"{seconds:.2g} s a step: about {time} for the other {left} steps, without validation")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Values of a training step, numbers only."""
@@ -150,27 +163,53 @@ def _open_wandb(folder: Path, settings: Mapping[str, Any]) -> Any:
     return wandb.init(project="msd", dir=str(folder), name=folder.name, config=dict(settings), resume="allow")
 
 
+COLOURS = {"training": "0.45", "text": "tab:blue", "image": "tab:orange"}
+"""Of the plot: training on both sets, and each set."""
+AXES_COLOURS = {"image_probability": "tab:purple", "learning_rate": "tab:green"}
+
+
 def plot(history: Mapping[str, Any], path: Path) -> None:
-    """Loss on the left, simulated acceptance on the right, over the steps. ``history`` as in ``training.json``."""
+    """Loss, simulated acceptance, share of image samples and learning rate over the steps; a dashed line where image
+    samples come in. A colour means the same in all of them. ``history`` as in ``training.json``."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 6.5), sharex=True, height_ratios=(2, 1), layout="constrained")
+    (losses, taus), (shares, rates) = axes
     steps, validations = history["steps"], history["validations"]
-    left.plot([row["step"] for row in steps], [row["loss"] for row in steps], lw=0.8, label="training")
+    at = [row["step"] for row in steps]
+    losses.plot(at, [row["loss"] for row in steps], lw=0.8, color=COLOURS["training"], label="training")
     for name in sorted({name for row in validations for name in row["results"]}):
         rows = [row for row in validations if name in row["results"]]
-        at = [row["step"] for row in rows]
-        left.plot(at, [row["results"][name]["loss"] for row in rows], marker=".", label=f"validation, {name}")
-        right.plot(at, [row["results"][name]["tau"] for row in rows], marker=".", label=name)
-    left.set(xlabel="step", ylabel="loss", title="Loss")
-    right.set(xlabel="step", ylabel="tokens per verification", title="Simulated acceptance (chain)")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
+        for panel, key in ((losses, "loss"), (taus, "tau")):
+            values = [row["results"][name][key] for row in rows]
+            label = f"validation, {name} set"
+            panel.plot([row["step"] for row in rows], values, marker=".", color=COLOURS[name], label=label)
+    for panel, key, style in ((shares, "image_probability", "steps-pre"), (rates, "learning_rate", "default")):
+        panel.plot(at, [row[key] for row in steps], color=AXES_COLOURS[key], drawstyle=style)
+        panel.set_xlabel("step")
+    boundary = stage_boundary(steps)
+    losses.set(ylabel="loss", title="Loss")
+    taus.set(ylabel="tokens per verification", title="Simulated acceptance (chain)")
+    shares.set(ylabel="share", ylim=(-0.05, 1.05), title="Share of image samples")
+    rates.set(ylabel="rate", ylim=(0, None), title="Learning rate")
+    for panel in axes.flat:
+        if boundary is not None:
+            panel.axvline(boundary, color="black", ls="--", lw=0.8, label="image samples come in")
+        panel.grid(alpha=0.3)
+        if panel in (losses, taus) and panel.get_legend_handles_labels()[0]:
+            panel.legend()
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
     pyplot.close(figure)
+
+
+def stage_boundary(steps: Sequence[Mapping[str, float]]) -> float | None:
+    """The last logged step before image samples come in; None if the run has one stage.
+
+    >>> stage_boundary([{"step": at, "image_probability": share} for at, share in ((5, 0), (10, 0), (15, 0.5))])
+    10
+    """
+    return next((a["step"] for a, b in pairwise(steps) if a["image_probability"] == 0 < b["image_probability"]), None)

@@ -51,9 +51,8 @@ class Trainer:
             self._check_loss()
             self._check_weights()
             self._save_once()
-            return False
-        self.store.save_draft(self.engine, "final")
-        return True
+        self.store.save_draft(self.engine, "final", progress.step)
+        return progress.step == schedule.total_steps
 
     def _epoch(self, epoch: int) -> Iterator[list[Batch]]:
         """The micro-batches of each remaining step of ``epoch``."""
@@ -156,7 +155,7 @@ class Trainer:
         score = sum(values["tau"] for values in results.values()) / len(results)
         if self.progress.best is None or score > self.progress.best:
             self.progress.best = score
-            self.store.save_draft(self.engine, "best")
+            self.store.save_draft(self.engine, "best", self.progress.step)
 
     def _save_once(self) -> None:
         """Saves the last step of a stopped run, unless it is saved already."""

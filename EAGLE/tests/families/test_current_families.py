@@ -105,6 +105,17 @@ def test_compiled_parts_give_the_same(model: MSDModel) -> None:
         check(compiled, asked(model, "Which of these can you count? " * 4, count), length=40)
 
 
+def test_one_begin_token(model: MSDModel) -> None:
+    """Where the template writes it, the tokenizer does not add another; in training neither."""
+    begin = model.tokenizer.bos_token_id
+    if begin is None:
+        pytest.skip("the family has none")
+    prompt = model.target.chat_prompt("What?")
+    assert model.tokenizer(prompt)["input_ids"].count(begin) == 2  # what would be
+    assert model.target.prepare(prompt)["input_ids"][0].tolist().count(begin) == 1
+    assert template_of(model.target).encode(prompt, []).input_ids.count(begin) == 1
+
+
 def test_through_generate(model: MSDModel) -> None:
     for count in (0, 1):
         inputs = asked(model, "Which?", count)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from corpus_support import Write, allocate, command, image_row, rows_of, text_row, turns
+from tiny_llava import make_llava_hf
 
 from eagle.conversations import read_conversation
 from eagle.families import Target, template_of
@@ -243,6 +244,18 @@ CHANGES = {
     "max_length 2048 instead of 99": ["--max-length", "99"],
     "dtype 'auto' instead of 'bfloat16'": ["--dtype", "bfloat16"],
 }
+
+
+def test_a_quantised_base_without_its_package_is_one_line(
+    annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = make_llava_hf(tmp_path / "quantised")
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (copy / "config.json").write_text(json.dumps(config))
+    assert allocate(copy, annotations([text_row(0)]), tmp_path / "out") == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(errors) == 1 and "cannot be loaded" in errors[0]
 
 
 @pytest.mark.parametrize("message", CHANGES)

@@ -54,6 +54,31 @@ def test_the_wrong_folder_is_said_before_the_model_is_loaded(
     assert "--image_data_path" in error and not list(out.glob("rows-*"))
 
 
+def test_absolute_names_inside_the_folder_are_as_relative_ones(
+    base: Path, own: Path, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also below a link to the folder. A name outside is skipped with its reason; a file of such names is refused."""
+    link = tmp_path / "link"
+    link.symlink_to(own)
+    assert allocate(base, annotations(rows()), tmp_path / "relative", "v", pictures=own) == 0
+    for folder, root in ((own, own), (link, link), (own, link)):
+        named = [image_row(number, str(folder / f"p{number}.png")) for number in range(ROWS)]
+        out = tmp_path / f"{folder.name}-{root.name}"
+        assert allocate(base, annotations(named), out, "v", pictures=root) == 0
+        assert rows_of(out)[0] == rows_of(tmp_path / "relative")[0] and not load_index(out).skipped
+    make_image(tmp_path / "elsewhere.png", seed=1)
+    outside = image_row(0, str(tmp_path / "elsewhere.png"))
+    assert allocate(base, annotations([outside, *rows()[1:]]), tmp_path / "one", "v", pictures=own) == 0
+    assert load_index(tmp_path / "one").skipped == {"outside_picture": 1}
+    capsys.readouterr()
+    assert (
+        allocate(base, annotations([{**outside, "id": str(n)} for n in range(3)]), tmp_path / "all", "v", pictures=own)
+        == 2
+    )
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert f"{tmp_path}/elsewhere.png" in line and f"--image_data_path {own} is the folder" in line
+
+
 def test_a_share_of_missing_pictures_is_said(
     base: Path, own: Path, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from eagle.train.checkpoint import check_pickles
+from eagle.train.checkpoint import Progress, check_pickles, check_same_run, mean_state
+from llava.errors import UserError
 
 
 class Evil:
@@ -43,3 +45,65 @@ def test_code_is_refused_and_does_not_run(tmp_path: Path) -> None:
         with pytest.raises(pickle.UnpicklingError, match="not in torch's format"):
             check_pickles(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+RUN = {"micro": 2, "accumulation": 4, "world": 1, "text": 10, "image": 8, "epochs": 4, "noise": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("change", "step", "told"),
+    [
+        ({}, 3, None),
+        ({"accumulation": 2, "world": 2}, 3, None),
+        ({"accumulation": 1, "world": 4}, 3, None),
+        (
+            {"world": 2},
+            3,
+            "8 samples a step .* this one has 16: .*with 2 processes set gradient_accumulation_steps to 2",
+        ),
+        ({"accumulation": 2}, 3, "8 samples a step .* this one has 4: "),
+        ({"micro": 4, "accumulation": 2}, 3, "had micro=2, this one has 4"),
+        ({"epochs": 6}, 8, None),
+        ({"epochs": 6}, 7, "had epochs=4, this one has 6.*finish the 4 epochs first"),
+        ({"epochs": 3}, 8, "had epochs=4, this one has 3"),
+        ({"noise": 0.1}, 8, "had noise=0.2, this one has 0.1"),
+    ],
+)
+def test_what_a_resumed_run_may_change(change: dict[str, Any], step: int, told: str | None, tmp_path: Path) -> None:
+    """Two steps an epoch."""
+    progress = Progress(step=step, run=RUN)
+    if told is None:
+        check_same_run(progress, {**RUN, **change}, 2, tmp_path)
+        return
+    with pytest.raises(UserError, match=told):
+        check_same_run(progress, {**RUN, **change}, 2, tmp_path)
+
+
+def test_sums_since_the_last_log_of_another_number_of_processes() -> None:
+    states = [{"sums": torch.full((6,), value), "steps": 3, "seconds": 1.0} for value in (1.0, 3.0)]
+    assert mean_state(states)["sums"].tolist() == [2.0] * 6 and mean_state(states)["steps"] == 3
+    assert mean_state([{"sums": None, "steps": 0, "seconds": 0.0}] * 2)["sums"] is None
+
+
+@pytest.mark.parametrize(("old", "new"), [(1, 2), (2, 1), (2, 4), (3, 2), (4, 3)])
+def test_optimizer_state_for_another_number_of_processes(old: int, new: int) -> None:
+    """Seven weights, padded to equal parts."""
+    pytest.importorskip("deepspeed")
+    from eagle.train.engine_deepspeed import repartition
+
+    def parts(whole: Tensor, world: int) -> list[Tensor]:
+        size = -(-len(whole) // world)
+        return list(torch.nn.functional.pad(whole, (0, world * size - len(whole))).split(size))
+
+    weights, mean = torch.arange(1.0, 8.0), torch.arange(11.0, 18.0)
+    states = []
+    for rank, (part, moment) in enumerate(zip(parts(weights, old), parts(mean, old), strict=True)):
+        kept = part[: max(0, len(weights) - rank * len(part))]
+        state = {"exp_avg": moment, "step": torch.tensor(5.0)}
+        optimizer = {"state": {0: state}, "param_groups": []}
+        states.append({"single_partition_of_fp32_groups": [kept], "base_optimizer_state": optimizer})
+    for rank, (weight, moment) in enumerate(zip(parts(weights, new), parts(mean, new), strict=True)):
+        got = repartition(states, len(weight), rank)
+        own = got["base_optimizer_state"]["state"][0]
+        assert torch.equal(got["single_partition_of_fp32_groups"][0], weight)
+        assert torch.equal(own["exp_avg"], moment) and own["step"] == 5

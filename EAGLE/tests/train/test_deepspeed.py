@@ -1,5 +1,6 @@
 """Whole runs through DeepSpeed's launcher, with one process and with two."""
 
+import json
 import os
 import re
 import shutil
@@ -54,6 +55,43 @@ def test_deepspeed_command_and_resume(command, tmp_path, processes):
     assert "resumed after step 2" in launch(command(processes, "parts", "--resume", log_every=3))
     assert load_draft(tmp_path / "whole" / "final").fc.weight.dtype == torch.bfloat16
     assert_same_curve(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "first", "then"), [(2, 1, 2), (2, 2, 1), (1, 1, 2), (0, 2, 1)])
+def test_resumed_with_another_number_of_processes(arguments, tmp_path, stage, first, then):
+    """The same batches, on one process or on two: the losses and the draft of a run without the change."""
+
+    def call(cpdir, processes, *extra):
+        config = tmp_path / f"ds-{processes}.json"
+        sizes = {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.5}
+        config.write_text(json.dumps({**sizes, "zero_optimization": {"stage": stage}}))
+        argv = arguments(cpdir, "--tracker", "none", *extra, deepspeed=config, log_every=3)
+        return launch([*launched(processes), "main_deepspeed.py", *argv])
+
+    call("whole", first)
+    call("parts", first, "--max-steps", "4")
+    assert "resumed after step 4" in call("parts", then, "--resume")
+    assert_same_curve(tmp_path / "whole", tmp_path / "parts")
+    drafts = [load_draft(tmp_path / name / "final").state_dict() for name in ("whole", "parts")]
+    for name, weight in drafts[0].items():
+        torch.testing.assert_close(drafts[1][name], weight, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tool", "told"), [("c++", "finds no C++ compiler: c++"), ("ninja", "finds no ninja")])
+def test_without_a_compiler_there_is_one_line(command, tmp_path, tool, told):
+    """A PATH with everything but that."""
+    (tmp_path / "bin").mkdir()
+    for folder in [*os.environ["PATH"].split(os.pathsep), str(Path(sys.executable).parent)]:
+        for program in Path(folder).glob("*"):
+            place = tmp_path / "bin" / program.name
+            if program.name != tool and not place.exists():
+                place.symlink_to(program)
+    done = subprocess.run(command(1, "ck"), cwd=SCRIPT.parent, env={**environment(), "PATH": str(tmp_path / "bin")},
+                          capture_output=True, text=True, check=False, timeout=300)  # fmt: skip
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if "error: DeepSpeed" in line]
+    assert done.returncode != 0 and len(lines) == 1 and told in lines[0]
 
 
 @pytest.mark.slow

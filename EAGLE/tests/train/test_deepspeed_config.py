@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from eagle.train.engine import DEEPSPEED_KEYS, read_deepspeed_config
+from eagle.train.engine import DEEPSPEED_KEYS, PRECISION_KEYS, PlainEngine, read_deepspeed_config
 from eagle.train.schedule import BatchSizes
 from llava import UserError
 
@@ -51,6 +52,8 @@ def test_auto_is_not_set(tmp_path: Path) -> None:
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offloading is not supported"),
         ({"fp16": {"enabled": True}}, "fp16 cannot be trained on a CPU"),
         ({"bf16": {"enabled": 1}}, "give true or false"),
+        ({"bf16": {"enable": True}}, "did you mean 'enabled'"),
+        ({"fp16": {"enabled": False, "loss_scal": 0}}, "did you mean 'loss_scale'"),
         ({"gradient_clipping": "0.5"}, "give a number"),
         ({"gradient_clippin": 0.5}, "did you mean 'gradient_clipping'"),
         ({"optimizer": {"type": "AdamW"}}, "'train' section"),
@@ -77,6 +80,50 @@ def test_any_json_at_any_key_is_a_config_or_a_line(tmp_path: Path, key: str) -> 
             BatchSizes.from_deepspeed(config, 2, "ds.json")
         except UserError as error:
             assert "\n" not in str(error)
+
+
+def places(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Paths of all keys inside a JSON object."""
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        yield (*path, key)
+        yield from places(inner, (*path, key))
+
+
+def changed(config: dict[str, Any], place: Sequence[str], value: Any) -> dict[str, Any]:
+    first, *rest = place
+    return {**config, first: changed(config.get(first, {}), rest, value) if rest else value}
+
+
+@pytest.mark.slow
+def test_any_json_anywhere_is_accepted_by_deepspeed_or_a_line(tmp_path: Path) -> None:
+    """Also in keys that only DeepSpeed knows: no traceback, and nothing that it would refuse later."""
+    engine = pytest.importorskip("eagle.train.engine_deepspeed")
+    rich = changed(GOOD, ["zero_optimization"], {"stage": 2, "reduce_bucket_size": 1000, "allgather_partitions": True})
+    rich |= {"fp16": {"enabled": False, "loss_scale": 0}, "flops_profiler": {"enabled": False}, "steps_per_print": 5}
+    rich |= {"tensorboard": {"enabled": False}, "activation_checkpointing": {"cpu_checkpointing": False}}
+    accepted = refused = 0
+    for place in [*places(rich), ("zero_optimization", "stag"), ("flops_profiler", "enable"), ("wandb", "x")]:
+        for value in VALUES:
+            try:
+                engine.check_accepted(read(tmp_path, changed(rich, place, value)))
+                accepted += 1
+            except UserError as error:
+                assert "\n" not in str(error)
+                refused += 1
+    assert accepted > 50 and refused > 200
+
+
+def test_sections_have_the_keys_of_deepspeed() -> None:
+    precision = pytest.importorskip("deepspeed.runtime.precision_config")
+    for name, known in PRECISION_KEYS.items():
+        fields = getattr(precision, f"DeepSpeed{name.upper()}Config").model_fields
+        assert set(known) == set(fields)
+
+
+def test_a_run_without_deepspeed_refuses_fp16() -> None:
+    config = {"fp16": {"enabled": True}}
+    with pytest.raises(UserError, match="fp16 needs DeepSpeed"):
+        PlainEngine(None, None, config, BatchSizes(1, 1, 1))  # type: ignore[arg-type]
 
 
 def test_any_json_as_the_whole_file(tmp_path: Path) -> None:

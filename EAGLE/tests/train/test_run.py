@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,10 +10,12 @@ import time
 
 import pytest
 import torch
-from train_support import SCRIPT, assert_same_curve, curve, environment, write_corpus
+from train_support import SCRIPT, assert_same_curve, curve, environment, logged, write_corpus
 
 from eagle.drafts.checkpoint import load_draft
 from eagle.train.checkpoint import CheckpointStore, Progress, replace_folder
+from eagle.train.schedule import BatchSizes, Schedule
+from eagle.train.settings import TrainConfig
 from llava.errors import UserError
 
 
@@ -41,13 +44,19 @@ def test_a_run_leaves_a_published_checkpoint_and_its_record(arguments, run, tmp_
     assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
+def same_weights(folder, one, other):
+    """Whether two checkpoints of runs in ``folder`` have equal weights, up to rounding."""
+    pair = [load_draft(folder / name).state_dict() for name in (one, other)]
+    return all(torch.allclose(pair[0][name], pair[1][name], atol=1e-5) for name in pair[0])
+
+
 @pytest.mark.parametrize("log_every", [1, 3])
 @pytest.mark.parametrize("stop", [3, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (1, 5, 6))])
 def test_stopped_at_any_step_and_resumed_gives_the_same_losses(arguments, run, tmp_path, stop, log_every):
     tracker = ("--tracker", "none")
     assert run(arguments("whole", *tracker, log_every=log_every)) == 0
     assert run(arguments("parts", *tracker, "--max-steps", str(stop), log_every=log_every)) == 0
-    assert not (tmp_path / "parts" / "final").exists()
+    assert same_weights(tmp_path, "parts/final", f"parts/step-{stop:08d}")
     assert run(arguments("parts", *tracker, "--resume", log_every=log_every)) == 0
     assert [step for step, _ in curve(tmp_path / "parts")] == ([3, 6, 8] if log_every == 3 else list(range(1, 9)))
     assert_same_curve(tmp_path / "whole", tmp_path / "parts")
@@ -111,6 +120,33 @@ def test_best_is_the_draft_with_the_highest_tau(arguments, run, tmp_path, monkey
     assert progress["best"] == 3 and next(results, None) is None
 
 
+def test_more_epochs_after_the_end(arguments, run, tmp_path, capsys):
+    """The further epochs are those of a longer run: samples, noise, rate. Stopped in them, it resumes as ever."""
+    quiet = ("--tracker", "none", "--resume")
+    still = {"learning_rate": 0.0, "text_share": 0.25, "validate_every": 99}  # so that losses tell samples and noise
+    for name, epochs in (("long", 4), ("grown", 3), ("grown", 4)):
+        assert run(arguments(name, *quiet, epochs=epochs, **still)) == 0
+    assert len(curve(tmp_path / "grown")) == 8
+    for grown, whole in zip(curve(tmp_path / "grown")[6:], curve(tmp_path / "long")[6:], strict=True):
+        assert grown == pytest.approx(whole)
+    assert run(arguments("once", *quiet, epochs=2)) == 0
+    shutil.copytree(tmp_path / "once", tmp_path / "twice")
+    assert run(arguments("once", *quiet, epochs=4)) == 0
+    for limit in ("5", "0"):
+        assert run(arguments("twice", *quiet, "--max-steps", limit, epochs=4)) == 0
+    assert_same_curve(tmp_path / "once", tmp_path / "twice")
+    assert same_weights(tmp_path, "once/final", "twice/final") and not same_weights(
+        tmp_path, "once/final", "long/final"
+    )
+    whole = Schedule.plan(BatchSizes(2, 2, 1), 11, 9, TrainConfig(epochs=4, learning_rate=1e-3))
+    rows = logged(tmp_path / "once")[4:]
+    assert [row["learning_rate"] for row in rows] == pytest.approx([whole.learning_rate(step) for step in range(4, 8)])
+    assert [row["image_probability"] for row in rows] == [0.5, 0.5, 1, 1]
+    capsys.readouterr()
+    assert run(arguments("once", *quiet, epochs=3)) == 2
+    assert "the interrupted run had epochs=4, this one has 3" in capsys.readouterr().err
+
+
 def test_hidden_states_in_8_bit_train_as_those_in_16_bit(arguments, run, tmp_path):
     text = write_corpus(tmp_path / "text8", 12, hidden_dtype="int8")
     image = write_corpus(tmp_path / "image8", 10, image=3, seed=100, hidden_dtype="int8")
@@ -131,7 +167,8 @@ def test_errors_are_one_line(arguments, run, tmp_path, capsys):
 
     assert run(arguments("ck", "--tracker", "none", "--max-steps", "1")) == 0
     assert "has checkpoints of an earlier run" in error(arguments("ck"))
-    assert "the interrupted run had epochs=4, this one has 5" in error(arguments("ck", "--resume", "--epochs", "5"))
+    fewer = error(arguments("ck", "--resume", "--epochs", "5"))
+    assert "had epochs=4, this one has 5" in fewer and "finish the 4 epochs first" in fewer
     assert "did you mean 'noise'" in error(arguments("other", noize=0.1))
     argv = arguments("other")
     assert "no data" in error([a for a in argv if not a.startswith("--tmpdir") and a not in (argv[3], argv[5])])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from train_support import logged
 
-from eagle.train.tracking import Meter
+from eagle.train.tracking import Meter, Tracker, plot, stage_boundary
 from eagle.train.trainer import Trainer
 
 
@@ -88,6 +88,56 @@ def test_rate_is_that_of_the_steps(arguments, run, tmp_path, monkeypatch, clock)
     assert run(arguments("ck", "--tracker", "none", "--max-steps", "5", **settings)) == 0
     assert run(arguments("ck", "--tracker", "none", "--resume", **settings)) == 0
     assert [row["samples_per_second"] for row in logged(tmp_path / "ck")] == [4, 4, 4, 4]
+
+
+def test_time_is_estimated_after_the_first_steps(tmp_path, clock, capsys):
+    """The first step is slow, the others take two seconds each."""
+    tracker = Tracker(tmp_path, "none", total=100, done=40, settings={})
+    for seconds in (60, *[2] * 11):
+        clock.now += seconds
+        tracker.advance()
+    tracker.bar.close()
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert line == "2 s a step: about 01:40 for the other 50 steps, without validation"
+
+
+def colours(panel):
+    return {line.get_label(): line.get_color() for line in panel.get_lines()}
+
+
+def test_plot_has_one_meaning_a_colour(tmp_path, monkeypatch):
+    from matplotlib import pyplot
+
+    shares = [0, 0, 0.5, 1]
+    steps = [
+        {"step": 10 * at, "loss": 3 - at, "learning_rate": 1e-3 / at, "image_probability": share}
+        for at, share in enumerate(shares, start=1)
+    ]
+    sets = {name: {"loss": 1.0, "tau": 2.0} for name in ("text", "image")}
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    plot({"steps": steps, "validations": [{"step": 40, "results": sets}]}, tmp_path / "training.png")
+    monkeypatch.undo()
+    (figure,) = figures
+    losses, taus, images, rates = figure.axes
+    text, image = "validation, text set", "validation, image set"
+    assert colours(losses)[text] == colours(taus)[text] != colours(losses)[image] == colours(taus)[image]
+    used = {*colours(losses).values(), *colours(taus).values()}
+    assert used.isdisjoint(line.get_color() for panel in (images, rates) for line in panel.get_lines()[:1])
+    for panel in figure.axes:
+        assert list(panel.get_lines()[-1].get_xdata()) == [20, 20], "where image samples come in"
+    assert list(images.get_lines()[0].get_ydata()) == shares
+    assert list(rates.get_lines()[0].get_ydata()) == [row["learning_rate"] for row in steps]
+    pyplot.close(figure)
+
+
+def test_plot_of_one_stage_and_of_nothing(tmp_path):
+    """Runs on one set, and one that was stopped before its first log."""
+    row = {"step": 1, "loss": 1.0, "learning_rate": 1e-3, "image_probability": 1.0}
+    for steps in ([], [row]):
+        assert stage_boundary(steps) is None
+        plot({"steps": steps, "validations": []}, tmp_path / "training.png")
+        assert (tmp_path / "training.png").stat().st_size > 1000
 
 
 def test_tensorboard_has_the_logged_values(arguments, run, tmp_path):

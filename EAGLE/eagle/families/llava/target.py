@@ -20,7 +20,7 @@ class LlavaTarget(Target):
         return cls(model, processor)
 
     def prepare(self, prompt: str | Sequence[str], images: Sequence[Any] = ()) -> dict[str, Any]:
-        batch = self.processor(text=prompt, images=list(images) or None, return_tensors="pt").to(self.device)
+        batch = self.processor(text=prompt, images=images, return_tensors="pt").to(self.device)
         return dict(batch)
 
     def chat_prompt(

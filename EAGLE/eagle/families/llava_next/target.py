@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from transformers import LlavaNextForConditionalGeneration
 
 from eagle.families.base import Media
-from eagle.families.stock import StockTarget
+from eagle.families.stock import StockTarget, without_marks
 from llava.conversation import build_prompt
 
 
@@ -23,4 +23,5 @@ class LlavaNextTarget(StockTarget):
     ) -> str:
         if self.processor.chat_template:
             return super().chat_prompt(question, num_images, history, system)
-        return build_prompt(f"{self.processor.image_token}\n" * num_images + question, history, system)
+        answered = [(asked, without_marks(self.processor, answer)) for asked, answer in history]
+        return build_prompt(f"{self.processor.image_token}\n" * num_images + question, answered, system)

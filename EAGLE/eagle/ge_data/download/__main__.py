@@ -27,7 +27,8 @@ from eagle.ge_data.download.transfer import AGAIN, MIRROR, fetch
 from eagle.ge_data.download.unpack import unpack
 from eagle.ge_data.folder import locked
 from eagle.picture_sources import HUB, AnnotationFile, ArchiveSet, CoverSet, Source, choose
-from llava.errors import OneLineParser, UserError, run_cli
+from llava.arguments import OneLineParser
+from llava.errors import UserError, run_cli
 
 ARCHIVES = "archives"
 """Folder in the root for archives until they are unpacked."""

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from eagle.conversations import REASONS, Unusable, image_names
+from eagle.conversations import REASONS, Unusable, image_names, picture_path
 from eagle.ge_data.annotations import iter_records
 from eagle.ge_data.progress import format_bytes
 from eagle.picture_sources import CoverSet, PictureSet, Source
@@ -86,6 +86,13 @@ def report_sets(root: Path, sources: Sequence[Source]) -> tuple[list[str], bool]
     return lines, all_complete
 
 
+def _name_in(root: Path, name: str) -> str:
+    """A picture's name relative to the folder of pictures."""
+    path = picture_path(root, name)
+    folders = [folder for folder in (root.absolute(), root.resolve()) if path.is_relative_to(folder)]
+    return path.relative_to(folders[0]).as_posix() if Path(name).is_absolute() and folders else name
+
+
 def report_needed(root: Path, sources: Sequence[Source], annotations: Path, all_sets: bool) -> tuple[list[str], bool]:
     """Lines on the pictures that an annotation file names, and whether all that are not gone are there.
 
@@ -103,7 +110,7 @@ def report_needed(root: Path, sources: Sequence[Source], annotations: Path, all_
     for placed in iter_records(annotations):
         records += 1
         try:
-            names = image_names(placed.value)
+            names = [_name_in(root, name) for name in image_names(placed.value)]
         except Unusable as error:
             unusable[error.reason] += 1
             continue

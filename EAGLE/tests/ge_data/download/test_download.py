@@ -277,6 +277,18 @@ def test_check_of_an_annotation_file(run: Run, root: Path, annotations: Write, s
     assert "other 2 needed, 1 there, 1 missing" in " ".join(run("--check", "--annotations", str(file))[1].split())
 
 
+def test_check_finds_pictures_by_absolute_names(run: Run, root: Path, annotations: Write, tmp_path: Path) -> None:
+    (root / "mine").mkdir(parents=True)
+    (root / "mine" / "a.png").write_bytes(b"x")
+    names = [str(root / "mine" / "a.png"), str(root / "gqa" / "images" / "g1.jpg"), str(tmp_path / "out.png")]
+    rows = [image_row(number, name) for number, name in enumerate(names)]
+    out = " ".join(run("--check", "--annotations", str(annotations(rows)))[1].split())
+    assert (
+        "3 records, 2 with pictures" in out and f"1 records name no usable picture: {REASONS['outside_picture']}" in out
+    )
+    assert "gqa 1 needed, 0 there, 1 missing" in out and "other 1 needed, 1 there, 0 missing" in out
+
+
 def test_check_counts_unusable_names(run: Run, root: Path, annotations: Write) -> None:
     """Damaged records do not end the check; the allocation skips the same ones for the same reasons."""
     (root / "mine").mkdir(parents=True)
@@ -345,7 +357,7 @@ BAD = {
     "--annotations rows.json": "--annotations needs --check",
     "--check --annotations nothing.json": "annotation file cannot be read",
     "--workers 0": "--workers",
-    "--nonsense": "unrecognized",
+    "--nonsense": "unknown flag --nonsense",
 }
 
 

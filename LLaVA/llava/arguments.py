@@ -1,0 +1,74 @@
+"""The argument parser of all commands: errors in one line, and long flags in either spelling."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+from llava.errors import UserError
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are `UserError`s: one line, without the usage text.
+
+    Long flags are read with ``-`` and with ``_`` between their words. An unknown flag's error names the nearest known
+    one, and comes before those of missing and wrong values.
+    """
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message, fix="see --help")
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        given = list(sys.argv[1:] if args is None else args)
+        end = given.index("--") if "--" in given else len(given)
+        known = self._option_string_actions
+        words = [respelled(word, known, self.allow_abbrev) for word in given[:end]]
+        if self._subparsers is None:  # else most flags are those of a subparser
+            reject_unknown_flags(words, known, self.allow_abbrev)
+        namespace, rest = super().parse_known_args(words + given[end:], namespace)
+        if rest:
+            reject_unknown_flags(rest, known)
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return namespace, rest
+
+
+def respelled(word: str, known: Iterable[str], abbreviations: bool = False) -> str:
+    """A word of a command line, with a flag's name as in ``known``. Anything else stays as it is.
+
+    >>> respelled("--msd_model=a_b", ["--msd-model"]), respelled("--model-type", ["--model_type"])
+    ('--msd-model=a_b', '--model_type')
+    """
+    name, equals, value = word.partition("=")
+    if not name.startswith("--") or name in known:
+        return word
+    for flag in known:
+        start = flag[: len(name)] if abbreviations else flag
+        if name.replace("_", "-") == start.replace("_", "-"):
+            return f"{start}{equals}{value}"
+    return word
+
+
+def reject_unknown_flags(words: Iterable[str], known: Iterable[str], abbreviations: bool = False) -> None:
+    """Raises `UserError` for the first long flag in ``words`` that is not in ``known``; it names the nearest one.
+
+    Args:
+        abbreviations: the beginning of a known flag is a flag too.
+    """
+    spelled: dict[str, str] = {}
+    for flag in known:
+        if flag.startswith("--"):
+            spelled.setdefault(flag.replace("_", "-"), flag)
+    for word in words:
+        name = word.partition("=")[0]
+        plain = name.replace("_", "-")
+        if not name.startswith("--") or " " in name or name == "--" or plain in spelled:
+            continue
+        if abbreviations and any(flag.startswith(plain) for flag in spelled):
+            continue
+        near = difflib.get_close_matches(plain, spelled, n=1)
+        raise UserError(
+            f"unknown flag {name}", fix=f"did you mean {spelled[near[0]]}?" if near else "see --help for those known"
+        )
