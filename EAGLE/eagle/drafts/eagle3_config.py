@@ -15,10 +15,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from eagle.drafts.config import check_objects
 from llava.errors import UserError
 from llava.strict import read_strict, strict_dataclass
 
 Size = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
 Shapes = Mapping[str, tuple[int, ...]]
 FEATURES = 3
 """Streams that a head reads if neither its tensors nor its config say."""
@@ -85,7 +87,7 @@ class Eagle3Config:
     positions: Literal["plain", "temporal", "mrope"]
     mrope_section: tuple[int, ...] | None
     mrope_interleaved: bool
-    rope_theta: float
+    rope_theta: Positive
     image_rows: Literal["token", "feature"]
     norm_before_residual: bool
     norm_before_fc: bool
@@ -93,7 +95,7 @@ class Eagle3Config:
     feedback: Literal["before", "after"]
     head_norm: bool
     window: int | None
-    rms_norm_eps: float
+    rms_norm_eps: Positive
     hidden_act: str
     attention_bias: bool
     output_bias: bool
@@ -143,6 +145,8 @@ def _read(config: Mapping[str, Any], where: str, shapes: Shapes | None) -> Eagle
     layer = config.get("transformer_layer_config") if speculators else config
     if not isinstance(layer, Mapping):
         raise UserError("lacks 'transformer_layer_config'", fix="is this the config.json of a draft head?")
+    check_objects(config, ("eagle_config",), where)
+    check_objects(layer, ("rope_scaling", "rope_parameters"), where)
     options = read_strict(Eagle3Options, config.get("msd", {}), f"{where}, section 'msd'")
     hidden, vocabulary = _size(layer, "hidden_size"), _size(layer, "vocab_size")
     heads = _size(layer, "num_attention_heads")
@@ -154,7 +158,9 @@ def _read(config: Mapping[str, Any], where: str, shapes: Shapes | None) -> Eagle
         raise UserError(f"{len(layers)} layers of the target, but fc reads {features}", fix=_NAME_THEM)
     rope = _rope(layer)
     angelslim = "Eagle3LlamaForCausalLM" in (config.get("architectures") or ()) and not speculators
-    section = tuple(rope["mrope_section"]) if rope.get("mrope_section") else None
+    section = rope.get("mrope_section")
+    if section is not None and not (isinstance(section, list) and all(type(part) is int for part in section)):
+        raise UserError(f"mrope_section={section!r}", fix="give a list of whole numbers")
     interleaved = bool(rope.get("mrope_interleaved")) or angelslim
     positions = options.positions
     if positions is None:
@@ -185,9 +191,9 @@ def _read(config: Mapping[str, Any], where: str, shapes: Shapes | None) -> Eagle
         features=features,
         target_layers=layers,
         positions=positions,
-        mrope_section=section,
+        mrope_section=tuple(section) if section else None,
         mrope_interleaved=interleaved if options.mrope is None else options.mrope == "interleaved",
-        rope_theta=float(theta),
+        rope_theta=theta,
         image_rows=options.image_rows or "token",
         norm_before_residual=_chosen(options.norm_before_residual, bool(_flag(config, "norm_before_residual"))),
         norm_before_fc=bool(_flag(config, "norm_before_fc")),
@@ -195,7 +201,7 @@ def _read(config: Mapping[str, Any], where: str, shapes: Shapes | None) -> Eagle
         feedback=feedback,
         head_norm=head_norm,
         window=_window(layer),
-        rms_norm_eps=float(layer.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=layer.get("rms_norm_eps", 1e-6),
         hidden_act=layer.get("hidden_act", "silu"),
         attention_bias=has("layers.0.self_attn.q_proj.bias"),
         output_bias=has("layers.0.self_attn.o_proj.bias"),
@@ -282,6 +288,8 @@ def _rope(layer: Mapping[str, Any]) -> dict[str, Any]:
 
 def _window(layer: Mapping[str, Any]) -> int | None:
     """Rows that a row sees. Without layer types nothing slides."""
+    if not isinstance(layer.get("layer_types") or [], list):
+        raise UserError(f"layer_types={layer['layer_types']!r}", fix="give a list of texts")
     kinds = set((layer.get("layer_types") or [])[: layer.get("num_hidden_layers") or 1])
     if "sliding_attention" not in kinds or layer.get("use_sliding_window") is False:
         return None

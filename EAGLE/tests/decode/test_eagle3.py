@@ -79,7 +79,18 @@ HEADS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("head", HEADS)
+CORE = [("qwen3_vl", head) for head in HEADS] + [("qwen2_5_vl", "mrope, features"), ("llava", "flat")]
+
+
+@pytest.mark.parametrize(
+    ("pair", "head"),
+    [
+        pytest.param(base, head, marks=[] if (base, head) in CORE else [pytest.mark.slow])
+        for base in BASES
+        for head in HEADS
+    ],
+    indirect=["pair"],
+)
 def test_greedy_answers_equal_generate(pair, head):
     model, inputs = model_of(pair, **dict(HEADS[head])), prepared(pair.target, QUESTIONS[:1])
     output = model.generate(**inputs, temperature=0.0, max_new_tokens=TOKENS)
@@ -130,6 +141,7 @@ def test_adaptive_trees(pair, tmp_path, monkeypatch):
     assert output.tokens[0] == alone(pair.target, QUESTIONS[0])
 
 
+@pytest.mark.parametrize("pair", ["qwen3_vl"], indirect=True)
 @pytest.mark.parametrize("head", ["flat", "two layers, window", "mrope interleaved", "norms"])
 @torch.inference_mode()
 def test_the_cache_changes_nothing(pair, head):
@@ -187,6 +199,18 @@ def test_streams_are_those_of_the_own_thread(pair):
     assert all(tuple(streams.shape) == (1, length, 2 * size) for length, streams in found["a"])
     assert all(tuple(streams.shape) == (1, length, size) for length, streams in found["b"])
     assert all(streams is None for _, streams in found["c"])
+
+
+@pytest.mark.parametrize("pair", ["qwen3_vl"], indirect=True)
+@torch.inference_mode()
+def test_deepstack_is_part_of_the_streams(pair):
+    """A layer's output before the addition differs in image rows."""
+    outputs: list = []
+    hook = pair.target.text_model.layers[0].register_forward_hook(lambda module, given, out: outputs.append(out))
+    prefill = pair.target.prefill(prepared(pair.target, QUESTIONS[:1]), (1,))
+    hook.remove()
+    change = (prefill.features - outputs[0]).abs().amax(dim=-1)[0]  # [S]
+    assert torch.equal(change > 0, prefill.image_mask[0])
 
 
 @torch.inference_mode()

@@ -8,17 +8,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from repository import FULL_PARITY
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny_families import make_qwen3_vl
 from tiny_llava import make_image, make_llava_hf
 from tiny_stock import make_qwen
+from tiny_vispec import make_vispec
 
 from eagle import MSDModel, TreeConfig
 from eagle.decode.drafter import Drafter
 from eagle.decode.tree import leaf_paths, select_nodes
 from eagle.doctor.models import check_draft
 from eagle.drafts.checkpoint import load_draft
-from eagle.drafts.vispec import ViSpecDraft, ViSpecOptions
+from eagle.drafts.vispec import ViSpecOptions
 from eagle.families import load_target
 from llava import UserError
 
@@ -121,34 +122,17 @@ def target(request, tmp_path_factory):
     return load_target(BASES[request.param](folder), dtype=torch.float32)
 
 
-def make_vispec(folder, target, queries=3, drop=(), **changes):
-    """A random head with its published names."""
-    folder.mkdir(parents=True, exist_ok=True)
-    table = target.model.get_input_embeddings().weight.detach()
-    config = {
-        "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4,
-        "num_key_value_heads": 4, "vocab_size": len(table), **changes,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    biases = ("layers.0.self_attn.q_proj.bias", "imadpt.k_proj.bias", "fc.bias")
-    shapes = {"imadpt.q": (queries, 4, 8), **dict.fromkeys(biases, (32,))}
-    head = ViSpecDraft.from_dict({**config, "msd": {}}, "config.json", shapes)
-    tensors = {name: torch.randn(tensor.shape) / 6 for name, tensor in head.state_dict().items() if name not in drop}
-    tensors["embed_tokens.weight"] = table.clone()
-    tensors["fc.weight"][:, 32:] += torch.eye(32)
-    tensors["img_fc.weight"][:, :32] += torch.eye(32)
-    save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
 def prepared(target, questions):
     prompts = [target.chat_prompt(text, num_images=count) for text, count in questions]
     images = [make_image(seed=seed) for _, count in questions for seed in range(count)]
     return target.prepare(prompts if len(prompts) > 1 else prompts[0], images)
 
 
-@pytest.mark.parametrize("changes", [{}, {"queries": 1}, {"msd": {"image_rows": "token"}}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, *(pytest.param(each, marks=pytest.mark.slow) for each in ({"queries": 1}, {"msd": {"image_rows": "token"}}))],
+    ids=str,
+)
 def test_answers_equal_generate(target, tmp_path, changes):
     """Trees and chains, alone and as a batch."""
     draft = load_draft(make_vispec(tmp_path, target, **changes), dtype=torch.float32)
