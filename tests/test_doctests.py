@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
-PACKAGES = ("LLaVA/llava", "EAGLE/eagle", "lmms-eval/lmms_eval_msd", "benchmarks", "experiments", "pocket")
+PACKAGES = (
+    "LLaVA/llava",
+    "EAGLE/eagle",
+    "lmms-eval/lmms_eval_msd",
+    "serving/msd_vllm",
+    "benchmarks",
+    "experiments",
+    "pocket",
+)
 
 
 def modules_with_examples() -> list[str]:

@@ -19,21 +19,22 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-PACKAGES = {"llava": "LLaVA", "eagle": "EAGLE", "lmms_eval_msd": "lmms-eval"}
+PACKAGES = {"llava": "LLaVA", "eagle": "EAGLE", "lmms_eval_msd": "lmms-eval", "msd_vllm": "serving"}
 MAY_NOT_IMPORT = {
-    "llava": {"eagle", "lmms_eval_msd", "lmms_eval", "pocket", "deepspeed"},
-    "eagle": {"lmms_eval_msd", "lmms_eval", "pocket"},
-    "lmms_eval_msd": {"pocket"},
+    "llava": {"eagle", "lmms_eval_msd", "lmms_eval", "pocket", "deepspeed", "vllm", "msd_vllm"},
+    "eagle": {"lmms_eval_msd", "lmms_eval", "pocket", "vllm", "msd_vllm"},
+    "lmms_eval_msd": {"pocket", "vllm", "msd_vllm"},
+    "msd_vllm": {"llava", "eagle", "lmms_eval_msd", "lmms_eval", "pocket", "transformers"},
 }
 LAYERS = (  # modules and folders of eagle, lowest first; the package itself re-exports names and belongs to none
-    "kv_cache recurrent_state weight_layout attention conversations picture_sources arguments extras locks provenance",
+    "cache kv_cache recurrent_state weight_layout attention conversations arguments extras locks provenance",
     "drafts",
     "families",
     "hidden_states",
     "decode",
     "ge_data",
     "train",
-    "questions loading benchmark exactness publish",
+    "questions loading benchmark exactness publish serving",
     "doctor web",
     "commands",
     "cli",
@@ -182,8 +183,10 @@ def test_versions_are_equal() -> None:
     assert own and all(requirement.endswith(expected) for requirement in own), own
 
 
-IMPORTED_AS = {"pillow": "PIL", "accelerate": None, "torchvision": None, "tensorboard": None}
-"""Names of distributions that differ from the module's; None where other libraries import them for us."""
+IMPORTED_AS = {
+    "pillow": "PIL", "accelerate": None, "torchvision": None, "tensorboard": None, "vllm": None, "msd-vllm": None,
+}  # fmt: skip
+"""Names of distributions that differ from the module's; None where other libraries import them, or they are run."""
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -203,7 +206,8 @@ def test_shared_ranges_are_equal() -> None:
     ranges: dict[str, set[str]] = {}
     for folder in PACKAGES.values():
         project = settings(folder)["project"]
-        ranges.setdefault("python", set()).add(project["requires-python"])
+        if project["dependencies"]:  # the plugin of vLLM goes where vLLM goes
+            ranges.setdefault("python", set()).add(project["requires-python"])
         for requirement in project["dependencies"]:
             name, bounds = re.fullmatch(r"([\w.-]+?)([<>=!~].*)?", requirement).groups()
             ranges.setdefault(name, set()).add(bounds or "")
@@ -213,7 +217,8 @@ def test_shared_ranges_are_equal() -> None:
 def test_entry_points_exist() -> None:
     scripts = settings("EAGLE")["project"]["scripts"].values()
     plugins = settings("lmms-eval")["project"]["entry-points"]["lmms_eval.models"].values()
-    for target in [*scripts, *plugins]:
+    vllm_plugins = settings("serving")["project"]["entry-points"]["vllm.general_plugins"].values()
+    for target in [*scripts, *plugins, *vllm_plugins]:
         module, name = target.split(":")
         folder = REPO / PACKAGES[module.split(".")[0]] / Path(*module.split("."))
         path = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from llava.arguments import positive as positive
+from llava.arguments import temperature
 from llava.errors import UserError
 from llava.inputs import seed_option
 
@@ -49,7 +51,7 @@ def add_length_option(parser: argparse.ArgumentParser, default: int = 256) -> No
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Temperature, top-p, top-k and seed; greedy by default."""
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--temperature", type=temperature, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-p", type=float, help="sample from the smallest set of tokens with this probability")
     parser.add_argument("--top-k", type=int, help="sample from this many most probable tokens")
     parser.add_argument("--seed", type=seed_option, help="makes sampling repeatable")
@@ -62,14 +64,6 @@ def add_data_options(parser: argparse.ArgumentParser, required: bool = True) -> 
 
 def add_report_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the results to this file as JSON")
-
-
-def positive(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
 
 
 def count(text: str) -> int:

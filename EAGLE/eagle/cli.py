@@ -1,4 +1,4 @@
-"""The command `msd`: generate, bench, throughput, verify, exactness, demo, web, doctor, push.
+"""The command `msd`: generate, bench, throughput, verify, exactness, demo, web, doctor, push, export, serve.
 
 A command is a module of `eagle.commands` with `add_arguments(parser)` and `run(arguments)`. Its module imports heavy
 packages (torch, transformers, rich) inside `run`, so that `--help` answers at once.
@@ -14,10 +14,8 @@ from importlib import import_module
 from llava.arguments import OneLineParser
 from llava.errors import run_cli
 
-COMMANDS = {
-    name: f"eagle.commands.{name}"
-    for name in ("generate", "bench", "throughput", "verify", "exactness", "demo", "web", "doctor", "push")
-}
+NAMES = "generate bench throughput verify exactness demo web doctor push export serve"
+COMMANDS = {name: f"eagle.commands.{name}" for name in NAMES.split()}
 
 
 def parser(names: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:

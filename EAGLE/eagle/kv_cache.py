@@ -1,7 +1,7 @@
 """Preallocated KV cache: rows are appended and kept in place; the whole cache is never copied.
 
-It is a `transformers.Cache`, so every transformers model can fill it. All layers on one device share one tensor, so
-keeping a path takes two copies instead of two for each layer.
+It is a `transformers.Cache`, so every transformers model can fill it. All layers on one device that have keys of one
+shape share one tensor, so keeping a path takes two copies instead of two for each layer.
 
 Sequences of a batch have different lengths: each has its own rows from 0, without gaps, and appends after its own last
 row. Columns past the end of a sequence have old values; the attention mask excludes them.
@@ -21,7 +21,7 @@ BLOCK = 256
 
 
 class CacheStorage(NamedTuple):
-    """All layers of one device: ``keys``, ``values`` [layers, B, heads, capacity, head_dim]."""
+    """A group of layers: ``keys``, ``values`` [layers, B, heads, capacity, head_dim]."""
 
     keys: Tensor
     values: Tensor
@@ -93,8 +93,8 @@ class KVCache(Cache):
     """All layers of one model.
 
     Args:
-        stores: storage by device, or by whatever else groups layers.
-        devices: the device of each layer, in order.
+        stores: storage of each group of layers.
+        groups: the group of each layer, in order.
         lengths: rows in use of each sequence.
         states: of layers that have a state instead of rows (`eagle.recurrent_state.StateLayer`), by layer.
     """
@@ -102,19 +102,19 @@ class KVCache(Cache):
     def __init__(
         self,
         stores: Mapping[Any, CacheStorage],
-        devices: Sequence[Hashable],
+        groups: Sequence[Hashable],
         lengths: Sequence[int],
         states: Mapping[int, Any] | None = None,
     ) -> None:
-        self._stores, self._devices, self._states = stores, list(devices), dict(states or {})
+        self._stores, self._groups, self._states = stores, list(groups), dict(states or {})
         layer_views: dict[int, Any] = dict(self._states)
-        for device, (keys, values) in stores.items():
+        for group, (keys, values) in stores.items():
             indices = RowIndices()
-            layers = [index for index, where in enumerate(devices) if where == device and index not in self._states]
+            layers = [index for index, own in enumerate(groups) if own == group and index not in self._states]
             layer_views.update(
                 {index: CacheLayer(keys[i], values[i], lengths, indices) for i, index in enumerate(layers)}
             )
-        super().__init__(layers=[layer_views[index] for index in range(len(devices))])
+        super().__init__(layers=[layer_views[index] for index in range(len(groups))])
         self._rows = [layer for index, layer in enumerate(self.layers) if index not in self._states]
         self.capacity = next(iter(stores.values())).keys.shape[3]
 
@@ -123,8 +123,7 @@ class KVCache(Cache):
         cls,
         devices: Sequence[torch.device],
         batch: int,
-        heads: int,
-        head_dim: int,
+        shapes: Sequence[tuple[int, int]],
         capacity: int,
         dtype: torch.dtype,
         states: Mapping[int, Any] | None = None,
@@ -134,19 +133,21 @@ class KVCache(Cache):
         Args:
             devices: the device of each layer, in order.
             batch: sequences.
-            heads, head_dim: of the keys and values.
+            shapes: heads of keys and values, and the size of each, by layer. No heads for a layer without own rows.
             capacity: rows (positions) of each sequence, with tree nodes. Rounded up on an accelerator, so the next
                 request can use the same memory again.
             states: as for the class.
         """
         stores = {}
-        for device in dict.fromkeys(devices):
-            if device.type != "cpu":
-                capacity = -(-capacity // BLOCK) * BLOCK
-            layers = sum(where == device and index not in (states or {}) for index, where in enumerate(devices))
+        groups = list(zip(devices, shapes, strict=True))
+        if any(device.type != "cpu" for device in devices):
+            capacity = -(-capacity // BLOCK) * BLOCK
+        for group in dict.fromkeys(groups):
+            device, (heads, head_dim) = group
+            layers = sum(own == group and index not in (states or {}) for index, own in enumerate(groups))
             shape = (layers, batch, heads, capacity, head_dim)
-            stores[device] = CacheStorage(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
-        return cls(stores, devices, [0] * batch, states)
+            stores[group] = CacheStorage(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
+        return cls(stores, groups, [0] * batch, states)
 
     @property
     def lengths(self) -> list[int]:
@@ -186,10 +187,10 @@ class KVCache(Cache):
     def sequence(self, row: int) -> KVCache:
         """One sequence as a cache of its own, on the same storage. Its lengths are not written back to this cache."""
         stores = {
-            device: CacheStorage(*(part[:, row : row + 1] for part in store)) for device, store in self._stores.items()
+            group: CacheStorage(*(part[:, row : row + 1] for part in store)) for group, store in self._stores.items()
         }
         states = {index: state.sequence(row) for index, state in self._states.items()}
-        return KVCache(stores, self._devices, self.lengths[row : row + 1], states)
+        return KVCache(stores, self._groups, self.lengths[row : row + 1], states)
 
     def select(self, rows: Sequence[int]) -> KVCache:
         """A cache of the given sequences, in ascending order, on the same storage. Only the rows in use of sequences
@@ -202,7 +203,7 @@ class KVCache(Cache):
                 if place != row:
                     store[:, place, :, : self.lengths[row]] = store[:, row, :, : self.lengths[row]]
         stores = {
-            device: CacheStorage(*(part[:, : len(kept)] for part in store)) for device, store in self._stores.items()
+            group: CacheStorage(*(part[:, : len(kept)] for part in store)) for group, store in self._stores.items()
         }
         states = {index: state.select(kept) for index, state in self._states.items()}
-        return KVCache(stores, self._devices, [self.lengths[row] for row in kept], states)
+        return KVCache(stores, self._groups, [self.lengths[row] for row in kept], states)

@@ -14,7 +14,7 @@ def rows(count: int, seed: int) -> torch.Tensor:
 
 
 def test_append_and_keep_equal_concatenation():
-    cache = KVCache.allocate([CPU, CPU], 1, 2, 4, capacity=16, dtype=torch.float32)
+    cache = KVCache.allocate([CPU, CPU], 1, [(2, 4)] * 2, capacity=16, dtype=torch.float32)
     past, drafted = rows(3, 0), rows(5, 1)
     for layer in range(2):
         cache.update(past + layer, past - layer, layer)
@@ -33,7 +33,7 @@ def test_append_and_keep_equal_concatenation():
 
 
 def test_a_prefix_is_kept_without_copying():
-    cache = KVCache.allocate([CPU], 1, 2, 4, capacity=8, dtype=torch.float32)
+    cache = KVCache.allocate([CPU], 1, [(2, 4)], capacity=8, dtype=torch.float32)
     cache.update(rows(6, 0), rows(6, 1), 0)
     before = cache.layers[0].store_k.clone()
     cache.keep([2], [[0, 1]])
@@ -42,7 +42,7 @@ def test_a_prefix_is_kept_without_copying():
 
 
 def test_full_cache_says_so():
-    cache = KVCache.allocate([CPU], 1, 2, 4, capacity=4, dtype=torch.float32)
+    cache = KVCache.allocate([CPU], 1, [(2, 4)], capacity=4, dtype=torch.float32)
     with pytest.raises(RuntimeError, match="holds 4 rows, 5 are needed"):
         cache.update(rows(5, 0), rows(5, 0), 0)
 
@@ -52,15 +52,19 @@ def test_works_inside_stock_generate(tiny_llama):
     expected = model.generate(prompt, max_new_tokens=12, do_sample=False, past_key_values=DynamicCache())
     config = model.config
     cache = KVCache.allocate(
-        [CPU] * config.num_hidden_layers, 1, config.num_key_value_heads, config.head_dim, 64, torch.float32
+        [CPU] * config.num_hidden_layers,
+        1,
+        [(config.num_key_value_heads, config.head_dim)] * config.num_hidden_layers,
+        64,
+        torch.float32,
     )
     assert torch.equal(model.generate(prompt, max_new_tokens=12, do_sample=False, past_key_values=cache), expected)
 
 
 def test_sequences_of_different_length_equal_caches_of_their_own():
     """Each sequence of a batch keeps its own rows, whatever the others accept."""
-    cache = KVCache.allocate([CPU, CPU], 3, 2, 4, capacity=32, dtype=torch.float32)
-    alone = [KVCache.allocate([CPU, CPU], 1, 2, 4, capacity=32, dtype=torch.float32) for _ in range(3)]
+    cache = KVCache.allocate([CPU, CPU], 3, [(2, 4)] * 2, capacity=32, dtype=torch.float32)
+    alone = [KVCache.allocate([CPU, CPU], 1, [(2, 4)] * 2, capacity=32, dtype=torch.float32) for _ in range(3)]
     lengths = [5, 2, 7]
     for row, length in enumerate(lengths):
         for layer in range(2):
@@ -87,3 +91,18 @@ def test_sequences_of_different_length_equal_caches_of_their_own():
     assert kept.layers[0].store_k.shape[0] == 2 and kept.layers[0].store_k.data_ptr() == storage, "it was copied"
     with pytest.raises(ValueError, match="ascending"):
         kept.select([1, 0])
+
+
+def test_layers_with_keys_of_other_shapes():
+    """Each layer keeps the rows of its own shape; one without heads has none."""
+    shapes = [(2, 4), (1, 8), (2, 4), (0, 4)]
+    cache = KVCache.allocate([CPU] * 4, 1, shapes, capacity=8, dtype=torch.float32)
+    rows = [torch.randn(1, heads, 5, size) for heads, size in shapes]
+    for layer in range(3):
+        cache.update(rows[layer], -rows[layer], layer)
+    cache.keep([2], [[0, 2]])
+    assert cache.length == 4
+    for layer in range(3):
+        keys, values = cache.update(rows[layer][:, :, :1], rows[layer][:, :, :1], layer)
+        assert torch.equal(keys[:, :, :4], rows[layer][:, :, [0, 1, 2, 4]])
+        assert torch.equal(values[:, :, :4], -rows[layer][:, :, [0, 1, 2, 4]])

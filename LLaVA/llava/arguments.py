@@ -1,14 +1,42 @@
-"""The argument parser of all commands: errors in one line, and long flags in either spelling."""
+"""The argument parser of all commands, and types of its options. Does not import torch or transformers.
+
+Errors are one line, and long flags may have either spelling.
+"""
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from llava.errors import UserError
+
+LOWEST_TEMPERATURE = 1e-6
+"""Above 0: logits are divided by it, and float32 must hold the result."""
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def temperature(value: str | float) -> float:
+    """A sampling temperature, 0 for greedy decoding. Also an argparse type.
+
+    Raises:
+        UserError: it is negative, not finite, or too small to divide by.
+        ValueError: it is not a number.
+    """
+    number = float(value)
+    if number == 0 or LOWEST_TEMPERATURE <= number < math.inf:
+        return number
+    raise UserError(f"temperature {number}", fix=f"give 0 for greedy decoding, or at least {LOWEST_TEMPERATURE}")
 
 
 class OneLineParser(argparse.ArgumentParser):

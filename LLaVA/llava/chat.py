@@ -9,7 +9,6 @@ Reads one question per line from stdin, keeps the conversation, and streams each
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration, TextStreamer
 
-from .arguments import OneLineParser
+from .arguments import OneLineParser, positive, temperature
 from .checkpoint import load_pretrained
 from .conversation import DEFAULT_TEMPLATE, get_template
 from .errors import UserError, run_cli
@@ -130,25 +129,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt", help="answer this one question and exit")
     add("--conv-mode", help=f"conversation template (default: the checkpoint's own, else {DEFAULT_TEMPLATE})")
     add("--system", help="system prompt instead of the template's")
-    add("--max-new-tokens", type=_positive, default=512, help="longest answer in tokens (default: %(default)s)")
-    add("--temperature", type=_not_negative, default=0.2, help="0 is greedy decoding (default: %(default)s)")
+    add("--max-new-tokens", type=positive, default=512, help="longest answer in tokens (default: %(default)s)")
+    add("--temperature", type=temperature, default=0.2, help="0 is greedy decoding (default: %(default)s)")
     add("--top-p", type=_probability, default=1.0, help="nucleus sampling (default: %(default)s)")
     add("--seed", type=seed_option, help="seed of sampling")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: %(default)s")
     add("--device", help="cuda, cuda:1, mps, cpu (default: CUDA or MPS if available)")
     return parser
-
-
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return value
-
-
-def _not_negative(text: str) -> float:
-    if not 0 <= (value := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is negative or not finite")
-    return value
 
 
 def _probability(text: str) -> float:

@@ -146,7 +146,7 @@ def load_model(
     with load_errors("model cannot be loaded", checkpoint.source.name, weights=True):
         check_generation_config(checkpoint.source)
         check_size(LlavaForConditionalGeneration, config, shapes, checkpoint.source.name)
-        with _quiet_transformers():
+        with quiet_transformers():
             model, info = LlavaForConditionalGeneration.from_pretrained(
                 place, output_loading_info=True, ignore_mismatched_sizes=True, **rest
             )
@@ -252,10 +252,10 @@ def _build_image_processor(fields: dict[str, Any], path: Path, config: LlavaConf
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Hides transformers' table of missing tensors, and its progress bar if stderr is not a terminal.
 
-    `_check_complete` names the tensors in one line.
+    The caller names the tensors in one line.
     """
     level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

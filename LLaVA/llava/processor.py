@@ -274,10 +274,10 @@ class LlavaProcessor(ProcessorMixin):
         name = template or self.template
         if name is None and self.chat_template is not None:
             return self._write_own(turns, system)
-        return write_turns(turns, system, name or DEFAULT_TEMPLATE, self._end_of_answer)
+        return write_turns(turns, system, name or DEFAULT_TEMPLATE, self.end_of_answer)
 
     @property
-    def _end_of_answer(self) -> str | None:
+    def end_of_answer(self) -> str | None:
         """The end token, if the vocabulary lacks the one that Vicuna's conversation writes."""
         lacks = self._backend.token_to_id(get_template().sep2) is None
         return self.tokenizer.eos_token if lacks else None

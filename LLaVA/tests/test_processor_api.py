@@ -123,7 +123,6 @@ def test_it_is_a_processor_of_transformers(hf: LlavaProcessor, stock: Any) -> No
         ({"text": "<image>", "images": [object()]}, "not a picture"),
         ({"text": "<image>", "images": {"url": "a"}}, "not a picture"),
     ],
-    ids=str,
 )
 def test_what_cannot_be_served_is_one_line(processor: LlavaProcessor, call: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said) as raised:

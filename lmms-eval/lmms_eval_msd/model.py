@@ -428,6 +428,61 @@ class InternVLMSD(MSD):
     max_new_tokens = 1024
 
 
+class ChatMSD(MSD):
+    """A family that writes its prompts with the checkpoint's chat template: pictures first, then the text."""
+
+    writer = ChatPrompts
+    max_new_tokens = 1024
+
+
+class Gemma4MSD(ChatMSD):
+    """Gemma 4. Pictures only here."""
+
+    family = "gemma4"
+
+
+class Gemma4UnifiedMSD(ChatMSD):
+    """Gemma 4 unified. Pictures only here."""
+
+    family = "gemma4_unified"
+
+
+class Mistral3MSD(ChatMSD):
+    """Mistral 3."""
+
+    family = "mistral3"
+
+
+class Glm4vMSD(ChatMSD):
+    """GLM-4.1V."""
+
+    family = "glm4v"
+
+
+class Glm4vMoeMSD(ChatMSD):
+    """GLM-4.5V."""
+
+    family = "glm4v_moe"
+
+
+class Glm46VMSD(ChatMSD):
+    """GLM-4.6V."""
+
+    family = "glm46v"
+
+
+class GlmOcrMSD(ChatMSD):
+    """GLM-OCR."""
+
+    family = "glm_ocr"
+
+
+class PaddleOCRVLMSD(ChatMSD):
+    """PaddleOCR-VL."""
+
+    family = "paddleocr_vl"
+
+
 @torch.inference_mode()
 def score(target: Target, prompts: ChatPrompts, prompt: Prompt, continuation: str) -> tuple[float, bool]:
     """Mean negative log-likelihood of ``continuation`` after the prompt, and whether it is the greedy one."""

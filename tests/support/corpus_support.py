@@ -28,14 +28,14 @@ def turns(*texts: str) -> list[dict[str, str]]:
     return [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(texts)]
 
 
-def text_row(number: int, length: int = 1) -> dict[str, Any]:
-    """A row of two questions; ``length`` makes it longer."""
+def text_record(number: int, length: int = 1) -> dict[str, Any]:
+    """A record of two questions; ``length`` makes it longer."""
     answer = "The Nile is longer than the Rhine. " * length
     return {"id": f"text{number}", "conversations": turns("Name two rivers.", answer, "And?", f"That is {number}.")}
 
 
-def image_row(number: int, picture: str = "a.png") -> dict[str, Any]:
-    """A row with a picture."""
+def image_record(number: int, picture: str = "a.png") -> dict[str, Any]:
+    """A record with a picture."""
     said = turns("<image>\nWhat colours?", f"Red and {number}.", "More?", "No, only red.")
     return {"id": number, "image": picture, "conversations": said}
 
@@ -75,11 +75,11 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def annotations(tmp_path: Path) -> Write:
-    """Writes rows as an annotation file."""
+    """Writes records as an annotation file."""
 
-    def write(rows: list[Any]) -> Path:
-        path = tmp_path / "rows.json"
-        path.write_text(json.dumps(rows))
+    def write(records: list[Any]) -> Path:
+        path = tmp_path / "records.json"
+        path.write_text(json.dumps(records))
         return path
 
     return write

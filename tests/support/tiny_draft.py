@@ -27,7 +27,7 @@ def make_draft(folder: str | Path, target: Target, seed: int = 0, agree: float =
         "hidden_size": text.hidden_size,
         "intermediate_size": 2 * text.hidden_size,
         "num_attention_heads": text.num_attention_heads,
-        "num_key_value_heads": text.num_key_value_heads,
+        "num_key_value_heads": target.cache_shapes[0][0],
         "vocab_size": target.model.get_input_embeddings().num_embeddings,
         "rms_norm_eps": text.rms_norm_eps,
         **changes,

@@ -1,9 +1,13 @@
-"""Measure speed and acceptance against plain decoding, in one interleaved run."""
+"""Measure speed and acceptance against plain decoding, in one interleaved run; or measure a server.
+
+With --server the models are not loaded: the questions are sent to an OpenAI-style server at several levels of load.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,16 +24,19 @@ from eagle.arguments import (
 )
 from eagle.commands.output import console
 from eagle.questions import read_questions
+from llava.errors import UserError
 from llava.files import write_json
 
 if TYPE_CHECKING:
     from eagle.benchmark import Contestant
     from eagle.decode.stats import Stats
 
+NOT_SETTINGS = ("command", "out", "server", "plain_server", "concurrency", "rate", "plot")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `msd bench`."""
-    add_model_options(parser)
+    add_model_options(parser, required=False)
     add_data_options(parser)
     add_length_option(parser)
     add_sampling_options(parser)
@@ -58,10 +65,77 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--warm-up", type=count, default=2, metavar="N", help="questions answered first, not counted (default: 2)"
     )
     add_report_option(parser)
+    server = parser.add_argument_group("servers")
+    server.add_argument("--server", metavar="URL", help="measure this OpenAI-style server, such as one of msd serve")
+    server.add_argument("--plain-server", metavar="URL", help="the same model without a draft, asked in turns")
+    server.add_argument(
+        "--concurrency", type=levels(positive), default=None, metavar="N,N,...",
+        help="requests at a time (default: 1,2,4,8,16; none with --rate)",
+    )  # fmt: skip
+    server.add_argument(
+        "--rate", type=levels(above_zero), default=[], metavar="R,R,...", help="requests a second, at random moments"
+    )
+    server.add_argument("--plot", type=Path, metavar="FILE.png", help="tokens/s of each level as a picture")
+
+
+def levels(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """An argparse type: several values, separated by commas."""
+
+    def read(text: str) -> list[Any]:
+        return [kind(each) for each in text.split(",")]
+
+    read.__name__ = f"list of {kind.__name__} numbers"
+    return read
+
+
+def above_zero(text: str) -> float:
+    """An argparse type: a number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def run_on_servers(arguments: argparse.Namespace) -> int:
+    """As `run`, with ``--server``."""
+    from eagle.provenance import record
+    from eagle.serving.bench import bench_servers, plot, table_of
+    from eagle.serving.client import Load, Server
+
+    for name in ("base_model", "msd_model"):
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} does not go with --server", fix="the server has the models")
+    concurrency = arguments.concurrency or ([] if arguments.rate else [1, 2, 4, 8, 16])
+    loads = [*(Load(concurrency=each) for each in concurrency), *(Load(rate=each) for each in arguments.rate)]
+    settings = {"max_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
+    sampling = {name: getattr(arguments, name) for name in ("top_p", "top_k", "seed")}
+    settings |= {name: value for name, value in sampling.items() if value is not None}
+    report = bench_servers(
+        read_questions(arguments.data, arguments.limit),
+        loads,
+        Server(arguments.server),
+        Server(arguments.plain_server) if arguments.plain_server else None,
+        settings,
+        arguments.warm_up,
+    )
+    report |= {"settings": {**settings, "warm_up": arguments.warm_up, "data": str(arguments.data)}, **record()}
+    console().print(table_of(report))
+    if arguments.plot:
+        plot(report, arguments.plot)
+    if arguments.out:
+        write_json(arguments.out, report)
+    return 1 if any(level["failed"] for level in report["levels"]) else 0
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints a table; writes the JSON report if ``--out`` is given."""
+    if arguments.server is not None:
+        return run_on_servers(arguments)
+    for name in ("plain_server", "concurrency", "rate", "plot"):
+        if getattr(arguments, name):
+            raise UserError(f"--{name.replace('_', '-')} needs --server", fix="name a server")
+    if arguments.base_model is None:
+        raise UserError("no base model", "--base-model", "name a folder or hub repository, or a server with --server")
     from tqdm import tqdm
 
     from eagle.benchmark import Contestant, baselines, interleave, with_engine, with_prompt_lookup
@@ -87,7 +161,7 @@ def run(arguments: argparse.Namespace) -> int:
     with tqdm(total=arguments.warm_up + len(questions), desc="bench", unit="question", file=sys.stderr) as progress:
         for _ in interleave([msd, *others, *rivals], [[question] for question in questions], arguments.warm_up):
             progress.update()
-    asked = {name: value for name, value in vars(arguments).items() if name not in ("command", "out")}
+    asked = {name: value for name, value in vars(arguments).items() if name not in NOT_SETTINGS}
     asked |= {"also_tree": list(trees), "tree": vars(model.tree)}
     report = make_report(msd, rivals, asked, record(model.device))
     report["others"] = {

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eagle.commands.output import console
 from eagle.doctor import Check, State
-from eagle.doctor.environment import (
-    Machine,
-    check_devices,
-    check_disk,
-    check_hub,
-    check_memory,
-    check_packages,
-    check_pictures,
-    check_python,
-)
+from eagle.doctor.environment import check_devices, check_disk, check_hub, check_memory, check_packages, check_pictures
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,56 +24,64 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--msd-model", help="draft head: folder or hub name")
     parser.add_argument("--data", type=Path, metavar="image_data", help="folder of the training pictures")
     parser.add_argument(
+        "--vllm-python", default=sys.executable, metavar="FILE",
+        help="Python of the environment with vLLM, for msd serve (default: this one)",
+    )  # fmt: skip
+    parser.add_argument(
         "--hub", action="store_true", help="also check that the hub can be reached (at HF_ENDPOINT if that is set)"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints one table; exit status 1 if anything in it is a problem."""
-
-    checks = [check_python(), *check_packages()]
-    checks += machine_checks(arguments)
-    if arguments.data is not None:
-        checks += check_pictures(arguments.data)
+    checks = check_packages()
+    try:
+        checks += machine_checks(arguments)
+        checks += check_pictures(arguments.data) if arguments.data is not None else []
+    except ImportError as error:
+        fix = "fix the packages first; devices and models were not checked"
+        checks.append(Check("imports", State.PROBLEM, " ".join(str(error).split()), fix))
     console().print(table_of(checks))
-    problems = sum(check.state is State.PROBLEM for check in checks)
-    print(f"{problems} problem(s), {sum(check.state is State.WARNING for check in checks)} warning(s)")
-    return 1 if problems else 0
+    count = {state: sum(check.state is state for check in checks) for state in State}
+    print(f"{count[State.PROBLEM]} problem(s), {count[State.WARNING]} warning(s)")
+    return 1 if count[State.PROBLEM] else 0
 
 
 def machine_checks(arguments: argparse.Namespace) -> list[Check]:
-    """Checks that need torch, transformers and huggingface_hub; if one cannot be imported, that is the finding."""
-    try:
-        from huggingface_hub import constants
+    """Checks that need torch, transformers and huggingface_hub: devices, disk, hub, the models that were named, and
+    memory for them and for the published ones.
 
-        machine, checks = check_devices()
-        checks += [check_memory(machine.free)] if machine.device == "cpu" else []
-        checks.append(check_disk(Path(constants.HF_HUB_CACHE)))
-        hub = check_hub() if arguments.hub else None
-        checks += [hub] if hub else []
-        return checks + model_checks(arguments, machine, hub is not None and hub.state is State.OK)
-    except ImportError as error:
-        reason = " ".join(str(error).split())
-        return [Check("imports", State.PROBLEM, reason, "fix the packages first; devices and models were not checked")]
+    Raises:
+        ImportError: one of these packages cannot be imported.
+    """
+    from huggingface_hub import constants
 
-
-def model_checks(arguments: argparse.Namespace, machine: Machine, hub: bool) -> list[Check]:
-    """Findings on the models that were named, and room for them and for the published ones."""
     from eagle.doctor import models
     from eagle.doctor.memory import PUBLISHED, check_fit
+    from eagle.doctor.serving import check_served_draft, check_vllm
 
-    checks: list[Check] = []
-    base = draft = None
+    machine, checks = check_devices()
+    if machine.device == "cpu":
+        checks.append(check_memory(machine.free))
+    checks.append(check_disk(Path(constants.HF_HUB_CACHE)))
+    checks.append(check_vllm(arguments.vllm_python))
+    ask_hub, base, draft = False, None, None
+    if arguments.hub:
+        checks.append(check_hub())
+        ask_hub = checks[-1].state is State.OK
     if arguments.base_model:
-        base, checks = models.check_base(arguments.base_model, hub)
-    if arguments.msd_model:
-        draft, found = models.check_draft(arguments.msd_model, hub)
+        base, found = models.check_base(arguments.base_model, ask_hub)
         checks += found
+    if arguments.msd_model:
+        draft, found = models.check_draft(arguments.msd_model, ask_hub)
+        checks += found
+        checks += [check_served_draft(draft, arguments.msd_model)] if draft is not None else []
     if base is not None and draft is not None:
         checks += models.check_pair(base, draft)
-    if base is not None and (size := models.footprint(base, draft)) is not None:
-        checks.append(check_fit("room for these models", size, machine))
-    return checks + [check_fit(f"room for {name}", size, machine) for name, size in PUBLISHED.items()]
+    sizes = {f"room for {name}": size for name, size in PUBLISHED.items()}
+    if base is not None:
+        sizes = {"room for these models": models.footprint(base, draft), **sizes}
+    return checks + [check_fit(topic, size, machine) for topic, size in sizes.items()]
 
 
 def table_of(checks: Sequence[Check]) -> Table:

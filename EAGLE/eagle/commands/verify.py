@@ -12,6 +12,7 @@ import sys
 
 from eagle.arguments import add_data_options, add_length_option, add_model_options
 from eagle.questions import read_questions
+from llava.arguments import temperature
 from llava.inputs import seed_option
 
 
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser, dtype="float32")
     add_data_options(parser)
     add_length_option(parser)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--temperature", type=temperature, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--seed", type=seed_option, default=0, help="of sampled answers (default: 0)")
 
 

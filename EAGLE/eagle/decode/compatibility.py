@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from eagle.drafts.eagle3 import Eagle3Draft
-from eagle.drafts.eagle3_config import Eagle3Config
 from eagle.drafts.head import DraftHead
 from eagle.drafts.msd import DraftModel
 from eagle.drafts.vispec import ViSpecDraft
@@ -32,11 +31,11 @@ def check_compatible(target: Target, draft: DraftHead) -> None:
     if isinstance(draft, Eagle3Draft):
         check_eagle3(target, draft)
     elif isinstance(draft, DraftModel):
-        check_msd(target, draft)
+        model = target.model
+        check_tensors(target.family, model.get_input_embeddings().weight, model.get_output_embeddings().weight, draft)
     else:
-        check_embedding(target, draft)
-        if isinstance(draft, ViSpecDraft) and draft.options.image_rows == "token":
-            check_image_ids(target, 'leave "image_rows" out of section "msd" of its config.json')
+        check_embedding(target.model.get_input_embeddings().weight, draft)
+        check_image_ids(target, draft)
 
 
 def check_eagle3(target: Target, draft: Eagle3Draft) -> None:
@@ -45,9 +44,8 @@ def check_eagle3(target: Target, draft: Eagle3Draft) -> None:
     Raises:
         UserError: sizes, vocabulary or layers differ.
     """
+    check_eagle3_sizes(target, draft)
     config, table = draft.config, cast(Tensor, target.model.get_input_embeddings().weight)  # [V, H]
-    check_eagle3_sizes(config, len(table), target.hidden_size)
-    draft.use_target(len(target.text_model.layers))
     if draft.embed_tokens is None:
         draft.use_embedding(target.model.get_input_embeddings())
     elif draft.embed_tokens.weight.shape[1] == table.shape[1]:
@@ -58,20 +56,17 @@ def check_eagle3(target: Target, draft: Eagle3Draft) -> None:
             log.warning("the draft's token embedding is not the base's: %s, unless it was trained", FIX)
     if draft.config.vocab_size != len(table):
         raise misfit("vocabulary", draft.config.vocab_size, len(table))
-    if config.image_rows == "token":
-        check_image_ids(target, 'set "image_rows": "feature" in section "msd" of its config.json')
 
 
-def check_image_ids(target: Target, fix: str) -> None:
-    """Raises `UserError` if an image token of the target has no embedding."""
-    largest = max(getattr(target.config, media.token) for media in target.media)
-    if largest >= len(target.model.get_input_embeddings().weight):
-        raise UserError(f"the draft reads image tokens as embeddings, but token {largest} has none", fix=fix)
+def check_eagle3_sizes(target: Target, draft: Eagle3Draft) -> None:
+    """What `check_eagle3` checks without the data of tensors. Chooses the layers that the head reads. A head with its
+    own embedding may have fewer tokens.
 
-
-def check_eagle3_sizes(config: Eagle3Config, vocabulary: int, hidden_size: int) -> None:
-    """Raises `UserError` if an EAGLE-3 head does not fit a base of this vocabulary and hidden size. A head with its own
-    embedding may have fewer tokens."""
+    Raises:
+        UserError: sizes, vocabulary or layers differ.
+    """
+    config, hidden_size = draft.config, target.hidden_size
+    vocabulary = len(target.model.get_input_embeddings().weight)
     if config.target_hidden_size != hidden_size:
         raise misfit("hidden size", config.target_hidden_size, hidden_size)
     shares = not (config.own_embedding and config.own_head) or config.image_rows == "feature"
@@ -79,28 +74,43 @@ def check_eagle3_sizes(config: Eagle3Config, vocabulary: int, hidden_size: int) 
         raise misfit("hidden size", config.hidden_size, hidden_size)
     if config.vocab_size != vocabulary and not (config.own_embedding and config.vocab_size < vocabulary):
         raise misfit("vocabulary", config.vocab_size, vocabulary)
+    draft.use_target(len(target.text_model.layers))
+    check_image_ids(target, draft)
 
 
-def check_msd(target: Target, draft: DraftModel) -> None:
-    """`check_compatible` for MSD drafts, which are of a family too."""
-    check_family(target.family, draft.config.model_type)
-    check_embedding(target, draft)
-    head, spare = target.model.get_output_embeddings().weight, draft.spare_head
+def check_image_ids(target: Target, draft: DraftHead) -> None:
+    """Raises `UserError` if the draft reads image tokens as embeddings, and one of the target's has none."""
+    if isinstance(draft, Eagle3Draft) and draft.config.image_rows == "token":
+        fix = 'set "image_rows": "feature" in section "msd" of its config.json'
+    elif isinstance(draft, ViSpecDraft) and draft.options.image_rows == "token":
+        fix = 'leave "image_rows" out of section "msd" of its config.json'
+    else:
+        return
+    largest = max(getattr(target.config, media.token) for media in target.media)
+    if largest >= len(target.model.get_input_embeddings().weight):
+        raise UserError(f"the draft reads image tokens as embeddings, but token {largest} has none", fix=fix)
+
+
+def check_tensors(family: str, table: Tensor, head: Tensor, draft: DraftModel) -> None:
+    """`check_compatible` for MSD drafts, which are of a family too, from the base's token embedding ``table`` [V, H]
+    and ``lm_head`` [V, H] alone."""
+    check_family(family, draft.config.model_type)
+    check_embedding(table, draft)
+    spare = draft.spare_head
     fits = head.ndim == 2 and head.shape[1] == draft.config.hidden_size
     if spare is not None and fits and not same_head(head, spare):
         log.warning("the draft's lm_head is not the base's, which is used: %s, or few tokens will be accepted", FIX)
     draft.spare_head = None
 
 
-def check_embedding(target: Target, draft: DraftHead) -> None:
-    """Compares a draft's token embedding with the base's, of which it is a copy. A base may have more tokens than the
-    draft, as the ``-hf`` releases of LLaVA do; the missing rows are copied from there.
+def check_embedding(table: Tensor, draft: DraftHead) -> None:
+    """Compares a draft's token embedding with the base's ``table`` [V, H], of which it is a copy. A base may have more
+    tokens than the draft, as the ``-hf`` releases of LLaVA do; the missing rows are copied from there.
 
     Raises:
         UserError: the hidden size or vocabulary differ.
     """
     assert draft.embed_tokens is not None
-    table = target.model.get_input_embeddings().weight  # [V, H]
     (base, size), own = table.shape, draft.config.vocab_size
     if size != draft.config.hidden_size:
         raise misfit("hidden size", draft.config.hidden_size, size)

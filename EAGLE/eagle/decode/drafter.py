@@ -117,8 +117,8 @@ class Drafter:
 
     def _new_cache(self, batch: int, rows: int) -> KVCache:
         config, draft = self.draft.config, self.draft
-        heads, devices = config.num_key_value_heads, [draft.device] * len(draft.layers)
-        return KVCache.allocate(devices, batch, heads, config.head_dim, rows, draft.dtype)
+        shapes = [(config.num_key_value_heads, config.head_dim)] * len(draft.layers)
+        return KVCache.allocate([draft.device] * len(shapes), batch, shapes, rows, draft.dtype)
 
     def _read(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """One draft forward over accepted rows: tokens [B, n], hidden [B, n, F] → outputs [B, n, H]."""

@@ -94,7 +94,7 @@ class MSDModel:
         target.prepare_for_decoding()
         if draft is not None:
             check_compatible(target, draft)
-            draft.prepare_for_decoding(target.model.get_output_embeddings())
+            draft.prepare_for_decoding(target.model.get_output_embeddings(), target.logit_cap)
         backend = "inductor" if compile is True else compile
         self._compiled = StaticEngine(target, draft, backend) if backend else None
 

@@ -6,7 +6,6 @@ mean exactly what they mean there.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -17,10 +16,8 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
+from llava.arguments import temperature as check_temperature
 from llava.errors import UserError
-
-LOWEST = 1e-6
-"""Lowest temperature above 0: logits are divided by it, and float32 must hold the result."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +39,7 @@ class SamplingSettings:
     seed: int | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(f"temperature {self.temperature}", fix="give 0 for greedy decoding, or a larger number")
-        if 0 < self.temperature < LOWEST:
-            raise UserError(f"temperature {self.temperature}", fix=f"give 0 for greedy decoding, or at least {LOWEST}")
+        check_temperature(self.temperature)
         if self.top_p is not None and not 0 <= self.top_p <= 1:
             raise UserError(f"top_p {self.top_p}", fix="give a number from 0 (the best token alone) to 1 (no limit)")
         if self.top_k is not None and self.top_k < 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 
@@ -25,9 +27,13 @@ class Check:
     found: str
     fix: str = ""
 
-    @classmethod
-    def of_error(cls, topic: str, error: UserError) -> Check:
-        """A problem, in the words of the command that would report it."""
+
+@contextmanager
+def problems(checks: list[Check], topic: str) -> Iterator[None]:
+    """Adds a `UserError` of the block to ``checks``, in the words of the command that would report it."""
+    try:
+        yield
+    except UserError as error:
         found = error.what if error.where is None else f"{error.what}: {error.where}"
         fix = error.fix or "docs/troubleshooting.md explains the message"
-        return cls(topic, State.PROBLEM, " ".join(found.split()), " ".join(fix.split()))
+        checks.append(Check(topic, State.PROBLEM, " ".join(found.split()), " ".join(fix.split())))

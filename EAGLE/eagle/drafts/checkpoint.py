@@ -35,6 +35,7 @@ def load_draft(
     Args:
         name: folder or hub name.
         dtype: a torch dtype, or "auto" for the checkpoint's own.
+        device: "meta" opens the weight files and does not read their data.
         hub: see `llava.hub.HUB_KEYS`.
 
     Raises:
@@ -51,7 +52,8 @@ def load_draft(
         fix = f"use a complete {draft.kind} draft"
         raise UserError(f"draft does not fit its config: {'; '.join(problems)}", paths[0], fix)
     spare = {name: tensors.pop(name) for name in list(tensors) if is_spare(name, draft)}
-    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+    meta = torch.device(device).type == "meta"
+    if not meta and (broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]):
         raise UserError(f"draft has NaN or infinite values in {', '.join(broken)}", paths[0], "use another checkpoint")
     draft.load_state_dict(tensors, assign=True)
     if isinstance(draft, Eagle3Draft):

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from eagle.drafts.compression import Compression
-from eagle.drafts.modules import MLP, Attention, Rotary, top_children
+from eagle.drafts.modules import MLP, Attention, Rotary, capped, top_children
 from eagle.kv_cache import KVCache
 from eagle.weight_layout import input_major, to_input_major_layout
 
@@ -83,6 +83,7 @@ class DraftHead(nn.Module, ABC):
         self.window: int | None = None
         self.draft_vocab: Tensor | None = None
         self._draft_vocab_head: Tensor | None = None  # [K, H] the rows of the target's lm_head of these tokens
+        self._cap: float | None = None  # of the target's logits
         self._target_embedding: tuple[nn.Module, ...] = ()  # a tuple, so that it is not a submodule
 
     @property
@@ -158,10 +159,11 @@ class DraftHead(nn.Module, ABC):
         """Takes the target's token embedding, for a head without its own."""
         self._target_embedding = (embedding,)
 
-    def prepare_for_decoding(self, head: nn.Module | None = None) -> Self:
+    def prepare_for_decoding(self, head: nn.Module | None = None, cap: float | None = None) -> Self:
         """Fuses the projections that read the same input, changes the memory layout of the weights
         (`eagle.weight_layout`), and copies the rows of the target's ``lm_head`` that a trimmed vocabulary needs. Call
-        it once, after loading. Training does not need it."""
+        it once, after loading. Training does not need it. ``cap``: of the target's logits."""
+        self._cap = cap
         if self.draft_vocab is not None and head is not None:
             self.draft_vocab = self.draft_vocab.to(self.device)
             if self.lm_head is None:
@@ -190,8 +192,14 @@ class DraftHead(nn.Module, ABC):
             Ids and log-probabilities, [..., k] each, on the device of ``hidden``.
         """
         rows = self.head_input(hidden)
-        own = self._draft_vocab_head if self.lm_head is None else self.lm_head.weight  # [K, H]
-        ids, logprobs = top_children(head(rows) if own is None else F.linear(rows, own), top_k)
-        if own is not None and self.draft_vocab is not None:
-            ids = self.draft_vocab.to(ids.device)[ids]
+        if self.lm_head is not None:
+            logits, trimmed = F.linear(rows, self.lm_head.weight), self.draft_vocab
+        elif self._draft_vocab_head is not None:
+            logits, trimmed = F.linear(rows, self._draft_vocab_head), self.draft_vocab
+            logits = logits if self._cap is None else capped(logits, self._cap)
+        else:
+            logits, trimmed = head(rows), None
+        ids, logprobs = top_children(logits, top_k)
+        if trimmed is not None:
+            ids = trimmed.to(ids.device)[ids]
         return ids.to(hidden.device), logprobs.to(hidden.device)

@@ -35,6 +35,11 @@ class LayerSizes(Protocol):
     def attention_bias(self) -> bool: ...
 
 
+def capped(logits: Tensor, cap: float) -> Tensor:
+    """Logits between ``-cap`` and ``cap``, in the operations and their order of transformers."""
+    return torch.tanh(logits / cap) * cap
+
+
 def top_children(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """The ``top_k`` most probable next tokens of each row.
 

@@ -4,7 +4,7 @@ has, and how a conversation is written."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from inspect import signature
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from eagle.drafts.modules import capped
 from eagle.families.layers import FULL, LINEAR, SLIDING, attention_layers, position_limit
+from eagle.families.registry import family_named
 from eagle.families.streams import StreamReader, Streams
 from eagle.kv_cache import KVCache
 from eagle.weight_layout import to_input_major_layout
@@ -42,12 +44,14 @@ class PromptEmbeds(NamedTuple):
 
     ``embeds`` [B, S, H] input embeddings, with the projected features of pictures and videos in place; ``image_mask``
     [B, S] bool, true at these; ``deepstack``: [I, H] each, in prompt order, what the first text layers add to the
-    hidden states there (DeepStack, arXiv 2406.04334).
+    hidden states there (DeepStack, arXiv 2406.04334); ``per_layer`` [B, S, layers, D] what each text layer reads of the
+    tokens itself.
     """
 
     embeds: Tensor
     image_mask: Tensor
     deepstack: tuple[Tensor, ...] = ()
+    per_layer: Tensor | None = None
 
     def sequence(self, index: int, keep: Tensor | slice) -> PromptEmbeds:
         """One sequence, [1, its own length]. ``keep`` [S] bool: its tokens, without the padding."""
@@ -56,6 +60,7 @@ class PromptEmbeds(NamedTuple):
             self.embeds[index : index + 1, keep],
             self.image_mask[index : index + 1, keep],
             tuple(features[before : before + own] for features in self.deepstack),
+            None if self.per_layer is None else self.per_layer[index : index + 1, keep],
         )
 
 
@@ -85,18 +90,20 @@ class Target(ABC):
     """A transformers model and its processor.
 
     ``family``: name of the family in `eagle.families.registry`. ``media``: the kinds of media that its prompts may
-    have. Positions are 0, 1, 2, … unless the family's class says otherwise. ``stop_strings``: those of the checkpoint's
+    have. ``text_types``: text models of this family alone, beside those of `eagle.families.layers`. Positions are 0, 1,
+    2, … unless the family's class says otherwise. ``stop_strings``: those of the checkpoint's
     generation config, from which they are removed: transformers makes no criterion of them for ``custom_generate``.
     ``placement``: says on which device it was loaded and why, if the caller left that open.
     """
 
     family: ClassVar[str]
     media: ClassVar[tuple[Media, ...]] = (Media("image", "image_token_id", ("pixel_values",)),)
+    text_types: ClassVar[tuple[str, ...]] = ()
     placement: str = ""
 
     def __init__(self, model: PreTrainedModel, processor: Any) -> None:
         check_attention(model.config.get_text_config()._attn_implementation)
-        self.layers = attention_layers(model.config.get_text_config())
+        self.layers = attention_layers(model.config.get_text_config(), self.text_types)
         self.model = model.eval()
         texts = model.generation_config.stop_strings or ()
         self.stop_strings = (texts,) if isinstance(texts, str) else tuple(texts)
@@ -152,6 +159,11 @@ class Target(ABC):
     def text_positions(self, positions: Tensor) -> Tensor:
         """Position ids [B, N] of text tokens in the form that the family's text model takes."""
         return positions
+
+    def token_reader(self) -> Callable[[Tensor], dict[str, Tensor]]:
+        """What the text model is given for generated tokens [B, N]."""
+        embed = self.model.get_input_embeddings()
+        return lambda tokens: {"inputs_embeds": embed(tokens)}
 
     def read_prompt(self, prompt: PromptEmbeds, positions: Tensor, **arguments: Any) -> Tensor:
         """The text model's forward over prompts.
@@ -266,11 +278,12 @@ class Target(ABC):
         return ()
 
     @property
-    def cache_shape(self) -> tuple[int, int]:
-        """Heads of keys and values, and the size of each."""
+    def cache_shapes(self) -> list[tuple[int, int]]:
+        """Heads of keys and values, and the size of each, by layer."""
         text = self.config.get_text_config()
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        return heads, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return [(heads, size)] * len(self.text_model.layers)
 
     def prepare_for_decoding(self) -> None:
         """Arranges the weights that verification multiplies with (`eagle.weight_layout`); once, after loading."""
@@ -280,9 +293,8 @@ class Target(ABC):
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """A cache of ``capacity`` rows for each of ``batch`` sequences, with each layer on its own device."""
-        heads, head_dim = self.cache_shape
         devices = [next(layer.parameters()).device for layer in self.text_model.layers]
-        return KVCache.allocate(devices, batch, heads, head_dim, capacity, self.dtype, self.new_states(batch))
+        return KVCache.allocate(devices, batch, self.cache_shapes, capacity, self.dtype, self.new_states(batch))
 
     def new_states(self, batch: int) -> dict[int, Any]:
         """Empty states of the layers that have no cached rows, by layer."""
@@ -367,7 +379,7 @@ class Target(ABC):
             [B, N, H] hidden states after the final norm.
         """
         output = self.text_model(
-            inputs_embeds=self.model.get_input_embeddings()(tokens),
+            **self.token_reader()(tokens),
             attention_mask=mask,
             position_ids=self.text_positions(positions),
             use_cache=True,
@@ -376,9 +388,19 @@ class Target(ABC):
         return output.last_hidden_state
 
     def head(self, hidden: Tensor) -> Tensor:
-        """``lm_head``: [..., H] → logits [..., V]."""
-        head = self.model.get_output_embeddings()
-        return head(hidden.to(head.weight.device))
+        """[..., H] → logits [..., V], as the stock model gives them."""
+        return self.head_function()(hidden.to(self.head_device))
+
+    @property
+    def logit_cap(self) -> float | None:
+        """The stock model's logits l are ``cap * tanh(l / cap)``; None if they are those of ``lm_head``."""
+        text = self.config.get_text_config()
+        return text.final_logit_softcapping if family_named(self.family).caps_logits else None
+
+    def head_function(self) -> Callable[[Tensor], Tensor]:
+        """`head` for hidden states on `head_device`."""
+        head, cap = self.model.get_output_embeddings(), self.logit_cap
+        return head if cap is None else lambda hidden: capped(head(hidden), cap)
 
 
 def check_attention(name: str) -> None:
@@ -440,7 +462,9 @@ def encode_media(model: PreTrainedModel, inputs: Mapping[str, Any], name: str, *
     if encoded is not None or all(value is None for value in given.values()):
         return encoded
     encode = getattr(model.model, f"get_{name}_features")
-    return encode(**{key: value for key, value in given.items() if value is not None}, return_dict=True)
+    pixels, *rest = given.values()  # without its name, which differs between releases
+    named = {key: value for key, value in zip(list(given)[1:], rest, strict=True) if value is not None}
+    return encode(pixels, **named, return_dict=True)
 
 
 def joined_features(features: Tensor | Sequence[Tensor]) -> Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from transformers import CONFIG_MAPPING
 
+from eagle.families.registry import FAMILIES
 from llava.errors import UserError
 from llava.files import read_object
 from llava.hub import Source
@@ -22,10 +25,12 @@ HEAD_NAMES = ("lm_head.weight", "language_model.lm_head.weight")
 
 
 class BaseTensors(NamedTuple):
-    """``embed`` [V, H] the token embedding; ``head`` [V, H] the weight of ``lm_head``; in the base's dtype."""
+    """``embed`` [V, H] the token embedding; ``head`` [V, H] the weight of ``lm_head``; in the base's dtype. ``cap``:
+    the base's logits l are ``cap * tanh(l / cap)``."""
 
     embed: Tensor
     head: Tensor
+    cap: float | None = None
 
 
 def load_base_tensors(path: str | Path, **hub: Any) -> BaseTensors:
@@ -44,10 +49,19 @@ def load_base_tensors(path: str | Path, **hub: Any) -> BaseTensors:
     if embed is None:
         raise UserError("no token embedding", where=path, fix=f"expected one of {', '.join(EMBED_NAMES)}")
     if head is None:
-        tied = config.get("tie_word_embeddings", (config.get("text_config") or {}).get("tie_word_embeddings", False))
-        if not tied:
+        if not is_tied(config):
             raise UserError("no lm_head", where=path, fix=f"expected {' or '.join(HEAD_NAMES)}, or tie_word_embeddings")
         head = embed
     if embed.shape != head.shape:
         raise UserError(f"embedding {list(embed.shape)} and lm_head {list(head.shape)} differ in shape", where=path)
-    return BaseTensors(embed, head)
+    caps = any(family.caps_logits and config.get("model_type") in family.model_types for family in FAMILIES)
+    return BaseTensors(embed, head, (config.get("text_config") or {}).get("final_logit_softcapping") if caps else None)
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether a base's ``lm_head`` is its embedding: what its config says, else the default of its config class."""
+    for part in (config, config.get("text_config") or {}):
+        if "tie_word_embeddings" in part:
+            return bool(part["tie_word_embeddings"])
+    kind = config.get("model_type")
+    return kind in CONFIG_MAPPING and bool(CONFIG_MAPPING[kind]().tie_word_embeddings)

@@ -1,21 +1,29 @@
-"""Which kinds of layers of a text model the engine verifies exactly. Everything else is refused at load."""
+"""Which text models, and which of their layers, the engine verifies exactly. Everything else is refused at load."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from llava.errors import UserError
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
-ONE_WINDOW = ("mistral", "phi3")
-"""Text models that use one window in all layers and take one mask."""
-MASK_BY_LAYER_TYPE = (
-    "cohere2", "gemma2", "gemma3_text", "ministral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3", "smollm3",
+WITH_WINDOWS = (
+    "afmoe", "beam", "cohere2", "cohere2_moe", "cwm", "doge", "dots1", "exaone4", "exaone_moe", "flint", "gemma2",
+    "gemma3_text", "gpt_oss", "granite_swa", "granitemoe_swa", "kolibri1", "laguna", "mellum", "ministral",
+    "ministral3", "mistral", "mixtral", "moshi", "muse_glimmer_text", "muse_spark_text", "olmo3", "phi3", "phimoe",
+    "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "starcoder2", "vaultgemma",
 )  # fmt: skip
-"""Text models that take a mask for each type of layer, as a mapping."""
-LINEAR_STATES = ("qwen3_5_text", "qwen3_5_moe_text")
-"""Text models with linear-attention layers whose states the engine keeps."""
+"""Text models that any family may be built around, with sliding windows or without."""
+FULL_ONLY = (
+    "apertus", "apertus1p5_text", "arcee", "aria_text", "biogpt", "bitnet", "cohere", "diffllama", "ernie4_5",
+    "ernie4_5_moe", "exaone", "flex_olmo", "gemma", "glm", "glm4", "glm4_moe", "gpt_neox", "granite",
+    "granite_docling_text", "granitemoe", "granitemoeshared", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3",
+    "hyperclovax", "internlm3", "iquestcoder", "jais2", "jetmoe", "llama", "minimax_m2", "minimax_m3_vl_text",
+    "molmo2_text", "nanochat", "nemotron", "olmo", "olmo2", "olmoe", "persimmon", "phi", "sarvam_moe", "seed_oss",
+    "solar_open", "stablelm", "xglm",
+)  # fmt: skip
+"""The same without sliding windows. A test compares every name of both lists with transformers' `generate`."""
 STATIC_ROPE = ("default", "linear", "llama3", "yarn", "mrope", "proportional")
 """Kinds of rotary positions whose angles depend on the position alone."""
 TREE_FIX = "decode it with transformers' own generate"
@@ -30,32 +38,38 @@ class AttentionLayers(NamedTuple):
     linear: tuple[int, ...] = ()
 
 
-def attention_layers(config: Any) -> AttentionLayers:
+def check_text_type(kind: str, own: Collection[str] = ()) -> None:
+    """Raises `UserError` if it is not known that the layers of this text model verify a draft tree exactly."""
+    if kind not in (*own, *WITH_WINDOWS, *FULL_ONLY):
+        raise UserError(f"language model '{kind}' is not known to verify a draft tree exactly", fix=TREE_FIX)
+
+
+def attention_layers(config: Any, own: Collection[str] = ()) -> AttentionLayers:
     """The layers of a text model, from its config.
 
+    Args:
+        own: text models that only the family at hand can run.
+
     Raises:
-        UserError: it has layers or rotary positions that a draft tree cannot be verified with exactly.
+        UserError: its layers or rotary positions are not known to verify a draft tree exactly.
     """
+    check_text_type(config.model_type, own)
     check_rope(config)
     layers = tuple(getattr(config, "layer_types", None) or ())
     types = set(layers)
-    if LINEAR in types and types <= {LINEAR, FULL} and getattr(config, "model_type", None) in LINEAR_STATES:
-        return AttentionLayers(None, True, tuple(index for index, kind in enumerate(layers) if kind == LINEAR))
-    unknown = sorted(types - {FULL, SLIDING})
+    unknown = sorted(types - {FULL, LINEAR if config.model_type in own else SLIDING, SLIDING})
     if unknown:
         raise UserError(f"layers of type {', '.join(unknown)} cannot verify a draft tree exactly", fix=TREE_FIX)
+    if getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision"):
+        raise UserError("attention to later tokens cannot verify a draft tree exactly", fix=TREE_FIX)
+    if LINEAR in types:
+        return AttentionLayers(None, True, tuple(index for index, kind in enumerate(layers) if kind == LINEAR))
     window = getattr(config, "sliding_window", None)
-    if getattr(config, "use_sliding_window", True) is False or (types and SLIDING not in types):
+    if SLIDING not in types if types else getattr(config, "use_sliding_window", True) is False:
         window = None
-    if window is None:
-        return AttentionLayers(None, False)
-    if config.model_type in ONE_WINDOW and not types:
-        return AttentionLayers(window, False)
-    if config.model_type in MASK_BY_LAYER_TYPE and types:
-        return AttentionLayers(window, True)
-    raise UserError(
-        f"sliding window attention of '{config.model_type}' cannot verify a draft tree exactly", fix=TREE_FIX
-    )
+    if window is not None and config.model_type in FULL_ONLY:
+        raise UserError(f"sliding windows of '{config.model_type}' cannot verify a draft tree exactly", fix=TREE_FIX)
+    return AttentionLayers(window, bool(types) and window is not None)
 
 
 def rope_parts(config: Any) -> list[Mapping[str, Any]]:

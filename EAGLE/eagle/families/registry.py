@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava.errors import UserError
+from llava.errors import UserError, reason_of
 from llava.files import read_object
 from llava.hub import HUB_KEYS, Source
 from llava.loading import load_errors
@@ -28,19 +28,24 @@ class Family:
 
     Args:
         name: what shards, drafts and `Target.family` call it.
+        title, published: the models' name and checkpoints, for `eagle.families.page`.
         model_types: values of ``model_type`` in a base model's config.json.
         target: adapter, ``module:class``.
         template: training template, ``module:class``.
         training_name: ``--model_type`` of training; with ``_t`` or ``_v`` that of the allocation.
         eval_model: ``--model`` of lmms-eval.
+        caps_logits: the stock model applies ``final_logit_softcapping`` of its text config.
     """
 
     name: str
+    title: str
+    published: tuple[str, ...]
     model_types: tuple[str, ...]
     target: str
     template: str
     training_name: str
     eval_model: str
+    caps_logits: bool = False
 
     def target_class(self) -> type[Target]:
         return _imported(self.target)
@@ -52,6 +57,8 @@ class Family:
 FAMILIES: tuple[Family, ...] = (
     Family(
         "llava",
+        title="LLaVA-1.5",
+        published=("liuhaotian/llava-v1.5-*", "llava-hf/llava-1.5-*"),
         model_types=("llava", "llava_llama"),
         target="eagle.families.llava.target:LlavaTarget",
         template="eagle.families.llava.template:LlavaTemplate",
@@ -60,6 +67,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "llava_next",
+        title="LLaVA-1.6",
+        published=("llava-hf/llava-v1.6-*",),
         model_types=("llava_next",),
         target="eagle.families.llava_next.target:LlavaNextTarget",
         template="eagle.families.llava_next.template:LlavaNextTemplate",
@@ -68,6 +77,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "qwen2_vl",
+        title="Qwen2-VL",
+        published=("Qwen/Qwen2-VL-*",),
         model_types=("qwen2_vl",),
         target="eagle.families.qwen2_vl.target:Qwen2VLTarget",
         template="eagle.families.qwen2_vl.template:QwenTemplate",
@@ -76,6 +87,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "qwen2_5_vl",
+        title="Qwen2.5-VL",
+        published=("Qwen/Qwen2.5-VL-*",),
         model_types=("qwen2_5_vl",),
         target="eagle.families.qwen2_vl.target:Qwen2_5VLTarget",
         template="eagle.families.qwen2_vl.template:QwenTemplate",
@@ -84,6 +97,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "qwen3_vl",
+        title="Qwen3-VL",
+        published=("Qwen/Qwen3-VL-2B, 4B, 8B, 32B",),
         model_types=("qwen3_vl",),
         target="eagle.families.qwen3_vl.target:Qwen3VLTarget",
         template="eagle.families.qwen2_vl.template:QwenTemplate",
@@ -92,6 +107,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "qwen3_vl_moe",
+        title="Qwen3-VL with experts",
+        published=("Qwen/Qwen3-VL-30B-A3B, 235B-A22B",),
         model_types=("qwen3_vl_moe",),
         target="eagle.families.qwen3_vl.target:Qwen3VLMoeTarget",
         template="eagle.families.qwen2_vl.template:QwenTemplate",
@@ -100,6 +117,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "qwen3_5",
+        title="Qwen3.5",
+        published=("Qwen/Qwen3.5-27B and other dense sizes",),
         model_types=("qwen3_5",),
         target="eagle.families.qwen3_5.target:Qwen3_5Target",
         template="eagle.families.qwen2_vl.template:QwenTemplate",
@@ -108,6 +127,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "qwen3_5_moe",
+        title="Qwen3.5 with experts",
+        published=("Qwen/Qwen3.5-35B-A3B and others",),
         model_types=("qwen3_5_moe",),
         target="eagle.families.qwen3_5.target:Qwen3_5MoeTarget",
         template="eagle.families.qwen2_vl.template:QwenTemplate",
@@ -116,6 +137,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "gemma3",
+        title="Gemma 3",
+        published=("google/gemma-3-4b, 12b, 27b",),
         model_types=("gemma3",),
         target="eagle.families.gemma3.target:Gemma3Target",
         template="eagle.families.gemma3.template:Gemma3Template",
@@ -123,7 +146,31 @@ FAMILIES: tuple[Family, ...] = (
         eval_model="gemma3_msd",
     ),
     Family(
+        "gemma4",
+        title="Gemma 4",
+        published=("google/gemma-4-E2B, E4B, 26B-A4B, 31B",),
+        model_types=("gemma4",),
+        target="eagle.families.gemma4.target:Gemma4Target",
+        template="eagle.families.gemma4.template:Gemma4Template",
+        training_name="gemma4",
+        eval_model="gemma4_msd",
+        caps_logits=True,
+    ),
+    Family(
+        "gemma4_unified",
+        title="Gemma 4 unified",
+        published=("google/gemma-4-12B",),
+        model_types=("gemma4_unified",),
+        target="eagle.families.gemma4_unified.target:Gemma4UnifiedTarget",
+        template="eagle.families.gemma4.template:Gemma4Template",
+        training_name="gemma4_unified",
+        eval_model="gemma4_unified_msd",
+        caps_logits=True,
+    ),
+    Family(
         "internvl",
+        title="InternVL 2.5 to 3.5",
+        published=("OpenGVLab/InternVL3-*-hf",),
         model_types=("internvl",),
         target="eagle.families.internvl.target:InternVLTarget",
         template="eagle.families.internvl.template:InternVLTemplate",
@@ -132,11 +179,73 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "llava_onevision",
+        title="LLaVA-OneVision",
+        published=("llava-hf/llava-onevision-*",),
         model_types=("llava_onevision",),
         target="eagle.families.llava_onevision.target:LlavaOnevisionTarget",
         template="eagle.families.llava_onevision.template:LlavaOnevisionTemplate",
         training_name="llava_onevision",
         eval_model="llava_onevision_msd",
+    ),
+    Family(
+        "mistral3",
+        title="Mistral 3",
+        published=("mistralai/Mistral-Small-3.1-*, Ministral-3-*",),
+        model_types=("mistral3",),
+        target="eagle.families.mistral3.target:Mistral3Target",
+        template="eagle.families.mistral3.template:Mistral3Template",
+        training_name="mistral3",
+        eval_model="mistral3_msd",
+    ),
+    Family(
+        "glm4v",
+        title="GLM-4.1V",
+        published=("zai-org/GLM-4.1V-9B-*",),
+        model_types=("glm4v",),
+        target="eagle.families.glm4v.target:Glm4vTarget",
+        template="eagle.families.qwen2_vl.template:QwenTemplate",
+        training_name="glm4v",
+        eval_model="glm4v_msd",
+    ),
+    Family(
+        "glm4v_moe",
+        title="GLM-4.5V",
+        published=("zai-org/GLM-4.5V",),
+        model_types=("glm4v_moe",),
+        target="eagle.families.glm4v.target:Glm4vMoeTarget",
+        template="eagle.families.qwen2_vl.template:QwenTemplate",
+        training_name="glm4v_moe",
+        eval_model="glm4v_moe_msd",
+    ),
+    Family(
+        "glm46v",
+        title="GLM-4.6V",
+        published=("zai-org/GLM-4.6V*",),
+        model_types=("glm46v",),
+        target="eagle.families.glm4v.target:Glm46VTarget",
+        template="eagle.families.qwen2_vl.template:QwenTemplate",
+        training_name="glm46v",
+        eval_model="glm46v_msd",
+    ),
+    Family(
+        "glm_ocr",
+        title="GLM-OCR",
+        published=("zai-org/GLM-OCR",),
+        model_types=("glm_ocr",),
+        target="eagle.families.glm4v.target:GlmOcrTarget",
+        template="eagle.families.qwen2_vl.template:QwenTemplate",
+        training_name="glm_ocr",
+        eval_model="glm_ocr_msd",
+    ),
+    Family(
+        "paddleocr_vl",
+        title="PaddleOCR-VL",
+        published=("PaddlePaddle/PaddleOCR-VL",),
+        model_types=("paddleocr_vl",),
+        target="eagle.families.paddleocr_vl.target:PaddleOCRVLTarget",
+        template="eagle.families.qwen2_vl.template:QwenTemplate",
+        training_name="paddleocr_vl",
+        eval_model="paddleocr_vl_msd",
     ),
 )
 TRAINING_NAMES = {family.training_name: family.name for family in FAMILIES}
@@ -175,7 +284,8 @@ def load_target(path: str | Path, dtype: Any = "auto", device_map: Any = None, *
     Args:
         dtype: a torch dtype or its name, or "auto" for the checkpoint's own (float32 on a CPU that is slow in 16 bit).
         device_map: as in transformers. With None and "auto" the model goes on one accelerator if it fits there
-            (`eagle.families.placement`); "auto" spreads it otherwise. `Target.placement` says what was chosen.
+            (`eagle.families.placement`); "auto" spreads it otherwise. `Target.placement` says what was chosen. "meta"
+            opens the weight files and does not read their data.
         kwargs: hub settings (``revision``, ``cache_dir``, ``local_files_only``, ``token``) and other arguments of
             transformers' ``from_pretrained``, such as ``quantization_config``.
 
@@ -190,19 +300,41 @@ def load_target(path: str | Path, dtype: Any = "auto", device_map: Any = None, *
         check_attention(kwargs["attn_implementation"])
     leave_out_cudnn_attention()
     hub = {key: kwargs[key] for key in HUB_KEYS if key in kwargs}
-    family = family_of(path, **hub)
+    target_class = _target_class(path, **hub)
     with load_errors("base model cannot be loaded", path, weights=True):
         quantized = kwargs.get("quantization_config") is not None
         placement = place(Source.of(path, hub, "base model"), dtype, device_map, quantized)
-        target = family.target_class().load(str(path), dtype=dtype, device_map=placement.device_map, **kwargs)
+        target = target_class.load(str(path), dtype=dtype, device_map=placement.device_map, **kwargs)
     target.placement = placement.line
-    if target.offloaded:
+    if target.offloaded and device_map != "meta":
         raise UserError(
             "a part of the base model did not fit on the devices and was offloaded, where it cannot be decoded with",
             where=path,
             fix="take 16 bit, a quantization_config, a smaller model, more devices, or --device-map cpu",
         )
     return target
+
+
+def _target_class(path: str | Path, **hub: Any) -> type[Target]:
+    """The family's class, if the installed transformers has its models and the text model is known."""
+    from transformers import __version__
+
+    from eagle.families.layers import check_text_type
+
+    family = family_of(path, **hub)
+    try:
+        target_class = family.target_class()  # imports transformers' model class
+    except ImportError as error:
+        raise UserError(
+            f"transformers {__version__} does not have the model '{family.name}' ({reason_of(error)})",
+            path,
+            "install a newer release of transformers",
+        ) from error
+    text = read_object(_config_file(path, **hub), "base model config").get("text_config")
+    kind = text.get("model_type") if isinstance(text, dict) else None
+    if isinstance(kind, str):  # before weights are downloaded
+        check_text_type(kind, target_class.text_types)
+    return target_class
 
 
 def template_of(target: Target) -> Template:

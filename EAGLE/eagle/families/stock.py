@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from eagle.conversations import MARK
 from eagle.families.base import Target
+from llava.checkpoint import quiet_transformers
 from llava.device import dtype_for
 from llava.errors import UserError, reason_of
 from llava.hub import HUB_KEYS, Source
@@ -45,9 +46,10 @@ class StockTarget(Target):
         source = Source.of(path, hub, "base model")
         check_generation_config(source)
         check_size(cls.model_class, load_config(path, **hub), read_shapes(find_weights(source)), path)
-        model, info = cls.model_class.from_pretrained(
-            path, **settings, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        with quiet_transformers():
+            model, info = cls.model_class.from_pretrained(
+                path, **settings, output_loading_info=True, ignore_mismatched_sizes=True
+            )
         check_complete(info, path)
         return cls(model, processor)
 
@@ -57,7 +59,7 @@ class StockTarget(Target):
         for text in prompts:
             check_text(text, "prompt")
         pictures = [load_image(image) for image in flat_pictures(images)]
-        marks = [text.count(self.processor.image_token) for text in prompts]
+        marks = [text.count(self.image_mark) for text in prompts]
         if sum(marks) != len(pictures):
             raise UserError(f"prompt has {sum(marks)} image mark(s), but {len(pictures)} picture(s) were given")
         rest = iter(pictures)
@@ -68,6 +70,11 @@ class StockTarget(Target):
         with processor_errors():
             inputs = self.processor(text=prompts, images=own if pictures else None, return_tensors="pt", **settings)
         return {name: value for name, value in inputs.to(self.device).items() if isinstance(value, Tensor)}
+
+    @property
+    def image_mark(self) -> str:
+        """What a prompt has in the place of a picture."""
+        return self.processor.image_token
 
     def chat_prompt(
         self, question: str, num_images: int = 0, history: Sequence[tuple[str, str]] = (), system: str | None = None

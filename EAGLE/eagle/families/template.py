@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from eagle.conversations import MARK, Conversation, Unusable, open_picture, picture_path
 from eagle.families.stock import load_processor, parts_of, special_tokens, write_chat
@@ -107,9 +108,19 @@ class Template(ABC):
         return write_chat(self.processor, [(parts_of(question), answer) for question, answer in turns], system)
 
     @property
-    def written_mark(self) -> str:
-        """The text that the processor puts in the place of ``processor.image_token``, with one image token."""
+    def image_mark(self) -> str:
+        """What a prompt has in the place of a picture."""
         return self.processor.image_token
+
+    @property
+    def written_mark(self) -> str:
+        """The text that the processor puts in the place of `image_mark`, with one image token."""
+        return self.image_mark
+
+    @property
+    def inner_ids(self) -> frozenset[int]:
+        """Ids that the processor puts between the image tokens of one picture."""
+        return frozenset()
 
     @abstractmethod
     def first_pictures(self, images: dict[str, Tensor], count: int) -> dict[str, Tensor]:
@@ -152,9 +163,10 @@ class Template(ABC):
 
     def _with_end(self, written: str, answer: str) -> tuple[str, str]:
         """What the assistant says of the text ``written`` for an answer, and the end token to add to it."""
-        at = written.find(answer.strip())
+        at = written.rfind(answer.strip())
         end = at + len(answer.strip())
-        if at < 0 or written[:at].strip() or written[end:].strip():  # the template writes an end itself
+        before = written[: max(at, 0)].strip()  # some templates write an empty thought
+        if at < 0 or (before and not before.endswith("</think>")) or written[end:].strip():  # it writes an end itself
             return written.rstrip("\n"), ""  # a newline after the end token is not the assistant's
         return written[:end], self.processor.tokenizer.eos_token or ""
 
@@ -164,7 +176,7 @@ class Template(ABC):
         Raises:
             Unusable: the tokenizer cannot encode the text, or the image processor refuses a picture.
         """
-        mark, text = self.processor.image_token, self.written_mark
+        mark, text = self.image_mark, self.written_mark
         special = special_tokens(self.processor, [prompt])
         written = self.processor.tokenizer(prompt.replace(mark, text), return_offsets_mapping=True, **special)
         ids, spans = written["input_ids"], [(start, end) for start, end in written["offset_mapping"]]
@@ -179,7 +191,8 @@ class Template(ABC):
         except ValueError:  # such as a picture 200 times as wide as high
             raise Unusable("broken_picture") from None
         expanded = given["input_ids"][0].tolist()
-        spans = expanded_spans(ids, spans, expanded, self.image_token_id)
+        as_image = [self.image_token_id if token in self.inner_ids else token for token in expanded]
+        spans = expanded_spans(ids, spans, as_image, self.image_token_id)
         return Encoded(expanded, spans, {name: given[name] for name in self.image_inputs})
 
     def prepare(self, conversation: Conversation, image_root: Path, max_length: int) -> Prepared:
@@ -263,26 +276,24 @@ class PicturesFirstTemplate(Template):
 def join_images(images: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The image inputs of several conversations as those of a batch, joined along dimension 0; some may have none.
 
-    Pictures of LLaVA-1.6 that have fewer tiles than others of the batch are padded with zeros, as its processor does.
+    Pictures with fewer tiles (LLaVA-1.6) or pixels (Mistral 3) than others of the batch are padded with zeros, as their
+    processors do.
     """
     parts: dict[str, list[Tensor]] = {}
     for one in images:
         for name, value in one.items():
             parts.setdefault(name, []).append(value)
-    return {name: torch.cat(_with_equal_tiles(values)) for name, values in parts.items()}
+    return {name: torch.cat(_with_equal_sizes(values)) for name, values in parts.items()}
 
 
-def _with_equal_tiles(values: list[Tensor]) -> list[Tensor]:
-    """``values`` [P, tiles, ...] with as many tiles as the largest of them has."""
-    if values[0].ndim == 1:
-        return values
-    most = max(value.shape[1] for value in values)
-    return [
-        torch.cat([value, value.new_zeros(value.shape[0], most - value.shape[1], *value.shape[2:])], dim=1)
-        if value.shape[1] < most
-        else value
-        for value in values
-    ]
+def _with_equal_sizes(values: list[Tensor]) -> list[Tensor]:
+    """``values`` [P, ...], each padded to the largest size in every dimension behind the first."""
+    sizes = [max(value.shape[axis] for value in values) for axis in range(1, values[0].ndim)]
+    result = []
+    for value in values:
+        missing = [(0, size - own) for size, own in zip(sizes, value.shape[1:], strict=True)]
+        result.append(F.pad(value, [each for pair in reversed(missing) for each in pair]))
+    return result
 
 
 def expanded_spans(written: Sequence[int], spans: Sequence[Span], expanded: Sequence[int], image: int) -> list[Span]:

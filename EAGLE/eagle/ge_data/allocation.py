@@ -16,7 +16,6 @@ states. With `--regenerate` the model's own answers replace those of the file.
 from __future__ import annotations
 
 import argparse
-import math
 import re
 import sys
 import time
@@ -40,7 +39,7 @@ from eagle.ge_data.selection import (
 from eagle.ge_data.workers import Answers, Events, Failure, Job, run_here, run_workers
 from eagle.hidden_states.index import PATTERN, Index, ShardInfo, load_index, sha256
 from eagle.hidden_states.source import INT8, model_name
-from llava.arguments import OneLineParser
+from llava.arguments import OneLineParser, temperature
 from llava.errors import UserError, run_cli
 from llava.inputs import seed_option
 
@@ -92,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     own = made.add_argument_group("the model's own answers")
     own.add_argument("--regenerate", action="store_true", help="they replace the answers of the annotation file")
     own.add_argument("--msd-model", help="draft that speeds them up: folder or hub name (default: plain decoding)")
-    own.add_argument("--temperature", type=float, help="0 is greedy (default)")
+    own.add_argument("--temperature", type=temperature, help="0 is greedy (default)")
     own.add_argument("--max-new-tokens", type=positive, help=f"of the longest answer (default: {MAX_NEW_TOKENS})")
     own.add_argument("--at-once", type=positive, help=f"conversations answered together (default: {AT_ONCE})")
     return made
@@ -102,7 +101,7 @@ def answers_wanted(options: argparse.Namespace) -> Answers | None:
     """How the model answers itself; None for the answers of the annotation file.
 
     Raises:
-        UserError: settings of answers without --regenerate, or an invalid temperature.
+        UserError: settings of answers without --regenerate.
     """
     given = {"--msd-model": options.msd_model, "--temperature": options.temperature}
     given |= {"--max-new-tokens": options.max_new_tokens, "--at-once": options.at_once}
@@ -111,11 +110,8 @@ def answers_wanted(options: argparse.Namespace) -> Answers | None:
             if value is not None:
                 raise UserError(f"{flag} is for the model's own answers", fix="give --regenerate too")
         return None
-    temperature = options.temperature or 0.0
-    if not 0 <= temperature < math.inf:
-        raise UserError(f"--temperature {temperature}", fix="give 0 for greedy decoding, or more")
     longest, together = options.max_new_tokens or MAX_NEW_TOKENS, options.at_once or AT_ONCE
-    return Answers(options.msd_model, temperature, options.seed, longest, together)
+    return Answers(options.msd_model, options.temperature or 0.0, options.seed, longest, together)
 
 
 def select(options: argparse.Namespace) -> tuple[Selection, Range]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eagle.drafts.config import DraftConfig
+from eagle.drafts.modules import capped
 from eagle.drafts.msd import DraftModel
 from eagle.families.base_weights import BaseTensors
 from eagle.train.collate import Batch
@@ -37,30 +38,37 @@ class Losses(NamedTuple):
     rows: Tensor
 
 
-def _chunk_terms(predicted: Tensor, target: Tensor, head: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _chunk_terms(predicted: Tensor, target: Tensor, head: Tensor, cap: float | None) -> tuple[Tensor, Tensor, Tensor]:
     """One chunk: sum of cross-entropies, its gradient [n, H] and the hits [3]."""
     logits = F.linear(predicted, head).float()  # [n, V]
     wanted = F.linear(target, head).float()
+    if cap is not None:
+        logits, wanted = capped(logits, cap), capped(wanted, cap)
     best = logits.topk(min(TOP, logits.shape[-1]), dim=-1).indices  # [n, 3]
     hits = (best == wanted.argmax(dim=-1, keepdim=True)).cumsum(dim=-1).sum(dim=0)
     hits = F.pad(hits, (0, TOP - hits.shape[0]), value=0)
     log_p = logits.log_softmax(dim=-1)
     q = wanted.softmax(dim=-1)
     loss = -(q * log_p).sum()
-    gradient = (log_p.exp_() - q).to(head.dtype) @ head  # d loss / d predicted
+    slope = log_p.exp_() - q  # d loss / d logits
+    if cap is not None:
+        slope *= 1 - (logits / cap) ** 2  # through the tanh
+    gradient = slope.to(head.dtype) @ head  # d loss / d predicted
     return loss, gradient, hits
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, predicted: Tensor, target: Tensor, head: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, predicted: Tensor, target: Tensor, head: Tensor, chunk: int, cap: float | None
+    ) -> tuple[Tensor, Tensor]:
         loss = torch.zeros((), dtype=torch.float32, device=predicted.device)
         hits = torch.zeros(TOP, dtype=torch.long, device=predicted.device)
         gradient = torch.empty_like(predicted)
         for start in range(0, predicted.shape[0], chunk):
             rows = slice(start, start + chunk)
             own, wanted = predicted[rows].to(head.dtype), target[rows].to(head.dtype)
-            part, gradient[rows], part_hits = _chunk_terms(own, wanted, head)
+            part, gradient[rows], part_hits = _chunk_terms(own, wanted, head, cap)
             loss += part
             hits += part_hits
         ctx.save_for_backward(gradient)
@@ -68,23 +76,26 @@ class _SoftCrossEntropy(torch.autograd.Function):
         return loss, hits
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0].to(gradient.dtype), None, None, None
+        return gradient * grads[0].to(gradient.dtype), None, None, None, None
 
 
-def soft_cross_entropy(predicted: Tensor, target: Tensor, head: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+def soft_cross_entropy(
+    predicted: Tensor, target: Tensor, head: Tensor, chunk: int, cap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Sum over rows of ``-softmax(target @ head.T) . log_softmax(predicted @ head.T)``, and the hits.
 
     Args:
         predicted, target: [N, H]; ``target`` and ``head`` get no gradient.
         head: [V, H].
         chunk: rows at a time.
+        cap: of the logits (`eagle.families.base_weights.BaseTensors`).
 
     Returns:
         the sum (scalar, float32) and hits [3], see `Losses`.
     """
-    return _SoftCrossEntropy.apply(predicted, target, head, chunk)
+    return _SoftCrossEntropy.apply(predicted, target, head, chunk, cap)
 
 
 def draft_loss(
@@ -96,6 +107,7 @@ def draft_loss(
     hidden_weight: float = 1.0,
     token_weight: float = 0.1,
     chunk: int = 512,
+    cap: float | None = None,
 ) -> Losses:
     """The published loss as means over the rows of the loss mask; 0 if there are none.
 
@@ -106,7 +118,7 @@ def draft_loss(
     rows = loss_mask.sum()
     divisor = rows.clamp(min=1)
     hidden = F.smooth_l1_loss(predicted.float(), target.float(), reduction="none").mean(dim=-1).sum() / divisor
-    token, hits = soft_cross_entropy(predicted, target, head, chunk)
+    token, hits = soft_cross_entropy(predicted, target, head, chunk, cap)
     token = token / divisor
     return Losses(hidden_weight * hidden + token_weight * token, hidden.detach(), token.detach(), hits, rows)
 
@@ -127,7 +139,7 @@ class DraftObjective(nn.Module):
     def __init__(self, draft: DraftModel, base: BaseTensors, config: TrainConfig) -> None:
         super().__init__()
         check_base(draft.config, base)
-        self.draft, self.config = draft, config
+        self.draft, self.config, self.cap = draft, config, base.cap
         draft.requires_grad_(True)
         with torch.no_grad():
             draft.embed_tokens.weight.copy_(base.embed)
@@ -154,6 +166,7 @@ class DraftObjective(nn.Module):
             hidden_weight=config.hidden_weight,
             token_weight=config.token_weight,
             chunk=config.head_chunk,
+            cap=self.cap,
         )
 
     def forward(self, batch: Batch) -> Losses:

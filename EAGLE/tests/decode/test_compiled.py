@@ -134,8 +134,8 @@ def test_cache_keeps_what_the_growing_cache_keeps() -> None:
     """Rows are written, moved and forgotten as in `KVCache`."""
     generator = torch.Generator().manual_seed(0)
     device = torch.device("cpu")
-    static = StaticCache(2, 3, 4, 40, torch.float32, device, move_rows)
-    growing = KVCache.allocate([device, device], 1, 3, 4, 40, torch.float32)
+    static = StaticCache([(3, 4)] * 2, 40, torch.float32, device, move_rows)
+    growing = KVCache.allocate([device, device], 1, [(3, 4)] * 2, 40, torch.float32)
     for count, path in ((5, [0, 1, 2, 3, 4]), (6, [0, 2, 5]), (6, [0]), (4, [0, 1, 3])):
         base = static.length
         columns = static.open(count)

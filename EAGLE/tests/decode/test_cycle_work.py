@@ -36,7 +36,7 @@ def draft(kv_heads: int) -> DraftModel:
 
 def cache_for(model: DraftModel, batch: int) -> KVCache:
     heads, width = model.config.num_key_value_heads, model.config.head_dim
-    return KVCache.allocate([torch.device("cpu")], batch, heads, width, 32, torch.float32)
+    return KVCache.allocate([torch.device("cpu")], batch, [(heads, width)], 32, torch.float32)
 
 
 @pytest.mark.parametrize("kv_heads", [HEADS, 2, 1])

@@ -79,7 +79,7 @@ def test_tree_mask_positions_path_and_kept_rows(drafted: Candidates, total: int,
     assert accept_step_by_step(tree, lambda node, _: chosen[node]) == (path, tokens)
 
     # cache: what is kept is the past and the path, in order
-    cache = KVCache.allocate([CPU], 1, 1, 1, past + tree.size, torch.float32)
+    cache = KVCache.allocate([CPU], 1, [(1, 1)], past + tree.size, torch.float32)
     rows = torch.arange(past + tree.size).float().view(1, 1, -1, 1)
     cache.update(rows, -rows, 0)
     cache.keep([past], [path])

@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from eagle.cli import main
 from eagle.doctor import State, environment
 from eagle.doctor.memory import PUBLISHED
 from eagle.families import load_target
+from eagle.ge_data.download import sources
 
 REPO = Path(__file__).resolve().parents[3]
 GIB = 2**30
@@ -56,17 +58,18 @@ def fake_packages(monkeypatch: pytest.MonkeyPatch, **versions: str | None) -> No
 
 
 def test_this_environment_is_in_range() -> None:
-    assert environment.check_python().state is State.OK
     (check,) = environment.check_packages()
-    assert check.state is State.OK and metadata.version("torch") in check.found
+    assert check.state is State.OK and metadata.version("torch") in check.found and "Python 3" in check.found
 
 
 def test_packages_out_of_range_or_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_packages(monkeypatch, transformers="4.37.2", safetensors=None)
+    monkeypatch.setattr("platform.python_version", lambda: "3.9.1")
     found = {check.topic: check for check in environment.check_packages()}
-    assert set(found) == {"package transformers", "package safetensors"}
+    assert set(found) == {"package Python", "package transformers", "package safetensors"}
+    assert "3.9.1, wanted" in found["package Python"].found
     assert "4.37.2, wanted" in found["package transformers"].found
-    assert re.search(r"transformers(<6,>=5\.4|>=5\.4,<6)", found["package transformers"].fix)
+    assert re.search(r"pip install 'transformers(<6,>=5\.4|>=5\.4,<6)'", found["package transformers"].fix)
     assert "not installed" in found["package safetensors"].found
     assert {check.state for check in found.values()} == {State.PROBLEM}
 
@@ -76,12 +79,6 @@ def test_evaluation_is_optional_and_the_engine_is_not(monkeypatch: pytest.Monkey
     assert [check.state for check in environment.check_packages()] == [State.OK, State.WARNING]
     fake_packages(monkeypatch, msd_llava=None)
     assert State.PROBLEM in [check.state for check in environment.check_packages()]
-
-
-def test_python_out_of_range(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("platform.python_version", lambda: "3.9.1")
-    check = environment.check_python()
-    assert check.state is State.PROBLEM and "3.9.1, wanted" in check.found
 
 
 def test_cpu_with_and_without_16_bit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,39 +93,32 @@ def test_cpu_with_and_without_16_bit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cuda_devices_are_listed_and_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On simulated devices."""
+    """Three simulated cards, one of which another process fills."""
+
+    def memory(number: int) -> tuple[int, int]:
+        if number == 2:
+            raise RuntimeError("CUDA error: out of memory\nand more")
+        return GIB * (number + 1), GIB * 80
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (GIB * (number + 1), GIB * 80))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", memory)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"card {number}")
     here, checks = environment.check_devices()
     assert here == environment.Machine("cuda", 3 * GIB)
-    assert [check.found for check in checks] == ["card 0, 1.0 GiB of 80.0 GiB free", "card 1, 2.0 GiB of 80.0 GiB free"]
+    assert [check.state for check in checks] == [State.OK, State.OK, State.PROBLEM]
+    assert [check.found for check in checks] == [
+        "card 0, 1.0 GiB of 80.0 GiB free", "card 1, 2.0 GiB of 80.0 GiB free", "card 2: CUDA error: out of memory",
+    ]  # fmt: skip
 
 
-def test_cuda_devices_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A driver too old for this torch, and a card that another process fills; both simulated."""
+@pytest.mark.parametrize(("build", "said"), [("13.0", "built for CUDA 13.0"), (None, "built without CUDA")])
+def test_a_driver_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch, build: str | None, said: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.version, "cuda", build)
     _, (check,) = environment.check_devices()
-    assert check.state is State.WARNING and "CUDA 13.0) cannot use the driver" in check.found
-    monkeypatch.setattr(torch.version, "cuda", None)
-    assert "has no CUDA" in environment.check_devices()[1][0].found
-
-    def full(number: int) -> tuple[int, int]:
-        if number == 0:
-            raise RuntimeError("CUDA error: out of memory\nand more")
-        return GIB, GIB
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", full)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"card {number}")
-    here, checks = environment.check_devices()
-    assert here == environment.Machine("cuda", GIB)
-    assert [check.state for check in checks] == [State.PROBLEM, State.OK]
-    assert checks[0].found == "card 0: CUDA error: out of memory"
+    assert check.state is State.WARNING and f"{said}, cannot use the driver" in check.found
 
 
 def test_memory_within_a_control_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -169,13 +159,19 @@ def test_sizes_are_those_of_the_model_cards() -> None:
 def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (check,) = environment.check_pictures(tmp_path / "nowhere")
     assert check.state is State.PROBLEM
-    monkeypatch.setattr(environment, "PICTURES", {"full": 2, "part": 3, "empty": 1, "absent": 1})
-    for name, files in {"full": ["a.jpg", "b.PNG"], "part": ["a.jpg", "notes.txt"], "empty": []}.items():
-        (tmp_path / name).mkdir()
-        for file in files:
-            (tmp_path / name / file).touch()
-    states = [check.state for check in environment.check_pictures(tmp_path)]
-    assert states == [State.OK, State.WARNING, State.PROBLEM, State.PROBLEM]
+    sets = [replace(sources.PICTURE_SETS[0], path=f"{name}/images", pictures=3) for name in ("all", "some", "none")]
+    monkeypatch.setattr(sources, "PICTURE_SETS", sets)
+    for name in ("all/images/a.jpg", "all/images/b.PNG", "some/images/a.jpg", "some/images/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "all/gone.txt").write_text("c\thttp://x/c.jpg\t404\n")
+    checks = environment.check_pictures(tmp_path)
+    assert [check.state for check in checks] == [State.OK, State.WARNING, State.PROBLEM]
+    assert [check.found for check in checks] == [
+        "2 of 3 pictures, 1 gone from the web",
+        "1 of 3 pictures",
+        "0 of 3 pictures",
+    ]
 
 
 def closed_port() -> int:
@@ -193,7 +189,7 @@ def test_hub_states(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
         assert environment.check_hub().state is State.OK
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"{hub.address}/not-a-hub")
-        assert "status 404" in environment.check_hub().found
+        assert "404" in environment.check_hub().found
         asked = len(hub.requests)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         assert "HF_HUB_OFFLINE" in environment.check_hub().found
@@ -211,11 +207,8 @@ def test_exit_status_and_table(
     swapped = ["--base-model", str(repositories / "tiny/hf"), "--msd-model", str(repositories / "tiny/llava-msd")]
     assert main(["doctor", *swapped]) == 0  # a draft of the original release
     assert re.search(r"vocabulary \d+, 8 of them from the base", capsys.readouterr().out)
-    swapped = ["--base-model", str(repositories / "tiny/llava"), "--msd-model", str(repositories / "tiny/hf-msd")]
-    assert main(["doctor", *swapped]) == 1
-    assert re.search(
-        r"base and draft +│ problem │ vocabulary \d+ in the draft, \d+ in the base", capsys.readouterr().out
-    )
+    assert main(["doctor", "--base-model", str(repositories / "tiny/llava")]) == 0  # its tower is on the hub
+    assert "tiny/tiny-clip is not in the hub cache" in capsys.readouterr().out
     assert main(["doctor", "--data", str(tmp_path / "nowhere")]) == 1
 
 
@@ -224,7 +217,7 @@ import json, sys
 from eagle.doctor.models import check_base, check_draft
 for look, name in ((check_base, "tiny/llava"), (check_draft, "tiny/llava-msd"), (check_base, "tiny/hf"),
                    (check_draft, "tiny/hf-msd"), (check_base, "tiny/absent")):
-    contents, checks = look(name, hub=True)
+    model, checks = look(name, hub=True)
     print(json.dumps([name, [check.state.value for check in checks], checks[0].found]))
 """
 
@@ -239,8 +232,8 @@ def test_models_on_the_hub_are_seen_without_a_download(repositories: Path, tmp_p
     with HubServer(repositories) as hub:
         done = run(["-c", SEE], **hub.environment(tmp_path))
         rows = [json.loads(line) for line in done.stdout.splitlines()]
-        assert [states for _, states, _ in rows] == [["ok", "ok"], ["ok"], ["ok"], ["ok"], ["problem"]], done.stderr
-        assert "weights not read" in rows[0][2] and "M parameters" in rows[2][2]
+        assert [states for _, states, _ in rows] == [["ok"], ["ok"], ["ok"], ["ok"], ["problem"]], done.stderr
+        assert all("M parameters; weights not checked" in found or "tower" in found for *_, found in rows[:4])
         fetched = [path for method, path in hub.requests if method == "GET" and path.endswith((".bin", ".safetensors"))]
         assert {Path(path).suffix for path in fetched} <= {".safetensors"}  # headers, by range
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".bin", ".safetensors")]

@@ -47,6 +47,10 @@ def test_answers_do_not_change_and_drafted_tokens_are_of_the_part(base: Path, dr
     assert set(ids.flatten().tolist()) <= set(said.tolist())
     rows = trimmed.target.head(hidden)[..., said].log_softmax(-1)
     assert torch.allclose(logprobs, rows.topk(4).values, atol=1e-5)
+    trimmed.draft.prepare_for_decoding(trimmed.target.model.get_output_embeddings(), cap=0.5)
+    _, logprobs = trimmed.draft.likely_next(hidden, 4, trimmed.target.head)
+    rows = (0.5 * (trimmed.target.head(hidden)[..., said] / 0.5).tanh()).log_softmax(-1)
+    assert torch.allclose(logprobs, rows.topk(4).values, atol=1e-5)
 
 
 def test_the_most_frequent_tokens_that_occur() -> None:

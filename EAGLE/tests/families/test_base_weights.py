@@ -86,3 +86,21 @@ def test_errors_say_what_is_wrong(tmp_path):
     (tmp_path / "model-0.safetensors").unlink()
     with pytest.raises(UserError, match=r"weight files missing.*model-0\.safetensors"):
         load_base_tensors(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tied"), [("gemma3", True), ("mistral3", True), ("llava", False), ("llava_llama", False)]
+)
+def test_a_config_without_a_word_on_ties_has_the_default_of_its_class(tmp_path, kind, tied):
+    write(tmp_path, NAMES[0], "safetensors", False, head=False, config={"model_type": kind})
+    if tied:
+        assert torch.equal(load_base_tensors(tmp_path).head, EMBED)
+    else:
+        with pytest.raises(UserError, match="no lm_head"):
+            load_base_tensors(tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "cap"), [("gemma4", 30.0), ("gemma3", None)])
+def test_only_some_families_cap_their_logits(tmp_path, kind, cap):
+    config = {"model_type": kind, "text_config": {"final_logit_softcapping": 30.0}}
+    assert load_base_tensors(write(tmp_path, NAMES[0], "safetensors", False, config=config)).cap == cap

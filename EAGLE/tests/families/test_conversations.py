@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from corpus_support import image_row, text_row, turns
+from corpus_support import image_record, text_record, turns
 
 from eagle.conversations import Unusable, claims_pictures, read_conversation
 from eagle.families import Target, template_of
@@ -128,9 +128,9 @@ def spoken(template: Template, prepared: Prepared) -> list[str]:
 
 
 SPOKEN: list[tuple[dict[str, Any], list[str]]] = [
-    (text_row(7), ["The Nile is longer than the Rhine. </s>", "That is 7.</s>"]),
-    (image_row(3), ["Red and 3.</s>", "No, only red.</s>"]),
-    (image_row(3, "b.png"), ["Red and 3.</s>", "No, only red.</s>"]),
+    (text_record(7), ["The Nile is longer than the Rhine. </s>", "That is 7.</s>"]),
+    (image_record(3), ["Red and 3.</s>", "No, only red.</s>"]),
+    (image_record(3, "b.png"), ["Red and 3.</s>", "No, only red.</s>"]),
     (row_of("What is it?\n<image>", "A cat", image="a.png"), ["A cat</s>"]),
     (row_of("one", "uno", "<image> two", "dos", image="a.png"), ["uno</s>", "dos</s>"]),
     (row_of("<image> and <image>?", "Both", image=["a.png", "b.png"]), ["Both</s>"]),
@@ -174,7 +174,7 @@ def test_ids_are_those_of_inference(any_target: Target, pictures: Path, row: dic
 def test_prompt_before_an_answer_is_the_chat_prompt(any_target: Target, pictures: Path) -> None:
     """The tokens before the last answer are what the model is asked with at inference."""
     template = template_of(any_target)
-    prepared = template.prepare(read_conversation(image_row(3), 0), pictures, 1000)
+    prepared = template.prepare(read_conversation(image_record(3), 0), pictures, 1000)
     prompt = any_target.chat_prompt("More?", 0, [("<image>\nWhat colours?", "Red and 3.")], None)
     asked = any_target.prepare(prompt, [pictures / "a.png"])["input_ids"][0]
     last = prepared.loss_mask.nonzero().flatten()
@@ -190,18 +190,18 @@ def test_own_system_prompt(target: Target, pictures: Path) -> None:
 
 def test_long_rows_are_cut_but_not_through_a_picture(target: Target, pictures: Path) -> None:
     template = template_of(target)
-    whole = template.prepare(read_conversation(text_row(1, length=9), 0), pictures, 10_000)
-    cut = template.prepare(read_conversation(text_row(1, length=9), 0), pictures, 200)
+    whole = template.prepare(read_conversation(text_record(1, length=9), 0), pictures, 10_000)
+    cut = template.prepare(read_conversation(text_record(1, length=9), 0), pictures, 200)
     assert len(whole.input_ids) > 200 and torch.equal(cut.input_ids, whole.input_ids[:200])
     assert torch.equal(cut.loss_mask, whole.loss_mask[:200])
-    image = template.prepare(read_conversation(image_row(1), 0), pictures, 10_000)
+    image = template.prepare(read_conversation(image_record(1), 0), pictures, 10_000)
     last_image = int((image.input_ids == template.image_token_id).nonzero()[-1])
     first_answer = int(image.loss_mask.nonzero()[0])
-    kept = template.prepare(read_conversation(image_row(1), 0), pictures, first_answer + 1)
+    kept = template.prepare(read_conversation(image_record(1), 0), pictures, first_answer + 1)
     assert int(kept.loss_mask.sum()) == 1
     for length, reason in ((last_image, "image_cut"), (first_answer, "answer_cut")):
         with pytest.raises(Unusable, match=reason):
-            template.prepare(read_conversation(image_row(1), 0), pictures, length)
+            template.prepare(read_conversation(image_record(1), 0), pictures, length)
 
 
 def test_pictures_that_are_none(target: Target, pictures: Path) -> None:
@@ -211,4 +211,4 @@ def test_pictures_that_are_none(target: Target, pictures: Path) -> None:
         (".", "missing_picture"),
     ):
         with pytest.raises(Unusable, match=reason):
-            template_of(target).prepare(read_conversation(image_row(1, name), 0), pictures, 1000)
+            template_of(target).prepare(read_conversation(image_record(1, name), 0), pictures, 1000)

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from corpus_support import turns
 from tiny_draft import make_draft
-from tiny_families import make_gemma3, make_internvl, make_onevision, make_qwen3_vl
+from tiny_families import (
+    make_gemma3,
+    make_gemma4,
+    make_glm,
+    make_internvl,
+    make_mistral3,
+    make_onevision,
+    make_paddleocr,
+    make_qwen3_vl,
+)
 from tiny_llava import make_image
 from transformers.video_utils import VideoMetadata
 
 from eagle import MSDModel, TreeConfig
 from eagle.conversations import read_conversation
 from eagle.drafts.checkpoint import load_draft
-from eagle.families import load_target, template_of
+from eagle.families import family_named, load_target, template_of
 from eagle.families.template import join_images
 from llava.errors import UserError
 
@@ -26,7 +37,18 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "qwen3_vl": make_qwen3_vl,
     "qwen3_vl_moe": lambda folder: make_qwen3_vl(folder, moe=True),
     "gemma3": make_gemma3,
+    "gemma4": make_gemma4,
+    "gemma4-plain": lambda folder: make_gemma4(folder, kind="plain"),
+    "gemma4-experts": lambda folder: make_gemma4(folder, kind="experts"),
+    "gemma4_unified": lambda folder: make_gemma4(folder, kind="unified"),
     "internvl": make_internvl,
+    "mistral3": make_mistral3,
+    "glm4v": make_glm,
+    "glm4v_moe": lambda folder: make_glm(folder, "glm4v_moe", moe=True),
+    "glm46v": lambda folder: make_glm(folder, "glm46v"),
+    "glm46v-experts": lambda folder: make_glm(folder, "glm46v", moe=True),
+    "glm_ocr": lambda folder: make_glm(folder, "glm_ocr"),
+    "paddleocr_vl": make_paddleocr,
     "llava_onevision": make_onevision,
 }
 TREES = [TreeConfig(5, 10, 60), TreeConfig(2, 2, 6)]
@@ -51,11 +73,20 @@ WORDS = [
     "numbers",
     "here",
 ]
-ENDS = {"gemma3": "<end_of_turn>", "llava_onevision": "<|im_end|>"}
+ENDS = {
+    "gemma3": "<end_of_turn>",
+    "gemma4": "<turn|>",
+    "gemma4_unified": "<turn|>",
+    "mistral3": "</s>",
+    "paddleocr_vl": "</s>",
+}
+PICTURES_ONLY = ("gemma3", "mistral3", "glm4v", "glm4v_moe", "glm46v", "glm_ocr", "paddleocr_vl")
+THOUGHTS = {"glm46v": "<think></think>\n"}
 
 
 @pytest.fixture(scope="module", params=MAKERS)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> MSDModel:
+    skip_if_missing(request.param.partition("-")[0])
     folder = tmp_path_factory.mktemp(request.param)
     target = load_target(MAKERS[request.param](folder / "base"), dtype=torch.float32)
     target.model.generation_config.eos_token_id = None
@@ -65,6 +96,14 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         changes = {"msd": {"positions": "mrope"}, "rope_scaling": rope}
     draft = make_draft(folder / "draft", target, agree=1.0, head_dim=8, **changes)
     return MSDModel(target, load_draft(draft, dtype=torch.float32), tree=TREES[0])
+
+
+def skip_if_missing(family: str) -> None:
+    """Skips the test if the installed transformers does not have the family's models."""
+    try:
+        family_named(family).target_class()
+    except ImportError:
+        pytest.skip(f"transformers {transformers.__version__} does not have {family}")
 
 
 def pictures(count: int, first: int = 0) -> list[Any]:
@@ -187,27 +226,44 @@ def test_what_is_learnt_and_what_is_asked(
     for name in template.image_inputs if conversation.images else ():
         assert torch.equal(inputs[name], prepared.images[name])
     learnt = target.tokenizer.decode(prepared.input_ids[prepared.loss_mask])
-    end = ENDS.get(target.family, "<|im_end|>")
-    assert learnt.replace(" ", "") == "".join(answer + end for answer in answers).replace(" ", "")
+    end = ENDS.get(target.family, "<|endoftext|>" if "glm" in target.family else "<|im_end|>")
+    thought = THOUGHTS.get(target.family, "")
+    assert learnt.replace(" ", "") == "".join(thought + answer + end for answer in answers).replace(" ", "")
 
 
 @pytest.mark.parametrize("tree", TREES, ids=str)
 def test_videos(model: MSDModel, tree: TreeConfig) -> None:
-    family = model.target.family
-    if family == "gemma3":
-        pytest.skip("the family does not have videos")
+    family, target = model.target.family, model.target.model.model
+    if family in PICTURES_ONLY:
+        pytest.skip("pictures only")
     video = np.random.default_rng(0).integers(0, 255, (4, 56, 56, 3), dtype=np.uint8)
-    mark = {"internvl": "<video>", "llava_onevision": "<video>"}.get(
-        family, "<|vision_start|><|video_pad|><|vision_end|>"
-    )
+    mark = {
+        "internvl": "<video>",
+        "llava_onevision": "<video>",
+        "gemma4": "<|video|>",
+        "gemma4_unified": "<|video|>",
+    }.get(family, "<|vision_start|><|video_pad|><|vision_end|>")
     settings: dict[str, Any] = {}
-    if "qwen3" in family:
+    if "qwen3" in family or "gemma4" in family:
         metadata = VideoMetadata(total_num_frames=4, fps=2.0, frames_indices=[0, 1, 2, 3])
         settings = {"video_metadata": [metadata], "do_sample_frames": False}
     text = f"user {mark} What happens? assistant"
     inputs = dict(model.target.processor(text=[text], videos=[video], return_tensors="pt", **settings))
     inputs = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    if family == "llava_onevision" and "pixel_values" in signature(target.get_video_features).parameters:
+        with pytest.raises(UserError, match="in parts"):
+            model.generate(**inputs, max_new_tokens=2)
+        return
     check(model, inputs, tree=tree)
+
+
+def test_audio_is_refused(model: MSDModel) -> None:
+    if "gemma4" not in model.target.family:
+        pytest.skip("no audio")
+    inputs = asked(model, "What?")
+    inputs["input_ids"][0, 5] = model.target.config.audio_token_id
+    with pytest.raises(UserError, match="audio"):
+        model.generate(**inputs, max_new_tokens=2)
 
 
 def test_too_many_or_too_few_pictures(model: MSDModel) -> None:

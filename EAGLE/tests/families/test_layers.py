@@ -121,10 +121,12 @@ def test_a_batch_past_the_window(model: MSDModel) -> None:
             ),
             "type 'longrope'",
         ),
-        (SimpleNamespace(layer_types=["linear_attention", "full_attention"]), "layers of type linear_attention"),
-        (SimpleNamespace(sliding_window=8, model_type="other"), "sliding window attention"),
+        (SimpleNamespace(layer_types=["linear_attention"], model_type="llama"), "layers of type linear_attention"),
+        (SimpleNamespace(sliding_window=8, model_type="llama"), "sliding windows of 'llama'"),
+        (SimpleNamespace(model_type="other"), "'other' is not known"),
+        (SimpleNamespace(model_type="gemma2", use_bidirectional_attention=True), "attention to later tokens"),
     ],
-    ids=["dynamic", "longrope", "linear attention", "unknown window"],
+    ids=["dynamic", "longrope", "linear attention", "unknown window", "unknown model", "later tokens"],
 )  # fmt: skip
 def test_what_cannot_be_exact_is_refused(config: Any, said: str) -> None:
     with pytest.raises(UserError, match=said):
@@ -133,7 +135,7 @@ def test_what_cannot_be_exact_is_refused(config: Any, said: str) -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "yarn", "llama3", "default"])
 def test_rotary_kinds_that_do_not_depend_on_the_length(kind: str) -> None:
-    config = SimpleNamespace(rope_parameters={"rope_type": kind, "rope_theta": 1e4})
+    config = SimpleNamespace(model_type="llama", rope_parameters={"rope_type": kind, "rope_theta": 1e4})
     assert attention_layers(config).window is None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from corpus_support import Write, allocate, command, image_row, rows_of, text_row, turns
+from corpus_support import Write, allocate, command, image_record, rows_of, text_record, turns
 from tiny_llava import make_llava_hf
 
 from eagle.conversations import read_conversation
@@ -29,9 +29,9 @@ ROUNDING = {"rtol": 2**-7, "atol": 1e-4}  # states are stored in bfloat16
 
 
 def mixed_rows(count: int = 7) -> list[dict[str, Any]]:
-    """Text and image rows in alternation, of growing length."""
+    """Text and image records in alternation, of growing length."""
     names = ("a.png", "b.png")
-    return [row for n in range(count) for row in (text_row(n, n % 4 + 1), image_row(n, names[n % 2]))]
+    return [row for n in range(count) for row in (text_record(n, n % 4 + 1), image_record(n, names[n % 2]))]
 
 
 @torch.no_grad()
@@ -70,7 +70,7 @@ def test_image_rows(base: Path, target: Target, annotations: Write, pictures: Pa
 
 def test_another_picture_gives_other_states(base: Path, annotations: Write, pictures: Path, tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
-        data = annotations([image_row(1, name)])
+        data = annotations([image_record(1, name)])
         assert allocate(base, data, tmp_path / name, "v", pictures=pictures) == 0
     first, second = (ShardDataset(tmp_path / name)[0] for name in ("a.png", "b.png"))
     assert torch.equal(first.input_ids, second.input_ids)
@@ -83,7 +83,9 @@ def test_another_picture_gives_other_states(base: Path, annotations: Write, pict
 @pytest.mark.parametrize("kind", ["text", "image"])
 def test_padded_batch_equals_single(target: Target, pictures: Path, tmp_path: Path, kind: str) -> None:
     template = template_of(target)
-    rows = [text_row(n, n + 1) if kind == "text" else image_row(10**n, ("a.png", "b.png")[n % 2]) for n in range(4)]
+    rows = [
+        text_record(n, n + 1) if kind == "text" else image_record(10**n, ("a.png", "b.png")[n % 2]) for n in range(4)
+    ]
     items = [template.prepare(read_conversation(row, 0), pictures, 400) for row in rows]
     extractor = Extractor(target, template, None, tmp_path, source_of(target, "x"), 10_000)  # type: ignore[arg-type]
     inputs = collate(items)
@@ -99,7 +101,7 @@ def test_padded_batch_equals_single(target: Target, pictures: Path, tmp_path: Pa
 
 def test_padding_that_changes_states_is_found(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     template = template_of(target)
-    items = [template.prepare(read_conversation(text_row(n, n + 1), 0), tmp_path, 400) for n in range(3)]
+    items = [template.prepare(read_conversation(text_record(n, n + 1), 0), tmp_path, 400) for n in range(3)]
     extractor = Extractor(target, template, None, tmp_path, source_of(target, "x"), 10_000)  # type: ignore[arg-type]
     prefill = type(target).prefill
 
@@ -114,7 +116,7 @@ def test_padding_that_changes_states_is_found(target: Target, tmp_path: Path, mo
 
 def test_memory_of_the_gpu_is_shared_in_halves(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     template = template_of(target)
-    items = [template.prepare(read_conversation(text_row(n), 0), tmp_path, 400) for n in range(5)]
+    items = [template.prepare(read_conversation(text_record(n), 0), tmp_path, 400) for n in range(5)]
     extractor = Extractor(target, template, None, tmp_path, source_of(target, "x"), 10_000)  # type: ignore[arg-type]
     forward, sizes = Extractor._forward, []
 
@@ -138,12 +140,12 @@ def test_a_conversation_that_never_fits_is_skipped_and_the_rest_is_made(
     forward = Extractor._forward
 
     def small(self: Extractor, batch: Any) -> Any:
-        if any(item.id == str(text_row(4)["id"]) for item in batch):
+        if any(item.id == str(text_record(4)["id"]) for item in batch):
             raise error
         return forward(self, batch)
 
     monkeypatch.setattr(Extractor, "_forward", small)
-    data, out = annotations([text_row(n) for n in range(7)]), tmp_path / "out"
+    data, out = annotations([text_record(n) for n in range(7)]), tmp_path / "out"
     assert allocate(base, data, out, "t") == 0
     (line,) = (out / "skipped.jsonl").read_text().splitlines()
     assert json.loads(line)["reason"] == "too_large" and load_index(out).samples == 6
@@ -158,8 +160,8 @@ def test_batches() -> None:
 
 
 SKIPS: dict[str, dict[str, Any]] = {
-    "missing_picture": image_row(100, "nothing.png"),
-    "broken_picture": image_row(101, "broken.png"),
+    "missing_picture": image_record(100, "nothing.png"),
+    "broken_picture": image_record(101, "broken.png"),
     "no_mark": {"id": "m", "image": "a.png", "conversations": turns("q", "a")},
     "too_many_marks": {"id": "n", "image": "a.png", "conversations": turns("<image><image>", "a")},
     "empty": {"id": "o", "image": "a.png", "conversations": turns("<image>")},
@@ -173,7 +175,7 @@ def test_skipped_rows_are_counted_and_listed(
     base: Path, annotations: Write, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     SKIPS["image_cut"]["image"] = ["a.png", "b.png"]
-    data = annotations([image_row(1), *SKIPS.values(), image_row(2)])
+    data = annotations([image_record(1), *SKIPS.values(), image_record(2)])
     out = tmp_path / "out"
     assert allocate(base, data, out, "v", "--max-length", "200", pictures=pictures) == 0
     meta = load_index(out)
@@ -187,13 +189,13 @@ def test_skipped_rows_are_counted_and_listed(
 def test_keys_of_records(base: Path, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A system key is learnt from, a video record is skipped by name, an unknown key is named once for the file."""
     video = {"id": "v", "video": "a.mp4", "conversations": turns("What happens?", "a")}
-    told = {**text_row(1), "system": "Be brief.", "tools": "search"}
+    told = {**text_record(1), "system": "Be brief.", "tools": "search"}
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    data = annotations([text_row(1), told, video, {"id": "m", "messages": messages, "tools": ""}])
+    data = annotations([text_record(1), told, video, {"id": "m", "messages": messages, "tools": ""}])
     out = tmp_path / "out"
     assert allocate(base, data, out) == 0
     assert load_index(out).samples == 3 and load_index(out).skipped == {"video": 1}
-    samples = {len(sample.input_ids) for sample in ShardDataset(out) if sample.id == str(text_row(1)["id"])}
+    samples = {len(sample.input_ids) for sample in ShardDataset(out) if sample.id == str(text_record(1)["id"])}
     assert len(samples) == 2, "the system prompt makes a difference"
     assert capsys.readouterr().err.count("keys that are not read: 'tools' (2 records)") == 1
 
@@ -253,7 +255,7 @@ def test_a_quantised_base_without_its_package_is_one_line(
     config = json.loads((copy / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (copy / "config.json").write_text(json.dumps(config))
-    assert allocate(copy, annotations([text_row(0)]), tmp_path / "out") == 2
+    assert allocate(copy, annotations([text_record(0)]), tmp_path / "out") == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert len(errors) == 1 and "cannot be loaded" in errors[0]
 
@@ -380,10 +382,10 @@ def test_bad_input(
 def test_empty_selections(
     base: Path, annotations: Write, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = annotations([text_row(1)])
+    data = annotations([text_record(1)])
     assert allocate(base, data, tmp_path / "out", "v", pictures=pictures) == 2
     assert "no image records among the 1 records" in capsys.readouterr().err
-    data = annotations([image_row(1, "broken.png")])
+    data = annotations([image_record(1, "broken.png")])
     assert allocate(base, data, tmp_path / "skipped", "v", pictures=pictures) == 2
     assert "every record was skipped" in capsys.readouterr().err
 

@@ -16,7 +16,7 @@ from eagle.ge_data.annotations import RecordFile, iter_records
 from eagle.ge_data.convert import convert, main
 from llava.errors import UserError, run_cli
 
-ROWS = [
+RECORDS = [
     {"id": 1, "text": 'Größe 日本 🦙 \\ " [{,}]', "number": -1.5e3, "flags": [True, None, {}]},
     {"id": "b", "long": "x" * 300},
     {},
@@ -27,27 +27,27 @@ ROWS = [
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64, 1 << 20])
 @pytest.mark.parametrize("layout", ["dense", "indented", "utf8", "bom"])
 def test_pieces_of_any_size(tmp_path: Path, chunk: int, layout: str) -> None:
-    path = tmp_path / "rows.json"
+    path = tmp_path / "records.json"
     if layout == "dense":
-        path.write_text(json.dumps(ROWS, separators=(",", ":")))
+        path.write_text(json.dumps(RECORDS, separators=(",", ":")))
     elif layout == "indented":
-        path.write_text("\n " + json.dumps(ROWS, indent=2) + " \n")
+        path.write_text("\n " + json.dumps(RECORDS, indent=2) + " \n")
     else:
-        rows = ROWS[:3]
-        text = json.dumps(rows, ensure_ascii=False, indent=1)
+        records = RECORDS[:3]
+        text = json.dumps(records, ensure_ascii=False, indent=1)
         path.write_text(text, encoding="utf-8-sig" if layout == "bom" else "utf-8")
     placed = list(iter_records(path, chunk))
-    assert [row.value for row in placed] == (ROWS if layout in ("dense", "indented") else ROWS[:3])
+    assert [record.value for record in placed] == (RECORDS if layout in ("dense", "indented") else RECORDS[:3])
     data = path.read_bytes()
-    assert [json.loads(data[row.start : row.end]) for row in placed] == [row.value for row in placed]
+    assert [json.loads(data[record.start : record.end]) for record in placed] == [record.value for record in placed]
 
 
 def test_rows_in_any_order(tmp_path: Path) -> None:
-    path = tmp_path / "rows.json"
-    path.write_text(json.dumps(ROWS, ensure_ascii=True, indent=1))
-    rows = RecordFile(path, lambda row: "id" in row)
-    assert (len(rows), rows.total, list(rows.numbers)) == (3, 4, [0, 1, 3])
-    assert [rows[2], rows[0], rows[1]] == [ROWS[3], ROWS[0], ROWS[1]]
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps(RECORDS, ensure_ascii=True, indent=1))
+    records = RecordFile(path, lambda record: "id" in record)
+    assert (len(records), records.total, list(records.numbers)) == (3, 4, [0, 1, 3])
+    assert [records[2], records[0], records[1]] == [RECORDS[3], RECORDS[0], RECORDS[1]]
 
 
 BROKEN = {
@@ -67,14 +67,14 @@ BROKEN = {
 @pytest.mark.parametrize("text", BROKEN)
 @pytest.mark.parametrize("chunk", [3, 1 << 20])
 def test_broken_file_says_where(tmp_path: Path, text: str, chunk: int) -> None:
-    path = tmp_path / "rows.json"
+    path = tmp_path / "records.json"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=BROKEN[text]):
         list(iter_records(path, chunk))
 
 
 def test_not_text_and_not_there(tmp_path: Path) -> None:
-    path = tmp_path / "rows.json"
+    path = tmp_path / "records.json"
     path.write_bytes(b'[{"a": "\xe4\xf6"}]')
     with pytest.raises(UserError, match=r"not UTF-8 text \(byte 8\)"):
         list(iter_records(path, 4))
@@ -84,23 +84,23 @@ def test_not_text_and_not_there(tmp_path: Path) -> None:
 
 def test_error_early_in_a_large_file_is_found_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eagle.ge_data.annotations.MAX_RECORD", 1000)
-    path = tmp_path / "rows.json"
+    path = tmp_path / "records.json"
     path.write_text('[{"a": "' + "x" * 5000)
     with pytest.raises(UserError, match="record of more than 1000 characters"):
         list(iter_records(path, 100))
 
 
 def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [
+    records = [
         {"id": 5, "image": "a.jpg", "conversations": [{"from": "human", "value": "Größe?"}], "extra": [1.0, None]},
         {"id": "x", "items": [{"from": "user", "value": "q"}, {"from": "chatgpt", "value": "a", "markdown": 1}]},
         {"items": [{"from": s, "value": "t"} for s in ("system", "assistant", "bing", "gpt", "nobody")]},
     ]
     source, output = tmp_path / "in.json", tmp_path / "out.json"
-    source.write_text(json.dumps(rows))
+    source.write_text(json.dumps(records))
     assert main(["--input", str(source), "--output", str(output)]) == 0
     fixed = json.loads(output.read_text())
-    assert fixed[0] == {**rows[0], "id": "5"} and list(fixed[0]) == list(rows[0])
+    assert fixed[0] == {**records[0], "id": "5"} and list(fixed[0]) == list(records[0])
     assert fixed[1]["conversations"] == [
         {"from": "human", "value": "q"},
         {"from": "gpt", "value": "a", "markdown": 1},
@@ -115,29 +115,29 @@ def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_convert_makes_no_id_good_that_is_none(tmp_path: Path) -> None:
-    """Rows that the allocation skips for their id are the same rows after it."""
+    """Records that the allocation skips for their id are the same records after it."""
     ids = [None, [1], {"a": 1}, 1.5, True, 7, "x", 10**30]
     source, output = tmp_path / "in.json", tmp_path / "out.json"
     source.write_text(json.dumps([{"id": value, "conversations": []} for value in ids] + [{"conversations": []}]))
     _, changes = convert(source, output)
-    assert [row.value["id"] for row in iter_records(output)] == ["0", *ids[1:5], "7", "x", str(10**30), "8"]
+    assert [record.value["id"] for record in iter_records(output)] == ["0", *ids[1:5], "7", "x", str(10**30), "8"]
     assert changes == {"ids made text": 2, "ids added (the record's number)": 2}
 
 
 def test_convert_reads_messages_with_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = [{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text": "What?"}]
-    rows = [
+    records = [
         {"id": "m", "system": "Be brief.", "messages": [
             {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
         {"id": "p", "messages": [{"role": "user", "content": picture}, {"role": "assistant", "content": "A cat."}]},
         {"id": "n", "conversations": [], "tools": []},
     ]  # fmt: skip
     source, output = tmp_path / "in.json", tmp_path / "out.json"
-    source.write_text(json.dumps(rows))
+    source.write_text(json.dumps(records))
     assert main(["--input", str(source), "--output", str(output)]) == 0
     fixed = json.loads(output.read_text())
-    for row, made in zip(rows[:2], fixed, strict=False):
-        assert read_conversation(made, 0) == read_conversation(row, 0) and "messages" not in made
+    for record, made in zip(records[:2], fixed, strict=False):
+        assert read_conversation(made, 0) == read_conversation(record, 0) and "messages" not in made
     assert fixed[0]["conversations"][0] == {"from": "human", "value": "q"} and fixed[1]["image"] == ["a.png"]
     assert "keys that are not read: 'tools' (1 records)" in capsys.readouterr().out
 
@@ -170,8 +170,8 @@ def test_broken_input_leaves_the_output(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_convert_in_bounded_memory(tmp_path: Path) -> None:
     source = tmp_path / "in.json"
-    row = json.dumps({"id": 1, "conversations": [{"from": "human", "value": "x" * 2000}] * 4})
-    source.write_text("[" + ",".join([row] * 1500) + "]")
+    record = json.dumps({"id": 1, "conversations": [{"from": "human", "value": "x" * 2000}] * 4})
+    source.write_text("[" + ",".join([record] * 1500) + "]")
     assert source.stat().st_size > 12e6
     tracemalloc.start()
     convert(source, tmp_path / "out.json")
@@ -193,8 +193,8 @@ print(next(line for line in Path("/proc/self/status").read_text().splitlines() i
 def test_convert_a_gigabyte_in_bounded_memory(tmp_path: Path) -> None:
     """The peak of a process of its own, Python and all."""
     source, output = tmp_path / "in.json", tmp_path / "out.json"
-    row = json.dumps({"id": 1, "conversations": [{"from": "human", "value": "x" * 2000}] * 4})
-    block, count = ",".join([row] * 1000), 130
+    record = json.dumps({"id": 1, "conversations": [{"from": "human", "value": "x" * 2000}] * 4})
+    block, count = ",".join([record] * 1000), 130
     try:
         with source.open("w") as file:
             file.write("[")

@@ -1,4 +1,4 @@
-"""Damaged input of every kind: rows, annotation files, pictures, shards and indexes are skipped or refused with a
+"""Damaged input of every kind: records, annotation files, pictures, shards and indexes are skipped or refused with a
 reason; nothing escapes as another exception and nothing passes unseen. Always the same damage."""
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from random import Random
 from typing import Any
 
 import pytest
-from corpus_support import Write, allocate, rows_of, text_row
+from corpus_support import Write, allocate, rows_of, text_record
 from mangle_files import CUTS, FLIPS, INDEXES, REWRITES, Damage
-from mangle_rows import HALF, Row, good_row, junk_somewhere, make_pictures, mangled_rows
+from mangle_records import HALF, Record, good_record, junk_somewhere, make_pictures, mangled_records
 from tiny_llava import make_liuhaotian
 from tiny_stock import make_qwen
 
@@ -68,30 +68,30 @@ def allocate_all(target: Any, data: Path, out: Path, kind: str, photos: Path) ->
 def test_every_mangled_row_is_skipped_with_its_reason(
     target: Target, annotations: Write, photos: Path, tmp_path: Path
 ) -> None:
-    mangled = mangled_rows(SEED, each=10)
+    mangled = mangled_records(SEED, each=10)
     assert len(mangled) >= 200
     rng = Random(SEED)
-    rows: list[tuple[Row, str, str | None]] = [tuple(one) for one in mangled]
-    rows += [(good_row(rng, kind), kind, None) for kind in "tv" for _ in range(8)]
-    rng.shuffle(rows)
-    data = annotations([row for row, _, _ in rows])
+    records: list[tuple[Record, str, str | None]] = [tuple(one) for one in mangled]
+    records += [(good_record(rng, kind), kind, None) for kind in "tv" for _ in range(8)]
+    rng.shuffle(records)
+    data = annotations([record for record, _, _ in records])
     for kind in "tv":
         out = tmp_path / kind
         assert allocate_all(target, data, out, kind, photos) == 0
         good, _ = rows_of(out)
-        assert sorted(good) == [n for n, (_, of, reason) in enumerate(rows) if of == kind and reason is None]
+        assert sorted(good) == [n for n, (_, of, reason) in enumerate(records) if of == kind and reason is None]
         skipped = {}
         for line in (out / "skipped.jsonl").read_text().splitlines():
             entry = json.loads(line)
             assert len(entry["id"]) <= 256
             skipped[entry["row"]] = entry["reason"]
-        assert skipped == {n: reason for n, (_, of, reason) in enumerate(rows) if of == kind and reason is not None}
+        assert skipped == {n: reason for n, (_, of, reason) in enumerate(records) if of == kind and reason is not None}
 
 
-def outcome(template: Template, row: Row, photos: Path, keep_answers: bool = True) -> str | None:
-    """Why a row is skipped; None if it is used."""
+def outcome(template: Template, record: Record, photos: Path, keep_answers: bool = True) -> str | None:
+    """Why a record is skipped; None if it is used."""
     try:
-        conversation = read_conversation(row, 3, keep_answers)
+        conversation = read_conversation(record, 3, keep_answers)
         if keep_answers:
             assert isinstance(template.prepare(conversation, photos, MAX_LENGTH), Prepared)
         else:
@@ -101,15 +101,19 @@ def outcome(template: Template, row: Row, photos: Path, keep_answers: bool = Tru
     return None
 
 
-def well_formed(row: Row, photos: Path) -> bool:
-    """Whether a row with two questions is one that may be used; written apart from the code under test."""
-    turns = row.get("conversations")
-    if not isinstance(turns, list) or not isinstance(row.get("id"), str | int | None) or isinstance(row["id"], bool):
+def well_formed(record: Record, photos: Path) -> bool:
+    """Whether a record with two questions is one that may be used; written apart from the code under test."""
+    turns = record.get("conversations")
+    if (
+        not isinstance(turns, list)
+        or not isinstance(record.get("id"), str | int | None)
+        or isinstance(record["id"], bool)
+    ):
         return False
     if not all(isinstance(t, dict) and t.get("from") in list(ROLES) and isinstance(t.get("value"), str) for t in turns):
         return False
     texts = [turn["value"] for turn in turns]
-    named = [name for key in ("image", "images") if (name := row.get(key))]
+    named = [name for key in ("image", "images") if (name := record.get(key))]
     names = named[0] if named and isinstance(named[0], list) else named
     there = all(isinstance(name, str) and name in ("a.png", "b.png") for name in names)
     return there and HALF not in "".join(texts) and "".join(texts).count("<image>") == len(names)
@@ -118,18 +122,18 @@ def well_formed(row: Row, photos: Path) -> bool:
 def test_junk_at_random_places_is_never_used(target: Target, photos: Path) -> None:
     template, used, reasons = template_of(target), 0, set()
     for seed in range(500):
-        row = junk_somewhere(Random(seed))
+        record = junk_somewhere(Random(seed))
         for keep_answers in (True, False):
-            reason = outcome(template, row, photos, keep_answers)
+            reason = outcome(template, record, photos, keep_answers)
             reasons.add(reason)
             if keep_answers and reason is None:
                 used += 1
-                assert well_formed(row, photos), row
+                assert well_formed(record, photos), record
     assert 5 < used < 200, "some junk is harmless: another id, no id, a word as an answer"
     assert {"id", "no_conversation", "text", "image_name", "missing_picture", "no_mark"} <= reasons <= {*REASONS, None}
 
 
-FORMS: list[Row] = [
+FORMS: list[Record] = [
     {"id": "a", "image": "a.png", "conversations": [
         {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Red."}]},
     {"id": 3, "items": [{"from": "system", "value": "Be brief."}, {"from": "user", "value": "Hi"},
@@ -156,7 +160,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 def test_any_json_anywhere_in_every_form_of_a_record(annotations: Write, photos: Path, tmp_path: Path) -> None:
     """A conversation or a reason, also after it was converted."""
-    rows: list[Row] = []
+    rows: list[Record] = []
     for form in FORMS:
         for place in places(form):
             for odd in ODD:
@@ -167,7 +171,7 @@ def test_any_json_anywhere_in_every_form_of_a_record(annotations: Write, photos:
                 inner[place[-1]] = odd
                 rows.append(row)
 
-    def outcome_of(row: Row, number: int) -> Any:
+    def outcome_of(row: Record, number: int) -> Any:
         count_unknown_keys(row, Counter())
         claims_pictures(row)
         try:
@@ -193,12 +197,12 @@ SPELLED = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|><|image_pad|><|vis
 
 def test_text_that_spells_special_tokens(target: Target, annotations: Write, photos: Path, tmp_path: Path) -> None:
     """It is used as text or skipped, and it never passes for a picture."""
-    rows = []
+    records = []
     for number, text in enumerate(SPELLED):
-        rows += [text_row(number), good_row(Random(number), "v")]
-        rows[-2]["conversations"][number % 4]["value"] += f" {text} and"
-        rows[-1]["conversations"][number % 4]["value"] += f" {text} and"
-    data = annotations(rows)
+        records += [text_record(number), good_record(Random(number), "v")]
+        records[-2]["conversations"][number % 4]["value"] += f" {text} and"
+        records[-1]["conversations"][number % 4]["value"] += f" {text} and"
+    data = annotations(records)
     for kind in "tv":
         assert allocate_all(target, data, tmp_path / kind, kind, photos) == 0
         dataset = ShardDataset(tmp_path / kind)
@@ -218,7 +222,7 @@ BAD_FILES = ("", "null", "5", '"rows"', "{}", '{"rows": []}', "[5]", '["row"]', 
 def test_a_file_that_is_no_list_of_rows_is_refused(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:
-    path = tmp_path / "rows.json"
+    path = tmp_path / "records.json"
     path.write_text(text)
     assert allocate(base, path, tmp_path / "out") == 2
     error = capsys.readouterr().err.splitlines()
@@ -226,11 +230,11 @@ def test_a_file_that_is_no_list_of_rows_is_refused(
 
 
 def test_flipped_bits_in_an_annotation_file(tmp_path: Path) -> None:
-    """Each is refused with its place, or gives rows that are used or skipped."""
+    """Each is refused with its place, or gives records that are used or skipped."""
     rng = Random(SEED)
-    rows = [good_row(rng, kind) for kind in "tvtv"]
-    whole = json.dumps(rows, ensure_ascii=False).encode()
-    path, refused = tmp_path / "rows.json", 0
+    records = [good_record(rng, kind) for kind in "tvtv"]
+    whole = json.dumps(records, ensure_ascii=False).encode()
+    path, refused = tmp_path / "records.json", 0
     for _ in range(300):
         content = bytearray(whole)
         content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
@@ -250,36 +254,38 @@ def test_flipped_bits_in_an_annotation_file(tmp_path: Path) -> None:
 
 
 def test_conversion_passes_damage_on(annotations: Write, tmp_path: Path) -> None:
-    """It repairs names and ids and leaves the rest to the allocation, row for row: none that has to be skipped becomes
-    a good one."""
-    rows = [row for row, _, _ in mangled_rows(SEED, each=3)] + [junk_somewhere(Random(seed)) for seed in range(100)]
-    assert convert(annotations(rows), tmp_path / "out.json")[0] == len(rows)
+    """It repairs names and ids and leaves the rest to the allocation, record for record: none that has to be skipped
+    becomes a good one."""
+    records = [record for record, _, _ in mangled_records(SEED, each=3)] + [
+        junk_somewhere(Random(seed)) for seed in range(100)
+    ]
+    assert convert(annotations(records), tmp_path / "out.json")[0] == len(records)
     fixed = list(iter_records(tmp_path / "out.json"))
-    assert len(fixed) == len(rows)
+    assert len(fixed) == len(records)
 
-    def used(row: Row, number: int) -> Any:
+    def used(record: Record, number: int) -> Any:
         try:
-            return read_conversation(row, number)
+            return read_conversation(record, number)
         except Unusable as unusable:
             return unusable.reason
 
-    found = [used(row, number) for number, row in enumerate(rows)]
-    assert [used(row.value, number) for number, row in enumerate(fixed)] == found
+    found = [used(record, number) for number, record in enumerate(records)]
+    assert [used(record.value, number) for number, record in enumerate(fixed)] == found
     assert {"id", "no_conversation", "empty", "image_name"} < {reason for reason in found if isinstance(reason, str)}
-    whole = [type(row.get("id")) in (int, str, type(None)) for row in rows]
-    assert [isinstance(row.value["id"], str) for row in fixed] == whole and not all(whole)
+    whole = [type(record.get("id")) in (int, str, type(None)) for record in records]
+    assert [isinstance(record.value["id"], str) for record in fixed] == whole and not all(whole)
 
 
 @pytest.fixture(scope="module", params=["int8", "16 bit"])
 def corpus(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two shards; the first one has two samples and a skipped row."""
+    """Two shards; the first one has two samples and a skipped record."""
     hidden_dtype = "int8" if request.param == "int8" else None
     source = Source("llava", "tiny", None, "bfloat16", H, 100, 99, None, hidden_dtype)
     folder = tmp_path_factory.mktemp("corpus") / "whole"
-    rows = [(number, make_sample(f"s{number}", 5 + number, 1 + number)) for number in range(4)]
+    records = [(number, make_sample(f"s{number}", 5 + number, 1 + number)) for number in range(4)]
     infos = [
-        write_shard(folder, 0, 3, rows[:2], [Skipped(9, "x", "empty")], source),
-        write_shard(folder, 3, 5, rows[2:], [], source),
+        write_shard(folder, 0, 3, records[:2], [Skipped(9, "x", "empty")], source),
+        write_shard(folder, 3, 5, records[2:], [], source),
     ]
     Index.of(source, infos).save(folder)
     return folder
@@ -344,8 +350,8 @@ STARTS: dict[str, Damage] = {
 @pytest.fixture(scope="module")
 def begun(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("begun")
-    (folder / "rows.json").write_text(json.dumps([text_row(n) for n in range(5)]))
-    assert allocate(base, folder / "rows.json", folder / "out", "t", "--shard-size", "2", "--limit", "4") == 0
+    (folder / "records.json").write_text(json.dumps([text_record(n) for n in range(5)]))
+    assert allocate(base, folder / "records.json", folder / "out", "t", "--shard-size", "2", "--limit", "4") == 0
     return folder
 
 
@@ -357,12 +363,12 @@ def test_a_run_in_a_damaged_folder_refuses_or_repairs(
     shutil.copytree(begun / "out", out)
     STARTS[name](out)
     capsys.readouterr()
-    status = allocate(base, begun / "rows.json", out, "t", "--shard-size", "2")
+    status = allocate(base, begun / "records.json", out, "t", "--shard-size", "2")
     if status:
         errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
         assert status == 2 and len(errors) == 1 and str(out) in errors[0]
     else:
-        assert sorted(rows_of(out)[0]) == list(range(5)), "each row once"
+        assert sorted(rows_of(out)[0]) == list(range(5)), "each record once"
         assert json.loads((out / INDEX).read_text())["counts"]["samples"] == 5
 
 

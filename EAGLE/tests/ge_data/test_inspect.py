@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from corpus_support import Write, allocate, text_row
+from corpus_support import Write, allocate, text_record
 
 from eagle.ge_data import inspect, progress
 from eagle.ge_data.folder import finished
@@ -48,7 +48,7 @@ def test_an_unknown_family_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
 def test_the_model_that_the_shards_name_is_found(
     base: Path, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert allocate(base, annotations([text_row(1)]), tmp_path / "out") == 0
+    assert allocate(base, annotations([text_record(1)]), tmp_path / "out") == 0
     for here, expected in ((base.parent, "Name two rivers. ASSISTANT:"), (tmp_path, ASK)):
         monkeypatch.chdir(here)
         capsys.readouterr()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from corpus_support import Write, allocate, command, text_row
+from corpus_support import Write, allocate, command, text_record
 
 from eagle.ge_data import allocation, inspect
 from eagle.ge_data.allocation import part_of
@@ -43,7 +43,7 @@ def test_machines_joined_are_the_whole(
     base: Path, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Also where one machine was stopped half-way: the run that joins makes the rest. As in docs/data.md."""
-    data = annotations([text_row(n, n % 3 + 1) for n in range(ROWS)])
+    data = annotations([text_record(n, n % 3 + 1) for n in range(ROWS)])
     assert allocate(base, data, tmp_path / "whole") == 0
     for number in range(2):
         assert allocate(base, data, tmp_path / str(number), "t", "--shard", f"{number}/2") == 0
@@ -72,7 +72,7 @@ def test_machines_joined_are_the_whole(
 def test_a_part_that_is_none_is_refused(
     base: Path, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], value: str, message: str
 ) -> None:
-    data = annotations([text_row(n) for n in range(ROWS)])
+    data = annotations([text_record(n) for n in range(ROWS)])
     assert allocate(base, data, tmp_path / "out", "t", "--shard", value) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
@@ -90,7 +90,7 @@ def test_a_shard_that_the_index_missed_gets_its_sum(
     base: Path, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A kill came after the shard and before the index."""
-    data, out = annotations([text_row(n) for n in range(ROWS)]), tmp_path / "out"
+    data, out = annotations([text_record(n) for n in range(ROWS)]), tmp_path / "out"
     assert allocate(base, data, out, "t", "--limit", "6") == 0
     whole = load_index(out)
     type(whole).of(whole.source, list(whole.shards[:1])).save(out)
@@ -106,7 +106,7 @@ def test_a_shard_that_the_index_missed_gets_its_sum(
 
 def test_a_run_that_made_nothing_binds_nobody(base: Path, annotations: Write, tmp_path: Path) -> None:
     """It failed before its first shard, with settings that are put right in the second run."""
-    data, out = annotations([text_row(n) for n in range(3)]), tmp_path / "out"
+    data, out = annotations([text_record(n) for n in range(3)]), tmp_path / "out"
     assert allocate("./nothing", data, out, "t", "--max-length", "99") == 2
     assert json.loads((out / SETTINGS).read_text())["max_length"] == 99
     assert allocate(base, data, out) == 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from corpus_support import Write, image_row, text_row, turns
+from corpus_support import Write, image_record, text_record, turns
 from tiny_llava import make_image
 from tiny_stock import make_qwen
 
@@ -22,8 +22,8 @@ from ..families.test_conversations import spoken
 
 END = "<|im_end|>"
 SPOKEN: list[tuple[dict[str, Any], list[str]]] = [
-    (text_row(7), [f"The Nile is longer than the Rhine. {END}", f"That is 7.{END}"]),
-    (image_row(3), [f"Red and 3.{END}", f"No, only red.{END}"]),
+    (text_record(7), [f"The Nile is longer than the Rhine. {END}", f"That is 7.{END}"]),
+    (image_record(3), [f"Red and 3.{END}", f"No, only red.{END}"]),
     ({"conversations": turns("What is it?\n<image>", "A cat"), "image": "wide.png"}, [f"A cat{END}"]),
     ({"conversations": turns("one", "uno", "<image> two", "dos"), "image": "a.png"}, [f"uno{END}", f"dos{END}"]),
     ({"conversations": turns("<image> and <image>?", "Both"), "image": ["a.png", "wide.png"]}, [f"Both{END}"]),
@@ -68,7 +68,7 @@ def test_ids_are_those_of_inference(qwen: Target, photos: Path, row: dict[str, A
 
 
 def test_prompt_before_an_answer_is_the_chat_prompt(qwen: Target, photos: Path) -> None:
-    prepared = template_of(qwen).prepare(read_conversation(image_row(3), 0), photos, 1000)
+    prepared = template_of(qwen).prepare(read_conversation(image_record(3), 0), photos, 1000)
     prompt = qwen.chat_prompt("What colours?", 1)
     asked = qwen.prepare(prompt, [photos / "a.png"])["input_ids"][0]
     assert torch.equal(prepared.input_ids[: int(prepared.loss_mask.nonzero()[0])], asked)
@@ -81,7 +81,7 @@ def test_a_picture_the_processor_refuses_is_skipped(qwen: Target, photos: Path) 
 
 
 def test_padded_batch_equals_single(qwen: Target, photos: Path) -> None:
-    rows = [image_row(1), text_row(2, 3), image_row(3, "wide.png")]
+    rows = [image_record(1), text_record(2, 3), image_record(3, "wide.png")]
     items = [template_of(qwen).prepare(read_conversation(row, 0), photos, 400) for row in rows]
     batch = qwen.prefill(collate(items))
     for row, item in enumerate(items):
@@ -94,7 +94,7 @@ def test_stored_states_are_the_stock_models_and_depend_on_the_picture(
 ) -> None:
     samples = []
     for name in ("a.png", "b.png"):
-        flags = ["--model", str(base), "--json_data_path", str(annotations([image_row(1, name)])), "--gpus", "cpu"]
+        flags = ["--model", str(base), "--json_data_path", str(annotations([image_record(1, name)])), "--gpus", "cpu"]
         flags += ["--model_type", f"{qwen.family}_v", "--image_data_path", str(photos), "--dtype", "float32"]
         assert run_cli(lambda f=flags, n=name: allocation.main([*f, "--outdir", str(tmp_path / n)])) == 0
         samples.append(ShardDataset(tmp_path / name)[0])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from corpus_support import TOKENS, Write, image_row, regenerate, rows_of, text_row, turns
+from corpus_support import TOKENS, Write, image_record, regenerate, rows_of, text_record, turns
 from tiny_draft import make_draft
 from tiny_llava import make_image, make_liuhaotian, make_llava_hf
 from tiny_stock import make_qwen
@@ -83,7 +83,7 @@ def test_answers_are_those_of_stock_generation(
     target: Target, annotations: Write, photos: Path, tmp_path: Path
 ) -> None:
     """For each turn, from the ids that stand before it; and as many turns as questions, the last one unanswered."""
-    rows = [image_row(n, ("a.png", "b.png")[n % 2]) for n in range(3)]
+    rows = [image_record(n, ("a.png", "b.png")[n % 2]) for n in range(3)]
     rows[2]["conversations"].append({"from": "human", "value": "Nothing else?"})
     assert regenerate(target, annotations(rows), tmp_path / "out", "v", pictures=photos) == 0
     dataset = ShardDataset(tmp_path / "out")
@@ -97,7 +97,7 @@ def test_answers_are_those_of_stock_generation(
 
 
 def test_questions_stand_as_at_inference(target: Target, annotations: Write, photos: Path, tmp_path: Path) -> None:
-    assert regenerate(target, annotations([image_row(0)]), tmp_path / "out", "v", pictures=photos) == 0
+    assert regenerate(target, annotations([image_record(0)]), tmp_path / "out", "v", pictures=photos) == 0
     sample = ShardDataset(tmp_path / "out")[0]
     (first, end), (second, _) = runs(sample.loss_mask)
     asked = target.prepare(target.chat_prompt("What colours?", 1), [photos / "a.png"])["input_ids"][0]
@@ -110,7 +110,7 @@ def test_questions_stand_as_at_inference(target: Target, annotations: Write, pho
 
 def test_same_with_and_without_draft(target: Any, annotations: Write, photos: Path, tmp_path: Path) -> None:
     """In float32, greedy. The draft must have helped, or the comparison says nothing."""
-    data = annotations([image_row(n, ("a.png", "b.png")[n % 2]) for n in range(2)])
+    data = annotations([image_record(n, ("a.png", "b.png")[n % 2]) for n in range(2)])
     plain, drafted = tmp_path / "plain", tmp_path / "drafted"
     assert regenerate(target, data, plain, "v", pictures=photos) == 0
     assert regenerate(target, data, drafted, "v", "--msd-model", str(target.draft), pictures=photos) == 0
@@ -118,7 +118,7 @@ def test_same_with_and_without_draft(target: Any, annotations: Write, photos: Pa
     with_draft = MSDModel(target, load_draft(target.draft), TreeConfig(depth=1, top_k=64, total_tokens=128))
     accepted = 0
     for n in range(2):
-        row = text_row(n, n + 1)
+        row = text_record(n, n + 1)
         alone, together = (prepared(model, row, photos, limit=24) for model in (target, with_draft))
         assert torch.equal(alone.input_ids, together.input_ids) and torch.equal(alone.loss_mask, together.loss_mask)
         prompt = target.prepare(target.chat_prompt(row["conversations"][0]["value"]))
@@ -127,7 +127,7 @@ def test_same_with_and_without_draft(target: Any, annotations: Write, photos: Pa
 
 
 def test_states_are_those_of_the_stored_ids(llava: Target, annotations: Write, photos: Path, tmp_path: Path) -> None:
-    assert regenerate(llava, annotations([image_row(0)]), tmp_path / "out", "v", pictures=photos) == 0
+    assert regenerate(llava, annotations([image_record(0)]), tmp_path / "out", "v", pictures=photos) == 0
     sample = ShardDataset(tmp_path / "out")[0]
     pixels = llava.processor.pixel_values([photos / "a.png"])
     with torch.no_grad():
@@ -249,7 +249,7 @@ def test_answers_of_the_data_set_are_not_needed() -> None:
 def test_sampling_depends_on_the_seed_and_not_on_the_order(
     llava: Any, annotations: Write, tmp_path: Path, drafted: bool
 ) -> None:
-    data = annotations([text_row(n) for n in range(5)])
+    data = annotations([text_record(n) for n in range(5)])
     draft = ("--msd-model", str(llava.draft)) if drafted else ()
     warm = ("--temperature", "1.0", *draft)
     assert regenerate(llava, data, tmp_path / "one", "t", *warm) == 0
@@ -269,7 +269,7 @@ def test_sampling_depends_on_the_seed_and_not_on_the_order(
 def test_the_record_names_draft_and_settings(
     llava: Any, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = annotations([text_row(1)])
+    data = annotations([text_record(1)])
     assert regenerate(llava, data, tmp_path / "out", "t", "--msd-model", str(llava.draft)) == 0
     record = load_index(tmp_path / "out").regeneration
     assert record is not None and (record.draft, record.temperature, record.seed) == ("draft", 0.0, None)
@@ -346,7 +346,7 @@ def test_fewer_at_once_where_memory_does_not_suffice(llava: Any, tmp_path: Path,
 def test_stopped_anywhere_and_resumed(
     llava: Any, annotations: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = annotations([text_row(n) for n in range(5)])
+    data = annotations([text_record(n) for n in range(5)])
     flags = ("--msd-model", str(llava.draft), "--hidden-dtype", "int8")
     assert regenerate(llava, data, tmp_path / "whole", "t", *flags) == 0
     answered, calls = Regenerator.answered, []

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from corpus_support import Write, allocate, command, image_row, rows_of, text_row
+from corpus_support import Write, allocate, command, image_record, rows_of, text_record
 
 from eagle.ge_data import inspect
 from eagle.hidden_states.index import load_index, read_header, sha256
@@ -56,7 +56,7 @@ def check_killed(
 ) -> None:
     """One worker reads text, two read pictures."""
     kind = "t" if gpus == "cpu" else "v"
-    made = [text_row(n, n % 4 + 1) if kind == "t" else image_row(n, "ab"[n % 2] + ".png") for n in range(rows)]
+    made = [text_record(n, n % 4 + 1) if kind == "t" else image_record(n, "ab"[n % 2] + ".png") for n in range(rows)]
     data, out = annotations(made), tmp_path / "out"
     arguments = command(base, data, out, kind, "--gpus", gpus, pictures=pictures)
     assert kill(arguments, out, kills, seed=1) >= kills / 2

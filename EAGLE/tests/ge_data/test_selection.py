@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from corpus_support import Write, allocate, image_row, rows_of
+from corpus_support import Write, allocate, image_record, rows_of
 from tiny_llava import make_image
 
 from eagle.conversations import Unusable, open_picture, picture_is_there
@@ -36,7 +36,7 @@ def own(tmp_path: Path) -> Path:
 
 
 def rows() -> list[dict[str, Any]]:
-    return [image_row(number, f"p{number}.png") for number in range(ROWS)]
+    return [image_record(number, f"p{number}.png") for number in range(ROWS)]
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -62,12 +62,12 @@ def test_absolute_names_inside_the_folder_are_as_relative_ones(
     link.symlink_to(own)
     assert allocate(base, annotations(rows()), tmp_path / "relative", "v", pictures=own) == 0
     for folder, root in ((own, own), (link, link), (own, link)):
-        named = [image_row(number, str(folder / f"p{number}.png")) for number in range(ROWS)]
+        named = [image_record(number, str(folder / f"p{number}.png")) for number in range(ROWS)]
         out = tmp_path / f"{folder.name}-{root.name}"
         assert allocate(base, annotations(named), out, "v", pictures=root) == 0
         assert rows_of(out)[0] == rows_of(tmp_path / "relative")[0] and not load_index(out).skipped
     make_image(tmp_path / "elsewhere.png", seed=1)
-    outside = image_row(0, str(tmp_path / "elsewhere.png"))
+    outside = image_record(0, str(tmp_path / "elsewhere.png"))
     assert allocate(base, annotations([outside, *rows()[1:]]), tmp_path / "one", "v", pictures=own) == 0
     assert load_index(tmp_path / "one").skipped == {"outside_picture": 1}
     capsys.readouterr()
@@ -102,7 +102,7 @@ def test_only_some_rows_of_many_are_looked_at(
         return False
 
     monkeypatch.setattr("eagle.ge_data.selection.picture_is_there", there)
-    data = annotations([image_row(number, f"q{number}.png") for number in range(5 * MAX_CHECKED + 1)])
+    data = annotations([image_record(number, f"q{number}.png") for number in range(5 * MAX_CHECKED + 1)])
     assert allocate(base, data, tmp_path / "out", "v", pictures=own) == 2
     assert MAX_CHECKED * 0.8 < len(seen) <= MAX_CHECKED and len(set(seen)) == len(seen)
 
@@ -214,7 +214,7 @@ def test_a_failing_file_system_is_no_reason_to_skip_rows(
     base: Path, pictures: Path, annotations: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str], code: int, where: str,
 ) -> None:  # fmt: skip
-    data, out = annotations([image_row(1), image_row(2, "b.png")]), tmp_path / "out"
+    data, out = annotations([image_record(1), image_record(2, "b.png")]), tmp_path / "out"
     stat, opened, fails = Path.stat, __import__("PIL.Image").Image.open, [False]
 
     def failing(original: Any) -> Any:

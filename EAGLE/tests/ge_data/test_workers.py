@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from corpus_support import Write, allocate, rows_of, text_row
+from corpus_support import Write, allocate, rows_of, text_record
 
 from eagle.ge_data import allocation
 from eagle.ge_data.allocation import AllocationProgress, devices
@@ -49,7 +49,7 @@ def test_a_worker_that_is_killed_is_named_and_the_other_finishes(
             os.kill(killed[0], signal.SIGKILL)
 
     monkeypatch.setattr(AllocationProgress, "add_shard", shard)
-    data, out = annotations([text_row(n) for n in range(rows)]), tmp_path / "out"
+    data, out = annotations([text_record(n) for n in range(rows)]), tmp_path / "out"
     assert allocate(base, data, out, "t", "--gpus", "cpu,cpu") == 1
     assert "error: worker cpu failed: ended with status -9 without a message" in capsys.readouterr().err
     begun = 3  # ranges that a worker holds: one it writes, one it reads, one it prepares
@@ -108,7 +108,7 @@ def test_all_failures_are_said_and_what_is_there_is_summed_up(
 
     monkeypatch.setattr(allocation, "run_workers", fail)
     monkeypatch.setattr(allocation, "devices", lambda gpus: ["cuda:0", "cuda:1", "cuda:2"])
-    data, out = annotations([text_row(0), {"id": "x"}, *(text_row(n) for n in range(1, 6))]), tmp_path / "out"
+    data, out = annotations([text_record(0), {"id": "x"}, *(text_record(n) for n in range(1, 6))]), tmp_path / "out"
     assert allocate(base, data, out) == (2 if kinds == "bad input too" else 1)
     said = capsys.readouterr()
     errors = [line for line in said.err.splitlines() if line.startswith("error: ")]
@@ -130,7 +130,7 @@ def test_bad_input_half_way_leaves_what_is_there_summed_up(
         return write(self, span, outcome)
 
     monkeypatch.setattr(Extractor, "_write", fail)
-    data, out = annotations([text_row(n) for n in range(7)]), tmp_path / "out"
+    data, out = annotations([text_record(n) for n in range(7)]), tmp_path / "out"
     assert allocate(base, data, out) == 2
     said = capsys.readouterr()
     assert said.err.splitlines()[-1] == "error: shard cannot be written (no room)"
@@ -146,7 +146,7 @@ def test_a_disk_that_will_be_full_is_said_once(
     capsys: pytest.CaptureFixture[str], free: int, full: bool,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(0, 0, free))
-    data = annotations([text_row(n) for n in range(9)])
+    data = annotations([text_record(n) for n in range(9)])
     assert allocate(base, data, tmp_path / "out") == 0, "a note, no refusal"
     error = capsys.readouterr().err
     assert error.count("the disk will be full before the end") == full

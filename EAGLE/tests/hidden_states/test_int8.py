@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from corpus_support import Write, allocate, image_row, text_row
+from corpus_support import Write, allocate, image_record, text_record
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_llava import TinySizes, make_liuhaotian
@@ -105,7 +105,7 @@ def test_bytes_of_a_text_token(tmp_path: Path) -> None:
 def test_allocation_stores_the_targets_states_in_8_bit(annotations: Write, pictures: Path, tmp_path: Path) -> None:
     """From the float32 states of the target: rounded to 8 bit once, not to 16 bit before."""
     base = make_liuhaotian(tmp_path / "base", sizes=TinySizes(hidden=128, heads=4))
-    row = image_row(1)
+    row = image_record(1)
     data, out = annotations([row]), tmp_path / "out"
     assert allocate(base, data, out, "v", "--hidden-dtype", "int8", "--dtype", "float32", pictures=pictures) == 0
     target = load_target(base, dtype="float32")
@@ -124,7 +124,7 @@ def test_allocation_stores_the_targets_states_in_8_bit(annotations: Write, pictu
 def test_inspect_names_the_kind(
     base: Path, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = annotations([text_row(1)])
+    data = annotations([text_record(1)])
     for flag, shown in (("int8", "stored as int8"), ("auto", "stored as bfloat16")):
         assert allocate(base, data, tmp_path / flag, "t", "--hidden-dtype", flag) == 0
         capsys.readouterr()
@@ -134,7 +134,7 @@ def test_inspect_names_the_kind(
 
 
 def test_resumed_in_8_bit(base: Path, annotations: Write, tmp_path: Path) -> None:
-    data = annotations([text_row(n) for n in range(7)])
+    data = annotations([text_record(n) for n in range(7)])
     assert allocate(base, data, tmp_path / "whole", "t", "--hidden-dtype", "int8") == 0
     assert allocate(base, data, tmp_path / "parts", "t", "--hidden-dtype", "int8", "--limit", "4") == 0
     first = next((tmp_path / "parts").glob("rows-*"))
@@ -151,7 +151,7 @@ def test_resumed_in_8_bit(base: Path, annotations: Write, tmp_path: Path) -> Non
 def test_one_folder_has_one_kind(
     base: Path, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], begun: str, then: str
 ) -> None:
-    data, out = annotations([text_row(n) for n in range(4)]), tmp_path / "out"
+    data, out = annotations([text_record(n) for n in range(4)]), tmp_path / "out"
     assert allocate(base, data, out, "t", "--hidden-dtype", begun, "--limit", "1") == 0
     assert allocate(base, data, out, "t", "--hidden-dtype", then) == 2
     error = capsys.readouterr().err
@@ -197,7 +197,7 @@ def make_old(folder: Path, schema: int) -> None:
 def test_an_old_folder_is_read_and_completed(
     base: Path, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], schema: int
 ) -> None:
-    data, out = annotations([text_row(n) for n in range(7)]), tmp_path / "out"
+    data, out = annotations([text_record(n) for n in range(7)]), tmp_path / "out"
     assert allocate(base, data, out, "t", "--limit", "3") == 0
     sample = ShardDataset(out)[0]
     make_old(out, schema)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from corpus_support import Write, allocate, text_row
+from corpus_support import Write, allocate, text_record
 from huggingface_hub import constants
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -47,7 +47,7 @@ def test_the_commit_of_a_model_on_the_hub(cached: Path, tmp_path: Path) -> None:
 
 
 def test_a_corpus_names_the_commit(cached: Path, annotations: Write, tmp_path: Path) -> None:
-    data, out = annotations([text_row(n) for n in range(4)]), tmp_path / "out"
+    data, out = annotations([text_record(n) for n in range(4)]), tmp_path / "out"
     assert allocate(cached, data, out) == 0
     assert json.loads((out / INDEX).read_text())["commit"] == COMMIT == ShardDataset(out).meta.commit
 
@@ -62,7 +62,7 @@ def forget(path: Path, names: tuple[str, ...]) -> None:
 
 def test_what_a_shard_does_not_know_is_no_difference(cached: Path, annotations: Write, tmp_path: Path) -> None:
     """Every folder of an earlier release is without commit; it goes on, and its index then knows it."""
-    data, out = annotations([text_row(n) for n in range(7)]), tmp_path / "out"
+    data, out = annotations([text_record(n) for n in range(7)]), tmp_path / "out"
     assert allocate(cached, data, out, "t", "--limit", "3") == 0
     forget(next(out.glob("rows-*")), ("commit", "layer_fingerprint"))
     (out / INDEX).unlink()
@@ -78,7 +78,7 @@ def test_what_a_shard_does_not_know_is_no_difference(cached: Path, annotations: 
 def test_another_commit_is_refused(
     cached: Path, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data, out = annotations([text_row(n) for n in range(4)]), tmp_path / "out"
+    data, out = annotations([text_record(n) for n in range(4)]), tmp_path / "out"
     model = tmp_path / "hub" / "models--owner--tiny" / "snapshots"
     assert allocate(cached, data, out, "t", "--limit", "3") == 0
     index = json.loads((out / INDEX).read_text())
@@ -108,7 +108,7 @@ def test_a_fine_tune_with_the_same_embedding_is_another_model(
     other = fine_tuned(base, tmp_path / "b" / "base")
     prints = [layer_fingerprint(load_target(folder, dtype="float32").text_model) for folder in (base, other)]
     assert prints[0] != prints[1]
-    data, out = annotations([text_row(n) for n in range(4)]), tmp_path / "out"
+    data, out = annotations([text_record(n) for n in range(4)]), tmp_path / "out"
     assert allocate(base, data, out, "t", "--limit", "3") == 0
     assert allocate(other, data, out) == 2
     assert f"with layer_fingerprint '{prints[0]}' instead of '{prints[1]}'" in capsys.readouterr().err

@@ -11,7 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_families import make_gemma3, make_internvl, make_onevision, make_qwen3_5, make_qwen3_vl
+from tiny_families import (
+    make_gemma3,
+    make_gemma4,
+    make_glm,
+    make_internvl,
+    make_mistral3,
+    make_onevision,
+    make_paddleocr,
+    make_qwen3_5,
+    make_qwen3_vl,
+)
 from tiny_llava import make_image
 
 from eagle import MSDModel, TreeConfig, cli
@@ -24,7 +34,11 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "qwen3_vl": make_qwen3_vl,
     "qwen3_5": make_qwen3_5,
     "gemma3": make_gemma3,
+    "gemma4": make_gemma4,
     "internvl": make_internvl,
+    "mistral3": make_mistral3,
+    "glm4v": make_glm,
+    "paddleocr_vl": make_paddleocr,
     "llava_onevision": make_onevision,
 }
 QUESTIONS = ["Name two rivers.", "And what is that?", "Count the shapes."]

@@ -9,22 +9,23 @@ from eagle.train.collate import collate
 from eagle.train.loss import best_tokens, draft_loss
 
 
-def naive(predicted, target, loss_mask, head):
+def naive(predicted, target, loss_mask, head, cap=None):
     mask = loss_mask.float()
     hidden = (mask * F.smooth_l1_loss(predicted, target, reduction="none").mean(-1)).sum() / mask.sum()
-    soft = (target @ head.T).softmax(-1)
-    token = -(mask * (soft * (predicted @ head.T).log_softmax(-1)).sum(-1)).sum() / mask.sum()
+    own, wanted = ((cap * (each @ head.T / cap).tanh() if cap else each @ head.T) for each in (predicted, target))
+    token = -(mask * (wanted.softmax(-1) * own.log_softmax(-1)).sum(-1)).sum() / mask.sum()
     return 1.0 * hidden + 0.1 * token, hidden, token
 
 
+@pytest.mark.parametrize("cap", [None, 2.0])
 @pytest.mark.parametrize("chunk", [1, 4, 1000])
-def test_loss_and_gradient_equal_the_full_formula(chunk):
+def test_loss_and_gradient_equal_the_full_formula(chunk, cap):
     torch.manual_seed(0)
     predicted, target, head = torch.randn(2, 9, 8, requires_grad=True), torch.randn(2, 9, 8), torch.randn(30, 8)
     loss_mask = torch.rand(2, 9) > 0.4
-    wanted = naive(predicted, target, loss_mask, head)
+    wanted = naive(predicted, target, loss_mask, head, cap)
     (gradient,) = torch.autograd.grad(wanted[0], predicted)
-    losses = draft_loss(predicted, target, loss_mask, head, chunk=chunk)
+    losses = draft_loss(predicted, target, loss_mask, head, chunk=chunk, cap=cap)
     torch.testing.assert_close((losses.total, losses.hidden, losses.token), wanted)
     torch.testing.assert_close(torch.autograd.grad(losses.total * 3, predicted)[0], gradient * 3)
 

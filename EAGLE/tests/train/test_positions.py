@@ -64,7 +64,7 @@ def stored(target: Target, kind: str, photos: Path, folder: Path) -> Sample:
 
 
 def skip_where_times_are_doubled(target: Target, kind: str) -> None:
-    """transformers 5.4 doubles a picture's time number in Qwen2.5-VL; 5.24 does not (docs/training.md)."""
+    """transformers 5.4 doubles a picture's time number in Qwen2.5-VL; 5.24 does not (docs/porting.md)."""
     if target.family == "qwen2_5_vl" and kind != "text" and Version(transformers.__version__) < Version("5.24"):
         pytest.skip(f"transformers {transformers.__version__} may double a picture's time number")
 

@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from eagle.cache import cache_folder
 from eagle.decode.adaptive.planner import CostCurve
 from eagle.decode.drafter import Drafter
 from eagle.decode.masks import MaskBuffer
@@ -74,20 +74,18 @@ def cost_of(target: Target, draft: DraftHead, tree: TreeConfig) -> CostCurve:
 
 def folder() -> Path:
     """Where records are kept."""
-    base = os.environ.get("MSD_CACHE")
-    if base:
-        return Path(base) / "costs"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "msd" / "costs"
+    return cache_folder("costs")
 
 
 def describe(target: Target, draft: DraftHead, tree: TreeConfig) -> dict[str, Any]:
     """Everything that the costs depend on, as JSON values."""
     device = target.device
     text = target.config.get_text_config()
-    shape = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    shape = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
     return {
         "family": target.family,
-        "target": {name: getattr(text, name, None) for name in shape} | {"vocab_size": target.vocab_size},
+        "target": {name: getattr(text, name, None) for name in shape}
+        | {"num_key_value_heads": target.cache_shapes[0][0], "vocab_size": target.vocab_size},
         "attention": [text._attn_implementation, torch.backends.cuda.cudnn_sdp_enabled()],
         "draft": {
             "hidden_size": draft.config.hidden_size,

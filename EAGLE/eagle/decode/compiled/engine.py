@@ -144,7 +144,7 @@ class StaticEngine:
         self.target_caches = CachePool(partial(self._target_cache, move), compiled.graphs)
         self.verify_nodes = compiled(verifier(target))
         if draft is not None:
-            head = target.model.get_output_embeddings()
+            head = target.head_function()
             self.draft_caches = CachePool(partial(self._draft_cache, draft, move), compiled.graphs)
             self.extend, self.step, self.children = (compiled(part) for part in draft_parts(draft, head))
 
@@ -180,13 +180,13 @@ class StaticEngine:
 
     def _target_cache(self, move: Callable[..., None], rows: int) -> StaticCache:
         target = self.target
-        heads, head_dim = target.cache_shape
-        return StaticCache(len(target.text_model.layers), heads, head_dim, rows, target.dtype, target.device, move)
+        return StaticCache(target.cache_shapes, rows, target.dtype, target.device, move)
 
     @staticmethod
     def _draft_cache(draft: DraftModel, move: Callable[..., None], rows: int) -> StaticCache:
         config = draft.config
-        return StaticCache(1, config.num_key_value_heads, config.head_dim, rows, draft.dtype, draft.device, move)
+        shape = (config.num_key_value_heads, config.head_dim)
+        return StaticCache([shape], rows, draft.dtype, draft.device, move)
 
 
 class StaticDrafter(Drafter):
@@ -239,14 +239,12 @@ def filled(mask: Tensor, rows: int, columns: int) -> Tensor:
 
 def verifier(target: Target) -> Callable[..., tuple[Tensor, Tensor]]:
     """The forward of `StaticEngine.verify`, as a function to compile."""
-    text_model, embed = target.text_model, target.model.get_input_embeddings()
-    head, cache_argument = target.model.get_output_embeddings(), target.cache_argument
+    text_model, read = target.text_model, target.token_reader()
+    head, cache_argument = target.head_function(), target.cache_argument
 
     def verify(tokens: Tensor, positions: Tensor, mask: LayerMasks, cache: StaticCache) -> tuple[Tensor, Tensor]:
-        given = {cache_argument: cache}
-        output = text_model(
-            inputs_embeds=embed(tokens), attention_mask=mask, position_ids=positions, use_cache=True, **given
-        )
+        given: dict[str, Any] = {cache_argument: cache, **read(tokens)}
+        output = text_model(attention_mask=mask, position_ids=positions, use_cache=True, **given)
         return output.last_hidden_state, head(output.last_hidden_state)
 
     return verify

@@ -61,28 +61,26 @@ class StaticCache(KVCache):
     """All layers of one model on one device, for one sequence. Prefill goes through `sequence`, with shapes of its own.
 
     Args:
-        layers: number of layers.
-        heads, head_dim: of the keys and values.
+        shapes: heads of keys and values, and the size of each, by layer.
         capacity: maximal number of rows; rounded up to a power of two.
         move: `move_rows`, compiled.
     """
 
     def __init__(
         self,
-        layers: int,
-        heads: int,
-        head_dim: int,
+        shapes: Sequence[tuple[int, int]],
         capacity: int,
         dtype: torch.dtype,
         device: torch.device,
         move: Callable[[StaticCache, Tensor], None],
     ) -> None:
-        shape = (1, 1, heads, max(SMALLEST, 1 << (capacity - 1).bit_length()), head_dim)
-        zeros = partial(torch.zeros, shape, dtype=dtype, device=device)
+        rows = max(SMALLEST, 1 << (capacity - 1).bit_length())
+        zeros = partial(torch.zeros, dtype=dtype, device=device)
         stores = {
-            layer: CacheStorage(zeros(), zeros()) for layer in range(layers)
+            layer: CacheStorage(*(zeros(1, 1, heads, rows, head_dim) for _ in range(2)))
+            for layer, (heads, head_dim) in enumerate(shapes)
         }  # separate, as a graph writes into each
-        super().__init__(stores, range(layers), [0])
+        super().__init__(stores, range(len(shapes)), [0])
         self.window, self._move, self._device = Window(), move, device
         self.layers = [StaticLayer(store.keys[0], store.values[0], self.window) for store in stores.values()]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +18,10 @@ class Gemma3Target(StockTarget):
     family = "gemma3"
     model_class = Gemma3ForConditionalGeneration
 
+    @property
+    def image_mark(self) -> str:
+        return self.processor.boi_token
+
     def read_prompt(self, prompt: PromptEmbeds, positions: Tensor, **arguments: Any) -> Tensor:
         """The masks are those that transformers' `generate` gives the model for such a prompt."""
         cache = self.cache_argument
@@ -30,3 +35,9 @@ class Gemma3Target(StockTarget):
             **{cache: arguments.get(cache)},
         )
         return super().read_prompt(prompt, positions, **arguments)
+
+    def complete_inputs(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Token types, without which transformers reads the tokens of a picture as text."""
+        if inputs.get("token_type_ids") is not None:
+            return {}
+        return {"token_type_ids": self.media_mask(self.media[0], input_ids, inputs).long()}

@@ -15,6 +15,10 @@ class Gemma3Template(Template):
         return self.processor.image_seq_length
 
     @property
+    def image_mark(self) -> str:
+        return self.processor.boi_token
+
+    @property
     def written_mark(self) -> str:
         tokenizer = self.processor.tokenizer
         return f"\n\n{tokenizer.boi_token}{tokenizer.image_token}{tokenizer.eoi_token}\n\n"

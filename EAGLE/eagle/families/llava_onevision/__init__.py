@@ -1,1 +1,1 @@
-"""LLaVA-1.5."""
+"""LLaVA-OneVision."""

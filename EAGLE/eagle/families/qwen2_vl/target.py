@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ class Qwen2VLTarget(StockTarget):
 
     family = "qwen2_vl"
     model_class = Qwen2VLForConditionalGeneration
-    media = (
+    text_types: ClassVar[tuple[str, ...]] = ("qwen2_vl_text",)
+    media: ClassVar[tuple[Media, ...]] = (
         Media("image", "image_token_id", ("pixel_values", "image_grid_thw")),
         Media("video", "video_token_id", ("pixel_values_videos", "video_grid_thw")),
     )
@@ -79,3 +80,4 @@ class Qwen2_5VLTarget(Qwen2VLTarget):
 
     family = "qwen2_5_vl"
     model_class = Qwen2_5_VLForConditionalGeneration
+    text_types = ("qwen2_5_vl_text",)

@@ -18,6 +18,7 @@ class Qwen3_5Target(Qwen2VLTarget):
 
     family = "qwen3_5"
     model_class = Qwen3_5ForConditionalGeneration
+    text_types = ("qwen3_5_text",)
 
     def __init__(self, model: PreTrainedModel, processor: Any) -> None:
         super().__init__(model, processor)
@@ -38,3 +39,4 @@ class Qwen3_5MoeTarget(Qwen3_5Target):
 
     family = "qwen3_5_moe"
     model_class = Qwen3_5MoeForConditionalGeneration
+    text_types = ("qwen3_5_moe_text",)

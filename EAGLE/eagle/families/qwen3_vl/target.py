@@ -17,6 +17,7 @@ class Qwen3VLTarget(Qwen2VLTarget):
 
     family = "qwen3_vl"
     model_class = Qwen3VLForConditionalGeneration
+    text_types = ("qwen3_vl_text",)
 
     def embed_prompt(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> PromptEmbeds:
         encoded = {
@@ -43,6 +44,7 @@ class Qwen3VLMoeTarget(Qwen3VLTarget):
 
     family = "qwen3_vl_moe"
     model_class = Qwen3VLMoeForConditionalGeneration
+    text_types = ("qwen3_vl_moe_text",)
 
 
 def joined_layer(encoded: list[tuple[Tensor, Any]], layer: int) -> Tensor:

@@ -8,32 +8,28 @@ The command can be stopped at any moment; started again, it resumes. A set that 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 from codecs import BOM_UTF8
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from eagle.arguments import positive
 from eagle.ge_data.download.covers import LIST_FIX, LIST_PAGE, fetch_covers, missing_covers, read_addresses
-from eagle.ge_data.download.inventory import (
-    expected_pictures,
-    need_space,
-    picture_names,
-    remember_complete,
-    report_needed,
-    report_sets,
-)
-from eagle.ge_data.download.transfer import AGAIN, MIRROR, fetch
+from eagle.ge_data.download.inventory import count_pictures, report_needed, report_sets
+from eagle.ge_data.download.sources import HUB, Source, choose
+from eagle.ge_data.download.transfer import AGAIN, fetch, need_space
 from eagle.ge_data.download.unpack import unpack
 from eagle.ge_data.folder import locked
-from eagle.picture_sources import HUB, AnnotationFile, ArchiveSet, CoverSet, Source, choose
 from llava.arguments import OneLineParser
-from llava.errors import UserError, run_cli
+from llava.errors import UserError, reason_of, run_cli
 
 ARCHIVES = "archives"
 """Folder in the root for archives until they are unpacked."""
-END = 1 << 16
-"""Number of bytes at both ends of an annotation file that are checked."""
+BLOCK = 1 << 16
+"""Bytes that are read at once, and at both ends of an annotation file to recognize it."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,110 +47,87 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def get(source: Source, options: argparse.Namespace) -> str:
-    """Downloads one set; returns a line for the user.
-
-    Raises:
-        UserError: it failed.
-    """
-    try:
-        if isinstance(source, AnnotationFile):
-            return get_annotations(source, options.root)
-        if isinstance(source, ArchiveSet):
-            return get_archive(source, options.root, options.keep_archives)
-        assert isinstance(source, CoverSet)
-        return get_covers(source, options.root, options.ocr_vqa_list, options.workers)
-    except OSError as error:
-        reason = f"cannot write or read a file here ({error.strerror or error})"
-        raise UserError(reason, error.filename or options.root, AGAIN) from None
-
-
-def get_annotations(source: AnnotationFile, root: Path) -> str:
-    """Downloads an annotation file, from the hub or from a mirror."""
-    path = root / source.path
+def get_annotations(source: Source, options: argparse.Namespace) -> str:
+    """Downloads an annotation file, from the hub or from a mirror; returns a line for the user."""
+    path = options.root / source.path
     if path.exists():
-        if not is_array(path):
-            raise UserError("not an annotation file (a JSON array)", path, "delete it and run the command again")
+        check_array(path)
         return f"already there, {path}"
     if source.address.startswith(HUB):
         need_space(path.parent, source.size, path.name)
         _from_hub(source.address.removeprefix(HUB), path)
     else:
-        fetch(source.address, path, source.name, lambda size, have: need_space(root, (size or 0) - have, path.name))
-    if not is_array(path):
-        path.unlink()
-        raise UserError("the server did not send an annotation file (a JSON array)", source.address, MIRROR)
+        fetch(source.address, path, path.name, verify=check_array)
     return str(path)
 
 
-def is_array(path: Path) -> bool:
-    """Whether a file begins and ends like a JSON array, unlike the page that a server sends instead of a file."""
+def check_array(path: Path) -> None:
+    """Raises `UserError` unless a file begins and ends like a JSON array, unlike the page that a server may send."""
     with path.open("rb") as file:
-        first = file.read(END).removeprefix(BOM_UTF8).lstrip()[:1]
-        file.seek(max(0, path.stat().st_size - END))
-        return first == b"[" and file.read().rstrip()[-1:] == b"]"
-
-
-def get_archive(source: ArchiveSet, root: Path, keep: bool) -> str:
-    """Downloads and unpacks an archive. ``keep``: do not delete it afterwards."""
-    folder, archive = root / source.path, root / ARCHIVES / f"{source.name}.zip"
-    there = len(picture_names(folder))
-    if there >= expected_pictures(root, source):
-        return f"already there, {there:,} pictures in {folder}"
-
-    def check_space(size: int | None, have: int) -> None:
-        size = size or source.size
-        need_space(root, max(0, size - have) + size, f"archive and pictures of {source.name}")
-
-    if not archive.exists():
-        fetch(source.address, archive, source.name, check_space, source.md5)
-    pictures = unpack(archive, folder, source.name)
-    remember_complete(root, source, pictures)
-    if not keep:
-        archive.unlink()
-    differs = "" if pictures == source.pictures else f" ({source.pictures:,} expected)"
-    return f"{pictures:,} pictures{differs} in {folder}"
-
-
-def get_covers(source: CoverSet, root: Path, list_file: Path | None, workers: int) -> str:
-    """Downloads the set whose pictures have an address each. ``list_file``: the user's own list of addresses."""
-    folder = root / source.path
-    path = list_file or folder.parent / "dataset.json"
-    fetched = not list_file and not path.exists()
-    if fetched:
-        try:
-            fetch(source.address, path, source.name)
-        except UserError as error:
-            raise UserError(error.what, error.where, LIST_FIX) from None
-    try:
-        addresses = read_addresses(path)
-    except UserError:
-        if fetched:
-            path.unlink()
-        raise
-    need_space(root, len(missing_covers(addresses, folder)) * (source.size // source.pictures), "the covers of ocr_vqa")
-    tally = fetch_covers(addresses, folder, workers)
-    return f"{tally.saved:,} pictures in {folder}, {tally.gone:,} gone from the web"
+        first = file.read(BLOCK).removeprefix(BOM_UTF8).lstrip()[:1]
+        file.seek(max(0, path.stat().st_size - BLOCK))
+        if first != b"[" or file.read().rstrip()[-1:] != b"]":
+            raise UserError("not an annotation file (a JSON array)", path, f"delete it and {AGAIN}")
 
 
 def _from_hub(repository: str, path: Path) -> None:
     """A file of a data set on the hub. The hub's library retries and resumes by itself."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError, HTTPError, RemoteEntryNotFoundError, RepositoryNotFoundError
 
     try:
         hf_hub_download(repository, path.name, repo_type="dataset", local_dir=path.parent)
-    except (RepositoryNotFoundError, RemoteEntryNotFoundError, HFValidationError) as error:
-        raise UserError(f"the hub does not have {path.name} ({_first_line(error)})", repository) from None
-    except (HTTPError, OSError) as error:
+    except Exception as error:  # errors of the HTTP library have no common base class
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        reason = f"download of {path.name} from the hub failed ({_first_line(error)})"
-        raise UserError(reason, repository, AGAIN) from None
+        raise UserError(f"the hub did not give {path.name} ({reason_of(error)})", repository, AGAIN) from None
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def get_archive(source: Source, options: argparse.Namespace) -> str:
+    """Downloads and unpacks an archive; returns a line for the user."""
+    folder, archive = options.root / source.path, options.root / ARCHIVES / f"{source.name}.zip"
+    count = count_pictures(options.root, source)
+    if not count.missing:
+        return f"already there, {count.there:,} pictures in {folder}"
+    if not archive.exists():
+        fetch(source.address, archive, source.name, verify=partial(check_md5, expected=source.md5), space_factor=2)
+    pictures = unpack(archive, folder, source.name)
+    if not options.keep_archives:
+        archive.unlink()
+    differs = "" if pictures == source.pictures else f" ({source.pictures:,} expected)"
+    return f"{pictures:,} pictures{differs} in {folder}"
+
+
+def check_md5(path: Path, expected: str | None) -> None:
+    """Raises `UserError` if a file has another checksum; None is not checked."""
+    if expected is None:
+        return
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    if digest.hexdigest() != expected:
+        raise UserError(f"checksum (MD5) is {digest.hexdigest()}, not {expected}", path)
+
+
+def get_covers(source: Source, options: argparse.Namespace) -> str:
+    """Downloads the set whose pictures have an address each; returns a line for the user."""
+    folder = options.root / source.path
+    path = options.ocr_vqa_list or folder.parent / "dataset.json"
+    try:
+        if not options.ocr_vqa_list and not path.exists():
+            fetch(source.address, path, source.name, verify=read_addresses)
+        addresses = read_addresses(path)
+    except UserError as error:
+        raise UserError(error.what, error.where, LIST_FIX) from None
+    size = len(missing_covers(addresses, folder)) * (source.size // source.pictures)
+    need_space(options.root, size, "the covers of ocr_vqa")
+    fetch_covers(addresses, folder, options.workers)
+    count = count_pictures(options.root, source)
+    return f"{count.there:,} pictures in {folder}, {count.gone:,} gone from the web"
+
+
+GET = {"annotations": get_annotations, "archive": get_archive, "covers": get_covers}
+"""How each kind of set is downloaded."""
 
 
 def download(sources: Sequence[Source], options: argparse.Namespace) -> None:
@@ -167,13 +140,15 @@ def download(sources: Sequence[Source], options: argparse.Namespace) -> None:
     with locked(options.root):
         for source in sources:
             try:
-                print(f"{source.name}: {get(source, options)}", flush=True)
-            except UserError as error:
+                print(f"{source.name}: {GET[source.kind](source, options)}", flush=True)
+            except (UserError, OSError) as error:
+                if isinstance(error, OSError):
+                    reason = f"cannot write or read a file here ({error.strerror or error})"
+                    error = UserError(reason, error.filename or options.root, AGAIN)
                 failed.append(source.name)
                 print(f"error: {source.name}: {error}", file=sys.stderr, flush=True)
-        archives = options.root / ARCHIVES
-        if archives.is_dir() and not any(archives.iterdir()):
-            archives.rmdir()
+        with suppress(OSError):  # of a folder that is not empty, or not there
+            (options.root / ARCHIVES).rmdir()
     if failed:
         message = f"{len(failed)} of {len(sources)} sets failed"
         raise UserError(message, ", ".join(failed), f"see the lines above, then {AGAIN}: what is done is kept")

@@ -1,29 +1,48 @@
-"""The pictures on the disk: which are there, which an annotation file needs, which are gone, and the free space."""
+"""The pictures on the disk: which are there, which are gone from the web, and which an annotation file needs."""
 
 from __future__ import annotations
 
 import os
-import shutil
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from eagle.conversations import REASONS, Unusable, image_names, picture_path
 from eagle.ge_data.annotations import iter_records
-from eagle.ge_data.progress import format_bytes
-from eagle.picture_sources import CoverSet, PictureSet, Source
-from llava.errors import UserError
-from llava.files import read_json, write_json
+from eagle.ge_data.download.sources import Source
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif")
-COMPLETE = ".complete.json"
-"""File in the root: number of pictures in the archive of each unpacked set."""
+COMPLETE = ".complete"
+"""File in a folder of pictures: number of pictures in the archive that was unpacked there."""
 GONE_LIST = "gone.txt"
 """File beside the folder of covers: name, address and reason of those that cannot be had, separated by tabs."""
+OTHER = "other"
 SHOWN = 5
 """Missing names in a report."""
 MAX_NAME = 200
-"""Characters of a name in a report."""
+"""Characters of such a name."""
+
+
+class PictureCount(NamedTuple):
+    """Pictures of a set: in its folder, in the complete set, and known to be gone from the web."""
+
+    there: int
+    expected: int
+    gone: int
+
+    @property
+    def missing(self) -> int:
+        return max(0, self.expected - self.there - self.gone)
+
+
+def count_pictures(root: Path, source: Source) -> PictureCount:
+    """Counts a set. It is expected to have what its archive had if that was unpacked here, else what the table says."""
+    folder = root / source.path
+    complete = folder / COMPLETE
+    expected = int(complete.read_text(encoding="ascii")) if complete.exists() else source.pictures
+    return PictureCount(len(picture_names(folder)), expected, len(gone_covers(folder)))
 
 
 def is_picture(name: str) -> bool:
@@ -34,16 +53,6 @@ def is_picture(name: str) -> bool:
 def picture_names(folder: Path) -> set[str]:
     """Names of the pictures in a folder, which need not exist."""
     return set(filter(is_picture, os.listdir(folder))) if folder.is_dir() else set()
-
-
-def expected_pictures(root: Path, source: PictureSet) -> int:
-    """Number of pictures of the complete set: what its archive had if it was unpacked here, else a constant."""
-    return int(_complete(root).get(source.name, source.pictures))
-
-
-def remember_complete(root: Path, source: PictureSet, pictures: int) -> None:
-    """Records that all ``pictures`` of the set's archive are unpacked."""
-    write_json(root / COMPLETE, {**_complete(root), source.name: pictures})
 
 
 def gone_covers(folder: Path) -> dict[str, str]:
@@ -59,31 +68,22 @@ def remember_gone(folder: Path, name: str, address: str, reason: str) -> None:
         file.write("\t".join(" ".join(part.split()) for part in (name, address, reason)) + "\n")
 
 
-def need_space(folder: Path, size: int, what: str) -> None:
-    """Raises `UserError` if the disk of ``folder``, which need not exist, has less than ``size`` bytes free."""
-    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    free = shutil.disk_usage(existing).free
-    if size > free:
-        message = f"not enough space for {what}: {format_bytes(size)} needed, {format_bytes(free)} free"
-        raise UserError(message, folder, "free some space, or give another --root")
-
-
 def report_sets(root: Path, sources: Sequence[Source]) -> tuple[list[str], bool]:
     """A line for each set, and whether all of them are complete."""
-    lines, all_complete = [], True
+    lines, complete = [], True
     for source in sources:
-        if isinstance(source, PictureSet):
-            there, expected = len(picture_names(root / source.path)), expected_pictures(root, source)
-            gone = len(_gone_names(root, source))
-            missing = max(0, expected - there - gone)
-            text = f"{there:>7,} of {expected:>7,} pictures" + (f", {gone:,} gone" if gone else "")
-            text += f", {missing:,} missing" if missing else ", complete"
-        else:
+        if source.kind == "annotations":
             missing = not (root / source.path).is_file()
             text = "missing" if missing else "there"
+        else:
+            count = count_pictures(root, source)
+            missing = count.missing > 0
+            text = f"{count.there:>7,} of {count.expected:>7,} pictures"
+            text += f", {count.gone:,} gone" if count.gone else ""
+            text += f", {count.missing:,} missing" if missing else ", complete"
         lines.append(f"{source.name:<9} {text:<52} {source.path}")
-        all_complete = all_complete and not missing
-    return lines, all_complete
+        complete = complete and not missing
+    return lines, complete
 
 
 def _name_in(root: Path, name: str) -> str:
@@ -104,7 +104,8 @@ def report_needed(root: Path, sources: Sequence[Source], annotations: Path, all_
     Raises:
         UserError: the file cannot be read.
     """
-    needed: defaultdict[str, set[str]] = defaultdict(set)  # file names of each folder
+    set_names = {source.path: source.name for source in sources if source.pictures}
+    needed: dict[str, set[str]] = {name: set() for name in [*set_names.values(), OTHER]}
     unusable: Counter[str] = Counter()
     records = with_pictures = 0
     for placed in iter_records(annotations):
@@ -116,44 +117,22 @@ def report_needed(root: Path, sources: Sequence[Source], annotations: Path, all_
             continue
         with_pictures += bool(names)
         for name in names:
-            folder, _, file = name.rpartition("/")
-            needed[folder].add(file)
+            needed[set_names.get(os.path.dirname(name), OTHER)].add(name)
+    if not all_sets or not needed[OTHER]:
+        del needed[OTHER]
+    files_in = cache(lambda folder: set(os.listdir(folder)) if os.path.isdir(folder) else set())
+    gone = {f"{source.path}/{name}.jpg" for source in sources for name in gone_covers(root / source.path)}
     lines, complete = [f"{annotations}: {records:,} records, {with_pictures:,} with pictures"], True
     lines += [f"{n:,} records name no usable picture: {REASONS[reason]}" for reason, n in sorted(unusable.items())]
-    for source in sources:
-        if isinstance(source, PictureSet):
-            wanted = needed.pop(source.path, set())
-            missing = wanted - picture_names(root / source.path)
-            gone = missing & _gone_names(root, source)
-            lines += _needed_lines(source.name, len(wanted), {f"{source.path}/{name}" for name in missing}, len(gone))
-            complete = complete and missing == gone
-    if all_sets and needed:
-        wanted = {f"{folder}/{name}" if folder else name for folder, names in needed.items() for name in names}
-        missing = {name for name in wanted if not _is_file(root / name)}
-        lines += _needed_lines("other", len(wanted), missing, 0)
-        complete = complete and not missing
+    for label, wanted in needed.items():
+        missing = {name for name in wanted if os.path.basename(name) not in files_in(root / os.path.dirname(name))}
+        lines += _needed_lines(label, len(wanted), sorted(missing), len(missing & gone))
+        complete = complete and missing <= gone
     return lines, complete
 
 
-def _needed_lines(label: str, needed: int, missing: set[str], gone: int) -> list[str]:
+def _needed_lines(label: str, needed: int, missing: list[str], gone: int) -> list[str]:
     text = f"{label:<9} {needed:>7,} needed, {needed - len(missing):>7,} there, {len(missing):>7,} missing"
     lines = [text + (f", {gone:,} of them gone from the web" if gone else "")]
-    for name in sorted(missing)[:SHOWN]:
-        name = name if name.isprintable() else repr(name)
-        lines.append(f"{'':<9} {name if len(name) <= MAX_NAME else name[: MAX_NAME - 3] + '...'}")
+    lines += [f"{'':<9} {name.encode('unicode_escape').decode():.{MAX_NAME}}" for name in missing[:SHOWN]]
     return lines if len(missing) <= SHOWN else [*lines, f"{'':<9} and {len(missing) - SHOWN:,} more"]
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name that no file can have
-        return False
-
-
-def _gone_names(root: Path, source: PictureSet) -> set[str]:
-    return {f"{name}.jpg" for name in gone_covers(root / source.path)} if isinstance(source, CoverSet) else set()
-
-
-def _complete(root: Path) -> dict[str, int]:
-    return dict(read_json(root / COMPLETE, "list of complete sets")) if (root / COMPLETE).exists() else {}

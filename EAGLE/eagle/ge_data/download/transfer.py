@@ -1,4 +1,4 @@
-"""Downloads over http: retried with back-off, resumed after a break, complete or not there.
+"""Downloads over http: retried with back-off, resumed after a break, complete and valid or not there.
 
 An unfinished download is ``NAME.part`` with ``NAME.part.json``: the version of the file as the server names it (ETag or
 Last-Modified) and its size. It is resumed only while the server still has that version.
@@ -6,50 +6,35 @@ Last-Modified) and its size. It is resumed only while the server still has that 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from http.client import HTTPException, HTTPResponse, InvalidURL
 from pathlib import Path
 from time import sleep
 from typing import Any, TypeVar
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.parse import quote
 from urllib.request import Request, urlopen
 
-from eagle.ge_data.progress import progress_bar
-from llava.errors import UserError
-from llava.files import read_json, write_json
+from eagle.ge_data.download.sources import WEB
+from eagle.ge_data.progress import format_bytes, progress_bar
+from llava.errors import UserError, is_full_disk
+from llava.files import read_object, write_json
 
-TRIES = 6
-"""Failures in a row without new data before a download is given up."""
-PAUSE = 1.0
-"""Seconds to wait after the first failure; doubled after each further one."""
-LONGEST_PAUSE = 60.0
+TRIES = 7
+"""Failures in a row without new data before a download is given up; pauses of 1 to 32 seconds are between them."""
 TIMEOUT = 60.0
 """Seconds without data after which a connection counts as broken."""
-CHUNK = 1 << 20
-GONE = (404, 410)
-RETRYABLE = (408, 416, 425, 429)
+CHUNK = 1 << 16
+RANGE_REFUSED = 416
+RETRYABLE = (408, RANGE_REFUSED, 425, 429)
 AGAIN = "run the command again"
 MIRROR = "--mirror takes another address"
 
 T = TypeVar("T")
-
-
-class RetryableError(Exception):
-    """A failure that may not happen again. ``status``: of the answer, if there was one; ``wait``: seconds that the
-    server asks to wait."""
-
-    def __init__(self, reason: str, status: int | None = None, wait: float | None = None) -> None:
-        super().__init__(reason)
-        self.status, self.wait = status, wait
-
-
-class Gone(UserError):
-    """The server does not have this file."""
 
 
 class Refused(UserError):
@@ -57,31 +42,28 @@ class Refused(UserError):
 
 
 def fetch(
-    address: str,
-    path: Path,
-    label: str,
-    check: Callable[[int | None, int], None] = lambda size, have: None,
-    md5: str | None = None,
+    address: str, path: Path, label: str, verify: Callable[[Path], object] = lambda path: None, space_factor: int = 1
 ) -> None:
     """Downloads a file. After a failure or a kill, the next call resumes.
 
     Args:
-        label: name on the progress bar.
-        check: called before data is written, with the size of the file (None if the server does not say) and the
-            number of bytes that are here already; may raise.
-        md5: the expected checksum.
+        label: name on the progress bar and in messages.
+        verify: raises `UserError` for a wrong file, which is then discarded.
+        space_factor: disk space that is needed for each byte of the file; 2 if it will be unpacked.
 
     Raises:
-        UserError: the file is gone or refused, the retries are used up, or the checksum differs.
+        UserError: the file is refused or wrong, the retries are used up, or there is not enough space.
         OSError: the disk is full or fails.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     with progress_bar(label, "B") as bar:
-        retry(lambda: _attempt(address, part, check, bar), address, lambda: _size(part))
-    if md5 is not None and (found := _md5(part, label)) != md5:
+        _retry(lambda: _download_rest(address, part, label, space_factor, bar), address, lambda: _size(part))
+    try:
+        verify(part)
+    except UserError as error:
         _discard(part)
-        raise UserError(f"checksum (MD5) is {found}, not {md5}", address, f"the file was discarded; {AGAIN}")
+        raise UserError(f"the server sent a wrong file, discarded: {error.what}", address, MIRROR) from None
     os.replace(part, path)
     _discard(part)
 
@@ -94,144 +76,107 @@ def fetch_bytes(address: str, limit: int) -> bytes:
     """
 
     def attempt() -> bytes:
-        with open_address(address) as response:
-            size, data = _total(response), b""
-            while (size is None or len(data) < size) and (chunk := _read(response)):
-                data += chunk
-                if len(data) > limit:
-                    raise Refused(f"file of more than {limit} bytes", address)
-            _check_complete(len(data), size)
-            return data
+        with _request(address) as response:
+            size, data = response.length, response.read(limit + 1)
+        if len(data) > limit:
+            raise Refused(f"file of more than {limit} bytes", address)
+        _check_complete(len(data), size)
+        return data
 
-    return retry(attempt, address)
+    return _retry(attempt, address)
 
 
-def retry(work: Callable[[], T], address: str, progress: Callable[[], int] = lambda: 0) -> T:
-    """Calls ``work`` until it returns, with growing pauses after a `RetryableError`.
+def need_space(folder: Path, size: int, what: str) -> None:
+    """Raises `UserError` if the disk of ``folder``, which need not exist, has less than ``size`` bytes free."""
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(existing).free
+    if size > free:
+        message = f"not enough space for {what}: {format_bytes(size)} needed, {format_bytes(free)} free"
+        raise UserError(message, folder, "free some space, or give another --root")
 
-    Args:
-        address: for the message.
-        progress: bytes that are done; when they grow beyond their maximum, failures are counted from 0 again.
+
+def _retry(work: Callable[[], T], address: str, progress: Callable[[], int] = lambda: 0) -> T:
+    """Calls ``work`` until it returns, with growing pauses after a failure that may not happen again.
 
     Raises:
-        UserError: `TRIES` failures in a row.
+        UserError: the server refuses, or ``work`` failed `TRIES` times in a row without new ``progress``.
+        OSError: the disk is full or fails.
     """
     failures, best = 0, progress()
     while True:
         try:
             return work()
-        except RetryableError as error:
-            if progress() > best:
-                failures, best = 0, progress()
-            failures += 1
-            if failures == TRIES:
-                raise UserError(f"download failed {TRIES} times ({error})", address, AGAIN) from None
-            pause = PAUSE * 2 ** (failures - 1) * random.uniform(0.75, 1.25)
-            sleep(min(LONGEST_PAUSE, pause if error.wait is None else error.wait))
+        except HTTPError as error:
+            error.close()
+            reason = f"the server says {error.code} {error.reason}"
+            if error.code < 500 and error.code not in RETRYABLE:
+                raise Refused(reason, address, MIRROR) from None
+        except (InvalidURL, ValueError) as error:
+            raise Refused(f"not an address ({error})", address) from None
+        except (OSError, HTTPException) as error:
+            if is_full_disk(error) or getattr(error, "filename", None):
+                raise
+            reason = str(getattr(error, "reason", error)) or type(error).__name__
+        have = progress()
+        failures, best = (1, have) if have > best else (failures + 1, best)
+        if failures == TRIES:
+            raise UserError(f"download failed {TRIES} times ({reason})", address, AGAIN)
+        sleep(2 ** (failures - 1) * random.uniform(0.75, 1.25))
 
 
-def open_address(address: str, headers: Mapping[str, str] | None = None) -> HTTPResponse:
-    """Sends a GET request. Follows redirects and uses the proxies of the environment.
+def _download_rest(address: str, part: Path, label: str, space_factor: int, bar: Any) -> None:
+    """One request: for the whole file, or for the rest of it."""
+    have, state_file = _size(part), _state_file(part)
+    state = read_object(state_file, "state of a download") if have and state_file.exists() else {}
+    version, size = state.get("version"), state.get("size")
+    if have and have == size:
+        return
+    try:
+        response = _request(address, {"Range": f"bytes={have}-", "If-Range": version} if have and version else {})
+    except HTTPError as error:
+        if error.code == RANGE_REFUSED:  # the server's file is shorter than what is here
+            _discard(part)
+        raise
+    with response:
+        if response.status == 206:
+            given = re.match(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
+            if given is None or int(given[1]) != have or _version(response) not in (None, version):
+                _discard(part)
+                raise ConnectionError("the file changed on the server")  # which does not know If-Range
+            size = int(given[2])
+        else:
+            _discard(part)
+            have, size = 0, response.length
+        need_space(part.parent, space_factor * (size or 0) - have, label)
+        if not have:
+            write_json(state_file, {"version": _version(response), "size": size})
+        bar.total, bar.n, bar.initial = size, have, have
+        with part.open("ab") as file:
+            while chunk := response.read(CHUNK):
+                file.write(chunk)
+                bar.update(len(chunk))
+    _check_complete(_size(part), size)
 
-    Raises:
-        Gone, Refused: a retry would not help.
-        RetryableError: it might.
-    """
-    if not address.startswith(("http://", "https://")):
+
+def _request(address: str, headers: Mapping[str, str] | None = None) -> HTTPResponse:
+    """Sends a GET request. Follows redirects and uses the proxies of the environment."""
+    if not address.startswith(WEB):
         raise Refused("not an http or https address", address)
     headers = {"User-Agent": "msd-download", "Accept-Encoding": "identity", **(headers or {})}
-    try:
-        request = Request(quote(address, safe="%/:=&?~#+!$,;'@()*[]"), headers=headers)
-        response: HTTPResponse = urlopen(request, timeout=TIMEOUT)
-    except HTTPError as error:
-        with error:
-            raise _error_of_status(error, address) from None
-    except (InvalidURL, ValueError) as error:
-        raise Refused(f"not an address ({error})", address) from None
-    except (OSError, HTTPException) as error:
-        raise RetryableError(_reason(error)) from None
+    request = Request(quote(address, safe="%/:=&?~#+!$,;'@()*[]"), headers=headers)
+    response: HTTPResponse = urlopen(request, timeout=TIMEOUT)
     return response
 
 
-def _attempt(address: str, part: Path, check: Callable[[int | None, int], None], bar: Any) -> None:
-    """One request: for the whole file, or for the rest of it."""
-    state = _state(part)
-    version, size, have = state.get("version"), state.get("size"), _size(part)
-    if have and have == size:
-        return
-    headers = {"Range": f"bytes={have}-", "If-Range": str(version)} if have and version else {}
-    try:
-        with open_address(address, headers) as response:
-            if response.status == 206:
-                first = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-                if first is None or int(first[1]) != have or _version(response) not in (None, version):
-                    _discard(part)  # the server does not know If-Range
-                    raise RetryableError("the file changed on the server, starting over")
-            else:
-                _discard(part)
-            _receive(response, part, check, bar)
-    except RetryableError as error:
-        if error.status == 416:  # the server's file is shorter than what is here
-            _discard(part)
-        raise
-
-
-def _receive(response: HTTPResponse, part: Path, check: Callable[[int | None, int], None], bar: Any) -> None:
-    have, size = _size(part), _total(response)
-    check(size, have)
-    if not have:
-        write_json(_state_file(part), {"version": _version(response), "size": size})
-    bar.total, bar.n, bar.initial = size, have, have
-    with part.open("ab") as file:
-        while (size is None or have < size) and (chunk := _read(response)):
-            file.write(chunk)
-            have += len(chunk)
-            bar.update(len(chunk))
-    _check_complete(have, size)
+def _check_complete(have: int, size: int | None) -> None:
+    if size is not None and have < size:
+        raise ConnectionError(f"the connection ended after {have} of {size} bytes")
 
 
 def _version(response: HTTPResponse) -> str | None:
     """What ``If-Range`` takes: a strong ETag, else the date of change."""
     etag = response.headers.get("ETag")
     return etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified")
-
-
-def _total(response: HTTPResponse) -> int | None:
-    """Size of the whole file, if the server says it."""
-    if response.status == 206:
-        total = re.search(r"/(\d+)$", response.headers.get("Content-Range", ""))
-        return int(total[1]) if total else None
-    length = response.headers.get("Content-Length", "")
-    return int(length) if length.isdecimal() else None
-
-
-def _read(response: HTTPResponse) -> bytes:
-    """Data that has arrived; b"" at the end."""
-    try:
-        return response.read1(CHUNK)
-    except (OSError, HTTPException) as error:
-        raise RetryableError(_reason(error)) from None
-
-
-def _check_complete(have: int, size: int | None) -> None:
-    if size is not None and have < size:
-        raise RetryableError(f"the connection ended after {have} of {size} bytes")
-
-
-def _error_of_status(error: HTTPError, address: str) -> Exception:
-    status = f"{error.code} {error.reason}".strip()
-    if error.code in GONE:
-        return Gone(f"the server has no such file ({status})", address, MIRROR)
-    if error.code in RETRYABLE or error.code >= 500:
-        wait = error.headers.get("Retry-After", "")
-        return RetryableError(f"the server says {status}", error.code, float(wait) if wait.isdecimal() else None)
-    return Refused(f"the server refuses ({status})", address, MIRROR)
-
-
-def _reason(error: OSError | HTTPException) -> str:
-    inner = error.reason if isinstance(error, URLError) else error
-    text = inner.strerror if isinstance(inner, OSError) and inner.strerror else str(inner)
-    return text or type(inner).__name__
 
 
 def _size(part: Path) -> int:
@@ -242,21 +187,6 @@ def _state_file(part: Path) -> Path:
     return part.with_name(f"{part.name}.json")
 
 
-def _state(part: Path) -> dict[str, Any]:
-    """Version and size of the file that ``part`` belongs to; {} without one."""
-    path = _state_file(part)
-    return dict(read_json(path, "state of a download")) if part.exists() and path.exists() else {}
-
-
 def _discard(part: Path) -> None:
     part.unlink(missing_ok=True)
     _state_file(part).unlink(missing_ok=True)
-
-
-def _md5(path: Path, label: str) -> str:
-    with path.open("rb") as file, progress_bar(f"{label}, checksum", "B", path.stat().st_size) as bar:
-        digest = hashlib.md5(usedforsecurity=False)
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-            bar.update(len(chunk))
-    return digest.hexdigest()

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from file_server import ETAG, File, FileServer
 
 from eagle.ge_data.download import transfer as module
-from eagle.ge_data.download.transfer import Gone, Refused, fetch, fetch_bytes
+from eagle.ge_data.download.__main__ import check_md5
+from eagle.ge_data.download.transfer import Refused, fetch, fetch_bytes
 from llava.errors import UserError
 
 DATA = bytes(range(251)) * 400
@@ -73,24 +76,21 @@ def test_the_next_call_resumes(
 
 
 @pytest.mark.parametrize(
-    ("etag", "modified", "asked"),
-    [(None, None, None), ('W/"weak"', None, None), (None, MODIFIED, MODIFIED), ('W/"weak"', MODIFIED, MODIFIED)],
+    ("how", "if_range", "sent"),
+    [
+        ({"etag": None}, None, len(DATA)),
+        ({"etag": 'W/"weak"'}, None, len(DATA)),
+        ({"etag": 'W/"weak"', "modified": MODIFIED}, MODIFIED, len(DATA) - 30_000),
+        ({"ranges": False}, ETAG, len(DATA)),
+    ],
 )
 def test_only_a_known_version_is_resumed(
-    server: FileServer, target: Path, broken_off: Callable, etag: str | None, modified: str | None, asked: str | None
+    server: FileServer, target: Path, broken_off: Callable, how: dict, if_range: str | None, sent: int
 ) -> None:
-    file = broken_off(etag=etag, modified=modified)
+    file = broken_off(**how)
     fetch(server.url("file.zip"), target, "file")
     check_complete(target)
-    assert file.requests[-1].if_range == asked
-    assert file.requests[-1].range == ("bytes=30000-" if asked else None)
-
-
-def test_a_server_without_ranges_starts_over(server: FileServer, target: Path, broken_off: Callable) -> None:
-    file = broken_off(ranges=False)
-    fetch(server.url("file.zip"), target, "file")
-    check_complete(target)
-    assert [(request.status, request.sent) for request in file.requests] == [(200, 30_000), (200, len(DATA))]
+    assert (file.requests[-1].if_range, file.requests[-1].sent) == (if_range, sent)
 
 
 @pytest.mark.parametrize("if_range", [True, False], ids=["If-Range", "only Range"])
@@ -117,24 +117,12 @@ def test_a_kill_after_the_last_byte(
     assert [request.status for request in file.requests] == statuses
 
 
-def test_failures_are_retried(server: FileServer, target: Path, waits: list[float]) -> None:
-    file = server.put("file.zip", DATA, statuses=[500, 503, 429])
+def test_failures_are_retried_and_end_in_one_line(server: FileServer, target: Path, waits: list[float]) -> None:
+    server.put("file.zip", DATA, statuses=[500, 503, 429])
     fetch(server.url("file.zip"), target, "file")
     check_complete(target)
-    assert len(file.requests) == 4
     assert all(0.75 * 2**n <= wait <= 1.25 * 2**n for n, wait in enumerate(waits)) and len(waits) == 3
-
-
-@pytest.mark.parametrize(("asked", "waited"), [("7", 7.0), ("100000", module.LONGEST_PAUSE)])
-def test_the_server_says_how_long_to_wait(
-    server: FileServer, target: Path, waits: list[float], asked: str, waited: float
-) -> None:
-    server.put("file.zip", DATA, statuses=[503], headers={"Retry-After": asked})
-    fetch(server.url("file.zip"), target, "file")
-    assert waits == [waited]
-
-
-def test_retries_end_in_one_line(server: FileServer, target: Path, waits: list[float]) -> None:
+    waits.clear()
     file = server.put("file.zip", DATA, statuses=[500] * 100)
     with pytest.raises(UserError) as caught:
         fetch(server.url("file.zip"), target, "file")
@@ -160,38 +148,36 @@ def test_only_new_bytes_are_progress(
     assert len(waits) == 20 and max(waits) <= 1.25
 
 
-@pytest.mark.parametrize(("status", "kind"), [(404, Gone), (410, Gone), (403, Refused)])
-def test_final_answers_are_not_retried(
-    server: FileServer, target: Path, waits: list[float], status: int, kind: type[UserError]
-) -> None:
+@pytest.mark.parametrize("status", [404, 410, 403])
+def test_final_answers_are_not_retried(server: FileServer, target: Path, waits: list[float], status: int) -> None:
     file = server.put("file.zip", DATA, statuses=[status])
-    with pytest.raises(kind, match=str(status)):
+    with pytest.raises(Refused, match=str(status)):
         fetch(server.url("file.zip"), target, "file")
     assert len(file.requests) == 1 and not waits and not target.exists()
 
 
-def test_checksum(server: FileServer, target: Path) -> None:
+def test_a_wrong_file_is_discarded(server: FileServer, target: Path) -> None:
     file = server.put("file.zip", DATA)
-    with pytest.raises(UserError, match="checksum"):
-        fetch(server.url("file.zip"), target, "file", md5=hashlib.md5(OTHER).hexdigest())
+    with pytest.raises(UserError, match=r"wrong file, discarded: checksum.*--mirror"):
+        fetch(server.url("file.zip"), target, "file", partial(check_md5, expected=hashlib.md5(OTHER).hexdigest()))
     assert list(target.parent.iterdir()) == []
-    fetch(server.url("file.zip"), target, "file", md5=hashlib.md5(DATA).hexdigest())
+    fetch(server.url("file.zip"), target, "file", partial(check_md5, expected=hashlib.md5(DATA).hexdigest()))
     check_complete(target)
     assert len(file.requests) == 2
 
 
-def test_the_size_is_checked_before_data_is_written(server: FileServer, target: Path, broken_off: Callable) -> None:
+@pytest.mark.parametrize(("factor", "needed"), [(1, len(DATA) - 30_000), (2, 2 * len(DATA) - 30_000)])
+def test_the_space_is_checked_before_data_is_written(
+    target: Path, server: FileServer, broken_off: Callable, monkeypatch: pytest.MonkeyPatch, factor: int, needed: int
+) -> None:
     broken_off()
-    seen = []
-
-    def refuse(size: int | None, have: int) -> None:
-        seen.append((size, have))
-        raise UserError("no")
-
-    with pytest.raises(UserError, match="no"):
-        fetch(server.url("file.zip"), target, "file", refuse)
-    assert seen == [(len(DATA), 30_000)]
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=needed - 1))
+    with pytest.raises(UserError, match="not enough space for file"):
+        fetch(server.url("file.zip"), target, "file", space_factor=factor)
     assert (target.parent / "file.zip.part").stat().st_size == 30_000, "what was there is kept"
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=needed))
+    fetch(server.url("file.zip"), target, "file", space_factor=factor)
+    check_complete(target)
 
 
 @pytest.mark.parametrize("address", ["file:///etc/hostname", "ftp://127.0.0.1/a", "a.zip", "http://[::bad/"])

@@ -1,4 +1,4 @@
-"""Archives: pictures into one flat folder, nothing anywhere else, all or nothing, nothing unpacked twice."""
+"""Archives: pictures into one flat folder, nothing anywhere else, each complete, nothing unpacked twice."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def make_zip(path: Path, members: Mapping[str, bytes], link: str | None = None) 
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".complete"}
 
 
 def test_pictures_are_unpacked_without_folders(tmp_path: Path) -> None:
@@ -43,21 +43,15 @@ def test_pictures_are_unpacked_without_folders(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "set") == ["images"]
 
 
-UNSAFE = {
-    "../evil.jpg": "leaves its folder",
-    "train/../../evil.jpg": "leaves its folder",
-    "..\\evil.jpg": "leaves its folder",
-    "/evil.jpg": "absolute",
-    "\\evil.jpg": "absolute",
-    "C:evil.jpg": "absolute",
-    "../notes.txt": "leaves its folder",
-}
+UNSAFE = (
+    "../evil.jpg", "train/../../evil.jpg", "..\\evil.jpg", "/evil.jpg", "\\evil.jpg", "C:evil.jpg", "../notes.txt",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", UNSAFE)
 def test_a_path_that_leaves_the_folder(tmp_path: Path, name: str) -> None:
     archive = make_zip(tmp_path / "a.zip", {**PICTURES, name: b"evil"})
-    with pytest.raises(UserError, match=UNSAFE[name]) as caught:
+    with pytest.raises(UserError, match="leaves its folder") as caught:
         unpack(archive, tmp_path / "set" / "images", "set")
     assert str(archive) in str(caught.value) and "nothing of it was unpacked" in str(caught.value)
     assert os.listdir(tmp_path) == ["a.zip"]
@@ -66,7 +60,7 @@ def test_a_path_that_leaves_the_folder(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["train/link.jpg", "link"])
 def test_a_link(tmp_path: Path, name: str) -> None:
     archive = make_zip(tmp_path / "a.zip", PICTURES, link=name)
-    with pytest.raises(UserError, match=f"symbolic link, '{name}'"):
+    with pytest.raises(UserError, match=f"a link or a special file, '{name}'"):
         unpack(archive, tmp_path / "images", "set")
     assert os.listdir(tmp_path) == ["a.zip"]
 
@@ -84,7 +78,7 @@ def test_a_damaged_archive_is_unpacked_after_it_was_replaced(tmp_path: Path, mon
     archive.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
     with pytest.raises(UserError, match="archive is damaged"):
         unpack(archive, tmp_path / "images", "set")
-    assert not (tmp_path / "images").exists()
+    assert sorted(os.listdir(tmp_path / "images")) == ["0.jpg", "1.jpg"]
     archive.write_bytes(whole)
     done = spy_on_extract(monkeypatch)
     assert unpack(archive, tmp_path / "images", "set") == 4
@@ -117,7 +111,7 @@ def test_interrupted_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         spy_on_extract(patch, stop_before="2.jpg")
         unpack(archive, folder, "set")
-    assert [p.name for p in folder.glob("*.jpg")] == (["mine.jpg"] if there else [])
+    assert not (folder / ".complete").exists()
     done = spy_on_extract(monkeypatch)
     assert unpack(archive, folder, "set") == 4
     assert done == ["2.jpg", "3.jpg"]
@@ -137,7 +131,7 @@ def test_existing_pictures_are_kept_in_a_linked_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("members", "message"), [(["a/0.jpg", "b/0.jpg"], r"two pictures '0\.jpg'"), (["readme.txt"], "no picture")]
+    ("members", "message"), [(["a/0.jpg", "b/0.jpg"], "two pictures of the same name"), (["a.txt"], "no picture")]
 )
 def test_an_archive_without_a_flat_set_of_pictures(tmp_path: Path, members: list[str], message: str) -> None:
     archive = make_zip(tmp_path / "a.zip", dict.fromkeys(members, b"a"))

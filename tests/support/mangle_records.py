@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from tiny_llava import make_image
 
-Row = dict[str, Any]
+Record = dict[str, Any]
 HALF = "\ud83e"
 """Half of a surrogate pair: JSON can write it, UTF-8 cannot."""
 
@@ -33,19 +33,19 @@ BLANK = ("", " ", "\n\t ", "\u2003", "\r\n")
 class Mangled(NamedTuple):
     """A record, its half of the data (t or v), and why it must be skipped."""
 
-    row: Row
+    record: Record
     kind: str
     reason: str
 
 
-def good_row(rng: Random, kind: str) -> Row:
+def good_record(rng: Random, kind: str) -> Record:
     """A valid record."""
     name = rng.choice(("a.png", "b.png"))
     question = "<image>\nWhat colours?" if kind == "v" else "Name two rivers."
     said = [question, f"Red and {rng.randrange(99)}.", "More?", "No."]
     turns = [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(said)]
-    row: Row = {"id": f"r{rng.randrange(10**6)}", "conversations": turns}
-    return {**row, "image": name} if kind == "v" else row
+    record: Record = {"id": f"r{rng.randrange(10**6)}", "conversations": turns}
+    return {**record, "image": name} if kind == "v" else record
 
 
 def make_pictures(folder: Path) -> Path:
@@ -87,134 +87,134 @@ def png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
-def put_text(row: Row, rng: Random, text: str, speaker: str | None = None) -> None:
+def put_text(record: Record, rng: Random, text: str, speaker: str | None = None) -> None:
     """Sets the text of a turn, of ``speaker`` if given. A question keeps its mark."""
-    turn = rng.choice([turn for turn in row["conversations"] if speaker in (None, turn["from"])])
+    turn = rng.choice([turn for turn in record["conversations"] if speaker in (None, turn["from"])])
     turn["value"] = text + ("<image>" if "<image>" in turn["value"] else "")
 
 
-def set_turns(row: Row, rng: Random) -> str:
-    row["conversations"] = rng.choice(NO_TURNS)
+def set_turns(record: Record, rng: Random) -> str:
+    record["conversations"] = rng.choice(NO_TURNS)
     return "no_conversation"
 
 
-def drop_turns(row: Row, rng: Random) -> str:
-    del row["conversations"]
+def drop_turns(record: Record, rng: Random) -> str:
+    del record["conversations"]
     if rng.random() < 0.5:
-        row[rng.choice(("items", "messages", "Conversations"))] = rng.choice((None, 5, {}, "q"))
+        record[rng.choice(("items", "messages", "Conversations"))] = rng.choice((None, 5, {}, "q"))
     return "no_conversation"
 
 
-def junk_turn(row: Row, rng: Random) -> str:
-    row["conversations"][rng.randrange(4)] = rng.choice(JUNK)
+def junk_turn(record: Record, rng: Random) -> str:
+    record["conversations"][rng.randrange(4)] = rng.choice(JUNK)
     return "no_conversation"
 
 
-def drop_key(row: Row, rng: Random) -> str:
-    del rng.choice(row["conversations"])[rng.choice(("from", "value"))]
+def drop_key(record: Record, rng: Random) -> str:
+    del rng.choice(record["conversations"])[rng.choice(("from", "value"))]
     return "no_conversation"
 
 
-def set_text(row: Row, rng: Random) -> str:
-    rng.choice(row["conversations"])["value"] = rng.choice(NO_TEXT)
+def set_text(record: Record, rng: Random) -> str:
+    rng.choice(record["conversations"])["value"] = rng.choice(NO_TEXT)
     return "no_conversation"
 
 
-def set_speaker(row: Row, rng: Random) -> str:
-    rng.choice(row["conversations"])["from"] = rng.choice(NO_SPEAKER)
+def set_speaker(record: Record, rng: Random) -> str:
+    rng.choice(record["conversations"])["from"] = rng.choice(NO_SPEAKER)
     return "no_conversation"
 
 
-def repeat_speaker(row: Row, rng: Random) -> str:
+def repeat_speaker(record: Record, rng: Random) -> str:
     place = rng.randrange(3)
-    row["conversations"].insert(place + 1, {**row["conversations"][place], "value": "Again."})
+    record["conversations"].insert(place + 1, {**record["conversations"][place], "value": "Again."})
     return "not_alternating"
 
 
-def late_system(row: Row, rng: Random) -> str:
-    row["conversations"].insert(rng.randrange(1, 5), {"from": "system", "value": "Be brief."})
+def late_system(record: Record, rng: Random) -> str:
+    record["conversations"].insert(rng.randrange(1, 5), {"from": "system", "value": "Be brief."})
     return "not_alternating"
 
 
-def two_systems(row: Row, rng: Random) -> str:
-    row["conversations"][:0] = [{"from": "system", "value": str(rng.random())}] * 2
+def two_systems(record: Record, rng: Random) -> str:
+    record["conversations"][:0] = [{"from": "system", "value": str(rng.random())}] * 2
     return "not_alternating"
 
 
-def one_side(row: Row, rng: Random) -> str:
+def one_side(record: Record, rng: Random) -> str:
     speaker = rng.choice(("human", "gpt"))
-    row["conversations"] = [turn for turn in row["conversations"] if turn["from"] == speaker][:1]
+    record["conversations"] = [turn for turn in record["conversations"] if turn["from"] == speaker][:1]
     return "empty"
 
 
-def no_turns(row: Row, rng: Random) -> str:
-    row["conversations"] = []
+def no_turns(record: Record, rng: Random) -> str:
+    record["conversations"] = []
     return "empty"
 
 
-def blank_answers(row: Row, rng: Random) -> str:
-    for turn in row["conversations"][1::2]:
+def blank_answers(record: Record, rng: Random) -> str:
+    for turn in record["conversations"][1::2]:
         turn["value"] = rng.choice(BLANK)
     return "empty"
 
 
-def blank_question(row: Row, rng: Random) -> str:
-    row["conversations"][2]["value"] = rng.choice(BLANK)
+def blank_question(record: Record, rng: Random) -> str:
+    record["conversations"][2]["value"] = rng.choice(BLANK)
     return "empty"
 
 
-def half_character(row: Row, rng: Random) -> str:
+def half_character(record: Record, rng: Random) -> str:
     if rng.random() < 0.3:
-        row["conversations"].insert(0, {"from": "system", "value": f"Be {HALF} brief."})
+        record["conversations"].insert(0, {"from": "system", "value": f"Be {HALF} brief."})
     else:
-        put_text(row, rng, f"What {HALF}?")
+        put_text(record, rng, f"What {HALF}?")
     return "text"
 
 
-def huge_question(row: Row, rng: Random) -> str:
-    put_text(row, rng, rng.choice(("word ", "\n", "9", "日", "🦙", "a\u0301", "\x00")) * 20_000)
-    for turn in row["conversations"]:
+def huge_question(record: Record, rng: Random) -> str:
+    put_text(record, rng, rng.choice(("word ", "\n", "9", "日", "🦙", "a\u0301", "\x00")) * 20_000)
+    for turn in record["conversations"]:
         if "<image>" in turn["value"]:  # the picture comes first, the answer is what has no room
             turn["value"] = "<image>" + turn["value"].replace("<image>", "")
-    row["conversations"] = [{**row["conversations"][0], "value": row["conversations"][0]["value"] + "long " * 2000},
-                            *row["conversations"][1:]]  # fmt: skip
+    first, *others = record["conversations"]
+    record["conversations"] = [{**first, "value": first["value"] + "long " * 2000}, *others]
     return "answer_cut"
 
 
-def wrong_id(row: Row, rng: Random) -> str:
-    row["id"] = rng.choice(NO_ID)
+def wrong_id(record: Record, rng: Random) -> str:
+    record["id"] = rng.choice(NO_ID)
     return "id"
 
 
-def more_marks(row: Row, rng: Random) -> str:
-    rng.choice(row["conversations"])["value"] += " <image>" * rng.randrange(1, 4)
+def more_marks(record: Record, rng: Random) -> str:
+    rng.choice(record["conversations"])["value"] += " <image>" * rng.randrange(1, 4)
     return "too_many_marks"
 
 
-def no_mark(row: Row, rng: Random) -> str:
-    row["conversations"][0]["value"] = rng.choice(("What?", "<Image>", "<image", "< image >", "&lt;image&gt;"))
+def no_mark(record: Record, rng: Random) -> str:
+    record["conversations"][0]["value"] = rng.choice(("What?", "<Image>", "<image", "< image >", "&lt;image&gt;"))
     return "no_mark"
 
 
-def fewer_marks(row: Row, rng: Random) -> str:
-    row["image"] = ["a.png"] * rng.randrange(2, 5)
+def fewer_marks(record: Record, rng: Random) -> str:
+    record["image"] = ["a.png"] * rng.randrange(2, 5)
     return "too_few_marks"
 
 
-def thousand_pictures(row: Row, rng: Random) -> str:
+def thousand_pictures(record: Record, rng: Random) -> str:
     count = rng.randrange(1000, 2000)
-    row["image"] = ["a.png"] * count
-    row["conversations"][0]["value"] = "<image>" * count
+    record["image"] = ["a.png"] * count
+    record["conversations"][0]["value"] = "<image>" * count
     return "image_cut"
 
 
-def names_from(names: tuple[Any, ...], reason: str) -> Callable[[Row, Random], str]:
-    def change(row: Row, rng: Random) -> str:
+def names_from(names: tuple[Any, ...], reason: str) -> Callable[[Record, Random], str]:
+    def change(record: Record, rng: Random) -> str:
         name = rng.choice(names)
         if isinstance(name, list):
-            row["conversations"][0]["value"] = "<image>" * len(name)
-        row.pop("image")
-        row[rng.choice(("image", "images"))] = name
+            record["conversations"][0]["value"] = "<image>" * len(name)
+        record.pop("image")
+        record[rng.choice(("image", "images"))] = name
         return reason
 
     return change
@@ -228,15 +228,15 @@ PICTURES = (no_mark, fewer_marks, thousand_pictures, names_from(NO_NAME, "image_
             names_from(BROKEN, "broken_picture"))  # fmt: skip
 
 
-def mangled_rows(seed: int, each: int) -> list[Mangled]:
+def mangled_records(seed: int, each: int) -> list[Mangled]:
     """``each`` records of every kind of damage, half of them with a picture if the damage allows both."""
     found = []
     for number, change in enumerate((*ANY, *PICTURES)):
         for count in range(each):
             rng = Random(seed * 100_003 + number * 101 + count)
             kind = "v" if change in PICTURES or count % 2 else "t"
-            row = good_row(rng, kind)
-            found.append(Mangled(row, kind, change(row, rng)))
+            record = good_record(rng, kind)
+            found.append(Mangled(record, kind, change(record, rng)))
     return found
 
 
@@ -246,12 +246,12 @@ def places(value: Any) -> list[tuple[Any, Any]]:
     return [found for key in keys for found in ((value, key), *places(value[key]))]
 
 
-def junk_somewhere(rng: Random) -> Row:
+def junk_somewhere(rng: Random) -> Record:
     """A valid record with junk at one to three random places."""
-    row = good_row(rng, rng.choice("tv"))
+    record = good_record(rng, rng.choice("tv"))
     for _ in range(rng.randrange(1, 4)):
-        container, key = rng.choice(places(row))
+        container, key = rng.choice(places(record))
         container[key] = deepcopy(rng.choice(JUNK))
-        if not places(row):
+        if not places(record):
             break
-    return row
+    return record

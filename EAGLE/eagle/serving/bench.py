@@ -1,0 +1,111 @@
+"""`msd bench --server`: levels of load on one server, or on two in turns, as a report, a table and a plot."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eagle.extras import require
+from eagle.questions import Question
+from eagle.serving.client import Load, Server, measure, request_of, run_load
+from llava.errors import UserError
+from llava.files import atomic_write
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def bench_servers(
+    questions: Sequence[Question],
+    loads: Sequence[Load],
+    server: Server,
+    plain: Server | None,
+    settings: dict[str, Any],
+    warm_up: int,
+) -> dict[str, Any]:
+    """Asks all questions at each load.
+
+    Args:
+        server: the one that is measured.
+        plain: the same model without a draft; it is asked right after ``server`` at each load, so that both have the
+            same machine. None if there is no second server.
+        settings: ``max_tokens`` and sampling of each request.
+        warm_up: questions asked first, not counted.
+
+    Returns:
+        ``server``, ``plain`` (addresses), ``model`` and ``levels``: a row of `measure` for each load, with ``speedup``,
+        ``equal_answers`` and the row ``plain`` if there are two servers.
+
+    Raises:
+        UserError: a server does not answer.
+    """
+    from tqdm import tqdm
+
+    servers = [server, *([plain] if plain else [])]
+    bodies = {each.url: [request_of(question, each.model(), settings) for question in questions] for each in servers}
+    for each in servers if warm_up else []:
+        run_load(each, bodies[each.url][:warm_up], Load(concurrency=1))
+    levels = []
+    for load in tqdm(loads, desc="bench", unit="level", file=sys.stderr):
+        row, answers = measure(server, bodies[server.url], load)
+        if plain is not None:
+            row["plain"], others = measure(plain, bodies[plain.url], load)
+            row["speedup"] = row["tokens_per_second"] / row["plain"]["tokens_per_second"]
+            pairs = [(a, b) for a, b in zip(answers, others, strict=True) if not a.error and not b.error]
+            row["equal_answers"] = sum(a.text == b.text for a, b in pairs)
+        levels.append(row)
+    model = bodies[server.url][0]["model"]
+    return {"server": server.url, "plain": plain.url if plain else None, "model": model, "levels": levels}
+
+
+def table_of(report: dict[str, Any]) -> Table:
+    """One row for each load and server."""
+    from rich.table import Table
+
+    table = Table(title=f"{report['model']} at {report['server']}")
+    columns = ("load", "server", "failed", "tokens/s", "first token", "between tokens", "tokens a cycle", "speed-up")
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("load", "server") else "right")
+    for level in report["levels"]:
+        load = str(Load(level["concurrency"], level["rate"]))
+        for name, row in (("plain", level.get("plain")), ("with draft" if "plain" in level else "", level)):
+            if row is None:
+                continue
+            length, speedup = row.get("acceptance_length"), row.get("speedup")
+            table.add_row(
+                load, name, f"{row['failed']} of {row['requests']}", f"{row['tokens_per_second']:.1f}",
+                _ms(row["first_token_ms"]), _ms(row["between_tokens_ms"]), f"{length:.2f}" if length else "",
+                f"{speedup:.2f}x" if speedup else "",
+            )  # fmt: skip
+    return table
+
+
+def _ms(spread: dict[str, float] | None) -> str:
+    return f"{spread['median']:.0f} ms (p95 {spread['p95']:.0f})" if spread else ""
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Tokens a second by load, for each server, as a picture.
+
+    Raises:
+        UserError: matplotlib is not installed, or it cannot write such a file.
+    """
+    require("matplotlib", extra="train")
+    from matplotlib.figure import Figure
+
+    names = [str(Load(level["concurrency"], level["rate"])) for level in report["levels"]]
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    lines = {"with draft": report["levels"], "plain": [level.get("plain") for level in report["levels"]]}
+    for label, rows in lines.items():
+        if all(rows):
+            axes.plot(names, [row["tokens_per_second"] for row in rows], marker="o", label=label)
+    axes.set(xlabel="requests", ylabel="tokens/s", ylim=(0, None), title=report["model"])
+    axes.legend()
+    with atomic_write(path) as temporary:
+        try:
+            figure.savefig(temporary)
+        except ValueError as error:
+            raise UserError(f"the plot cannot be written ({error})", path, "name it .png, .svg or .pdf") from None

@@ -1,0 +1,23 @@
+"""The page of families is what the registry says."""
+
+from __future__ import annotations
+
+import pytest
+from repository import REPO
+
+from eagle.families import FAMILIES
+from eagle.families.page import page
+
+
+def test_the_page_is_up_to_date() -> None:
+    try:
+        expected = page()
+    except ImportError as error:
+        pytest.skip(f"this release of transformers lacks a family: {error}")
+    assert (REPO / "docs/families.md").read_text(encoding="utf-8") == expected
+
+
+def test_the_readme_names_every_family() -> None:
+    readme = (REPO / "README.md").read_text(encoding="utf-8")
+    assert "(docs/families.md)" in readme
+    assert [family.title for family in FAMILIES if family.title.removesuffix(" with experts") not in readme] == []
