@@ -421,6 +421,8 @@ def make_gemma4(folder: str | Path, *, kind: str = "small", seed: int = 0, **tex
     )
     model = part("ForConditionalGeneration")(config)
     sizes["max_soft_tokens"] = 70
+    with torch.no_grad():  # never said by chance
+        model.get_input_embeddings().weight[[config.image_token_id, config.video_token_id, config.audio_token_id]] = 0
     processor = part("Processor")(
         part("AudioFeatureExtractor")(),
         part("ImageProcessor")(**sizes),

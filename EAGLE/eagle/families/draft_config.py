@@ -39,7 +39,9 @@ def draft_config_of(base: str | Path, **hub: Any) -> DraftConfig:
 def draft_fields(family: str, text: Any) -> dict[str, Any]:
     """A draft's ``config.json`` for a text model's config."""
     heads = text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    layers = getattr(text, "per_layer_config", None)  # of models whose layers differ
+    layer = layers[0] if layers else text
+    head_dim = getattr(layer, "head_dim", None) or text.hidden_size // heads
     rope: dict[str, Any] = dict(getattr(text, "rope_parameters", None) or {})
     if any(isinstance(part, Mapping) for part in rope.values()):  # by type of layer
         rope = dict(rope.get(FULL) or next(iter(rope.values())))
@@ -48,7 +50,7 @@ def draft_fields(family: str, text: Any) -> dict[str, Any]:
         "hidden_size": text.hidden_size,
         "intermediate_size": text.intermediate_size,
         "num_attention_heads": heads,
-        "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
+        "num_key_value_heads": getattr(layer, "num_key_value_heads", None) or heads,
         "head_dim": head_dim,
         "num_hidden_layers": 1,
         "hidden_act": getattr(text, "hidden_act", None) or text.hidden_activation,

@@ -266,6 +266,18 @@ def test_audio_is_refused(model: MSDModel) -> None:
         model.generate(**inputs, max_new_tokens=2)
 
 
+def test_the_token_of_a_picture_in_an_answer(model: MSDModel) -> None:
+    """Gemma 4 reads it as padding."""
+    target, inputs = model.target, asked(model, "What?")
+    count = inputs["input_ids"].shape[1]
+    token = torch.tensor([[target.config.image_token_id]])
+    cache = target.new_cache(1, count + 1)
+    list(target.prefill_each(inputs, cache))
+    hidden = target.verify(token, torch.tensor([[count]]), None, cache)
+    expected = target.model.model(input_ids=torch.cat([inputs["input_ids"], token], dim=1), use_cache=False)
+    assert torch.allclose(hidden[:, 0], expected.last_hidden_state[:, -1], atol=1e-4)
+
+
 def test_too_many_or_too_few_pictures(model: MSDModel) -> None:
     inputs = asked(model, "What?", 2)
     for name in template_of(model.target).image_inputs:
