@@ -46,7 +46,7 @@ Way = Callable[[MSDModel], AbstractContextManager[None]]
 @contextmanager
 def projections_apart(pair: MSDModel) -> Iterator[None]:
     """Query, key and value, and the two halves of the feed-forward, as products of their own."""
-    assert pair.draft is not None
+    assert isinstance(pair.draft, DraftModel)
     layer = pair.draft.layer
     joined = layer.self_attn.fused, layer.mlp.fused
     layer.self_attn.fused, layer.mlp.fused = [], []
@@ -59,7 +59,7 @@ def projections_apart(pair: MSDModel) -> Iterator[None]:
 @contextmanager
 def weights_output_major(pair: MSDModel) -> Iterator[None]:
     """All weights in the layout of `nn.Linear`."""
-    assert pair.draft is not None
+    assert isinstance(pair.draft, DraftModel)
     layer = pair.draft.layer
     parts = [pair.target.text_model, pair.target.model.get_output_embeddings(), pair.draft]
     found = [module for part in parts for module in part.modules() if isinstance(module, nn.Linear)]

@@ -25,7 +25,7 @@ from torch import nn
 from eagle.arguments import positive
 from eagle.decode.drafter import Drafter
 from eagle.decode.tree_config import TreeConfig
-from eagle.drafts.checkpoint import load_draft
+from eagle.drafts.checkpoint import load_msd_draft
 from eagle.drafts.compression import Compression
 from eagle.drafts.msd import DraftModel
 from eagle.families.base import Prefill
@@ -43,7 +43,7 @@ ACCEPTED = 4
 def build(options: argparse.Namespace) -> tuple[DraftModel, nn.Linear]:
     """The draft, and a random ``lm_head`` for it."""
     dtype = getattr(torch, options.dtype)
-    draft = load_draft(options.draft, dtype=dtype, device=options.device)
+    draft = load_msd_draft(options.draft, "the study", dtype=dtype, device=options.device)
     sizes = (draft.config.hidden_size, draft.config.vocab_size)
     head = nn.Linear(*sizes, bias=False, dtype=dtype, device=options.device)
     to_input_major_layout(head)  # as a target's

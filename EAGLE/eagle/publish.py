@@ -18,7 +18,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
-from eagle.drafts.checkpoint import load_draft, save_draft
+from eagle.drafts.checkpoint import load_msd_draft, save_draft
 from eagle.drafts.msd import DraftModel
 from llava.errors import UserError
 from llava.files import read_json
@@ -170,7 +170,7 @@ def write_release(
         measured = str(about.bench["settings"].get("msd_model"))
         if PurePath(measured).name not in (Path(draft).resolve().name, PurePath(repo).name):
             raise UserError(f"the report measured another draft, {measured}", bench, "run msd bench on this one")
-    return save_pretrained(load_draft(draft), folder, about, repo)
+    return save_pretrained(load_msd_draft(draft, "msd push"), folder, about, repo)
 
 
 def push_to_hub(

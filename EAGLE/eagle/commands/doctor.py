@@ -75,7 +75,7 @@ def machine_checks(arguments: argparse.Namespace) -> list[Check]:
     if arguments.msd_model:
         draft, found = models.check_draft(arguments.msd_model, ask_hub)
         checks += found
-        checks += [check_served_draft(draft.config, arguments.msd_model)] if draft is not None else []
+        checks += [check_served_draft(draft, arguments.msd_model)] if draft is not None else []
     if base is not None and draft is not None:
         checks += models.check_pair(base, draft)
     sizes = {f"room for {name}": size for name, size in PUBLISHED.items()}

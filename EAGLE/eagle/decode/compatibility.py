@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from eagle.drafts.eagle3 import Eagle3Draft
+from eagle.drafts.head import DraftHead
 from eagle.drafts.msd import DraftModel
+from eagle.drafts.vispec import ViSpecDraft
 from eagle.families import Target
 from llava.errors import UserError
 
@@ -18,20 +22,95 @@ FIX = "use the draft that was trained for this base model"
 log = logging.getLogger(__name__)
 
 
-def check_compatible(target: Target, draft: DraftModel) -> None:
-    """Refuses a draft of another base model. A base may have more tokens than the draft, as the ``-hf`` releases of
-    LLaVA do. The draft's embedding is a copy of the base's, so the missing rows are copied from there.
+def check_compatible(target: Target, draft: DraftHead) -> None:
+    """Refuses a draft of another base model, and gives the draft what it uses of the target.
 
     Raises:
-        UserError: the family, hidden size or vocabulary differ.
+        UserError: sizes, vocabulary, layers or family differ.
     """
-    model = target.model
-    check_tensors(target.family, model.get_input_embeddings().weight, model.get_output_embeddings().weight, draft)
+    if isinstance(draft, Eagle3Draft):
+        check_eagle3(target, draft)
+    elif isinstance(draft, DraftModel):
+        model = target.model
+        check_tensors(target.family, model.get_input_embeddings().weight, model.get_output_embeddings().weight, draft)
+    else:
+        check_embedding(target.model.get_input_embeddings().weight, draft)
+        check_image_ids(target, draft)
+
+
+def check_eagle3(target: Target, draft: Eagle3Draft) -> None:
+    """`check_compatible` for EAGLE-3 heads.
+
+    Raises:
+        UserError: sizes, vocabulary or layers differ.
+    """
+    check_eagle3_sizes(target, draft)
+    config, table = draft.config, cast(Tensor, target.model.get_input_embeddings().weight)  # [V, H]
+    if draft.embed_tokens is None:
+        draft.use_embedding(target.model.get_input_embeddings())
+    elif draft.embed_tokens.weight.shape[1] == table.shape[1]:
+        alike = same_rows(table, draft.embed_tokens.weight)
+        if alike and config.vocab_size < len(table):
+            extend(draft, table[config.vocab_size :])
+        elif not alike:
+            log.warning("the draft's token embedding is not the base's: %s, unless it was trained", FIX)
+    if draft.config.vocab_size != len(table):
+        raise misfit("vocabulary", draft.config.vocab_size, len(table))
+
+
+def check_eagle3_sizes(target: Target, draft: Eagle3Draft) -> None:
+    """What `check_eagle3` checks without the data of tensors. Chooses the layers that the head reads. A head with its
+    own embedding may have fewer tokens.
+
+    Raises:
+        UserError: sizes, vocabulary or layers differ.
+    """
+    config, hidden_size = draft.config, target.hidden_size
+    vocabulary = len(target.model.get_input_embeddings().weight)
+    if config.target_hidden_size != hidden_size:
+        raise misfit("hidden size", config.target_hidden_size, hidden_size)
+    shares = not (config.own_embedding and config.own_head) or config.image_rows == "feature"
+    if shares and config.hidden_size != hidden_size:
+        raise misfit("hidden size", config.hidden_size, hidden_size)
+    if config.vocab_size != vocabulary and not (config.own_embedding and config.vocab_size < vocabulary):
+        raise misfit("vocabulary", config.vocab_size, vocabulary)
+    draft.use_target(len(target.text_model.layers))
+    check_image_ids(target, draft)
+
+
+def check_image_ids(target: Target, draft: DraftHead) -> None:
+    """Raises `UserError` if the draft reads image tokens as embeddings, and one of the target's has none."""
+    if isinstance(draft, Eagle3Draft) and draft.config.image_rows == "token":
+        fix = 'set "image_rows": "feature" in section "msd" of its config.json'
+    elif isinstance(draft, ViSpecDraft) and draft.options.image_rows == "token":
+        fix = 'leave "image_rows" out of section "msd" of its config.json'
+    else:
+        return
+    largest = max(getattr(target.config, media.token) for media in target.media)
+    if largest >= len(target.model.get_input_embeddings().weight):
+        raise UserError(f"the draft reads image tokens as embeddings, but token {largest} has none", fix=fix)
 
 
 def check_tensors(family: str, table: Tensor, head: Tensor, draft: DraftModel) -> None:
-    """As `check_compatible`, from the base's token embedding ``table`` [V, H] and ``lm_head`` [V, H] alone."""
+    """`check_compatible` for MSD drafts, which are of a family too, from the base's token embedding ``table`` [V, H]
+    and ``lm_head`` [V, H] alone."""
     check_family(family, draft.config.model_type)
+    check_embedding(table, draft)
+    spare = draft.spare_head
+    fits = head.ndim == 2 and head.shape[1] == draft.config.hidden_size
+    if spare is not None and fits and not same_head(head, spare):
+        log.warning("the draft's lm_head is not the base's, which is used: %s, or few tokens will be accepted", FIX)
+    draft.spare_head = None
+
+
+def check_embedding(table: Tensor, draft: DraftHead) -> None:
+    """Compares a draft's token embedding with the base's ``table`` [V, H], of which it is a copy. A base may have more
+    tokens than the draft, as the ``-hf`` releases of LLaVA do; the missing rows are copied from there.
+
+    Raises:
+        UserError: the hidden size or vocabulary differ.
+    """
+    assert draft.embed_tokens is not None
     (base, size), own = table.shape, draft.config.vocab_size
     if size != draft.config.hidden_size:
         raise misfit("hidden size", draft.config.hidden_size, size)
@@ -42,10 +121,6 @@ def check_tensors(family: str, table: Tensor, head: Tensor, draft: DraftModel) -
         raise misfit("vocabulary", own, base)
     elif not alike:
         log.warning("the draft's token embedding is not the base's: %s, or few tokens will be accepted", FIX)
-    spare = draft.spare_head
-    if spare is not None and head.ndim == 2 and head.shape[1] == size and not same_head(head, spare):
-        log.warning("the draft's lm_head is not the base's, which is used: %s, or few tokens will be accepted", FIX)
-    draft.spare_head = None
 
 
 def check_family(family: str, model_type: str) -> None:
@@ -77,8 +152,9 @@ def same_rows(table: Tensor, own: Tensor) -> bool:
     return bool((found - wanted).norm() <= TOLERANCE * wanted.norm())
 
 
-def extend(draft: DraftModel, rows: Tensor) -> None:
+def extend(draft: DraftHead, rows: Tensor) -> None:
     """Appends ``rows`` [n, H] to the draft's token embedding."""
+    assert draft.embed_tokens is not None
     own = draft.embed_tokens.weight
     joined = torch.cat([own.detach(), rows.detach().to(own)])  # [V, H]
     draft.embed_tokens = nn.Embedding.from_pretrained(joined, freeze=not own.requires_grad)

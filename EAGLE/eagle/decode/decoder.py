@@ -30,7 +30,7 @@ from eagle.decode.stopping import Stopper
 from eagle.decode.tree import DraftTree, prune, root_only, select_nodes
 from eagle.decode.tree_config import TreeConfig
 from eagle.drafts.compression import Compression
-from eagle.drafts.msd import DraftModel
+from eagle.drafts.head import DraftHead
 from eagle.families.base import Target
 from llava.errors import OutOfMemory, UserError
 from llava.memory import within_memory
@@ -80,13 +80,15 @@ class Verified(NamedTuple):
     """The verify phase's result.
 
     ``drafted``: the trees that were verified, smaller than drafted if memory ran out. ``past``: cached rows of each
-    sequence before the trees. ``hidden`` [B, N, H] and ``logits`` [B, N, V] at every node.
+    sequence before the trees. ``hidden`` [B, N, H] and ``logits`` [B, N, V] at every node; ``features`` [B, N, F] what
+    the draft reads there: ``hidden``, or the streams of several layers.
     """
 
     drafted: Drafted
     past: list[int]
     hidden: Tensor
     logits: Tensor
+    features: Tensor
 
 
 class Decoder:
@@ -98,7 +100,7 @@ class Decoder:
     """
 
     def __init__(
-        self, target: Target, draft: DraftModel | None, inputs: dict[str, Any], settings: DecodingSettings
+        self, target: Target, draft: DraftHead | None, inputs: dict[str, Any], settings: DecodingSettings
     ) -> None:
         self.target, self.inputs, self.settings = target, inputs, settings
         self.sampler, self.stopper, self.planner = settings.sampler, settings.stopper, settings.planner
@@ -117,6 +119,7 @@ class Decoder:
             self.drafter = StaticDrafter(self.compiled, draft, length, self.tree, settings.compression)
         elif draft is not None:
             self.drafter = Drafter(draft, target.head, length, self.tree, batch, settings.compression)
+        self.target_layers = () if draft is None else draft.target_layers
         self.stats = Stats(requests=batch, wait=settings.wait)
 
     def run(self) -> list[list[int]]:
@@ -148,7 +151,7 @@ class Decoder:
 
     def prefill(self) -> None:
         """Target and draft read each prompt; the target chooses its first token."""
-        for index, prefill in enumerate(self.target.prefill_each(self.inputs, self.cache)):
+        for index, prefill in enumerate(self.target.prefill_each(self.inputs, self.cache, self.target_layers)):
             sequence = self.sequences[index]
             logits = self.target.head(prefill.hidden[:, -1])  # [1, V]
             check_not_nan(logits)
@@ -220,9 +223,11 @@ class Decoder:
             masks = self.target.masks_by_layer(self.masks.window(past, blocks), past, depths)
         if self.compiled is not None and masks is not None and isinstance(self.cache, StaticCache):
             hidden, logits = self.compiled.verify(tokens, position_ids, masks, self.cache, self.tree.total_tokens)
-            return Verified(drafted, past, hidden, logits)
-        hidden = self.target.verify(tokens, position_ids, masks, self.cache)
-        return Verified(drafted, past, hidden, self.target.head(hidden))
+            return Verified(drafted, past, hidden, logits, hidden)
+        with self.target.streams(self.target_layers) as streams:
+            hidden = self.target.verify(tokens, position_ids, masks, self.cache)
+        features = streams.joined()
+        return Verified(drafted, past, hidden, self.target.head(hidden), hidden if features is None else features)
 
     def accept(self, verified: Verified) -> list[Accepted]:
         """For each sequence the drafted path that the target agrees with, and its bonus token.
@@ -259,17 +264,16 @@ class Decoder:
         return pad_sequence(parts, batch_first=True).flatten(0, 1)
 
     def commit(self, verified: Verified, accepted: list[Accepted]) -> None:
-        """Keeps the accepted rows of the cache, emits the new tokens, and hands the true hidden states to the draft."""
-        hidden = verified.hidden
+        """Keeps the accepted rows of the cache, emits the new tokens, and hands the target's features to the draft."""
         self.cache.keep(verified.past, [each.path for each in accepted])
         if self.planner is not None:
             self.planner.learn(verified.drafted.scores, accepted[0].path, len(accepted[0].tokens))
-        for sequence, each, node_hidden in zip(self.active, accepted, hidden, strict=True):
-            self.stats.record_cycle(len(each.path) - 1, hidden.shape[1])
+        for sequence, each, features in zip(self.active, accepted, verified.features, strict=True):
+            self.stats.record_cycle(len(each.path) - 1, verified.features.shape[1])
             sequence.next_position = sequence.next_position + len(each.tokens)
             if self.drafter is not None:
-                path = torch.tensor(each.path, device=node_hidden.device)
-                sequence.add_pending(node_hidden[path], torch.tensor(each.tokens))
+                path = torch.tensor(each.path, device=features.device)
+                sequence.add_pending(features[path], torch.tensor(each.tokens))
             self._emit(sequence, each.tokens)
 
     def _emit(self, sequence: Sequence, added: list[int]) -> None:

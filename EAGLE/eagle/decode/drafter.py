@@ -12,8 +12,8 @@ from eagle.decode.masks import MaskBuffer
 from eagle.decode.tree import Candidates, choose_frontier
 from eagle.decode.tree_config import TreeConfig
 from eagle.drafts.compression import Compression
-from eagle.drafts.msd import DraftModel
-from eagle.families.base import Prefill
+from eagle.drafts.head import DraftHead, Prompt
+from eagle.families.base import Prefill, within_window
 from eagle.kv_cache import KVCache
 
 
@@ -32,7 +32,7 @@ class Drafter:
 
     def __init__(
         self,
-        draft: DraftModel,
+        draft: DraftHead,
         head: Callable[[Tensor], Tensor],
         capacity: int,
         tree: TreeConfig,
@@ -40,7 +40,7 @@ class Drafter:
         compression: Compression | None = None,
     ) -> None:
         self.draft, self.head = draft, head
-        self.compression = compression or draft.config.options.compression
+        self.compression = compression or draft.compression or Compression()
         config, device = draft.config, draft.device
         drafted = max(tree.depth, 1) * tree.top_k
         extended = tree.depth + 2
@@ -53,7 +53,9 @@ class Drafter:
         self._rows, self._rope_length = rows, 0
         self._extend_rope(rows)
         self._lengths = [0] * batch
-        self._shift = [0] * batch  # position id minus row index of new tokens; not 0 only for M-RoPE
+        self._shift = [0] * batch  # position id minus row index of new tokens; 0 for plain positions
+        self._context: Tensor | None = None  # [B, C] what the rows of each sequence get from its prompt
+        self._widths: list[int] = []  # drafted rows of each level in the cache
         self._last = torch.zeros(
             batch, config.hidden_size, dtype=draft.dtype, device=device
         )  # predicted after the accepted rows
@@ -69,22 +71,21 @@ class Drafter:
         device = self.draft.device
         next_ids = torch.cat([input_ids[0, 1:], first_token]).unsqueeze(0).to(device)  # [1, S]
         next_is_image = torch.cat([prefill.image_mask[:, 1:], prefill.image_mask.new_zeros(1, 1)], dim=1).to(device)
-        features = prefill.embeds.roll(-1, dims=1).to(device)  # [1, S, H]; the wrapped last row is never an image
-        hidden, positions = prefill.hidden.to(device), prefill.positions.to(device)  # [1, S, H], [1 or 3, (1,) S]
-        plan = self.compression.plan(next_is_image[0])
-        if plan is not None:  # S is now the number of merged rows
-            hidden, next_ids, next_is_image = (plan.pick(part, 1) for part in (hidden, next_ids, next_is_image))
-            features = plan.mean(features[0])[None].to(features.dtype)
-            positions = plan.mean(positions.flatten(0, -2).T).T.unsqueeze(-2)  # [1 or 3, 1, S]
-        embeds = torch.where(next_is_image.unsqueeze(-1), features, self.draft.embed_tokens(next_ids))
-        x = self.draft.fuse(hidden, embeds, next_is_image)
+        next_embeds = prefill.embeds.roll(-1, dims=1).to(device)  # [1, S, H]; the wrapped last row is never an image
+        features, positions = prefill.features.to(device), prefill.positions.to(device)  # [1, S, F], [1 or 3, (1,) S]
+        prompt = Prompt(features, next_ids, next_is_image, next_embeds, positions, prefill.next_position)
+        x, own_positions, next_position, context = self.draft.read_prompt(prompt, self.compression)
         count = x.shape[1]
-        rope = self._slice(0, count)
-        if self.draft.config.options.positions == "mrope":
-            rope = self.draft.rotary(positions, x.dtype)
-            self._shift[row] = int(prefill.next_position) - count
+        rope = self._slice(0, count) if own_positions is None else self.draft.rotary(own_positions, x.dtype)
+        if next_position is not None:
+            self._shift[row] = next_position - count
             self._extend_rope(self._rows + self._shift[row])
-        self._last[row] = self.draft(x, None, None, self.cache.sequence(row), rope, last_only=True)[0, 0]
+        if context is not None:
+            if self._context is None:
+                self._context = context.new_zeros(len(self._lengths), context.shape[-1])
+            self._context[row] = context[0]
+        mask = None if self.draft.window is None else window_mask(count, self.draft.window, device)
+        self._last[row] = self.draft(x, None, mask, self.cache.sequence(row), rope, last_only=True)[0, 0]
         self._lengths[row] = count
         self.cache.truncate(self._lengths)
 
@@ -92,7 +93,7 @@ class Drafter:
         """Reads the rows that were accepted since the last draft; they replace the drafted ones.
 
         Args:
-            hidden: for each sequence [n, H], the target's hidden states on the accepted path, root included.
+            hidden: for each sequence [n, F], the target's features on the accepted path, root included.
             tokens: for each sequence [n], the token that follows each of them; the last is the bonus token.
         """
         self.cache.truncate(self._lengths)
@@ -103,7 +104,7 @@ class Drafter:
             return
         device, counts = self.draft.device, [rows.shape[0] for rows in tokens]
         following = pad_sequence(list(tokens), batch_first=True).to(device)  # [B, n]
-        true_rows = pad_sequence(list(hidden), batch_first=True).to(device)  # [B, n, H]
+        true_rows = pad_sequence(list(hidden), batch_first=True).to(device)  # [B, n, F]
         batch = len(counts)
         output = self._read(following, true_rows)  # [B, n, H]
         if batch > 1:
@@ -116,16 +117,16 @@ class Drafter:
 
     def _new_cache(self, batch: int, rows: int) -> KVCache:
         config, draft = self.draft.config, self.draft
-        shape = (config.num_key_value_heads, config.head_dim)
-        return KVCache.allocate([draft.device], batch, [shape], rows, draft.dtype)
+        shapes = [(config.num_key_value_heads, config.head_dim)] * len(draft.layers)
+        return KVCache.allocate([draft.device] * len(shapes), batch, shapes, rows, draft.dtype)
 
     def _read(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """One draft forward over accepted rows: tokens [B, n], hidden [B, n, H] → outputs [B, n, H]."""
+        """One draft forward over accepted rows: tokens [B, n], hidden [B, n, F] → outputs [B, n, H]."""
         batch, count = tokens.shape
         mask = None
-        if batch * count > 1:
-            mask = self._masks.window(self._lengths, self._causal[:, :count, :count].expand(batch, -1, -1))
-        x = self.draft.fuse(hidden, self.draft.embed_tokens(tokens))
+        if batch * count > 1 or self.draft.window is not None:
+            mask = self._mask(self._causal[:, :count, :count].expand(batch, -1, -1), [1] * count)
+        x = self.draft.text_rows(self.draft.condense(hidden), tokens, self._context)
         return self.draft(x, None, mask, self.cache, self._rope(0, count))
 
     def expand(self, tree: TreeConfig, should_deepen: Callable[[Tensor], bool] | None = None) -> Candidates:
@@ -141,7 +142,7 @@ class Drafter:
         hidden = hidden.expand(-1, width, -1)  # [B, k, H] hidden state each frontier node was drawn from
         indices = self._indices[:width].expand(batch, -1)  # [B, k] candidate index of each frontier node
         tree_mask = self._identity[:width, :width].expand(batch, -1, -1)  # [B, k, drafted so far]
-        total = width
+        total, self._widths = width, [width]
         for step in range(tree.depth):
             if should_deepen is not None and not should_deepen(levels[-1].scores):
                 break
@@ -154,6 +155,7 @@ class Drafter:
             flat, rows = choose_frontier(child_scores, tree.top_k)  # [B, k]
             tokens, scores = child_tokens.flatten(1).gather(1, flat), child_scores.flatten(1).gather(1, flat)
             hidden = _take(output, rows)
+            self._widths.append(flat.shape[1])
             indices, total = flat + total, total + child_tokens[0].numel()
             identity = self._identity[: flat.shape[1], : flat.shape[1]].expand(batch, -1, -1)
             tree_mask = torch.cat([_take(tree_mask, rows), identity], dim=2)
@@ -164,6 +166,7 @@ class Drafter:
         self.cache = self.cache.select(rows)
         self._lengths, self._shift = ([values[row] for row in rows] for values in (self._lengths, self._shift))
         self._last = self._last[list(rows)]
+        self._context = None if self._context is None else self._context[list(rows)]
 
     def _children(self, hidden: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """Drafted tokens after predicted hidden states [B, F, H], [B, F, k] each."""
@@ -174,10 +177,18 @@ class Drafter:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One draft forward over the frontiers: tokens [B, k], hidden [B, k, H] → predicted hidden states [B, k, H] and
         their children, [B, k, k] each."""
-        x = self.draft.fuse(hidden, self.draft.embed_tokens(tokens))  # [B, k, H]
-        mask = self._masks.window(self._lengths, tree_mask)
+        x = self.draft.text_rows(hidden, tokens, self._context)  # [B, k, X]
+        mask = self._mask(tree_mask, self._widths)
         output = self.draft(x, None, mask, self.cache, self._rope(step, 1))
         return output, *self._children(output, top_k)
+
+    def _mask(self, block: Tensor, widths: Sequence[int]) -> Tensor:
+        """The mask of ``block`` [B, n, m]. ``widths``: rows of each level in the block, in order; they add up to m."""
+        mask = self._masks.window(self._lengths, block)
+        if self.draft.window is None:
+            return mask
+        depths = torch.tensor([depth for depth, width in enumerate(widths) for _ in range(width)], device=mask.device)
+        return within_window(mask, self._lengths, depths.expand(block.shape[0], -1), self.draft.window)
 
     def _rope(self, offset: int, count: int) -> tuple[Tensor, Tensor]:
         """Rotary angles of ``count`` positions, ``offset`` after the accepted rows, [1 or B, 1, count, D]; a single
@@ -198,6 +209,16 @@ class Drafter:
 
     def _slice(self, start: int, count: int) -> tuple[Tensor, Tensor]:
         return self._cos[:, :, start : start + count], self._sin[:, :, start : start + count]
+
+
+def window_mask(rows: int, window: int, device: torch.device) -> Tensor | None:
+    """Causal, and not further back than ``window`` rows, the row itself included: [1, 1, R, R] bool. None if that is
+    plain causal."""
+    if rows <= window:
+        return None
+    places = torch.arange(rows, device=device)
+    back = places.unsqueeze(1) - places  # [R, R]
+    return ((back >= 0) & (back < window))[None, None]
 
 
 def _take(values: Tensor, rows: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from eagle.decode.stopping import Stopper
 from eagle.decode.tree_config import TreeConfig
 from eagle.drafts.checkpoint import load_draft
 from eagle.drafts.compression import Compression
-from eagle.drafts.msd import DraftModel
+from eagle.drafts.head import DraftHead
 from eagle.families import Target, load_target
 from llava.errors import UserError
 from llava.hub import HUB_KEYS
@@ -74,7 +74,7 @@ class MSDModel:
     def __init__(
         self,
         target: Target,
-        draft: DraftModel | None = None,
+        draft: DraftHead | None = None,
         tree: TreeConfig | Literal["auto", "fixed"] | None = None,
         *,
         draft_image_tokens: int | str | None = None,
@@ -86,8 +86,10 @@ class MSDModel:
         self._acceptance = Acceptance()  # learnt over all requests
         self._length_warned = False
         self._costs: dict[tuple[int, ...], CostCurve] = {}
-        own = Compression() if draft is None else draft.config.options.compression
-        self.compression = own.replaced(draft_image_tokens)
+        own = Compression() if draft is None else draft.compression
+        if own is None and draft is not None and draft_image_tokens not in (None, "all"):
+            raise UserError(f"draft image tokens {draft_image_tokens}: {draft.kind} heads read all", fix="leave it out")
+        self.compression = (own or Compression()).replaced(draft_image_tokens)
         leave_out_unsupported(target.model.generation_config, target.config.name_or_path)
         target.prepare_for_decoding()
         if draft is not None:

@@ -14,8 +14,8 @@ from eagle.decode.sampling import Sampler
 
 
 class Pending(NamedTuple):
-    """Accepted rows that the draft has not read yet: ``hidden`` [n, H] the target's hidden states, ``tokens`` [n] the
-    token that follows each of them."""
+    """Accepted rows that the draft has not read yet: ``hidden`` [n, F] the target's features, ``tokens`` [n] the token
+    that follows each of them."""
 
     hidden: Tensor
     tokens: Tensor
@@ -52,7 +52,7 @@ class Sequence:
         return self.prompt.shape[1]
 
     def add_pending(self, hidden: Tensor, tokens: Tensor) -> None:
-        """Appends rows [n, H] and tokens [n] for the draft to read."""
+        """Appends rows [n, F] and tokens [n] for the draft to read."""
         if self.pending_hidden is not None:
             hidden = torch.cat([self.pending_hidden.hidden, hidden])
             tokens = torch.cat([self.pending_hidden.tokens, tokens])

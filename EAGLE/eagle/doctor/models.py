@@ -11,23 +11,27 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
+from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from eagle.decode.compatibility import check_family, misfit
+from eagle.decode.compatibility import check_eagle3_sizes, check_family, check_image_ids, misfit
 from eagle.doctor import Check, State, problems
 from eagle.doctor.memory import Footprint
-from eagle.drafts.checkpoint import load_draft
-from eagle.drafts.config import DraftConfig
+from eagle.drafts.checkpoint import build_draft, canonical, load_draft
+from eagle.drafts.eagle3 import Eagle3Draft
+from eagle.drafts.head import DraftHead
 from eagle.drafts.msd import DraftModel
 from eagle.families import Target, family_of, load_target
 from llava import load_config
 from llava.errors import UserError
+from llava.files import read_object
 from llava.hub import Source, cached_folder, hub_errors
 from llava.layout import open_checkpoint
 from llava.loading import load_errors
 from llava.weights import WEIGHT_FILES
 
 BASE, DRAFT, PAIR = "base model", "draft", "base and draft"
+CONVENTIONS = "draft's conventions"
 UNCHECKED = "; weights not checked, since they are not on this disk"
 LOCAL: dict[str, Any] = {"local_files_only": True}
 
@@ -66,7 +70,7 @@ def check_base(name: str, hub: bool) -> tuple[Target | None, list[Check]]:
     return None, checks
 
 
-def check_draft(name: str, hub: bool) -> tuple[DraftModel | None, list[Check]]:
+def check_draft(name: str, hub: bool) -> tuple[DraftHead | None, list[Check]]:
     """The draft on the meta device, None if it cannot be loaded, and the findings; arguments as of `check_base`."""
     checks: list[Check] = []
     with problems(checks, DRAFT), load_errors("draft cannot be loaded", name, weights=True):
@@ -76,36 +80,45 @@ def check_draft(name: str, hub: bool) -> tuple[DraftModel | None, list[Check]]:
             draft = load_draft(name, device="meta", **LOCAL)
         elif hub:
             _check_weights_on_hub(source)
-            with torch.device("meta"):
-                draft = DraftModel(DraftConfig.from_json(source.require("config.json", "draft config")))
+            file = source.require("config.json", "draft config")
+            draft = build_draft(read_object(file, "draft config"), _shapes_on_hub(source), file)
         else:
             return None, [_not_cached(DRAFT, name)]
         size = f"vocabulary {draft.config.vocab_size}, {_parameters(draft) / 1e6:,.1f} M parameters"
-        found = f"{name}: {draft.config.model_type}, {size}"
-        checks.append(Check(DRAFT, State.OK, found + ("" if here else UNCHECKED)))
+        kind = draft.config.model_type if isinstance(draft, DraftModel) else draft.kind
+        checks.append(Check(DRAFT, State.OK, f"{name}: {kind}, {size}" + ("" if here else UNCHECKED)))
+        checks.append(Check(CONVENTIONS, State.OK, f"{draft.kind}: {draft.conventions()}"))
         return draft, checks
     return None, checks
 
 
-def check_pair(target: Target, draft: DraftModel) -> list[Check]:
+def check_pair(target: Target, draft: DraftHead) -> list[Check]:
     """Whether the draft was made for a base of this shape and family. The draft's vocabulary may be the first part of
     the base's."""
     checks: list[Check] = []
     hidden, vocabulary, more = target.hidden_size, target.vocab_size, target.vocab_size - draft.config.vocab_size
     with problems(checks, PAIR):
-        check_family(target.family, draft.config.model_type)
-        if draft.config.hidden_size != hidden:
-            raise misfit("hidden size", draft.config.hidden_size, hidden)
-        if more < 0:
-            raise misfit("vocabulary", draft.config.vocab_size, vocabulary)
-        added = f", {more} of them from the base, if its others are the draft's" if more else ""
-        checks.append(Check(PAIR, State.OK, f"fit together: hidden size {hidden}, vocabulary {vocabulary}{added}"))
+        if isinstance(draft, Eagle3Draft):
+            check_eagle3_sizes(target, draft)
+            read = ", ".join(map(str, draft.target_layers))
+            more_found = f", inputs of layers {read} of {len(target.text_model.layers)}"
+        else:
+            if isinstance(draft, DraftModel):  # the others do not name their family
+                check_family(target.family, draft.config.model_type)
+            if draft.config.hidden_size != hidden:
+                raise misfit("hidden size", draft.config.hidden_size, hidden)
+            if more < 0:
+                raise misfit("vocabulary", draft.config.vocab_size, vocabulary)
+            check_image_ids(target, draft)
+            more_found = f", {more} of them from the base, if its others are the draft's" if more else ""
+        found = f"fit together: hidden size {hidden}, vocabulary {vocabulary}{more_found}"
+        checks.append(Check(PAIR, State.OK, found))
     return checks
 
 
-def footprint(target: Target, draft: DraftModel | None) -> Footprint:
+def footprint(target: Target, draft: DraftHead | None) -> Footprint:
     """Memory of base, with its vision tower, and draft."""
-    parts = [target.text_model] if draft is None else [target.text_model, draft]
+    parts = [target.text_model] if draft is None else [target.text_model, draft.layers]
     keys = sum(
         module.out_features for part in parts for name, module in part.named_modules() if name.endswith("k_proj")
     )
@@ -125,6 +138,18 @@ def _check_weights_on_hub(source: Source) -> None:
         files = HfApi().list_repo_files(source.name)
     if not {file.removesuffix(".index.json") for file in files}.intersection(WEIGHT_FILES):
         raise UserError("no weights", source.name, f"expected {' or '.join(WEIGHT_FILES)}, or shards with an index")
+
+
+def _shapes_on_hub(source: Source) -> dict[str, tuple[int, ...]] | None:
+    """Shapes of a draft's tensors by canonical name, from the headers of its .safetensors files. None without them."""
+    with hub_errors(source.what, source.name):
+        try:
+            headers = HfApi().get_safetensors_metadata(source.name).files_metadata.values()
+        except NotASafetensorsRepoError:
+            return None
+        except SafetensorsParsingError as error:
+            raise UserError("weight file is damaged", source.name, str(error).splitlines()[0]) from error
+    return {canonical(name): tuple(tensor.shape) for header in headers for name, tensor in header.tensors.items()}
 
 
 def _not_cached(topic: str, name: str) -> Check:

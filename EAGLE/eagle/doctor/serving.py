@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from eagle.doctor import Check, State, problems
-from eagle.drafts.config import DraftConfig
-from eagle.serving.draft import refuse_unportable
+from eagle.drafts.head import DraftHead
+from eagle.serving.draft import portable
 from eagle.serving.engine import INSTALL_PLUGIN, find_vllm
 from llava.errors import UserError
 
@@ -30,10 +30,10 @@ def check_vllm(python: str) -> Check:
     return Check(VLLM, State.OK, found)
 
 
-def check_served_draft(config: DraftConfig, name: str) -> Check:
-    """Whether vLLM can run a draft with its settings."""
+def check_served_draft(draft: DraftHead, name: str) -> Check:
+    """Whether vLLM can run a draft of its kind and settings."""
     try:
-        refuse_unportable(config, name)
+        portable(draft, name)
     except UserError as error:
         return Check(SERVED, State.WARNING, error.what, error.fix or "")
     return Check(SERVED, State.OK, "can be exported (msd export --to vllm)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,25 @@ from safetensors.torch import save_file
 
 from eagle.drafts.config import DRAFT_VOCAB_FILE, DraftConfig
 from eagle.drafts.draft_vocab import read_draft_vocab, write_draft_vocab
+from eagle.drafts.eagle3 import Eagle3Draft, draft_vocabulary
+from eagle.drafts.eagle3_config import Eagle3Config, Shapes
+from eagle.drafts.head import DraftHead
 from eagle.drafts.msd import DraftModel
+from eagle.drafts.vispec import QUERIES, ViSpecDraft
 from llava.errors import UserError
-from llava.files import atomic_write, write_json
+from llava.files import atomic_write, read_object, write_json
 from llava.hub import Source
 from llava.loading import load_errors
 from llava.weights import find_weights, is_old_buffer, read_tensors
 
-HEAD = "lm_head.weight"
+HEAD, MAPPING = "lm_head.weight", ("d2t", "t2d")
 log = logging.getLogger(__name__)
 
 
 def load_draft(
     name: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu", **hub: Any
-) -> DraftModel:
-    """Loads a draft from a folder or the hub.
+) -> DraftHead:
+    """Loads a draft of any kind from a folder or the hub.
 
     Args:
         name: folder or hub name.
@@ -40,42 +44,108 @@ def load_draft(
     source = Source.of(name, hub, "draft")
     config_file = source.require("config.json", "draft config")
     paths = find_weights(source)
-    tensors = read_tensors(paths)
-    spare = {name: tensors.pop(name) for name in list(tensors) if is_spare(name)}
+    tensors = {canonical(name): tensor for name, tensor in read_tensors(paths).items()}
     with load_errors("draft config is not valid", config_file):
-        config = DraftConfig.from_json(config_file, tensors=tensors)
-        with torch.device("meta"):
-            draft = DraftModel(config)
+        config = read_object(config_file, "draft config")
+        draft = build_draft(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, config_file)
     if problems := misfits({name: tuple(tensor.shape) for name, tensor in tensors.items()}, draft):
-        raise UserError(f"draft does not fit its config: {'; '.join(problems)}", paths[0], "is this an MSD draft?")
+        fix = f"use a complete {draft.kind} draft"
+        raise UserError(f"draft does not fit its config: {'; '.join(problems)}", paths[0], fix)
+    spare = {name: tensors.pop(name) for name in list(tensors) if is_spare(name, draft)}
     meta = torch.device(device).type == "meta"
     if not meta and (broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]):
         raise UserError(f"draft has NaN or infinite values in {', '.join(broken)}", paths[0], "use another checkpoint")
     draft.load_state_dict(tensors, assign=True)
+    if isinstance(draft, Eagle3Draft):
+        with load_errors("draft vocabulary is not valid", paths[0]):
+            draft.draft_vocab = draft_vocabulary(spare.pop("d2t", None), spare.pop("t2d", None), draft.config)
+    draft.rotary = draft.new_rotary()
     if spare:
         log.warning("%s: a draft does not need %s, left out", name, ", ".join(spare))
+    if isinstance(draft, DraftModel):
         draft.spare_head = spare.get(HEAD)
-    draft.rotary = type(draft.rotary)(
-        config.head_dim, config.rope_theta, config.mrope_section, config.mrope_interleaved
-    )
-    if config.options.head_tokens is not None:
-        source.find(DRAFT_VOCAB_FILE)  # downloads it beside the config
-        draft.draft_vocab = read_draft_vocab(config_file.parent, config)
+        if draft.config.options.head_tokens is not None:
+            source.find(DRAFT_VOCAB_FILE)  # downloads it beside the config
+            draft.draft_vocab = read_draft_vocab(config_file.parent, draft.config)
     own = tensors["fc.weight"].dtype
     return draft.to(device=device, dtype=dtype if isinstance(dtype, torch.dtype) else own).eval().requires_grad_(False)
 
 
-def is_spare(name: str) -> bool:
-    """Whether a draft may have a tensor of this name though it does not use it: a buffer of old releases, or the base
-    model's ``lm_head``."""
-    return name == HEAD or is_old_buffer(name)
+def load_msd_draft(name: str | Path, purpose: str, **settings: Any) -> DraftModel:
+    """`load_draft` where only MSD's own kind will do.
+
+    Args:
+        purpose: what it is for, named in the error.
+
+    Raises:
+        UserError: it is a head of another kind, or cannot be loaded.
+    """
+    draft = load_draft(name, **settings)
+    if not isinstance(draft, DraftModel):
+        raise UserError(f"{purpose} takes MSD drafts, not {draft.kind} heads", where=name)
+    return draft
 
 
-def misfits(shapes: Mapping[str, tuple[int, ...]], draft: DraftModel) -> list[str]:
+def build_draft(config: Mapping[str, Any], shapes: Shapes | None, where: str | Path) -> DraftHead:
+    """The head that a ``config.json`` and the shapes of its tensors describe, on the meta device, without weights.
+
+    Args:
+        shapes: by canonical name. None if they are not known.
+        where: the config, named in errors.
+
+    Raises:
+        UserError: the config is not valid, or of a kind that is not supported.
+    """
+    kind = kind_of(config, shapes, where)
+    with torch.device("meta"):
+        if kind is Eagle3Draft:
+            return Eagle3Draft(Eagle3Config.from_dict(config, where, shapes))
+        if kind is ViSpecDraft:
+            return ViSpecDraft.from_dict(config, where, shapes or {})
+        return DraftModel(DraftConfig.from_dict(config, where, shapes))
+
+
+def kind_of(config: Mapping[str, Any], names: Collection[str] | None, where: str | Path) -> type[DraftHead]:
+    """The kind of a head, from its config and the names of its tensors.
+
+    Raises:
+        UserError: it is of a known kind that is not supported.
+    """
+    names = names or ()
+    form = config.get("speculators_model_type")
+    other = {
+        "P-EAGLE": form == "peagle" or "mask_hidden" in names,
+        "DFlash": form == "dflash" or "dflash_config" in config or "hidden_norm.weight" in names,
+        f"'{form}' speculators": form not in (None, "eagle3"),
+    }
+    for name, found in other.items():
+        if found:
+            raise UserError(f"{name} heads are not supported", where, "use an MSD, EAGLE-3 or ViSpec head")
+    by_config = form == "eagle3" or any(key in config for key in ("eagle_config", "draft_vocab_size"))
+    by_name = any("Eagle3" in str(each) for each in config.get("architectures") or ())
+    by_tensors = "layers.0.hidden_norm.weight" in names or "d2t" in names
+    if QUERIES in names or "img_fc.weight" in names:
+        return ViSpecDraft
+    return Eagle3Draft if by_config or by_name or by_tensors else DraftModel
+
+
+def canonical(name: str) -> str:
+    """The name of a tensor in all layouts: the first layer of an EAGLE-3 head is called ``midlayer`` in some."""
+    return f"layers.0.{name.removeprefix('midlayer.')}" if name.startswith("midlayer.") else name
+
+
+def is_spare(name: str, draft: DraftHead) -> bool:
+    """Whether a checkpoint may have a tensor of this name though it is not part of the head: a buffer of old releases,
+    the mapping of a trimmed vocabulary, or, for an MSD draft, the base model's ``lm_head``."""
+    known = name == HEAD if isinstance(draft, DraftModel) else name in MAPPING and isinstance(draft, Eagle3Draft)
+    return known or is_old_buffer(name)
+
+
+def misfits(shapes: Shapes, draft: DraftHead) -> list[str]:
     """Names the tensors of a checkpoint that are missing, unexpected, or of another shape than in ``draft``."""
     wanted = {name: tuple(tensor.shape) for name, tensor in draft.state_dict().items()}
     problems = [f"missing {name}" for name in wanted if name not in shapes]
-    problems += [f"unexpected {name}" for name in shapes if name not in wanted and not is_spare(name)]
+    problems += [f"unexpected {name}" for name in shapes if name not in wanted and not is_spare(name, draft)]
     return problems + [
         f"{name} is {list(shape)}, config.json says {list(wanted[name])}"
         for name, shape in shapes.items()

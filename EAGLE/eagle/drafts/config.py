@@ -94,9 +94,9 @@ class DraftConfig:
         Raises:
             UserError: a size is missing or wrong, or section "msd" has an unknown key or a wrong value.
         """
-        _check_objects(config, ("text_config",), where)
+        check_objects(config, ("text_config",), where)
         text = {**config, **(config.get("text_config") or {})}
-        _check_objects(text, ("rope_scaling", "rope_parameters"), where)
+        check_objects(text, ("rope_scaling", "rope_parameters"), where)
         required = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
         missing = [key for key in required if key not in text]
         if missing:
@@ -171,7 +171,8 @@ class DraftConfig:
         return out
 
 
-def _check_objects(config: Mapping[str, Any], keys: Iterable[str], where: str | Path) -> None:
+def check_objects(config: Mapping[str, Any], keys: Iterable[str], where: str | Path) -> None:
+    """Raises `UserError` if one of ``keys`` of a parsed config is not an object. It may be missing."""
     for key in keys:
         if not isinstance(config.get(key) or {}, Mapping):
             raise UserError(f"{key}={config[key]!r}", where=where, fix="give an object")

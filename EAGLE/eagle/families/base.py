@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from inspect import signature
 from typing import Any, ClassVar, NamedTuple
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eagle.drafts.msd import capped
+from eagle.drafts.modules import capped
 from eagle.families.layers import FULL, LINEAR, SLIDING, attention_layers, position_limit
 from eagle.families.registry import family_named
+from eagle.families.streams import StreamReader, Streams
 from eagle.kv_cache import KVCache
 from eagle.weight_layout import to_input_major_layout
 from llava.errors import UserError
@@ -67,7 +69,8 @@ class Prefill(NamedTuple):
 
     ``hidden`` [B, S, H] after the final norm; ``embeds`` [B, S, H] input embeddings, with the projected image features
     at the image tokens; ``image_mask`` [B, S] bool; ``positions`` position ids [B, S], or [3, B, S] with M-RoPE;
-    ``next_position`` [B] position id of the token after the prompt.
+    ``next_position`` [B] position id of the token after the prompt; ``streams`` [B, S, n * H] the streams that enter
+    chosen layers, joined, if they were asked for.
     """
 
     hidden: Tensor
@@ -75,6 +78,12 @@ class Prefill(NamedTuple):
     image_mask: Tensor
     positions: Tensor
     next_position: Tensor
+    streams: Tensor | None = None
+
+    @property
+    def features(self) -> Tensor:
+        """[B, S, F] what a draft reads of the target: the chosen streams, or ``hidden``."""
+        return self.hidden if self.streams is None else self.streams
 
 
 class Target(ABC):
@@ -100,6 +109,12 @@ class Target(ABC):
         self.stop_strings = (texts,) if isinstance(texts, str) else tuple(texts)
         model.generation_config.stop_strings = None
         self.processor = processor
+        self._streams = StreamReader()
+
+    def streams(self, layers: Sequence[int]) -> AbstractContextManager[Streams]:
+        """Records what enters the given layers in this thread's forwards of the text model, while it is open. See
+        `eagle.families.streams`."""
+        return self._streams.open(self.text_model, layers)
 
     @classmethod
     @abstractmethod
@@ -290,27 +305,30 @@ class Target(ABC):
         """False if only a chain of drafted tokens can be verified in one forward."""
         return not self.layers.linear
 
-    def prefill(self, inputs: Mapping[str, Any]) -> Prefill:
+    def prefill(self, inputs: Mapping[str, Any], layers: Sequence[int] = ()) -> Prefill:
         """One forward over prompts, without a cache.
 
         Args:
             inputs: ``input_ids`` [B, S] with one id per image feature, ``attention_mask`` [B, S] if sequences are
                 padded, and the family's image inputs.
+            layers: whose input streams are returned too.
         """
         input_ids = inputs["input_ids"]
         prompt = self.embed_prompt(input_ids, inputs)
         positions, next_position = self.prompt_positions(input_ids, inputs)
         attention_mask = inputs.get("attention_mask")
-        hidden = self.read_prompt(prompt, positions, attention_mask=attention_mask, use_cache=False)
-        return Prefill(hidden, prompt.embeds, prompt.image_mask, positions, next_position)
+        with self.streams(layers) as streams:
+            hidden = self.read_prompt(prompt, positions, attention_mask=attention_mask, use_cache=False)
+        return Prefill(hidden, prompt.embeds, prompt.image_mask, positions, next_position, streams.joined())
 
-    def prefill_each(self, inputs: Mapping[str, Any], cache: KVCache) -> Iterator[Prefill]:
+    def prefill_each(self, inputs: Mapping[str, Any], cache: KVCache, layers: Sequence[int] = ()) -> Iterator[Prefill]:
         """Fills the cache, one sequence after the other and without their padding, so that each is read exactly as it
         would be alone. The pictures of all sequences are encoded together.
 
         Args:
             inputs: as for `prefill`; padding may be on either side.
             cache: an empty one for these sequences.
+            layers: whose input streams are returned too.
 
         Yields:
             The `Prefill` of each sequence, [1, its own length].
@@ -326,10 +344,11 @@ class Target(ABC):
             prompt = prompts.sequence(index, keep)
             own_positions = positions[..., index : index + 1, :][..., keep]
             part = cache.sequence(index)
-            hidden = self.read_prompt(prompt, own_positions, use_cache=True, **{self.cache_argument: part})
+            with self.streams(layers) as streams:
+                hidden = self.read_prompt(prompt, own_positions, use_cache=True, **{self.cache_argument: part})
             lengths.append(part.length)
             own_next = next_position[index : index + 1]
-            yield Prefill(hidden, prompt.embeds, prompt.image_mask, own_positions, own_next)
+            yield Prefill(hidden, prompt.embeds, prompt.image_mask, own_positions, own_next, streams.joined())
         cache.truncate(lengths)
 
     def masks_by_layer(self, mask: Tensor, past: Sequence[int], depths: Tensor) -> LayerMasks:
@@ -392,9 +411,10 @@ def check_attention(name: str) -> None:
 
 
 def within_window(mask: Tensor, past: Sequence[int], depths: Tensor, window: int) -> Tensor:
-    """Closes what is ``window`` or more places away in an additive mask [B, 1, N, T] of tree nodes.
+    """Closes what is ``window`` or more places away in an additive mask [B, 1, n, T] of tree nodes.
 
-    A cached row's place is its column; a node's place is the number of cached rows plus its depth.
+    A cached row's place is its column; a node's place is the number of cached rows plus its depth. ``depths`` [B, N]
+    are those of all nodes behind the cached rows; the mask's n rows are the last n of them.
 
     >>> within_window(torch.zeros(1, 1, 2, 4), [2], torch.tensor([[0, 1]]), 2).eq(0).int().tolist()
     [[[[0, 1, 1, 1], [0, 0, 1, 1]]]]
@@ -407,7 +427,7 @@ def within_window(mask: Tensor, past: Sequence[int], depths: Tensor, window: int
     depths = depths.to(mask.device)
     node = (columns - rows).clamp(0, nodes - 1)  # [B, T] the node of a column behind the cached rows
     place = torch.where(columns < rows, columns, rows + depths.gather(1, node))  # [B, T]
-    far = (rows + depths).unsqueeze(2) - place.unsqueeze(1) >= window  # [B, N, T]
+    far = (rows + depths[:, -mask.shape[2] :]).unsqueeze(2) - place.unsqueeze(1) >= window  # [B, n, T]
     return mask.masked_fill(far.unsqueeze(1), torch.finfo(mask.dtype).min)
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from eagle.decode.compatibility import FIX, check_family, check_tensors, same_rows
 from eagle.drafts.checkpoint import load_draft
-from eagle.drafts.config import DraftConfig
+from eagle.drafts.eagle3 import Eagle3Draft
+from eagle.drafts.head import DraftHead
 from eagle.drafts.msd import DraftModel
 from eagle.families import family_of
 from eagle.families.base_weights import BaseTensors, load_base_tensors
@@ -41,8 +42,7 @@ def export_draft(name: str | Path, out: str | Path, base: str | Path | None = No
     Raises:
         UserError: vLLM cannot run this draft; it is not one of ``base``; or ``base`` is needed and not given.
     """
-    draft = load_draft(name)
-    refuse_unportable(draft.config, name)
+    draft = portable(load_draft(name), name)
     positions = [draft.config.published.get("max_position_embeddings")]
     tensors = None
     if base is not None:
@@ -62,9 +62,17 @@ def export_draft(name: str | Path, out: str | Path, base: str | Path | None = No
     return Path(out)
 
 
-def refuse_unportable(config: DraftConfig, name: str | Path) -> None:
-    """Raises `UserError` for settings that need MSD's own loop."""
-    options = config.options
+def portable(draft: DraftHead, name: str | Path) -> DraftModel:
+    """The draft itself, if vLLM can run it with the plugin.
+
+    Raises:
+        UserError: it is of another kind, or has settings that need MSD's own loop.
+    """
+    if not isinstance(draft, DraftModel):
+        own = 'vLLM has its own EAGLE-3: give it this head as published, with "method": "eagle3"'
+        fix = own if isinstance(draft, Eagle3Draft) else "serve an MSD draft"
+        raise UserError(f"{draft.kind} heads are not exported to vLLM, only MSD drafts are", name, fix)
+    options = draft.config.options
     if options.image_tokens is not None:
         raise UserError(
             f"vLLM cannot merge picture rows (image_tokens {options.image_tokens}): a draft reads all rows there",
@@ -76,6 +84,7 @@ def refuse_unportable(config: DraftConfig, name: str | Path) -> None:
             f"vLLM gives a draft plain positions, this one was trained with {options.positions}", name,
             "serve a draft with plain positions",
         )  # fmt: skip
+    return draft
 
 
 def fit(draft: DraftModel, base: BaseTensors, family: str) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eagle.drafts.config import DraftConfig
-from eagle.drafts.msd import DraftModel, capped
+from eagle.drafts.modules import capped
+from eagle.drafts.msd import DraftModel
 from eagle.families.base_weights import BaseTensors
 from eagle.train.collate import Batch
 from eagle.train.rollout import predict_steps, rollout_loss_mask, shift_left

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from eagle.attention import leave_out_cudnn_attention
-from eagle.drafts.checkpoint import load_draft
+from eagle.drafts.checkpoint import load_msd_draft
 from eagle.drafts.config import DraftConfig
 from eagle.drafts.msd import DraftModel
 from eagle.extras import require
@@ -137,7 +137,7 @@ def build_objective(
     if vocab != draft_config.vocab_size and main:
         print(f"vocabulary: {vocab} as in the base model (the config says {draft_config.vocab_size})", flush=True)
     if args.init:
-        draft = load_draft(args.init, dtype=torch.float32)
+        draft = load_msd_draft(args.init, "training", dtype=torch.float32)
         wanted = with_draft_settings(replace(draft_config, vocab_size=draft.config.vocab_size), config)
         draft.config = with_draft_settings(draft.config, config)
         check_init(draft.config, wanted, args.init)

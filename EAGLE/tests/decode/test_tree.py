@@ -13,7 +13,7 @@ from eagle.decode.tree import (
     root_only,
     select_nodes,
 )
-from eagle.drafts.msd import top_children
+from eagle.drafts.modules import top_children
 
 # The tree of eagle/decode/tree.py:  R ─┬─ a(-0.1) ─┬─ c(-0.3)
 #                                      │           └─ d(-2.0)

@@ -18,6 +18,7 @@ from hub_server import HubServer
 from safetensors.torch import load_file
 from tiny_draft import make_draft
 from tiny_llava import make_liuhaotian, make_llava_hf
+from tiny_vispec import make_vispec
 
 from eagle.cli import main
 from eagle.doctor import State, environment
@@ -216,9 +217,9 @@ SEE = """
 import json, sys
 from eagle.doctor.models import check_base, check_draft
 for look, name in ((check_base, "tiny/llava"), (check_draft, "tiny/llava-msd"), (check_base, "tiny/hf"),
-                   (check_draft, "tiny/hf-msd"), (check_base, "tiny/absent")):
+                   (check_draft, "tiny/hf-msd"), (check_draft, "tiny/vispec"), (check_base, "tiny/absent")):
     model, checks = look(name, hub=True)
-    print(json.dumps([name, [check.state.value for check in checks], checks[0].found]))
+    print(json.dumps([name, [check.state.value for check in checks], " ".join(check.found for check in checks)]))
 """
 
 
@@ -229,11 +230,14 @@ def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess
 
 @pytest.mark.slow
 def test_models_on_the_hub_are_seen_without_a_download(repositories: Path, tmp_path: Path) -> None:
+    make_vispec(repositories / "tiny/vispec", load_target(repositories / "tiny/hf", dtype="float32"))
     with HubServer(repositories) as hub:
         done = run(["-c", SEE], **hub.environment(tmp_path))
         rows = [json.loads(line) for line in done.stdout.splitlines()]
-        assert [states for _, states, _ in rows] == [["ok"], ["ok"], ["ok"], ["ok"], ["problem"]], done.stderr
-        assert all("M parameters; weights not checked" in found or "tower" in found for *_, found in rows[:4])
+        wanted = [["ok"], ["ok", "ok"], ["ok"], ["ok", "ok"], ["ok", "ok"], ["problem"]]  # a draft's conventions too
+        assert [states for _, states, _ in rows] == wanted, done.stderr
+        assert all("M parameters; weights not checked" in found or "tower" in found for *_, found in rows[:5])
+        assert " MSD: " in rows[3][2] and " ViSpec: " in rows[4][2]
         fetched = [path for method, path in hub.requests if method == "GET" and path.endswith((".bin", ".safetensors"))]
         assert {Path(path).suffix for path in fetched} <= {".safetensors"}  # headers, by range
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".bin", ".safetensors")]

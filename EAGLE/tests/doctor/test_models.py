@@ -13,13 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_draft import make_draft
+from tiny_eagle3 import make_eagle3
 from tiny_llava import make_liuhaotian, make_llava_hf
 from tiny_stock import make_llava_next, make_qwen
+from tiny_vispec import make_vispec
 
 from eagle.doctor import Check, State
 from eagle.doctor.environment import Machine
 from eagle.doctor.memory import POSITIONS, check_fit
 from eagle.doctor.models import check_base, check_draft, check_pair, footprint
+from eagle.doctor.serving import check_served_draft
 from eagle.drafts.config import DRAFT_VOCAB_FILE
 from eagle.drafts.draft_vocab import write_draft_vocab
 from eagle.families import load_target
@@ -167,6 +170,25 @@ def test_a_draft_of_another_base(llava_pair: tuple[Path, Path], changes: dict[st
     draft.config = replace(draft.config, **changes)
     (check,) = check_pair(base, draft)
     assert check.state is State.PROBLEM and found in check.found and check.fix
+
+
+@pytest.mark.parametrize(("kind", "make"), [("EAGLE-3", make_eagle3), ("ViSpec", make_vispec)])
+def test_heads_of_other_kinds(
+    llava_pair: tuple[Path, Path], tmp_path: Path, kind: str, make: Callable[..., Path]
+) -> None:
+    base, _ = check_base(str(llava_pair[0]), hub=False)
+    make(tmp_path, load_target(llava_pair[0], dtype="float32"))
+    draft, checks = check_draft(str(tmp_path), hub=False)
+    assert base is not None and draft is not None and draft.kind == kind
+    assert all(parameter.is_meta for parameter in draft.parameters())
+    assert {check.state for check in [*checks, *check_pair(base, draft)]} == {State.OK}, checks
+    assert checks[1].found.startswith(f"{kind}: ")
+    layers = base.config.get_text_config().num_hidden_layers
+    assert footprint(base, draft).cache == footprint(base, None).cache + footprint(base, None).cache // layers
+    assert check_served_draft(draft, "head").state is State.WARNING
+    draft.config = replace(draft.config, **{"target_hidden_size" if kind == "EAGLE-3" else "hidden_size": 64})
+    (check,) = check_pair(base, draft)
+    assert check.state is State.PROBLEM and "hidden size" in check.found
 
 
 def test_a_hub_name_without_the_hub_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

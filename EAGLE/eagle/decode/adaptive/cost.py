@@ -30,7 +30,7 @@ from eagle.decode.adaptive.planner import CostCurve
 from eagle.decode.drafter import Drafter
 from eagle.decode.masks import MaskBuffer
 from eagle.decode.tree_config import TreeConfig
-from eagle.drafts.msd import DraftModel
+from eagle.drafts.head import DraftHead
 from eagle.families.base import Target
 from eagle.provenance import hardware
 from llava.errors import OutOfMemory, UserError
@@ -49,7 +49,7 @@ SCHEMA = 2
 log = logging.getLogger(__name__)
 
 
-def cost_of(target: Target, draft: DraftModel, tree: TreeConfig) -> CostCurve:
+def cost_of(target: Target, draft: DraftHead, tree: TreeConfig) -> CostCurve:
     """The recorded costs of this pair on this machine, measured now if there is no record. If the folder cannot be
     written, every process measures them."""
     described = describe(target, draft, tree)
@@ -77,7 +77,7 @@ def folder() -> Path:
     return cache_folder("costs")
 
 
-def describe(target: Target, draft: DraftModel, tree: TreeConfig) -> dict[str, Any]:
+def describe(target: Target, draft: DraftHead, tree: TreeConfig) -> dict[str, Any]:
     """Everything that the costs depend on, as JSON values."""
     device = target.device
     text = target.config.get_text_config()
@@ -91,6 +91,7 @@ def describe(target: Target, draft: DraftModel, tree: TreeConfig) -> dict[str, A
             "hidden_size": draft.config.hidden_size,
             "intermediate_size": draft.config.intermediate_size,
             "head_tokens": None if draft.draft_vocab is None else len(draft.draft_vocab),
+            **({} if draft.kind == "MSD" else {"kind": draft.kind, "layers": len(draft.layers)}),
         },
         "tree": {"depth": tree.depth, "top_k": tree.top_k, "total_tokens": tree.total_tokens},
         "quantisation": str(getattr(target.config, "quantization_config", None)),
@@ -124,7 +125,7 @@ def read(path: Path) -> CostCurve | None:
 
 @torch.inference_mode()
 def measure(
-    target: Target, draft: DraftModel, tree: TreeConfig, context: int = CONTEXT, rounds: int = ROUNDS
+    target: Target, draft: DraftHead, tree: TreeConfig, context: int = CONTEXT, rounds: int = ROUNDS
 ) -> CostCurve:
     """Times verifications of some sizes and draft steps after ``context`` positions, up to ``rounds`` times each.
     Leaves out sizes that do not fit into memory.
@@ -136,7 +137,8 @@ def measure(
     ids = torch.full((1, context), end, device=target.device)
     sizes = (*(n for n in NODES if n < tree.total_tokens), tree.total_tokens)
     cache = target.new_cache(1, context + sizes[-1])
-    (prefill,) = list(target.prefill_each({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, cache))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    (prefill,) = list(target.prefill_each(inputs, cache, draft.target_layers))
     masks = MaskBuffer(sizes[-1], context + sizes[-1], target.dtype, target.device)
 
     def verify(count: int) -> Callable[[], None]:
@@ -156,7 +158,7 @@ def measure(
 
     drafter = Drafter(draft, target.head, context + 8 * (rounds + WARM_UP), tree)
     drafter.start(0, prefill, ids, ids[0, :1])
-    rows = (prefill.hidden[0, :4].to(draft.device), ids[0, :4].to(draft.device))
+    rows = (prefill.features[0, :4].to(draft.device), ids[0, :4].to(draft.device))
 
     def draft_levels(depth: int) -> Callable[[], None]:
         levels = TreeConfig(depth, tree.top_k, tree.total_tokens)

@@ -32,6 +32,7 @@ from eagle.decode.compiled.static_cache import StaticCache, move_rows
 from eagle.decode.drafter import Drafter
 from eagle.decode.tree_config import TreeConfig
 from eagle.drafts.compression import Compression
+from eagle.drafts.head import DraftHead
 from eagle.drafts.msd import DraftModel
 from eagle.families.base import LayerMasks, Target
 from eagle.kv_cache import KVCache
@@ -123,12 +124,14 @@ class StaticEngine:
         backend: of `torch.compile`.
 
     Raises:
-        UserError: the backend is unknown, or the target is spread over several devices.
+        UserError: the backend is unknown, the target is spread over several devices, or the draft is not an MSD one.
     """
 
-    def __init__(self, target: Target, draft: DraftModel | None, backend: str = "inductor") -> None:
+    def __init__(self, target: Target, draft: DraftHead | None, backend: str = "inductor") -> None:
         if not target.verifies_trees:
             raise UserError(f"{target.family} has layers with a state, which are not compiled", fix="leave compile out")
+        if draft is not None and not isinstance(draft, DraftModel):
+            raise UserError(f"{draft.kind} heads are not compiled", fix="leave compile out")
         devices = {parameter.device for parameter in target.text_model.parameters()} | {target.head_device}
         if len(devices) > 1:
             raise UserError(
@@ -190,7 +193,7 @@ class StaticDrafter(Drafter):
     """`Drafter` for one sequence on the compiled parts of an engine."""
 
     def __init__(
-        self, engine: StaticEngine, draft: DraftModel, capacity: int, tree: TreeConfig, compression: Compression | None
+        self, engine: StaticEngine, draft: DraftHead, capacity: int, tree: TreeConfig, compression: Compression | None
     ) -> None:
         self._engine = engine
         super().__init__(draft, engine.target.head, capacity, tree, 1, compression)

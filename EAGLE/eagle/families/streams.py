@@ -1,0 +1,70 @@
+"""What enters chosen layers of a text model: the features of drafts that read several layers.
+
+Stream ``i`` is the residual stream that layer ``i`` reads, so stream 0 is the input embeddings, and stream ``N`` of a
+model of ``N`` layers is what the final norm reads. It is taken where the layer reads it. So what a family adds between
+layers (DeepStack's picture features) is part of it, in every release of transformers.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Streams:
+    """The streams of the layers ``layers``, each [B, S, H], of the last forward."""
+
+    def __init__(self, layers: Sequence[int]) -> None:
+        self.layers, self.read = tuple(layers), dict[int, Tensor]()
+
+    def joined(self) -> Tensor | None:
+        """[B, S, n * H] on the device of the last one, in the order of ``layers``. None if no layer was asked for."""
+        if not self.layers:
+            return None
+        parts = [self.read[index] for index in self.layers]
+        return torch.cat([part.to(parts[-1].device) for part in parts], dim=-1)
+
+
+class StreamReader:
+    """Hooks on the layers of one text model.
+
+    A layer has a hook from the first time that it is asked for. What it records belongs to the thread that runs the
+    forward, so requests of other threads are not seen.
+    """
+
+    def __init__(self) -> None:
+        self._hooked: set[int] = set()
+        self._lock, self._current = threading.Lock(), threading.local()
+
+    @contextmanager
+    def open(self, text_model: Any, layers: Sequence[int]) -> Iterator[Streams]:
+        """Records the streams of ``layers`` in this thread's forwards of the text model, always the same one."""
+        streams = Streams(layers)
+        if not layers:
+            yield streams
+            return
+        with self._lock:
+            for index in set(layers) - self._hooked:
+                module = text_model.norm if index == len(text_model.layers) else text_model.layers[index]
+                module.register_forward_pre_hook(self._hook(index), with_kwargs=True)
+                self._hooked.add(index)
+        self._current.streams = streams
+        try:
+            yield streams
+        finally:
+            self._current.streams = None
+
+    def _hook(self, index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            if torch.compiler.is_compiling():  # compiled forwards belong to drafts without streams
+                return
+            streams = getattr(self._current, "streams", None)
+            if streams is not None and index in streams.layers:
+                streams.read[index] = arguments[0] if arguments else named["hidden_states"]
+
+        return hook
