@@ -404,7 +404,7 @@ def make_gemma4(folder: str | Path, *, kind: str = "small", seed: int = 0, **tex
             "vocab_size": len(tokenizer),
             "vocab_size_per_layer_input": len(tokenizer),
             "sliding_window": 24,
-            "final_logit_softcapping": 0.3,
+            "final_logit_softcapping": 3.0,
             "eos_token_id": ids["<turn|>"],
             "bos_token_id": ids["<bos>"],
             "pad_token_id": ids["<pad>"],
@@ -421,8 +421,11 @@ def make_gemma4(folder: str | Path, *, kind: str = "small", seed: int = 0, **tex
     )
     model = part("ForConditionalGeneration")(config)
     sizes["max_soft_tokens"] = 70
-    with torch.no_grad():  # never said by chance
-        model.get_input_embeddings().weight[[config.image_token_id, config.video_token_id, config.audio_token_id]] = 0
+    with torch.no_grad():
+        table = model.get_input_embeddings().weight.mul_(
+            8
+        )  # it is also the head: logits of a size that the cap changes
+        table[[config.image_token_id, config.video_token_id, config.audio_token_id]] = 0  # not said by chance
     processor = part("Processor")(
         part("AudioFeatureExtractor")(),
         part("ImageProcessor")(**sizes),
