@@ -420,6 +420,62 @@ class Gemma3MSD(MSD):
     system = ASSISTANT
 
 
+class Gemma4MSD(MSD):
+    """Gemma 4, with the checkpoint's chat template alone."""
+
+    family = "gemma4"
+    writer = ChatPrompts
+    max_new_tokens = 1024
+
+
+class Gemma4UnifiedMSD(Gemma4MSD):
+    """Gemma 4 unified."""
+
+    family = "gemma4_unified"
+
+
+class Mistral3MSD(MSD):
+    """Mistral 3, with the checkpoint's chat template alone."""
+
+    family = "mistral3"
+    writer = ChatPrompts
+    max_new_tokens = 1024
+
+
+class Glm4vMSD(MSD):
+    """GLM-4.1V, with the checkpoint's chat template alone."""
+
+    family = "glm4v"
+    writer = ChatPrompts
+    max_new_tokens = 1024
+
+
+class Glm4vMoeMSD(Glm4vMSD):
+    """GLM-4.5V."""
+
+    family = "glm4v_moe"
+
+
+class Glm46VMSD(Glm4vMSD):
+    """GLM-4.6V."""
+
+    family = "glm46v"
+
+
+class GlmOcrMSD(Glm4vMSD):
+    """GLM-OCR."""
+
+    family = "glm_ocr"
+
+
+class PaddleOCRVLMSD(MSD):
+    """PaddleOCR-VL, with the checkpoint's chat template alone."""
+
+    family = "paddleocr_vl"
+    writer = ChatPrompts
+    max_new_tokens = 1024
+
+
 class InternVLMSD(MSD):
     """InternVL."""
 
