@@ -420,67 +420,68 @@ class Gemma3MSD(MSD):
     system = ASSISTANT
 
 
+class Gemma4MSD(MSD):
+    """Gemma 4, with the checkpoint's chat template alone."""
+
+    family = "gemma4"
+    writer = ChatPrompts
+    max_new_tokens = 1024
+
+
+class Gemma4UnifiedMSD(Gemma4MSD):
+    """Gemma 4 unified."""
+
+    family = "gemma4_unified"
+
+
+class Mistral3MSD(MSD):
+    """Mistral 3, with the checkpoint's chat template alone."""
+
+    family = "mistral3"
+    writer = ChatPrompts
+    max_new_tokens = 1024
+
+
+class Glm4vMSD(MSD):
+    """GLM-4.1V, with the checkpoint's chat template alone."""
+
+    family = "glm4v"
+    writer = ChatPrompts
+    max_new_tokens = 1024
+
+
+class Glm4vMoeMSD(Glm4vMSD):
+    """GLM-4.5V."""
+
+    family = "glm4v_moe"
+
+
+class Glm46VMSD(Glm4vMSD):
+    """GLM-4.6V."""
+
+    family = "glm46v"
+
+
+class GlmOcrMSD(Glm4vMSD):
+    """GLM-OCR."""
+
+    family = "glm_ocr"
+
+
+class PaddleOCRVLMSD(MSD):
+    """PaddleOCR-VL, with the checkpoint's chat template alone."""
+
+    family = "paddleocr_vl"
+    writer = ChatPrompts
+    max_new_tokens = 1024
+
+
 class InternVLMSD(MSD):
     """InternVL."""
 
     family = "internvl"
     writer = InternVLPrompts
     max_new_tokens = 1024
-
-
-class ChatMSD(MSD):
-    """A family that writes its prompts with the checkpoint's chat template: pictures first, then the text."""
-
-    writer = ChatPrompts
-    max_new_tokens = 1024
-
-
-class Gemma4MSD(ChatMSD):
-    """Gemma 4. Pictures only here."""
-
-    family = "gemma4"
-
-
-class Gemma4UnifiedMSD(ChatMSD):
-    """Gemma 4 unified. Pictures only here."""
-
-    family = "gemma4_unified"
-
-
-class Mistral3MSD(ChatMSD):
-    """Mistral 3."""
-
-    family = "mistral3"
-
-
-class Glm4vMSD(ChatMSD):
-    """GLM-4.1V."""
-
-    family = "glm4v"
-
-
-class Glm4vMoeMSD(ChatMSD):
-    """GLM-4.5V."""
-
-    family = "glm4v_moe"
-
-
-class Glm46VMSD(ChatMSD):
-    """GLM-4.6V."""
-
-    family = "glm46v"
-
-
-class GlmOcrMSD(ChatMSD):
-    """GLM-OCR."""
-
-    family = "glm_ocr"
-
-
-class PaddleOCRVLMSD(ChatMSD):
-    """PaddleOCR-VL."""
-
-    family = "paddleocr_vl"
 
 
 @torch.inference_mode()

@@ -140,14 +140,15 @@ def onevision(models: Path) -> Path:
 
 
 @pytest.fixture
-def family_bases(request: pytest.FixtureRequest, tmp_path: Path) -> Mapping[str, Path]:
+def family_bases(request: pytest.FixtureRequest, models: Path) -> Mapping[str, Path]:
     """A base model for each name of `--model`, made when it is asked for."""
 
     class Bases(dict[str, Path]):
         def __missing__(self, name: str) -> Path:
-            if name in MAKERS:
-                return MAKERS[name](tmp_path / name)
-            return request.getfixturevalue(FIXTURES[name])
+            if name in FIXTURES:
+                return request.getfixturevalue(FIXTURES[name])
+            self[name] = MAKERS[name](models / name)
+            return self[name]
 
     return Bases()
 

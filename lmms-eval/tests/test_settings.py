@@ -19,8 +19,8 @@ read = GenerationSettings.from_task
             {"max_new_tokens": 1024, "do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0},
         ),
         (
-            {"temperature": 0.7, "top_p": 0},
-            {"max_new_tokens": 1024, "do_sample": True, "temperature": 0.7, "top_p": 1.0},
+            {"temperature": 0.7, "top_p": 0},  # the best token alone, as in transformers
+            {"max_new_tokens": 1024, "do_sample": True, "temperature": 0.7, "top_p": 0},
         ),
         (  # greedy search has no top_p
             {"temperature": 0, "top_p": 1.0, "top_k": 5, "do_sample": True},

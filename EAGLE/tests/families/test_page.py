@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from repository import REPO
 
-from eagle.families import FAMILIES
 from eagle.families.page import page
 
 
@@ -17,7 +16,5 @@ def test_the_page_is_up_to_date() -> None:
     assert (REPO / "docs/families.md").read_text(encoding="utf-8") == expected
 
 
-def test_the_readme_names_every_family() -> None:
-    readme = (REPO / "README.md").read_text(encoding="utf-8")
-    assert "(docs/families.md)" in readme
-    assert [family.title for family in FAMILIES if family.title.removesuffix(" with experts") not in readme] == []
+def test_the_readme_leads_to_the_page() -> None:
+    assert "(docs/families.md)" in (REPO / "README.md").read_text(encoding="utf-8")
