@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from repository import FULL_PARITY
 from safetensors.torch import load_file
 from tiny_families import make_qwen3_vl
@@ -26,7 +28,10 @@ from llava import UserError
 ROOT = FULL_PARITY / "drafts"
 CASES = ("text", "one_image", "two_images")
 CHAIN = TreeConfig(depth=4, top_k=1, total_tokens=6)
-needs_fixtures = pytest.mark.skipif(not ROOT.is_dir(), reason="the larger set of fixtures is not here")
+needs_fixtures = pytest.mark.skipif(
+    not ROOT.is_dir() or Version(transformers.__version__) < Version("5.19"),
+    reason="the larger set of fixtures, which are checkpoints of transformers 5.19, is not here",
+)
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -165,7 +170,7 @@ def test_a_batch_drafts_what_each_sequence_drafts_alone(target, tmp_path):
     together = batch.expand(tree)
     for row, found in enumerate(alone):
         assert torch.equal(together.of(row).tokens, found.tokens)
-        torch.testing.assert_close(together.of(row).scores, found.scores)
+        close(together.of(row).scores, found.scores)
 
 
 def test_refusals(tmp_path, target):

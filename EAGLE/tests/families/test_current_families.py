@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from corpus_support import turns
+from packaging.version import Version
 from tiny_draft import make_draft
 from tiny_families import (
     make_gemma3,
@@ -102,7 +103,10 @@ def skip_if_missing(family: str) -> None:
     """Skips the test if the installed transformers does not have the family's models."""
     try:
         family_named(family).target_class()
+        old = family == "paddleocr_vl" and Version(transformers.__version__) < Version("5.19")
     except ImportError:
+        old = True
+    if old:  # PaddleOCR-VL's config class refused its own tie_word_embeddings
         pytest.skip(f"transformers {transformers.__version__} does not have {family}")
 
 

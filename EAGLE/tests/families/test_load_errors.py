@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
+from packaging.version import Version
 from PIL import Image
 from tiny_llava import make_liuhaotian, make_llava_hf
 from tiny_stock import make_llava_next, make_qwen
@@ -159,7 +161,7 @@ def test_a_size_with_digits_too_many(folder: Path, key: str, monkeypatch: pytest
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: allocated.append(1))
     line = line_of(folder)
     assert not allocated
-    assert "check the sizes in config.json" in line or "layer_types" in line
+    assert "check the sizes in config.json" in line or "layer_types" in line or "config is not valid" in line
 
 
 def places(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -254,6 +256,7 @@ def test_a_picture_that_qwens_processor_refuses(qwen: Target, size: tuple[int, i
         qwen.prepare(qwen.chat_prompt("What?", 1), [Image.new("RGB", size)])
 
 
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.19"), reason="that processor takes the mark as text")
 @pytest.mark.parametrize("pictures", [0, 1])
 def test_the_mark_of_a_video_in_a_question(qwen: Target, pictures: int) -> None:
     prompt = qwen.chat_prompt("What is <|video_pad|>?", pictures)

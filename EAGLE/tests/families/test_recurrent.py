@@ -17,7 +17,7 @@ from eagle.decode.decoder import Decoder
 from eagle.decode.drafter import Drafter
 from eagle.decode.tree import Candidates
 from eagle.drafts.checkpoint import load_draft
-from eagle.families import load_target
+from eagle.families import family_named, load_target
 from llava.errors import UserError
 
 CHAIN = TreeConfig(4, 1, 6)
@@ -26,6 +26,10 @@ LENGTH = 40
 
 @pytest.fixture(scope="module", params=["dense", "experts"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> MSDModel:
+    try:
+        family_named("qwen3_5").target_class()
+    except ImportError as error:  # an older transformers; such models are refused when they are loaded
+        pytest.skip(str(error))
     folder = tmp_path_factory.mktemp(request.param)
     target = load_target(make_qwen3_5(folder / "base", moe=request.param == "experts"), dtype=torch.float32)
     target.model.generation_config.eos_token_id = None
@@ -128,7 +132,7 @@ def test_a_state_that_is_not_restored_is_noticed(
     model: MSDModel, know: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The tests above can fail: without the replay, answers differ."""
-    from eagle import recurrent_state
+    from eagle import recurrent_state  # which an older transformers does not import
 
     inputs = request(model, "Which of these can you count?")
     answer = plain(model, inputs)

@@ -21,8 +21,11 @@ def test_import_brings_neither_torch_nor_transformers() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_classes_of_a_family(family: Family) -> None:
-    assert issubclass(family.target_class(), Target)
-    assert family.target_class().family == family.name
+    try:
+        target = family.target_class()
+    except ImportError as error:  # an older transformers; such models are refused when they are loaded
+        pytest.skip(str(error))
+    assert issubclass(target, Target) and target.family == family.name
     assert issubclass(family.template_class(), Template)
 
 
