@@ -85,7 +85,8 @@ MISTRAL_SPECIAL = (
 MISTRAL_TEMPLATE = (
     "{{ '<s>' }}{% for message in messages %}{% if message['role'] == 'system' %}[SYSTEM_PROMPT]"
     "{{ message['content'][0]['text'] }}[/SYSTEM_PROMPT]{% elif message['role'] == 'user' %}[INST]"
-    "{% for part in message['content'] %}{{ '[IMG]' if part['type'] == 'image' else part['text'] }}{% endfor %}[/INST]"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{{ '[IMG]' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endif %}[/INST]"
     "{% else %}{{ message['content'][0]['text'] + '</s>' }}{% endif %}{% endfor %}"
 )
 GLM_SPECIAL = (
