@@ -55,6 +55,8 @@ class StockTarget(Target):
 
     def prepare(self, prompt: str | Sequence[str], images: Sequence[Any] = (), **more: Any) -> dict[str, Any]:
         """As in `Target`. ``more``: further arguments of the processor, such as videos."""
+        if more.get("videos") and getattr(self.processor, "video_processor", None) is None:
+            raise UserError(f"{self.family} models do not read videos", fix="give pictures")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         for text in prompts:
             check_text(text, "prompt")

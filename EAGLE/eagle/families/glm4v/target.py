@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from eagle.families.base import Media, PromptEmbeds
-from eagle.families.qwen2_vl.target import IMAGE, VIDEO, Qwen2VLTarget
+from eagle.families.qwen2_vl.target import KINDS, Qwen2VLTarget
 from llava.errors import UserError
 
 
@@ -35,11 +35,10 @@ class Glm4vTarget(Qwen2VLTarget):
         begun, ended = (
             (input_ids == index).cumsum(dim=-1) for index in (config.video_start_token_id, config.video_end_token_id)
         )
-        return (input_ids == config.image_token_id) * torch.where(begun > ended, VIDEO, IMAGE)
+        return (input_ids == config.image_token_id) * torch.where(begun > ended, KINDS["video"], KINDS["image"])
 
     def media_mask(self, media: Media, input_ids: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-        kind = VIDEO if media.name == "video" else IMAGE
-        return super().media_mask(media, input_ids, inputs) & (self.token_types(input_ids) == kind)
+        return super().media_mask(media, input_ids, inputs) & (self.token_types(input_ids) == KINDS[media.name])
 
     def embed_prompt(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> PromptEmbeds:
         pictures, videos = (self.media_mask(media, input_ids, inputs).any(dim=1) for media in self.media)  # [B] each
