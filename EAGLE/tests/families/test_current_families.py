@@ -307,9 +307,9 @@ def test_three_hundred_prompts(model: MSDModel) -> None:
     accepted, past, with_pictures = 0, 0, 0
     for number in range(100):
         texts, images, answers = [], [], []
-        for _ in range(3):
-            question = " ".join(random.choice(WORDS, int(random.integers(1, 40))))
-            own = pictures(int(random.integers(0, 4)), int(random.integers(0, 3)))
+        for short in (True, False, False):
+            question = " ".join(random.choice(WORDS, int(random.integers(1, 3 if short else 40))))
+            own = [] if short else pictures(int(random.integers(0, 4)), int(random.integers(0, 3)))
             texts.append(model.target.chat_prompt(question, len(own)))
             images += own
             inputs = model.target.prepare(texts[-1], own)
@@ -325,4 +325,4 @@ def test_three_hundred_prompts(model: MSDModel) -> None:
         assert output.tokens == answers
     print(f"300 prompts: {with_pictures} with pictures, {past} longer than the window, {accepted} accepted tokens")
     assert accepted > 0 and 0 < with_pictures < 300
-    assert past == 300 if not window else 0 < past < 300
+    assert past == 300 if not window else 100 <= past < 300
