@@ -147,7 +147,7 @@ def test_as_gemma4(family_bases, clip, monkeypatch):
 def test_as_glm4v(name, folder, family_bases, clip, tmp_path, monkeypatch):
     """Whose class of the model follows the folder's name."""
     base = shutil.copytree(family_bases[name], tmp_path / folder)
-    theirs, texts = upstream("glm4v", "GLM4V", base, monkeypatch)
+    theirs, _ = upstream("glm4v", "GLM4V", base, monkeypatch)
     ours = load(class_of(name), base)
     calls = given_to_generate(theirs, monkeypatch)
     for context, pictures, clips in ASKED:
