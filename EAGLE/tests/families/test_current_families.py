@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from corpus_support import turns
 from packaging.version import Version
 from tiny_draft import make_draft
 from tiny_families import FAMILY_MAKERS
-from tiny_llava import make_image
+from tiny_llava import make_image, make_llava_hf
+from tiny_stock import make_llava_next, make_qwen
 from transformers.video_utils import VideoMetadata
 
 from eagle import MSDModel, TreeConfig
@@ -25,6 +27,13 @@ from eagle.families.template import join_images
 from llava.errors import UserError
 
 MAKERS = {name: make for name, make in FAMILY_MAKERS.items() if not name.startswith("qwen3_5")}
+ALL_MAKERS = {
+    "llava": make_llava_hf,
+    "llava_next": make_llava_next,
+    "qwen2_vl": make_qwen,
+    "qwen2_5_vl": partial(make_qwen, version="2.5"),
+    **FAMILY_MAKERS,
+}
 TREES = [TreeConfig(5, 10, 60), TreeConfig(2, 2, 6)]
 SIZES = [(50, 34), (112, 30), (64, 100)]
 WORDS = [
@@ -59,18 +68,22 @@ VISION = "<|vision_start|><|video_pad|><|vision_end|>"
 THOUGHTS = {"glm46v": "<think></think>\n"}
 
 
-@pytest.fixture(scope="module", params=MAKERS)
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> MSDModel:
-    skip_if_missing(request.param.partition("-")[0])
-    folder = tmp_path_factory.mktemp(request.param)
-    target = load_target(MAKERS[request.param](folder / "base"), dtype=torch.float32)
+def load_pair(name: str, folder: Path) -> MSDModel:
+    """A tiny base of `ALL_MAKERS` with a draft that is right now and then."""
+    skip_if_missing(name.partition("-")[0])
+    target = load_target(ALL_MAKERS[name](folder / "base"), dtype=torch.float32)
     target.model.generation_config.eos_token_id = None
     changes: dict[str, Any] = {}
-    if "qwen3" in request.param:
+    if "qwen3" in name:
         rope = {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
         changes = {"msd": {"positions": "mrope"}, "rope_scaling": rope}
     draft = make_draft(folder / "draft", target, agree=1.0, head_dim=8, **changes)
     return MSDModel(target, load_draft(draft, dtype=torch.float32), tree=TREES[0])
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> MSDModel:
+    return load_pair(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def skip_if_missing(family: str) -> None:
@@ -299,8 +312,10 @@ def test_too_many_or_too_few_pictures(model: MSDModel) -> None:
 
 
 @pytest.mark.slow
-def test_three_hundred_prompts(model: MSDModel) -> None:
+@pytest.mark.parametrize("name", ALL_MAKERS)
+def test_three_hundred_prompts(name: str, tmp_path: Path) -> None:
     """Random words with and without pictures, trees of several shapes, alone and in ragged batches of three."""
+    model = load_pair(name, tmp_path)
     random = np.random.default_rng(0)
     trees = [*TREES, TreeConfig(1, 4, 4), TreeConfig(4, 1, 5), TreeConfig(3, 8, 25)]
     window = model.target.layers.window or 0

@@ -169,8 +169,8 @@ GEOMETRIES = {
         ),
     ),
     "capped logits": (make_gemma4, {}, lambda target, draft: target.logit_cap == 3),
-    "smaller layer": (make_internvl, {"layer_size": 24}, lambda target, draft: draft.layer.mlp.down_proj.out_features == 24),
-    "larger layer": (make_internvl, {"layer_size": 48}, lambda target, draft: draft.layer.mlp.down_proj.out_features == 48),
+    "smaller layer": (make_internvl, {"layer_size": 24}, lambda target, draft: draft.fc.out_features == 24),
+    "larger layer": (make_internvl, {"layer_size": 48}, lambda target, draft: draft.fc.out_features == 48),
 }  # fmt: skip
 """For each the base, options of the draft, and that the pair has it."""
 SLOW_GEOMETRIES = ("capped logits", "larger layer")
