@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from llava.files import write_json
+
 REPO = Path(__file__).resolve().parents[1]
 RECORDER = """#!/usr/bin/env bash
 printf '%s\\n' "$(basename "$0") $*" >> "$RECORD"
@@ -117,8 +119,12 @@ def test_questions_for_other_models_are_those_given(commands, tmp_path: Path) ->
     [
         (["latest", "final"], "final", "final (of step 4)"),
         (["final"], "final", "final (of step 4)"),
-        (["final", "latest"], "step-00000004", "step-00000004 (the newest checkpoint of step 4, which has not ended)"),
-        (["latest"], "step-00000004", "step-00000004 (the newest checkpoint of step 4, which has not ended)"),
+        (
+            ["final", "latest"],
+            "step-00000004",
+            "step-00000004 (newest checkpoint of step 4, whose training has not ended)",
+        ),
+        (["latest"], "step-00000004", "step-00000004 (newest checkpoint of step 4, whose training has not ended)"),
         ([], None, "pocket/llava-msd (shipped; step 4 has made none in "),
     ],
     ids=["finished", "copied", "resumed", "killed", "none"],
@@ -148,6 +154,16 @@ def test_step_5_takes_the_newest_draft_of_step_4(
     assert [Path(folder).name for folder in folders] == ["msd", "other"][: len(drafts)]
     assert len(commands("5_evaluate.sh", OTHER="", **settings)) == len(lines) - (len(drafts) - 1)
     assert ("The pocket models answer in whole sentences" in capfd.readouterr().out) == (base == "pocket/llava")
+
+
+@pytest.mark.parametrize(("step", "told"), [(40, " (training stopped after step 40 of 690)"), (690, "")])
+def test_step_5_says_where_the_training_stopped(
+    commands, tmp_path: Path, step: int, told: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data").mkdir()
+    write_json(tmp_path / "draft" / "provenance.json", {"settings": {"step": 1}, "total_steps": 690, "step": step})
+    commands("5_evaluate.sh", OUT=str(tmp_path), DRAFT=str(tmp_path / "draft"))
+    assert f"draft:      {tmp_path}/draft{told}\n" in capfd.readouterr().out
 
 
 def test_a_draft_alone_is_for_the_pocket_model(commands, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ INTERRUPT_STATUS = 130
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_TEXTS = ("No space left", "File too large", "quota exceeded", "PytorchStreamWriter failed", "unexpected pos")
 MAKE_ROOM = "free some space and start again; what was finished is kept"
-LESS_MEMORY = "use 16 bit, a shorter prompt, a smaller batch or a smaller model; `msd doctor` says what fits"
+LESS_MEMORY = "use 16 bit, a shorter prompt, a smaller batch or model; `msd doctor --base-model B` says what fits"
 
 
 class UserError(Exception):
