@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Step 4: train the draft head on step 3's hidden states: text first, then ever more images. Resumes where it stopped.
+# Step 4: train the draft head on step 3's hidden states: text first, then a rising share of images. Resumes where it stopped.
 # ONLINE=1 leaves out step 3: the base model reads the conversations of step 2 beside the draft.
 #   scripts/4_train.sh                                            the embedded model
 #   BASE=liuhaotian/llava-v1.5-7b CONFIG=llava_v15_7B_config.json DEVICES=localhost:0,1,2,3 scripts/4_train.sh
