@@ -141,4 +141,4 @@ def measure(cell: Cell, suite: Suite, models: Sequence[MSDModel]) -> dict[str, A
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(lambda: run(sys.argv[1:])))
+    sys.exit(run_cli(lambda: run(sys.argv[1:]), "the report has the cells that were measured"))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+from fault_support import hear_ctrl_c
 
 from llava.files import write_json
 
@@ -87,6 +91,55 @@ def test_training_without_deepspeed_is_one_line(
         commands("4_train.sh")
     assert failed.value.returncode == 2
     assert capfd.readouterr().err.startswith("error: deepspeed is not installed for ")
+
+
+LAUNCHER = """#!{python}
+import os, signal, sys, time
+signal.signal(signal.SIGINT, lambda *_: sys.exit(1))
+open(os.environ["RECORD"], "w").close()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_training_stopped_by_ctrl_c(commands, tmp_path: Path, saved: bool) -> None:
+    """The terminal tells the script and DeepSpeed's processes; the script has the last word."""
+    (tmp_path / "deepspeed").write_text(LAUNCHER.format(python=sys.executable))
+    checkpoints, record = tmp_path / "checkpoints", tmp_path / "record"
+    if saved:
+        checkpoints.mkdir()
+        (checkpoints / "latest").write_text("step-00000004\n")
+    environment = {**os.environ, "PYTHON": str(tmp_path / "python"), "RECORD": str(record), "CKPT": str(checkpoints)}
+    process = subprocess.Popen(
+        ["bash", str(REPO / "scripts" / "4_train.sh")], env=environment, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, preexec_fn=hear_ctrl_c,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not record.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    resumed = f"stopped; the same command resumes from {checkpoints}/step-00000004\n"
+    assert errors == (resumed if saved else "stopped before the first checkpoint; the same command starts again\n")
+    assert process.returncode == 130
+
+
+def test_training_that_fails_keeps_its_status(commands, tmp_path: Path) -> None:
+    (tmp_path / "deepspeed").write_text("#!/usr/bin/env bash\nexit 3\n")
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        commands("4_train.sh")
+    assert failed.value.returncode == 3
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (REPO / "scripts").glob("*.sh")))
+def test_help_is_the_comment_at_the_top(script: str) -> None:
+    command = ["bash", str(REPO / "scripts" / script), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert (
+        done.stdout.startswith(f"Step {script[0]}: ")
+        and f"scripts/{script}" in done.stdout
+        and "set -" not in done.stdout
+    )
 
 
 @pytest.mark.parametrize(
