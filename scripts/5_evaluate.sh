@@ -51,7 +51,7 @@ fi
 if [ -f "$draft/provenance.json" ]; then # of training: the step of the draft and the steps of the whole run
     number() { sed -n 's/^  "'"$1"'": \([0-9]*\),\{0,1\}$/\1/p' "$draft/provenance.json"; }
     step="$(number step)" total="$(number total_steps)"
-    [ "${step:-0}" -ge "${total:-0}" ] || about=" (training stopped after step $step of $total)"
+    [ "${step:-0}" -ge "${total:-0}" ] || about=" (trained for $step of $total steps)"
 fi
 echo "base model: $base"
 echo "draft:      $draft$about"

@@ -209,8 +209,8 @@ def test_step_5_takes_the_newest_draft_of_step_4(
     assert ("The pocket models answer in whole sentences" in capfd.readouterr().out) == (base == "pocket/llava")
 
 
-@pytest.mark.parametrize(("step", "told"), [(40, " (training stopped after step 40 of 690)"), (690, "")])
-def test_step_5_says_where_the_training_stopped(
+@pytest.mark.parametrize(("step", "told"), [(40, " (trained for 40 of 690 steps)"), (690, "")])
+def test_step_5_says_how_far_the_draft_was_trained(
     commands, tmp_path: Path, step: int, told: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "data").mkdir()

@@ -42,15 +42,15 @@ def record(device: torch.device | None = None) -> dict[str, Any]:
     }
 
 
-def training_stopped(draft: str | Path) -> str | None:
-    """Where the training of a draft stopped if that was before its end, by the ``provenance.json`` in its folder. None
-    for a draft that is finished, has no such file, or is on the hub."""
+def partly_trained(draft: str | Path) -> str | None:
+    """How far a draft was trained if not to the end of the run, by the ``provenance.json`` in its folder. None for a
+    finished draft, one without such a file, and one on the hub."""
     path = Path(draft) / "provenance.json"
     made = read_object(path, "provenance") if path.is_file() else {}
     step, total = made.get("step"), made.get("total_steps")
     if not isinstance(step, int) or not isinstance(total, int) or step >= total:
         return None
-    return f"training stopped after step {step} of {total}"
+    return f"trained for {step} of {total} steps"
 
 
 def now() -> str:

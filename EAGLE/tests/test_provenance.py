@@ -28,15 +28,15 @@ def test_the_record_names_date_commit_command_versions_and_hardware(monkeypatch:
 @pytest.mark.parametrize(
     ("made", "told"),
     [
-        ({"step": 40, "total_steps": 690}, "training stopped after step 40 of 690"),
+        ({"step": 40, "total_steps": 690}, "trained for 40 of 690 steps"),
         ({"step": 690, "total_steps": 690}, None),
         ({"step": 40}, None),  # of an older release
     ],
 )
-def test_where_training_stopped(tmp_path: Path, made: dict[str, int], told: str | None) -> None:
-    assert provenance.training_stopped(tmp_path) is None
+def test_a_draft_that_is_partly_trained(tmp_path: Path, made: dict[str, int], told: str | None) -> None:
+    assert provenance.partly_trained(tmp_path) is None
     (tmp_path / "provenance.json").write_text(json.dumps(made))
-    assert provenance.training_stopped(tmp_path) == told
+    assert provenance.partly_trained(tmp_path) == told
 
 
 def test_packages_that_are_not_installed_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

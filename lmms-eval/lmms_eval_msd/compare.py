@@ -44,7 +44,7 @@ def compare(base: Run, msd: Run) -> dict[str, Any]:
     Raises:
         UserError: the runs have different tasks or different questions.
     """
-    from eagle.provenance import training_stopped
+    from eagle.provenance import partly_trained
     from lmms_eval_msd.report import differences, speedup
 
     if base.scores.keys() != msd.scores.keys():
@@ -75,7 +75,7 @@ def compare(base: Run, msd: Run) -> dict[str, Any]:
     apart = differences(base.decoding, msd.decoding)
     results = {"base": str(base.path), "msd": str(msd.path)}
     return {
-        "tasks": rows, **setting, "draft_note": training_stopped(msd.decoding["draft"]), "differences": apart,
+        "tasks": rows, **setting, "draft_note": partly_trained(msd.decoding["draft"]), "differences": apart,
         "results": results,
     }  # fmt: skip
 
