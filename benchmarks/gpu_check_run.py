@@ -62,6 +62,7 @@ def run_parts(arguments: argparse.Namespace) -> int:
     """Runs all parts within the time and writes the report. Exit status 1 if a part failed."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = torch.device(arguments.device or found or "cpu")
+    arguments.device = str(device)
     arguments.dtype = arguments.dtype or ("float32" if device.type == "cpu" else "float16")
     arguments.out.mkdir(parents=True, exist_ok=True)
     console, parts = Console(width=None if sys.stdout.isatty() else 160), []
