@@ -136,8 +136,8 @@ def every_row_of_the_prompt(pair: MSDModel) -> AbstractContextManager[None]:
 
     each = type(pair.target).prefill_each
 
-    def prefill_each(self: Any, inputs: Any, store: Any) -> Iterator[Any]:
-        for prefill in each(self, inputs, store):
+    def prefill_each(self: Any, inputs: Any, store: Any, layers: Any = ()) -> Iterator[Any]:
+        for prefill in each(self, inputs, store, layers):
             head(prefill.hidden)
             yield prefill
 
