@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.error import HTTPError
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import Request, url2pathname, urlopen
@@ -24,7 +24,7 @@ MAX_SQUARE_SIDE = 16384
 
 ImageInput = Any
 """A path, a URL (``http(s):``, ``file:``, ``data:``), bytes, an open file, a PIL picture, or an array: numpy or torch,
-[H, W], [H, W, C] or [C, H, W] with C of 1, 3 or 4; uint8, or floats from 0 to 1."""
+[H, W], [H, W, C] or [C, H, W] with C of 1, 3 or 4; bool, whole numbers from 0 to 255, or floats from 0 to 1."""
 MAX_DOWNLOAD = 64 * 2**20
 """Bytes of a picture that a URL may give."""
 TIMEOUT = 30.0
@@ -37,7 +37,13 @@ class PictureUnreachable(UserError):
     """The file system or the network, not the picture, is the cause."""
 
 
-def load_image(source: ImageInput, *, formats: Sequence[str] | None = None, max_side: int | None = None) -> Image.Image:
+def load_image(
+    source: ImageInput,
+    *,
+    formats: Sequence[str] | None = None,
+    max_side: int | None = None,
+    channels: Literal["channels_first", "channels_last"] | None = None,
+) -> Image.Image:
     """Reads a picture as RGB.
 
     The orientation of EXIF is applied. Transparent parts are laid on white. Grey of more than 8 bit is scaled from its
@@ -46,6 +52,7 @@ def load_image(source: ImageInput, *, formats: Sequence[str] | None = None, max_
     Args:
         formats: names of the file formats that are accepted, as Pillow has them. None accepts all.
         max_side: longest side in pixels. A larger picture is refused before it is decoded.
+        channels: where an array has its channels. None to see it from the shape.
 
     Raises:
         PictureUnreachable: it exists, but the system or the network cannot give it.
@@ -59,7 +66,7 @@ def load_image(source: ImageInput, *, formats: Sequence[str] | None = None, max_
             if isinstance(source, Image.Image):
                 return _as_rgb(source)
             if hasattr(source, "shape"):
-                return _as_rgb(_from_array(source, name))
+                return _as_rgb(_from_array(source, name, channels))
             if isinstance(source, bytearray | memoryview):
                 source = bytes(source)
             if not isinstance(source, str | bytes | os.PathLike) and not hasattr(source, "read"):
@@ -124,26 +131,48 @@ def _scaled(image: Image.Image) -> Image.Image:
     return Image.fromarray(scaled.round().astype(np.uint8))
 
 
-def _from_array(source: Any, name: str | Path) -> Image.Image:
+def is_of_floats(source: ImageInput) -> bool:
+    """Whether a picture is an array of floats."""
+    return hasattr(source, "shape") and "float" in str(getattr(source, "dtype", ""))
+
+
+def _from_array(source: Any, name: str | Path, channels: str | None = None) -> Image.Image:
     """A numpy array or a torch tensor as a picture."""
     import numpy as np
 
-    values = np.asarray(source.detach().cpu() if hasattr(source, "detach") else source)
-    if values.ndim == 3 and values.shape[0] in (1, 3, 4) and values.shape[2] not in (1, 3, 4):
+    if hasattr(source, "detach"):
+        source = source.detach().cpu()
+        source = source.float() if is_of_floats(source) else source  # numpy has no bfloat16
+    values = np.asarray(source)
+    if values.ndim == 3 and _has_channels_first(values.shape, channels, name):
         values = values.transpose(1, 2, 0)
     if values.ndim == 3 and values.shape[2] == 1:
         values = values[..., 0]
     if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (3, 4)) or 0 in values.shape:
         raise UserError(f"array of shape {list(values.shape)} is not a picture", name, "give [H, W, 3] or [3, H, W]")
-    if np.issubdtype(values.dtype, np.floating):
+    if values.dtype.kind not in "buif":
+        raise UserError(f"array of {values.dtype} is not a picture", name, "give uint8")
+    if values.dtype.kind == "f":
         if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
             raise UserError("array of floats outside 0 to 1", name, "divide by 255, or give uint8")
-        values = (values * 255).round()
+        values = (values.astype(np.float64) * 255).round()
     elif values.dtype == bool:
         values = values * 255
     elif values.dtype != np.uint8 and (values.min() < 0 or values.max() > 255):
         raise UserError(f"array of {values.dtype} outside 0 to 255", name, "give uint8")
     return Image.fromarray(np.ascontiguousarray(values.astype(np.uint8)))
+
+
+def _has_channels_first(shape: Sequence[int], channels: str | None, name: str | Path) -> bool:
+    """Whether an array of three dimensions is [C, H, W]. Where both are possible, one of RGB is [H, W, C]."""
+    if channels is not None:
+        return channels == "channels_first"
+    if shape[2] not in (1, 3, 4):
+        return shape[0] in (1, 3, 4)
+    if shape[0] == 3 or (shape[0] == shape[2] == 1 < shape[1]):
+        fix = "give a PIL picture, or say input_data_format"
+        raise UserError(f"array of shape {list(shape)} may be [C, H, W] or [H, W, C]", name, fix)
+    return False
 
 
 def _from_url(source: str) -> bytes | Path | None:

@@ -169,6 +169,62 @@ def test_arrays() -> None:
             load_image(array)
 
 
+ARRAYS = {
+    "bool": lambda values: values > 127, "uint16": lambda values: values.astype(np.uint16),
+    "int64": lambda values: values.astype(np.int64), "big endian": lambda values: values.astype(">i4"),
+    "float16": lambda values: (values / 255).astype(np.float16), "float64": lambda values: values / 255,
+    "torch bool": lambda values: torch.from_numpy(values > 127),
+    "torch float16": lambda values: (torch.from_numpy(values) / 255).half(),
+    "torch bfloat16": lambda values: (torch.from_numpy(values) / 255).bfloat16(),
+    "torch with gradient": lambda values: (torch.from_numpy(values) / 255).requires_grad_(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ARRAYS)
+def test_arrays_of_every_kind(kind: str) -> None:
+    """Black, white and between, channels last and first."""
+    values = np.zeros((8, 10, 3), np.uint8)
+    values[2:5, 3:7] = 255
+    values[6, :, 0] = 0 if "bool" in kind else 128
+    for array in (ARRAYS[kind](values), ARRAYS[kind](values.transpose(2, 0, 1).copy())):
+        found = np.asarray(load_image(array)).astype(int)
+        assert np.abs(found - values).max() <= (1 if "float16" in kind else 0)
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        (np.zeros((8, 8, 3), np.complex64), "array of complex64 is not a picture"),
+        (torch.zeros(8, 8, 3, dtype=torch.complex64), "array of complex64"),
+        (np.full((8, 8, 3), np.nan), "floats outside 0 to 1"),
+        (torch.full((3, 8, 8), float("nan"), dtype=torch.bfloat16), "floats outside 0 to 1"),
+        (np.zeros((8, 8), object), "array of object"),
+        (np.full((8, 8), "a"), "array of <U1"),
+        (np.full((8, 8), 300, np.uint16), "uint16 outside 0 to 255"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), r"shape \[2, 3, 8, 8\]"),
+        (np.zeros(5, np.uint8), r"shape \[5\]"),
+        (np.uint8(5), r"shape \[\]"),
+        (np.zeros((8, 8, 2), np.uint8), r"shape \[8, 8, 2\]"),
+        (torch.zeros(3, 0, 8), r"shape \[0, 8, 3\]"),
+        (torch.zeros(3, 8, 8, device="meta"), "cannot be read"),
+        (np.zeros((3, 9, 3), np.uint8), r"may be \[C, H, W\] or \[H, W, C\]"),
+    ],
+    ids=str,
+)
+def test_arrays_that_are_no_pictures(array: object, said: str) -> None:
+    with pytest.raises(UserError, match=said) as raised:
+        load_image(array)
+    assert "\n" not in str(raised.value)
+
+
+def test_arrays_that_fit_both_orders() -> None:
+    values = np.arange(27, dtype=np.uint8).reshape(3, 3, 3)
+    assert load_image(values, channels="channels_last").getpixel((1, 0)) == (3, 4, 5)
+    assert load_image(values, channels="channels_first").getpixel((1, 0)) == (1, 10, 19)
+    assert load_image(np.zeros((1, 1, 3), np.uint8)).size == (1, 1)
+    assert load_image(np.zeros((1, 9, 3), np.uint8)).size == (9, 1)
+
+
 def test_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     picture().save(tmp_path / "a b.png")
     data = base64.b64encode(encoded(picture())).decode()
