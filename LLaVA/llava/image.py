@@ -15,7 +15,7 @@ from urllib.error import HTTPError
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import Request, url2pathname, urlopen
 
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from .errors import UserError
 
@@ -31,6 +31,16 @@ TIMEOUT = 30.0
 """Seconds that a server may take for a part of a picture."""
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 """Grey pictures of more than 8 bit."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings a picture upright, by its EXIF orientation."""
 
 
 class PictureUnreachable(UserError):
@@ -106,7 +116,12 @@ def _whole_pictures() -> Iterator[None]:
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    upright = ImageOps.exif_transpose(image)
+    image.load()
+    if 0 in image.size:
+        raise ValueError("it has no pixels")
+    upright = _upright(image)
+    if upright.mode == "La":  # Pillow converts it to LA only
+        upright = upright.convert("LA")
     if upright.mode in DEEP_MODES:
         return _scaled(upright).convert("RGB")
     if upright.has_transparency_data:
@@ -114,6 +129,16 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", layered.size, "white")
         return Image.alpha_composite(white, layered).convert("RGB")
     return upright.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF says; as it is, if the EXIF cannot be read. `ImageOps.exif_transpose` also writes the
+    EXIF again and fails where that cannot be done."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # Pillow's reader raises anything
+        orientation = None
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
 
 
 def _scaled(image: Image.Image) -> Image.Image:

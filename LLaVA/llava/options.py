@@ -15,7 +15,7 @@ from .strict import read_strict, reject_unknown, strict_dataclass
 
 WHERE = "options of the processor"
 GROUPS = ("common_kwargs", "text_kwargs", "images_kwargs")
-"""Options may be in these, too. Those of the first one are for texts and pictures, and any other place overrides them."""
+"""Options may be in these, too. Any other place overrides the first one, which is for texts and pictures."""
 NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "verbose": (True, False),
     "disable_grouping": (True, False),

@@ -1,4 +1,4 @@
-"""Every option that transformers' processors know is served as by the stock `LlavaProcessor`, or refused in one line."""
+"""Every option of transformers' processors is served as by the stock `LlavaProcessor`, or refused in one line."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_options_together(ours: LlavaProcessor, stock: Any, call: dict[str, Any]
 def test_a_wrong_value_is_one_line(ours: LlavaProcessor, options: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said) as raised:
         ours(**{**PICTURE, **options})
-    assert "\n" not in str(raised.value) and "unknown key" not in str(raised.value) or "did you mean" in said
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("name", REFUSED)
