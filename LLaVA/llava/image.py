@@ -132,8 +132,8 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The picture turned as its EXIF says; as it is, if the EXIF cannot be read. `ImageOps.exif_transpose` also writes the
-    EXIF again and fails where that cannot be done."""
+    """The picture turned as its EXIF says; as it is, if the EXIF cannot be read. `ImageOps.exif_transpose` fails on EXIF
+    that it cannot read or write again."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # Pillow's reader raises anything
