@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ MAX_DOWNLOAD = 64 * 2**20
 """Bytes of a picture that a URL may give."""
 TIMEOUT = 30.0
 """Seconds that a server may take for a part of a picture."""
+DOWNLOAD_SECONDS = 120.0
+"""Seconds that it may take for a picture."""
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 """Grey pictures of more than 8 bit."""
 TURNS = {
@@ -132,8 +135,8 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The picture turned as its EXIF says; as it is, if the EXIF cannot be read. `ImageOps.exif_transpose` fails on EXIF
-    that it cannot read or write again."""
+    """The picture turned as its EXIF says; as it is, if the EXIF cannot be read. `ImageOps.exif_transpose` fails on
+    EXIF that it cannot read or write again."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # Pillow's reader raises anything
@@ -205,12 +208,18 @@ def _from_url(source: str) -> bytes | Path | None:
     kind = source.split(":", 1)[0].lower()
     if kind == "data" and "," in source:
         head, body = source.split(",", 1)
+        if len(body) > 3 * MAX_DOWNLOAD:  # three characters of a byte, if it is quoted
+            raise _too_large(_short(source))
+        content = unquote_to_bytes(body)
         try:
-            return base64.b64decode(body, validate=True) if head.endswith(";base64") else unquote_to_bytes(body)
+            return base64.b64decode(b"".join(content.split()), validate=True) if _is_base64(head) else content
         except ValueError:
             raise UserError("data URL is not base64", _short(source)) from None
     if kind == "file":
-        return Path(url2pathname(urlsplit(source).path))
+        place = urlsplit(source)
+        if place.netloc not in ("", "localhost"):
+            raise UserError("file of another machine", _short(source), "give file:///path")
+        return Path(url2pathname(place.path))
     if kind in ("http", "https"):
         return _download(source)
     return None
@@ -221,15 +230,42 @@ def _download(url: str) -> bytes:
         raise PictureUnreachable("picture of a URL, but HF_HUB_OFFLINE is set", url, "give a file, or unset it")
     try:
         with urlopen(Request(url, headers={"User-Agent": "msd"}), timeout=TIMEOUT) as response:
-            content = bytes(response.read(MAX_DOWNLOAD + 1))
+            content = _read_in_time(response)
     except HTTPError as error:
         raise PictureUnreachable(f"picture cannot be fetched (status {error.code})", url, "check the URL") from None
     except (OSError, HTTPException, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         raise PictureUnreachable(f"picture cannot be fetched ({reason})", url, "check URL and network") from None
     if len(content) > MAX_DOWNLOAD:
-        raise UserError(f"picture has over {MAX_DOWNLOAD // 2**20} MB", url, "make it smaller")
+        raise _too_large(url)
     return content
+
+
+def _read_in_time(response: Any) -> bytes:
+    """The content of a response, up to one byte more than `MAX_DOWNLOAD`.
+
+    Raises:
+        TimeoutError: it takes longer than `DOWNLOAD_SECONDS`.
+        HTTPException: the server ends it early.
+    """
+    end, content = time.monotonic() + DOWNLOAD_SECONDS, bytearray()
+    while len(content) <= MAX_DOWNLOAD and (part := response.read1(2**16)):
+        content += part
+        if time.monotonic() > end:
+            raise TimeoutError(f"it takes over {DOWNLOAD_SECONDS:.0f} s")
+    if len(content) <= MAX_DOWNLOAD and response.length:
+        raise HTTPException("the server ended it early")
+    return bytes(content)
+
+
+def _is_base64(head: str) -> bool:
+    """Whether the head of a ``data:`` URL says so."""
+    return head.lower().endswith(";base64")
+
+
+def _too_large(where: str) -> UserError:
+    """The error of a URL that gives more than `MAX_DOWNLOAD`."""
+    return UserError(f"picture has over {MAX_DOWNLOAD // 2**20} MB", where, "make it smaller")
 
 
 def _short(text: str) -> str:

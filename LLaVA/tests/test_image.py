@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -237,8 +239,15 @@ def test_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = base64.b64encode(encoded(picture())).decode()
     for url in ((tmp_path / "a b.png").as_uri(), f"data:image/png;base64,{data}"):
         assert load_image(url).tobytes() == picture().tobytes()
+    for body in (data.replace("+", "%2B"), "\n".join(data[at : at + 76] for at in range(0, len(data), 76))):
+        assert load_image(f"data:image/png;BASE64,{body}").tobytes() == picture().tobytes()
     with pytest.raises(UserError, match="not base64"):
         load_image("data:image/png;base64,@@@")
+    with pytest.raises(UserError, match="of another machine"):
+        load_image(f"file://server{tmp_path}/a%20b.png")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="picture has over"):
+        patch.setattr("llava.image.MAX_DOWNLOAD", 10)
+        load_image(f"data:image/png;base64,{data}")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
         load_image("http://127.0.0.1:9/a.png")
@@ -257,13 +266,33 @@ def test_a_url_that_gives_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
         server.shutdown()
 
 
+@pytest.mark.parametrize(("path", "said"), [("drip", "takes over"), ("short", "ended it early")])
+def test_a_url_that_gives_too_little(path: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that sends a byte now and then, and one that sends less than it says."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("llava.image.DOWNLOAD_SECONDS", 0.2)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(UserError, match=said):
+            load_image(f"http://127.0.0.1:{server.server_port}/{path}")
+        server.shutdown()
+
+
 class Endless(BaseHTTPRequestHandler):
-    """Serves a kilobyte of nothing."""
+    """Serves a kilobyte of nothing; byte by byte as /drip, and less than it says as /short."""
 
     def do_GET(self) -> None:
         self.send_response(200)
+        if self.path == "/short":
+            self.send_header("Content-Length", "5000")
         self.end_headers()
-        self.wfile.write(b"\0" * 1024)
+        if self.path != "/drip":
+            self.wfile.write(b"\0" * 1024)
+            return
+        with suppress(OSError):  # the client has left
+            for _ in range(100):
+                self.wfile.write(b"\0")
+                time.sleep(0.05)
 
     def log_message(self, *_: object) -> None:
         """Silent."""

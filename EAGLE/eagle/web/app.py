@@ -83,7 +83,12 @@ class Page:
         samples = [
             {"picture": f"samples/{number}", "question": sample.question} for number, sample in enumerate(self.samples)
         ]
-        limits = {"longest": self.longest, "max_picture": MAX_PICTURE, "max_side": MAX_SIDE, "max_question": MAX_QUESTION}
+        limits = {
+            "longest": self.longest,
+            "max_picture": MAX_PICTURE,
+            "max_side": MAX_SIDE,
+            "max_question": MAX_QUESTION,
+        }
         about = {**self.about, **limits, "draft": self.model.draft is not None, "samples": samples}
         return JSONResponse(about, headers=HEADERS)
 

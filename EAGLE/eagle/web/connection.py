@@ -14,7 +14,7 @@ MAX_CONNECTIONS = 256
 
 
 class Connection(H11Protocol):
-    """uvicorn's protocol with `REQUEST_SECONDS` and `MAX_CONNECTIONS`. uvicorn has no limit for the head of a request."""
+    """uvicorn's protocol with `REQUEST_SECONDS` and `MAX_CONNECTIONS`. uvicorn does not limit the head of a request."""
 
     idle_since: float | None = None
     _timer: asyncio.TimerHandle | None = None
