@@ -137,7 +137,7 @@ def test_plain_decoding_has_no_drafted_token_and_the_same_answer(port: int) -> N
         ({"question": "x", "max_new_tokens": 0}, "give at least 1"),
         ({"question": "x", "max_new_tokens": True}, "give a whole number"),
         ({"question": "x", "temperature": -1}, "give at least 0"),
-        ({"question": "x", "temperature": 2.01}, "temperature=2.01 (give at most 2)"),
+        ({"question": "x", "temperature": 2.01}, "temperature=2.01 (give at most 2"),
         ({"question": "x", "temperature": 1e-300}, "or at least 1e-06"),
         ({"question": "x", "max_new_tokens": 10**30}, "give 1 to 40"),
         ({"question": "x" * 500_001}, "question of 500001 characters (give at most 500000)"),
