@@ -36,7 +36,7 @@ def test_every_family_that_is_exported_is_compared() -> None:
     assert {family.name for family in FAMILIES if family.vllm} == MAKERS.keys() | IN_POCKET
 
 
-def calm(base: Path, scale: float = 0.5) -> Path:
+def calm(base: Path, scale: float = 0.5) -> None:
     """Smaller weights in the layers of the text model, so that an untrained draft can guess a token now and then; and
     the published names of CLIP's tensors, where transformers leaves a part out that vLLM wants."""
     tensors = {}
@@ -46,7 +46,6 @@ def calm(base: Path, scale: float = 0.5) -> Path:
         in_text = "layers" in name and "vision" not in name and "visual" not in name and tensor.ndim == 2
         tensors[name] = scale * tensor if in_text else tensor
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    return base
 
 
 def guessing(draft: Path, scale: float = 0.5) -> Path:
@@ -65,8 +64,12 @@ def guessing(draft: Path, scale: float = 0.5) -> Path:
 
 @pytest.mark.parametrize("family", MAKERS)
 def test_the_chain_is_ours(family: str, tmp_path: Path, run_engine: Run) -> None:
-    base = calm(MAKERS[family](tmp_path / "base"))
-    source = guessing(make_draft(tmp_path / "draft", load_target(base, dtype=torch.float32), agree=0.0))
+    base = MAKERS[family](tmp_path / "base")
+    if family == "qwen3_vl":  # this one repeats itself
+        source = make_draft(tmp_path / "draft", load_target(base, dtype=torch.float32), agree=1.0)
+    else:
+        calm(base)
+        source = guessing(make_draft(tmp_path / "draft", load_target(base, dtype=torch.float32)))
     pair = Pair(base, source, base, export_draft(source, tmp_path / "exported", base), load_msd(base, source))
     pictures = []
     for number, (width, height) in enumerate([(50, 34), (30, 90), (64, 64)]):
