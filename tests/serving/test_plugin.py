@@ -105,6 +105,17 @@ use_plain_positions(object)
     assert done.returncode == 1 and "MSD drafts cannot be served: msd-vllm" in last and words in last, done.stderr
 
 
+def test_a_vllm_without_a_layer_of_the_draft_is_one_clear_error(python: Python) -> None:
+    done = python("""
+import vllm.model_executor.models.interfaces as interfaces
+del interfaces.SupportsMultiModalEmbeddings
+import msd_vllm.model
+""")
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and "ImportError: MSD drafts cannot be served: msd-vllm" in last, done.stderr
+    assert "cannot import name 'SupportsMultiModalEmbeddings'" in last
+
+
 def test_the_v2_runner_calls_the_class_with_what_it_takes(python: Python) -> None:
     """The V2 runner's own `_run_model`, without Triton and without an engine: the rows that reach the layer are
     features where pictures are and fused rows elsewhere, also in the step after, which has no pictures."""
