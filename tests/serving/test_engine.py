@@ -69,7 +69,11 @@ def test_batches_chunked_prefill_and_prefix_caching_give_the_same_answers(
 
 
 def test_two_processes_share_the_tensors(pair: Pair, questions: list[Question], run_engine: Run) -> None:
-    """Tensor parallelism: the sums of two halves are rounded otherwise, so counters may differ by a few."""
+    """Tensor parallelism."""
+    vision = pair.msd.target.config.vision_config
+    heads = getattr(vision, "num_heads", None) or vision.num_attention_heads
+    if heads % 2:
+        pytest.skip(f"two processes cannot share the {heads} heads of this vision tower")
     ours = pair.answers(questions[:4])
     found = run_engine(
         pair, [pair.request(each) for each in questions[:4]], tensor_parallel_size=2, distributed_executor_backend="mp"
