@@ -69,7 +69,7 @@ def test_batches_chunked_prefill_and_prefix_caching_give_the_same_answers(
 
 
 def test_two_processes_share_the_tensors(pair: Pair, questions: list[Question], run_engine: Run) -> None:
-    """Tensor parallelism."""
+    """Tensor parallelism. Sums of two halves are rounded otherwise, so a draft may differ where two tokens are close."""
     vision = pair.msd.target.config.vision_config
     heads = getattr(vision, "num_heads", None) or vision.num_attention_heads
     if heads % 2:
@@ -79,7 +79,7 @@ def test_two_processes_share_the_tensors(pair: Pair, questions: list[Question], 
         pair, [pair.request(each) for each in questions[:4]], tensor_parallel_size=2, distributed_executor_backend="mp"
     )
     assert found["ids"] == ours.ids
-    assert found["counters"]["num_accepted_tokens_per_pos"] == ours.accepted
+    assert found["counters"]["num_accepted_tokens_per_pos"] == pytest.approx(ours.accepted, abs=2)
 
 
 def test_a_trimmed_vocabulary_drafts_as_in_our_loop(
