@@ -69,7 +69,7 @@ def test_batches_chunked_prefill_and_prefix_caching_give_the_same_answers(
 
 
 def test_two_processes_share_the_tensors(pair: Pair, questions: list[Question], run_engine: Run) -> None:
-    """Tensor parallelism. Sums of two halves are rounded otherwise, so a draft may differ where two tokens are close."""
+    """Tensor parallelism. Sums of two halves are rounded otherwise, so drafts may differ where tokens are close."""
     vision = pair.msd.target.config.vision_config
     heads = getattr(vision, "num_heads", None) or vision.num_attention_heads
     if heads % 2:
