@@ -23,9 +23,7 @@ Run = Callable[..., dict[str, Any]]
 
 def load_msd(base: Path, draft: Path) -> MSDModel:
     """The pair in float32, drafting a chain."""
-    msd = MSDModel.from_pretrained(base, draft, dtype=torch.float32, device_map="cpu")
-    msd.tree = CHAIN
-    return msd
+    return MSDModel.from_pretrained(base, draft, tree=CHAIN, dtype=torch.float32, device_map="cpu")
 
 
 @dataclass(frozen=True)
