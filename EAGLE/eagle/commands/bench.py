@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from eagle.benchmark import Contestant
     from eagle.decode.stats import Stats
 
-NOT_SETTINGS = ("command", "out", "server", "plain_server", "concurrency", "rate", "plot")
+NOT_SETTINGS = ("command", "out", "server")
+SERVER_OPTIONS = ("plain_server", "plain_results", "concurrency", "rate", "plot")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +68,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_report_option(parser)
     server = parser.add_argument_group("servers")
     server.add_argument("--server", metavar="URL", help="measure this OpenAI-style server, such as one of msd serve")
-    server.add_argument("--plain-server", metavar="URL", help="the same model without a draft, asked in turns")
+    plain = server.add_mutually_exclusive_group()
+    plain.add_argument("--plain-server", metavar="URL", help="the same model without a draft, asked in turns")
+    plain.add_argument(
+        "--plain-results",
+        type=Path,
+        metavar="FILE.json",
+        help="report (--out) of an earlier run on a server without it",
+    )
     server.add_argument(
         "--concurrency", type=levels(positive), default=None, metavar="N,N,...",
         help="requests at a time (default: 1,2,4,8,16; none with --rate)",
@@ -99,7 +107,7 @@ def above_zero(text: str) -> float:
 def run_on_servers(arguments: argparse.Namespace) -> int:
     """As `run`, with ``--server``."""
     from eagle.provenance import record
-    from eagle.serving.bench import bench_servers, plot, table_of
+    from eagle.serving.bench import bench_servers, earlier, plot, table_of
     from eagle.serving.client import Load, Server
 
     for name in ("base_model", "msd_model"):
@@ -110,15 +118,14 @@ def run_on_servers(arguments: argparse.Namespace) -> int:
     settings = {"max_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
     sampling = {name: getattr(arguments, name) for name in ("top_p", "top_k", "seed")}
     settings |= {name: value for name, value in sampling.items() if value is not None}
-    report = bench_servers(
-        read_questions(arguments.data, arguments.limit),
-        loads,
-        Server(arguments.server),
-        Server(arguments.plain_server) if arguments.plain_server else None,
-        settings,
-        arguments.warm_up,
-    )
-    report |= {"settings": {**settings, "warm_up": arguments.warm_up, "data": str(arguments.data)}, **record()}
+    questions = read_questions(arguments.data, arguments.limit)
+    asked = {**settings, "data": str(arguments.data), "questions": len(questions)}
+    plain: Any = Server(arguments.plain_server) if arguments.plain_server else None
+    if arguments.plain_results:
+        plain = earlier(arguments.plain_results, loads, asked)
+    report = bench_servers(questions, loads, Server(arguments.server), plain, settings, arguments.warm_up)
+    other = arguments.plain_server or arguments.plain_results
+    report |= {"plain": other and str(other), "settings": {**asked, "warm_up": arguments.warm_up}, **record()}
     console().print(table_of(report))
     if arguments.plot:
         plot(report, arguments.plot)
@@ -133,7 +140,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_writable(arguments.out)
     if arguments.server is not None:
         return run_on_servers(arguments)
-    for name in ("plain_server", "concurrency", "rate", "plot"):
+    for name in SERVER_OPTIONS:
         if getattr(arguments, name):
             raise UserError(f"--{name.replace('_', '-')} needs --server", fix="name a server")
     if arguments.base_model is None:
@@ -163,7 +170,7 @@ def run(arguments: argparse.Namespace) -> int:
     with tqdm(total=arguments.warm_up + len(questions), desc="bench", unit="question", file=sys.stderr) as progress:
         for _ in interleave([msd, *others, *rivals], [[question] for question in questions], arguments.warm_up):
             progress.update()
-    asked = {name: value for name, value in vars(arguments).items() if name not in NOT_SETTINGS}
+    asked = {name: value for name, value in vars(arguments).items() if name not in NOT_SETTINGS + SERVER_OPTIONS}
     asked |= {"also_tree": list(trees), "tree": vars(model.tree)}
     report = make_report(msd, rivals, asked, record(model.device))
     report["others"] = {
