@@ -20,6 +20,8 @@ BUG_STATUS = 1
 TRACEBACK = "MSD_TRACEBACK"
 """Environment variable: unless empty, a command that fails prints tracebacks."""
 INTERRUPT_STATUS = 130
+PIPE_STATUS = 141
+"""Of a program whose reader has left, as in ``msd bench | head``: what a shell gives for SIGPIPE."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_TEXTS = ("No space left", "File too large", "quota exceeded", "PytorchStreamWriter failed", "unexpected pos")
 MAKE_ROOM = "free some space and start again; what was finished is kept"
@@ -45,8 +47,10 @@ class UserError(Exception):
         line = self.what if self.where is None else f"{self.what}: {self.where}"
         if self.fix is not None:
             line = f"{line} ({self.fix})"
-        plain = line.encode("utf-8", "backslashreplace").decode()  # names of files may have lone surrogates
-        return " ".join(plain.split())
+        # names of files may have lone surrogates, and what controls a terminal
+        return "".join(
+            each if each.isprintable() else each.encode("unicode_escape").decode() for each in " ".join(line.split())
+        )
 
 
 class OutOfMemory(UserError):
@@ -112,8 +116,20 @@ def run_cli(main: Callable[[], int | None]) -> int:
     """Runs `main` and returns its exit status (None is 0); a `UserError` is printed and gives 2, Ctrl-C gives 130.
 
     Any other exception is a bug of the program: one line and status 1, or raised if `TRACEBACK` is set.
+    If the reader of a pipe has left, the command ends quietly with `PIPE_STATUS`.
+
     Use as `sys.exit(run_cli(main))`.
     """
+    status = _run(main)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is written when Python ends
+        return PIPE_STATUS
+    return status
+
+
+def _run(main: Callable[[], int | None]) -> int:
     try:
         with cli_errors():
             return main() or 0
@@ -126,6 +142,8 @@ def run_cli(main: Callable[[], int | None]) -> int:
     except Exception as error:
         if os.environ.get(TRACEBACK):
             raise
+        if isinstance(error, BrokenPipeError):
+            return PIPE_STATUS
         at = traceback.extract_tb(error.__traceback__)[-1]
         bug = UserError(
             f"unexpected {type(error).__name__} in {Path(at.filename).name}, line {at.lineno}: {reason_of(error)}",

@@ -21,6 +21,7 @@ from eagle.families.streams import StreamReader, Streams
 from eagle.kv_cache import KVCache
 from eagle.weight_layout import to_input_major_layout
 from llava.errors import UserError
+from llava.generation import checked_settings
 
 MASKED_ATTENTION = ("sdpa", "eager")
 LayerMasks = Tensor | dict[str, Tensor | None]
@@ -105,6 +106,9 @@ class Target(ABC):
         check_attention(model.config.get_text_config()._attn_implementation)
         self.layers = attention_layers(model.config.get_text_config(), self.text_types)
         self.model = model.eval()
+        name = f"generation config of {model.config.name_or_path}"
+        for key, value in checked_settings(vars(model.generation_config), name, self.vocab_size).items():
+            setattr(model.generation_config, key, value)
         texts = model.generation_config.stop_strings or ()
         self.stop_strings = (texts,) if isinstance(texts, str) else tuple(texts)
         model.generation_config.stop_strings = None
