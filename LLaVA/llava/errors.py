@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -121,29 +122,53 @@ def run_cli(main: Callable[[], int | None]) -> int:
     Use as `sys.exit(run_cli(main))`.
     """
     status = _run(main)
+    return PIPE_STATUS if _reader_has_left() else status
+
+
+def _reader_has_left() -> bool:
+    """Whether nobody reads the pipe that stdout is. What cannot be written then goes to the null device."""
+    if sys.stdout is None:  # closed by the caller
+        return False
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is written when Python ends
-        return PIPE_STATUS
-    return status
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return isinstance(error, BrokenPipeError)
+    return False
+
+
+def _is_of_stdout(error: BaseException) -> bool:
+    """Whether ``error`` is that of writing to a pipe without a reader, and that pipe is stdout."""
+    if not isinstance(error, BrokenPipeError) or sys.stdout is None or not hasattr(select, "poll"):
+        return False
+    try:
+        pipe = select.poll()
+        pipe.register(sys.stdout.fileno(), 0)  # errors are always reported
+    except (OSError, ValueError):  # not a file
+        return False
+    return bool(pipe.poll(0))
 
 
 def _run(main: Callable[[], int | None]) -> int:
     try:
         with cli_errors():
-            return main() or 0
+            status = main() or 0
+            if sys.stdout is not None:
+                sys.stdout.flush()  # a full disk is reported here
+            return status
     except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # as rich ends a program
+            return PIPE_STATUS
         if isinstance(stop.code, int):
             return stop.code
         if stop.code is not None:
             print(stop.code, file=sys.stderr)
         return 0 if stop.code is None else 1
     except Exception as error:
+        if _is_of_stdout(error):
+            return PIPE_STATUS
         if os.environ.get(TRACEBACK):
             raise
-        if isinstance(error, BrokenPipeError):
-            return PIPE_STATUS
         at = traceback.extract_tb(error.__traceback__)[-1]
         bug = UserError(
             f"unexpected {type(error).__name__} in {Path(at.filename).name}, line {at.lineno}: {reason_of(error)}",
