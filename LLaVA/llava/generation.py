@@ -43,7 +43,7 @@ class Watermark:
 
 @strict_dataclass
 class GenerationFields:
-    """Types and bounds of the settings that change an answer."""
+    """Types and bounds of the settings that change an answer, and of some others that transformers reads."""
 
     max_length: Count | None = None
     max_new_tokens: AtLeastOne | None = None
@@ -82,6 +82,8 @@ class GenerationFields:
     eos_token_id: AnyId | Annotated[tuple[AnyId, ...], Field(min_length=1)] | None = None
     pad_token_id: AnyId | None = None
     bos_token_id: AnyId | None = None
+    decoder_start_token_id: AnyId | Annotated[tuple[AnyId, ...], Field(min_length=1)] | None = None
+    prefill_chunk_size: AtLeastOne | None = None
 
 
 INDICES = ("bad_words_ids", "sequence_bias", "forced_bos_token_id", "forced_eos_token_id")

@@ -37,6 +37,7 @@ _WANTED = {
     "finite_number": "give a finite number",
     "greater_than": "give more than {gt}",
     "too_short": "give at least {min_length}",
+    "string_unicode": "it has half of a character (a lone surrogate)",
     "string_too_short": "give a text of at least one character",
 }
 """What to say in place of pydantic's words, by the type of the error."""
@@ -67,12 +68,12 @@ def strict_dataclass(cls: type[T]) -> type[T]:
     return made
 
 
-def read_strict(kind: type[T], given: Any, where: str | Path) -> T:
+def read_strict(kind: type[T], given: Any, where: str | Path | None) -> T:
     """An object of a `strict_dataclass` from a parsed JSON object. Objects and lists inside it become the dataclasses
     and tuples that the fields' types name.
 
     Args:
-        where: the file or section, named in errors.
+        where: the file or section, named in errors; None where there is only one.
 
     Raises:
         UserError: ``given`` is not an object, or has a wrong, unknown or missing value.

@@ -38,7 +38,10 @@ from llava.hub import Source
         ({"no_repeat_ngram_size": 10**10}, "no_repeat_ngram_size=10000000000: FILE (give at most 65536)"),
         ({"stop_strings": 5}, "stop_strings=5: FILE (give a text"),
         ({"watermarking_config": {"bias": "x"}}, "bias='x': watermarking_config of FILE (give a number)"),
-        ({"watermarking_config": {"bios": 1}}, "unknown key 'bios': watermarking_config of FILE (did you mean 'bias'?)"),
+        (
+            {"watermarking_config": {"bios": 1}},
+            "unknown key 'bios': watermarking_config of FILE (did you mean 'bias'?)",
+        ),
         ({"watermarking_config": 5}, "watermarking_config=5: FILE (give an object)"),
     ],
     ids=str,

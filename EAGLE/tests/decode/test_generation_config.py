@@ -99,7 +99,7 @@ def test_what_the_engine_does_not_serve_is_named_and_left_out(
         ({"exponential_decay_length_penalty": 1.5}, "exponential_decay_length_penalty=1.5"),
         ({"sequence_bias": {"1": 2.0}}, "sequence_bias"), ({"forced_eos_token_id": 10**6}, "1000000 is not an id"),
         ({"encoder_repetition_penalty": -1}, "encoder_repetition_penalty=-1"), ({"max_time": "x"}, "max_time='x'"),
-        ({"eos_token_id": 10**30}, "eos_token_id="), ({"early_stopping": []}, "early_stopping=[]"),
+        ({"eos_token_id": 10**30}, "eos_token_id="), ({"early_stopping": []}, "early_stopping="),
     ],
     ids=str,
 )  # fmt: skip
@@ -157,8 +157,12 @@ def test_any_value_at_any_key(tmp_path: Path, name: str) -> None:
                 assert name in str(error), value
                 continue
             if not settings["temperature"]:
-                wanted = msd.target.model.generate(**inputs, **length, do_sample=False)
-                assert torch.equal(output.sequences, wanted), value
+                try:
+                    wanted = msd.target.model.generate(**inputs, **length, do_sample=False)
+                except Exception:  # transformers cannot use what has no effect here
+                    assert name in NO_EFFECT
+                    continue
+                assert torch.equal(output.sequences, getattr(wanted, "sequences", wanted)), value
     assert ran
 
 

@@ -104,7 +104,8 @@ def test_stop_strings_of_a_call_with_custom_generate(model: MSDModel) -> None:
     assert wanted.shape[1] < inputs["input_ids"].shape[1] + len(whole)
     given = {**settings, "stop_strings": stop, "tokenizer": model.tokenizer}
     assert torch.equal(generate(**inputs, **given, custom_generate=model), wanted)
-    assert "stop_strings=5" in line_of(lambda: generate(**inputs, **{**given, "stop_strings": 5}, custom_generate=model))
+    given["stop_strings"] = 5
+    assert "stop_strings=5" in line_of(lambda: generate(**inputs, **given, custom_generate=model))
 
 
 def test_a_length_that_no_cache_could_have(model: MSDModel) -> None:
@@ -141,5 +142,5 @@ def test_min_length_counts_the_own_prompt_and_max_length_the_padding(model: MSDM
         alone = model.target.prepare(prompt)
         expected = model.target.model.generate(**alone, max_new_tokens=20, **settings)
         assert tokens == expected[0, alone["input_ids"].shape[1] :].tolist()
-    limited = model.generate(**batch, max_length=padded + above, do_sample=False)
-    assert torch.equal(limited.sequences, model.target.model.generate(**batch, max_length=padded + above, do_sample=False))
+    limit: dict[str, Any] = {"max_length": padded + above, "do_sample": False}
+    assert torch.equal(model.generate(**batch, **limit).sequences, model.target.model.generate(**batch, **limit))
