@@ -17,12 +17,13 @@ from llava.strict import reject_unknown
 
 @dataclass(frozen=True)
 class Question:
-    """One question; ``images`` are paths of existing files."""
+    """One question; ``images`` are paths of existing files; ``source``: the data set that it is from, if that is known."""
 
     id: str
     question: str
     images: tuple[Path, ...] = ()
     answer: str = ""
+    source: str = ""
 
     def inputs(self, target: Any) -> dict[str, Any]:
         """Model inputs of the question in the conversation template of ``target``, a `Target`."""
@@ -45,7 +46,7 @@ class Group:
         return dict(inputs)
 
 
-KEYS = ("id", "images", "image", "question", "answer", "kind", "type", "facts", "exchange")
+KEYS = ("id", "images", "image", "question", "answer", "source", "kind", "type", "facts", "exchange")
 """Keys of a question. ``image`` is a single picture. From ``kind`` on they are for evaluations."""
 
 
@@ -95,14 +96,17 @@ def _question(record: Mapping[str, Any], where: str, folder: Path) -> Question:
         raise UserError("no 'question'", where=where, fix='{"id", "images", "question", "answer"}')
     if not isinstance(answer, str | int | float | None):
         raise UserError(f"'answer' is {answer!r}", where=where, fix="give a text")
-    for name, value in (("question", text), ("answer", answer)):
+    source = record.get("source") or ""
+    if not isinstance(source, str):
+        raise UserError(f"'source' is {source!r}", where=where, fix="give the name of a data set")
+    for name, value in (("question", text), ("answer", answer), ("source", source)):
         if isinstance(value, str):
             check_text(value, f"'{name}'", where)
     images = tuple(folder / name for name in _image_names(record, where))
     for image in images:
         if not _is_file(image):
             raise UserError(f"picture not found: {image}", where=where, fix="paths are relative to the question file")
-    return Question(str(record.get("id", where)), text, images, "" if answer is None else str(answer))
+    return Question(str(record.get("id", where)), text, images, "" if answer is None else str(answer), source)
 
 
 def _image_names(record: Mapping[str, Any], where: str) -> list[str]:
