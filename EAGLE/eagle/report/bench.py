@@ -31,16 +31,18 @@ def own_name(report: Report) -> str:
     return next(iter(report["first_token_ms"]))
 
 
+def interval_text(paired: Mapping[str, float | None] | None) -> str:
+    """The interval of a mean; nothing if it is not known."""
+    return "" if paired is None or paired["low"] is None else f" [{paired['low']:.2f}, {paired['high']:.2f}]"
+
+
 def mean_text(paired: Mapping[str, float | None] | None) -> str:
     """A mean with its interval.
 
     >>> mean_text({"mean": 2.0, "low": 1.5, "high": 2.5})
     '2.00x [1.50, 2.50]'
     """
-    if paired is None:
-        return ""
-    known = paired["low"] is not None
-    return f"{paired['mean']:.2f}x" + (f" [{paired['low']:.2f}, {paired['high']:.2f}]" if known else "")
+    return "" if paired is None else f"{paired['mean']:.2f}x{interval_text(paired)}"
 
 
 def identical_text(same: Mapping[str, Any] | None) -> str:
@@ -76,6 +78,7 @@ def setting(report: Report) -> dict[str, str]:
     """What the figures depend on, as text by column."""
     settings = report["settings"]
     own = {name: str(value) for name, value in report["setting"].items()}
+    own["temperature"] = f"{report['setting']['temperature']:g}"
     own["card"] = report["hardware"].get("gpu") or f"{report['hardware']['cpu']}, {report['hardware']['threads']} threads"
     own["compiled"] = "yes" if report["setting"]["compiled"] else "no"
     return {"base": Path(settings["base_model"]).name, "draft": Path(settings["msd_model"]).name, **own}
@@ -160,8 +163,8 @@ def write_html(report: Report, path: Path) -> None:
         page.header(name, machine, f"Baseline: {report['baseline_name']}, the fastest plain decoding of the same run"),
         page.tiles([
             (total["speed-up of totals"], "speed-up of totals"),
-            (total["mean of questions"], "mean of questions, 95 % interval"),
-            (f"{total['tokens/s']} tokens/s", f"plain: {total['plain tokens/s']}"),
+            (total["mean of questions"].partition(" ")[0] or "none", "mean of questions" + interval_text(report["paired_speedup"])),
+            (total["tokens/s"], f"tokens/s; plain: {total['plain tokens/s']}"),
             (total["first token"], f"to the first token; plain: {total['plain first token']}"),
             (total["τ"], f"τ, with the bonus token; without: {total['without bonus']}"),
             (identical_text(report["identical"]), "answers identical to plain decoding"),

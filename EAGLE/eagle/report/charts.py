@@ -9,7 +9,7 @@ from html import escape
 from eagle.report.intervals import Interval
 
 WIDTH, HEIGHT = 360, 220
-LEFT, RIGHT, TOP, BOTTOM = 40, 8, 10, 40
+LEFT, RIGHT, TOP, BOTTOM = 52, 14, 10, 40
 LABEL = 60
 """Characters of a label at most."""
 

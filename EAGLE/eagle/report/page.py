@@ -19,7 +19,7 @@ DEEPEST = 10
 SHOWN = 100
 """Answers on a page at most; the JSON file has all."""
 THUMBNAIL = 240  # pixels
-LONG = 28
+LONG = 40
 """Texts of a table with more characters are left-aligned and wrapped."""
 
 
