@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from eagle.benchmark import Contestant, identical, paired_speedup, strongest
-from eagle.decode.detokenizer import pieces_of
+from eagle.decode.cycle_log import logged_answer
 from eagle.decode.msd import MSDModel
 from eagle.decode.stats import Stats
 from eagle.exactness import MANY_STEPS, logit_gap
@@ -92,7 +92,9 @@ class Bench:
             "new_tokens": total.new_tokens,
             "cycles": total.cycles,
             "tokens_per_second": {"msd": total.tokens_per_second, "baseline": plain.tokens_per_second},
-            "first_token_ms": {each.name: first_token_ms(each.part(numbers).total) for each in (self.msd, *self.rivals)},
+            "first_token_ms": {
+                each.name: first_token_ms(each.part(numbers).total) for each in (self.msd, *self.rivals)
+            },
             "speedup": total.tokens_per_second / plain.tokens_per_second,
             "paired_speedup": as_mean(paired_speedup(msd, best)),
             "after_first_token": {
@@ -127,17 +129,12 @@ class Bench:
     def logged(self, number: int) -> dict[str, Any]:
         """One answer: its tokens by cycle, its text by pieces, the plain answer, and the times of both."""
         question, own, plain = self.questions[number], self.msd.rounds[number], self.best.rounds[number]
+        cycles = [list(tokens) for tokens in self.msd.cycles[number]]
         entry: dict[str, Any] = {
-            "id": question.id,
-            "source": question.source,
-            "question": question.question,
-            "images": [str(path) for path in question.images],
-            "cycles": self.msd.cycles[number],
-            "accepted": own.accept_lengths,
+            **logged_answer(question, cycles, own.accept_lengths, self.model.tokenizer),
             "seconds": {"msd": own.seconds, "baseline": plain.seconds},
             "first_token_seconds": {"msd": own.first_token, "baseline": plain.first_token},
             "baseline_tokens": plain.new_tokens,
-            "pieces": pieces_of(self.model.tokenizer, self.msd.cycles[number], own.accept_lengths),
         }
         if self.reference is not None:
             tokens = self.reference.answers[number]

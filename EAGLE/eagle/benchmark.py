@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
+from eagle.decode.cycle_log import CycleLog
 from eagle.decode.msd import MSDModel
 from eagle.decode.stats import Stats
 from eagle.decode.tree_config import TreeConfig
@@ -129,23 +130,6 @@ def new_tokens(sequences: Tensor, prompt: int, ends: Sequence[int]) -> list[list
     return found
 
 
-class CycleLog:
-    """A streamer that keeps the new tokens of the prefill and of each cycle as they are emitted."""
-
-    def __init__(self) -> None:
-        self.cycles: list[list[int]] = []
-
-    def put(self, value: Tensor) -> None:
-        """The prompt [1, P] is not kept."""
-
-    def put_cycle(self, tokens: list[int], accepted: int) -> None:
-        """Called by the decoder; the first ``accepted`` tokens were drafted."""
-        self.cycles.append(list(tokens))
-
-    def end(self) -> None:
-        """Nothing is left."""
-
-
 def with_engine(
     model: MSDModel, use_msd: bool, settings: Mapping[str, Any], tree: TreeConfig | None = None, log: bool = False
 ) -> Callable[[Work], Answer]:
@@ -224,9 +208,7 @@ def baselines(
     return found
 
 
-def paired_speedup(
-    own: Contestant, other: Contestant, value: Callable[[Stats], float] = speed
-) -> Interval | None:
+def paired_speedup(own: Contestant, other: Contestant, value: Callable[[Stats], float] = speed) -> Interval | None:
     """How much faster ``own`` is than ``other``, question by question: the mean of the ratios and its 95 % bootstrap
     interval. Long answers count as much as short ones.
 

@@ -17,7 +17,7 @@ from llava.strict import reject_unknown
 
 @dataclass(frozen=True)
 class Question:
-    """One question; ``images`` are paths of existing files; ``source``: the data set that it is from, if that is known."""
+    """One question; ``images`` are paths of existing files; ``source``: the data set that it is from, if known."""
 
     id: str
     question: str

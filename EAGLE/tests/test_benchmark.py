@@ -76,7 +76,11 @@ def test_speedup_by_question_counts_each_question_once() -> None:
     own = contestant("own", [(100, 50.0), (10, 10.0)], [[1, 2], [3]])
     other = contestant("other", [(100, 100.0), (10, 10.0)], [[1, 2], [4]])
     paired = paired_speedup(own, other)
-    assert paired is not None and paired.value == pytest.approx(1.5) and (paired.low, paired.high) == pytest.approx((1.0, 2.0))
+    assert (
+        paired is not None
+        and paired.value == pytest.approx(1.5)
+        and (paired.low, paired.high) == pytest.approx((1.0, 2.0))
+    )
     assert identical(own, other) == 1
     single = contestant("own", [(1, 1.0)], [[1]])
     assert paired_speedup(single, single, lambda stats: stats.decoding_speed) is None

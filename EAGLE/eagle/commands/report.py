@@ -1,7 +1,7 @@
 """Put results side by side: which settings differ, and which differences are larger than the runs' spread.
 
 Takes the JSON files of `msd bench` (with --server too), of the benchmark suite, of gpu_check and of training runs with
---eval-data, and results of lmms-eval (a file, or a folder with one below it). The first run is compared with the others.
+--eval-data, and results of lmms-eval (a file, or a folder with one below it). Others are compared with the first run.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -32,16 +31,3 @@ class Detokenizer:
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
-
-
-def pieces_of(tokenizer: Any, cycles: Sequence[Sequence[int]], accepted: Sequence[int]) -> list[tuple[str, int]]:
-    """The text of each new token of an answer, with its depth in the draft tree; 0 for tokens of the target itself.
-
-    Args:
-        cycles: new tokens of the prefill, then of each cycle.
-        accepted: drafted tokens accepted in each cycle.
-    """
-    text, pieces = Detokenizer(tokenizer), list[tuple[str, int]]()
-    for tokens, drafted in zip(cycles, [0, *accepted], strict=True):
-        pieces += [(text.add(token), place if place <= drafted else 0) for place, token in enumerate(tokens, 1)]
-    return [*pieces, (text.rest(), 0)]

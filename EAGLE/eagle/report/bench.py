@@ -79,7 +79,9 @@ def setting(report: Report) -> dict[str, str]:
     settings = report["settings"]
     own = {name: str(value) for name, value in report["setting"].items()}
     own["temperature"] = f"{report['setting']['temperature']:g}"
-    own["card"] = report["hardware"].get("gpu") or f"{report['hardware']['cpu']}, {report['hardware']['threads']} threads"
+    own["card"] = (
+        report["hardware"].get("gpu") or f"{report['hardware']['cpu']}, {report['hardware']['threads']} threads"
+    )
     own["compiled"] = "yes" if report["setting"]["compiled"] else "no"
     return {"base": Path(settings["base_model"]).name, "draft": Path(settings["msd_model"]).name, **own}
 
@@ -88,7 +90,11 @@ def markdown(report: Report) -> str:
     """A table of one row, to be put below those of others."""
     cells = {**setting(report), **row(report, report), "over": report["baseline_name"]}
     shares = " ".join(f"{share:.2f}" for share in report["acceptance_by_position"])
-    cells |= {"accepted at 1, 2, …": shares, "commit": (report["commit"] or "unknown")[:12], "date": report["date"][:10]}
+    cells |= {
+        "accepted at 1, 2, …": shares,
+        "commit": (report["commit"] or "unknown")[:12],
+        "date": report["date"][:10],
+    }
     lines = [cells.keys(), ["---"] * len(cells), cells.values()]
     return "".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in each) + " |\n" for each in lines)
 
@@ -131,7 +137,7 @@ def speedup_of(answer: Report) -> float:
 
 def tau_of(answer: Report) -> float:
     """New tokens per cycle of an answer; 0 without a cycle."""
-    prefill, *cycles = answer["cycles"]
+    _prefill, *cycles = answer["cycles"]
     return sum(map(len, cycles)) / len(cycles) if cycles else 0.0
 
 
@@ -163,7 +169,8 @@ def write_html(report: Report, path: Path) -> None:
         page.header(name, machine, f"Baseline: {report['baseline_name']}, the fastest plain decoding of the same run"),
         page.tiles([
             (total["speed-up of totals"], "speed-up of totals"),
-            (total["mean of questions"].partition(" ")[0] or "none", "mean of questions" + interval_text(report["paired_speedup"])),
+            (total["mean of questions"].partition(" ")[0] or "none",
+             f"mean of questions{interval_text(report['paired_speedup'])}"),
             (total["tokens/s"], f"tokens/s; plain: {total['plain tokens/s']}"),
             (total["first token"], f"to the first token; plain: {total['plain first token']}"),
             (total["τ"], f"τ, with the bonus token; without: {total['without bonus']}"),

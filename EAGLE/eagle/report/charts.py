@@ -60,6 +60,11 @@ def text(x: float, y: float, content: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(content)}</text>'
 
 
+def circle(kind: str, x: float, y: float, radius: float, title: str) -> str:
+    place = f'cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}"'
+    return f'<circle class="{kind}" {place}><title>{escape(title)}</title></circle>'
+
+
 def figure(title: str, parts: Sequence[str], note: str = "", height: float = HEIGHT) -> str:
     """A chart with its caption."""
     under = f"<p>{escape(note)}</p>" if note else ""
@@ -95,16 +100,11 @@ def points(
     axes.parts.append(line(LEFT, axes.y(level), WIDTH - RIGHT, axes.y(level), "level"))
     for x, y, name in places:
         kind = "loss" if y < level else "dot"
-        name = f"{name}: {x:.4g}, {y:.4g}"
-        axes.parts.append(
-            f'<circle class="{kind}" cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="3.5"><title>{escape(name)}</title></circle>'
-        )
+        axes.parts.append(circle(kind, axes.x(x), axes.y(y), 3.5, f"{name}: {x:.4g}, {y:.4g}"))
     return figure(title, axes.parts, note)
 
 
-def lines(
-    title: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]]], x_label: str, y_label: str
-) -> str:
+def lines(title: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]]], x_label: str, y_label: str) -> str:
     """A line for each (name, points)."""
     series = [(name, part) for name, part in series if part]
     everything = [point for _, part in series for point in part]
@@ -118,10 +118,8 @@ def lines(
         places = " ".join(f"{axes.x(x):.1f},{axes.y(y):.1f}" for x, y in part)
         axes.parts.append(f'<polyline class="s{number % 4}" points="{places}"/>')
         if len(part) < 30:
-            axes.parts += [
-                f'<circle class="s{number % 4}" cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="2.5"><title>{x:g}: {y:.4g}</title></circle>'
-                for x, y in part
-            ]
+            kind = f"s{number % 4}"
+            axes.parts += [circle(kind, axes.x(x), axes.y(y), 2.5, f"{x:g}: {y:.4g}") for x, y in part]
     legend = "".join(f'<i class="k{number % 4}"></i>{escape(name)} ' for number, (name, _) in enumerate(series))
     return figure(title, axes.parts).replace("</figure>", f'<p class="key">{legend}</p></figure>')
 
@@ -145,5 +143,5 @@ def intervals(title: str, rows: Sequence[tuple[str, Interval]], x_label: str, no
         parts.append(text(2, y - 11, short, "start"))
         if each.low is not None and each.high is not None:
             parts.append(line(x(each.low), y, x(each.high), y, "range"))
-        parts.append(f'<circle class="dot" cx="{x(each.value):.1f}" cy="{y:.1f}" r="4"/>')
+        parts.append(circle("dot", x(each.value), y, 4, f"{name}: {each.value:.4g}"))
     return figure(title, parts, note, bottom + 36)

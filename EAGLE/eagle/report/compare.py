@@ -55,7 +55,9 @@ def labels(runs: Sequence[Run]) -> list[str]:
 def comparisons(runs: Sequence[Run]) -> list[Comparison]:
     """Every run against the first one; a single training run's evaluations against its first evaluation."""
     names, first = labels(runs), runs[0]
-    pairs = [(names[0], names[n], one, other) for n, run in enumerate(runs[1:], 1) for one, other in pairs_of(first, run)]
+    pairs = [
+        (names[0], names[n], one, other) for n, run in enumerate(runs[1:], 1) for one, other in pairs_of(first, run)
+    ]
     if len(runs) == 1 and first.kind == "training":
         pairs = [(names[0], names[0], first.rows[-1], row) for row in first.rows[:-1]]
     return [
@@ -96,7 +98,13 @@ def tables(runs: Sequence[Run]) -> Tables:
     names = labels(runs)
     measures = list(dict.fromkeys(measure for run in runs for row in run.rows for measure in row.figures))
     figures = [
-        [name, row.part, row.way, *(number(row.figures[m]) if m in row.figures else "" for m in measures), row.identical]
+        [
+            name,
+            row.part,
+            row.way,
+            *(number(row.figures[m]) if m in row.figures else "" for m in measures),
+            row.identical,
+        ]
         for name, run in zip(names, runs, strict=True)
         for row in run.rows
     ]

@@ -253,9 +253,11 @@ def read_gpu_check(content: Content) -> Read:
         **made(content), "dtype": settings["dtype"], "max_new_tokens": settings["new_tokens"],
         "questions": settings["questions"], "batch": 1, "temperature": 0.0,
     }  # fmt: skip
-    rows = []
+    rows, same = [], {}
     for part in content["parts"]:
         name, _, what = part["name"].partition(": ")
+        if what == "identity of answers" and part["error"] is None:
+            same[name] = f"{part['figures']['questions'] - part['figures']['differ']}/{part['figures']['questions']}"
         if what == "speed" and part["error"] is None:
             for way in part["figures"]["ways"]:
                 measures = {
@@ -264,7 +266,7 @@ def read_gpu_check(content: Content) -> Read:
                     TAU: way["tau"] if way["way"].startswith("MSD") else None,
                 }  # fmt: skip
                 figures = known({measure: plain(value) for measure, value in measures.items()})
-                rows.append(Row(name, way["way"], figures))
+                rows.append(Row(name, way["way"], figures, same.get(name, "") if way["way"] == "MSD" else ""))
     return found, sorted(rows, key=lambda row: not row.way.startswith("MSD"))
 
 
