@@ -20,8 +20,9 @@ def write_page(history: Mapping[str, Any], path: Path) -> None:
     losses += validated(validations, "loss")
     taus = [("decoding", [(row["step"], row["tau"]) for row in served]), *validated(validations, "tau")]
     rows = [
-        [str(row["step"]), number(tau_of_all(row["answers"]) or Interval(row["tau"])), f"{row['accepted_per_cycle']:.2f}",
-         " ".join(f"{share:.2f}" for share in row["acceptance_by_position"]), str(row["new_tokens"])]
+        [str(row["step"]), number(tau_of_all(row["answers"]) or Interval(row["tau"])),
+         f"{row['accepted_per_cycle']:.2f}", " ".join(f"{share:.2f}" for share in row["acceptance_by_position"]),
+         str(row["new_tokens"])]
         for row in served
     ]  # fmt: skip
     header = ["step", "τ, 95 % interval", "without bonus", "accepted at position 1, 2, …", "new tokens"]
