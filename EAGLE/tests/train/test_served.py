@@ -79,7 +79,8 @@ def check_evaluations(case: Case, history: dict[str, Any], capsys: pytest.Captur
     outputs = [model.generate(**question.inputs(model.target), temperature=0.0, max_new_tokens=16)
                for question in read_questions(case.folder / "q.jsonl", 2)]  # fmt: skip
     for output, answer in zip(outputs, newest["answers"], strict=True):
-        assert sum(answer["cycles"], []) == output.tokens[0] and answer["accepted"] == output.stats.accept_lengths
+        assert [token for cycle in answer["cycles"] for token in cycle] == output.tokens[0]
+        assert answer["accepted"] == output.stats.accept_lengths
     assert newest["tau"] == (sum(len(o.tokens[0]) for o in outputs) - 2) / sum(o.stats.cycles for o in outputs)
     assert f"step {last}: decoding 2 questions: tau {newest['tau']:.2f} (simulated: " in capsys.readouterr().out
     page = (case.folder / "with" / "training.html").read_text()
