@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from eagle.report import charts, page
@@ -156,6 +157,8 @@ def write_html(report: Report, path: Path) -> None:
     losing = [answer for answer in logged if speedup_of(answer) < 1]
     lost = f"{len(losing)} of {len(logged)} questions were answered more slowly than by {report['baseline_name']}."
     total = row(report, report)
+    identical, _, more = identical_text(report["identical"]).partition(" (")
+    more = f"({more}" if more else ""
     rows = {part: row(report, figures) for part, figures in parts(report).items()}
     machine = f"{where['card']}, {where['dtype']}, attention {where['attention']}, compiled: {where['compiled']}, "
     machine += f"batch {where['batch']}, T = {where['temperature']}"
@@ -174,7 +177,7 @@ def write_html(report: Report, path: Path) -> None:
             (total["tokens/s"], f"tokens/s; plain: {total['plain tokens/s']}"),
             (total["first token"], f"to the first token; plain: {total['plain first token']}"),
             (total["τ"], f"τ, with the bonus token; without: {total['without bonus']}"),
-            (identical_text(report["identical"]), "answers identical to plain decoding"),
+            (identical, f"answers identical to plain decoding {more}"),
         ]),
         page.section("By source", page.table(
             ["source", *total], [[part, *cells.values()] for part, cells in rows.items()]
@@ -201,7 +204,7 @@ def write_html(report: Report, path: Path) -> None:
         page.section("Where speculation loses", page.paragraph(lost), page.table(
             ["question", "speed-up", "τ", "new tokens", "question's text"],
             [[each["id"], f"{speedup_of(each):.2f}x", f"{tau_of(each):.2f}", str(sum(map(len, each["cycles"]))),
-              each["question"]] for each in losing[:LOSING]],
+              shorten(each["question"], 80, placeholder=" …")] for each in losing[:LOSING]],
         ) if losing else ""),
         page.section("Answers, slowest first", page.answers(logged, [line_of(each) for each in logged])),
         page.section("How it was measured", page.paragraph("Command: " + " ".join(report["command"])),

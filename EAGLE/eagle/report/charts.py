@@ -20,7 +20,9 @@ def nice_steps(low: float, high: float, count: int = 4) -> list[float]:
     >>> nice_steps(0, 0.93)
     [0.0, 0.25, 0.5, 0.75, 1.0]
     """
-    span = max(high - low, 1e-9) / count
+    if high <= low:  # all values are equal
+        low, high = low - 0.1 * abs(low or 1.0), high + 0.1 * abs(high or 1.0)
+    span = (high - low) / count
     power = 10.0 ** math.floor(math.log10(span))
     step = next(power * times for times in (1, 2, 2.5, 5, 10) if power * times >= span * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -124,7 +126,7 @@ def lines(title: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]]
     return figure(title, axes.parts).replace("</figure>", f'<p class="key">{legend}</p></figure>')
 
 
-def intervals(title: str, rows: Sequence[tuple[str, Interval]], x_label: str, note: str = "") -> str:
+def intervals(title: str, rows: Sequence[tuple[str, Interval]], note: str = "") -> str:
     """A figure with its interval on each line, all on one scale."""
     top, step = 4, 34
     bottom = top + step * len(rows)
@@ -136,7 +138,6 @@ def intervals(title: str, rows: Sequence[tuple[str, Interval]], x_label: str, no
 
     parts = [line(x(tick), top, x(tick), bottom, "grid") for tick in ticks]
     parts += [text(x(tick), bottom + 14, f"{tick:g}", "middle") for tick in ticks]
-    parts.append(text(WIDTH / 2, bottom + 30, x_label, "middle"))
     for number, (name, each) in enumerate(rows):
         y = top + step * number + 25
         short = name if len(name) <= LABEL else name[: LABEL - 1] + "…"
@@ -144,4 +145,4 @@ def intervals(title: str, rows: Sequence[tuple[str, Interval]], x_label: str, no
         if each.low is not None and each.high is not None:
             parts.append(line(x(each.low), y, x(each.high), y, "range"))
         parts.append(circle("dot", x(each.value), y, 4, f"{name}: {each.value:.4g}"))
-    return figure(title, parts, note, bottom + 36)
+    return figure(title, parts, note, bottom + 20)

@@ -169,7 +169,7 @@ def write_html(runs: Sequence[Run], path: Path) -> None:
         for row in run.rows if len(runs) == 1 else run.rows[:1]:
             for measure, figure in row.figures.items():
                 by_measure.setdefault(measure, []).append((f"{name}: {name_of(row)}", figure))
-    drawn = [charts.intervals(m, rows, m) for m, rows in by_measure.items() if len(rows) > 1]
+    drawn = [charts.intervals(measure, rows) for measure, rows in by_measure.items() if len(rows) > 1]
     drawn += [curve(name, run) for name, run in zip(names, runs, strict=True) if run.kind == "training"]
     sections = [page.section(title, page.table(header, rows)) for title, (header, rows) in found.items()]
     page.write_page(

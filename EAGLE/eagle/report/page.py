@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -20,7 +21,8 @@ SHOWN = 100
 """Answers on a page at most; the JSON file has all."""
 THUMBNAIL = 240  # pixels
 LONG = 40
-"""Texts of a table with more characters are left-aligned and wrapped."""
+"""Texts of a table with more characters are wrapped."""
+NUMBER = re.compile(r"[-+]?\d")
 
 
 def write_page(path: Path, title: str, *sections: str) -> None:
@@ -58,15 +60,19 @@ def charts(*parts: str) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table that scrolls sideways on its own where it is too wide."""
+    """A table that scrolls sideways on its own where it is too wide. Columns of texts are on the left."""
+    texts = [any(row[place] and not NUMBER.match(row[place]) for row in rows) for place in range(len(header))]
 
-    def cell(text: str) -> str:
-        kind = ' class="long"' if len(text) > LONG else ""
-        return f"<td{kind}>{escape(text)}</td>"
+    def cell(tag: str, place: int, text: str) -> str:
+        kinds = [kind for kind, true in (("left", texts[place]), ("long", len(text) > LONG)) if true]
+        kind = f' class="{" ".join(kinds)}"' if kinds else ""
+        return f"<{tag}{kind}>{escape(text)}</{tag}>"
 
-    head = "".join(f"<th>{escape(name)}</th>" for name in header)
-    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>\n" for row in rows)
-    return f'<div class="scroll"><table><tr>{head}</tr>\n{body}</table></div>'
+    def line(tag: str, row: Sequence[str]) -> str:
+        return f"<tr>{''.join(cell(tag, place, text) for place, text in enumerate(row))}</tr>"
+
+    lines = [line("th", header), *(line("td", row) for row in rows)]
+    return f'<div class="scroll"><table>{chr(10).join(lines)}</table></div>'
 
 
 def coloured(pieces: Sequence[Sequence[Any]]) -> str:

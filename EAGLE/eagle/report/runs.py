@@ -162,7 +162,7 @@ def bench_row(part: str, figures: Content, answers: Sequence[Content]) -> Row:
         texts[SPEEDUP], texts[SPEED] = of_speedup(own, other), of_ratio(own)
         texts[TAU] = tau_of(answers)
         texts[FIRST] = of_mean([1000 * each["first_token_seconds"]["msd"] for each in answers])
-    near = f", {same['near_ties']} near ties" if same and same.get("near_ties") else ""
+    near = f" ({same['near_ties']} differ at a near tie)" if same and same.get("near_ties") else ""
     return Row(part, "MSD", known(texts), f"{same['answers']}/{same['of']}{near}" if same else "")
 
 
