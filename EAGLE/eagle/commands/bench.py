@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--suite", choices=tuple(SUITES), help="the questions of a published suite, fetched once (instead of --data)"
     )
-    parser.add_argument("--subset", choices=tuple(SUBSETS), default="test", help="of the suite (default: %(default)s)")
+    parser.add_argument("--subset", choices=tuple(SUBSETS), help="of the suite (default: test)")
     add_length_option(parser)
     add_sampling_options(parser)
     parser.add_argument(
@@ -141,7 +141,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.suite is not None:
         from eagle.suites.fetch import fetch
 
-        arguments.data = fetch(arguments.suite, arguments.subset)
+        arguments.data = fetch(arguments.suite, arguments.subset or "test")
+    elif arguments.subset is not None:
+        raise UserError("--subset needs --suite", fix="name a suite")
     if arguments.server is not None:
         return run_on_servers(arguments)
     for name in ("plain_server", "concurrency", "rate", "plot"):

@@ -8,7 +8,6 @@ everything is there; until then the command resumes where it stopped.
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import sys
@@ -26,7 +25,14 @@ from eagle.ge_data.download.transfer import fetch_bytes
 from eagle.locks import lock_folder
 from eagle.questions import read_questions
 from eagle.suites.table import (
-    MMSPEC, MMSPEC_FOLDER, MMSPEC_LICENCE, MMSPEC_REVISION, SUBSETS, SUITES, HubSet, Suite,
+    MMSPEC,
+    MMSPEC_FOLDER,
+    MMSPEC_LICENCE,
+    MMSPEC_REVISION,
+    SUBSETS,
+    SUITES,
+    HubSet,
+    Suite,
 )  # fmt: skip
 from llava.arguments import OneLineParser
 from llava.errors import UserError, reason_of, run_cli
@@ -126,7 +132,10 @@ def read_mmspec(subset: str, copies: Path | None, folder: Path) -> Iterator[Reco
 
     def get(name: str) -> bytes:
         if copies is None:
-            return fetch_bytes(f"{GITHUB}/{MMSPEC}/{MMSPEC_REVISION}/{place}/{name}", MAX_DOWNLOAD)
+            try:
+                return fetch_bytes(f"{GITHUB}/{MMSPEC}/{MMSPEC_REVISION}/{place}/{name}", MAX_DOWNLOAD)
+            except UserError as error:
+                raise UserError(error.what, error.where, "or clone the repository and give --copies") from None
         try:
             return (copies / MMSPEC / place / name).read_bytes()
         except OSError as error:
@@ -159,11 +168,10 @@ def read_set(each: HubSet, count: int, copies: Path | None, folder: Path, cache:
     rows = load_rows(each, each.files, copies, cache)
     if copies is None and len(rows) != each.rows:
         raise UserError(f"{each.name} has {len(rows)} rows, not {each.rows}", f"{each.repository}@{each.revision}")
-    kept = (
-        range(len(rows))
-        if each.only is None
-        else [n for n, kind in enumerate(rows[each.only[0]]) if kind == each.only[1]]
-    )
+    kept: Sequence[int] = range(len(rows))
+    if each.only is not None:
+        column, value = each.only
+        kept = [place for place, found in enumerate(rows[column]) if found == value]
     places = [kept[number * len(kept) // count] for number in range(count)] if len(kept) > count else list(kept)
     chosen = rows.select(places).with_format("arrow")[:].to_pylist()  # pictures stay files, as they are
     pictures = {}
@@ -177,14 +185,23 @@ def read_set(each: HubSet, count: int, copies: Path | None, folder: Path, cache:
         if not isinstance(shown, dict) or not shown.get("bytes"):
             raise UserError("no picture", where)
         name = f"{each.name.lower().replace(' ', '-')}-{place:05d}"
-        kind = (Image.open(io.BytesIO(shown["bytes"])).format or "img").lower()
-        picture = save_picture(folder, f"{name}.{kind}", lambda data=shown["bytes"]: data)
+        picture = save_picture(folder, name + suffix_of(shown["bytes"]), lambda data=shown["bytes"]: data)
         yield {"id": name, "images": [picture], "question": each.text(row), "source": each.name}
+
+
+def suffix_of(data: bytes) -> str:
+    """Of a picture file, by its content; none if it is not one."""
+    try:
+        return f".{Image.open(io.BytesIO(data)).format}".lower()
+    except OSError:
+        return ""
 
 
 def load_rows(each: HubSet, pattern: str, copies: Path | None, cache: str) -> Any:
     """The rows of the files of a set, as `datasets.Dataset`."""
-    datasets = require("datasets", extra="suites")
+    require("datasets", extra="suites")
+    from datasets import load_dataset
+
     if copies is None:
         from huggingface_hub import snapshot_download
 
@@ -199,7 +216,7 @@ def load_rows(each: HubSet, pattern: str, copies: Path | None, cache: str) -> An
     if not files:
         raise UserError(f"no files {pattern}", source)
     try:
-        return datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=cache)
+        return load_dataset("parquet", data_files=files, split="train", cache_dir=cache)
     except Exception as error:  # the library's errors have no common base class
         raise UserError(f"cannot be read ({reason_of(error)})", f"{source}/{pattern}") from error
 

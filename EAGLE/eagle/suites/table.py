@@ -73,9 +73,8 @@ class Suite:
 MMSPEC = "killthefullmoon/MMSpec"
 MMSPEC_REVISION = "290486861eabd746075ca776adb66175636c1fc0"
 MMSPEC_FOLDER = "dataset/MMSpec"
-MMSPEC_LICENCE = (
-    "not stated by the repository; GQA, TextVQA, COCO, CharXiv, MMMU-Pro, ConvBench, MM-MT-Bench: their own"
-)
+MMSPEC_LICENCE = "not stated by the repository; each of the sets that it draws from has its own"
+
 
 LITE, LITE_REVISION = "lmms-lab/LMMs-Eval-Lite", "07fc750730e654d2801cf1d76c2cde9dca5f9e5b"
 CHARTQA = HubSet(
