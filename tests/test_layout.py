@@ -34,7 +34,7 @@ LAYERS = (  # modules and folders of eagle, lowest first; the package itself re-
     "decode",
     "ge_data",
     "train",
-    "questions suites loading benchmark exactness publish serving",
+    "questions suites published loading benchmark exactness publish serving",
     "doctor web",
     "commands",
     "cli",
