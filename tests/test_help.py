@@ -25,7 +25,7 @@ DATA = [f"eagle.ge_data.{name}" for name in ("download", "convert", "allocation"
 CALLS = [
     ("-m", "eagle.cli", "--help"),
     *(("-m", "eagle.cli", command, "--help") for command in COMMANDS),
-    *(("-m", module, "--help") for module in DATA),
+    *(("-m", module, "--help") for module in (*DATA, "eagle.questions")),
     ("", "EAGLE/eagle/train/main_deepspeed.py", "--help"),
 ]
 

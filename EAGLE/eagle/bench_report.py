@@ -18,7 +18,7 @@ from eagle.decode.cycle_log import logged_answer
 from eagle.decode.msd import MSDModel
 from eagle.decode.stats import Stats
 from eagle.exactness import MANY_STEPS, logit_gap
-from eagle.questions import Question
+from eagle.questions import Conversations, Question
 from eagle.report.intervals import Interval
 
 SCHEMA = 1
@@ -61,14 +61,38 @@ class Bench:
         if self.reference is None:
             return {}
         pairs = enumerate(zip(self.msd.answers, self.reference.answers, strict=True))
-        return {number: self._difference(number, own, plain) for number, (own, plain) in pairs if own != plain}
+        found: dict[int, dict[str, Any]] = {}
+        for number, (own, plain) in pairs:
+            if own != plain:
+                found[number] = self._difference(number, own, plain, self._before(number, found))
+        return found
 
-    def _difference(self, number: int, own: list[int], plain: list[int]) -> dict[str, Any]:
+    @cached_property
+    def asked(self) -> list[Question]:
+        """The questions as the reference was asked: turns of a conversation with its answers to the turns before."""
+        conversations, found = Conversations(self.model.tokenizer), []
+        for number, question in enumerate(self.questions):
+            found.append(conversations.ask(question))
+            if self.reference is not None:
+                conversations.keep(found[-1], self.reference.answers[number])
+        return found
+
+    def _before(self, number: int, found: Mapping[int, dict[str, Any]]) -> dict[str, Any] | None:
+        """The first difference in an earlier turn of the same conversation."""
+        name = self.questions[number].conversation
+        turns = (n for n in found if name and self.questions[n].conversation == name)
+        return next((found[n] for n in turns), None)
+
+    def _difference(
+        self, number: int, own: list[int], plain: list[int], before: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
         shared = min(len(own), len(plain))
         place = next((n for n in range(shared) if own[n] != plain[n]), shared)
+        if before is not None:  # both were asked after other answers: as near a tie as the first difference
+            return {"place": place, "steps": None, "near_tie": before["near_tie"]}
         if place == shared or self.sampled:  # one answer ends earlier, or noise was added to the logits
             return {"place": place, "steps": None, "near_tie": False}
-        inputs = self.questions[number].inputs(self.model.target)
+        inputs = self.asked[number].inputs(self.model.target)
         expected = torch.cat([inputs["input_ids"][0], torch.tensor(plain, device=inputs["input_ids"].device)])
         gap = logit_gap(self.model.target, inputs, expected, inputs["input_ids"].shape[1] + place, own[place])
         return {"place": place, "steps": gap.steps, "near_tie": gap.steps <= MANY_STEPS}

@@ -20,6 +20,7 @@ from eagle.decode.msd import MSDModel
 from eagle.decode.stats import Stats
 from eagle.decode.tree_config import TreeConfig
 from eagle.families import Target
+from eagle.questions import Conversations, Question
 from eagle.report.intervals import Interval, of_mean
 
 
@@ -130,6 +131,21 @@ def new_tokens(sequences: Tensor, prompt: int, ends: Sequence[int]) -> list[list
     return found
 
 
+def in_conversations(model: MSDModel, answer: Callable[[Any], Answer]) -> Callable[[Any], Answer]:
+    """``answer``, which asks each turn of a conversation after the answers that it gave to the turns before."""
+    conversations = Conversations(model.tokenizer)
+
+    def in_turn(work: Any) -> Answer:
+        if not isinstance(work, Question):
+            return answer(work)
+        asked = conversations.ask(work)
+        given = answer(asked)
+        conversations.keep(asked, given.tokens[0])
+        return given
+
+    return in_turn
+
+
 def with_engine(
     model: MSDModel, use_msd: bool, settings: Mapping[str, Any], tree: TreeConfig | None = None, log: bool = False
 ) -> Callable[[Work], Answer]:
@@ -142,7 +158,7 @@ def with_engine(
         output = model.generate(**inputs, use_msd=use_msd, tree=tree, streamer=kept if log else None, **settings)
         return Answer(output.stats, output.tokens, kept.cycles)
 
-    return answer
+    return in_conversations(model, answer)
 
 
 def with_stop_strings(model: MSDModel) -> dict[str, Any]:
@@ -173,7 +189,7 @@ def with_transformers(model: MSDModel, settings: Mapping[str, Any], **more: Any)
         stats = Stats(sum(map(len, tokens)), requests=len(tokens), seconds=seconds, first_token=first)
         return Answer(stats, tokens)
 
-    return answer
+    return in_conversations(model, answer)
 
 
 def with_prompt_lookup(model: MSDModel, settings: Mapping[str, Any], tokens: int) -> Callable[[Work], Answer]:

@@ -24,6 +24,7 @@ from eagle.arguments import (
 )
 from eagle.commands.output import console
 from eagle.questions import read_questions
+from eagle.suites.table import SUBSETS, SUITES
 from llava.errors import UserError
 from llava.files import check_writable, write_json
 
@@ -38,7 +39,11 @@ NOT_SETTINGS = ("command", *FILES, "server", "plain_server", "concurrency", "rat
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `msd bench`."""
     add_model_options(parser, required=False)
-    add_data_options(parser)
+    add_data_options(parser, required=False)
+    parser.add_argument(
+        "--suite", choices=tuple(SUITES), help="the questions of a published suite, fetched once (instead of --data)"
+    )
+    parser.add_argument("--subset", choices=tuple(SUBSETS), help="of the suite (default: test)")
     add_length_option(parser)
     add_sampling_options(parser)
     parser.add_argument(
@@ -136,6 +141,14 @@ def run(arguments: argparse.Namespace) -> int:
     for name in FILES:
         if getattr(arguments, name):
             check_writable(getattr(arguments, name))
+    if (arguments.data is None) == (arguments.suite is None):
+        raise UserError("no questions" if arguments.data is None else "both --data and --suite", fix="give one of them")
+    if arguments.suite is not None:
+        from eagle.suites.fetch import fetch
+
+        arguments.data = fetch(arguments.suite, arguments.subset or "test")
+    elif arguments.subset is not None:
+        raise UserError("--subset needs --suite", fix="name a suite")
     if arguments.server is not None:
         return run_on_servers(arguments)
     for name in ("plain_server", "concurrency", "rate", "plot"):
@@ -153,7 +166,7 @@ def run(arguments: argparse.Namespace) -> int:
     from eagle.provenance import record
     from eagle.report.bench import write_csv, write_html, write_markdown
 
-    questions = read_questions(arguments.data, arguments.limit)
+    questions = read_questions(arguments.data, arguments.limit, turns=True)
     settings = {"max_new_tokens": arguments.max_new_tokens, **sampling_settings(arguments)}
     model = load_model(arguments)
     model.exact_phases = arguments.exact_phases
