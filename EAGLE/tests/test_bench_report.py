@@ -149,6 +149,27 @@ def test_a_difference_is_a_near_tie_or_not(monkeypatch: pytest.MonkeyPatch) -> N
     assert close.figures([1])["identical"]["near_ties"] == 0
 
 
+def test_a_turn_after_a_difference_is_as_near_a_tie(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first turn differs at a near tie, so both were asked the second one after other answers. The third is the
+    first turn of another conversation, and differs clearly."""
+    model = MSDModel.from_pretrained(POCKET / "llava", dtype="float32")
+    seen: list[int] = []
+
+    def gap(target: Any, inputs: dict[str, Any], *_: Any) -> Gap:
+        seen.append(inputs["input_ids"].shape[1])
+        return Gap(1, 2, (0.0, 0.0), 1.0 if len(seen) == 1 else 99.0)
+
+    monkeypatch.setattr(bench_report, "logit_gap", gap)
+    bench = bench_of([[5, 9], [7], [5, 9], [8]], [[5, 8], [8], [5, 8], [8]], model)
+    asked = {"a": ("One?", "Two?"), "b": ("One?", "Two?")}
+    bench.questions = [
+        Question(f"{name}/{n}", text, conversation=name, earlier=turns[:n])
+        for name, turns in asked.items() for n, text in enumerate(turns)
+    ]  # fmt: skip
+    assert [(n, each["near_tie"]) for n, each in bench.differences.items()] == [(0, True), (1, True), (2, False)]
+    assert len(seen) == 2, "only first differences of a conversation are looked at"
+
+
 def test_sampled_answers_are_compared_only_with_a_seed() -> None:
     assert bench_of([[1]], [[1]], None, sampled=True).figures([0])["identical"] is None  # type: ignore[arg-type]
     seeded = bench_of([[1]], [[1]], None, sampled=True, seeded=True)  # type: ignore[arg-type]

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from eagle.decode.detokenizer import Detokenizer
-from eagle.questions import Question
 
 
 class CycleLog:
@@ -41,8 +40,8 @@ def pieces_of(tokenizer: Any, cycles: Sequence[Sequence[int]], accepted: Sequenc
     return [*pieces, (text.rest(), 0)]
 
 
-def logged_answer(question: Question, cycles: list[list[int]], accepted: list[int], tokenizer: Any) -> dict[str, Any]:
-    """An answer as reports have it: its question, its tokens by cycle, and its text by pieces."""
+def logged_answer(question: Any, cycles: list[list[int]], accepted: list[int], tokenizer: Any) -> dict[str, Any]:
+    """An answer as reports have it: its question (a `Question`), its tokens by cycle, and its text by pieces."""
     return {
         "id": question.id,
         "source": question.source,

@@ -176,7 +176,8 @@ def read_server(content: Content) -> Read:
     found = {
         "engine": "server", "base": content["model"], "draft": "of the server", **made(content),
         "temperature": settings.get("temperature"), "max_new_tokens": settings.get("max_tokens"),
-        "data": settings.get("data"), "questions": settings.get("questions"), "top_p": settings.get("top_p"), "top_k": settings.get("top_k"),
+        "data": settings.get("data"), "questions": settings.get("questions"),
+        "top_p": settings.get("top_p"), "top_k": settings.get("top_k"),
         "seed": settings.get("seed"), "baseline": content.get("plain"),
     }  # fmt: skip
     rows = []
