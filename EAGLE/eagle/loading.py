@@ -41,6 +41,8 @@ def load_model(arguments: argparse.Namespace, need_draft: bool = True, dtype: st
     if model.target.placement:
         print(model.target.placement, file=sys.stderr)
     model.tree = tree_from(arguments, model.device)
+    limits = (arguments.tree_depth, arguments.tree_top_k, arguments.tree_tokens)
+    model.guarded = arguments.tree == "auto" or (arguments.tree is None and limits == (None, None, None))
     return model
 
 

@@ -14,9 +14,10 @@ from tiny_llava import make_image, make_liuhaotian
 from transformers import LlamaModel
 
 from eagle import exactness
-from eagle.cli import main
+from eagle.cli import main, parser
 from eagle.decode.sampling import Sampler
 from eagle.families import load_target
+from eagle.loading import load_model
 
 REPORT_KEYS = {"speedup", "tau", "tokens_per_second", "baseline_name", "phases_ms", "histogram", "versions", "hardware",
                "settings"}  # fmt: skip
@@ -131,6 +132,21 @@ def test_bench_writes_its_report(pair, capsys, tmp_path):
     assert report["new_tokens"] == 24
     out = capsys.readouterr().out
     assert "speed-up" in out and "first token" in out and "share of a cycle: draft" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "guarded"),
+    [
+        ([], True),
+        (["--tree", "auto", "--tree-depth", "2"], True),
+        (["--tree", "fixed"], False),
+        (["--tree-tokens", "8"], False),
+    ],
+    ids=str,
+)
+def test_only_an_automatic_tree_may_stop_drafting(pair, options, guarded):
+    arguments = parser(["verify"]).parse_args(["verify", *models(pair), "--data", "x", *options])
+    assert load_model(arguments).guarded is guarded
 
 
 def test_exactness_prints_its_table(pair, capsys, tmp_path):

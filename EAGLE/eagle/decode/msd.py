@@ -159,6 +159,11 @@ class MSDModel:
     def dtype(self) -> torch.dtype:
         return self.target.dtype
 
+    @property
+    def compiled(self) -> bool:
+        """Whether both models run through `torch.compile`."""
+        return self._compiled is not None
+
     def generate(
         self,
         input_ids: Tensor,

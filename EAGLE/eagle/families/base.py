@@ -196,7 +196,8 @@ class Target(ABC):
     def chat_prompt(
         self, question: str, num_images: int = 0, history: Sequence[tuple[str, str]] = (), system: str | None = None
     ) -> str:
-        """The family's conversation template around a question; ``history`` is (question, answer) pairs."""
+        """The family's conversation template around a question; ``history``: (question, answer) pairs before it. The
+        pictures stand in the first question."""
 
     def complete_inputs(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Inputs that transformers' `generate` needs beside ``inputs``, derived from ``input_ids`` [B, P]."""

@@ -86,7 +86,8 @@ class StockTarget(Target):
         turns: list[tuple[list[Part], str | None]] = [
             ([text_part(asked)], without_marks(self.processor, answer)) for asked, answer in history
         ]
-        turns.append(([*[IMAGE] * num_images, text_part(question)], None))
+        turns.append(([text_part(question)], None))
+        turns[0][0][:0] = [IMAGE] * num_images
         return write_chat(self.processor, turns, None if system is None else without_marks(self.processor, system))
 
 
