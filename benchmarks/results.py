@@ -250,7 +250,7 @@ def published_table(root: Path) -> str:
     cells = (
         [
             each.method, each.base, each.set, "" if each.temperature is None else f"{each.temperature:g}",
-            ", ".join(filter(None, (each.hardware, each.dtype, each.attention, each.batch and f"batch {each.batch}"))),
+            ", ".join(filter(None, (each.hardware, each.dtype, each.attention, f"batch {each.batch}" * bool(each.batch)))),
             each.counted,
             "" if each.speedup is None else f"{each.speedup:.2f}x {each.speedup_of or 'not stated of what'}",
             "" if each.identical is None else f"{each.identical:.0%}", f"{each.source}; {each.checked}",

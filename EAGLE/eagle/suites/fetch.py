@@ -13,6 +13,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -77,7 +78,7 @@ def fetch(name: str, subset: str = "test", out: Path | None = None, copies: Path
     """
     suite, folder = SUITES[name], out or default_folder(name, subset)
     path = folder / QUESTIONS
-    about = {"suite": name, "subset": subset, "sources": origins(suite)}
+    about: Record = {"suite": name, "subset": subset, "sources": origins(suite)}
     with lock_folder(folder):
         if not is_complete(folder, about):
             records = read_mmspec(subset, copies, folder) if suite.topics else read_sets(suite, subset, copies, folder)
@@ -151,9 +152,9 @@ def read_mmspec(subset: str, copies: Path | None, folder: Path) -> Iterator[Reco
         sample = read_strict(Sample, given, where)
         if ".." in Path(sample.image).parts or Path(sample.image).is_absolute():
             raise UserError(f"picture '{sample.image}' is outside the set", where)
-        name = save_picture(folder, sample.image, lambda name=sample.image: get(f"{IMAGES}/{name}"))
+        name = save_picture(folder, sample.image, partial(get, f"{IMAGES}/{sample.image}"))
         asked = {"turns": list(sample.turns)} if len(sample.turns) > 1 else {"question": "".join(sample.turns)}
-        yield {"id": sample.id, "images": [name], **asked, "source": sample.topic}
+        yield {"id": sample.id, "images": [name], **asked, "source": sample.topic, "kind": sample.category}
 
 
 def read_sets(suite: Suite, subset: str, copies: Path | None, folder: Path) -> Iterator[Record]:
@@ -185,7 +186,7 @@ def read_set(each: HubSet, count: int, copies: Path | None, folder: Path, cache:
         if not isinstance(shown, dict) or not shown.get("bytes"):
             raise UserError("no picture", where)
         name = f"{each.name.lower().replace(' ', '-')}-{place:05d}"
-        picture = save_picture(folder, name + suffix_of(shown["bytes"]), lambda data=shown["bytes"]: data)
+        picture = save_picture(folder, name + suffix_of(shown["bytes"]), partial(bytes, shown["bytes"]))
         yield {"id": name, "images": [picture], "question": each.text(row), "source": each.name}
 
 
