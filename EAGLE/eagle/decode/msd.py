@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
 from eagle.decode.adaptive.cost import cost_of
+from eagle.decode.adaptive.guard import Pace
 from eagle.decode.adaptive.planner import Acceptance, CostCurve, Planner
 from eagle.decode.compatibility import check_compatible
 from eagle.decode.compiled.engine import StaticEngine
@@ -60,8 +61,9 @@ class MSDModel:
         target: the base model.
         draft: its draft head. None decodes plainly.
         tree: "auto" chooses depth and size of the draft tree in each cycle, from costs that are measured once on this
-            machine. "fixed" uses the default tree of the target's device in each cycle. A `TreeConfig` gives other
-            bounds. The default is "auto", or "fixed" with ``compile``, because costs are measured without it.
+            machine; a batch and ``compile`` have the default tree of the target's device instead. "auto" does not draft
+            where that is slower than plain decoding. "fixed" uses the default tree in each cycle. A `TreeConfig` gives
+            other bounds.
         draft_image_tokens: input rows that the draft keeps of each picture, 0 for none, "all" for all. The default is
             what the draft's config says, else all. The target always reads all, so answers do not depend on it.
         compile: run both models through `torch.compile` with static shapes (`eagle.decode.compiled`), with CUDA graphs
@@ -81,11 +83,13 @@ class MSDModel:
         compile: bool | str = False,
     ) -> None:
         self.target, self.draft = target, draft
-        self.tree = TreeConfig.named(tree or ("fixed" if compile else "auto"), target.device)
+        self.guarded = tree in (None, "auto") or (isinstance(tree, TreeConfig) and tree.adaptive)
+        self.tree = TreeConfig.named("fixed" if compile and self.guarded else tree or "auto", target.device)
         self.exact_phases = False  # wait for the device at the ends of phases: exact phase times, less speed
         self._acceptance = Acceptance()  # learnt over all requests
         self._length_warned = False
         self._costs: dict[tuple[int, ...], CostCurve] = {}
+        self._paces: dict[tuple[TreeConfig, int], Pace] = {}
         own = Compression() if draft is None else draft.compression
         if own is None and draft is not None and draft_image_tokens not in (None, "all"):
             raise UserError(f"draft image tokens {draft_image_tokens}: {draft.kind} heads read all", fix="leave it out")
@@ -247,13 +251,15 @@ class MSDModel:
         if bound_streamer is not None:
             bound_streamer.put(input_ids.cpu())
         batch = input_ids.shape[0]
+        guarded = self.guarded if tree is None else tree.adaptive
         tree = self._bounds(tree, batch)
         draft = self.draft if use_msd and tree.total_tokens > 1 else None
         settings = DecodingSettings(
             sampler=Sampler(logits_processor, generation_config.do_sample),
             stopper=stopper,
             tree=tree,
-            planner=None if draft is None else self._planner_for(tree, batch, seeded=seed is not None),
+            planner=None if draft is None else self._planner_for(tree, batch),
+            pace=partial(self._pace, tree) if guarded else None,
             compression=self.compression,
             compiled=self._compiled,
             streamer=bound_streamer,
@@ -287,13 +293,16 @@ class MSDModel:
             return TreeConfig.for_device(self.target.device).for_batch(batch)
         return self.tree.for_batch(batch)
 
-    def _planner_for(self, tree: TreeConfig, batch: int, seeded: bool) -> Planner | None:
-        """The planner of a single sequence. None if trees are fixed. With a seed it does not use the acceptance of
-        earlier requests, so the same request gives the same cycles each time."""
+    def _planner_for(self, tree: TreeConfig, batch: int) -> Planner | None:
+        """The planner of a single sequence. None if trees are fixed."""
         cost = self._costs_of(tree, batch)
         if cost is None:
             return None
-        return Planner(cost, min(tree.total_tokens, cost.nodes[-1]), Acceptance() if seeded else self._acceptance)
+        return Planner(cost, min(tree.total_tokens, cost.nodes[-1]), self._acceptance, self._pace(tree, 1))
+
+    def _pace(self, tree: TreeConfig, sequences: int) -> Pace:
+        """Durations of cycles with so many sequences, known from all requests."""
+        return self._paces.setdefault((tree, sequences), Pace())
 
     @torch.inference_mode()
     def _costs_of(self, tree: TreeConfig, batch: int) -> CostCurve | None:
