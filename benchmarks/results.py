@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from benchmarks.readme import chosen, how, name_of
 from benchmarks.report import NOISY
-from eagle.published import published_rows
+from eagle.published import Published, published_rows
 from llava.arguments import OneLineParser
 from llava.errors import UserError, run_cli
 from llava.files import atomic_write, read_json, read_object, write_json
@@ -245,12 +245,16 @@ def sent_table(root: Path) -> str:
     return table(head, cells)
 
 
+def batch_of(row: Published) -> str:
+    return "" if row.batch is None else f"batch {row.batch}"
+
+
 def published_table(root: Path) -> str:
     head = ("method", "base", "questions", "T", "setting", "τ", "speed-up", "identical", "source, and how it was read")
     cells = (
         [
             each.method, each.base, each.set, "" if each.temperature is None else f"{each.temperature:g}",
-            ", ".join(filter(None, (each.hardware, each.dtype, each.attention, f"batch {each.batch}" * bool(each.batch)))),
+            ", ".join(filter(None, (each.hardware, each.dtype, each.attention, batch_of(each)))),
             each.counted,
             "" if each.speedup is None else f"{each.speedup:.2f}x {each.speedup_of or 'not stated of what'}",
             "" if each.identical is None else f"{each.identical:.0%}", f"{each.source}; {each.checked}",
