@@ -87,7 +87,7 @@ class Report(Part):
     paired_speedup: Interval
     tau: Annotated[float, Field(ge=1, allow_inf_nan=False)]
     accepted_per_cycle: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    identical: Identical
+    identical: Identical | None
     tokens_per_second: Speeds
     baseline_name: str
     first_token_ms: dict[str, Positive]
@@ -139,8 +139,8 @@ def faults_of(given: Mapping[str, Any]) -> list[str]:
             report.tau, (report.new_tokens - report.questions) / report.cycles, rel_tol=1e-6
         ),
         "tau is larger than accepted_per_cycle and a bonus token": report.tau <= report.accepted_per_cycle + 1 + 1e-9,
-        "identical: more answers than there are": same.answers <= same.of,
-        "identical.of is not the number of questions": same.of == report.questions,
+        "identical: more answers than there are": same is None or same.answers <= same.of,
+        "identical.of is not the number of questions": same is None or same.of == report.questions,
         "histogram does not count the cycles": sum(report.histogram.values()) == report.cycles,
         "first_token_ms has no MSD": any(name.startswith("MSD ") for name in report.first_token_ms),
         "commit: the source had changes, or is not from a clone": re.fullmatch("[0-9a-f]{40}", report.commit or "")
@@ -170,7 +170,7 @@ def row_of(given: Mapping[str, Any]) -> Row:
         paired=(paired.mean, paired.low, paired.high),
         tau=report.tau,
         accepted=report.accepted_per_cycle,
-        identical=f"{same.answers} of {same.of}",
+        identical="" if same is None else f"{same.answers} of {same.of}",
         made=f"{report.date[:10]}, {str(report.commit)[:12]}, {versions}",
     )
 
