@@ -88,8 +88,11 @@ def fetch(name: str, subset: str = "test", out: Path | None = None, copies: Path
             with atomic_write(path) as temporary:
                 temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
             write_json(folder / RECORD, {**about, "copies": copies is not None, "questions": counts}, indent=1)
+    found = read_object(folder / RECORD, "record of a suite")
     for source, (place, licence) in about["sources"].items():
-        print(f"{source}: {read_object(folder / RECORD)['questions'].get(source, 0)} of {place}; licence: {licence}")
+        print(f"{source}: {found['questions'].get(source, 0)} of {place}; licence: {licence}")
+    if found["copies"]:
+        print("read from copies, whose numbers of questions are not checked")
     return path
 
 
@@ -109,7 +112,10 @@ def is_complete(folder: Path, about: Record) -> bool:
     if any(found.get(key) != value for key, value in about.items()):
         raise UserError("the folder has another suite, subset or revision", path, "take another --out, or remove it")
     lines = (folder / QUESTIONS).read_text(encoding="utf-8").split("\n")
-    read_questions(folder / QUESTIONS, turns=True)
+    try:
+        read_questions(folder / QUESTIONS, turns=True)
+    except UserError:  # a picture was removed since
+        return False
     return count_sources(json.loads(line) for line in lines if line) == found["questions"]
 
 
