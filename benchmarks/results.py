@@ -20,8 +20,6 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from benchmarks.readme import chosen, how, name_of
-from benchmarks.report import NOISY
 from eagle.published import Published, published_rows
 from llava.arguments import OneLineParser
 from llava.errors import UserError, run_cli
@@ -210,6 +208,9 @@ def table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> str:
 
 
 def pocket_table(root: Path) -> str:
+    from benchmarks.readme import chosen, how, name_of
+    from benchmarks.report import NOISY
+
     report = read_object(root / POCKET, "report")
     rows = []
     for temperature, cells in chosen(report).items():

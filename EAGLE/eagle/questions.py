@@ -111,7 +111,7 @@ def _records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     try:
         lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
-        raise UserError(f"question file cannot be read ({error})", where=path, fix="check --data") from None
+        raise UserError(f"question file cannot be read ({error.strerror})", where=path, fix="check --data") from None
     for number, line in enumerate(lines, start=1):
         if line.strip():
             yield _record(line, f"{path}:{number}"), f"{path}:{number}"
