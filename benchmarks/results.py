@@ -20,9 +20,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from benchmarks.readme import chosen, how, name_of
-from benchmarks.report import NOISY
-from eagle.published import published_rows
+from eagle.published import Published, published_rows
 from llava.arguments import OneLineParser
 from llava.errors import UserError, run_cli
 from llava.files import atomic_write, read_json, read_object, write_json
@@ -87,7 +85,7 @@ class Report(Part):
     paired_speedup: Interval
     tau: Annotated[float, Field(ge=1, allow_inf_nan=False)]
     accepted_per_cycle: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    identical: Identical
+    identical: Identical | None
     tokens_per_second: Speeds
     baseline_name: str
     first_token_ms: dict[str, Positive]
@@ -139,8 +137,8 @@ def faults_of(given: Mapping[str, Any]) -> list[str]:
             report.tau, (report.new_tokens - report.questions) / report.cycles, rel_tol=1e-6
         ),
         "tau is larger than accepted_per_cycle and a bonus token": report.tau <= report.accepted_per_cycle + 1 + 1e-9,
-        "identical: more answers than there are": same.answers <= same.of,
-        "identical.of is not the number of questions": same.of == report.questions,
+        "identical: more answers than there are": same is None or same.answers <= same.of,
+        "identical.of is not the number of questions": same is None or same.of == report.questions,
         "histogram does not count the cycles": sum(report.histogram.values()) == report.cycles,
         "first_token_ms has no MSD": any(name.startswith("MSD ") for name in report.first_token_ms),
         "commit: the source had changes, or is not from a clone": re.fullmatch("[0-9a-f]{40}", report.commit or "")
@@ -170,7 +168,7 @@ def row_of(given: Mapping[str, Any]) -> Row:
         paired=(paired.mean, paired.low, paired.high),
         tau=report.tau,
         accepted=report.accepted_per_cycle,
-        identical=f"{same.answers} of {same.of}",
+        identical="" if same is None else f"{same.answers} of {same.of}",
         made=f"{report.date[:10]}, {str(report.commit)[:12]}, {versions}",
     )
 
@@ -210,6 +208,9 @@ def table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> str:
 
 
 def pocket_table(root: Path) -> str:
+    from benchmarks.readme import chosen, how, name_of
+    from benchmarks.report import NOISY
+
     report = read_object(root / POCKET, "report")
     rows = []
     for temperature, cells in chosen(report).items():
@@ -245,12 +246,16 @@ def sent_table(root: Path) -> str:
     return table(head, cells)
 
 
+def batch_of(row: Published) -> str:
+    return "" if row.batch is None else f"batch {row.batch}"
+
+
 def published_table(root: Path) -> str:
     head = ("method", "base", "questions", "T", "setting", "τ", "speed-up", "identical", "source, and how it was read")
     cells = (
         [
             each.method, each.base, each.set, "" if each.temperature is None else f"{each.temperature:g}",
-            ", ".join(filter(None, (each.hardware, each.dtype, each.attention, each.batch and f"batch {each.batch}"))),
+            ", ".join(filter(None, (each.hardware, each.dtype, each.attention, batch_of(each)))),
             each.counted,
             "" if each.speedup is None else f"{each.speedup:.2f}x {each.speedup_of or 'not stated of what'}",
             "" if each.identical is None else f"{each.identical:.0%}", f"{each.source}; {each.checked}",

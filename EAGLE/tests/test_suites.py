@@ -100,6 +100,7 @@ def test_mmspec_keeps_its_turns_and_is_read_once(tmp_path: Path, capsys: pytest.
     assert main(["fetch", "mmspec", "--subset", "testmini", "--out", str(out), "--copies", str(copies)]) == 0
     said = capsys.readouterr().out
     assert "general vqa: 2 of github.com/killthefullmoon/MMSpec@" in said and "licence: not stated" in said
+    assert "read from copies" in said
     questions = read_questions(out / "questions.jsonl", turns=True)
     assert len(questions) == 16 and {len(each.images) for each in questions} == {1}
     last = questions[-1]
@@ -110,6 +111,8 @@ def test_mmspec_keeps_its_turns_and_is_read_once(tmp_path: Path, capsys: pytest.
     before = (out / "questions.jsonl").stat().st_mtime_ns
     assert fetch("mmspec", "testmini", out) == out / "questions.jsonl", "without copies, and without network"
     assert (out / "questions.jsonl").stat().st_mtime_ns == before
+    last.images[0].unlink()
+    assert fetch("mmspec", "testmini", out, copies) and last.images[0].exists()
     with pytest.raises(UserError, match="another suite"):
         fetch("mmspec", "test", out)
 

@@ -13,6 +13,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -77,7 +78,7 @@ def fetch(name: str, subset: str = "test", out: Path | None = None, copies: Path
     """
     suite, folder = SUITES[name], out or default_folder(name, subset)
     path = folder / QUESTIONS
-    about = {"suite": name, "subset": subset, "sources": origins(suite)}
+    about: Record = {"suite": name, "subset": subset, "sources": origins(suite)}
     with lock_folder(folder):
         if not is_complete(folder, about):
             records = read_mmspec(subset, copies, folder) if suite.topics else read_sets(suite, subset, copies, folder)
@@ -87,8 +88,11 @@ def fetch(name: str, subset: str = "test", out: Path | None = None, copies: Path
             with atomic_write(path) as temporary:
                 temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
             write_json(folder / RECORD, {**about, "copies": copies is not None, "questions": counts}, indent=1)
+    found = read_object(folder / RECORD, "record of a suite")
     for source, (place, licence) in about["sources"].items():
-        print(f"{source}: {read_object(folder / RECORD)['questions'].get(source, 0)} of {place}; licence: {licence}")
+        print(f"{source}: {found['questions'].get(source, 0)} of {place}; licence: {licence}")
+    if found["copies"]:
+        print("read from copies, whose numbers of questions are not checked")
     return path
 
 
@@ -108,7 +112,10 @@ def is_complete(folder: Path, about: Record) -> bool:
     if any(found.get(key) != value for key, value in about.items()):
         raise UserError("the folder has another suite, subset or revision", path, "take another --out, or remove it")
     lines = (folder / QUESTIONS).read_text(encoding="utf-8").split("\n")
-    read_questions(folder / QUESTIONS, turns=True)
+    try:
+        read_questions(folder / QUESTIONS, turns=True)
+    except UserError:  # a picture was removed since
+        return False
     return count_sources(json.loads(line) for line in lines if line) == found["questions"]
 
 
@@ -151,9 +158,9 @@ def read_mmspec(subset: str, copies: Path | None, folder: Path) -> Iterator[Reco
         sample = read_strict(Sample, given, where)
         if ".." in Path(sample.image).parts or Path(sample.image).is_absolute():
             raise UserError(f"picture '{sample.image}' is outside the set", where)
-        name = save_picture(folder, sample.image, lambda name=sample.image: get(f"{IMAGES}/{name}"))
+        name = save_picture(folder, sample.image, partial(get, f"{IMAGES}/{sample.image}"))
         asked = {"turns": list(sample.turns)} if len(sample.turns) > 1 else {"question": "".join(sample.turns)}
-        yield {"id": sample.id, "images": [name], **asked, "source": sample.topic}
+        yield {"id": sample.id, "images": [name], **asked, "source": sample.topic, "kind": sample.category}
 
 
 def read_sets(suite: Suite, subset: str, copies: Path | None, folder: Path) -> Iterator[Record]:
@@ -185,7 +192,7 @@ def read_set(each: HubSet, count: int, copies: Path | None, folder: Path, cache:
         if not isinstance(shown, dict) or not shown.get("bytes"):
             raise UserError("no picture", where)
         name = f"{each.name.lower().replace(' ', '-')}-{place:05d}"
-        picture = save_picture(folder, name + suffix_of(shown["bytes"]), lambda data=shown["bytes"]: data)
+        picture = save_picture(folder, name + suffix_of(shown["bytes"]), partial(bytes, shown["bytes"]))
         yield {"id": name, "images": [picture], "question": each.text(row), "source": each.name}
 
 
