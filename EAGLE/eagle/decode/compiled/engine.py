@@ -1,16 +1,21 @@
 """Decoding with static shapes through `torch.compile`, with CUDA graphs on CUDA.
 
-The parts of a cycle that run models are compiled, each as one graph without breaks:
+The parts of a cycle that run models are compiled, each once and as one graph without breaks. Their numbers of rows and
+of columns, and the capacity of the cache, are marked as dynamic:
 
-=========  ========================================================  =============================================
-part       shapes that recur                                         padding
-=========  ========================================================  =============================================
-verify     nodes: a few sizes up to the tree's; columns: `bucket`    nodes that see the past, and are cut off again
-extend     the most rows that one cycle can accept; columns          rows whose outputs and cache rows are not used
-step       the frontier's width; columns                             none
-children   one hidden state, the first level's                       none
-keep       nodes, as verify                                          rows that stay where they are
-=========  ========================================================  =============================================
+==========  ==================================================================================================
+part        rows
+==========  ==================================================================================================
+verify      the nodes of a tree; with CUDA graphs always those of the largest, so that one graph is recorded
+plain step  one: what `verify` does with the root alone, compiled as a constant
+extend      those that a cycle has accepted, at least 2; with CUDA graphs as many as one cycle can accept
+step        the frontier's width, at least 2
+children    one, the first level's parent; as many children as the frontier is wide
+keep        as verify; rows that stay where they are included
+==========  ==================================================================================================
+
+Columns grow in steps (`bucket`); CUDA graphs are recorded for each, without compiling again. `StaticEngine.warm_up`
+does all of it before the first request.
 
 Not compiled: prefill (its length differs each time), selection of nodes and acceptance (small, and their results go to
 the host), and batches (their shapes change when a sequence ends).
@@ -20,7 +25,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from inspect import signature
 from threading import Lock
 from typing import Any
 
@@ -28,21 +32,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eagle.decode.compiled.static_cache import StaticCache, move_rows
+from eagle.decode.compiled.static_cache import StaticCache, dynamic, move_rows
 from eagle.decode.drafter import Drafter
 from eagle.decode.tree_config import TreeConfig
 from eagle.drafts.compression import Compression
 from eagle.drafts.head import DraftHead
 from eagle.drafts.msd import DraftModel
 from eagle.families.base import LayerMasks, Target
+from eagle.families.layers import position_limit
 from eagle.kv_cache import KVCache
 from llava.errors import UserError
 
-SIZES = (1, 8, 16, 32, 64, 128)
-"""Tree sizes that have a compiled forward, besides the tree's largest; others are padded. With CUDA graphs only the
-first: on an accelerator padding is cheap and recording a graph is expensive."""
-GRAPHS = 256
-"""Maximal number of graphs of one part. torch's own limit of 8 is less than columns times sizes."""
+POSITIONS = 4096
+"""Rows of the first cache with CUDA graphs, if the model has so many positions. Graphs are recorded again for a larger
+one."""
 
 
 class Compiler:
@@ -60,16 +63,9 @@ class Compiler:
         if backend not in known:
             raise UserError(f"no compiler backend '{backend}'", fix=f"use one of {', '.join(known)}")
         self.graphs = backend == "inductor" and device.type == "cuda"
-        self._settings: dict[str, Any] = {"backend": backend, "dynamic": False}
+        self._settings: dict[str, Any] = {"backend": backend, "dynamic": False}  # but for sizes that are marked
         if self.graphs:
             self._settings["mode"] = "reduce-overhead"
-        accepted = signature(torch.compile).parameters
-        if "recompile_limit" in accepted:
-            self._settings |= {"recompile_limit": GRAPHS, "isolate_recompiles": True}
-        else:
-            dynamo = torch._dynamo.config
-            name = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"
-            setattr(dynamo, name, max(getattr(dynamo, name), GRAPHS))
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The compiled ``function``. Its results stay valid after the next call."""
@@ -89,10 +85,16 @@ class Compiler:
 
 class CachePool:
     """Caches of one model, reused by later requests so that graphs find the same memory. A request makes a new cache if
-    none is free. Requests may come from several threads."""
+    none is free. Requests may come from several threads.
 
-    def __init__(self, make: Callable[[int], StaticCache], static_addresses: bool) -> None:
-        self._make, self._static_addresses = make, static_addresses
+    Args:
+        make: a cache of so many rows.
+        graphs: whether CUDA graphs are recorded.
+        least: rows of the smallest cache.
+    """
+
+    def __init__(self, make: Callable[[int], StaticCache], graphs: bool, least: int = 1) -> None:
+        self._make, self._graphs, self._least = make, graphs, least
         self._free: StaticCache | None = None
         self._lock = Lock()
 
@@ -103,11 +105,11 @@ class CachePool:
         if free is not None and free.capacity >= rows:
             free.truncate([0])
             return free
-        cache = self._make(rows)
-        if self._static_addresses:
+        cache = self._make(max(rows, self._least))
+        if self._graphs:  # without a guard: another cache is recorded, not compiled
             for layer in cache.layers:
-                torch._dynamo.mark_static_address(layer.store_k)
-                torch._dynamo.mark_static_address(layer.store_v)
+                torch._dynamo.mark_static_address(layer.store_k, guard=False)
+                torch._dynamo.mark_static_address(layer.store_v, guard=False)
         return cache
 
     def give_back(self, cache: KVCache) -> None:
@@ -139,14 +141,16 @@ class StaticEngine:
             )
         self.target, self.draft = target, draft
         compiled = Compiler(backend, target.device)
-        self.sizes = SIZES[:1] if compiled.graphs else SIZES
+        self.graphs = compiled.graphs
+        limit = position_limit(target.config.get_text_config()) or POSITIONS
+        self.positions = min(limit, POSITIONS) if self.graphs else 1
         move = compiled(move_rows)
-        self.target_caches = CachePool(partial(self._target_cache, move), compiled.graphs)
+        self.target_caches = CachePool(partial(self._target_cache, move), self.graphs, self.positions)
         self.verify_nodes = compiled(verifier(target))
         if draft is not None:
             head = target.head_function()
-            self.draft_caches = CachePool(partial(self._draft_cache, draft, move), compiled.graphs)
-            self.extend, self.step, self.children = (compiled(part) for part in draft_parts(draft, head))
+            self.draft_caches = CachePool(partial(self._draft_cache, draft, move), self.graphs, self.positions)
+            self._extend, self._step, self._children = (compiled(part) for part in draft_parts(draft, head))
 
     def verify(
         self, tokens: Tensor, positions: Tensor, masks: LayerMasks, cache: StaticCache, largest: int
@@ -161,16 +165,65 @@ class StaticEngine:
             hidden states [1, N, H] and logits [1, N, V].
         """
         count = tokens.shape[1]
-        size = min(each for each in (*self.sizes, largest) if each >= count)
+        size = largest if self.graphs else count
         columns = cache.open(size)
-        tokens, positions = (F.pad(part, (0, size - count)) for part in (tokens, positions))
         if isinstance(masks, dict):
             padded: LayerMasks = {kind: filled(mask, size, columns) for kind, mask in masks.items() if mask is not None}
         else:
             padded = filled(masks, size, columns)
-        hidden, logits = self.verify_nodes(tokens, self.target.text_positions(positions), padded, cache)
+        hidden, logits = self.verify_nodes(padded_rows(tokens[0], size), padded_rows(positions[0], size), padded, cache)
         cache.close(size)
         return hidden[:, :count], logits[:, :count]
+
+    def extend(
+        self, tokens: Tensor, hidden: Tensor, mask: Tensor, rope: tuple[Tensor, Tensor], cache: StaticCache
+    ) -> Tensor:
+        """The draft's forward over accepted rows, padded to those of ``rope``.
+
+        Args:
+            tokens: [n]; ``hidden``: [n, H]; ``mask``: [1, 1, n, past + n] additive.
+            rope: of the rows and the padding, [1, 1, S, D] each.
+
+        Returns:
+            outputs [n, H].
+        """
+        count, size = tokens.shape[0], rope[0].shape[2]
+        columns = cache.open(size)
+        cos, sin = (dynamic(part[0, 0], 0) for part in rope)
+        rows = padded_rows(tokens, size), padded_rows(hidden, size)
+        output = self._extend(*rows, filled(mask, size, columns), cos, sin, cache)
+        cache.close(count)
+        return output[:count]
+
+    def step(
+        self, tokens: Tensor, hidden: Tensor, mask: Tensor, rope: tuple[Tensor, Tensor], cache: StaticCache
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One level of the draft, with as many children of each node as there are nodes.
+
+        Args:
+            tokens: [k]; ``hidden``: [k, H]; ``mask``: [1, 1, k, past + k] additive; ``rope``: [1, 1, 1, D] each.
+
+        Returns:
+            outputs [k, H], and ids and log-probabilities of the children, [k, k] each.
+        """
+        width = tokens.shape[0]
+        size = max(width, 2)
+        columns = cache.open(size)
+        cos, sin = (part[0, 0] for part in rope)
+        rows = padded_rows(tokens, size), padded_rows(hidden, size)
+        output, ids, logprobs = self._step(*rows, filled(mask, size, columns), cos, sin, cache)
+        cache.close(width)
+        return output[:width], ids[:width, :width], logprobs[:width, :width]
+
+    def children(self, hidden: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        """Ids and log-probabilities of the ``top_k`` first drafted tokens [k] each, after an output [H]."""
+        count = max(top_k, 2)
+        ids, logprobs = self._children(hidden, dynamic(torch.empty(count, device=hidden.device), 0))
+        return ids[:top_k], logprobs[:top_k]
+
+    def extended(self, count: int, longest: int) -> int:
+        """Rows of the draft's forward over ``count`` accepted ones of at most ``longest``."""
+        return longest if self.graphs else max(count, 2)
 
     def release(self, cache: KVCache, drafter: Drafter | None) -> None:
         """Returns the caches of a finished request."""
@@ -202,27 +255,22 @@ class StaticDrafter(Drafter):
         return self._engine.draft_caches.take(rows)
 
     def _read(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        count, size = tokens.shape[1], self._causal.shape[-1]
-        mask, cache = self._masks.window(self._lengths, self._causal[:, :count, :count]), self._static_cache
-        columns = cache.open(size)
-        tokens, hidden = F.pad(tokens, (0, size - count)), F.pad(hidden, (0, 0, 0, size - count))
-        output = self._engine.extend(tokens, hidden, filled(mask, size, columns), *self._rope(0, size), cache)
-        cache.close(count)
-        return output[:, :count]
+        count, engine = tokens.shape[1], self._engine
+        mask = self._masks.window(self._lengths, self._causal[:, :count, :count])
+        rope = self._rope(0, engine.extended(count, self._causal.shape[-1]))
+        return engine.extend(tokens[0], hidden[0], mask, rope, self._static_cache).unsqueeze(0)
 
     def _step(
         self, tokens: Tensor, hidden: Tensor, tree_mask: Tensor, step: int, top_k: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        width = tokens.shape[1]
-        mask, cache = self._masks.window(self._lengths, tree_mask), self._static_cache
-        columns = cache.open(width)
-        mask = filled(mask, width, columns)
-        result = self._engine.step(tokens, hidden.contiguous(), mask, *self._rope(step, 1), cache, top_k)
-        cache.close(width)
-        return result
+        mask = self._masks.window(self._lengths, tree_mask)
+        parts = self._engine.step(tokens[0], hidden[0], mask, self._rope(step, 1), self._static_cache)
+        output, ids, logprobs = (part.unsqueeze(0) for part in parts)
+        return output, ids, logprobs
 
     def _children(self, hidden: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        return self._engine.children(hidden, top_k)
+        ids, logprobs = self._engine.children(hidden[0, 0], top_k)
+        return ids[None, None], logprobs[None, None]
 
     @property
     def _static_cache(self) -> StaticCache:
@@ -233,8 +281,18 @@ class StaticDrafter(Drafter):
 def filled(mask: Tensor, rows: int, columns: int) -> Tensor:
     """Pads an additive mask [1, 1, n, w] to [1, 1, rows, columns]. New columns are masked. A new row sees what the
     first one sees, because a row that sees nothing may give NaN."""
-    mask = F.pad(mask, (0, columns - mask.shape[-1]), value=torch.finfo(mask.dtype).min)
-    return torch.cat([mask, mask[:, :, :1].expand(-1, -1, rows - mask.shape[2], -1)], dim=2)
+    count, width = mask.shape[2:]
+    full = mask.new_full((1, 1, rows, columns), torch.finfo(mask.dtype).min)
+    full[:, :, :count, :width] = mask
+    full[:, :, count:, :width] = mask[:, :, :1]
+    return dynamic(full, 2, 3)
+
+
+def padded_rows(values: Tensor, rows: int) -> Tensor:
+    """Appends zeros to ``values`` [n] or [n, H] until there are so many rows."""
+    missing = rows - values.shape[0]
+    full = F.pad(values, (0, missing) if values.dim() == 1 else (0, 0, 0, missing))
+    return dynamic(full.contiguous(), 0)
 
 
 def verifier(target: Target) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -243,8 +301,9 @@ def verifier(target: Target) -> Callable[..., tuple[Tensor, Tensor]]:
     head, cache_argument = target.head_function(), target.cache_argument
 
     def verify(tokens: Tensor, positions: Tensor, mask: LayerMasks, cache: StaticCache) -> tuple[Tensor, Tensor]:
-        given: dict[str, Any] = {cache_argument: cache, **read(tokens)}
-        output = text_model(attention_mask=mask, position_ids=positions, use_cache=True, **given)
+        given: dict[str, Any] = {cache_argument: cache, **read(tokens[None])}
+        own_positions = target.text_positions(positions[None])
+        output = text_model(attention_mask=mask, position_ids=own_positions, use_cache=True, **given)
         return output.last_hidden_state, head(output.last_hidden_state)
 
     return verify
@@ -254,16 +313,16 @@ def draft_parts(draft: DraftModel, head: Callable[[Tensor], Tensor]) -> tuple[Ca
     """The draft's three forwards as functions to compile: extend, step, children."""
 
     def extend(tokens: Tensor, hidden: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, cache: StaticCache) -> Tensor:
-        x = draft.fuse(hidden, draft.embed_tokens(tokens))  # [1, n, H]
-        return draft(x, None, mask, cache, (cos, sin))
+        x = draft.fuse(hidden, draft.embed_tokens(tokens))  # [n, H]
+        return draft(x[None], None, mask, cache, (cos, sin))[0]
 
     def step(
-        tokens: Tensor, hidden: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, cache: StaticCache, top_k: int
+        tokens: Tensor, hidden: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, cache: StaticCache
     ) -> tuple[Tensor, Tensor, Tensor]:
-        output = extend(tokens, hidden, mask, cos, sin, cache)  # [1, k, H]
-        return output, *draft.likely_next(output, top_k, head)
+        output = extend(tokens, hidden, mask, cos, sin, cache)  # [k, H]
+        return output, *draft.likely_next(output, tokens.shape[0], head)
 
-    def children(hidden: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        return draft.likely_next(hidden, top_k, head)
+    def children(hidden: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        return draft.likely_next(hidden, places.shape[0], head)
 
     return extend, step, children
