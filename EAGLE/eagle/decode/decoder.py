@@ -6,6 +6,7 @@ without it.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -32,12 +33,17 @@ from eagle.decode.tree_config import TreeConfig
 from eagle.drafts.compression import Compression
 from eagle.drafts.head import DraftHead
 from eagle.families.base import Target
+from eagle.kv_cache import KVCache
 from llava.errors import OutOfMemory, UserError
 from llava.memory import within_memory
 
 NO_TOKEN = -1
 """The choice at a node where the target's output is NaN. No draft token equals it, so nothing is accepted below."""
+NOT_COMPILED = "out of memory in compiled decoding: this request is answered without"
 OUT_OF_MEMORY = "ask for fewer new tokens, or take a shorter prompt, a smaller batch or --dtype bfloat16"
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -111,16 +117,39 @@ class Decoder:
         batch = len(self.active)
         length = max(sequence.length for sequence in self.active) + self.stopper.max_new_tokens
         rows = length + self.tree.total_tokens
-        self.compiled = settings.compiled if batch == 1 else None
-        self.cache = self.compiled.target_caches.take(rows) if self.compiled else target.new_cache(batch, rows)
         self.masks = MaskBuffer(self.tree.total_tokens, rows, target.dtype, target.device)
+        self.compiled: StaticEngine | None = None
         self.drafter: Drafter | None = None
-        if draft is not None and self.compiled is not None:
-            self.drafter = StaticDrafter(self.compiled, draft, length, self.tree, settings.compression)
-        elif draft is not None:
-            self.drafter = Drafter(draft, target.head, length, self.tree, batch, settings.compression)
+        engine = settings.compiled if batch == 1 else None
+        if engine is not None and engine.serves_this_thread():
+            made = within_memory(partial(self._static_parts, engine, draft, rows, length))
+            if made is None:
+                log.warning(NOT_COMPILED)
+            else:
+                self.compiled, (self.cache, self.drafter) = engine, made
+        if self.compiled is None:
+            self.cache = target.new_cache(batch, rows)
+            if draft is not None:
+                self.drafter = Drafter(draft, target.head, length, self.tree, batch, settings.compression)
         self.target_layers = () if draft is None else draft.target_layers
         self.stats = Stats(requests=batch, wait=settings.wait)
+
+    def _static_parts(
+        self, engine: StaticEngine, draft: DraftHead | None, rows: int, length: int
+    ) -> tuple[KVCache, Drafter | None]:
+        """Cache and drafter of a compiled request."""
+        cache = engine.target_caches.take(rows)
+        if draft is None:
+            return cache, None
+        return cache, StaticDrafter(engine, draft, length, self.tree, self.settings.compression)
+
+    def _leave_compiled(self) -> None:
+        """Continues the request without compiled parts, on the rows that it has."""
+        log.warning(NOT_COMPILED)
+        self.compiled = None
+        self.cache = self.cache.sequence(0)
+        if isinstance(self.drafter, StaticDrafter):
+            self.drafter.leave_compiled()
 
     def run(self) -> list[list[int]]:
         """Decodes to the end. Returns the new tokens of each sequence; `stats` has acceptance and times."""
@@ -194,18 +223,21 @@ class Decoder:
         return self.planner is None or self.planner.should_deepen(on_host(scores[0]))
 
     def verify_within_memory(self, drafted: Drafted) -> Verified:
-        """`verify`. If memory runs out, verifies the better half of each tree, and so on down to the root. Later trees
-        of the request are no larger.
+        """`verify`. If memory runs out, continues without compiled parts if there are any. Then verifies the better
+        half of each tree, and so on down to the root. Later trees of the request are no larger.
 
         Raises:
             OutOfMemory: not even one token fits into memory.
         """
         past = self.cache.lengths
         while (verified := within_memory(partial(self.verify, drafted))) is None:
+            self.cache.truncate(past)
+            if self.compiled is not None:
+                self._leave_compiled()
+                continue
             size = max(tree.size for tree in drafted.trees) // 2
             if size == 0:
                 raise OutOfMemory("out of memory with a single token", str(self.target.device), OUT_OF_MEMORY)
-            self.cache.truncate(past)
             self.tree = replace(self.tree, total_tokens=size)
             self.stats.cut_trees += 1
             trees = [prune(tree, size) if tree.size > size else tree for tree in drafted.trees]
@@ -236,11 +268,9 @@ class Decoder:
             UserError: the target's output there is NaN.
         """
         trees, hidden, logits = verified.drafted.trees, verified.hidden, verified.logits
-        if self.sampler.row_wise:
+        if self.sampler.order_free:
             is_nan = hidden.isnan().any(dim=-1)  # [B, N]; copied to the host with the tokens, not on its own
-            noise = self._noise(trees, logits.shape[-1])
-            chosen = self.sampler.sample(logits.flatten(0, 1), self.active[0].prompt, noise)  # [B * N]
-            per_tree = chosen.view(logits.shape[:2]).to(trees[0].tokens.device)  # [B, N]
+            per_tree = self._choices(trees, logits).to(trees[0].tokens.device)  # [B, N]
             per_tree = per_tree.masked_fill(is_nan.to(per_tree.device), NO_TOKEN)
             found = accept_all_at_once(trees, [ids[: tree.size] for tree, ids in zip(trees, per_tree, strict=True)])
             if any(each.tokens[-1] == NO_TOKEN for each in found):
@@ -251,6 +281,17 @@ class Decoder:
             accept_step_by_step(tree, sequence.sample_at(node_logits))
             for tree, sequence, node_logits in zip(trees, self.active, logits, strict=True)
         ]
+
+    def _choices(self, trees: list[DraftTree], logits: Tensor) -> Tensor:
+        """The target's choice at each node, [B, N], from its logits [B, N, V]."""
+        noise = self._noise(trees, logits.shape[-1])  # [B * N, V]
+        if self.sampler.row_wise:
+            return self.sampler.sample(logits.flatten(0, 1), self.active[0].prompt, noise).view(logits.shape[:2])
+        chosen = []
+        for index, (tree, sequence) in enumerate(zip(trees, self.active, strict=True)):
+            own = None if noise is None else noise.view(logits.shape)[index, : tree.size]
+            chosen.append(sequence.sampler.sample(logits[index, : tree.size], sequence.prefixes(tree), own))
+        return pad_sequence(chosen, batch_first=True)
 
     def _noise(self, trees: list[DraftTree], vocabulary: int) -> Tensor | None:
         """[B * N, V] noise for the token that follows each node. None for greedy decoding."""

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from eagle.decode.adaptive.cost import cost_of
 from eagle.decode.adaptive.planner import Acceptance, CostCurve, Planner
 from eagle.decode.compatibility import check_compatible
-from eagle.decode.compiled.engine import StaticEngine
+from eagle.decode.compiled.engine import StaticEngine, obstacle_by_default, skipped_graphs
 from eagle.decode.decoder import Decoder, DecodingSettings
 from eagle.decode.generate_settings import check_settings, leave_out_unsupported
 from eagle.decode.noise import seeds_of
@@ -35,6 +35,7 @@ from llava.errors import UserError
 from llava.hub import HUB_KEYS
 from llava.inputs import check_text
 
+COMPILED_NOTE = "decoding of single sequences is compiled (compile=False or --no-compile: without)"
 log = logging.getLogger(__name__)
 
 
@@ -61,11 +62,13 @@ class MSDModel:
         draft: its draft head. None decodes plainly.
         tree: "auto" chooses depth and size of the draft tree in each cycle, from costs that are measured once on this
             machine. "fixed" uses the default tree of the target's device in each cycle. A `TreeConfig` gives other
-            bounds. The default is "auto", or "fixed" with ``compile``, because costs are measured without it.
+            bounds. The default is "auto", or "fixed" if the models are compiled: costs are measured without compiling.
         draft_image_tokens: input rows that the draft keeps of each picture, 0 for none, "all" for all. The default is
             what the draft's config says, else all. The target always reads all, so answers do not depend on it.
-        compile: run both models through `torch.compile` with static shapes (`eagle.decode.compiled`), with CUDA graphs
-            on CUDA. A string names the backend; True is "inductor". The first requests are slow.
+        compile: run both models through `torch.compile` (`eagle.decode.compiled`) for single sequences, with CUDA
+            graphs on CUDA. A string names the backend; True is "inductor". None compiles on CUDA if the pair can be
+            compiled and the tree is not adaptive; `compile_note` says what was chosen there. The first request
+            compiles, if `warm_up` has not.
 
     Raises:
         UserError: base and draft do not fit together, or a setting has an unknown value.
@@ -78,10 +81,19 @@ class MSDModel:
         tree: TreeConfig | Literal["auto", "fixed"] | None = None,
         *,
         draft_image_tokens: int | str | None = None,
-        compile: bool | str = False,
+        compile: bool | str | None = None,
     ) -> None:
         self.target, self.draft = target, draft
-        self.tree = TreeConfig.named(tree or ("fixed" if compile else "auto"), target.device)
+        self.compile_note = ""
+        backend = "inductor" if compile is True else compile or None
+        if compile is None and target.device.type == "cuda":
+            adaptive = tree is not None and TreeConfig.named(tree, target.device).adaptive
+            reason = "the tree is adaptive" if adaptive else obstacle_by_default(target, draft)
+            backend = None if reason else "inductor"
+            self.compile_note = f"decoding is not compiled: {reason}" if reason else COMPILED_NOTE
+        self.backend = backend
+        """Of `torch.compile`; None if the models are not compiled."""
+        self.tree = TreeConfig.named(tree or ("fixed" if backend else "auto"), target.device)
         self.exact_phases = False  # wait for the device at the ends of phases: exact phase times, less speed
         self._acceptance = Acceptance()  # learnt over all requests
         self._length_warned = False
@@ -95,7 +107,6 @@ class MSDModel:
         if draft is not None:
             check_compatible(target, draft)
             draft.prepare_for_decoding(target.model.get_output_embeddings(), target.logit_cap)
-        backend = "inductor" if compile is True else compile
         self._compiled = StaticEngine(target, draft, backend) if backend else None
 
     @classmethod
@@ -109,7 +120,7 @@ class MSDModel:
         tree: TreeConfig | Literal["auto", "fixed"] | None = None,
         draft_revision: str | None = None,
         draft_image_tokens: int | str | None = None,
-        compile: bool | str = False,
+        compile: bool | str | None = None,
         **kwargs: Any,
     ) -> MSDModel:
         """Loads a base model and its draft from folders or the hub.
@@ -150,6 +161,24 @@ class MSDModel:
     @property
     def dtype(self) -> torch.dtype:
         return self.target.dtype
+
+    @torch.inference_mode()
+    def warm_up(self, positions: int = 1, progress: bool = True) -> None:
+        """Does what otherwise slows the first requests: compiles both models if they are compiled, and measures the
+        costs of an adaptive tree. Nothing is compiled later, whatever prompts and trees are asked for.
+
+        Args:
+            positions: of the longest request, prompt and answer. Only CUDA graphs depend on it.
+            progress: show a bar.
+        """
+        tree = self._bounds(None, 1)
+        self._costs_of(tree, 1)
+        if self._compiled is None:
+            return
+        skipped = skipped_graphs()
+        self._compiled.warm_up(tree, positions, progress)
+        if (count := skipped_graphs() - skipped) > 0:
+            log.warning("%d CUDA graphs were skipped, so decoding is slow: TORCH_LOGS=cudagraphs says why", count)
 
     def generate(
         self,

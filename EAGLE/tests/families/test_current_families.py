@@ -25,6 +25,7 @@ from tiny_families import (
     make_qwen3_vl,
 )
 from tiny_llava import make_image
+from torch._dynamo.utils import counters
 from transformers.video_utils import VideoMetadata
 
 from eagle import MSDModel, TreeConfig
@@ -143,9 +144,13 @@ def test_the_picture_matters(model: MSDModel) -> None:
 
 @pytest.mark.slow
 def test_compiled_parts_give_the_same(model: MSDModel) -> None:
+    torch._dynamo.reset()
     compiled = MSDModel(model.target, model.draft, TREES[1], compile="eager")
+    compiled.warm_up(progress=False)
+    before = counters["stats"]["unique_graphs"]
     for count in (0, 2):
         check(compiled, asked(model, "Which of these can you count? " * 4, count), length=40)
+    assert counters["stats"]["unique_graphs"] == before
 
 
 def test_one_begin_token(model: MSDModel) -> None:

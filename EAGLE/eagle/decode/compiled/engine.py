@@ -23,16 +23,20 @@ the host), and batches (their shapes change when a sequence ends).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from threading import Lock
+from threading import Lock, get_ident
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._triton import has_triton
+from tqdm import tqdm
 
-from eagle.decode.compiled.static_cache import StaticCache, dynamic, move_rows
+from eagle.decode.compiled.static_cache import StaticCache, bucket, buckets, dynamic, move_rows
 from eagle.decode.drafter import Drafter
 from eagle.decode.tree_config import TreeConfig
 from eagle.drafts.compression import Compression
@@ -46,6 +50,15 @@ from llava.errors import UserError
 POSITIONS = 4096
 """Rows of the first cache with CUDA graphs, if the model has so many positions. Graphs are recorded again for a larger
 one."""
+
+
+DELAY = 2.0
+"""Seconds before a progress bar appears."""
+RECORDED = 3
+"""Calls of a function until its CUDA graph is replayed: the first runs without, the second records."""
+
+
+log = logging.getLogger(__name__)
 
 
 class Compiler:
@@ -126,20 +139,16 @@ class StaticEngine:
         backend: of `torch.compile`.
 
     Raises:
-        UserError: the backend is unknown, the target is spread over several devices, or the draft is not an MSD one.
+        UserError: the backend is unknown, or the pair has no static path.
     """
 
     def __init__(self, target: Target, draft: DraftHead | None, backend: str = "inductor") -> None:
-        if not target.verifies_trees:
-            raise UserError(f"{target.family} has layers with a state, which are not compiled", fix="leave compile out")
-        if draft is not None and not isinstance(draft, DraftModel):
-            raise UserError(f"{draft.kind} heads are not compiled", fix="leave compile out")
-        devices = {parameter.device for parameter in target.text_model.parameters()} | {target.head_device}
-        if len(devices) > 1:
-            raise UserError(
-                "a model spread over several devices cannot be compiled", fix="load it on one, or leave compile out"
-            )
+        if (reason := obstacle(target, draft)) is not None:
+            raise UserError(reason, fix="leave compile out")
+        assert draft is None or isinstance(draft, DraftModel)
         self.target, self.draft = target, draft
+        self._thread: int | None = None
+        self._refused = False
         compiled = Compiler(backend, target.device)
         self.graphs = compiled.graphs
         limit = position_limit(target.config.get_text_config()) or POSITIONS
@@ -151,6 +160,17 @@ class StaticEngine:
             head = target.head_function()
             self.draft_caches = CachePool(partial(self._draft_cache, draft, move), self.graphs, self.positions)
             self._extend, self._step, self._children = (compiled(part) for part in draft_parts(draft, head))
+
+    def serves_this_thread(self) -> bool:
+        """Whether a request of this thread may use the compiled parts: CUDA graphs belong to the thread that was
+        first. Says so the first time that it may not."""
+        if not self.graphs:
+            return True
+        self._thread = self._thread or get_ident()
+        if self._thread != get_ident() and not self._refused:
+            self._refused = True
+            log.warning("requests of other threads are not compiled: CUDA graphs belong to the first one")
+        return self._thread == get_ident()
 
     def verify(
         self, tokens: Tensor, positions: Tensor, masks: LayerMasks, cache: StaticCache, largest: int
@@ -225,6 +245,70 @@ class StaticEngine:
         """Rows of the draft's forward over ``count`` accepted ones of at most ``longest``."""
         return longest if self.graphs else max(count, 2)
 
+    def warm_up(self, tree: TreeConfig, positions: int = 1, progress: bool = True) -> None:
+        """Compiles all parts, and records all CUDA graphs for requests of ``tree``.
+
+        Args:
+            positions: of the longest request, prompt and answer. With CUDA graphs at least `POSITIONS` are recorded.
+            progress: show a bar.
+        """
+        if not self.serves_this_thread():
+            raise RuntimeError("the compiled parts belong to another thread")
+        cache = self.target_caches.take(positions)
+        columns = buckets(cache.capacity) if self.graphs else [bucket(tree.total_tokens)]
+        calls = self._target_calls(cache, {1, tree.total_tokens if self.draft is not None else 1}, columns)
+        draft_cache = None
+        if self.draft is not None:
+            draft_cache = self.draft_caches.take(positions)
+            calls += self._draft_calls(self.draft, draft_cache, tree, columns)
+        try:
+            for call in tqdm(calls, "compiling", unit="part", delay=DELAY, disable=not progress, file=sys.stderr):
+                for _ in range(RECORDED if self.graphs else 1):
+                    call()
+        finally:
+            self.target_caches.give_back(cache)
+            if draft_cache is not None:
+                self.draft_caches.give_back(draft_cache)
+
+    def _target_calls(
+        self, cache: StaticCache, sizes: Iterable[int], columns: Sequence[int]
+    ) -> list[Callable[[], object]]:
+        """Verification of trees of ``sizes`` nodes at the end of ``columns``."""
+        target, device = self.target, self.target.device
+
+        def verify(size: int, width: int) -> None:
+            past, nodes = width - size, torch.arange(size, device=device)[None]  # [1, N]
+            cache.truncate([past])
+            mask = torch.zeros(1, 1, size, width, dtype=target.dtype, device=device)
+            self.verify(nodes * 0, past + nodes, target.masks_by_layer(mask, [past], nodes), cache, size)
+            cache.keep([past], [[0, size - 1] if size > 1 else [0]])
+
+        return [partial(verify, size, width) for size in sorted(sizes) for width in columns]
+
+    def _draft_calls(
+        self, draft: DraftModel, cache: StaticCache, tree: TreeConfig, columns: Sequence[int]
+    ) -> list[Callable[[], object]]:
+        """The draft's parts at the end of ``columns``."""
+        longest, device, size = tree.depth + 2, draft.device, draft.config.hidden_size
+        zeros = partial(torch.zeros, dtype=draft.dtype, device=device)
+
+        def inputs(count: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+            cache.truncate([width - count])
+            tokens = torch.zeros(count, dtype=torch.long, device=device)
+            return tokens, zeros(count, size), zeros(1, 1, count, width)
+
+        def rope(count: int) -> tuple[Tensor, Tensor]:
+            return draft.rotary(torch.arange(count, device=device)[None], draft.dtype)
+
+        def extend(width: int) -> None:
+            self.extend(*inputs(longest, width), rope(longest), cache)
+
+        def step(width: int) -> None:
+            self.step(*inputs(tree.top_k, width), rope(1), cache)
+
+        calls: list[Callable[[], object]] = [partial(self.children, zeros(size), tree.top_k)]
+        return calls + [partial(part, width) for part in (extend, step) for width in columns]
+
     def release(self, cache: KVCache, drafter: Drafter | None) -> None:
         """Returns the caches of a finished request."""
         self.target_caches.give_back(cache)
@@ -254,28 +338,37 @@ class StaticDrafter(Drafter):
     def _new_cache(self, batch: int, rows: int) -> KVCache:
         return self._engine.draft_caches.take(rows)
 
+    def leave_compiled(self) -> None:
+        """Drafts without the compiled parts from now on."""
+        self.cache = self.cache.sequence(0)
+
     def _read(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        if (cache := self._static_cache) is None:
+            return super()._read(tokens, hidden)
         count, engine = tokens.shape[1], self._engine
         mask = self._masks.window(self._lengths, self._causal[:, :count, :count])
         rope = self._rope(0, engine.extended(count, self._causal.shape[-1]))
-        return engine.extend(tokens[0], hidden[0], mask, rope, self._static_cache).unsqueeze(0)
+        return engine.extend(tokens[0], hidden[0], mask, rope, cache).unsqueeze(0)
 
     def _step(
         self, tokens: Tensor, hidden: Tensor, tree_mask: Tensor, step: int, top_k: int
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if (cache := self._static_cache) is None:
+            return super()._step(tokens, hidden, tree_mask, step, top_k)
         mask = self._masks.window(self._lengths, tree_mask)
-        parts = self._engine.step(tokens[0], hidden[0], mask, self._rope(step, 1), self._static_cache)
+        parts = self._engine.step(tokens[0], hidden[0], mask, self._rope(step, 1), cache)
         output, ids, logprobs = (part.unsqueeze(0) for part in parts)
         return output, ids, logprobs
 
     def _children(self, hidden: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        if self._static_cache is None:
+            return super()._children(hidden, top_k)
         ids, logprobs = self._engine.children(hidden[0, 0], top_k)
         return ids[None, None], logprobs[None, None]
 
     @property
-    def _static_cache(self) -> StaticCache:
-        assert isinstance(self.cache, StaticCache)
-        return self.cache
+    def _static_cache(self) -> StaticCache | None:
+        return self.cache if isinstance(self.cache, StaticCache) else None
 
 
 def filled(mask: Tensor, rows: int, columns: int) -> Tensor:
@@ -326,3 +419,29 @@ def draft_parts(draft: DraftModel, head: Callable[[Tensor], Tensor]) -> tuple[Ca
         return draft.likely_next(hidden, places.shape[0], head)
 
     return extend, step, children
+
+
+def obstacle(target: Target, draft: DraftHead | None) -> str | None:
+    """Why a pair cannot be compiled. None if it can."""
+    if not target.verifies_trees:
+        return f"{target.family} has layers with a state, which are not compiled"
+    if draft is not None and not isinstance(draft, DraftModel):
+        return f"{draft.kind} heads are not compiled"
+    devices = {parameter.device for parameter in target.text_model.parameters()} | {target.head_device}
+    return None if len(devices) == 1 else "a model spread over several devices cannot be compiled: load it on one"
+
+
+def obstacle_by_default(target: Target, draft: DraftHead | None) -> str | None:
+    """Why a pair on CUDA is not compiled unless that is asked for. None if it is."""
+    if getattr(target.config, "quantization_config", None) is not None:
+        return "compiling quantised base models is not tested"
+    if not has_triton():
+        return "Triton is not installed, or does not know this GPU"
+    return obstacle(target, draft)
+
+
+def skipped_graphs() -> int:
+    """Compiled functions of this process for which torch recorded no CUDA graph."""
+    from torch._dynamo.utils import counters  # slow to import
+
+    return counters["inductor"]["cudagraph_skips"]

@@ -35,6 +35,11 @@ def bucket(columns: int) -> int:
     return -(-columns // step) * step
 
 
+def buckets(capacity: int) -> list[int]:
+    """All values of `bucket` up to ``capacity``, ascending."""
+    return sorted({bucket(columns) for columns in range(STEP, capacity + 1, STEP)})
+
+
 def dynamic(tensor: Tensor, *dims: int) -> Tensor:
     """Marks sizes that change from call to call, so that a compiled function takes any. A size of 1 is left as it is:
     torch compiles it as a constant."""
