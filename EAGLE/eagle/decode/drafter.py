@@ -25,7 +25,7 @@ class Drafter:
 
     Args:
         head: the target's ``lm_head``, [..., H] → [..., V].
-        capacity: maximal number of accepted rows: prompt and new tokens.
+        capacity: number of accepted rows, of prompt and new tokens, that there is room for (`grow`).
         tree: the largest tree that will be drafted.
         compression: of the prompt's image rows. None follows the draft's config.
     """
@@ -42,11 +42,12 @@ class Drafter:
         self.draft, self.head = draft, head
         self.compression = compression or draft.compression or Compression()
         config, device = draft.config, draft.device
-        drafted = max(tree.depth, 1) * tree.top_k
         extended = tree.depth + 2
-        rows = capacity + drafted + extended
+        self._beyond = max(tree.depth, 1) * tree.top_k + extended  # rows that are not accepted
+        rows = capacity + self._beyond
         self.cache = self._new_cache(batch, rows)
-        self._masks = MaskBuffer(max(tree.top_k, extended), rows, draft.dtype, device)
+        self._mask_rows = max(tree.top_k, extended)
+        self._masks = MaskBuffer(self._mask_rows, rows, draft.dtype, device)
         self._identity = torch.eye(tree.top_k, dtype=torch.bool, device=device)
         self._indices = torch.arange(tree.top_k, device=device)
         self._causal = torch.ones(1, extended, extended, dtype=torch.bool, device=device).tril()
@@ -59,6 +60,13 @@ class Drafter:
         self._last = torch.zeros(
             batch, config.hidden_size, dtype=draft.dtype, device=device
         )  # predicted after the accepted rows
+
+    def grow(self, capacity: int) -> None:
+        """Makes room for ``capacity`` accepted rows."""
+        self._rows = capacity + self._beyond
+        self.cache.grow(self._rows)
+        self._masks = MaskBuffer(self._mask_rows, self._rows, self.draft.dtype, self.draft.device)
+        self._extend_rope(self._rows + max(0, *self._shift))
 
     def start(self, row: int, prefill: Prefill, input_ids: Tensor, first_token: Tensor) -> None:
         """Reads the prompt of sequence ``row``: row t pairs ``h_t`` with ``x_{t+1}``, the last row with the first new

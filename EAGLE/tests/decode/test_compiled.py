@@ -20,6 +20,7 @@ from torch._dynamo.utils import counters
 
 from eagle import MSDModel, TreeConfig
 from eagle.arguments import add_model_options
+from eagle.decode import decoder as decoder_module
 from eagle.decode.compiled import engine as engine_module
 from eagle.decode.compiled.engine import StaticEngine, filled
 from eagle.decode.compiled.static_cache import STEP, StaticCache, bucket, buckets, move_rows
@@ -166,6 +167,27 @@ def test_filled_masks_open_nothing_but_the_first_rows_view() -> None:
     mask = torch.tensor([[0.0, 0.0, closed], [0.0, closed, 0.0]])[None, None]
     expected = [[1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 1, 0, 0, 0]]
     assert filled(mask, 3, 5)[0, 0].eq(0).int().tolist() == expected
+
+
+def test_caches_grow_with_the_answer(models: list[MSDModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is room for a part of the limit at the start; answers are the same, of batches too."""
+    ids = torch.randint(5, 200, (1, 960), generator=torch.Generator().manual_seed(0))
+    settings = {"tree": TREES[0], "max_new_tokens": 90, "temperature": 0}
+    together = {**inputs_of(models[0], TEXTS), **settings, "max_new_tokens": 30}
+    expected = [models[0].generate(**given).sequences for given in ({"input_ids": ids, **settings}, together)]
+    grown, grow = [], KVCache.grow
+
+    def look(self: KVCache, capacity: int) -> None:
+        grown.append((type(self), self.capacity))
+        grow(self, capacity)
+
+    monkeypatch.setattr(decoder_module, "NEW_TOKENS", 4)
+    monkeypatch.setattr(KVCache, "grow", look)
+    models[1]._compiled.target_caches._free = models[1]._compiled.draft_caches._free = None
+    check_same(models, {"input_ids": ids}, **settings)
+    assert torch.equal(models[1].generate(input_ids=ids, **settings).sequences, expected[0])
+    assert (KVCache, 988) in grown and (StaticCache, 1024) in grown
+    assert torch.equal(models[0].generate(**together).sequences, expected[1])
 
 
 @pytest.fixture

@@ -102,12 +102,11 @@ class CachePool:
 
     Args:
         make: a cache of so many rows.
-        graphs: whether CUDA graphs are recorded.
         least: rows of the smallest cache.
     """
 
-    def __init__(self, make: Callable[[int], StaticCache], graphs: bool, least: int = 1) -> None:
-        self._make, self._graphs, self._least = make, graphs, least
+    def __init__(self, make: Callable[[int], StaticCache], least: int = 1) -> None:
+        self._make, self._least = make, least
         self._free: StaticCache | None = None
         self._lock = Lock()
 
@@ -118,12 +117,7 @@ class CachePool:
         if free is not None and free.capacity >= rows:
             free.truncate([0])
             return free
-        cache = self._make(max(rows, self._least))
-        if self._graphs:  # without a guard: another cache is recorded, not compiled
-            for layer in cache.layers:
-                torch._dynamo.mark_static_address(layer.store_k, guard=False)
-                torch._dynamo.mark_static_address(layer.store_v, guard=False)
-        return cache
+        return self._make(max(rows, self._least))
 
     def give_back(self, cache: KVCache) -> None:
         """Returns the cache of a finished request. The larger of two free ones is kept."""
@@ -154,11 +148,11 @@ class StaticEngine:
         limit = position_limit(target.config.get_text_config()) or POSITIONS
         self.positions = min(limit, POSITIONS) if self.graphs else 1
         move = compiled(move_rows)
-        self.target_caches = CachePool(partial(self._target_cache, move), self.graphs, self.positions)
+        self.target_caches = CachePool(partial(self._target_cache, move), self.positions)
         self.verify_nodes = compiled(verifier(target))
         if draft is not None:
             head = target.head_function()
-            self.draft_caches = CachePool(partial(self._draft_cache, draft, move), self.graphs, self.positions)
+            self.draft_caches = CachePool(partial(self._draft_cache, draft, move), self.positions)
             self._extend, self._step, self._children = (compiled(part) for part in draft_parts(draft, head))
 
     def serves_this_thread(self) -> bool:
@@ -317,13 +311,12 @@ class StaticEngine:
 
     def _target_cache(self, move: Callable[..., None], rows: int) -> StaticCache:
         target = self.target
-        return StaticCache(target.cache_shapes, rows, target.dtype, target.device, move)
+        return StaticCache(target.cache_shapes, rows, target.dtype, target.device, move, self.graphs)
 
-    @staticmethod
-    def _draft_cache(draft: DraftModel, move: Callable[..., None], rows: int) -> StaticCache:
+    def _draft_cache(self, draft: DraftModel, move: Callable[..., None], rows: int) -> StaticCache:
         config = draft.config
         shape = (config.num_key_value_heads, config.head_dim)
-        return StaticCache([shape], rows, draft.dtype, draft.device, move)
+        return StaticCache([shape], rows, draft.dtype, draft.device, move, self.graphs)
 
 
 class StaticDrafter(Drafter):

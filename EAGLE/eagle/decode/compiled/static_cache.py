@@ -35,6 +35,11 @@ def bucket(columns: int) -> int:
     return -(-columns // step) * step
 
 
+def rounded(capacity: int) -> int:
+    """Rows of a cache for ``capacity``: a power of two."""
+    return max(SMALLEST, 1 << (capacity - 1).bit_length())
+
+
 def buckets(capacity: int) -> list[int]:
     """All values of `bucket` up to ``capacity``, ascending."""
     return sorted({bucket(columns) for columns in range(STEP, capacity + 1, STEP)})
@@ -80,8 +85,9 @@ class StaticCache(KVCache):
 
     Args:
         shapes: heads of keys and values, and the size of each, by layer.
-        capacity: maximal number of rows; rounded up to a power of two.
+        capacity: rows; rounded up to a power of two.
         move: `move_rows`, compiled.
+        static_addresses: CUDA graphs read and write the storage in place.
     """
 
     def __init__(
@@ -91,21 +97,33 @@ class StaticCache(KVCache):
         dtype: torch.dtype,
         device: torch.device,
         move: Callable[[StaticCache, Tensor], None],
+        static_addresses: bool = False,
     ) -> None:
-        rows = max(SMALLEST, 1 << (capacity - 1).bit_length())
+        rows = rounded(capacity)
         zeros = partial(torch.zeros, dtype=dtype, device=device)
         stores = {
             layer: CacheStorage(*(zeros(1, 1, heads, rows + SPARE, head_dim) for _ in range(2)))
             for layer, (heads, head_dim) in enumerate(shapes)
         }  # separate, as a graph writes into each
         super().__init__(stores, range(len(shapes)), [0])
-        self.capacity = rows
-        self.window, self._move, self._device = Window(), move, device
-        self._sight = torch.empty(rows, device=device)
+        self.window, self._move, self._device, self._static_addresses = Window(), move, device, static_addresses
         self.layers = [StaticLayer(store.keys[0], store.values[0], self.window) for store in stores.values()]
-        for layer in self.layers:
-            dynamic(layer.store_k, 2)
-            dynamic(layer.store_v, 2)
+        self._mark(rows)
+
+    def _mark(self, rows: int) -> None:
+        """Tells torch about storage of ``rows`` rows. Without a guard on addresses another storage is recorded, but not
+        compiled."""
+        self.capacity, self._sight = rows, torch.empty(rows, device=self._device)
+        for store in (part for layer in self.layers for part in (layer.store_k, layer.store_v)):
+            dynamic(store, 2)
+            if self._static_addresses:
+                torch._dynamo.mark_static_address(store, guard=False)
+
+    def grow(self, capacity: int) -> None:
+        if capacity > self.capacity:
+            rows = rounded(capacity)
+            super().grow(rows + SPARE)
+            self._mark(rows)
 
     def open(self, count: int) -> int:
         """Sets the window to the next ``count`` rows. Returns the number of columns that the forward sees."""
