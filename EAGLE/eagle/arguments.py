@@ -39,7 +39,8 @@ def add_model_options(parser: argparse.ArgumentParser, dtype: str = "auto", requ
     )  # fmt: skip
     parser.add_argument(
         "--compile", nargs="?", const="inductor", metavar="BACKEND",
-        help="compile both models with torch.compile (default: on CUDA for models that can be, unless --tree auto)",
+        help="compile both models with torch.compile (default: on CUDA for models that can be, unless --tree auto or "
+        "in msd generate)",
     )  # fmt: skip
     parser.add_argument(
         "--no-compile", dest="compile", action="store_const", const=False, help="never compile, also on CUDA"

@@ -34,6 +34,7 @@ from eagle.families import Target, load_target
 from llava.errors import UserError
 from llava.hub import HUB_KEYS
 from llava.inputs import check_text
+from llava.memory import within_memory
 
 COMPILED_NOTE = "decoding of single sequences is compiled (compile=False or --no-compile: without)"
 log = logging.getLogger(__name__)
@@ -67,8 +68,7 @@ class MSDModel:
             what the draft's config says, else all. The target always reads all, so answers do not depend on it.
         compile: run both models through `torch.compile` (`eagle.decode.compiled`) for single sequences, with CUDA
             graphs on CUDA. A string names the backend; True is "inductor". None compiles on CUDA if the pair can be
-            compiled and the tree is not adaptive; `compile_note` says what was chosen there. The first request
-            compiles, if `warm_up` has not.
+            compiled and the tree is not adaptive; `compile_note` says what was chosen there. See `warm_up`.
 
     Raises:
         UserError: base and draft do not fit together, or a setting has an unknown value.
@@ -84,7 +84,7 @@ class MSDModel:
         compile: bool | str | None = None,
     ) -> None:
         self.target, self.draft = target, draft
-        self.compile_note = ""
+        self.compile_note, self._warmed_up = "", False
         backend = "inductor" if compile is True else compile or None
         if compile is None and target.device.type == "cuda":
             adaptive = tree is not None and TreeConfig.named(tree, target.device).adaptive
@@ -164,8 +164,9 @@ class MSDModel:
 
     @torch.inference_mode()
     def warm_up(self, positions: int = 1, progress: bool = True) -> None:
-        """Does what otherwise slows the first requests: compiles both models if they are compiled, and measures the
-        costs of an adaptive tree. Nothing is compiled later, whatever prompts and trees are asked for.
+        """Does what otherwise slows the first request: compiles both models if they are compiled, and measures the
+        costs of an adaptive tree. Nothing is compiled later, whatever prompts and trees are asked for. `generate` calls
+        it before its first compiled request.
 
         Args:
             positions: of the longest request, prompt and answer. Only CUDA graphs depend on it.
@@ -175,8 +176,10 @@ class MSDModel:
         self._costs_of(tree, 1)
         if self._compiled is None:
             return
-        skipped = skipped_graphs()
-        self._compiled.warm_up(tree, positions, progress)
+        self._warmed_up, skipped = True, skipped_graphs()
+        engine = self._compiled
+        if within_memory(lambda: [engine.warm_up(tree, positions, progress)]) is None:
+            log.warning("out of memory while compiling: some requests will be answered without")
         if (count := skipped_graphs() - skipped) > 0:
             log.warning("%d CUDA graphs were skipped, so decoding is slow: TORCH_LOGS=cudagraphs says why", count)
 
@@ -229,6 +232,8 @@ class MSDModel:
         settings = {key: value for key, value in kwargs.items() if value is not None}
         if use_msd:  # measured at first use, before the clock starts
             self._costs_of(self._bounds(tree, input_ids.shape[0]), input_ids.shape[0])
+        if self._compiled is not None and not self._warmed_up and input_ids.shape[0] == 1:
+            self.warm_up()
         start = time.perf_counter()
         output = self.target.model.generate(
             input_ids=input_ids, stopping_criteria=criteria, custom_generate=decode, **settings

@@ -268,12 +268,31 @@ def test_cuda_graphs_belong_to_one_thread(
     assert caplog.text.count("requests of other threads are not compiled") == 1
 
 
+def test_the_first_request_warms_up(models: list[MSDModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, and not for a batch. If memory runs out it is answered nevertheless."""
+    monkeypatch.setattr(torch, "compile", plainly)
+    model, calls = MSDModel(models[0].target, models[0].draft, TREES[1], compile="eager"), 0
+
+    def warm_up(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model._compiled, "warm_up", warm_up)
+    model.generate(**inputs_of(model, TEXTS), max_new_tokens=3, temperature=0)
+    assert calls == 0
+    for text in TEXTS[:2]:
+        check_same([models[0], model], inputs_of(model, [text]), tree=TREES[1], max_new_tokens=5, temperature=0)
+    assert calls == 1
+
+
 @pytest.mark.parametrize("place", ["verify", "allocation"])
 def test_out_of_memory_leaves_compiled_decoding(
     models: list[MSDModel], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, place: str
 ) -> None:
     """The request has the same answer, with whole trees; the next one is compiled again."""
     plain, compiled = models
+    compiled.warm_up(progress=False)
     engine, calls = compiled._compiled, 0
     verify, inputs, settings = engine.verify, inputs_of(plain, TEXTS[:1]), {"tree": TREES[0], "max_new_tokens": 25}
 

@@ -260,7 +260,7 @@ class StaticEngine:
             progress: show a bar.
         """
         if not self.serves_this_thread():
-            raise RuntimeError("the compiled parts belong to another thread")
+            return
         cache = self.target_caches.take(positions)
         columns = buckets(cache.capacity) if self.graphs else [bucket(tree.total_tokens)]
         calls = self._target_calls(cache, {1, tree.total_tokens if self.draft is not None else 1}, columns)
