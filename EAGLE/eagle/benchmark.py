@@ -196,7 +196,7 @@ def baselines(
             eager.exact_phases = model.exact_phases
         found.append(Contestant(f"autoregressive {dtype}", with_engine(eager, False, settings), plain=True))
         found.append(Contestant(f"transformers generate {dtype}", with_transformers(model, settings), plain=True))
-        fits = (model.device.type != "cpu" or model.backend is not None) and obstacle(model.target, None) is None
+        fits = (model.device.type != "cpu" or model.backend is not None) and obstacle(model.target) is None
         if fits if compiled is None else compiled:
             own = MSDModel(model.target, compile=model.backend or True)
             own.warm_up()

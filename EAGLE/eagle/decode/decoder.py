@@ -270,8 +270,11 @@ class Decoder:
         if self.compiled is not None or tokens.numel() > 1:
             masks = self.target.masks_by_layer(self.masks.window(past, blocks), past, depths)
         if self.compiled is not None and masks is not None and isinstance(self.cache, StaticCache):
-            hidden, logits = self.compiled.verify(tokens, position_ids, masks, self.cache, self.tree.total_tokens)
-            return Verified(drafted, past, hidden, logits, hidden)
+            return Verified(
+                drafted,
+                past,
+                *self.compiled.verify(tokens, position_ids, masks, self.cache, self.tree.total_tokens),
+            )
         with self.target.streams(self.target_layers) as streams:
             hidden = self.target.verify(tokens, position_ids, masks, self.cache)
         features = streams.joined()

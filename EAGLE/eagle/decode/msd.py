@@ -88,7 +88,7 @@ class MSDModel:
         backend = "inductor" if compile is True else compile or None
         if compile is None and target.device.type == "cuda":
             adaptive = tree is not None and TreeConfig.named(tree, target.device).adaptive
-            reason = "the tree is adaptive" if adaptive else obstacle_by_default(target, draft)
+            reason = "the tree is adaptive" if adaptive else obstacle_by_default(target)
             backend = None if reason else "inductor"
             self.compile_note = f"decoding is not compiled: {reason}" if reason else COMPILED_NOTE
         self.backend = backend

@@ -41,7 +41,6 @@ from eagle.decode.drafter import Drafter
 from eagle.decode.tree_config import TreeConfig
 from eagle.drafts.compression import Compression
 from eagle.drafts.head import DraftHead
-from eagle.drafts.msd import DraftModel
 from eagle.families.base import LayerMasks, Target
 from eagle.families.layers import position_limit
 from eagle.kv_cache import KVCache
@@ -133,13 +132,12 @@ class StaticEngine:
         backend: of `torch.compile`.
 
     Raises:
-        UserError: the backend is unknown, or the pair has no static path.
+        UserError: the backend is unknown, or the target has no static path.
     """
 
     def __init__(self, target: Target, draft: DraftHead | None, backend: str = "inductor") -> None:
-        if (reason := obstacle(target, draft)) is not None:
+        if (reason := obstacle(target)) is not None:
             raise UserError(reason, fix="leave compile out")
-        assert draft is None or isinstance(draft, DraftModel)
         self.target, self.draft = target, draft
         self._thread: int | None = None
         self._refused = False
@@ -149,7 +147,7 @@ class StaticEngine:
         self.positions = min(limit, POSITIONS) if self.graphs else 1
         move = compiled(move_rows)
         self.target_caches = CachePool(partial(self._target_cache, move), self.positions)
-        self.verify_nodes = compiled(verifier(target))
+        self.verify_nodes = compiled(verifier(target, () if draft is None else draft.target_layers))
         if draft is not None:
             head = target.head_function()
             self.draft_caches = CachePool(partial(self._draft_cache, draft, move), self.positions)
@@ -168,7 +166,7 @@ class StaticEngine:
 
     def verify(
         self, tokens: Tensor, positions: Tensor, masks: LayerMasks, cache: StaticCache, largest: int
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """`Target.verify` and `Target.head` for one tree of at most ``largest`` nodes.
 
         Args:
@@ -176,7 +174,7 @@ class StaticEngine:
             masks: [1, 1, N, past + N] additive, by type of layer if the model has several.
 
         Returns:
-            hidden states [1, N, H] and logits [1, N, V].
+            hidden states [1, N, H], logits [1, N, V] and what the draft reads, [1, N, F].
         """
         count = tokens.shape[1]
         size = largest if self.graphs else count
@@ -185,17 +183,25 @@ class StaticEngine:
             padded: LayerMasks = {kind: filled(mask, size, columns) for kind, mask in masks.items() if mask is not None}
         else:
             padded = filled(masks, size, columns)
-        hidden, logits = self.verify_nodes(padded_rows(tokens[0], size), padded_rows(positions[0], size), padded, cache)
+        rows = padded_rows(tokens[0], size), padded_rows(positions[0], size)
+        hidden, logits, features = (part[:, :count] for part in self.verify_nodes(*rows, padded, cache))
         cache.close(size)
-        return hidden[:, :count], logits[:, :count]
+        return hidden, logits, features
 
     def extend(
-        self, tokens: Tensor, hidden: Tensor, mask: Tensor, rope: tuple[Tensor, Tensor], cache: StaticCache
+        self,
+        tokens: Tensor,
+        hidden: Tensor,
+        context: Tensor | None,
+        mask: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: StaticCache,
     ) -> Tensor:
         """The draft's forward over accepted rows, padded to those of ``rope``.
 
         Args:
-            tokens: [n]; ``hidden``: [n, H]; ``mask``: [1, 1, n, past + n] additive.
+            tokens: [n]; ``hidden``: [n, F]; ``mask``: [1, 1, n, past + n] additive.
+            context: [1, C] of the prompt, if the draft has one.
             rope: of the rows and the padding, [1, 1, S, D] each.
 
         Returns:
@@ -205,17 +211,24 @@ class StaticEngine:
         columns = cache.open(size)
         cos, sin = (dynamic(part[0, 0], 0) for part in rope)
         rows = padded_rows(tokens, size), padded_rows(hidden, size)
-        output = self._extend(*rows, filled(mask, size, columns), cos, sin, cache)
+        output = self._extend(*rows, context, filled(mask, size, columns), cos, sin, cache)
         cache.close(count)
         return output[:count]
 
     def step(
-        self, tokens: Tensor, hidden: Tensor, mask: Tensor, rope: tuple[Tensor, Tensor], cache: StaticCache
+        self,
+        tokens: Tensor,
+        hidden: Tensor,
+        context: Tensor | None,
+        mask: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: StaticCache,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One level of the draft, with as many children of each node as there are nodes.
 
         Args:
             tokens: [k]; ``hidden``: [k, H]; ``mask``: [1, 1, k, past + k] additive; ``rope``: [1, 1, 1, D] each.
+            context: as in `extend`.
 
         Returns:
             outputs [k, H], and ids and log-probabilities of the children, [k, k] each.
@@ -225,7 +238,7 @@ class StaticEngine:
         columns = cache.open(size)
         cos, sin = (part[0, 0] for part in rope)
         rows = padded_rows(tokens, size), padded_rows(hidden, size)
-        output, ids, logprobs = self._step(*rows, filled(mask, size, columns), cos, sin, cache)
+        output, ids, logprobs = self._step(*rows, context, filled(mask, size, columns), cos, sin, cache)
         cache.close(width)
         return output[:width], ids[:width, :width], logprobs[:width, :width]
 
@@ -280,25 +293,26 @@ class StaticEngine:
         return [partial(verify, size, width) for size in sorted(sizes) for width in columns]
 
     def _draft_calls(
-        self, draft: DraftModel, cache: StaticCache, tree: TreeConfig, columns: Sequence[int]
+        self, draft: DraftHead, cache: StaticCache, tree: TreeConfig, columns: Sequence[int]
     ) -> list[Callable[[], object]]:
         """The draft's parts at the end of ``columns``."""
         longest, device, size = tree.depth + 2, draft.device, draft.config.hidden_size
+        features = max(len(draft.target_layers), 1) * self.target.hidden_size
         zeros = partial(torch.zeros, dtype=draft.dtype, device=device)
 
-        def inputs(count: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        def inputs(count: int, width: int, each: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
             cache.truncate([width - count])
             tokens = torch.zeros(count, dtype=torch.long, device=device)
-            return tokens, zeros(count, size), zeros(1, 1, count, width)
+            return tokens, zeros(count, each), draft.empty_context(), zeros(1, 1, count, width)
 
         def rope(count: int) -> tuple[Tensor, Tensor]:
             return draft.rotary(torch.arange(count, device=device)[None], draft.dtype)
 
         def extend(width: int) -> None:
-            self.extend(*inputs(longest, width), rope(longest), cache)
+            self.extend(*inputs(longest, width, features), rope(longest), cache)
 
         def step(width: int) -> None:
-            self.step(*inputs(tree.top_k, width), rope(1), cache)
+            self.step(*inputs(tree.top_k, width, size), rope(1), cache)
 
         calls: list[Callable[[], object]] = [partial(self.children, zeros(size), tree.top_k)]
         return calls + [partial(part, width) for part in (extend, step) for width in columns]
@@ -313,10 +327,10 @@ class StaticEngine:
         target = self.target
         return StaticCache(target.cache_shapes, rows, target.dtype, target.device, move, self.graphs)
 
-    def _draft_cache(self, draft: DraftModel, move: Callable[..., None], rows: int) -> StaticCache:
+    def _draft_cache(self, draft: DraftHead, move: Callable[..., None], rows: int) -> StaticCache:
         config = draft.config
         shape = (config.num_key_value_heads, config.head_dim)
-        return StaticCache([shape], rows, draft.dtype, draft.device, move, self.graphs)
+        return StaticCache([shape] * len(draft.layers), rows, draft.dtype, draft.device, move, self.graphs)
 
 
 class StaticDrafter(Drafter):
@@ -339,17 +353,17 @@ class StaticDrafter(Drafter):
         if (cache := self._static_cache) is None:
             return super()._read(tokens, hidden)
         count, engine = tokens.shape[1], self._engine
-        mask = self._masks.window(self._lengths, self._causal[:, :count, :count])
+        mask = self._mask(self._causal[:, :count, :count], [1] * count)
         rope = self._rope(0, engine.extended(count, self._causal.shape[-1]))
-        return engine.extend(tokens[0], hidden[0], mask, rope, cache).unsqueeze(0)
+        return engine.extend(tokens[0], hidden[0], self._context, mask, rope, cache).unsqueeze(0)
 
     def _step(
         self, tokens: Tensor, hidden: Tensor, tree_mask: Tensor, step: int, top_k: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         if (cache := self._static_cache) is None:
             return super()._step(tokens, hidden, tree_mask, step, top_k)
-        mask = self._masks.window(self._lengths, tree_mask)
-        parts = self._engine.step(tokens[0], hidden[0], mask, self._rope(step, 1), cache)
+        mask = self._mask(tree_mask, self._widths)
+        parts = self._engine.step(tokens[0], hidden[0], self._context, mask, self._rope(step, 1), cache)
         output, ids, logprobs = (part.unsqueeze(0) for part in parts)
         return output, ids, logprobs
 
@@ -381,31 +395,38 @@ def padded_rows(values: Tensor, rows: int) -> Tensor:
     return dynamic(full.contiguous(), 0)
 
 
-def verifier(target: Target) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The forward of `StaticEngine.verify`, as a function to compile."""
+def verifier(target: Target, layers: Sequence[int]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """The forward of `StaticEngine.verify`, as a function to compile. ``layers``: whose streams the draft reads."""
     text_model, read = target.text_model, target.token_reader()
     head, cache_argument = target.head_function(), target.cache_argument
 
-    def verify(tokens: Tensor, positions: Tensor, mask: LayerMasks, cache: StaticCache) -> tuple[Tensor, Tensor]:
+    def forward(tokens: Tensor, positions: Tensor, mask: LayerMasks, cache: StaticCache) -> Tensor:
         given: dict[str, Any] = {cache_argument: cache, **read(tokens[None])}
         own_positions = target.text_positions(positions[None])
-        output = text_model(attention_mask=mask, position_ids=own_positions, use_cache=True, **given)
-        return output.last_hidden_state, head(output.last_hidden_state)
+        return text_model(attention_mask=mask, position_ids=own_positions, use_cache=True, **given).last_hidden_state
+
+    with_streams = target.reader_with_streams(forward, layers)
+
+    def verify(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        hidden, streams = with_streams(*given)
+        return hidden, head(hidden), hidden if streams is None else streams
 
     return verify
 
 
-def draft_parts(draft: DraftModel, head: Callable[[Tensor], Tensor]) -> tuple[Callable[..., Any], ...]:
+def draft_parts(draft: DraftHead, head: Callable[[Tensor], Tensor]) -> tuple[Callable[..., Any], ...]:
     """The draft's three forwards as functions to compile: extend, step, children."""
 
-    def extend(tokens: Tensor, hidden: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, cache: StaticCache) -> Tensor:
-        x = draft.fuse(hidden, draft.embed_tokens(tokens))  # [n, H]
-        return draft(x[None], None, mask, cache, (cos, sin))[0]
+    def forward(tokens: Tensor, hidden: Tensor, context: Tensor | None, *rest: Any) -> Tensor:
+        mask, cos, sin, cache = rest
+        x = draft.text_rows(hidden, tokens[None], context)  # [1, n, X]
+        return draft(x, None, mask, cache, (cos, sin))[0]
 
-    def step(
-        tokens: Tensor, hidden: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, cache: StaticCache
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        output = extend(tokens, hidden, mask, cos, sin, cache)  # [k, H]
+    def extend(tokens: Tensor, features: Tensor, *rest: Any) -> Tensor:
+        return forward(tokens, draft.condense(features[None]), *rest)
+
+    def step(tokens: Tensor, hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = forward(tokens, hidden[None], *rest)  # [k, H]
         return output, *draft.likely_next(output, tokens.shape[0], head)
 
     def children(hidden: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
@@ -414,23 +435,21 @@ def draft_parts(draft: DraftModel, head: Callable[[Tensor], Tensor]) -> tuple[Ca
     return extend, step, children
 
 
-def obstacle(target: Target, draft: DraftHead | None) -> str | None:
-    """Why a pair cannot be compiled. None if it can."""
+def obstacle(target: Target) -> str | None:
+    """Why a target cannot be compiled. None if it can."""
     if not target.verifies_trees:
         return f"{target.family} has layers with a state, which are not compiled"
-    if draft is not None and not isinstance(draft, DraftModel):
-        return f"{draft.kind} heads are not compiled"
     devices = {parameter.device for parameter in target.text_model.parameters()} | {target.head_device}
     return None if len(devices) == 1 else "a model spread over several devices cannot be compiled: load it on one"
 
 
-def obstacle_by_default(target: Target, draft: DraftHead | None) -> str | None:
-    """Why a pair on CUDA is not compiled unless that is asked for. None if it is."""
+def obstacle_by_default(target: Target) -> str | None:
+    """Why a target on CUDA is not compiled unless that is asked for. None if it is."""
     if getattr(target.config, "quantization_config", None) is not None:
         return "compiling quantised base models is not tested"
     if not has_triton():
         return "Triton is not installed, or does not know this GPU"
-    return obstacle(target, draft)
+    return obstacle(target)
 
 
 def skipped_graphs() -> int:
