@@ -47,7 +47,7 @@ Way = Callable[[MSDModel], AbstractContextManager[None]]
 def projections_apart(pair: MSDModel) -> Iterator[None]:
     """Query, key and value, and the two halves of the feed-forward, as products of their own."""
     assert isinstance(pair.draft, DraftModel)
-    layer = pair.draft.layer
+    layer = pair.draft.layers[0]
     joined = layer.self_attn.fused, layer.mlp.fused
     layer.self_attn.fused, layer.mlp.fused = [], []
     try:
@@ -60,7 +60,7 @@ def projections_apart(pair: MSDModel) -> Iterator[None]:
 def weights_output_major(pair: MSDModel) -> Iterator[None]:
     """All weights in the layout of `nn.Linear`."""
     assert isinstance(pair.draft, DraftModel)
-    layer = pair.draft.layer
+    layer = pair.draft.layers[0]
     parts = [pair.target.text_model, pair.target.model.get_output_embeddings(), pair.draft]
     found = [module for part in parts for module in part.modules() if isinstance(module, nn.Linear)]
     changed = [m for m in [*found, *layer.self_attn.fused, *layer.mlp.fused] if not m.weight.is_contiguous()]

@@ -28,7 +28,7 @@ def add_model_options(parser: argparse.ArgumentParser, dtype: str = "auto", requ
     parser.add_argument(
         "--tree", choices=("auto", "fixed"),
         help="auto: depth and size of each tree follow from measured costs, up to the limits below; fixed: always the "
-        "limits below (default: fixed if a limit is given or the models are compiled, else auto)",
+        "limits below (default: fixed if a limit is given, else auto)",
     )  # fmt: skip
     parser.add_argument("--tree-depth", type=int, help="draft steps after the first one")
     parser.add_argument("--tree-top-k", type=int, help="nodes kept at each level, and children tried for each node")
@@ -39,8 +39,8 @@ def add_model_options(parser: argparse.ArgumentParser, dtype: str = "auto", requ
     )  # fmt: skip
     parser.add_argument(
         "--compile", nargs="?", const="inductor", metavar="BACKEND",
-        help="compile both models with torch.compile (default: on CUDA for models that can be, unless --tree auto or "
-        "in msd generate)",
+        help="compile both models with torch.compile (default: on CUDA for models that can be, except in "
+        "msd generate)",
     )  # fmt: skip
     parser.add_argument(
         "--no-compile", dest="compile", action="store_const", const=False, help="never compile, also on CUDA"

@@ -35,21 +35,23 @@ def load_model(arguments: argparse.Namespace, need_draft: bool = True, dtype: st
         device_map=device_map_for(arguments.device_map),
         attn_implementation=arguments.attn_implementation,
         draft_image_tokens=arguments.draft_image_tokens,
-        compile=False if arguments.compile is None and arguments.tree == "auto" else arguments.compile,
+        compile=arguments.compile,
         **extra,
     )
     for line in (model.target.placement, model.compile_note):
         if line:
             print(line, file=sys.stderr)
-    model.tree = tree_from(arguments, model.device, compiled=model.backend is not None)
+    given = (arguments.tree_depth, arguments.tree_top_k, arguments.tree_tokens)
+    kind = arguments.tree or ("auto" if given == (None, None, None) else "fixed")
+    model.guarded = kind == "auto"
+    model.tree = tree_from(arguments, model.device, "fixed" if model.backend else kind)
     return model
 
 
-def tree_from(arguments: argparse.Namespace, device: torch.device, compiled: bool = False) -> TreeConfig:
-    """The tree that the options name; limits that are not given are the device's defaults."""
+def tree_from(arguments: argparse.Namespace, device: torch.device, kind: str) -> TreeConfig:
+    """The tree of a kind, "auto" or "fixed", with the limits that the options give in place of the device's."""
     given = (arguments.tree_depth, arguments.tree_top_k, arguments.tree_tokens)
-    fixed = compiled or any(value is not None for value in given)
-    default = TreeConfig.named(arguments.tree or ("fixed" if fixed else "auto"), device)
+    default = TreeConfig.named(kind, device)
     named = zip(("depth", "top_k", "total_tokens"), given, strict=True)
     return replace(default, **{name: value for name, value in named if value is not None})
 

@@ -56,9 +56,9 @@ def test_a_pair_is_arranged_and_answers_and_saves_as_before(tmp_path: Path) -> N
     msd = MSDModel.from_pretrained(base, draft, dtype=torch.float32)
     laid = [msd.target.text_model.layers[0].mlp.up_proj, msd.target.model.lm_head]
     assert msd.draft is not None
-    laid += [msd.draft.fc, msd.draft.layer.mlp.down_proj, *msd.draft.layer.self_attn.fused]
+    laid += [msd.draft.fc, msd.draft.layers[0].mlp.down_proj, *msd.draft.layers[0].self_attn.fused]
     assert all(layer.weight.stride(0) == 1 for layer in laid)
-    joined, part = msd.draft.layer.self_attn.fused[0], msd.draft.layer.self_attn.q_proj
+    joined, part = msd.draft.layers[0].self_attn.fused[0], msd.draft.layers[0].self_attn.q_proj
     assert part.weight.untyped_storage().data_ptr() == joined.weight.untyped_storage().data_ptr()
     assert all(torch.equal(before[name], tensor) for name, tensor in msd.target.model.state_dict().items())
     assert torch.equal(msd.generate(**inputs, max_new_tokens=24, temperature=0.0).sequences, wanted)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from eagle.decode.accept import Accepted, accept_all_at_once, accept_step_by_step
+from eagle.decode.adaptive.guard import Guard, Pace, Work
 from eagle.decode.adaptive.planner import Floats, Planner
 from eagle.decode.compiled.engine import StaticDrafter, StaticEngine
 from eagle.decode.compiled.static_cache import StaticCache
@@ -56,6 +57,8 @@ class DecodingSettings:
         sampler, stopper: how the target chooses a token, and when an answer ends.
         tree: bounds of each draft tree.
         planner: chooses depth and size within the bounds, for a single sequence. None uses the bounds themselves.
+        pace: without a planner, the durations of cycles with a number of sequences, which say whether to draft. None
+            always drafts.
         compression: of image rows in the draft. None follows the draft's config.
         compiled: compiled parts of the two models, used for a single sequence.
         streamer: a transformers streamer for a single sequence. It gets new tokens as soon as they are verified. If it
@@ -69,6 +72,7 @@ class DecodingSettings:
     stopper: Stopper
     tree: TreeConfig
     planner: Planner | None = None
+    pace: Callable[[int], Pace] | None = None
     compression: Compression | None = None
     compiled: StaticEngine | None = None
     streamer: Any = None
@@ -77,11 +81,12 @@ class DecodingSettings:
 
 
 class Drafted(NamedTuple):
-    """The draft phase's result: a tree for each active sequence, and the scores of the first one's nodes on the host,
-    which the planner learns from."""
+    """The draft phase's result: a tree for each active sequence; the scores of the first one's nodes on the host, which
+    the planner learns from; and whether the guard, if there is one, decided to draft (None: it was not asked)."""
 
     trees: list[DraftTree]
     scores: Floats
+    decision: bool | None = None
 
 
 class Verified(NamedTuple):
@@ -123,6 +128,7 @@ class Decoder:
         rows = length + self.tree.total_tokens
         self.masks = MaskBuffer(self.tree.total_tokens, rows, target.dtype, target.device)
         self.compiled: StaticEngine | None = None
+        self.guard: Guard | None = None
         self.drafter: Drafter | None = None
         engine = settings.compiled if batch == 1 else None
         if engine is not None and engine.serves_this_thread():
@@ -169,11 +175,14 @@ class Decoder:
         start = time.perf_counter()
         self._drop_finished()
         while self.active:
+            began = time.perf_counter()
             drafted = self.draft()
+            between = time.perf_counter()
             with self.stats.phase("verify"):
                 verified = self.verify_within_memory(drafted)
             with self.stats.phase("accept"):
                 accepted = self.accept(verified)
+            self._learn(verified, accepted, between - began, time.perf_counter() - between)
             with self.stats.phase("commit"):
                 self.commit(verified, accepted)
             self._drop_finished()
@@ -213,8 +222,10 @@ class Decoder:
         roots = torch.tensor([[s.tokens[-1]] for s in self.active], device=self.target.device)  # [B, 1]
         bounds = [self.tree.shortened(self.stopper.max_new_tokens - len(s.tokens)) for s in self.active]
         deepest = max(bounds, key=lambda tree: tree.depth)
-        if self.drafter is None or max(tree.total_tokens for tree in bounds) == 1 or not self._should_draft():
-            return Drafted([root_only(root) for root in roots], np.zeros(1))
+        possible = self.drafter is not None and max(tree.total_tokens for tree in bounds) > 1
+        decision = self._should_draft() if possible else None
+        if self.drafter is None or not decision:
+            return Drafted([root_only(root) for root in roots], np.zeros(1), decision)
         with self.stats.phase("draft"):
             pending = [rows for sequence in self.active if (rows := sequence.take_pending()) is not None]
             if pending:
@@ -230,10 +241,29 @@ class Decoder:
                 select_nodes(candidates.of(index), root.to(device), size, deepest.depth + 1)
                 for index, (root, size) in enumerate(zip(roots, sizes, strict=True))
             ]
-        return Drafted(trees, scores)
+        return Drafted(trees, scores, decision)
 
     def _should_draft(self) -> bool:
-        return self.planner is None or self.planner.should_draft()
+        if self.planner is not None:
+            return self.planner.should_draft()
+        if self.settings.pace is None:
+            return True
+        pace = self.settings.pace(len(self.active))
+        if self.guard is None or self.guard.pace is not pace:
+            self.guard = Guard(pace)
+        return self.guard.should_draft()
+
+    def _learn(self, verified: Verified, accepted: list[Accepted], draft: float, verify: float) -> None:
+        """Tells the planner or the guard about this cycle and its seconds."""
+        decision, real = verified.drafted.decision, Work(draft, verify)
+        if decision is None:
+            return
+        if self.planner is not None:
+            path = accepted[0].path
+            self.planner.learn(verified.drafted.scores, path, len(accepted[0].tokens), real, decision)
+        elif self.guard is not None:
+            tokens = sum(len(each.tokens) for each in accepted) / len(accepted)
+            self.guard.learn(real, Work(1.0, 1.0) if decision else Work(0.0, 1.0), tokens)
 
     def _should_deepen(self, scores: Tensor) -> bool:
         return self.planner is None or self.planner.should_deepen(on_host(scores[0]))
@@ -257,7 +287,7 @@ class Decoder:
             self.tree = replace(self.tree, total_tokens=size)
             self.stats.cut_trees += 1
             trees = [prune(tree, size) if tree.size > size else tree for tree in drafted.trees]
-            drafted = Drafted(trees, on_host(trees[0].scores))
+            drafted = Drafted(trees, on_host(trees[0].scores), drafted.decision)
         return verified
 
     def verify(self, drafted: Drafted) -> Verified:
@@ -326,8 +356,6 @@ class Decoder:
     def commit(self, verified: Verified, accepted: list[Accepted]) -> None:
         """Keeps the accepted rows of the cache, emits the new tokens, and hands the target's features to the draft."""
         self.cache.keep(verified.past, [each.path for each in accepted])
-        if self.planner is not None:
-            self.planner.learn(verified.drafted.scores, accepted[0].path, len(accepted[0].tokens))
         for sequence, each, features in zip(self.active, accepted, verified.features, strict=True):
             self.stats.record_cycle(len(each.path) - 1, verified.features.shape[1])
             sequence.next_position = sequence.next_position + len(each.tokens)

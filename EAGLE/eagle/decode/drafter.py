@@ -106,11 +106,16 @@ class Drafter:
         """
         self.cache.truncate(self._lengths)
         longest = self._causal.shape[-1]
-        if len(tokens) == 1 and tokens[0].shape[0] > longest:  # rows of several cycles that did not draft
-            self.extend([hidden[0][:longest]], [tokens[0][:longest]])
-            self.extend([hidden[0][longest:]], [tokens[0][longest:]])
-            return
         device, counts = self.draft.device, [rows.shape[0] for rows in tokens]
+        parts = -(-max(counts) // longest)
+        if parts > 1:  # rows of several cycles that did not draft; each sequence has at least one row of each of them
+            for part in range(parts):
+                ends = [(count * part // parts, count * (part + 1) // parts) for count in counts]
+                self.extend(
+                    [rows[start:end] for rows, (start, end) in zip(hidden, ends, strict=True)],
+                    [rows[start:end] for rows, (start, end) in zip(tokens, ends, strict=True)],
+                )
+            return
         following = pad_sequence(list(tokens), batch_first=True).to(device)  # [B, n]
         true_rows = pad_sequence(list(hidden), batch_first=True).to(device)  # [B, n, F]
         batch = len(counts)

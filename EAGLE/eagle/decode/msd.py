@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
 from eagle.decode.adaptive.cost import cost_of
+from eagle.decode.adaptive.guard import Pace
 from eagle.decode.adaptive.planner import Acceptance, CostCurve, Planner
 from eagle.decode.compatibility import check_compatible
 from eagle.decode.compiled.engine import StaticEngine, obstacle_by_default, skipped_graphs
@@ -62,8 +63,9 @@ class MSDModel:
         target: the base model.
         draft: its draft head. None decodes plainly.
         tree: "auto" chooses depth and size of the draft tree in each cycle, from costs that are measured once on this
-            machine. "fixed" uses the default tree of the target's device in each cycle. A `TreeConfig` gives other
-            bounds. The default is "auto", or "fixed" if the models are compiled: costs are measured without compiling.
+            machine; a batch and ``compile`` have the default tree of the target's device instead. "auto" does not draft
+            where that is slower than plain decoding. "fixed" uses the default tree in each cycle. A `TreeConfig` gives
+            other bounds.
         draft_image_tokens: input rows that the draft keeps of each picture, 0 for none, "all" for all. The default is
             what the draft's config says, else all. The target always reads all, so answers do not depend on it.
         compile: run both models through `torch.compile` (`eagle.decode.compiled`) for single sequences, with CUDA
@@ -87,17 +89,19 @@ class MSDModel:
         self.compile_note, self._warmed_up = "", False
         backend = "inductor" if compile is True else compile or None
         if compile is None and target.device.type == "cuda":
-            adaptive = tree is not None and TreeConfig.named(tree, target.device).adaptive
+            adaptive = isinstance(tree, TreeConfig) and tree.adaptive
             reason = "the tree is adaptive" if adaptive else obstacle_by_default(target)
             backend = None if reason else "inductor"
             self.compile_note = f"decoding is not compiled: {reason}" if reason else COMPILED_NOTE
         self.backend = backend
         """Of `torch.compile`; None if the models are not compiled."""
-        self.tree = TreeConfig.named(tree or ("fixed" if backend else "auto"), target.device)
+        self.guarded = tree in (None, "auto") or (isinstance(tree, TreeConfig) and tree.adaptive)
+        self.tree = TreeConfig.named("fixed" if backend and self.guarded else tree or "auto", target.device)
         self.exact_phases = False  # wait for the device at the ends of phases: exact phase times, less speed
         self._acceptance = Acceptance()  # learnt over all requests
         self._length_warned = False
         self._costs: dict[tuple[int, ...], CostCurve] = {}
+        self._paces: dict[tuple[TreeConfig, int], Pace] = {}
         own = Compression() if draft is None else draft.compression
         if own is None and draft is not None and draft_image_tokens not in (None, "all"):
             raise UserError(f"draft image tokens {draft_image_tokens}: {draft.kind} heads read all", fix="leave it out")
@@ -281,13 +285,15 @@ class MSDModel:
         if bound_streamer is not None:
             bound_streamer.put(input_ids.cpu())
         batch = input_ids.shape[0]
+        guarded = self.guarded if tree is None else tree.adaptive
         tree = self._bounds(tree, batch)
         draft = self.draft if use_msd and tree.total_tokens > 1 else None
         settings = DecodingSettings(
             sampler=Sampler(logits_processor, generation_config.do_sample),
             stopper=stopper,
             tree=tree,
-            planner=None if draft is None else self._planner_for(tree, batch, seeded=seed is not None),
+            planner=None if draft is None else self._planner_for(tree, batch),
+            pace=partial(self._pace, tree) if guarded else None,
             compression=self.compression,
             compiled=self._compiled,
             streamer=bound_streamer,
@@ -321,13 +327,16 @@ class MSDModel:
             return TreeConfig.for_device(self.target.device).for_batch(batch)
         return self.tree.for_batch(batch)
 
-    def _planner_for(self, tree: TreeConfig, batch: int, seeded: bool) -> Planner | None:
-        """The planner of a single sequence. None if trees are fixed. With a seed it does not use the acceptance of
-        earlier requests, so the same request gives the same cycles each time."""
+    def _planner_for(self, tree: TreeConfig, batch: int) -> Planner | None:
+        """The planner of a single sequence. None if trees are fixed."""
         cost = self._costs_of(tree, batch)
         if cost is None:
             return None
-        return Planner(cost, min(tree.total_tokens, cost.nodes[-1]), Acceptance() if seeded else self._acceptance)
+        return Planner(cost, min(tree.total_tokens, cost.nodes[-1]), self._acceptance, self._pace(tree, 1))
+
+    def _pace(self, tree: TreeConfig, sequences: int) -> Pace:
+        """Durations of cycles with so many sequences, known from all requests."""
+        return self._paces.setdefault((tree, sequences), Pace())
 
     @torch.inference_mode()
     def _costs_of(self, tree: TreeConfig, batch: int) -> CostCurve | None:

@@ -140,21 +140,7 @@ class Eagle3Draft(DraftHead):
     def head_input(self, hidden: Tensor) -> Tensor:
         return self.norm(hidden) if self.config.head_norm and self.config.feedback == "before" else hidden
 
-    def forward(
-        self,
-        x: Tensor,
-        position_ids: Tensor | None,
-        attention_mask: Tensor | None = None,
-        cache: KVCache | None = None,
-        rope: tuple[Tensor, Tensor] | None = None,
-        last_only: bool = False,
-    ) -> Tensor:
-        if rope is None:
-            assert position_ids is not None
-            rope = self.rotary(position_ids, x.dtype)
-        causal = attention_mask is None and x.shape[1] > 1
-        for index, layer in enumerate(self.layers):
-            x = layer(x, rope, attention_mask, causal, cache, last_only and index == len(self.layers) - 1)
+    def after_layers(self, x: Tensor) -> Tensor:
         return self.norm(x) if self.config.feedback == "after" else x
 
 

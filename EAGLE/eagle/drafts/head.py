@@ -129,7 +129,10 @@ class DraftHead(nn.Module, ABC):
         """The target's features [B, n, F] in the form of predicted hidden states, [B, n, H]."""
         return features
 
-    @abstractmethod
+    def after_layers(self, x: Tensor) -> Tensor:
+        """The last layer's output [B, S, H] in the form of predicted hidden states."""
+        return x
+
     def forward(
         self,
         x: Tensor,
@@ -150,6 +153,13 @@ class DraftHead(nn.Module, ABC):
             rope: cosines and sines of the rows from `Rotary`, if the caller has them already.
             last_only: caches all rows, but computes only the last one's hidden state, [B, 1, H].
         """
+        if rope is None:
+            assert position_ids is not None
+            rope = self.rotary(position_ids, x.dtype)
+        causal = attention_mask is None and x.shape[1] > 1
+        for index, layer in enumerate(self.layers, start=1):
+            x = layer(x, rope, attention_mask, causal, cache, last_only and index == len(self.layers))
+        return self.after_layers(x)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The token embedding, [...] → [..., H]: the head's own, or the target's."""

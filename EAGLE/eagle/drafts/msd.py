@@ -17,8 +17,6 @@ final norm. State-dict keys are those of the published checkpoints. A draft whos
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +24,6 @@ from eagle.drafts.compression import Compression
 from eagle.drafts.config import DraftConfig
 from eagle.drafts.head import DraftHead, Prompt, PromptRows
 from eagle.drafts.modules import DraftLayer, Rotary
-from eagle.kv_cache import KVCache
 
 
 class DraftModel(DraftHead):
@@ -44,11 +41,6 @@ class DraftModel(DraftHead):
         self.layers = nn.ModuleList([DraftLayer(config, input_norm=config.input_layernorm)])
         self.rotary = self.new_rotary()
         self.spare_head: Tensor | None = None  # [V, H] an lm_head in the checkpoint, to be compared with the base's
-
-    @property
-    def layer(self) -> DraftLayer:
-        """The one decoder layer."""
-        return cast(DraftLayer, self.layers[0])
 
     def new_rotary(self) -> Rotary:
         config = self.config
@@ -92,16 +84,3 @@ class DraftModel(DraftHead):
 
     def text_rows(self, hidden: Tensor, tokens: Tensor, context: Tensor | None = None) -> Tensor:
         return self.fuse(hidden, self.embed_tokens(tokens))
-
-    def forward(
-        self,
-        x: Tensor,
-        position_ids: Tensor | None,
-        attention_mask: Tensor | None = None,
-        cache: KVCache | None = None,
-        rope: tuple[Tensor, Tensor] | None = None,
-        last_only: bool = False,
-    ) -> Tensor:
-        rope = self.rotary(position_ids, x.dtype) if rope is None else rope
-        causal = attention_mask is None and x.shape[1] > 1
-        return self.layer(x, rope, attention_mask, causal, cache, last_only)

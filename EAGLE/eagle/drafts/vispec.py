@@ -24,7 +24,6 @@ from eagle.drafts.compression import Compression, image_runs
 from eagle.drafts.config import DraftConfig
 from eagle.drafts.head import DraftHead, Prompt, PromptRows
 from eagle.drafts.modules import DraftLayer, Rotary
-from eagle.kv_cache import KVCache
 from llava.errors import UserError
 from llava.strict import read_strict, strict_dataclass
 
@@ -152,18 +151,3 @@ class ViSpecDraft(DraftHead):
         vectors = context.unsqueeze(1).expand_as(hidden)  # [B, n, H]
         informed = self.img_fc(torch.cat([hidden, vectors], dim=-1))
         return self.fc(torch.cat([embeds, informed], dim=-1))
-
-    def forward(
-        self,
-        x: Tensor,
-        position_ids: Tensor | None,
-        attention_mask: Tensor | None = None,
-        cache: KVCache | None = None,
-        rope: tuple[Tensor, Tensor] | None = None,
-        last_only: bool = False,
-    ) -> Tensor:
-        if rope is None:
-            assert position_ids is not None
-            rope = self.rotary(position_ids, x.dtype)
-        causal = attention_mask is None and x.shape[1] > 1
-        return self.layers[0](x, rope, attention_mask, causal, cache, last_only)

@@ -24,6 +24,7 @@ from eagle.decode import decoder as decoder_module
 from eagle.decode.compiled import engine as engine_module
 from eagle.decode.compiled.engine import StaticEngine, filled
 from eagle.decode.compiled.static_cache import STEP, StaticCache, bucket, buckets, move_rows
+from eagle.decode.decoder import Decoder
 from eagle.drafts.checkpoint import load_draft
 from eagle.families import load_target
 from eagle.kv_cache import KVCache
@@ -239,7 +240,9 @@ def recorded(models: list[MSDModel], monkeypatch: pytest.MonkeyPatch) -> SimpleN
     return SimpleNamespace(model=model, seen=seen)
 
 
-def test_the_warm_up_records_all_graphs(models: list[MSDModel], recorded: SimpleNamespace) -> None:
+def test_the_warm_up_records_all_graphs(
+    models: list[MSDModel], recorded: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With CUDA graphs each size is a recording: the warm-up has called all that requests then need."""
     recorded.model.warm_up(positions=2000, progress=False)
     known = set(recorded.seen)
@@ -249,6 +252,8 @@ def test_the_warm_up_records_all_graphs(models: list[MSDModel], recorded: Simple
         inputs = {"input_ids": ids[:, :length]}
         check_same([models[0], recorded.model], inputs, tree=TREES[1], max_new_tokens=20, temperature=0)
     check_same([models[0], recorded.model], inputs, max_new_tokens=5, temperature=0, use_msd=False)
+    monkeypatch.setattr(Decoder, "_should_draft", lambda self: len(self.active[0].tokens) > 6)  # as if drafting lost
+    check_same([models[0], recorded.model], inputs, tree=TREES[1], max_new_tokens=20, temperature=0)
     assert recorded.seen == known
 
 
@@ -339,7 +344,8 @@ def test_compiled_by_default_on_cuda_only(models: list[MSDModel], on_cuda: MSDMo
 
 def test_what_is_not_compiled_by_default(on_cuda: MSDModel, monkeypatch: pytest.MonkeyPatch) -> None:
     target, draft = on_cuda.target, on_cuda.draft
-    asked = MSDModel(target, draft, "auto")
+    assert MSDModel(target, draft, "auto").backend == "inductor"
+    asked = MSDModel(target, draft, TreeConfig.auto("cuda"))
     assert asked.backend is None and asked.tree.adaptive and "the tree is adaptive" in asked.compile_note
     with monkeypatch.context() as patch:
         patch.setattr(target.config, "quantization_config", {}, raising=False)

@@ -12,7 +12,8 @@ from tiny_llava import make_image, make_liuhaotian
 from tiny_stock import make_qwen
 
 from eagle import MSDModel, TreeConfig
-from eagle.decode.adaptive.planner import PAUSES, TRIAL, Acceptance, CostCurve, Planner
+from eagle.decode.adaptive.guard import Work
+from eagle.decode.adaptive.planner import Acceptance, CostCurve, Planner
 from eagle.families import load_target
 from llava.errors import UserError
 
@@ -63,21 +64,15 @@ def test_acceptance_is_learnt_by_range() -> None:
     assert acceptance.probability(log(0.7)) == pytest.approx([0.7])
 
 
-def test_a_request_pauses_where_speculation_loses_and_tries_again() -> None:
-    planner = Planner(STEEP, largest=4)
-    drafted = []
-    for _ in range(TRIAL + PAUSES[0] + TRIAL + PAUSES[1]):
-        drafted.append(planner.should_draft())
-        planner.learn(log(1.0, 0.9, 0.8)[: 3 if drafted[-1] else 1], [0], 1)  # nothing is ever accepted
-    wanted = [True] * TRIAL + [False] * PAUSES[0] + [True] * TRIAL + [False] * PAUSES[1]
-    assert drafted == wanted
-
-
-def test_a_request_goes_on_where_speculation_pays() -> None:
-    planner = Planner(FLAT, largest=4)
-    for _ in range(50):
-        assert planner.should_draft()
-        planner.learn(log(1.0, 0.9, 0.8), [0, 1, 2], 3)
+def test_slower_phases_lead_to_other_trees() -> None:
+    """Seconds: 1 + 10 for one level, 1 for another. If drafting takes 20 times as long, another level does not pay."""
+    planner = Planner(FLAT, largest=10)
+    for _ in range(4):
+        decision = planner.should_draft()
+        planner.learn(log(1.0, 0.9), [0, 1], 2, Work(20.0 * decision, 10.0), decision)
+    planner.should_draft()
+    assert not planner.should_deepen(log(0.9))  # 1.9/30 now, 2.71/50 then
+    assert planner.size(log(0.9)) == 2
 
 
 @pytest.fixture(scope="module", params=["llava", "qwen"])

@@ -4,20 +4,23 @@ A cycle with a tree of ``n`` nodes and ``l`` drafted levels takes ``extend + l *
 (`CostCurve`) and gives one token and every accepted node. A drafted node of path probability ``s`` (the product of the
 draft's probabilities from the root) is accepted with a probability near ``s``; a correction is learnt from earlier
 cycles (`Acceptance`). This gives the expected tokens per second of every size before anything is verified. Another
-level is drafted if the accepted nodes that it should add are worth the time of its step. If even the best tree is
-slower than plain decoding, the planner pauses and tries again later.
+level is drafted if the accepted nodes that it should add are worth the time of its step. The costs are corrected by the
+durations of real cycles, which also say whether to draft at all (`eagle.decode.adaptive.guard`).
 
 Greedy output does not depend on these choices. This module does arithmetic on the host only and knows no model.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from eagle.decode.adaptive.guard import CHANGE, Guard, Pace, Work, ratio
 
 Floats = NDArray[np.float64]
 
@@ -29,16 +32,8 @@ MEMORY = 400.0
 """Expected acceptances in a range after which its counts are halved."""
 CORRECTION = (0.2, 3.0)
 """Bounds of the correction, a factor on the draft's probability."""
-RECENT = 0.9
-"""Weight of the past in the running averages of a request."""
-LOSS = 0.97
-"""A request pauses if its speed is below this fraction of plain decoding's."""
-PAUSES = (8, 16, 32, 64)
-"""Cycles of plain decoding in the first, second, ... pause."""
 AHEAD = 4
 """Levels to look ahead when another one is considered: several may be worth their time where one is not."""
-TRIAL = 4
-"""Cycles with trees before a request may pause, and after each pause."""
 
 
 @dataclass(frozen=True)
@@ -102,25 +97,28 @@ class Planner:
         cost: of this machine.
         largest: nodes of the largest tree, root included.
         acceptance: from earlier requests; this sequence adds to it.
+        pace: real durations, from earlier requests too.
     """
 
     cost: CostCurve
     largest: int
     acceptance: Acceptance = field(default_factory=Acceptance)
+    pace: Pace = field(default_factory=Pace)
 
     def __post_init__(self) -> None:
         self._verify = self.cost.verification(self.largest)
+        self.guard = Guard(self.pace, self.cost.verify[0])
         self._levels: list[Floats] = []
-        self._steps, self._drafted = 0, False
-        self._tokens, self._seconds = 0.0, 0.0
-        self._cycles, self._pause, self._pauses = 0, 0, 0
+        self._steps = 0
+        self._slower: tuple[float, Floats] = 1.0, np.ones(self.largest)
 
     def should_draft(self) -> bool:
         """Starts a cycle. Returns whether it drafts."""
         self._levels, self._steps = [], 0
-        self._drafted = self._pause == 0
-        self._pause = max(0, self._pause - 1)
-        return self._drafted
+        pace = self.pace
+        draft, verify, plain = (rounded(ratio(part)) if part else 1.0 for part in (pace.draft, pace.verify, pace.plain))
+        self._slower = draft, np.array([plain] + [verify] * (self.largest - 1))
+        return self.guard.should_draft()
 
     def should_deepen(self, scores: Floats) -> bool:
         """Whether to draft another level below one with these ``scores`` (all its nodes)."""
@@ -130,7 +128,7 @@ class Planner:
         best = self._best(np.concatenate(self._levels))
         shrinks = min(1.0, now / before) if before > 0 else 0.0  # if each level shrinks as this one did
         promised = now * np.cumprod(np.full(AHEAD, shrinks)).cumsum()  # [AHEAD] by one, two, ... levels
-        seconds = best.seconds + self.cost.step * np.arange(1, AHEAD + 1)
+        seconds = best.seconds + self._slower[0] * self.cost.step * np.arange(1, AHEAD + 1)
         pays = bool(((best.tokens + promised) / seconds).max() > best.speed)
         self._steps += pays
         return pays
@@ -143,27 +141,32 @@ class Planner:
         """The fastest tree of nodes with these acceptance probabilities; the most probable nodes come first."""
         likely = np.sort(chances)[::-1][: self.largest - 1]
         tokens = 1.0 + np.concatenate([[0.0], likely.cumsum()])
-        seconds = self.cost.extend + self.cost.step * self._steps + self._verify[: len(tokens)]
+        draft, verify = self._slower
+        seconds = draft * self._drafting + (verify * self._verify)[: len(tokens)]
         nodes = int((tokens / seconds).argmax())
         return Choice(nodes + 1, float(tokens[nodes]), float(seconds[nodes]))
 
-    def learn(self, scores: Floats, path: Sequence[int], tokens: int) -> None:
+    @property
+    def _drafting(self) -> float:
+        """Expected seconds of this cycle's draft phase."""
+        return self.cost.extend + self.cost.step * self._steps
+
+    def learn(self, scores: Floats, path: Sequence[int], tokens: int, real: Work, drafted: bool) -> None:
         """Learns from a finished cycle.
 
         Args:
             scores: of the verified tree's nodes, root first.
             path: accepted nodes, root included.
             tokens: new tokens of the cycle.
+            real: its durations.
+            drafted: what `should_draft` said.
         """
-        if not self._drafted:
-            return
         if len(scores) > 1:
             self.acceptance.learn(scores[1:], [node - 1 for node in path[1:]])
-        spent = self.cost.extend + self.cost.step * self._steps + float(self._verify[len(scores) - 1])
-        self._tokens = RECENT * self._tokens + tokens
-        self._seconds = RECENT * self._seconds + spent
-        self._cycles += 1
-        if self._cycles >= TRIAL and self._tokens / self._seconds < LOSS / self._verify[0]:
-            self._pause = PAUSES[min(self._pauses, len(PAUSES) - 1)]
-            self._pauses, self._cycles = self._pauses + 1, 0
-            self._tokens, self._seconds = 0.0, 0.0
+        expected = Work(self._drafting if drafted else 0.0, float(self._verify[len(scores) - 1]))
+        self.guard.learn(real, expected, tokens)
+
+
+def rounded(factor: float) -> float:
+    """``factor`` in steps of `CHANGE`, so that small differences between two runs do not change their trees."""
+    return CHANGE ** round(math.log(factor, CHANGE))

@@ -7,7 +7,7 @@ of columns, and the capacity of the cache, are marked as dynamic:
 part        rows
 ==========  ==================================================================================================
 verify      the nodes of a tree; with CUDA graphs always those of the largest, so that one graph is recorded
-plain step  one: what `verify` does with the root alone, compiled as a constant
+plain step  one: what `verify` does with a root alone, compiled as a constant
 extend      those that a cycle has accepted, at least 2; with CUDA graphs as many as one cycle can accept
 step        the frontier's width, at least 2
 children    one, the first level's parent; as many children as the frontier is wide
@@ -177,7 +177,7 @@ class StaticEngine:
             hidden states [1, N, H], logits [1, N, V] and what the draft reads, [1, N, F].
         """
         count = tokens.shape[1]
-        size = largest if self.graphs else count
+        size = largest if self.graphs and count > 1 else count
         columns = cache.open(size)
         if isinstance(masks, dict):
             padded: LayerMasks = {kind: filled(mask, size, columns) for kind, mask in masks.items() if mask is not None}

@@ -1,0 +1,139 @@
+"""Never slower than plain decoding: a scripted machine whose phases become slower and faster, on a clock of its own."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+
+from eagle.decode.adaptive.guard import FIRST_CYCLES, PROBES, Guard, Pace, Work
+
+PLAIN, DRAFT, VERIFY = 15.0, 13.0, 24.0
+GOOD, USELESS = 4.5, 1.0
+"""New tokens of a cycle with a tree."""
+BEGIN, END, CYCLES, WINDOW = 100, 300, 600, 32
+
+
+class Machine(NamedTuple):
+    """Factors on the durations of a plain cycle, of drafting and of a tree's verification; tokens of a tree's cycle."""
+
+    plain: float = 1.0
+    draft: float = 1.0
+    verify: float = 1.0
+    tokens: float = GOOD
+
+
+class Cycle(NamedTuple):
+    drafted: bool
+    seconds: float
+    plain_seconds: float
+    """What plain decoding would have taken for the same tokens, then."""
+
+
+def run(
+    script: Callable[[int], Machine], pace: Pace | None = None, measured: bool = True, noise: float = 0.03
+) -> list[Cycle]:
+    """Cycles of a request. ``measured``: the durations of the machine without load are known beforehand."""
+    chance, guard = random.Random(0), Guard(pace or Pace(), PLAIN if measured else 1.0)
+    cycles = []
+    for number in range(CYCLES):
+        machine, drafts = script(number), guard.should_draft()
+        vary = [chance.gauss(1.0, noise), chance.gauss(1.0, noise)]
+        tokens = machine.tokens if drafts else 1.0
+        if drafts:
+            real = Work(DRAFT * machine.draft * vary[0], VERIFY * machine.verify * vary[1])
+        else:
+            real = Work(0.0, PLAIN * machine.plain * vary[1])
+        known = Work(DRAFT, VERIFY) if drafts else Work(0.0, PLAIN)
+        guard.learn(real, known if measured else Work(float(drafts), 1.0), tokens)
+        cycles.append(Cycle(drafts, real.sum, tokens * PLAIN * machine.plain))
+    return cycles
+
+
+def speedup(cycles: list[Cycle]) -> float:
+    return sum(cycle.plain_seconds for cycle in cycles) / sum(cycle.seconds for cycle in cycles)
+
+
+def worst(cycles: list[Cycle]) -> float:
+    """The lowest speed-up of `WINDOW` cycles in a row."""
+    return min(speedup(cycles[start : start + WINDOW]) for start in range(len(cycles) - WINDOW + 1))
+
+
+def under_load(load: Machine) -> Callable[[int], Machine]:
+    return lambda number: load if BEGIN <= number < END else Machine()
+
+
+def cycles_to_return(cycles: list[Cycle]) -> int:
+    """Cycles after the end of the load until eight in a row draft."""
+    return next(n for n in range(CYCLES - END) if all(cycle.drafted for cycle in cycles[END + n : END + n + 8]))
+
+
+@pytest.mark.parametrize("measured", [True, False])
+@pytest.mark.parametrize(
+    "load",
+    [
+        *(Machine(factor, factor, factor) for factor in (1.5, 2, 4, 10)),
+        *(Machine(draft=factor) for factor in (1.5, 2, 3)),
+        *(Machine(verify=factor) for factor in (1.5, 2)),
+        *(Machine(draft=factor, verify=factor) for factor in (1.5, 2)),
+        Machine(plain=3.0), Machine(1.5, 3.0, 3.0),
+    ],
+)  # fmt: skip
+def test_no_window_is_slower_than_plain_and_speed_returns(load: Machine, measured: bool) -> None:
+    cycles = run(under_load(load), measured=measured)
+    assert worst(cycles) >= 0.95
+    assert cycles_to_return(cycles) <= WINDOW
+    undisturbed = GOOD * PLAIN / (DRAFT + VERIFY)
+    assert speedup(cycles[END + WINDOW :]) > 0.97 * undisturbed
+    assert speedup(cycles[:BEGIN]) > 0.93 * undisturbed  # two plain cycles are measured
+
+
+@pytest.mark.parametrize(("load", "least"), [(Machine(verify=3.0), 0.9), (Machine(draft=3.0, verify=3.0), 0.8)])
+def test_a_much_slower_phase_is_noticed_within_a_few_cycles(load: Machine, least: float) -> None:
+    """The cycles that notice it are slow already."""
+    cycles = run(under_load(load))
+    assert worst(cycles) >= least
+    assert speedup(cycles[BEGIN + 8 : END]) > 0.95
+
+
+@pytest.mark.parametrize("tokens", [1.0, 1.5, 2.0])
+def test_a_text_that_the_draft_does_not_know_is_noticed_more_slowly(tokens: float) -> None:
+    """Acceptance varies from cycle to cycle, so it counts as an average of about ten."""
+    cycles = run(under_load(Machine(tokens=tokens)))
+    assert worst(cycles) >= 0.7
+    assert speedup(cycles[BEGIN + WINDOW : END]) > 0.95
+    assert cycles_to_return(cycles) <= 4 * WINDOW
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_a_useless_draft_costs_less_than_three_percent(measured: bool) -> None:
+    pace = Pace()
+    first, second = (run(lambda number: Machine(tokens=USELESS), pace, measured) for _ in range(2))
+    assert speedup(first) > 0.97
+    assert speedup(second) > 0.97 and worst(second) >= 0.93
+    assert sum(cycle.drafted for cycle in second) >= 2  # it tries again
+
+
+def test_a_context_that_grows_makes_drafting_lose_and_plain_decoding_takes_over() -> None:
+    cycles = run(lambda number: Machine(plain=1 + number / 600, verify=1 + number / 100))
+    assert worst(cycles) >= 0.9
+    assert sum(cycle.drafted for cycle in cycles[20:50]) > 25
+    assert sum(cycle.drafted for cycle in cycles[300:]) < 30
+
+
+def test_plain_cycles_are_rare_where_drafting_pays() -> None:
+    cycles = run(lambda number: Machine(), noise=0.0)
+    assert sum(not cycle.drafted for cycle in cycles) == 2 + CYCLES // PROBES[-1][1]
+
+
+def test_a_good_draft_may_begin_with_useless_cycles() -> None:
+    cycles = run(lambda number: Machine(tokens=1.0 if number < FIRST_CYCLES else GOOD))
+    assert all(cycle.drafted for cycle in cycles[6:100])
+
+
+def test_what_one_request_learns_holds_for_the_next() -> None:
+    pace = Pace()
+    run(lambda number: Machine(), pace)
+    assert all(cycle.drafted for cycle in run(lambda number: Machine(), pace)[:8])
