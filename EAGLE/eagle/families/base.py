@@ -131,7 +131,7 @@ class Target(ABC):
                 return output, streams.joined()
             reader.traced = []
             output = read(*arguments)
-            found = {index: stream for index, stream in reader.traced}  # noqa: C416, torch compiles no dict(list)
+            found = {index: stream for index, stream in reader.traced}  # noqa: C416
             reader.traced = None
             return output, torch.cat([found[index] for index in layers], dim=-1)
 
