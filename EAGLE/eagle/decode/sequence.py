@@ -77,7 +77,8 @@ class Sequence:
     def prefixes(self, tree: DraftTree) -> Tensor:
         """For each node of a tree the tokens up to it, [N, L] ids; in place of nodes that are not on its path, the
         root's again, so only for processors that read them as a set."""
-        known = torch.cat([self.prompt, self.prompt.new_tensor([self.tokens])], dim=1)  # [1, P]
+        new = torch.tensor([self.tokens], device=self.prompt.device)
+        known = torch.cat([self.prompt, new], dim=1)  # [1, P]
         path = torch.where(tree.mask, tree.tokens, tree.tokens[0])  # [N, N]
         return torch.cat([known.expand(tree.size, -1), path.to(known.device)], dim=1)
 
