@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -32,6 +32,7 @@ from eagle.decode.accept import Accepted
 from eagle.decode.msd import MSDModel
 from eagle.decode.stats import Stats
 from eagle.decode.tree import DraftTree
+from eagle.drafts.modules import DraftLayer
 from eagle.drafts.msd import DraftModel
 from eagle.questions import read_questions
 from experiments.common import caption, parser, run_record
@@ -47,7 +48,7 @@ Way = Callable[[MSDModel], AbstractContextManager[None]]
 def projections_apart(pair: MSDModel) -> Iterator[None]:
     """Query, key and value, and the two halves of the feed-forward, as products of their own."""
     assert isinstance(pair.draft, DraftModel)
-    layer = pair.draft.layers[0]
+    layer = cast(DraftLayer, pair.draft.layers[0])
     joined = layer.self_attn.fused, layer.mlp.fused
     layer.self_attn.fused, layer.mlp.fused = [], []
     try:
@@ -60,7 +61,7 @@ def projections_apart(pair: MSDModel) -> Iterator[None]:
 def weights_output_major(pair: MSDModel) -> Iterator[None]:
     """All weights in the layout of `nn.Linear`."""
     assert isinstance(pair.draft, DraftModel)
-    layer = pair.draft.layers[0]
+    layer = cast(DraftLayer, pair.draft.layers[0])
     parts = [pair.target.text_model, pair.target.model.get_output_embeddings(), pair.draft]
     found = [module for part in parts for module in part.modules() if isinstance(module, nn.Linear)]
     changed = [m for m in [*found, *layer.self_attn.fused, *layer.mlp.fused] if not m.weight.is_contiguous()]
@@ -145,8 +146,8 @@ def every_row_of_the_prompt(pair: MSDModel) -> AbstractContextManager[None]:
 
     each = type(pair.target).prefill_each
 
-    def prefill_each(self: Any, inputs: Any, store: Any) -> Iterator[Any]:
-        for prefill in each(self, inputs, store):
+    def prefill_each(self: Any, *arguments: Any) -> Iterator[Any]:
+        for prefill in each(self, *arguments):
             head(prefill.hidden)
             yield prefill
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import base64
 import io
 import os
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.error import HTTPError
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import Request, url2pathname, urlopen
 
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from .errors import UserError
 
@@ -24,20 +25,38 @@ MAX_SQUARE_SIDE = 16384
 
 ImageInput = Any
 """A path, a URL (``http(s):``, ``file:``, ``data:``), bytes, an open file, a PIL picture, or an array: numpy or torch,
-[H, W], [H, W, C] or [C, H, W] with C of 1, 3 or 4; uint8, or floats from 0 to 1."""
+[H, W], [H, W, C] or [C, H, W] with C of 1, 3 or 4; bool, whole numbers from 0 to 255, or floats from 0 to 1."""
 MAX_DOWNLOAD = 64 * 2**20
 """Bytes of a picture that a URL may give."""
 TIMEOUT = 30.0
 """Seconds that a server may take for a part of a picture."""
+DOWNLOAD_SECONDS = 120.0
+"""Seconds that it may take for a picture."""
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 """Grey pictures of more than 8 bit."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings a picture upright, by its EXIF orientation."""
 
 
 class PictureUnreachable(UserError):
     """The file system or the network, not the picture, is the cause."""
 
 
-def load_image(source: ImageInput, *, formats: Sequence[str] | None = None, max_side: int | None = None) -> Image.Image:
+def load_image(
+    source: ImageInput,
+    *,
+    formats: Sequence[str] | None = None,
+    max_side: int | None = None,
+    channels: Literal["channels_first", "channels_last"] | None = None,
+) -> Image.Image:
     """Reads a picture as RGB.
 
     The orientation of EXIF is applied. Transparent parts are laid on white. Grey of more than 8 bit is scaled from its
@@ -46,6 +65,7 @@ def load_image(source: ImageInput, *, formats: Sequence[str] | None = None, max_
     Args:
         formats: names of the file formats that are accepted, as Pillow has them. None accepts all.
         max_side: longest side in pixels. A larger picture is refused before it is decoded.
+        channels: where an array has its channels. None to see it from the shape.
 
     Raises:
         PictureUnreachable: it exists, but the system or the network cannot give it.
@@ -59,7 +79,7 @@ def load_image(source: ImageInput, *, formats: Sequence[str] | None = None, max_
             if isinstance(source, Image.Image):
                 return _as_rgb(source)
             if hasattr(source, "shape"):
-                return _as_rgb(_from_array(source, name))
+                return _as_rgb(_from_array(source, name, channels))
             if isinstance(source, bytearray | memoryview):
                 source = bytes(source)
             if not isinstance(source, str | bytes | os.PathLike) and not hasattr(source, "read"):
@@ -99,7 +119,12 @@ def _whole_pictures() -> Iterator[None]:
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    upright = ImageOps.exif_transpose(image)
+    image.load()
+    if 0 in image.size:
+        raise ValueError("it has no pixels")
+    upright = _upright(image)
+    if upright.mode == "La":  # Pillow converts it to LA only
+        upright = upright.convert("LA")
     if upright.mode in DEEP_MODES:
         return _scaled(upright).convert("RGB")
     if upright.has_transparency_data:
@@ -107,6 +132,16 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", layered.size, "white")
         return Image.alpha_composite(white, layered).convert("RGB")
     return upright.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF says; as it is, if the EXIF cannot be read. `ImageOps.exif_transpose` fails on
+    EXIF that it cannot read or write again."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # Pillow's reader raises anything
+        orientation = None
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
 
 
 def _scaled(image: Image.Image) -> Image.Image:
@@ -124,21 +159,31 @@ def _scaled(image: Image.Image) -> Image.Image:
     return Image.fromarray(scaled.round().astype(np.uint8))
 
 
-def _from_array(source: Any, name: str | Path) -> Image.Image:
+def is_of_floats(source: ImageInput) -> bool:
+    """Whether a picture is an array of floats."""
+    return hasattr(source, "shape") and "float" in str(getattr(source, "dtype", ""))
+
+
+def _from_array(source: Any, name: str | Path, channels: str | None = None) -> Image.Image:
     """A numpy array or a torch tensor as a picture."""
     import numpy as np
 
-    values = np.asarray(source.detach().cpu() if hasattr(source, "detach") else source)
-    if values.ndim == 3 and values.shape[0] in (1, 3, 4) and values.shape[2] not in (1, 3, 4):
+    if hasattr(source, "detach"):
+        source = source.detach().cpu()
+        source = source.float() if is_of_floats(source) else source  # numpy has no bfloat16
+    values = np.asarray(source)
+    if values.ndim == 3 and _has_channels_first(values.shape, channels, name):
         values = values.transpose(1, 2, 0)
     if values.ndim == 3 and values.shape[2] == 1:
         values = values[..., 0]
     if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (3, 4)) or 0 in values.shape:
         raise UserError(f"array of shape {list(values.shape)} is not a picture", name, "give [H, W, 3] or [3, H, W]")
-    if np.issubdtype(values.dtype, np.floating):
+    if values.dtype.kind not in "buif":
+        raise UserError(f"array of {values.dtype} is not a picture", name, "give uint8")
+    if values.dtype.kind == "f":
         if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
             raise UserError("array of floats outside 0 to 1", name, "divide by 255, or give uint8")
-        values = (values * 255).round()
+        values = (values.astype(np.float64) * 255).round()
     elif values.dtype == bool:
         values = values * 255
     elif values.dtype != np.uint8 and (values.min() < 0 or values.max() > 255):
@@ -146,17 +191,35 @@ def _from_array(source: Any, name: str | Path) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(values.astype(np.uint8)))
 
 
+def _has_channels_first(shape: Sequence[int], channels: str | None, name: str | Path) -> bool:
+    """Whether an array of three dimensions is [C, H, W]. Where both are possible, one of RGB is [H, W, C]."""
+    if channels is not None:
+        return channels == "channels_first"
+    if shape[2] not in (1, 3, 4):
+        return shape[0] in (1, 3, 4)
+    if shape[0] == 3 or (shape[0] == shape[2] == 1 < shape[1]):
+        fix = "give a PIL picture, or say input_data_format"
+        raise UserError(f"array of shape {list(shape)} may be [C, H, W] or [H, W, C]", name, fix)
+    return False
+
+
 def _from_url(source: str) -> bytes | Path | None:
     """The content of a URL, the path of a ``file:`` URL, or None for a plain path."""
     kind = source.split(":", 1)[0].lower()
     if kind == "data" and "," in source:
         head, body = source.split(",", 1)
+        if len(body) > 3 * MAX_DOWNLOAD:  # three characters of a byte, if it is quoted
+            raise _too_large(_short(source))
+        content = unquote_to_bytes(body)
         try:
-            return base64.b64decode(body, validate=True) if head.endswith(";base64") else unquote_to_bytes(body)
+            return base64.b64decode(b"".join(content.split()), validate=True) if _is_base64(head) else content
         except ValueError:
             raise UserError("data URL is not base64", _short(source)) from None
     if kind == "file":
-        return Path(url2pathname(urlsplit(source).path))
+        place = urlsplit(source)
+        if place.netloc not in ("", "localhost"):
+            raise UserError("file of another machine", _short(source), "give file:///path")
+        return Path(url2pathname(place.path))
     if kind in ("http", "https"):
         return _download(source)
     return None
@@ -167,15 +230,42 @@ def _download(url: str) -> bytes:
         raise PictureUnreachable("picture of a URL, but HF_HUB_OFFLINE is set", url, "give a file, or unset it")
     try:
         with urlopen(Request(url, headers={"User-Agent": "msd"}), timeout=TIMEOUT) as response:
-            content = bytes(response.read(MAX_DOWNLOAD + 1))
+            content = _read_in_time(response)
     except HTTPError as error:
         raise PictureUnreachable(f"picture cannot be fetched (status {error.code})", url, "check the URL") from None
     except (OSError, HTTPException, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         raise PictureUnreachable(f"picture cannot be fetched ({reason})", url, "check URL and network") from None
     if len(content) > MAX_DOWNLOAD:
-        raise UserError(f"picture has over {MAX_DOWNLOAD // 2**20} MB", url, "make it smaller")
+        raise _too_large(url)
     return content
+
+
+def _read_in_time(response: Any) -> bytes:
+    """The content of a response, up to one byte more than `MAX_DOWNLOAD`.
+
+    Raises:
+        TimeoutError: it takes longer than `DOWNLOAD_SECONDS`.
+        HTTPException: the server ends it early.
+    """
+    end, content = time.monotonic() + DOWNLOAD_SECONDS, bytearray()
+    while len(content) <= MAX_DOWNLOAD and (part := response.read1(2**16)):
+        content += part
+        if time.monotonic() > end:
+            raise TimeoutError(f"it takes over {DOWNLOAD_SECONDS:.0f} s")
+    if len(content) <= MAX_DOWNLOAD and response.length:
+        raise HTTPException("the server ended it early")
+    return bytes(content)
+
+
+def _is_base64(head: str) -> bool:
+    """Whether the head of a ``data:`` URL says so."""
+    return head.lower().endswith(";base64")
+
+
+def _too_large(where: str) -> UserError:
+    """The error of a URL that gives more than `MAX_DOWNLOAD`."""
+    return UserError(f"picture has over {MAX_DOWNLOAD // 2**20} MB", where, "make it smaller")
 
 
 def _short(text: str) -> str:

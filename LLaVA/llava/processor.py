@@ -17,12 +17,13 @@ from PIL import Image
 from tokenizers import Tokenizer
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
-from .batching import NO_EFFECT, BatchOptions, as_tensors, make_batch
+from .batching import EncodedPrompt, as_tensors, make_batch
 from .conversation import DEFAULT_TEMPLATE, get_template, write_turns
 from .errors import UserError, reason_of
-from .image import MAX_SQUARE_SIDE, ImageInput, load_image, pad_to_square
+from .image import MAX_SQUARE_SIDE, ImageInput, is_of_floats, load_image, pad_to_square
 from .inputs import check_text
 from .messages import IMAGE_TOKEN, WRITTEN_MARK, as_text, parts_of, read_message
+from .options import CALL_OPTIONS, PictureOptions, read_options
 
 Aspect = Literal["pad", "crop"]
 
@@ -104,7 +105,7 @@ class LlavaProcessor(ProcessorMixin):
             text: prompts [B], with one `<image>` for each picture. None for pixel values alone. Without names of
                 arguments, text and images may also come in transformers' order.
             images: pictures [n] in the order of the marks, over all prompts; or a list of pictures for each prompt.
-            options: see `BatchOptions`. Unlike transformers' processors, the default is padded torch tensors.
+            options: see `llava.options`. Unlike transformers' processors, the default is padded torch tensors.
 
         Returns:
             input_ids [B, S] and attention_mask [B, S] int64; with pictures also pixel_values [n, 3, h, w] float32.
@@ -115,7 +116,7 @@ class LlavaProcessor(ProcessorMixin):
         """
         if videos is not None or audio is not None:
             raise UserError("LLaVA reads no videos and no sound", fix="leave them out")
-        settings = BatchOptions.of(options)
+        texts, shaping = read_options(options)
         if _are_swapped(text, images):
             text, images = images, text
         pictures = list(flat_pictures(images))
@@ -124,13 +125,15 @@ class LlavaProcessor(ProcessorMixin):
             if not _is_text(text):
                 raise UserError("text is not a text or a list of texts", fix="call processor(text=..., images=...)")
             prompts = [text] if isinstance(text, str) else list(text)
+            if not prompts:
+                raise UserError("empty list of texts", fix="give at least one")
             _check_marks(prompts, images, len(pictures))
-            rows = [self._encoded(prompt, settings.add_special_tokens)[0] for prompt in prompts]
-            data |= make_batch(rows, settings, self.tokenizer, self.pad_token_id, self.image_token_id)
+            rows = [self._encoded(prompt, texts.add_special_tokens, in_expanded_text=True) for prompt in prompts]
+            data |= make_batch(rows, texts, self.tokenizer, self.pad_token_id, self.image_token_id)
         elif not pictures:
             raise UserError("neither text nor images", fix="call processor(text=..., images=...)")
         if pictures:
-            data["pixel_values"] = as_tensors(self.pixel_values(pictures), settings.return_tensors)
+            data["pixel_values"] = as_tensors(self.pixel_values(pictures, shaping), texts.return_tensors)
         return BatchFeature(data)
 
     def apply_chat_template(
@@ -212,17 +215,21 @@ class LlavaProcessor(ProcessorMixin):
         Raises:
             UserError: as `encode`.
         """
-        return self._encoded(prompt)
+        encoded = self._encoded(prompt)
+        return encoded.ids, encoded.spans
 
-    def _encoded(self, prompt: str, begins: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+    def _encoded(self, prompt: str, begins: bool = True, in_expanded_text: bool = False) -> EncodedPrompt:
+        """A prompt as ids. The spans are of the prompt, or of its text with each mark repeated for each image id."""
         check_text(prompt, "prompt")
         ids = list(self._begin) if begins else []
         spans, offset = [(0, 0)] * len(ids), 0
+        step = len(IMAGE_TOKEN) if in_expanded_text else 0
         for number, piece in enumerate(prompt.split(IMAGE_TOKEN)):
             if number:
                 ids += [self.image_token_id] * self.image_token_count
-                spans += [(offset, offset + len(IMAGE_TOKEN))] * self.image_token_count
-                offset += len(IMAGE_TOKEN)
+                starts = [offset + step * place for place in range(self.image_token_count)]
+                spans += [(start, start + len(IMAGE_TOKEN)) for start in starts]
+                offset = spans[-1][1]
             piece = piece.replace(WRITTEN_MARK, IMAGE_TOKEN)
             lead = " " if self._drops_space and piece.startswith((" ", "\u2581")) else ""
             encoding = self._backend.encode(lead + piece, add_special_tokens=False)
@@ -232,12 +239,33 @@ class LlavaProcessor(ProcessorMixin):
             shift = offset - len(lead)
             spans += [(max(start + shift, offset), max(end + shift, offset)) for start, end in encoding.offsets]
             offset += len(piece)
-        return ids, spans
+        return EncodedPrompt(ids, spans, len(self._begin) if begins else 0)
 
-    def pixel_values(self, images: Sequence[ImageInput]) -> torch.Tensor:
-        """Pictures [n] to normalised pixels [n, 3, h, w] float32."""
-        prepared = [self._shape(load_image(image)) for image in images]
-        return self.image_processor(prepared, return_tensors="pt")["pixel_values"]  # [n, 3, h, w]
+    def pixel_values(self, images: Sequence[ImageInput], options: PictureOptions | None = None) -> torch.Tensor:
+        """Pictures [n] to normalised pixels [n, 3, h, w] float32.
+
+        Raises:
+            UserError: a picture cannot be used, or the options give pixels of another size than the model reads.
+        """
+        options = options or PictureOptions()
+        if options.do_rescale is False and any(is_of_floats(image) for image in images):
+            raise UserError("do_rescale=False with an array of floats", fix="leave it out: 0 to 1 is known as scaled")
+        mean = options.image_mean or self.image_processor.image_mean
+        prepared = [self._shape(load_image(image, channels=options.input_data_format), mean) for image in images]
+        settings = options.of_processor()
+        try:
+            pixels = self.image_processor(prepared, return_tensors="pt", **settings)["pixel_values"]  # [n, 3, h, w]
+        except (ValueError, TypeError) as error:
+            if not settings:
+                raise
+            raise UserError(
+                f"image processor refuses these options ({reason_of(error)})", ", ".join(settings)
+            ) from None
+        side = dict(self.image_processor.crop_size)
+        if settings and pixels.shape[2:] != (side["height"], side["width"]):
+            found, wanted = f"{pixels.shape[2]} x {pixels.shape[3]}", f"{side['height']} x {side['width']}"
+            raise UserError(f"pixels of {found}, but the model reads {wanted}", ", ".join(settings), "leave them out")
+        return pixels
 
     def chat_prompt(
         self,
@@ -322,25 +350,15 @@ class LlavaProcessor(ProcessorMixin):
     def _ids(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
 
-    def _shape(self, image: Image.Image) -> Image.Image:
+    def _shape(self, image: Image.Image, mean: float | Sequence[float]) -> Image.Image:
         if self.aspect == "pad":
-            red, green, blue = (int(mean * 255) for mean in self.image_processor.image_mean)
+            means = [mean] * 3 if isinstance(mean, int | float) else mean
+            red, green, blue = (int(each * 255) for each in means)
             return pad_to_square(image, (red, green, blue))
         edge = max(dict(self.image_processor.crop_size).values())
         if edge * max(image.size) > MAX_SQUARE_SIDE * min(image.size):
             raise UserError("picture too long for its width", f"{image.width} x {image.height}", "crop it")
         return image
-
-
-CALL_OPTIONS = (
-    "images",
-    *dict(NO_EFFECT),
-    "text_kwargs",
-    "images_kwargs",
-    "common_kwargs",
-    *BatchOptions.__dataclass_fields__,
-)
-"""What `apply_chat_template` gives to `__call__`."""
 
 
 def _is_text(value: Any) -> bool:

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,8 @@ _WANTED = {
     "finite_number": "give a finite number",
 }
 """What to say in place of pydantic's words, by the type of the error."""
+_UNION_BRANCH = re.compile(r"(int|float|bool|str|(literal|list|tuple|dict|constrained|function)\b.*)", re.DOTALL)
+"""What pydantic adds to the place of a problem in a union: the type that was tried."""
 
 
 @dataclass_transform(frozen_default=True)
@@ -61,12 +64,12 @@ def strict_dataclass(cls: type[T]) -> type[T]:
     return made
 
 
-def read_strict(kind: type[T], given: Any, where: str | Path) -> T:
+def read_strict(kind: type[T], given: Any, where: str | Path | None) -> T:
     """An object of a `strict_dataclass` from a parsed JSON object. Objects and lists inside it become the dataclasses
     and tuples that the fields' types name.
 
     Args:
-        where: the file or section, named in errors.
+        where: the file or section, named in errors; None where there is only one.
 
     Raises:
         UserError: ``given`` is not an object, or has a wrong, unknown or missing value.
@@ -96,6 +99,15 @@ def one_line(error: ValidationError, kind: Any) -> UserError:
     problems = error.errors(include_url=False)
     first = next((problem for problem in problems if problem["type"] in unknown), problems[0])
     names = [field.name for field in dataclasses.fields(kind)]
+    branch = next((place for place, part in enumerate(first["loc"]) if _UNION_BRANCH.fullmatch(str(part))), None)
+    tried = first["loc"][:branch]
+    if branch is not None:  # a list or an object of the right kind, with a wrong value inside, says most
+        first = next(
+            (each for each in problems if each["loc"][:branch] == tried and len(each["loc"]) > branch + 1), first
+        )
+        inside = first["loc"][branch + 1 :]
+        branch = None if inside else branch
+        first = {**first, "loc": (*tried, *inside)}
     parts = list(first["loc"])
     if parts and isinstance(parts[0], int) and parts[0] < len(names):  # a positional argument
         parts[0] = names[parts[0]]
@@ -106,9 +118,16 @@ def one_line(error: ValidationError, kind: Any) -> UserError:
         return UserError(f"lacks '{path}'", fix="give it a value")
     if not path:
         return UserError(first["msg"])
-    plain = first["msg"].replace("Input should be", "give").replace("Value error, ", "")
-    wanted = _WANTED[first["type"]].format(**first.get("ctx", {})) if first["type"] in _WANTED else plain
-    return UserError(f"{path}={_shown(first['input'])}", fix=wanted)
+    if branch is None:
+        return UserError(f"{path}={_shown(first['input'])}", fix=_wanted(first))
+    options = dict.fromkeys(_wanted(each).removeprefix("give ") for each in problems if each["loc"][:branch] == tried)
+    return UserError(f"{path}={_shown(first['input'])}", fix=f"give {', or '.join(options)}")
+
+
+def _wanted(problem: Any) -> str:
+    """What to give in place of the value that one of pydantic's problems is about."""
+    plain = str(problem["msg"]).replace("Input should be", "give").replace("Value error, ", "")
+    return _WANTED[problem["type"]].format(**problem.get("ctx", {})) if problem["type"] in _WANTED else plain
 
 
 def _shown(value: Any) -> str:

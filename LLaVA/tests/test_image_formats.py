@@ -7,7 +7,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import Image, ImageCms, features
 
 from llava.errors import UserError
 from llava.image import DEEP_MODES, load_image
@@ -33,6 +33,76 @@ def pattern(mode: str) -> Image.Image:
     for step in {"PA": ("LA", "PA"), "HSV": ("RGB", "HSV"), "LAB": ("RGB",)}.get(mode, (mode,)):
         grey = grey.convert(step)
     return grey
+
+
+def in_memory(mode: str) -> Image.Image:
+    """The dark square in a mode that Pillow has in memory only, or writes in few formats."""
+    if mode == "LAB":
+        profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+        lab = ImageCms.profileToProfile(pattern("RGB"), *profiles, outputMode="LAB")
+        assert lab is not None
+        return lab
+    if mode.startswith("I;16"):
+        deep = Image.new(mode, (32, 32), 220 * 256)
+        deep.paste(30 * 256, (8, 8, 24, 24))
+        return deep
+    return pattern({"La": "LA", "RGBa": "RGBA", "RGBX": "RGB"}.get(mode, mode)).convert(mode)
+
+
+@pytest.mark.parametrize("mode", [*MODES, "La", "RGBa", "RGBX", "I;16B", "I;16L", "I;16N"])
+def test_a_picture_in_memory_of_every_mode(mode: str) -> None:
+    values = np.asarray(load_image(in_memory(mode))).astype(int)
+    wanted = (255, 0) if mode in (*DEEP_MODES, "1") else (220, 30)
+    assert np.abs(values[1, 1] - wanted[0]).max() <= 2 and np.abs(values[16, 16] - wanted[1]).max() <= 2
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "RGBa", "LA", "La", "PA", "P"])
+def test_a_transparent_ground_in_memory_is_white(mode: str) -> None:
+    image = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (8, 8, 24, 24))
+    image = image.convert("LA") if mode == "La" else image
+    loaded = load_image(image.convert(mode))
+    assert loaded.getpixel((0, 0)) == (255, 255, 255) and loaded.getpixel((16, 16)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB"])
+def test_a_transparent_value_in_memory_is_white(mode: str) -> None:
+    image = Image.new("L", (32, 32), 0)
+    image.paste(255, (8, 8, 24, 24))
+    image = image.convert(mode)
+    image.info["transparency"] = image.getpixel((0, 0))
+    loaded = load_image(image)
+    assert loaded.getpixel((0, 0)) == loaded.getpixel((16, 16)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "PNG", "WEBP", "MPO"])
+def test_of_several_frames_the_first_is_read(kind: str) -> None:
+    buffer = io.BytesIO()
+    others = [Image.new("RGB", (32, 32), (255, 0, shade)) for shade in (0, 90)]
+    pattern("RGB").save(buffer, kind, save_all=True, append_images=others)
+    red, green, blue = load_image(buffer.getvalue()).getpixel((1, 1))  # type: ignore[misc]
+    assert abs(red - 220) < 5 and abs(green - 220) < 5 and abs(blue - 220) < 5
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "RGB", "RGBA", "P", "I", "F", "CMYK"])
+@pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
+def test_a_picture_without_pixels_is_one_line(mode: str, size: tuple[int, int]) -> None:
+    with pytest.raises(UserError, match="it has no pixels"):
+        load_image(Image.new(mode, size))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_picture_of_one_pixel(mode: str) -> None:
+    assert load_image(Image.new(mode, (1, 1))).size == (1, 1)
+
+
+def test_a_picture_that_is_closed_or_cut_is_one_line() -> None:
+    closed = Image.new("RGB", (4, 4))
+    closed.close()
+    noise = written(Image.effect_noise((64, 64), 50), "PNG") or b""
+    for image in (closed, Image.open(io.BytesIO(noise[: len(noise) // 2]))):
+        with pytest.raises(UserError, match="cannot be read"):
+            load_image(image)
 
 
 def written(image: Image.Image, kind: str) -> bytes | None:

@@ -114,8 +114,6 @@ def test_it_is_a_processor_of_transformers(hf: LlavaProcessor, stock: Any) -> No
         ({"text": "a", "paddin": True}, "padding"),
         ({"text": "a", "max_length": 0}, "max_length"),
         ({"text": "a", "padding": "left"}, "padding"),
-        ({"text": "a", "return_offsets_mapping": True}, "return_offsets_mapping"),
-        ({"text": "a", "images_kwargs": {"do_resize": False}}, "image_processor"),
         ({"text": "<image> a b c", "images": SQUARE, "truncation": True, "max_length": 5}, "would cut a picture"),
         ({"text": ["<image>", "b"], "images": [[], [SQUARE]]}, r"1 <image> mark\(s\), but 0 picture"),
         ({"text": [["a"]]}, "list of texts"),

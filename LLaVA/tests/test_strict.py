@@ -73,3 +73,27 @@ def test_it_is_a_frozen_dataclass() -> None:
     assert [field.name for field in fields(Part)] == ["size", "share"]
     with pytest.raises(AttributeError):
         part.size = 6  # type: ignore[misc]
+
+
+@strict_dataclass
+class Unions:
+    """Fields of several types."""
+
+    size: int | tuple[int, int] | None = None
+    kind: bool | Literal["a", "b"] = False
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"kind": "c"}, "kind='c': here (give true or false, or 'a' or 'b')"),
+        ({"size": "c"}, "size='c': here (give a whole number, or a list)"),
+        ({"size": [1, "c"]}, "size.1='c': here (give a whole number)"),
+        ({"size": [1]}, "lacks 'size.1': here (give it a value)"),
+    ],
+    ids=str,
+)
+def test_a_field_of_several_types_names_them(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as raised:
+        read_strict(Unions, given, "here")
+    assert str(raised.value) == said

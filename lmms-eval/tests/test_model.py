@@ -112,7 +112,7 @@ def test_loglikelihood_of_each_family(name, family_bases):
     ask = request("How many?", IMAGES[:1], settings="three shapes", kind="loglikelihood")
     loss, _ = model.loglikelihood([ask])[0]
     prompt = model.prompts.write("How many?", IMAGES[:1])
-    space = " " if name == "llava_next_msd" else ""  # the others' prompts end with a new line
+    space = "" if prompt.text[-1:].isspace() else " "
     inputs = model.prompts.inputs([type(prompt)(f"{prompt.text}{space}three shapes", prompt.visuals)])
     start = model.prompts.inputs([prompt])["input_ids"].shape[1]
     with torch.inference_mode():

@@ -105,6 +105,9 @@ def serve(page: Any, listener: socket.socket, hosts: Sequence[str]) -> None:
     import uvicorn
 
     from eagle.web.app import application
+    from eagle.web.connection import Connection
 
-    config = uvicorn.Config(application(page, hosts), log_level="warning", timeout_graceful_shutdown=2)
+    config = uvicorn.Config(
+        application(page, hosts), http=Connection, ws="none", log_level="warning", timeout_graceful_shutdown=2
+    )
     uvicorn.Server(config).run(sockets=[listener])

@@ -110,10 +110,10 @@ class Drafter:
         parts = -(-max(counts) // longest)
         if parts > 1:  # rows of several cycles that did not draft; each sequence has at least one row of each of them
             for part in range(parts):
-                ends = [(count * part // parts, count * (part + 1) // parts) for count in counts]
+                share = [slice(count * part // parts, count * (part + 1) // parts) for count in counts]
                 self.extend(
-                    [rows[start:end] for rows, (start, end) in zip(hidden, ends, strict=True)],
-                    [rows[start:end] for rows, (start, end) in zip(tokens, ends, strict=True)],
+                    [rows[own] for rows, own in zip(hidden, share, strict=True)],
+                    [rows[own] for rows, own in zip(tokens, share, strict=True)],
                 )
             return
         following = pad_sequence(list(tokens), batch_first=True).to(device)  # [B, n]

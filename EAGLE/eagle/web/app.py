@@ -20,14 +20,16 @@ from starlette.types import Receive, Scope, Send
 
 from eagle.decode.msd import MSDModel
 from eagle.questions import Question
-from eagle.web.request import MAX_PICTURE, MAX_SIDE, AnswerRequest
+from eagle.web.request import MAX_PICTURE, MAX_QUESTION, MAX_SIDE, AnswerRequest
 from eagle.web.stream import LAST, Answerer, Event
 from llava.errors import UserError
 
 FOLDER = Path(__file__).parent
 MAX_BODY = 32 * 2**20  # bytes of a request: a picture in base64 and a question
-MAX_OPEN = 16  # requests that are read, wait or run
+MAX_OPEN = 16  # requests that wait or run
+MAX_UPLOADS = 16  # requests that are read; one more ends the one that has been read longest
 UPLOAD_SECONDS = 120.0  # for the body of a request
+STALL_SECONDS = 10.0  # for its next part
 # The page loads nothing from other servers, and no other page may show it in a frame.
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'",
@@ -35,6 +37,10 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Accel-Buffering": "no",  # nginx then forwards an answer without buffering
 }
+
+
+class UploadEnded(Exception):
+    """A request was not read to its end, because others take its place."""
 
 
 class Page:
@@ -50,6 +56,8 @@ class Page:
         self.model, self.about, self.longest, self.samples = model, about, longest, list(samples)
         self._answerer = Answerer(model)
         self._open = 0
+        self._uploads: list[asyncio.Future[bytes | None]] = []  # bodies that arrive, the oldest first
+        self._parsing = 0
 
     def routes(self) -> list[Route]:
         return [
@@ -75,7 +83,12 @@ class Page:
         samples = [
             {"picture": f"samples/{number}", "question": sample.question} for number, sample in enumerate(self.samples)
         ]
-        limits = {"longest": self.longest, "max_picture": MAX_PICTURE, "max_side": MAX_SIDE}
+        limits = {
+            "longest": self.longest,
+            "max_picture": MAX_PICTURE,
+            "max_side": MAX_SIDE,
+            "max_question": MAX_QUESTION,
+        }
         about = {**self.about, **limits, "draft": self.model.draft is not None, "samples": samples}
         return JSONResponse(about, headers=HEADERS)
 
@@ -92,29 +105,54 @@ class Page:
         if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
             return refusal(415, "send application/json")
         if self._open == MAX_OPEN:
-            return refusal(503, f"{MAX_OPEN} requests are open: ask again later")
-        self._open += 1
-        asked: AnswerRequest | Response | None = None
-        try:
-            asked = await self._read(request)
-        finally:
-            if not isinstance(asked, AnswerRequest):
-                self._open -= 1
-        return self._start(asked) if isinstance(asked, AnswerRequest) else asked
+            return full()
+        asked = await self._read(request)
+        if isinstance(asked, Response):
+            return asked
+        return full() if self._open == MAX_OPEN else self._start(asked)
 
     async def _read(self, request: Request) -> AnswerRequest | Response:
         """The question of a request, or why it is refused. A body that is too large is not read to its end."""
         try:
-            body = await asyncio.wait_for(read_body(request), UPLOAD_SECONDS)
+            body = await self._receive(request)
             if body is None:
-                return refusal(413, f"over {MAX_BODY // 2**20} MB")
-            return await asyncio.to_thread(parse, body, self.longest)
+                return refusal(413, f"the request has over {MAX_BODY // 2**20} MB (give a smaller picture)")
+            self._parsing += 1
+            try:
+                return await asyncio.to_thread(parse, body, self.longest)
+            finally:
+                self._parsing -= 1
         except ClientDisconnect:
             return refusal(400, "the request ended early")
         except asyncio.TimeoutError:
-            return refusal(408, f"the request took over {UPLOAD_SECONDS:.0f} s")
+            limits = f"{STALL_SECONDS:.0f} s without a part of it, or {UPLOAD_SECONDS:.0f} s in all"
+            return refusal(408, f"the request did not arrive in time ({limits})")
+        except UploadEnded:
+            return refusal(503, "too many requests arrive, and this one is slow: ask again later")
         except UserError as error:
             return refusal(400, str(error))
+
+    async def _receive(self, request: Request) -> bytes | None:
+        """`read_body` in `UPLOAD_SECONDS`.
+
+        Raises:
+            UploadEnded: another request has taken its place.
+        """
+        if len(self._uploads) + self._parsing >= MAX_UPLOADS:
+            if not self._uploads:
+                raise UploadEnded
+            self._uploads.pop(0).cancel()
+        reading = asyncio.ensure_future(read_body(request))
+        self._uploads.append(reading)
+        try:
+            return await asyncio.wait_for(reading, UPLOAD_SECONDS)
+        except asyncio.CancelledError:
+            if reading in self._uploads:  # the server stops
+                raise
+            raise UploadEnded from None
+        finally:
+            if reading in self._uploads:
+                self._uploads.remove(reading)
 
     def _start(self, asked: AnswerRequest) -> Response:
         """Queues a request. The response ends it if the client leaves."""
@@ -128,6 +166,7 @@ class Page:
             self._open -= event["kind"] in LAST
             events.put_nowait(event)
 
+        self._open += 1
         streamer = self._answerer.answer(asked, send)
         return EventStream(lines(events), partial(self._answerer.leave, streamer))
 
@@ -156,12 +195,16 @@ async def lines(events: asyncio.Queue[Event]) -> AsyncIterator[str]:
 
 
 async def read_body(request: Request) -> bytes | None:
-    """The body of a request, or None if it is longer than `MAX_BODY`."""
+    """The body of a request, or None if it is longer than `MAX_BODY`.
+
+    Raises:
+        asyncio.TimeoutError: no part of it came for `STALL_SECONDS`.
+    """
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > MAX_BODY:
         return None
-    body = bytearray()
-    async for part in request.stream():
+    body, parts = bytearray(), request.stream()
+    while (part := await asyncio.wait_for(anext(parts, None), STALL_SECONDS)) is not None:
         body += part
         if len(body) > MAX_BODY:
             return None
@@ -179,6 +222,11 @@ def parse(body: bytes, longest: int) -> AnswerRequest:
     except (ValueError, RecursionError):
         raise UserError("the request is not JSON") from None
     return AnswerRequest.from_json(given, longest)
+
+
+def full() -> Response:
+    """The refusal of a request for which there is no place."""
+    return refusal(503, f"{MAX_OPEN} requests are open: ask again later")
 
 
 def refusal(status: int, message: str) -> Response:

@@ -158,6 +158,12 @@ async function answer(article, msd) {
 async function ask(submit) {
   submit.preventDefault();
   if (running) return;
+  problem("");
+  const { length } = $("question").value;
+  if (limits && length > limits.max_question) {
+    problem(`The question has ${length} characters; the server takes at most ${limits.max_question}.`);
+    return;
+  }
   const mode = document.querySelector("input[name=mode]:checked").value;
   running = new AbortController();
   $("ask").disabled = true;

@@ -50,7 +50,7 @@ class AnswerRequest:
             given = {"max_new_tokens": min(cls.max_new_tokens, longest), **given}
             if HALF_CHARACTER.search(str(given.get("question"))):
                 raise UserError("the question has half of a character (a lone surrogate)", fix="write the character")
-        request = read_strict(cls, given, "request")
+        request = read_strict(cls, given, None)
         if not request.question.strip():
             raise UserError("no question", fix="write one")
         if len(request.question) > MAX_QUESTION:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
+from tiny_draft import make_draft
+from tiny_stock import make_qwen
 
+from eagle import MSDModel, TreeConfig
 from eagle.decode.adaptive.guard import FIRST_CYCLES, PROBES, Guard, Pace, Work
+from eagle.decode.drafter import Drafter
+from eagle.families import load_target
 
 PLAIN, DRAFT, VERIFY = 15.0, 13.0, 24.0
 GOOD, USELESS = 4.5, 1.0
@@ -137,3 +144,54 @@ def test_what_one_request_learns_holds_for_the_next() -> None:
     pace = Pace()
     run(lambda number: Machine(), pace)
     assert all(cycle.drafted for cycle in run(lambda number: Machine(), pace)[:8])
+
+
+@pytest.mark.parametrize("compiled", [False, "eager"])
+@pytest.mark.parametrize("agree", [0.5, 1.0])
+def test_answers_do_not_depend_on_its_decisions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, agree: float, compiled: bool | str
+) -> None:
+    """Pauses of many lengths, in a batch whose sequences accept different numbers of tokens, and alone."""
+    base = make_qwen(tmp_path / "base")
+    target = load_target(base, dtype=torch.float32)
+    draft = make_draft(tmp_path / "draft", target, agree=agree)
+    msd = MSDModel.from_pretrained(base, draft, dtype=torch.float32, compile=compiled)
+    chance = random.Random(1)
+    decisions = [kind for _ in range(40) for kind in [True] * chance.randint(1, 2) + [False] * chance.randint(0, 12)]
+    monkeypatch.setattr(Guard, "should_draft", lambda self: decisions.pop())
+    monkeypatch.setattr(Guard, "learn", lambda self, real, expected, tokens: None)
+    prompts = [msd.target.chat_prompt(text) for text in ("How many?", "Which colour has the first of them?", "Why?")]
+    inputs = msd.target.prepare(prompts[:1] if compiled else prompts)
+    wanted = target.model.generate(**inputs, max_new_tokens=60, do_sample=False)
+    output = msd.generate(**inputs, max_new_tokens=60, temperature=0.0)
+    assert torch.equal(output.sequences, wanted)
+    assert {1} < set(output.stats.tree_sizes)
+
+
+def test_a_draft_reads_what_it_missed_in_a_pause(tmp_path: Path) -> None:
+    """Two sequences with 23 and 17 unread rows: at once, and in cycles of one row and more."""
+    base = make_qwen(tmp_path / "base")
+    msd = MSDModel.from_pretrained(base, make_draft(tmp_path / "draft", load_target(base)), dtype=torch.float32)
+    target, draft, tree = msd.target, msd.draft, TreeConfig(depth=3, top_k=2, total_tokens=6)
+    assert draft is not None
+    generator = torch.Generator().manual_seed(0)
+    counts = (23, 17)
+    hidden = [torch.randn(count, target.hidden_size, generator=generator) for count in counts]
+    tokens = [torch.randint(0, 300, (count,), generator=generator) for count in counts]
+    inputs = target.prepare([target.chat_prompt("How many?"), target.chat_prompt("Why?")])
+    drafted = []
+    with torch.inference_mode():
+        for parts in (1, 17):
+            drafter = Drafter(draft, target.head, 200, tree, batch=2)
+            for index, prefill in enumerate(target.prefill_each(inputs, target.new_cache(2, 200))):
+                prompt = inputs["input_ids"][index : index + 1, inputs["attention_mask"][index].bool()]
+                drafter.start(index, prefill, prompt, prompt[0, :1])
+            for part in range(parts):
+                share = [slice(count * part // parts, count * (part + 1) // parts) for count in counts]
+                drafter.extend(
+                    [values[own] for values, own in zip(hidden, share, strict=True)],
+                    [values[own] for values, own in zip(tokens, share, strict=True)],
+                )
+            drafted.append(drafter.expand(tree))
+    assert torch.equal(drafted[0].tokens, drafted[1].tokens)
+    torch.testing.assert_close(drafted[0].scores, drafted[1].scores, atol=1e-4, rtol=1e-4)

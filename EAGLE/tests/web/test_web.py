@@ -33,7 +33,7 @@ from eagle.decode.tree_config import TreeConfig
 from eagle.drafts.checkpoint import load_draft
 from eagle.families import load_target
 from eagle.questions import Question
-from eagle.web import app
+from eagle.web import app, connection
 from eagle.web.app import MAX_BODY, Page, application
 from eagle.web.request import AnswerRequest
 from eagle.web.stream import LAST, Answerer, ClientGone, Detokenizer, Event, PieceStreamer, decode
@@ -131,13 +131,13 @@ def test_plain_decoding_has_no_drafted_token_and_the_same_answer(port: int) -> N
         ({"questoin": "x"}, "did you mean 'question'"),
         ({}, "lacks 'question'"),
         ({"question": "  "}, "no question"),
-        ({"question": "x", "msd": 1}, "msd=1: request (give true or false)"),
+        ({"question": "x", "msd": 1}, "msd=1 (give true or false)"),
         ({"question": "x", "image": 3}, "give a text"),
         ({"question": "x", "max_new_tokens": 41}, "give 1 to 40"),
         ({"question": "x", "max_new_tokens": 0}, "give at least 1"),
         ({"question": "x", "max_new_tokens": True}, "give a whole number"),
         ({"question": "x", "temperature": -1}, "give at least 0"),
-        ({"question": "x", "temperature": 2.01}, "give at most 2"),
+        ({"question": "x", "temperature": 2.01}, "temperature=2.01 (give at most 2"),
         ({"question": "x", "temperature": 1e-300}, "or at least 1e-06"),
         ({"question": "x", "max_new_tokens": 10**30}, "give 1 to 40"),
         ({"question": "x" * 500_001}, "question of 500001 characters (give at most 500000)"),
@@ -394,13 +394,116 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_sent(port: int) -> Non
 
 def test_a_body_that_does_not_come_is_given_up(page: Page, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with connect(port, b'{"question"', "Content-Length: 100"):
-        wait_until(lambda: page._open == 1)
-    wait_until(lambda: page._open == 0)  # the client has left
-    monkeypatch.setattr("eagle.web.app.UPLOAD_SECONDS", 0.1)
-    with connect(port, b'{"question"', "Content-Length: 100") as client:
-        assert client.makefile("rb").readline().split()[1] == b"408"
-    assert page._open == 0
+        wait_until(lambda: len(page._uploads) == 1)
+    wait_until(lambda: not page._uploads)  # the client has left
+    for limit in ("UPLOAD_SECONDS", "STALL_SECONDS"):
+        with monkeypatch.context() as patch:
+            patch.setattr(app, limit, 0.1)
+            with connect(port, b'{"question"', "Content-Length: 100") as client:
+                assert client.makefile("rb").readline().split()[1] == b"408"
+    assert page._open == 0 and not page._uploads
     assert events(port, question=QUESTION, max_new_tokens=1)[-1]["kind"] == "end"
+
+
+def test_half_sent_bodies_keep_nobody_out(page: Page, port: int) -> None:
+    """More than there are places; the visitor is answered at once, and the oldest is told that its place is taken."""
+    heads = (["Content-Length: 1000"], ["Transfer-Encoding: chunked"])
+    bodies = (b'{"question"', b'5\r\n{"que')
+    clients = [connect(port, bodies[number % 2], *heads[number % 2]) for number in range(app.MAX_UPLOADS)]
+    try:
+        wait_until(lambda: len(page._uploads) == app.MAX_UPLOADS)
+        start = time.monotonic()
+        assert events(port, question=QUESTION, max_new_tokens=1)[-1]["kind"] == "end"
+        assert time.monotonic() - start < app.STALL_SECONDS, "nothing had to be waited for"
+        assert clients[0].makefile("rb").readline().split()[1] == b"503"
+        assert len(page._uploads) == app.MAX_UPLOADS - 1 and page._open == 0
+    finally:
+        for client in clients:
+            client.close()
+    wait_until(lambda: not page._uploads)
+
+
+def is_closed(client: socket.socket) -> bool:
+    """Waits for the end of a connection; whether nothing came before it."""
+    try:
+        return client.recv(1) == b""
+    except ConnectionError:
+        return True
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /about HTTP/1.1\r\nHost: 127"], ids=["silent", "half a head"])
+def test_connections_without_a_request_are_closed(port: int, sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "REQUEST_SECONDS", 0.2)
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as client:
+        client.sendall(sent)
+        assert is_closed(client)
+
+
+def test_a_connection_that_drips_after_an_answer_is_closed(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte would otherwise begin uvicorn's waiting again."""
+    monkeypatch.setattr(connection, "REQUEST_SECONDS", 0.5)
+    kept = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+    kept.request("GET", "/about")
+    kept.getresponse().read()
+    assert kept.sock is not None, "the connection is kept"
+    end, head = time.monotonic() + PATIENCE, iter(b"GET /" + b"a" * 10_000)
+    with pytest.raises(ConnectionError):
+        while time.monotonic() < end:
+            kept.sock.sendall(bytes([next(head)]))
+            time.sleep(0.02)
+    kept.close()
+
+
+def test_an_answer_may_take_longer_than_a_request(
+    port: int, gate: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "REQUEST_SECONDS", 0.1)
+    body = json.dumps({"question": QUESTION, "msd": False, "max_new_tokens": 1}).encode()
+    with connect(port, body, f"Content-Length: {len(body)}") as client:
+        assert gate.reached.acquire(timeout=PATIENCE)
+        time.sleep(0.3)
+        gate.passes.release(MANY)
+        assert b'"kind": "end"' in client.makefile("rb").read()
+
+
+def test_idle_connections_keep_nobody_out(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that has waited longest makes room."""
+    monkeypatch.setattr(connection, "MAX_CONNECTIONS", 20)
+    clients = [socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) for _ in range(40)]
+    try:
+        assert json.loads(request(port, "/about").read())["longest"] == 40
+        assert all(is_closed(client) for client in clients[:20])
+        clients[-1].sendall(b"GET /about HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        assert b" 200 " in clients[-1].makefile("rb").readline(), "the youngest are kept"
+    finally:
+        for client in clients:
+            client.close()
+
+
+@pytest.mark.parametrize(
+    ("head", "body", "status"),
+    [
+        ([], b"", b"400"),  # no length: no body
+        (["Content-Length: -5"], b"{}", b"400"),
+        (["Content-Length: 5", "Content-Length: 6"], b"{}   ", b"400"),
+        (["Content-Length: many"], b"{}", b"400"),
+        (["Transfer-Encoding: chunked"], b"zz\r\n", b"400"),
+        (["Transfer-Encoding: chunked"], b"2\r\n{}\r\n0\r\n\r\n", b"400"),  # read: lacks a question
+    ],
+)
+def test_odd_lengths_are_refused(page: Page, port: int, head: list[str], body: bytes, status: bytes) -> None:
+    with connect(port, body, *head) as client:
+        assert client.makefile("rb").readline().split()[1] == status
+    wait_until(lambda: not page._uploads)
+    assert page._open == 0
+
+
+def test_http_1_0(port: int) -> None:
+    body = json.dumps({"question": QUESTION, "max_new_tokens": 1}).encode()
+    head = f"POST /answer HTTP/1.0\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as client:
+        client.sendall(head.encode() + b"\r\n\r\n" + body)
+        assert b'"kind": "end"' in client.makefile("rb").read()
 
 
 def test_what_is_too_long_for_the_model_is_refused_before_any_forward(
