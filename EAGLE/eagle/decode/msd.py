@@ -182,7 +182,12 @@ class MSDModel:
             return
         self._warmed_up, skipped = True, skipped_graphs()
         engine = self._compiled
-        if within_memory(lambda: [engine.warm_up(tree, positions, progress)]) is None:
+
+        def compiled() -> bool:
+            engine.warm_up(tree, positions, progress)
+            return True
+
+        if not within_memory(compiled):
             log.warning("out of memory while compiling: some requests will be answered without")
         if (count := skipped_graphs() - skipped) > 0:
             log.warning("%d CUDA graphs were skipped, so decoding is slow: TORCH_LOGS=cudagraphs says why", count)
