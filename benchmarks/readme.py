@@ -21,8 +21,6 @@ from typing import Any
 
 from PIL import Image
 
-from benchmarks.plot import draw_compact
-from benchmarks.report import NOISY
 from eagle.hidden_states.index import sha256
 from llava.arguments import OneLineParser
 from llava.errors import UserError, run_cli
@@ -95,6 +93,8 @@ def label(contestant: str) -> str:
 def values_of(cell: Cell, name: str) -> list[str]:
     """Tokens per second, τ and speed-up of the whole request, and the speed-up after the first token; empty where the
     contestant did not run."""
+    from benchmarks.report import NOISY
+
     row = cell["results"].get(name)
     if row is None:
         return ["", "", "", ""]
@@ -155,6 +155,8 @@ def speed_block(report: Mapping[str, Any], where: str) -> str:
 
 def caption(report: Mapping[str, Any], cells: Sequence[Cell]) -> str:
     """When, where and with what the cells were measured."""
+    from benchmarks.report import NOISY
+
     machine, versions, settings = report["hardware"], report["versions"], report["settings"]
     device = machine.get("gpu") or f"{machine['cpu']} ({machine['cores']} cores, {machine['threads']} threads)"
     dtypes = sorted({cell["dtype"] for cell in cells if "dtype" in cell})
@@ -190,6 +192,8 @@ def renewed(page: str, repository: Path, report: str | None = None) -> tuple[str
 
 def draw_plot(report: Mapping[str, Any], path: Path, source: str) -> None:
     """The plot of the cells that are shown; ``source`` is the checksum of the report."""
+    from benchmarks.plot import draw_compact
+
     shown = [(cell, f"{name_of(cell)}, {how(t)}") for t, cells in chosen(report).items() for cell in cells]
     draw_compact([cell for cell, _ in shown], [title for _, title in shown], path, source)
 

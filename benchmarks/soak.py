@@ -19,12 +19,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
-import torch
-from rich.progress import track
 
 from eagle.arguments import (
     add_data_options,
@@ -33,13 +31,13 @@ from eagle.arguments import (
     positive,
     use_pocket_defaults,
 )
-from eagle.decode.msd import MSDModel
-from eagle.loading import load_model
-from eagle.provenance import hardware, versions
 from eagle.questions import Question, read_questions
 from llava.arguments import OneLineParser
 from llava.errors import UserError, run_cli
 from llava.files import atomic_write, write_json
+
+if TYPE_CHECKING:
+    from eagle.decode.msd import MSDModel
 
 KINDS = ("text", "picture", "pictures", "long", "sampled", "batch")
 MIB = 2**20
@@ -85,6 +83,8 @@ class Soak:
 
     def prepare(self) -> None:
         """The plain greedy answer to each prompt of the pools."""
+        from rich.progress import track
+
         prompts = dict.fromkeys(prompt for pool in self.pools.values() for prompt in pool)
         for prompt in track(prompts, description="plain answers"):
             (self.expected[prompt],) = self.answers([prompt], use_msd=False, temperature=0.0)
@@ -161,6 +161,8 @@ def slope(rss: Sequence[int]) -> dict[str, float]:
 
 
 def report(soak: Soak, arguments: argparse.Namespace) -> dict[str, Any]:
+    from eagle.provenance import hardware, versions
+
     record = soak.record
     return {
         "generations": len(record.rss),
@@ -224,7 +226,17 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
     arguments = parser().parse_args(argv)
+    import torch
+
     use_pocket_defaults(arguments)
+    with torch.no_grad():
+        return run(arguments)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures; returns the exit status."""
+    from eagle.loading import load_model
+
     model = load_model(arguments)
     soak = Soak(
         model, read_questions(arguments.data, arguments.limit), arguments.max_new_tokens, arguments.long_tokens,
@@ -249,5 +261,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     sys.exit(run_cli(main))

@@ -15,26 +15,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from rich.console import Console
 from tqdm import tqdm
 
-from benchmarks.contestants import build
-from benchmarks.plot import draw
-from benchmarks.random_pair import random_pair
-from benchmarks.report import header, phase_table, row_of_cell, table_of
-from benchmarks.spec import Cell, Pair, Suite, read_suite
-from benchmarks.work import work_of
 from eagle.arguments import positive
-from eagle.benchmark import interleave
-from eagle.decode.msd import MSDModel
-from eagle.loading import device_map_for
 from llava.arguments import OneLineParser
-from llava.device import cpu_has_bfloat16, dtype_for, on_cpu
 from llava.errors import UserError, run_cli
 from llava.files import write_json
+
+if TYPE_CHECKING:
+    from benchmarks.spec import Cell, Pair, Suite
+    from eagle.decode.msd import MSDModel
 
 PLAIN_WIDTH = 150  # of the table where it goes to a file
 SUITES = Path(__file__).resolve().parent / "suites"
@@ -59,6 +51,12 @@ def parser() -> argparse.ArgumentParser:
 def run(argv: Sequence[str]) -> int:
     """Measures; returns the exit status."""
     options = parser().parse_args(argv)
+    from rich.console import Console
+
+    from benchmarks.plot import draw
+    from benchmarks.report import header, phase_table, table_of
+    from benchmarks.spec import read_suite
+
     suite = read_suite(SUITES / "quick.json" if options.quick else options.suite)
     given = {"rounds": options.rounds, "assistant": options.assistant}
     suite = replace(suite, **{name: value for name, value in given.items() if value is not None})
@@ -85,6 +83,13 @@ def run(argv: Sequence[str]) -> int:
 
 def load(pair: Pair, suite: Suite) -> list[MSDModel]:
     """The pair in the suite's dtype, then its base in the dtypes of further baselines."""
+    import torch
+
+    from benchmarks.random_pair import random_pair
+    from eagle.decode.msd import MSDModel
+    from eagle.loading import device_map_for
+    from llava.device import dtype_for
+
     place = device_map_for(suite.device_map)
     if pair.random is not None:
         device = torch.accelerator.current_accelerator() if place != "cpu" else torch.device("cpu")
@@ -98,16 +103,25 @@ def load(pair: Pair, suite: Suite) -> list[MSDModel]:
 
 def too_slow(dtype: str, place: str) -> bool:
     """16 bit on a CPU without 16-bit products is many times slower, so it is left out as a baseline."""
+    from llava.device import cpu_has_bfloat16, on_cpu
+
     return dtype != "float32" and on_cpu(place) and not cpu_has_bfloat16()
 
 
 def named(dtype: Any) -> Any:
     """A dtype by its name; 'auto' stays."""
+    import torch
+
     return getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
 
 
 def measure(cell: Cell, suite: Suite, models: Sequence[MSDModel]) -> dict[str, Any]:
     """Runs one cell."""
+    from benchmarks.contestants import build
+    from benchmarks.report import row_of_cell
+    from benchmarks.work import work_of
+    from eagle.benchmark import interleave
+
     random = suite.models[cell.model].random is not None
     work = work_of(cell, suite, models[0], random)
     runners, left_out = build(cell, suite, models[0], models[1:])
@@ -127,4 +141,4 @@ def measure(cell: Cell, suite: Suite, models: Sequence[MSDModel]) -> dict[str, A
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(lambda: run(sys.argv[1:])))
+    sys.exit(run_cli(lambda: run(sys.argv[1:]), "the report has the cells that were measured"))

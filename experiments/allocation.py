@@ -16,20 +16,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
-from eagle.families import load_target, template_of
-from eagle.ge_data.extract import Extractor, source_of
-from eagle.ge_data.selection import IMAGE, TEXT, Selection
 from eagle.hidden_states.index import ShardInfo
 from experiments.common import parser, run_record
 from llava.errors import UserError, run_cli
 from llava.files import write_json
+
+if TYPE_CHECKING:
+    from eagle.ge_data.extract import Extractor
 
 ONE, BATCHED = "one at a time", "batches by length"
 
@@ -49,6 +46,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def extractors(options: argparse.Namespace, folder: Path) -> dict[str, Extractor]:
     """The two ways, sharing one model."""
+    from eagle.families import load_target, template_of
+    from eagle.ge_data.extract import Extractor, source_of
+    from eagle.ge_data.selection import IMAGE, TEXT, Selection
+
     kind = TEXT if options.image_data_path is None else IMAGE
     target = load_target(options.model)
     limit = min(options.max_length, getattr(target.config.get_text_config(), "max_position_embeddings", 2048))
@@ -105,6 +106,10 @@ def report(taken: dict[str, list[tuple[float, ShardInfo]]], hidden_size: int) ->
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
     options = parse_args(argv)
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
     with tempfile.TemporaryDirectory() as folder:
         ways = extractors(options, Path(folder))
         target = ways[ONE].target

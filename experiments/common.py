@@ -6,12 +6,12 @@ import argparse
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from eagle.provenance import record
 from llava.arguments import OneLineParser
+
+if TYPE_CHECKING:
+    import torch
 
 REPO = Path(__file__).resolve().parents[1]
 PACKAGES = ("LLaVA", "EAGLE", "lmms-eval")
@@ -28,6 +28,8 @@ def parser(module: str, description: str | None) -> argparse.ArgumentParser:
 
 def run_record(options: argparse.Namespace | None = None, device: torch.device | None = None) -> dict[str, Any]:
     """Date, commit, command, hardware and versions of this run, with its settings if given."""
+    from eagle.provenance import record
+
     settings = {} if options is None else {name: str(value) for name, value in vars(options).items() if name != "out"}
     return {**record(device), **({"settings": settings} if settings else {})}
 

@@ -12,18 +12,16 @@ import argparse
 import statistics
 import sys
 import time
+from typing import TYPE_CHECKING
 
-import torch
-from rich.console import Console
-from rich.table import Table
-from torch import nn
-
-from eagle.drafts.config import DraftConfig
-from eagle.drafts.msd import DraftModel
-from eagle.weight_layout import to_input_major_layout
 from experiments.common import parser, run_record
 from llava.errors import UserError, run_cli
 from llava.files import write_json
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from eagle.drafts.msd import DraftModel
 
 HEAD_DIM, GROUP, FEED_FORWARD = 128, 7, 18944 / 3584  # of Qwen2-VL-7B: sizes that follow from the hidden size
 WIDTH = 10  # frontier nodes of a step
@@ -32,6 +30,13 @@ ROUNDS = 7
 
 def build(options: argparse.Namespace) -> tuple[DraftModel, nn.Linear]:
     """A draft and an ``lm_head`` of the given size with small random weights."""
+    import torch
+    from torch import nn
+
+    from eagle.drafts.config import DraftConfig
+    from eagle.drafts.msd import DraftModel
+    from eagle.weight_layout import to_input_major_layout
+
     heads, dtype = max(1, options.hidden // HEAD_DIM), getattr(torch, options.dtype)
     config = DraftConfig(
         model_type="qwen2_vl", hidden_size=options.hidden, intermediate_size=round(options.hidden * FEED_FORWARD),
@@ -46,9 +51,10 @@ def build(options: argparse.Namespace) -> tuple[DraftModel, nn.Linear]:
     return draft.prepare_for_decoding(head), head
 
 
-@torch.inference_mode()
 def seconds_of_step(draft: DraftModel, head: nn.Linear) -> tuple[float, float]:
     """Median time from `WIDTH` frontier nodes to their likely children, with the whole head and the trimmed one."""
+    import torch
+
     hidden = torch.randn(1, WIDTH, draft.config.hidden_size, dtype=draft.dtype, device=draft.device)
     tokens = torch.zeros(1, WIDTH, dtype=torch.long, device=draft.device)
     kept = draft.draft_vocab
@@ -72,10 +78,15 @@ def main() -> None:
     add("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     add("--device", default="cpu")
     options = made.parse_args()
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
     if options.keep > options.vocabulary:
         raise UserError(f"--keep {options.keep} of a vocabulary of {options.vocabulary}", fix="keep fewer tokens")
     draft, head = build(options)
-    whole, trimmed = seconds_of_step(draft, head)
+    with torch.inference_mode():
+        whole, trimmed = seconds_of_step(draft, head)
     table = Table("head", "tokens", "ms per step", title=f"draft step, {WIDTH} nodes, {options.dtype}")
     table.add_row("whole", f"{options.vocabulary:,}", f"{1000 * whole:.1f}")
     table.add_row("trimmed", f"{options.keep:,}", f"{1000 * trimmed:.1f}")

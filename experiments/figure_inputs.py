@@ -10,15 +10,15 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch
+from typing import TYPE_CHECKING
 
 from experiments.common import REPO
 from llava.arguments import OneLineParser
 from llava.errors import run_cli
 from llava.files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 OUT = REPO / "docs" / "method-inputs.png"
 TOKENS = ("USER:", "image", "image", "image", "What", "is", "it?", "A", "bus")
@@ -33,6 +33,8 @@ ROWS = {"token": 6.5, "hidden": 5.2, "input": 3.4, "layer": 2.1, "predicted": 0.
 
 def box(axes: Axes, x: float, y: float, text: str, colour: str, width: float = HALF, height: float = 0.32) -> None:
     """A labelled box around a point."""
+    from matplotlib.patches import FancyBboxPatch
+
     patch = FancyBboxPatch(
         (x - width, y - height), 2 * width, 2 * height, boxstyle="round,pad=0.02", facecolor=colour, edgecolor="0.4"
     )
@@ -99,6 +101,8 @@ def main() -> None:
     )  # fmt: skip
     made.add_argument("--out", type=Path, default=OUT, help="the PNG (default: docs/method-inputs.png)")
     options = made.parse_args()
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(WIDTH, 6.0), layout="constrained")
     axes = figure.subplots()
     draw_positions(axes)

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from eagle.train.schedule import IMAGE
 from experiments.common import caption, run_record
 from experiments.training_study import bench, chain_tau
 from llava.arguments import OneLineParser
@@ -61,6 +60,8 @@ def runs(study: Path) -> list[Path]:
 
 def points(run: Path, study: dict[str, Any], final_only: bool) -> Iterator[dict[str, Any]]:
     """The checkpoints of a run that have a validation, oldest first."""
+    from eagle.train.schedule import IMAGE
+
     history = read_json(run / "checkpoints" / "training.json", "history of a training")
     simulated = {row["step"]: row["results"][IMAGE]["tau"] for row in history["validations"] if IMAGE in row["results"]}
     last, depth = history["steps"][-1]["step"], study["shared"]["simulated_depth"]

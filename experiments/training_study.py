@@ -27,11 +27,7 @@ from statistics import mean
 from typing import Any
 
 from eagle.hidden_states.index import INDEX
-from eagle.hidden_states.shards import ShardDataset
 from eagle.questions import read_questions
-from eagle.train.dataset import TrainingData
-from eagle.train.engine import read_deepspeed_config
-from eagle.train.schedule import IMAGE, TEXT, BatchSizes
 from eagle.train.settings import TrainConfig, find_config
 from experiments.common import REPO, caption, environment, run_record
 from llava.arguments import OneLineParser
@@ -185,6 +181,11 @@ def hidden_states(base: str, out: Path, quick: bool) -> Path:
 
 def plan(states: Path, config: dict[str, Any], steps: int) -> tuple[int, int]:
     """(epochs, steps) of a training: whole epochs, at least two, as near to ``steps`` as they come."""
+    from eagle.hidden_states.shards import ShardDataset
+    from eagle.train.dataset import TrainingData
+    from eagle.train.engine import read_deepspeed_config
+    from eagle.train.schedule import IMAGE, TEXT, BatchSizes
+
     sets = {TEXT: ShardDataset(states / "hidden_t"), IMAGE: ShardDataset(states / "hidden_v")}
     train = read_strict(TrainConfig, config.get("train", {}), "training config")
     sizes = BatchSizes.from_deepspeed(read_deepspeed_config(DEEPSPEED), 1, where=DEEPSPEED)

@@ -15,24 +15,21 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
-
-import torch
-from rich.console import Console
-from rich.table import Table
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from eagle.arguments import positive
-from eagle.decode.drafter import Drafter
-from eagle.decode.tree_config import TreeConfig
-from eagle.drafts.checkpoint import load_msd_draft
-from eagle.drafts.compression import Compression
-from eagle.drafts.msd import DraftModel
-from eagle.families.base import Prefill
-from eagle.weight_layout import to_input_major_layout
 from experiments.common import parser, run_record
 from llava.errors import run_cli
 from llava.files import write_json
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from eagle.decode.tree_config import TreeConfig
+    from eagle.drafts.compression import Compression
+    from eagle.drafts.msd import DraftModel
+    from eagle.families.base import Prefill
 
 TEXT = 32
 """Text tokens of the prompt before the picture, and again after it."""
@@ -42,6 +39,12 @@ ACCEPTED = 4
 
 def build(options: argparse.Namespace) -> tuple[DraftModel, nn.Linear]:
     """The draft, and a random ``lm_head`` for it."""
+    import torch
+    from torch import nn
+
+    from eagle.drafts.checkpoint import load_msd_draft
+    from eagle.weight_layout import to_input_major_layout
+
     dtype = getattr(torch, options.dtype)
     draft = load_msd_draft(options.draft, "the study", dtype=dtype, device=options.device)
     sizes = (draft.config.hidden_size, draft.config.vocab_size)
@@ -53,6 +56,10 @@ def build(options: argparse.Namespace) -> tuple[DraftModel, nn.Linear]:
 
 def prompt(draft: DraftModel, image_tokens: int) -> tuple[Prefill, torch.Tensor]:
     """Random target states of a prompt with one picture, and its ids [1, S]."""
+    import torch
+
+    from eagle.families.base import Prefill
+
     length, size, place = image_tokens + 2 * TEXT, draft.config.hidden_size, draft.device
     image = torch.zeros(1, length, dtype=torch.bool, device=place)
     image[:, TEXT : TEXT + image_tokens] = True
@@ -64,15 +71,18 @@ def prompt(draft: DraftModel, image_tokens: int) -> tuple[Prefill, torch.Tensor]
 
 def wait(device: torch.device) -> None:
     """Until the device has done what it was given."""
+    import torch
+
     if device.type != "cpu":
         torch.accelerator.synchronize()
 
 
-@torch.inference_mode()
 def seconds(
     draft: DraftModel, head: nn.Linear, tree: TreeConfig, image_tokens: int, ways: list[Compression], rounds: int
 ) -> list[tuple[float, float]]:
     """Median seconds of (prefill, cycle) for each way, all on the same prompt."""
+    from eagle.decode.drafter import Drafter
+
     prefill, ids = prompt(draft, image_tokens)
     rows = prefill.hidden[0, :ACCEPTED], ids[0, :ACCEPTED]
     taken: list[list[tuple[float, float]]] = [[] for _ in ways]
@@ -93,6 +103,9 @@ def seconds(
 
 def measure(options: argparse.Namespace) -> tuple[DraftModel, list[dict[str, Any]]]:
     """One record for each number of image tokens and each way."""
+    from eagle.decode.tree_config import TreeConfig
+    from eagle.drafts.compression import Compression
+
     draft, head = build(options)
     tree = TreeConfig.for_device(draft.device)
     ways = [Compression(), *(Compression(keep) for keep in options.keep)]
@@ -123,7 +136,14 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Prints a table; writes JSON if asked."""
     options = parse_args()
-    draft, records = measure(options)
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from eagle.decode.tree_config import TreeConfig
+
+    with torch.inference_mode():
+        draft, records = measure(options)
     table = Table("image tokens", "rows in the draft", "prefill ms", "cycle ms", title="draft alone, one picture")
     for record in records:
         table.add_row(

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Step 4: train the draft head on step 3's hidden states: text first, then ever more images. Resumes where it stopped.
+# Step 4: train the draft head on step 3's hidden states: text first, then a rising share of images. Resumes where it stopped.
 # ONLINE=1 leaves out step 3: the base model reads the conversations of step 2 beside the draft.
 #   scripts/4_train.sh                                            the embedded model
 #   BASE=liuhaotian/llava-v1.5-7b CONFIG=llava_v15_7B_config.json DEVICES=localhost:0,1,2,3 scripts/4_train.sh
@@ -27,7 +27,24 @@ if [ -n "${ONLINE:-}" ] && [ "$ONLINE" != 0 ]; then
         --image-folder "${PICTURES:-pocket/data}" ${COUNT:+--limit "$COUNT"})
 fi
 
-deepspeed --master_port "${PORT:-29504}" --include "${DEVICES:-localhost:0}" EAGLE/eagle/train/main_deepspeed.py \
-    --deepspeed_config "${DS_CONFIG:-ds_config.json}" "${data[@]}" \
-    --basepath "${BASE:-pocket/llava}" --cpdir "${CKPT:-$work/checkpoints}" \
-    --config "${CONFIG:-pocket_llava_config.json}" --resume "$@"
+checkpoints="${CKPT:-$work/checkpoints}"
+stopped=
+status=0
+trap 'stopped=1' INT
+# DeepSpeed's runner would answer Ctrl-C with a traceback. It ignores the signal; the launcher that it starts handles it.
+(
+    trap '' INT
+    exec deepspeed --master_port "${PORT:-29504}" --include "${DEVICES:-localhost:0}" EAGLE/eagle/train/main_deepspeed.py \
+        --deepspeed_config "${DS_CONFIG:-ds_config.json}" "${data[@]}" \
+        --basepath "${BASE:-pocket/llava}" --cpdir "$checkpoints" \
+        --config "${CONFIG:-pocket_llava_config.json}" --resume "$@"
+) || status=$?
+if [ -n "$stopped" ]; then
+    if [ -f "$checkpoints/latest" ]; then
+        echo "stopped; the same command resumes from $checkpoints/$(cat "$checkpoints/latest")" >&2
+    else
+        echo "stopped before the first checkpoint; the same command starts again" >&2
+    fi
+    exit 130
+fi
+exit "$status"

@@ -28,7 +28,7 @@ if [ -z "$draft" ]; then # the one that step 4 trained: the draft of its end, el
     checkpoints="${CKPT:-${WORK:-outputs/pipeline}/checkpoints}"
     if [ -f "$checkpoints/latest" ] && ! [ "$checkpoints/final" -nt "$checkpoints/latest" ]; then
         draft="$checkpoints/$(cat "$checkpoints/latest")"
-        about=" (the newest checkpoint of step 4, which has not ended)"
+        about=" (newest checkpoint of step 4, whose training has not ended)"
     elif [ -d "$checkpoints/final" ]; then
         draft="$checkpoints/final"
         about=" (of step 4)"
@@ -47,6 +47,11 @@ if [ "$base" = pocket/llava ]; then
     case ",$tasks," in
         *,chartqa,* | *,chartqa_msd,*) questions="${questions:-pocket/data/heldout.jsonl}" ;;
     esac
+fi
+if [ -f "$draft/provenance.json" ]; then # of training: the step of the draft and the steps of the whole run
+    number() { sed -n 's/^  "'"$1"'": \([0-9]*\),\{0,1\}$/\1/p' "$draft/provenance.json"; }
+    step="$(number step)" total="$(number total_steps)"
+    [ "${step:-0}" -ge "${total:-0}" ] || about=" (trained for $step of $total steps)"
 fi
 echo "base model: $base"
 echo "draft:      $draft$about"
@@ -68,17 +73,15 @@ if [ -n "$questions" ]; then
     cd "$out/data"
 fi
 
-# accelerate starts several processes on accelerators alone, torch's launcher everywhere
 processes="${NUM_PROCESSES:-1}"
-launch=("$python" -m accelerate.commands.launch --quiet --num_processes=1 --num_machines=1 --mixed_precision=no
-    --dynamo_backend=no --main_process_port="${PORT:-29506}")
+launch=("$python") # `accelerate launch` would add a traceback to Ctrl-C, and starts several processes on accelerators alone
 [ "$processes" = 1 ] ||
     launch=("$python" -m torch.distributed.run --nproc_per_node="$processes" --master_port="${PORT:-29506}")
 
 evaluate() { # folder, then flags
     local folder="$1"
     shift
-    "${launch[@]}" -m lmms_eval --model "${MODEL:-llava_msd}" --model_args "pretrained=$base${MODEL_ARGS:+,$MODEL_ARGS}" \
+    "${launch[@]}" -m lmms_eval_msd --model "${MODEL:-llava_msd}" --model_args "pretrained=$base${MODEL_ARGS:+,$MODEL_ARGS}" \
         --tasks "$tasks" --batch_size "${BATCH_SIZE:-1}" --gen_kwargs "${GEN_KWARGS:-temperature=0}" ${LIMIT:+--limit "$LIMIT"} \
         --log_samples --output_path "$folder" "$@"
 }

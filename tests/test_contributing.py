@@ -106,17 +106,9 @@ def test_without_registration_the_family_is_not_known(tmp_path: Path) -> None:
         load_target(make_vipllava(tmp_path / "base"))
 
 
-def test_make_targets_of_the_page_exist() -> None:
-    named = set(re.findall(r"^make ([\w-]+)", PAGE, re.MULTILINE))
-    defined = set(re.findall(r"^([\w-]+):", (REPO / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    assert named and named <= defined
-
-
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "CHANGELOG.md", ".github/ISSUE_TEMPLATE/bug.md"])
-def test_links_and_paths_lead_somewhere(page: str) -> None:
+def test_paths_lead_somewhere(page: str) -> None:
     text = (REPO / page).read_text(encoding="utf-8")
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
-    assert all(((REPO / page).parent / link).exists() for link in links), links
     paths = re.findall(r"`((?:EAGLE|LLaVA|lmms-eval|tests|docs|pocket|scripts)/[\w./-]+)`", text)
     assert all((REPO / path).exists() for path in paths), paths
 

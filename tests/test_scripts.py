@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+from fault_support import hear_ctrl_c
+
+from llava.files import write_json
 
 REPO = Path(__file__).resolve().parents[1]
 RECORDER = """#!/usr/bin/env bash
@@ -87,6 +93,55 @@ def test_training_without_deepspeed_is_one_line(
     assert capfd.readouterr().err.startswith("error: deepspeed is not installed for ")
 
 
+LAUNCHER = """#!{python}
+import os, signal, sys, time
+signal.signal(signal.SIGINT, lambda *_: sys.exit(1))
+open(os.environ["RECORD"], "w").close()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_training_stopped_by_ctrl_c(commands, tmp_path: Path, saved: bool) -> None:
+    """The terminal tells the script and DeepSpeed's processes; the script has the last word."""
+    (tmp_path / "deepspeed").write_text(LAUNCHER.format(python=sys.executable))
+    checkpoints, record = tmp_path / "checkpoints", tmp_path / "record"
+    if saved:
+        checkpoints.mkdir()
+        (checkpoints / "latest").write_text("step-00000004\n")
+    environment = {**os.environ, "PYTHON": str(tmp_path / "python"), "RECORD": str(record), "CKPT": str(checkpoints)}
+    process = subprocess.Popen(
+        ["bash", str(REPO / "scripts" / "4_train.sh")], env=environment, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, preexec_fn=hear_ctrl_c,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not record.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    resumed = f"stopped; the same command resumes from {checkpoints}/step-00000004\n"
+    assert errors == (resumed if saved else "stopped before the first checkpoint; the same command starts again\n")
+    assert process.returncode == 130
+
+
+def test_training_that_fails_keeps_its_status(commands, tmp_path: Path) -> None:
+    (tmp_path / "deepspeed").write_text("#!/usr/bin/env bash\nexit 3\n")
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        commands("4_train.sh")
+    assert failed.value.returncode == 3
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (REPO / "scripts").glob("*.sh")))
+def test_help_is_the_comment_at_the_top(script: str) -> None:
+    command = ["bash", str(REPO / "scripts" / script), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert (
+        done.stdout.startswith(f"Step {script[0]}: ")
+        and f"scripts/{script}" in done.stdout
+        and "set -" not in done.stdout
+    )
+
+
 @pytest.mark.parametrize(
     ("tasks", "asks"),
     [("", True), ("chartqa_msd", True), ("mme,chartqa_msd", True), ("mme", False), ("xchartqa", False)],
@@ -117,8 +172,12 @@ def test_questions_for_other_models_are_those_given(commands, tmp_path: Path) ->
     [
         (["latest", "final"], "final", "final (of step 4)"),
         (["final"], "final", "final (of step 4)"),
-        (["final", "latest"], "step-00000004", "step-00000004 (the newest checkpoint of step 4, which has not ended)"),
-        (["latest"], "step-00000004", "step-00000004 (the newest checkpoint of step 4, which has not ended)"),
+        (
+            ["final", "latest"],
+            "step-00000004",
+            "step-00000004 (newest checkpoint of step 4, whose training has not ended)",
+        ),
+        (["latest"], "step-00000004", "step-00000004 (newest checkpoint of step 4, whose training has not ended)"),
         ([], None, "pocket/llava-msd (shipped; step 4 has made none in "),
     ],
     ids=["finished", "copied", "resumed", "killed", "none"],
@@ -148,6 +207,16 @@ def test_step_5_takes_the_newest_draft_of_step_4(
     assert [Path(folder).name for folder in folders] == ["msd", "other"][: len(drafts)]
     assert len(commands("5_evaluate.sh", OTHER="", **settings)) == len(lines) - (len(drafts) - 1)
     assert ("The pocket models answer in whole sentences" in capfd.readouterr().out) == (base == "pocket/llava")
+
+
+@pytest.mark.parametrize(("step", "told"), [(40, " (trained for 40 of 690 steps)"), (690, "")])
+def test_step_5_says_how_far_the_draft_was_trained(
+    commands, tmp_path: Path, step: int, told: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data").mkdir()
+    write_json(tmp_path / "draft" / "provenance.json", {"settings": {"step": 1}, "total_steps": 690, "step": step})
+    commands("5_evaluate.sh", OUT=str(tmp_path), DRAFT=str(tmp_path / "draft"))
+    assert f"draft:      {tmp_path}/draft{told}\n" in capfd.readouterr().out
 
 
 def test_a_draft_alone_is_for_the_pocket_model(commands, tmp_path: Path) -> None:

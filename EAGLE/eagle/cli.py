@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from importlib import import_module
 
 from llava.arguments import OneLineParser
-from llava.errors import run_cli
+from llava.errors import USER_ERROR_STATUS, run_cli
 
 NAMES = "generate bench throughput verify exactness demo web doctor push export serve"
 COMMANDS = {name: f"eagle.commands.{name}" for name in NAMES.split()}
@@ -30,8 +30,12 @@ def parser(names: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status (2 for bad input). Only the module of that command is imported."""
+    """Runs one command; returns the exit status (2 for bad input). Only the module of that command is imported. Without
+    a command it prints the help."""
     given = sys.argv[1:] if argv is None else list(argv)
+    if not given:
+        parser().print_help()
+        return USER_ERROR_STATUS
     names = given[:1] if given[:1] and given[0] in COMMANDS else COMMANDS
 
     def run() -> int | None:

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from llava.files import read_object
+
 PACKAGES = (
     "msd-llava", "msd-eagle", "msd-lmms-eval", "lmms_eval", "torch", "transformers", "accelerate", "deepspeed",
     "safetensors", "numpy",
@@ -38,6 +40,17 @@ def record(device: torch.device | None = None) -> dict[str, Any]:
         "versions": versions(),
         "hardware": hardware(device),
     }
+
+
+def partly_trained(draft: str | Path) -> str | None:
+    """How far a draft was trained if not to the end of the run, by the ``provenance.json`` in its folder. None for a
+    finished draft, one without such a file, and one on the hub."""
+    path = Path(draft) / "provenance.json"
+    made = read_object(path, "provenance") if path.is_file() else {}
+    step, total = made.get("step"), made.get("total_steps")
+    if not isinstance(step, int) or not isinstance(total, int) or step >= total:
+        return None
+    return f"trained for {step} of {total} steps"
 
 
 def now() -> str:

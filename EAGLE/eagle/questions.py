@@ -67,7 +67,7 @@ def iter_questions(path: Path) -> Iterator[tuple[Question, dict[str, Any]]]:
     try:
         lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
-        raise UserError(f"question file cannot be read ({error})", where=path, fix="check --data") from None
+        raise UserError(f"question file cannot be read ({error.strerror})", where=path, fix="check --data") from None
     for number, line in enumerate(lines, start=1):
         if line.strip():
             record = _record(line, f"{path}:{number}")

@@ -66,7 +66,17 @@ def test_generate_equals_plain_decoding_and_the_template_written_out(pair, capsy
 
 def test_generate_streams_text(pair, capsys):
     assert main(["generate", *models(pair), "--prompt", "Name a river.", "--max-new-tokens", "5"]) == 0
-    assert "[5 tokens," in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "[5 tokens," in said.out and "no --image" in said.err
+    picture = ["--image", str(pair / "one.png")]
+    assert main(["generate", *models(pair), *picture, "--prompt", "How many?", "--max-new-tokens", "1"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_no_command_shows_the_help(capsys):
+    assert main([]) == 2
+    said = capsys.readouterr()
+    assert said.out.startswith("usage: msd") and "exactness" in said.out and said.err == ""
 
 
 def test_sampling_follows_the_seed(pair, capsys):

@@ -65,6 +65,12 @@ def test_bad_lines_are_named(folder: Path, record: Any, said: str) -> None:
     assert said in str(raised.value) and "q.jsonl:2" in str(raised.value)
 
 
+def test_a_missing_file(folder: Path) -> None:
+    with pytest.raises(UserError) as raised:
+        read_questions(folder / "missing.jsonl")
+    assert str(raised.value).startswith(f"question file cannot be read (No such file or directory): {folder}")
+
+
 def test_text_of_another_encoding_is_named_by_line(folder: Path) -> None:
     path = folder / "q.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"question": "Fine?"}\r\n{"question": "caf\xe9?"}\n')

@@ -11,19 +11,20 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
-
-import torch
-from PIL import Image
-from transformers import LlavaForConditionalGeneration, TextStreamer
+from typing import TYPE_CHECKING, Any
 
 from .arguments import OneLineParser, positive, temperature
-from .checkpoint import load_pretrained
 from .conversation import DEFAULT_TEMPLATE, get_template
 from .errors import UserError, run_cli
 from .image import load_image
 from .inputs import seed_option
-from .processor import LlavaProcessor
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+    from transformers import LlavaForConditionalGeneration
+
+    from .processor import LlavaProcessor
 
 
 class Chat:
@@ -48,6 +49,9 @@ class Chat:
 
     def ask(self, question: str) -> str:
         """Streams the answer to stdout, adds the turn to the history and returns the answer."""
+        import torch
+        from transformers import TextStreamer
+
         if not self.history and self.images:
             marks = f"{self.processor.image_token}\n" * len(self.images)
             question = question if self.processor.image_token in question else marks + question
@@ -70,6 +74,10 @@ class Chat:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     options = _parser().parse_args(arguments)
+    import torch
+
+    from .checkpoint import load_pretrained
+
     if options.conv_mode is not None:
         get_template(options.conv_mode)
     images = [load_image(path) for path in options.image_file]
@@ -111,6 +119,8 @@ def _questions() -> Iterator[str]:
 
 def _device(name: str | None) -> torch.device:
     """The device of this name; without a name CUDA or MPS if available, else the CPU."""
+    import torch
+
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:

@@ -23,7 +23,7 @@ INTERRUPT_STATUS = 130
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_TEXTS = ("No space left", "File too large", "quota exceeded", "PytorchStreamWriter failed", "unexpected pos")
 MAKE_ROOM = "free some space and start again; what was finished is kept"
-LESS_MEMORY = "use 16 bit, a shorter prompt, a smaller batch or a smaller model; `msd doctor` says what fits"
+LESS_MEMORY = "use 16 bit, a shorter prompt, a smaller batch or model; `msd doctor --base-model B` says what fits"
 
 
 class UserError(Exception):
@@ -77,9 +77,13 @@ def is_full_disk(error: BaseException) -> bool:
 
 
 @contextmanager
-def cli_errors() -> Iterator[None]:
-    """Turns a `UserError`, a full disk or too little memory into one line on stderr and exit status 2, Ctrl-C into
-    status 130."""
+def cli_errors(resume: str | None = None) -> Iterator[None]:
+    """Turns a `UserError`, a full disk or too little memory into one line on stderr and exit status 2, Ctrl-C into one
+    line and status 130.
+
+    Args:
+        resume: what Ctrl-C leaves and how to resume, for that line.
+    """
     try:
         yield
     except UserError as error:
@@ -98,6 +102,7 @@ def cli_errors() -> Iterator[None]:
             raise
         _give_up(UserError("out of memory", memory_message(error), LESS_MEMORY))
     except KeyboardInterrupt:
+        print("stopped" if resume is None else f"stopped; {resume}", file=sys.stderr)
         raise SystemExit(INTERRUPT_STATUS) from None
 
 
@@ -108,14 +113,15 @@ def _give_up(error: UserError) -> NoReturn:
     raise SystemExit(USER_ERROR_STATUS) from None
 
 
-def run_cli(main: Callable[[], int | None]) -> int:
-    """Runs `main` and returns its exit status (None is 0); a `UserError` is printed and gives 2, Ctrl-C gives 130.
+def run_cli(main: Callable[[], int | None], resume: str | None = None) -> int:
+    """Runs `main` and returns its exit status (None is 0); a `UserError` is printed and gives 2, Ctrl-C gives 130 (see
+    `cli_errors` for ``resume``).
 
     Any other exception is a bug of the program: one line and status 1, or raised if `TRACEBACK` is set.
     Use as `sys.exit(run_cli(main))`.
     """
     try:
-        with cli_errors():
+        with cli_errors(resume):
             return main() or 0
     except SystemExit as stop:
         if isinstance(stop.code, int):

@@ -34,12 +34,14 @@ def check_writable(path: str | Path) -> None:
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, and renames that file to `path` when the block ends without an exception.
 
-    After an exception (or a kill) `path` is what it was before. Missing parent folders are created.
+    After an exception (or a kill) `path` is what it was before. Missing parent folders are created. If `path` is a
+    link, the file that it names is written. A link into the hub's cache is replaced instead: other snapshots share
+    that file.
 
     Raises:
         UserError: the folder cannot be written, or the disk is full.
     """
-    path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)  # what a link names is written
+    path = _behind_link(Path(path))
     check_writable(path)
     try:
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=f".tmp{path.suffix}", dir=path.parent)
@@ -136,6 +138,15 @@ def write_json(path: str | Path, data: Any, indent: int | None = 2) -> None:
     """
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(data, indent=indent) + "\n", encoding="utf-8")
+
+
+def _behind_link(path: Path) -> Path:
+    """The file that ``path`` names if it is a link, unless that is a blob of the hub's cache."""
+    if not path.is_symlink():
+        return path
+    real = Path(os.path.realpath(path))
+    is_blob = real.parent.name == "blobs" and (real.parents[1] / "snapshots").is_dir()
+    return path if is_blob else real
 
 
 def _umask() -> int:

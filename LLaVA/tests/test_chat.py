@@ -10,9 +10,10 @@ import pytest
 import torch
 from tiny_llava import make_image, make_liuhaotian
 
-from llava import chat, load_pretrained
+from llava import chat, checkpoint, load_pretrained
 from llava.chat import Chat
 from llava.errors import UserError, run_cli
+from llava.processor import LlavaProcessor
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +51,13 @@ def test_conversation_goes_on(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts = []
-    original = chat.LlavaProcessor.__call__
+    original = LlavaProcessor.__call__
 
     def spy(self, images=None, text=None, **options):
         prompts.append((text, len(images or ())))
         return original(self, images, text, **options)
 
-    monkeypatch.setattr(chat.LlavaProcessor, "__call__", spy)
+    monkeypatch.setattr(LlavaProcessor, "__call__", spy)
     model, processor = load_pretrained(folder)
     talk = Chat(model, processor, [make_image()], system="S", generation={"max_new_tokens": 3, "do_sample": False})
     first = talk.ask("What is it?")
@@ -122,7 +123,7 @@ def test_weights_go_straight_to_the_device(
         asked.update(options)
         raise UserError("enough")
 
-    monkeypatch.setattr(chat, "load_pretrained", load)
+    monkeypatch.setattr(checkpoint, "load_pretrained", load)
     with pytest.raises(UserError, match="enough"):
         chat.main(["--model-path", str(folder), "--device", device])
     assert asked == {"dtype": "auto", "device_map": there}

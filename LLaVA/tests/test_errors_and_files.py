@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llava.errors import LESS_MEMORY, TRACEBACK, UserError, cli_errors, run_cli
-from llava.files import atomic_write, check_writable, read_json
+from llava.files import atomic_write, check_writable, read_json, write_json
 
 SAID = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 14.58 GiB of which 1 GiB is free."
 FULL = f"{SAID} Of the allocated memory 12 GiB is allocated by PyTorch. If reserved memory is large try setting this."
@@ -33,7 +33,7 @@ def fail(error: BaseException) -> int:
         (lambda: None, 0, ""),
         (lambda: 1, 1, ""),
         (lambda: fail(UserError("bad", "x")), 2, "error: bad: x\n"),
-        (lambda: fail(KeyboardInterrupt()), 130, ""),
+        (lambda: fail(KeyboardInterrupt()), 130, "stopped\n"),
         (lambda: fail(SystemExit(3)), 3, ""),
         (lambda: fail(SystemExit("stop")), 1, "stop\n"),
         (lambda: fail(SystemExit()), 0, ""),
@@ -143,6 +143,18 @@ def test_a_link_stays_a_link_and_a_device_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="not a file"), atomic_write(place):
             raise AssertionError("nothing may be written")
     assert not Path("/dev/null").is_file()
+
+
+def test_a_blob_of_the_hub_cache_is_not_written(tmp_path: Path) -> None:
+    blob, links = tmp_path / "blobs" / "0a1b", [tmp_path / "snapshots" / name / "config.json" for name in ("1", "2")]
+    blob.parent.mkdir()
+    blob.write_text("old")
+    for link in links:
+        link.parent.mkdir(parents=True)
+        link.symlink_to(blob)
+    write_json(links[0], ["new"])
+    assert read_json(links[0]) == ["new"] and not links[0].is_symlink()
+    assert blob.read_text() == links[1].read_text() == "old"
 
 
 def test_a_place_is_checked_before_the_work(tmp_path: Path) -> None:

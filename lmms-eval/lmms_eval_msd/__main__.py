@@ -8,12 +8,15 @@ it. Here all plugins are loaded and the broken ones are named.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from loguru import logger
 
+from llava.arguments import OneLineParser
+from llava.errors import run_cli
 from lmms_eval_msd import MODELS, hook, manifests
 
 GROUP = "lmms_eval.models"
@@ -21,6 +24,9 @@ GROUP = "lmms_eval.models"
 
 def main() -> None:
     """The command line."""
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print_help()
+        return
     from lmms_eval import __main__ as evaluation
     from lmms_eval.cli import dispatch
     from lmms_eval.models import MODEL_REGISTRY_V2
@@ -28,6 +34,14 @@ def main() -> None:
     load_plugins(MODEL_REGISTRY_V2)
     hook.extend(evaluation)
     dispatch.main()
+
+
+def print_help() -> None:
+    """Our flags, without lmms-eval, whose imports take seconds."""
+    more = "All other options are lmms-eval's: python -m lmms_eval_msd eval --help"
+    parser = OneLineParser(prog="python -m lmms_eval_msd", description=(__doc__ or "").splitlines()[0], epilog=more)
+    hook.add_flags(parser)
+    parser.print_help()
 
 
 def load_plugins(registry: Any) -> list[str]:
@@ -64,4 +78,4 @@ def _name(point: EntryPoint) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_cli(main))

@@ -12,16 +12,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from rich import box
-from rich.console import Console
-from rich.table import Table as Screen
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava.arguments import OneLineParser
 from llava.errors import UserError, run_cli
 from llava.files import atomic_write, write_json
-from lmms_eval_msd.report import Run, differences, load_run, speedup
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lmms_eval_msd.report import Run
 
 COLOURS = ("#9aa5b1", "#2f6fb0", "#d98032", "#4b9560", "#8a63a8")
 """Of the base and of each draft in the chart."""
@@ -44,6 +44,9 @@ def compare(base: Run, msd: Run) -> dict[str, Any]:
     Raises:
         UserError: the runs have different tasks or different questions.
     """
+    from eagle.provenance import partly_trained
+    from lmms_eval_msd.report import differences, speedup
+
     if base.scores.keys() != msd.scores.keys():
         tasks = [", ".join(sorted(run.scores)) for run in (base, msd)]
         raise UserError(f"the runs have different tasks: {tasks[0]} and {tasks[1]}")
@@ -70,7 +73,11 @@ def compare(base: Run, msd: Run) -> dict[str, Any]:
         key: msd.decoding[key] for key in ("base", "draft", "dtype", "tree", "processes", "hardware", "versions")
     }
     apart = differences(base.decoding, msd.decoding)
-    return {"tasks": rows, **setting, "differences": apart, "results": {"base": str(base.path), "msd": str(msd.path)}}
+    results = {"base": str(base.path), "msd": str(msd.path)}
+    return {
+        "tasks": rows, **setting, "draft_note": partly_trained(msd.decoding["draft"]), "differences": apart,
+        "results": results,
+    }  # fmt: skip
 
 
 def names(comparisons: Sequence[Any]) -> list[str]:
@@ -116,7 +123,10 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
 def runs(comparisons: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """What is compared: name and value of each line."""
     first = comparisons[0]
-    drafts = [(name, str(one["draft"])) for name, one in zip(names(comparisons), comparisons, strict=True)]
+    drafts = [
+        (name, f"{one['draft']} ({one['draft_note']})" if one["draft_note"] else str(one["draft"]))
+        for name, one in zip(names(comparisons), comparisons, strict=True)
+    ]
     machine = f"{first['hardware']}, {first['dtype']}, {first['processes']} process(es)"
     return [("base", str(first["base"])), *drafts, ("machine", machine)]
 
@@ -132,6 +142,9 @@ def warnings(comparisons: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def show(comparisons: Sequence[Mapping[str, Any]], console: Console) -> None:
     """The tables on the screen, at most 80 columns wide."""
+    from rich import box
+    from rich.table import Table as Screen
+
     for name, value in runs(comparisons):
         console.print(f"{name:<8} {value}", soft_wrap=True, highlight=False, markup=False)
     for table in tables(comparisons):
@@ -219,6 +232,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for compare.md, compare.json and compare.png")
     parser.add_argument("--require-equal", action="store_true", help="end with status 1 if an answer differs")
     args = parser.parse_args(argv)
+    from rich.console import Console
+
+    from lmms_eval_msd.report import load_run
+
     base = load_run(args.base, use_msd=False)
     comparisons = [compare(base, load_run(folder, use_msd=True)) for folder in args.msd]
     write_json(args.out / "compare.json", {**comparisons[0], "others": comparisons[1:]})

@@ -96,6 +96,15 @@ def test_page_has_everything(two_drafts, tmp_path, capsys):
     assert [one["draft"].rsplit("/", 1)[1] for one in (comparison, *comparison["others"])] == ["trained", "shipped"]
 
 
+def test_a_draft_whose_training_was_stopped(runs, tmp_path, capsys):
+    (tmp_path / "draft").mkdir()
+    (tmp_path / "draft" / "provenance.json").write_text(json.dumps({"step": 4, "total_steps": 9}))
+    msd = write_run(tmp_path / "part", True, ["a", "b"], 25.0, draft=str(tmp_path / "draft"))
+    assert main(["--base", str(runs[0]), "--msd", str(msd), "--out", str(tmp_path / "out")]) == 0
+    assert f"{tmp_path}/draft (trained for 4 of 9 steps)" in capsys.readouterr().out.replace("\n", "")
+    assert "(trained for 4 of 9 steps)" in (tmp_path / "out" / "compare.md").read_text()
+
+
 def test_absent_results(runs, tmp_path):
     base, msd, _ = runs
     with pytest.raises(UserError, match="no results"):

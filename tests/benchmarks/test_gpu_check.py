@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_check
+from benchmarks import gpu_check, gpu_check_run
 from llava.errors import run_cli
 
 
@@ -42,7 +42,7 @@ def test_a_part_that_fails_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path
         yield "second", lambda part: [][0]
         yield "third", lambda part: part.expect("c", False, "<d>")
 
-    monkeypatch.setattr(gpu_check, "plan", plan)
+    monkeypatch.setattr(gpu_check_run, "plan", plan)
     assert run(monkeypatch, tmp_path) == 1
     parts = json.loads((tmp_path / "gpu_check.json").read_text())["parts"]
     assert [part["error"] for part in parts] == [None, "IndexError: list index out of range", None]
@@ -51,7 +51,7 @@ def test_a_part_that_fails_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def test_operations_and_waits_are_counted() -> None:
-    with gpu_check.Operations() as seen:
+    with gpu_check_run.Operations() as seen:
         value = torch.ones(3) + 1
         value.sum().item()
     assert seen.counts["waits"] == 1 and seen.counts["operations"] >= 3

@@ -143,7 +143,7 @@ def test_list_and_only(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_sixteen_bit_is_no_baseline_on_a_cpu_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suite, "cpu_has_bfloat16", lambda: False)
+    monkeypatch.setattr("llava.device.cpu_has_bfloat16", lambda: False)
     asked = [("bfloat16", "cpu"), ("float32", "cpu"), ("bfloat16", "cuda:0")]
     assert [suite.too_slow(*each) for each in asked] == [True, False, False]
 

@@ -13,9 +13,6 @@ from PIL import Image
 from experiments.common import REPO, environment
 
 pytestmark = pytest.mark.slow
-MODULES = sorted(
-    path.stem for path in (REPO / "experiments").glob("*.py") if path.stem not in ("__init__", "common")
-)  # fmt: skip
 
 
 def run(module: str, *argv: str) -> str:
@@ -24,11 +21,6 @@ def run(module: str, *argv: str) -> str:
     done = subprocess.run(command, env=environment(), cwd=REPO, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     return done.stdout
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_help(module: str) -> None:
-    assert f"python -m experiments.{module}" in run(module, "--help")
 
 
 def test_every_ablation_gives_the_same_tokens(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Commands that are stopped: Ctrl-C is quiet, a kill loses nothing that is finished, two runs share no folder."""
+"""Commands that are stopped: Ctrl-C is one line, a kill loses nothing that is finished, two runs share no folder."""
 
 from __future__ import annotations
 
@@ -57,6 +57,7 @@ def test_hidden_states(start: Start, pair: Path, tmp_path: Path, how: signal.Sig
     status, errors = stop(process, how)
     assert status == (130 if how == signal.SIGINT else -how), errors
     assert "Traceback" not in errors
+    assert ("stopped; finished shards are kept, and the same command resumes\n" in errors) == (how == signal.SIGINT)
     kept = {path.name: path.read_bytes() for path in out.glob("rows-*")}
     assert 3 < len(kept) < 150
     assert run_cli(lambda: allocation.main(arguments)) == 0
@@ -105,7 +106,7 @@ def test_training_stopped_by_ctrl_c(
     process = start(str(main_deepspeed.__file__), *arguments)
     when(process, (tmp_path / "ck" / "latest").exists)
     status, errors = stop(process, signal.SIGINT)
-    assert status == 130 and "Traceback" not in errors
+    assert status == 130 and "Traceback" not in errors and "stopped; checkpoints are kept" in errors
     monkeypatch.setattr("sys.argv", ["main_deepspeed.py", *arguments, "--resume", "--max-steps", "1"])
     assert run_cli(main_deepspeed.main) == 0
     found = re.search(r"resumed after step (\d+)", capsys.readouterr().out)
@@ -165,4 +166,4 @@ def test_an_answer_stopped_by_ctrl_c(start: Start, pair: Path) -> None:
     )
     assert process.stdout is not None and process.stdout.read(1)
     status, errors = stop(process, signal.SIGINT)
-    assert status == 130 and "Traceback" not in errors
+    assert status == 130 and "Traceback" not in errors and errors.endswith("stopped\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 from eagle.arguments import add_length_option, add_model_options, add_sampling_options
 
@@ -31,6 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     model = load_model(arguments, need_draft=not arguments.no_msd)
     target, prompt = model.target, arguments.prompt
+    if not (arguments.image or arguments.raw_prompt or arguments.json):
+        print("note: no --image, so the base model sees only the text", file=sys.stderr)
     if not arguments.raw_prompt:
         prompt = target.chat_prompt(prompt, num_images=len(arguments.image), system=arguments.system)
     inputs = target.prepare(prompt, arguments.image)

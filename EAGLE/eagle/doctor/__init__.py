@@ -11,7 +11,8 @@ from llava.errors import UserError
 
 
 class State(Enum):
-    """``PROBLEM``: what was asked about will not work. ``WARNING``: it works, but slowly or only in part."""
+    """``PROBLEM``: what was asked about will not work. ``WARNING``: it works only in part. ``OK`` may come with a note
+    in the last column."""
 
     OK = "ok"
     WARNING = "warning"
@@ -20,7 +21,7 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Check:
-    """One finding. ``topic``: what was checked; ``found``: what is there; ``fix``: what to do, empty if all is well."""
+    """One finding. ``topic``: what was checked; ``found``: what is there; ``fix``: what to do, or a note."""
 
     topic: str
     state: State

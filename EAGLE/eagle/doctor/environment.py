@@ -45,8 +45,11 @@ def check_packages() -> list[Check]:
     wanted: dict[str, Requirement] = {}
     for owner, folder in OWN.items():
         if _version(owner) is None:
-            state = State.WARNING if owner == EVALUATION else State.PROBLEM
-            checks.append(Check(f"package {owner}", state, "not installed", f"pip install -e {folder}"))
+            fix = f"pip install -e {folder}"
+            if owner == EVALUATION:
+                checks.append(Check(f"package {owner}", State.OK, "not installed; only evaluations need it", fix))
+            else:
+                checks.append(Check(f"package {owner}", State.PROBLEM, "not installed", fix))
             continue
         python = f"Python{metadata.metadata(owner)['Requires-Python'] or ''}"
         for requirement in map(Requirement, [python, *(metadata.requires(owner) or [])]):
@@ -94,16 +97,15 @@ def check_devices() -> tuple[Machine, list[Check]]:
         return Machine("cuda", free), checks
     machine = Machine("cpu", free_cpu_memory(), slow_in_16_bit=not cpu_has_bfloat16())
     found = f"no CUDA device; CPU with {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    state, fix = State.WARNING, ""
+    state, fix = State.OK, ""
     if shutil.which("nvidia-smi"):
         build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         found += f"; this torch, {build}, cannot use the driver"
+        state = State.WARNING
         fix = "install a torch built for the CUDA version that nvidia-smi shows; check CUDA_VISIBLE_DEVICES"
     elif machine.slow_in_16_bit:
         found += "; no instructions for 16 bit, which is slow here"
-        fix = "use --dtype float32 (--dtype auto does)"
-    else:
-        state = State.OK
+        fix = "--dtype auto uses float32"
     return machine, [Check("device", state, found, fix)]
 
 
@@ -124,8 +126,8 @@ def check_memory(free: int) -> Check:
 def check_disk(folder: Path) -> Check:
     """Free disk space for the hub's cache in ``folder``, which may not exist yet."""
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
-    state = State.PROBLEM if free < NO_DISK else State.WARNING if free < LITTLE_DISK else State.OK
-    fix = "" if state is State.OK else "too little for a 7B model; free some, or set HF_HOME to another disk"
+    state = State.PROBLEM if free < NO_DISK else State.OK
+    fix = "" if free >= LITTLE_DISK else "too little for a 7B model; free some, or set HF_HOME to another disk"
     return Check("disk", state, f"{gib(free)} free for {folder}", fix)
 
 

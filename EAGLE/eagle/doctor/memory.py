@@ -25,16 +25,6 @@ class Footprint:
         return (self.base + self.draft + self.cache * POSITIONS) * DTYPES[dtype]
 
 
-PUBLISHED = {
-    "LLaVA-1.5-7B": Footprint(7_062_902_784, 367_009_792, 270_336),
-    "LLaVA-1.5-13B": Footprint(13_350_839_296, 533_473_280, 419_840),
-    "Qwen2-VL-2B": Footprint(2_208_985_600, 284_891_648, 14_848),
-    "Qwen2-VL-7B": Footprint(8_291_375_616, 803_748_864, 29_696),
-}
-"""Published base models, counted in the stock classes built from the published configs, with the vision tower; the
-draft with its copy of the token embedding."""
-
-
 def check_fit(topic: str, footprint: Footprint, machine: Machine) -> Check:
     """Whether the models fit into the free memory, and in which dtype."""
     need = {dtype: footprint.bytes(dtype) for dtype in DTYPES}

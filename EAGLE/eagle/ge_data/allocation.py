@@ -210,6 +210,8 @@ def run(options: argparse.Namespace, notify: Notify) -> int:
         ranges = missing(start, end, options.shard_size, done)
         if options.again:
             ranges, done = with_repairable(options, selection, (start, end), ranges, done, notify)
+        if (line := surplus(done, (start, end))) is not None and not ranges:
+            notify(line)
         failures: list[Failure] = []
         stopped: UserError | None = None
         if ranges:
@@ -230,6 +232,18 @@ def run(options: argparse.Namespace, notify: Notify) -> int:
     if not failures and index is not None and not index.samples:
         raise UserError("every record was skipped", options.outdir, "see skipped.jsonl for the reasons")
     return 1 if failures else 0
+
+
+def surplus(done: Sequence[ShardInfo], span: Range) -> str | None:
+    """A line if the folder has records outside of the range that was asked for."""
+    start, end = span
+    stored = sum(shard.end - shard.start for shard in done)
+    if all(start <= shard.start and shard.end <= end for shard in done):
+        return None
+    return (
+        f"{stored:,} records are stored here and {end - start:,} were asked for: all stay, and training reads all of "
+        "them; for fewer, remove the folder and start again, or give another --outdir"
+    )
 
 
 def conclude(folder: Path, began: float, notify: Notify) -> Index:
@@ -309,4 +323,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(main))
+    sys.exit(run_cli(main, "finished shards are kept, and the same command resumes"))

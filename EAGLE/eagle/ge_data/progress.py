@@ -47,10 +47,11 @@ def checksum_bar(size: int) -> Any:
 def format_bytes(size: float) -> str:
     """A number of bytes as text.
 
-    >>> format_bytes(1_234_000_000)
-    '1.23 GB'
+    >>> format_bytes(1_234_000_000), format_bytes(1_234_000), format_bytes(4_096)
+    ('1.23 GB', '1.23 MB', '4.10 kB')
     """
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+    unit, name = (1e9, "GB") if size >= 1e8 else (1e6, "MB") if size >= 1e5 else (1e3, "kB")
+    return f"{size / unit:.2f} {name}"
 
 
 class AllocationProgress:
@@ -84,10 +85,10 @@ class AllocationProgress:
         self.tokens += tokens
         per_second = self.tokens / max(time.monotonic() - self._began, 1e-9)
         written = sum(shard.bytes for shard in self.shards)
-        disk = format_bytes(written)
+        disk = f", {format_bytes(written)}" if written else ""
         if self._new_records:
             disk += f" of {format_bytes(written + self._expected_bytes())}"
-        self.bar.set_postfix_str(f"{per_second:.0f} tokens/s, {disk}", refresh=False)
+        self.bar.set_postfix_str(f"{per_second:.0f} tokens/s{disk}", refresh=False)
         self.bar.update(records)
 
     def add_shard(self, source: Source, info: ShardInfo) -> None:

@@ -153,12 +153,18 @@ def _handle(
 @contextmanager
 def _ctrl_c_blocked() -> Iterator[None]:
     """Processes started in the block ignore Ctrl-C from the beginning: a terminal sends it to all processes, and a
-    worker that is importing modules would print a traceback. In this process it is delivered after the block."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    worker that is importing modules would print a traceback. In this process it is delivered after the block, also if
+    another thread (a progress bar's) receives it: a worker that is started by half would print a traceback too."""
+    received: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if received:
+        raise KeyboardInterrupt
 
 
 def threads(devices: Sequence[str]) -> int:

@@ -50,4 +50,4 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(main))
+    sys.exit(run_cli(main, "checkpoints are kept, and the same command with --resume resumes from the newest"))

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace, stack: ExitStack) -> None:
     deepspeed_config = suit_device(deepspeed_config, main=rank == 0)
     sizes = BatchSizes.from_deepspeed(deepspeed_config, world, where=args.deepspeed_config)
     schedule = data.schedule(sizes, config)
-    store = open_store(args, data, config, main=rank == 0)
+    store = open_store(args, data, config, schedule.total_steps, main=rank == 0)
     stack.callback(store.close)
     objective = build_objective(args, draft_config, base, config, main=rank == 0)
     engine = build_engine(objective, config, deepspeed_config, sizes)
@@ -114,9 +114,12 @@ def own_device() -> torch.device:
     return engine_deepspeed.own_device()
 
 
-def open_store(args: argparse.Namespace, data: TrainingData, config: TrainConfig, main: bool) -> CheckpointStore:
-    provenance = {name: samples.describe() for name, (samples, _, _) in data.sources.items()}
-    store = CheckpointStore(args.cpdir, config.keep_last, describe_run(provenance, asdict(config)))
+def open_store(
+    args: argparse.Namespace, data: TrainingData, config: TrainConfig, total_steps: int, main: bool
+) -> CheckpointStore:
+    sources = {name: samples.describe() for name, (samples, _, _) in data.sources.items()}
+    provenance = {**describe_run(sources, asdict(config)), "total_steps": total_steps}
+    store = CheckpointStore(args.cpdir, config.keep_last, provenance)
     if main:
         store.lock()
         store.recover()

@@ -68,6 +68,18 @@ def test_image_rows(base: Path, target: Target, annotations: Write, pictures: Pa
         torch.testing.assert_close(sample.image_features.float(), features.reshape(16, -1), **ROUNDING)
 
 
+def test_fewer_records_than_are_stored(
+    base: Path, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They stay, and the user is told; the same command again says nothing."""
+    data = annotations(mixed_rows())
+    for limit, told in (("5", False), ("5", False), ("2", True), ("7", False)):
+        assert allocate(base, data, tmp_path / "out", "t", "--limit", limit) == 0
+        errors = capsys.readouterr().err
+        assert ("5 records are stored here and 2 were asked for: all stay" in errors) == told, errors
+    assert len(ShardDataset(tmp_path / "out")) == 7
+
+
 def test_another_picture_gives_other_states(base: Path, annotations: Write, pictures: Path, tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         data = annotations([image_record(1, name)])

@@ -8,6 +8,8 @@ import os
 import re
 import shutil
 import signal
+import threading
+import time
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from corpus_support import Write, allocate, rows_of, text_record
 from eagle.ge_data import allocation
 from eagle.ge_data.allocation import AllocationProgress, devices
 from eagle.ge_data.extract import Extractor
-from eagle.ge_data.workers import Events, Failure, Job, run_here, threads
+from eagle.ge_data.workers import Events, Failure, Job, _ctrl_c_blocked, run_here, threads
 from eagle.hidden_states.index import INDEX, ShardInfo, load_index
 from eagle.hidden_states.source import Source
 from llava.errors import UserError
@@ -165,3 +167,17 @@ def test_shards_that_are_replaced_make_room(
         progress.add_shard(SOURCE, ShardInfo(name, start, start + 10, 10, 0, 0, {}, 9 * 10**8))
     progress.bar.close()
     assert len(notes) == said and all("1.80 GB are still to come, 1.00 GB are free" in note for note in notes)
+
+
+def test_ctrl_c_waits_for_a_worker_that_is_started() -> None:
+    """Also if a thread that does not block the signal receives it, such as a progress bar's."""
+    finished, handler = False, signal.getsignal(signal.SIGINT)
+    end = threading.Event()
+    threading.Thread(target=end.wait, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt), _ctrl_c_blocked():
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(100):
+            time.sleep(0.001)
+        finished = True
+    end.set()
+    assert finished and signal.getsignal(signal.SIGINT) is handler

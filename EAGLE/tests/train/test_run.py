@@ -35,6 +35,7 @@ def test_a_run_leaves_a_published_checkpoint_and_its_record(arguments, run, tmp_
         provenance = json.loads((folder / name / "provenance.json").read_text())
         assert {"commit", "command", "versions", "data", "settings", "date"} <= set(provenance)
         assert provenance["data"]["image"]["samples"] == 10 and provenance["settings"]["epochs"] == 4
+        assert provenance["step"] <= provenance["total_steps"] == 8
     draft = load_draft(folder / "final")
     base = torch.load(folder / "step-00000008" / "state" / "engine.pt", weights_only=True)["objective"]
     torch.testing.assert_close(draft.fc.weight, base["draft.fc.weight"].bfloat16())
