@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
+from eagle.decode.compiled.engine import obstacle
 from eagle.decode.cycle_log import CycleLog
 from eagle.decode.msd import MSDModel
 from eagle.decode.stats import Stats
@@ -209,15 +210,22 @@ def baselines(
     """Plain decoding by our loop and by transformers, for the same base model in each dtype.
 
     Args:
-        compiled: also both of them compiled, transformers' with its static cache. None: on an accelerator.
+        compiled: also both of them compiled, transformers' with its static cache. None: on an accelerator, and
+            where the model itself is compiled, if it can be.
     """
     found = []
     for model in models:
         dtype = str(model.dtype).removeprefix("torch.")
-        found.append(Contestant(f"autoregressive {dtype}", with_engine(model, False, settings), plain=True))
+        eager = model
+        if model.backend is not None:
+            eager = MSDModel(model.target, compile=False)
+            eager.exact_phases = model.exact_phases
+        found.append(Contestant(f"autoregressive {dtype}", with_engine(eager, False, settings), plain=True))
         found.append(Contestant(f"transformers generate {dtype}", with_transformers(model, settings), plain=True))
-        if model.device.type != "cpu" if compiled is None else compiled:
-            own = MSDModel(model.target, compile=True)
+        fits = (model.device.type != "cpu" or model.backend is not None) and obstacle(model.target) is None
+        if fits if compiled is None else compiled:
+            own = MSDModel(model.target, compile=model.backend or True)
+            own.warm_up()
             found.append(Contestant(f"autoregressive {dtype}, compiled", with_engine(own, False, settings), plain=True))
             static = with_transformers(model, settings, cache_implementation="static")
             found.append(Contestant(f"transformers generate {dtype}, static cache", static, plain=True))

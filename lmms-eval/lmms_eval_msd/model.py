@@ -272,7 +272,7 @@ class MSD(lmms):
             "dtype": str(self.msd.dtype).removeprefix("torch."),
             "tree": asdict(self.msd.tree) if self.use_msd else None,
             "draft_image_tokens": self.msd.compression.tokens if self.use_msd else None,
-            "compile": self.options.loading.get("compile", False),
+            "compile": self.msd.backend or False,
             "batch_size": self.batch_size,
             "processes": self.world_size,
         }
@@ -295,6 +295,7 @@ class MSD(lmms):
         def key(request: Request) -> Hashable:
             return request.task, request.counted, settings[request.index].key
 
+        self.msd.warm_up(progress=self.rank == 0)
         with tqdm(total=len(requests), disable=self.rank != 0, desc="Model Responding") as bar:
             for batch in batches(requests, key, self.batch_size):
                 yield batch, settings[batch[0].index]

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compiled-baselines", action=argparse.BooleanOptionalAction,
         help="also measure compiled plain decoding, by our loop and by transformers with its static cache (default: on "
-        "an accelerator)",
+        "an accelerator, and where MSD is compiled)",
     )  # fmt: skip
     parser.add_argument(
         "--also-tree", action="append", type=tree_limits, default=[], metavar="D/K/N",
@@ -188,6 +188,7 @@ def run(arguments: argparse.Namespace) -> int:
     ]
     if arguments.prompt_lookup:
         others.append(Contestant(f"prompt lookup {own}", with_prompt_lookup(model, settings, arguments.prompt_lookup)))
+    model.warm_up()
     with tqdm(total=arguments.warm_up + len(questions), desc="bench", unit="question", file=sys.stderr) as progress:
         for _ in interleave([msd, *others, *rivals], [[question] for question in questions], arguments.warm_up):
             progress.update()

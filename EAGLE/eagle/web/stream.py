@@ -134,6 +134,10 @@ class Answerer:
             streamer.send({"kind": "waiting", "ahead": ahead})
 
     def _work(self) -> None:
+        try:
+            self.model.warm_up()
+        except Exception:  # the first request says what is wrong
+            traceback.print_exc()
         while True:
             request, streamer = self._next()
             last = self._last_event(request, streamer)

@@ -17,6 +17,7 @@ from tiny_draft import make_draft
 from tiny_families import FAMILY_MAKERS
 from tiny_llava import make_image, make_llava_hf
 from tiny_stock import make_llava_next, make_qwen
+from torch._dynamo.utils import counters
 from transformers.video_utils import VideoMetadata
 
 from eagle import MSDModel, TreeConfig
@@ -130,9 +131,13 @@ def test_the_picture_matters(model: MSDModel) -> None:
 
 @pytest.mark.slow
 def test_compiled_parts_give_the_same(model: MSDModel) -> None:
+    torch._dynamo.reset()
     compiled = MSDModel(model.target, model.draft, TREES[1], compile="eager")
+    compiled.warm_up(progress=False)
+    before = counters["stats"]["unique_graphs"]
     for count in (0, 2):
         check(compiled, asked(model, "Which of these can you count? " * 4, count), length=40)
+    assert counters["stats"]["unique_graphs"] == before
 
 
 def test_one_begin_token(model: MSDModel) -> None:

@@ -240,6 +240,29 @@ def test_decoding_ends_when_the_client_leaves(model: MSDModel, monkeypatch: pyte
     assert events.get(timeout=PATIENCE) == {"kind": "gone"}
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_thread_that_answers_warms_up(model: MSDModel, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """CUDA graphs belong to a thread. If it fails, the page answers nevertheless."""
+    threads, verify = [], Decoder.verify
+
+    def warm_up() -> None:
+        threads.append(threading.get_ident())
+        if fails:
+            raise RuntimeError("no compiler")
+
+    def look(self: Decoder, trees: Any) -> Any:
+        threads.append(threading.get_ident())
+        return verify(self, trees)
+
+    monkeypatch.setattr(model, "warm_up", warm_up)
+    monkeypatch.setattr(Decoder, "verify", look)
+    events = SimpleQueue[Event]()
+    Answerer(model).answer(AnswerRequest(QUESTION, max_new_tokens=3), events.put)
+    while events.get(timeout=PATIENCE)["kind"] != "end":
+        pass
+    assert len(threads) > 1 and len(set(threads)) == 1 and threads[0] != threading.get_ident()
+
+
 @pytest.fixture
 def gate(model: MSDModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """Holds each forward at the first layer of the text model until it gets one of ``passes``. ``calls`` counts runs of
