@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 BLOCK = 256
@@ -106,7 +107,7 @@ class KVCache(Cache):
         lengths: Sequence[int],
         states: Mapping[int, Any] | None = None,
     ) -> None:
-        self._stores, self._groups, self._states = stores, list(groups), dict(states or {})
+        self._stores, self._groups, self._states = dict(stores), list(groups), dict(states or {})
         layer_views: dict[int, Any] = dict(self._states)
         for group, (keys, values) in stores.items():
             indices = RowIndices()
@@ -158,6 +159,19 @@ class KVCache(Cache):
     def length(self) -> int:
         """Rows in use of the longest sequence."""
         return max(self.lengths)
+
+    def reserve(self, rows: int) -> None:
+        """Makes room for ``rows`` rows of each sequence. A cache that is too small becomes at least twice as large."""
+        if rows <= self.capacity:
+            return
+        more = max(rows, 2 * self.capacity) - self.capacity
+        for group, store in self._stores.items():
+            larger = CacheStorage(*(pad(part, (0, 0, 0, more)) for part in store))
+            self._stores[group] = larger
+            layers = [index for index, own in enumerate(self._groups) if own == group and index not in self._states]
+            for place, index in enumerate(layers):
+                self.layers[index].store_k, self.layers[index].store_v = larger.keys[place], larger.values[place]
+        self.capacity += more
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Removes all rows from ``lengths[b]`` on from sequence ``b``, and drafted tokens from states."""

@@ -36,6 +36,8 @@ from eagle.families.base import Target
 from llava.errors import OutOfMemory, UserError
 from llava.memory import within_memory
 
+AHEAD = 4096
+"""New tokens that caches have room for at first. They grow if an answer is longer, unless shapes are compiled."""
 NO_TOKEN = -1
 """The choice at a node where the target's output is NaN. No draft token equals it, so nothing is accepted below."""
 OUT_OF_MEMORY = "ask for fewer new tokens, or take a shorter prompt, a smaller batch or --dtype bfloat16"
@@ -114,9 +116,10 @@ class Decoder:
         self.sequences = sequences_of(ids, mask, self.sampler, settings.seeds)
         self.active = list(self.sequences)
         batch = len(self.active)
-        length = max(sequence.length for sequence in self.active) + self.stopper.max_new_tokens
-        rows = length + self.tree.total_tokens
         self.compiled = settings.compiled if batch == 1 else None
+        ahead = self.stopper.max_new_tokens if self.compiled else min(self.stopper.max_new_tokens, AHEAD)
+        length = max(sequence.length for sequence in self.active) + ahead
+        rows = length + self.tree.total_tokens
         self.cache = self.compiled.target_caches.take(rows) if self.compiled else target.new_cache(batch, rows)
         self.masks = MaskBuffer(self.tree.total_tokens, rows, target.dtype, target.device)
         self.guard: Guard | None = None
@@ -246,6 +249,8 @@ class Decoder:
         """The target's hidden states and logits at every node, in one forward. A tree smaller than the largest is
         padded with rows that no other row attends to."""
         past = self.cache.lengths
+        self.cache.reserve(max(past) + max(tree.size for tree in drafted.trees))
+        self.masks.reserve(self.cache.capacity)
         tokens, depths, blocks = (part.to(self.target.device) for part in join_trees(drafted.trees))
         position_ids = torch.stack([s.next_position for s in self.active]).to(depths.device) + depths  # [B, N]
         masks = None

@@ -86,6 +86,8 @@ def portable(draft: DraftHead, name: str | Path) -> DraftModel:
             name,
             "serve a draft without image_tokens",
         )
+    if options.layer_size is not None:
+        raise UserError("vLLM cannot run a draft whose layer has a hidden size of its own (layer_size)", name)
     if options.positions != "plain":
         raise UserError(
             f"vLLM gives a draft plain positions, this one was trained with {options.positions}", name,
