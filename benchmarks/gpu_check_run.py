@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import html
+import itertools
 import statistics
 import sys
 import time
@@ -131,6 +132,7 @@ def load(base: Any, draft: Any, dtype: torch.dtype, device: torch.device, **sett
 def check_answers(part: Part, model: MSDModel, questions: Sequence[Question], length: int) -> None:
     """Greedy answers against `generate`, with the logit gap at the first difference of each."""
     gaps = []
+    model.warm_up()
     for question in questions:
         inputs = question.inputs(model.target)
         expected = model.target.model.generate(**inputs, max_new_tokens=length, do_sample=False)[0]
@@ -141,6 +143,7 @@ def check_answers(part: Part, model: MSDModel, questions: Sequence[Question], le
         elif place is not None:
             gaps.append({"id": question.id, "place": place - inputs["input_ids"].shape[1], "steps": float("inf")})
     part.figures |= {"questions": len(questions), "differ": len(gaps), "gaps": gaps, "device": str(model.device)}
+    part.figures["compiled"] = model.backend or "no"
     far = sum(gap["steps"] > MANY_STEPS for gap in gaps)
     part.expect("answers differ only where two logits are nearly equal", far == 0, f"{far} of {len(gaps)} are not")
     if model.dtype == torch.float32:
@@ -180,7 +183,8 @@ def check_costs(
 def check_compiled(
     part: Part, arguments: argparse.Namespace, shape: Shape, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Compilations, graph breaks and skipped CUDA graphs of compiled decoding, and its speed beside eager decoding."""
+    """Compilations, graph breaks and skipped CUDA graphs of compiled decoding, and its speed beside eager decoding.
+    After the warm-up requests have other contexts, capacities and trees."""
     from torch._dynamo.utils import counters
 
     model = random_pair(shape, dtype, device, TreeConfig.for_device(device))
@@ -188,18 +192,24 @@ def check_compiled(
     compiled = MSDModel(model.target, model.draft, model.tree, compile=backend)
     counters.clear()
     lengths = CONTEXTS[arguments.shape][:3]
+    start = time.perf_counter()
+    compiled.warm_up()
+    before = counters["stats"]["unique_graphs"]
+    part.figures |= {"warm-up s": time.perf_counter() - start, "functions compiled": before}
     rows = []
-    for length in lengths:
-        before, start = counters["stats"]["unique_graphs"], time.perf_counter()
-        compiled.generate(**RandomPrompt(length).inputs(model.target), max_new_tokens=16, temperature=0.0)
+    trees = [model.tree, TreeConfig(3, 4, 16), TreeConfig(4, 1, 5)]
+    for length, tree in itertools.product(lengths, trees):
+        known, start = counters["stats"]["unique_graphs"], time.perf_counter()
+        prompt = RandomPrompt(length).inputs(model.target)
+        compiled.generate(**prompt, max_new_tokens=16, temperature=0.0, tree=tree)
         rows.append(
             {
                 "context": length,
-                "graphs compiled": counters["stats"]["unique_graphs"] - before,
+                "tree": f"{tree.depth}/{tree.top_k}/{tree.total_tokens}",
+                "functions compiled": counters["stats"]["unique_graphs"] - known,
                 "first request s": time.perf_counter() - start,
             }
         )
-    before = counters["stats"]["unique_graphs"]
     contestants = [
         Contestant("eager", with_engine(model, True, {"max_new_tokens": 32, "temperature": 0.0})),
         Contestant("compiled", with_engine(compiled, True, {"max_new_tokens": 32, "temperature": 0.0})),
@@ -208,7 +218,7 @@ def check_compiled(
         pass
     late = counters["stats"]["unique_graphs"] - before
     part.figures |= {
-        "by context": rows,
+        "after the warm-up": rows,
         "graph breaks": dict(counters["graph_break"]),
         "skipped CUDA graphs": counters["inductor"]["cudagraph_skips"],
         "phases ms a cycle": {
@@ -216,7 +226,9 @@ def check_compiled(
             for each in contestants
         },
     }
-    part.expect("no compilation after warm-up", late == 0, f"{late} graphs")
+    if device.type != "cpu":
+        part.figures["launches and waits, compiled"] = events_of(compiled, device)
+    part.expect("no compilation after warm-up", late == 0, f"{late} functions")
     part.expect("no graph breaks", not counters["graph_break"], f"{sum(counters['graph_break'].values())}")
     if device.type != "cpu":
         skips = counters["inductor"]["cudagraph_skips"]
@@ -228,7 +240,7 @@ def check_speed(
 ) -> None:
     """MSD, eager and compiled, against plain decoding by our loop and by `generate`, with both kinds of its cache."""
     settings = {"max_new_tokens": arguments.new_tokens, "temperature": 0.0}
-    model = load(base, draft, dtype, device)
+    model = load(base, draft, dtype, device, compile=False)
     plain = [
         Contestant("autoregressive", with_engine(model, False, settings), plain=True),
         Contestant("generate, dynamic cache", with_transformers(model, settings), plain=True),
@@ -238,6 +250,7 @@ def check_speed(
         static = with_transformers(model, settings, cache_implementation="static")
         plain.append(Contestant("generate, static cache, compiled", static, plain=True))
         compiled = MSDModel(model.target, model.draft, compile=True)
+        compiled.warm_up()
         plain.append(Contestant("autoregressive, compiled", with_engine(compiled, False, settings), plain=True))
         ways.append(Contestant("MSD, compiled", with_engine(compiled, True, settings)))
     questions: list[list[Work]] = [[question] for question in questions_of(arguments)]
@@ -267,6 +280,7 @@ def check_speed(
 def check_batches(part: Part, arguments: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> None:
     """Tokens per second of batches with MSD and without."""
     model = load(ROOT / "pocket" / "llava", ROOT / "pocket" / "llava-msd", dtype, device)
+    model.warm_up()
     settings = {"max_new_tokens": min(arguments.new_tokens, 64), "temperature": 0.0}
     rows = []
     for size in BATCHES if not arguments.quick else BATCHES[:2]:

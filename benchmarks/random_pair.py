@@ -116,8 +116,8 @@ def random_draft(shape: Shape, dtype: torch.dtype, device: torch.device) -> Draf
 
 
 def random_pair(shape: Shape, dtype: torch.dtype, device: torch.device, tree: TreeConfig | None = None) -> MSDModel:
-    """Target and draft together."""
-    return MSDModel(random_target(shape, dtype, device), random_draft(shape, dtype, device), tree)
+    """Target and draft together, not compiled."""
+    return MSDModel(random_target(shape, dtype, device), random_draft(shape, dtype, device), tree, compile=False)
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ def add_model_options(parser: argparse.ArgumentParser, dtype: str = "auto", requ
     parser.add_argument(
         "--tree", choices=("auto", "fixed"),
         help="auto: depth and size of each tree follow from measured costs, up to the limits below; fixed: always the "
-        "limits below (default: fixed if a limit or --compile is given, else auto)",
+        "limits below (default: fixed if a limit is given, else auto)",
     )  # fmt: skip
     parser.add_argument("--tree-depth", type=int, help="draft steps after the first one")
     parser.add_argument("--tree-top-k", type=int, help="nodes kept at each level, and children tried for each node")
@@ -38,9 +38,13 @@ def add_model_options(parser: argparse.ArgumentParser, dtype: str = "auto", requ
         help="image tokens that the draft reads of each picture, 0 for none or 'all' (default: see the draft's config)",
     )  # fmt: skip
     parser.add_argument(
-        "--compile", nargs="?", const="inductor", default=False, metavar="BACKEND",
-        help="compile both models with torch.compile (the first answers are slow)",
+        "--compile", nargs="?", const="inductor", metavar="BACKEND",
+        help="compile both models with torch.compile (default: on CUDA for models that can be, except in "
+        "msd generate)",
     )  # fmt: skip
+    parser.add_argument(
+        "--no-compile", dest="compile", action="store_const", const=False, help="never compile, also on CUDA"
+    )
 
 
 def add_length_option(parser: argparse.ArgumentParser, default: int = 256) -> None:

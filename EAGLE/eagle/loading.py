@@ -38,17 +38,20 @@ def load_model(arguments: argparse.Namespace, need_draft: bool = True, dtype: st
         compile=arguments.compile,
         **extra,
     )
-    if model.target.placement:
-        print(model.target.placement, file=sys.stderr)
-    model.tree = tree_from(arguments, model.device)
+    for line in (model.target.placement, model.compile_note):
+        if line:
+            print(line, file=sys.stderr)
+    given = (arguments.tree_depth, arguments.tree_top_k, arguments.tree_tokens)
+    kind = arguments.tree or ("auto" if given == (None, None, None) else "fixed")
+    model.tree = tree_from(arguments, model.device, "fixed" if model.backend else kind)
+    model.guarded = kind == "auto"
     return model
 
 
-def tree_from(arguments: argparse.Namespace, device: torch.device) -> TreeConfig:
-    """The tree that the options name; limits that are not given are the device's defaults."""
+def tree_from(arguments: argparse.Namespace, device: torch.device, kind: str) -> TreeConfig:
+    """The tree of a kind, "auto" or "fixed", with the limits that the options give in place of the device's."""
     given = (arguments.tree_depth, arguments.tree_top_k, arguments.tree_tokens)
-    fixed = bool(arguments.compile) or any(value is not None for value in given)
-    default = TreeConfig.named(arguments.tree or ("fixed" if fixed else "auto"), device)
+    default = TreeConfig.named(kind, device)
     named = zip(("depth", "top_k", "total_tokens"), given, strict=True)
     return replace(default, **{name: value for name, value in named if value is not None})
 

@@ -14,9 +14,11 @@ from tiny_llava import make_image, make_liuhaotian
 from transformers import LlamaModel
 
 from eagle import exactness
-from eagle.cli import main
+from eagle.cli import main, parser
+from eagle.decode.msd import MSDModel
 from eagle.decode.sampling import Sampler
 from eagle.families import load_target
+from eagle.loading import load_model
 
 REPORT_KEYS = {"speedup", "tau", "tokens_per_second", "baseline_name", "phases_ms", "histogram", "versions", "hardware",
                "settings"}  # fmt: skip
@@ -133,6 +135,21 @@ def test_bench_writes_its_report(pair, capsys, tmp_path):
     assert "speed-up" in out and "first token" in out and "share of a cycle: draft" in out
 
 
+@pytest.mark.parametrize(
+    ("options", "guarded"),
+    [
+        ([], True),
+        (["--tree", "auto", "--tree-depth", "2"], True),
+        (["--tree", "fixed"], False),
+        (["--tree-tokens", "8"], False),
+    ],
+    ids=str,
+)
+def test_only_an_automatic_tree_may_stop_drafting(pair, options, guarded):
+    arguments = parser(["verify"]).parse_args(["verify", *models(pair), "--data", "x", *options])
+    assert load_model(arguments).guarded is guarded
+
+
 def test_exactness_prints_its_table(pair, capsys, tmp_path):
     out = tmp_path / "fits.json"
     options = ["--data", str(pair / "questions.jsonl"), "--limit", "1", "--draws", "1500", "--out", str(out)]
@@ -171,6 +188,25 @@ def test_bench_takes_more_contestants(pair, capsys, tmp_path):
     assert set(others) == {"MSD float32, tree 2/2/6", "MSD float32, tree 1/1/2", "prompt lookup float32"}
     assert all(other["tokens_per_second"] > 0 for other in others.values())
     assert "prompt lookup float32" in capsys.readouterr().out
+
+
+def test_bench_compiles_before_it_measures(pair, capsys, tmp_path, monkeypatch):
+    """Both what is measured and the baseline; plain decoding without compiling stays a baseline."""
+    warm, generate, out = [], MSDModel.generate, tmp_path / "report.json"
+
+    def checked(self, *given, **named):
+        assert self.backend is None or self in warm
+        return generate(self, *given, **named)
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(MSDModel, "warm_up", lambda self: warm.append(self))
+    monkeypatch.setattr(MSDModel, "generate", checked)
+    options = ["--max-new-tokens", "4", "--warm-up", "0", "--limit", "1", "--compile", "eager", "--out", str(out)]
+    assert main(["bench", *models(pair), "--data", str(pair / "questions.jsonl"), *options]) == 0
+    assert len({id(model) for model in warm}) == 2
+    assert {"autoregressive float32", "autoregressive float32, compiled"} < set(
+        json.loads(out.read_text())["baselines"]
+    )
 
 
 def test_demo_ends_with_a_table(pair, capsys):

@@ -51,6 +51,14 @@ def test_same_answers_with_and_without_draft(plain, fast, requests):
     assert set(fast.stats["tiny"].accept_lengths) > {0}
 
 
+def test_models_warm_up_before_they_answer(fast, requests, monkeypatch):
+    calls, generate = [], fast.msd.generate
+    monkeypatch.setattr(fast.msd, "warm_up", lambda progress: calls.append(f"warm-up {progress}"))
+    monkeypatch.setattr(fast.msd, "generate", lambda **given: calls.append("answer") or generate(**given))
+    fast.generate_until(requests[2:])
+    assert calls == ["warm-up True", "answer"]
+
+
 def test_settings_of_the_task_count(plain):
     result = plain.generate_until([request("How many?", IMAGES[:1], settings={"max_new_tokens": 5, "until": []})])[0]
     assert result.token_counts.output_tokens == 5

@@ -28,6 +28,9 @@ def test_quick_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pyte
         assert part["error"] is None and part["figures"] and part["verdicts"], part["name"]
         if "identity" in part["name"]:
             assert part["figures"]["differ"] == 0  # float32
+        if part["name"].endswith("compiled parts"):
+            assert {what: holds for what, holds, _ in part["verdicts"]}["no compilation after warm-up"]
+            assert all(row["functions compiled"] == 0 for row in part["figures"]["after the warm-up"])
     speed = next(part for part in report["parts"] if part["name"].endswith("speed"))
     assert {row["way"] for row in speed["figures"]["ways"]} >= {"MSD", "autoregressive", "generate, dynamic cache"}
     assert "<script" not in (tmp_path / "gpu_check.html").read_text()

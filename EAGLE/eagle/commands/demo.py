@@ -33,6 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     use_pocket_defaults(arguments)
     chosen = pick_questions(read_questions(arguments.data), arguments.pictures)
     model = load_model(arguments)
+    model.warm_up()
     out = console()
     out.print(f"base model  {arguments.base_model}\ndraft head  {arguments.msd_model}\ntree        {model.tree}\n")
     answer(model, chosen[0], arguments.max_new_tokens, stream=False)  # warm-up

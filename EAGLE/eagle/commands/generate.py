@@ -12,6 +12,7 @@ from eagle.arguments import add_length_option, add_model_options, add_sampling_o
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `msd generate`."""
     add_model_options(parser)
+    parser.set_defaults(compile=False)  # one answer is not worth it
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="picture; may be repeated")
     parser.add_argument("--prompt", required=True, help="the question")
     parser.add_argument("--raw-prompt", action="store_true", help="use the prompt as given, without the chat template")

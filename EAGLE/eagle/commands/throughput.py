@@ -53,6 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     if len(questions) < max(arguments.batch_sizes):
         raise UserError(f"{len(questions)} questions are fewer than a batch of {max(arguments.batch_sizes)}")
     model = load_model(arguments)
+    model.warm_up()
     rows = []
     for size in arguments.batch_sizes:
         starts = range(0, len(questions) - size + 1, size)

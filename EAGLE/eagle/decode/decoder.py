@@ -6,6 +6,7 @@ without it.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -33,14 +34,19 @@ from eagle.decode.tree_config import TreeConfig
 from eagle.drafts.compression import Compression
 from eagle.drafts.head import DraftHead
 from eagle.families.base import Target
+from eagle.kv_cache import KVCache
 from llava.errors import OutOfMemory, UserError
 from llava.memory import within_memory
 
-AHEAD = 4096
-"""New tokens that caches have room for at first. They grow if an answer is longer, unless shapes are compiled."""
+NEW_TOKENS = 2048
+"""New tokens that there is room for at the start. Limits may be far larger than answers are."""
 NO_TOKEN = -1
 """The choice at a node where the target's output is NaN. No draft token equals it, so nothing is accepted below."""
+NOT_COMPILED = "out of memory in compiled decoding: this request is answered without"
 OUT_OF_MEMORY = "ask for fewer new tokens, or take a shorter prompt, a smaller batch or --dtype bfloat16"
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -116,20 +122,44 @@ class Decoder:
         self.sequences = sequences_of(ids, mask, self.sampler, settings.seeds)
         self.active = list(self.sequences)
         batch = len(self.active)
-        self.compiled = settings.compiled if batch == 1 else None
-        ahead = self.stopper.max_new_tokens if self.compiled else min(self.stopper.max_new_tokens, AHEAD)
-        length = max(sequence.length for sequence in self.active) + ahead
+        prompt = max(sequence.length for sequence in self.active)
+        self._longest = prompt + self.stopper.max_new_tokens
+        self._room = length = min(self._longest, prompt + NEW_TOKENS)  # accepted rows that there is room for
         rows = length + self.tree.total_tokens
-        self.cache = self.compiled.target_caches.take(rows) if self.compiled else target.new_cache(batch, rows)
         self.masks = MaskBuffer(self.tree.total_tokens, rows, target.dtype, target.device)
+        self.compiled: StaticEngine | None = None
         self.guard: Guard | None = None
         self.drafter: Drafter | None = None
-        if draft is not None and self.compiled is not None:
-            self.drafter = StaticDrafter(self.compiled, draft, length, self.tree, settings.compression)
-        elif draft is not None:
-            self.drafter = Drafter(draft, target.head, length, self.tree, batch, settings.compression)
+        engine = settings.compiled if batch == 1 else None
+        if engine is not None and engine.serves_this_thread():
+            made = within_memory(partial(self._static_parts, engine, draft, rows, length))
+            if made is None:
+                log.warning(NOT_COMPILED)
+            else:
+                self.compiled, (self.cache, self.drafter) = engine, made
+        if self.compiled is None:
+            self.cache = target.new_cache(batch, rows)
+            if draft is not None:
+                self.drafter = Drafter(draft, target.head, length, self.tree, batch, settings.compression)
         self.target_layers = () if draft is None else draft.target_layers
         self.stats = Stats(requests=batch, wait=settings.wait)
+
+    def _static_parts(
+        self, engine: StaticEngine, draft: DraftHead | None, rows: int, length: int
+    ) -> tuple[KVCache, Drafter | None]:
+        """Cache and drafter of a compiled request."""
+        cache = engine.target_caches.take(rows)
+        if draft is None:
+            return cache, None
+        return cache, StaticDrafter(engine, draft, length, self.tree, self.settings.compression)
+
+    def _leave_compiled(self) -> None:
+        """Continues the request without compiled parts, on the rows that it has."""
+        log.warning(NOT_COMPILED)
+        self.compiled = None
+        self.cache = self.cache.sequence(0)
+        if isinstance(self.drafter, StaticDrafter):
+            self.drafter.leave_compiled()
 
     def run(self) -> list[list[int]]:
         """Decodes to the end. Returns the new tokens of each sequence; `stats` has acceptance and times."""
@@ -175,8 +205,20 @@ class Decoder:
             if self.drafter is not None and not sequence.finished:
                 self.drafter.start(index, prefill, sequence.prompt, first.to(sequence.prompt.device))
 
+    def _make_room(self) -> None:
+        """Makes room for the rows of the next cycle, in caches and masks. It doubles, until the longest answer fits."""
+        if self.cache.length + self.tree.depth + 2 <= self._room or self._room == self._longest:
+            return
+        self._room = min(2 * self._room, self._longest)
+        rows = self._room + self.settings.tree.total_tokens
+        self.cache.grow(rows)
+        self.masks = MaskBuffer(self.settings.tree.total_tokens, rows, self.target.dtype, self.target.device)
+        if self.drafter is not None:
+            self.drafter.grow(self._room)
+
     def draft(self) -> Drafted:
         """A tree below each newest token, no deeper than the number of tokens that are still wanted."""
+        self._make_room()
         roots = torch.tensor([[s.tokens[-1]] for s in self.active], device=self.target.device)  # [B, 1]
         bounds = [self.tree.shortened(self.stopper.max_new_tokens - len(s.tokens)) for s in self.active]
         deepest = max(bounds, key=lambda tree: tree.depth)
@@ -227,18 +269,21 @@ class Decoder:
         return self.planner is None or self.planner.should_deepen(on_host(scores[0]))
 
     def verify_within_memory(self, drafted: Drafted) -> Verified:
-        """`verify`. If memory runs out, verifies the better half of each tree, and so on down to the root. Later trees
-        of the request are no larger.
+        """`verify`. If memory runs out, continues without compiled parts if there are any. Then verifies the better
+        half of each tree, and so on down to the root. Later trees of the request are no larger.
 
         Raises:
             OutOfMemory: not even one token fits into memory.
         """
         past = self.cache.lengths
         while (verified := within_memory(partial(self.verify, drafted))) is None:
+            self.cache.truncate(past)
+            if self.compiled is not None:
+                self._leave_compiled()
+                continue
             size = max(tree.size for tree in drafted.trees) // 2
             if size == 0:
                 raise OutOfMemory("out of memory with a single token", str(self.target.device), OUT_OF_MEMORY)
-            self.cache.truncate(past)
             self.tree = replace(self.tree, total_tokens=size)
             self.stats.cut_trees += 1
             trees = [prune(tree, size) if tree.size > size else tree for tree in drafted.trees]
@@ -249,16 +294,17 @@ class Decoder:
         """The target's hidden states and logits at every node, in one forward. A tree smaller than the largest is
         padded with rows that no other row attends to."""
         past = self.cache.lengths
-        self.cache.reserve(max(past) + max(tree.size for tree in drafted.trees))
-        self.masks.reserve(self.cache.capacity)
         tokens, depths, blocks = (part.to(self.target.device) for part in join_trees(drafted.trees))
         position_ids = torch.stack([s.next_position for s in self.active]).to(depths.device) + depths  # [B, N]
         masks = None
         if self.compiled is not None or tokens.numel() > 1:
             masks = self.target.masks_by_layer(self.masks.window(past, blocks), past, depths)
         if self.compiled is not None and masks is not None and isinstance(self.cache, StaticCache):
-            hidden, logits = self.compiled.verify(tokens, position_ids, masks, self.cache, self.tree.total_tokens)
-            return Verified(drafted, past, hidden, logits, hidden)
+            return Verified(
+                drafted,
+                past,
+                *self.compiled.verify(tokens, position_ids, masks, self.cache, self.tree.total_tokens),
+            )
         with self.target.streams(self.target_layers) as streams:
             hidden = self.target.verify(tokens, position_ids, masks, self.cache)
         features = streams.joined()
@@ -271,11 +317,9 @@ class Decoder:
             UserError: the target's output there is NaN.
         """
         trees, hidden, logits = verified.drafted.trees, verified.hidden, verified.logits
-        if self.sampler.row_wise:
+        if self.sampler.order_free:
             is_nan = hidden.isnan().any(dim=-1)  # [B, N]; copied to the host with the tokens, not on its own
-            noise = self._noise(trees, logits.shape[-1])
-            chosen = self.sampler.sample(logits.flatten(0, 1), self.active[0].prompt, noise)  # [B * N]
-            per_tree = chosen.view(logits.shape[:2]).to(trees[0].tokens.device)  # [B, N]
+            per_tree = self._choices(trees, logits).to(trees[0].tokens.device)  # [B, N]
             per_tree = per_tree.masked_fill(is_nan.to(per_tree.device), NO_TOKEN)
             found = accept_all_at_once(trees, [ids[: tree.size] for tree, ids in zip(trees, per_tree, strict=True)])
             if any(each.tokens[-1] == NO_TOKEN for each in found):
@@ -286,6 +330,17 @@ class Decoder:
             accept_step_by_step(tree, sequence.sample_at(node_logits))
             for tree, sequence, node_logits in zip(trees, self.active, logits, strict=True)
         ]
+
+    def _choices(self, trees: list[DraftTree], logits: Tensor) -> Tensor:
+        """The target's choice at each node, [B, N], from its logits [B, N, V]."""
+        noise = self._noise(trees, logits.shape[-1])  # [B * N, V]
+        if self.sampler.row_wise:
+            return self.sampler.sample(logits.flatten(0, 1), self.active[0].prompt, noise).view(logits.shape[:2])
+        chosen = []
+        for index, (tree, sequence) in enumerate(zip(trees, self.active, strict=True)):
+            own = None if noise is None else noise.view(logits.shape)[index, : tree.size]
+            chosen.append(sequence.sampler.sample(logits[index, : tree.size], sequence.prefixes(tree), own))
+        return pad_sequence(chosen, batch_first=True)
 
     def _noise(self, trees: list[DraftTree], vocabulary: int) -> Tensor | None:
         """[B * N, V] noise for the token that follows each node. None for greedy decoding."""

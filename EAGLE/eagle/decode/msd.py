@@ -20,7 +20,7 @@ from eagle.decode.adaptive.cost import cost_of
 from eagle.decode.adaptive.guard import Pace
 from eagle.decode.adaptive.planner import Acceptance, CostCurve, Planner
 from eagle.decode.compatibility import check_compatible
-from eagle.decode.compiled.engine import StaticEngine
+from eagle.decode.compiled.engine import StaticEngine, obstacle_by_default, skipped_graphs
 from eagle.decode.decoder import Decoder, DecodingSettings
 from eagle.decode.generate_settings import leave_out_unsupported
 from eagle.decode.noise import seeds_of
@@ -37,7 +37,9 @@ from llava.errors import UserError
 from llava.generation import checked_settings
 from llava.hub import HUB_KEYS
 from llava.inputs import check_text
+from llava.memory import within_memory
 
+COMPILED_NOTE = "decoding of single sequences is compiled (compile=False or --no-compile: without)"
 log = logging.getLogger(__name__)
 
 
@@ -68,8 +70,9 @@ class MSDModel:
             other bounds.
         draft_image_tokens: input rows that the draft keeps of each picture, 0 for none, "all" for all. The default is
             what the draft's config says, else all. The target always reads all, so answers do not depend on it.
-        compile: run both models through `torch.compile` with static shapes (`eagle.decode.compiled`), with CUDA graphs
-            on CUDA. A string names the backend; True is "inductor". The first requests are slow.
+        compile: run both models through `torch.compile` (`eagle.decode.compiled`) for single sequences, with CUDA
+            graphs on CUDA. A string names the backend; True is "inductor". None compiles on CUDA if the pair can be
+            compiled and the tree is not adaptive; `compile_note` says what was chosen there. See `warm_up`.
 
     Raises:
         UserError: base and draft do not fit together, or a setting has an unknown value.
@@ -82,11 +85,21 @@ class MSDModel:
         tree: TreeConfig | Literal["auto", "fixed"] | None = None,
         *,
         draft_image_tokens: int | str | None = None,
-        compile: bool | str = False,
+        compile: bool | str | None = None,
     ) -> None:
         self.target, self.draft = target, draft
-        self.guarded = tree in (None, "auto") or (isinstance(tree, TreeConfig) and tree.adaptive)
-        self.tree = TreeConfig.named("fixed" if compile and self.guarded else tree or "auto", target.device)
+        self.compile_note, self._warmed_up = "", False
+        backend = "inductor" if compile is True else compile or None
+        if compile is None and target.device.type == "cuda":
+            adaptive = isinstance(tree, TreeConfig) and tree.adaptive
+            reason = "the tree is adaptive" if adaptive else obstacle_by_default(target)
+            backend = None if reason else "inductor"
+            self.compile_note = f"decoding is not compiled: {reason}" if reason else COMPILED_NOTE
+        self.backend = backend
+        """Of `torch.compile`; None if the models are not compiled."""
+        guarded = tree in (None, "auto") or (isinstance(tree, TreeConfig) and tree.adaptive)
+        self.tree = TreeConfig.named("fixed" if backend and guarded else tree or "auto", target.device)
+        self.guarded = guarded
         self.exact_phases = False  # wait for the device at the ends of phases: exact phase times, less speed
         self._acceptance = Acceptance()  # learnt over all requests
         self._length_warned = False
@@ -101,7 +114,6 @@ class MSDModel:
         if draft is not None:
             check_compatible(target, draft)
             draft.prepare_for_decoding(target.model.get_output_embeddings(), target.logit_cap)
-        backend = "inductor" if compile is True else compile
         self._compiled = StaticEngine(target, draft, backend) if backend else None
 
     @classmethod
@@ -115,7 +127,7 @@ class MSDModel:
         tree: TreeConfig | Literal["auto", "fixed"] | None = None,
         draft_revision: str | None = None,
         draft_image_tokens: int | str | None = None,
-        compile: bool | str = False,
+        compile: bool | str | None = None,
         **kwargs: Any,
     ) -> MSDModel:
         """Loads a base model and its draft from folders or the hub.
@@ -158,6 +170,46 @@ class MSDModel:
     @property
     def dtype(self) -> torch.dtype:
         return self.target.dtype
+
+    @property
+    def tree(self) -> TreeConfig:
+        """Bounds of the tree of a single sequence. If they are set, each cycle drafts, unless they are adaptive."""
+        return self._tree
+
+    @tree.setter
+    def tree(self, tree: TreeConfig) -> None:
+        self._tree, self.guarded = tree, tree.adaptive
+
+    @property
+    def compiled(self) -> bool:
+        """Whether both models run through `torch.compile`."""
+        return self._compiled is not None
+
+    @torch.inference_mode()
+    def warm_up(self, positions: int = 1, progress: bool = True) -> None:
+        """Does what otherwise slows the first request: compiles both models if they are compiled, and measures the
+        costs of an adaptive tree. Nothing is compiled later, whatever prompts and trees are asked for. `generate` calls
+        it before its first compiled request.
+
+        Args:
+            positions: of the longest request, prompt and answer. Only CUDA graphs depend on it.
+            progress: show a bar.
+        """
+        tree = self._bounds(None, 1)
+        self._costs_of(tree, 1)
+        if self._compiled is None:
+            return
+        self._warmed_up, skipped = True, skipped_graphs()
+        engine = self._compiled
+
+        def compiled() -> bool:
+            engine.warm_up(tree, positions, progress)
+            return True
+
+        if not within_memory(compiled):
+            log.warning("out of memory while compiling: some requests will be answered without")
+        if (count := skipped_graphs() - skipped) > 0:
+            log.warning("%d CUDA graphs were skipped, so decoding is slow: TORCH_LOGS=cudagraphs says why", count)
 
     def generate(
         self,
@@ -212,6 +264,8 @@ class MSDModel:
         settings = {key: value for key, value in kwargs.items() if value is not None}
         if use_msd:  # measured at first use, before the clock starts
             self._costs_of(self._bounds(tree, input_ids.shape[0]), input_ids.shape[0])
+        if self._compiled is not None and not self._warmed_up and input_ids.shape[0] == 1:
+            self.warm_up()
         start = time.perf_counter()
         output = self.target.model.generate(
             input_ids=input_ids, stopping_criteria=criteria, custom_generate=decode, **settings

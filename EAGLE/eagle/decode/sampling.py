@@ -79,6 +79,13 @@ ROW_WISE = tuple(
     if hasattr(hf, name)
 )
 
+
+def is_order_free(processor: Any) -> bool:
+    """Whether a processor reads the tokens before as a set, so that repeating one of them changes nothing."""
+    ignored = getattr(processor, "prompt_ignore_length", None)  # a tensor has one for each row
+    return type(processor) is hf.RepetitionPenaltyLogitsProcessor and not isinstance(ignored, Tensor)
+
+
 COUNTS_FROM_THE_PROMPT = (
     "prompt_length_to_skip", "begin_index", "regulation_start", "max_length", "prompt_ignore_length",
 )  # fmt: skip
@@ -112,6 +119,9 @@ def processor_of(processor: Any, index: int, batch: int, prompt: Tensor, padding
 class Sampler:
     """Samples next tokens from raw target logits.
 
+    ``row_wise``: all processors read one row of logits only. ``order_free``: they may also read which tokens come
+    before, but not in which order or how many.
+
     Args:
         processors: prepared logits processors.
         do_sample: sample, or take the arg-max of the processed scores.
@@ -120,6 +130,7 @@ class Sampler:
     def __init__(self, processors: LogitsProcessorList, do_sample: bool) -> None:
         self.processors, self.do_sample = processors, do_sample
         self.row_wise = all(type(processor) in ROW_WISE for processor in processors)
+        self.order_free = all(type(processor) in ROW_WISE or is_order_free(processor) for processor in processors)
 
     def for_sequence(self, index: int, batch: int, prompt: Tensor, padding: int) -> Sampler:
         """The sampler of one sequence of a batch (`processor_of`)."""

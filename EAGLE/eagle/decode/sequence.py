@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eagle.decode.noise import Noise
 from eagle.decode.sampling import Sampler
+from eagle.decode.tree import DraftTree
 
 
 class Pending(NamedTuple):
@@ -72,6 +73,14 @@ class Sequence:
             return int(self.sampler.sample(logits[node : node + 1], torch.cat([self.prompt, new], dim=1), noise))
 
         return sample
+
+    def prefixes(self, tree: DraftTree) -> Tensor:
+        """For each node of a tree the tokens up to it, [N, L] ids; in place of nodes that are not on its path, the
+        root's again, so only for processors that read them as a set."""
+        new = torch.tensor([self.tokens], device=self.prompt.device)
+        known = torch.cat([self.prompt, new], dim=1)  # [1, P]
+        path = torch.where(tree.mask, tree.tokens, tree.tokens[0])  # [N, N]
+        return torch.cat([known.expand(tree.size, -1), path.to(known.device)], dim=1)
 
     def noise_ahead(self, count: int, vocabulary: int, after: int = 0) -> Tensor | None:
         """[count, V] noise for the positions after the newest token and ``after`` others. None for greedy decoding."""

@@ -121,6 +121,10 @@ class DraftHead(nn.Module, ABC):
             context: [B, C] of the sequences' prompts (`PromptRows`).
         """
 
+    def empty_context(self) -> Tensor | None:
+        """The context [1, C] of a prompt without pictures. None if the head has none."""
+        return None
+
     def condense(self, features: Tensor) -> Tensor:
         """The target's features [B, n, F] in the form of predicted hidden states, [B, n, H]."""
         return features

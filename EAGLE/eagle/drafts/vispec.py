@@ -121,7 +121,7 @@ class ViSpecDraft(DraftHead):
 
     def read_prompt(self, prompt: Prompt, compression: Compression) -> PromptRows:
         count, last = prompt.next_ids.shape[1], self.embed_tokens(prompt.next_ids[:, -1:])
-        context = prompt.features.new_zeros(1, self.config.hidden_size)  # [1, H]
+        context = self.empty_context()
         if self.options.image_rows == "token":
             return PromptRows(self.text_rows(prompt.features, prompt.next_ids, context), context=context)
         embeds = torch.cat([prompt.next_embeds[:, :-1].to(last.dtype), last], dim=1)  # [1, S, H]
@@ -138,6 +138,9 @@ class ViSpecDraft(DraftHead):
                 context = compressed[-1:]
             done = end
         return PromptRows(torch.cat(rows, dim=1), torch.cat(positions)[None], count, context)
+
+    def empty_context(self) -> Tensor:
+        return torch.zeros(1, self.config.hidden_size, dtype=self.dtype, device=self.device)
 
     def text_rows(self, hidden: Tensor, tokens: Tensor, context: Tensor | None = None) -> Tensor:
         assert context is not None

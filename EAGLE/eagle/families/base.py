@@ -123,6 +123,27 @@ class Target(ABC):
         `eagle.families.streams`."""
         return self._streams.open(self.text_model, layers)
 
+    def reader_with_streams(self, read: Callable[..., Tensor], layers: Sequence[int]) -> Callable[..., Any]:
+        """``read``, a forward of the text model, as a function that may be compiled. It returns what ``read`` does, and
+        the streams of the layers, joined; None without layers."""
+        reader = self._streams
+        reader.attach(self.text_model, layers)
+
+        def with_streams(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+            if not layers:
+                return read(*arguments), None
+            if not torch.compiler.is_compiling():
+                with self.streams(layers) as streams:
+                    output = read(*arguments)
+                return output, streams.joined()
+            reader.traced = []
+            output = read(*arguments)
+            found = {index: stream for index, stream in reader.traced}  # noqa: C416
+            reader.traced = None
+            return output, torch.cat([found[index] for index in layers], dim=-1)
+
+        return with_streams
+
     @classmethod
     @abstractmethod
     def load(cls, path: str, **kwargs: Any) -> Target:
@@ -196,7 +217,8 @@ class Target(ABC):
     def chat_prompt(
         self, question: str, num_images: int = 0, history: Sequence[tuple[str, str]] = (), system: str | None = None
     ) -> str:
-        """The family's conversation template around a question; ``history`` is (question, answer) pairs."""
+        """The family's conversation template around a question; ``history``: (question, answer) pairs before it. The
+        pictures stand in the first question."""
 
     def complete_inputs(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Inputs that transformers' `generate` needs beside ``inputs``, derived from ``input_ids`` [B, P]."""

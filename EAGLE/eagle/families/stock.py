@@ -57,6 +57,8 @@ class StockTarget(Target):
 
     def prepare(self, prompt: str | Sequence[str], images: Sequence[Any] = (), **more: Any) -> dict[str, Any]:
         """As in `Target`. ``more``: further arguments of the processor, such as videos."""
+        if more.get("videos") and getattr(self.processor, "video_processor", None) is None:
+            raise UserError(f"{self.family} models do not read videos", fix="give pictures")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         for text in prompts:
             check_text(text, "prompt")
@@ -84,7 +86,8 @@ class StockTarget(Target):
         turns: list[tuple[list[Part], str | None]] = [
             ([text_part(asked)], without_marks(self.processor, answer)) for asked, answer in history
         ]
-        turns.append(([*[IMAGE] * num_images, text_part(question)], None))
+        turns.append(([text_part(question)], None))
+        turns[0][0][:0] = [IMAGE] * num_images
         return write_chat(self.processor, turns, None if system is None else without_marks(self.processor, system))
 
 

@@ -35,11 +35,23 @@ class StreamReader:
 
     A layer has a hook from the first time that it is asked for. What it records belongs to the thread that runs the
     forward, so requests of other threads are not seen.
+
+    Attributes:
+        traced: where a forward that is being compiled records (layer, stream). None if nobody asks.
     """
 
     def __init__(self) -> None:
+        self.traced: list[tuple[int, Tensor]] | None = None
         self._hooked: set[int] = set()
         self._lock, self._current = threading.Lock(), threading.local()
+
+    def attach(self, text_model: Any, layers: Sequence[int]) -> None:
+        """Puts hooks on the layers that have none."""
+        with self._lock:
+            for index in set(layers) - self._hooked:
+                module = text_model.norm if index == len(text_model.layers) else text_model.layers[index]
+                module.register_forward_pre_hook(self._hook(index), with_kwargs=True)
+                self._hooked.add(index)
 
     @contextmanager
     def open(self, text_model: Any, layers: Sequence[int]) -> Iterator[Streams]:
@@ -48,11 +60,7 @@ class StreamReader:
         if not layers:
             yield streams
             return
-        with self._lock:
-            for index in set(layers) - self._hooked:
-                module = text_model.norm if index == len(text_model.layers) else text_model.layers[index]
-                module.register_forward_pre_hook(self._hook(index), with_kwargs=True)
-                self._hooked.add(index)
+        self.attach(text_model, layers)
         self._current.streams = streams
         try:
             yield streams
@@ -61,10 +69,13 @@ class StreamReader:
 
     def _hook(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-            if torch.compiler.is_compiling():  # compiled forwards belong to drafts without streams
+            entering = arguments[0] if arguments else named["hidden_states"]
+            if torch.compiler.is_compiling():  # cannot look into a thread's own state
+                if self.traced is not None:
+                    self.traced.append((index, entering))
                 return
             streams = getattr(self._current, "streams", None)
             if streams is not None and index in streams.layers:
-                streams.read[index] = arguments[0] if arguments else named["hidden_states"]
+                streams.read[index] = entering
 
         return hook

@@ -1,11 +1,15 @@
 """Decoding with static shapes: the same tokens as without, graphs without breaks, shapes that recur.
 
 Most tests run the parts uncompiled (`plainly`), which shows that padding, masks and caches are right; two compile.
+CUDA graphs are not recorded here: a test counts the sizes for which they would be.
 """
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +19,12 @@ from tiny_stock import make_qwen
 from torch._dynamo.utils import counters
 
 from eagle import MSDModel, TreeConfig
+from eagle.arguments import add_model_options
+from eagle.decode import decoder as decoder_module
+from eagle.decode.compiled import engine as engine_module
 from eagle.decode.compiled.engine import StaticEngine, filled
-from eagle.decode.compiled.static_cache import STEP, StaticCache, bucket, move_rows
+from eagle.decode.compiled.static_cache import STEP, StaticCache, bucket, buckets, move_rows
+from eagle.decode.decoder import Decoder
 from eagle.drafts.checkpoint import load_draft
 from eagle.families import load_target
 from eagle.kv_cache import KVCache
@@ -127,7 +135,8 @@ def test_unknown_backends_and_spread_models_are_refused(models: list[MSDModel]) 
 def test_columns_grow_in_steps_that_waste_at_most_a_quarter() -> None:
     for columns in range(1, 20000, 37):
         assert columns <= bucket(columns) <= max(columns + STEP, columns * 1.25 + 1)
-    assert len({bucket(columns) for columns in range(1, 8193)}) == 16
+    assert buckets(8192) == sorted({bucket(columns) for columns in range(1, 8193)})
+    assert len(buckets(8192)) == 16
 
 
 def test_cache_keeps_what_the_growing_cache_keeps() -> None:
@@ -161,6 +170,27 @@ def test_filled_masks_open_nothing_but_the_first_rows_view() -> None:
     assert filled(mask, 3, 5)[0, 0].eq(0).int().tolist() == expected
 
 
+def test_caches_grow_with_the_answer(models: list[MSDModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is room for a part of the limit at the start; answers are the same, of batches too."""
+    ids = torch.randint(5, 200, (1, 990), generator=torch.Generator().manual_seed(0))
+    settings = {"tree": TREES[0], "max_new_tokens": 25, "temperature": 0}
+    together = {**inputs_of(models[0], TEXTS), **settings, "max_new_tokens": 30}
+    expected = [models[0].generate(**given).sequences for given in ({"input_ids": ids, **settings}, together)]
+    grown, grow = [], KVCache.grow
+
+    def look(self: KVCache, capacity: int) -> None:
+        grown.append((type(self), self.capacity))
+        grow(self, capacity)
+
+    monkeypatch.setattr(decoder_module, "NEW_TOKENS", 4)
+    monkeypatch.setattr(KVCache, "grow", look)
+    models[1]._compiled.target_caches._free = models[1]._compiled.draft_caches._free = None
+    check_same(models, {"input_ids": ids}, **settings)
+    assert torch.equal(models[1].generate(input_ids=ids, **settings).sequences, expected[0])
+    assert (KVCache, 1018) in grown and (StaticCache, 1024) in grown
+    assert torch.equal(models[0].generate(**together).sequences, expected[1])
+
+
 @pytest.fixture
 def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
@@ -169,15 +199,173 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def test_graphs_have_no_breaks_and_are_used_again(models: list[MSDModel], fresh_dynamo: None) -> None:
-    plain, settings = models[0], {"tree": TreeConfig(2, 2, 8), "max_new_tokens": 10, "temperature": 0}
-    compiled = MSDModel(plain.target, plain.draft, compile="eager")
-    check_same([plain, compiled], inputs_of(plain, TEXTS[:1]), **settings)
+def test_one_compilation_for_all_sizes(models: list[MSDModel], fresh_dynamo: None) -> None:
+    """After the warm-up nothing is compiled: other trees, contexts, capacities, plain steps, a second cache."""
+    plain = models[0]
+    compiled = MSDModel(plain.target, plain.draft, TreeConfig(2, 2, 8), compile="eager")
+    compiled.warm_up(progress=False)
     assert sum(counters["graph_break"].values()) == 0, dict(counters["graph_break"])
     before = counters["stats"]["unique_graphs"]
-    assert before >= 4, "verify, extend, step and children"
-    compiled.generate(**inputs_of(compiled, TEXTS[:1]), **settings)
+    assert before == 6, "verify, plain step, extend, step, children and keep"
+    ids = torch.randint(5, 200, (1, 1100), generator=torch.Generator().manual_seed(0))
+    accepted = []
+    for tree, length in ((TreeConfig(4, 6, 24), 40), (TreeConfig(3, 1, 5), 250), (TreeConfig(2, 3, 9), 1015)):
+        inputs = {"input_ids": ids[:, :length]}
+        accepted += check_same([plain, compiled], inputs, tree=tree, max_new_tokens=15, temperature=0)
+    check_same([plain, compiled], {"input_ids": ids}, max_new_tokens=5, temperature=0, use_msd=False)
+    check_same([plain, compiled], inputs_of(plain, TEXTS[:1]), tree=TREES[0], max_new_tokens=25, temperature=0)
+    assert sum(counters["graph_break"].values()) == 0, dict(counters["graph_break"])
     assert counters["stats"]["unique_graphs"] == before
+
+
+@pytest.fixture
+def recorded(models: list[MSDModel], monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A compiled model that takes itself for one with CUDA graphs, and the sizes of the parts that it calls."""
+    seen: set[tuple[object, ...]] = set()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", plainly)
+        model = MSDModel(models[0].target, models[0].draft, TREES[1], compile="eager")
+    engine = model._compiled
+    monkeypatch.setattr(engine, "graphs", True)
+    for name in ("verify_nodes", "_extend", "_step", "_children"):
+        own = getattr(engine, name)
+
+        def call(*given: object, name: str = name, part: Callable[..., object] = own) -> object:
+            shapes = [tuple(each.shape) for each in given if isinstance(each, torch.Tensor)]
+            caches = [(each.capacity, len(each.window.sight)) for each in given if isinstance(each, StaticCache)]
+            seen.add((name, *shapes, *caches))
+            return part(*given)
+
+        monkeypatch.setattr(engine, name, call)
+    return SimpleNamespace(model=model, seen=seen)
+
+
+def test_the_warm_up_records_all_graphs(
+    models: list[MSDModel], recorded: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With CUDA graphs each size is a recording: the warm-up has called all that requests then need."""
+    recorded.model.warm_up(positions=2000, progress=False)
+    known = set(recorded.seen)
+    assert {each[-1][1] for each in known if each[0] == "verify_nodes"} == set(buckets(2048))
+    ids = torch.randint(5, 200, (1, 1300), generator=torch.Generator().manual_seed(0))
+    for length in (40, 500, 1300):
+        inputs = {"input_ids": ids[:, :length]}
+        check_same([models[0], recorded.model], inputs, tree=TREES[1], max_new_tokens=20, temperature=0)
+    check_same([models[0], recorded.model], inputs, max_new_tokens=5, temperature=0, use_msd=False)
+    monkeypatch.setattr(Decoder, "_should_draft", lambda self: len(self.active[0].tokens) > 6)  # as if drafting lost
+    check_same([models[0], recorded.model], inputs, tree=TREES[1], max_new_tokens=20, temperature=0)
+    assert recorded.seen == known
+
+
+def test_cuda_graphs_belong_to_one_thread(
+    models: list[MSDModel], recorded: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    inputs, settings = inputs_of(models[0], TEXTS[:1]), {"max_new_tokens": 10, "temperature": 0}
+    expected = models[0].generate(**inputs, **settings).sequences
+    recorded.model.generate(**inputs, **settings)
+    calls = len(recorded.seen)
+    recorded.seen.clear()
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(2):
+            found = pool.submit(recorded.model.generate, **inputs, **settings).result()
+            assert torch.equal(found.sequences, expected)
+    assert calls and not recorded.seen
+    assert caplog.text.count("requests of other threads are not compiled") == 1
+
+
+def test_the_first_request_warms_up(models: list[MSDModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, and not for a batch. If memory runs out it is answered nevertheless."""
+    monkeypatch.setattr(torch, "compile", plainly)
+    model, calls = MSDModel(models[0].target, models[0].draft, TREES[1], compile="eager"), 0
+
+    def warm_up(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model._compiled, "warm_up", warm_up)
+    model.generate(**inputs_of(model, TEXTS), max_new_tokens=3, temperature=0)
+    assert calls == 0
+    for text in TEXTS[:2]:
+        check_same([models[0], model], inputs_of(model, [text]), tree=TREES[1], max_new_tokens=5, temperature=0)
+    assert calls == 1
+
+
+@pytest.mark.parametrize("place", ["verify", "allocation"])
+def test_out_of_memory_leaves_compiled_decoding(
+    models: list[MSDModel], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, place: str
+) -> None:
+    """The request has the same answer, with whole trees; the next one is compiled again."""
+    plain, compiled = models
+    compiled.warm_up(progress=False)
+    engine, calls = compiled._compiled, 0
+    verify, inputs, settings = engine.verify, inputs_of(plain, TEXTS[:1]), {"tree": TREES[0], "max_new_tokens": 25}
+
+    def third_fails(*given: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return verify(*given)
+
+    def fails(rows: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        if place == "verify":
+            patch.setattr(engine, "verify", third_fails)
+        else:
+            patch.setattr(engine.draft_caches, "take", fails)
+        check_same(models, inputs, **settings, temperature=0)
+        assert calls == (3 if place == "verify" else 0)
+        assert caplog.text.count("this request is answered without") == 1
+    monkeypatch.setattr(engine, "verify", third_fails)
+    calls = 3
+    check_same(models, inputs, **settings, temperature=0)
+    assert calls > 3
+
+
+@pytest.fixture
+def on_cuda(models: list[MSDModel], monkeypatch: pytest.MonkeyPatch) -> MSDModel:
+    """The pair, which says that it is on CUDA."""
+    monkeypatch.setattr(type(models[0].target), "device", torch.device("cuda"))
+    monkeypatch.setattr(engine_module, "has_triton", lambda: True)
+    monkeypatch.setattr(torch, "compile", plainly)
+    return models[0]
+
+
+def test_compiled_by_default_on_cuda_only(models: list[MSDModel], on_cuda: MSDModel) -> None:
+    made = MSDModel(on_cuda.target, on_cuda.draft)
+    assert made.backend == "inductor" and made._compiled.graphs and not made.tree.adaptive
+    assert "is compiled" in made.compile_note and "--no-compile" in made.compile_note
+    assert MSDModel(on_cuda.target, on_cuda.draft, compile=False).backend is None
+    assert models[0].backend is None and not models[0].compile_note, "made on a CPU"
+
+
+def test_what_is_not_compiled_by_default(on_cuda: MSDModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, draft = on_cuda.target, on_cuda.draft
+    assert MSDModel(target, draft, "auto").backend == "inductor"
+    asked = MSDModel(target, draft, TreeConfig.auto("cuda"))
+    assert asked.backend is None and asked.tree.adaptive and "the tree is adaptive" in asked.compile_note
+    with monkeypatch.context() as patch:
+        patch.setattr(target.config, "quantization_config", {}, raising=False)
+        assert "quantised" in MSDModel(target, draft).compile_note
+    with monkeypatch.context() as patch:
+        patch.setattr(type(target), "verifies_trees", False)
+        assert "layers with a state" in MSDModel(target, draft).compile_note
+    monkeypatch.setattr(engine_module, "has_triton", lambda: False)
+    made = MSDModel(target, draft)
+    assert made.backend is None and made.tree.adaptive and "Triton" in made.compile_note
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [([], None), (["--compile"], "inductor"), (["--compile", "eager"], "eager"),
+                            (["--no-compile"], False)]
+)  # fmt: skip
+def test_options(given: list[str], expected: object) -> None:
+    parser = ArgumentParser()
+    add_model_options(parser, required=False)
+    assert parser.parse_args(given).compile == expected
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from tiny_eagle3 import make_eagle3
 from tiny_families import make_qwen3_vl
 from tiny_llava import make_image, make_llava_hf
 from tiny_stock import make_qwen
+from torch._dynamo.utils import counters
 
 from eagle import MSDModel, TreeConfig
 from eagle.decode.drafter import Drafter, window_mask
@@ -96,6 +97,29 @@ def test_greedy_answers_equal_generate(pair, head):
     output = model.generate(**inputs, temperature=0.0, max_new_tokens=TOKENS)
     assert output.tokens[0] == alone(pair.target, QUESTIONS[0])
     assert sum(output.stats.accept_lengths) > 0 or head == "whole vocabulary"
+
+
+@pytest.mark.parametrize(
+    ("pair", "head"),
+    [("qwen3_vl", "flat"), *(pytest.param(base, head, marks=pytest.mark.slow) for base in BASES for head in HEADS)],
+    indirect=["pair"],
+)
+def test_compiled_decoding_has_the_same_cycles(pair, head):
+    """The streams of the target's layers leave the compiled forward. After the warm-up nothing is compiled."""
+    model = model_of(pair, **dict(HEADS[head]))
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = MSDModel(pair.target, model.draft, model.tree, compile="eager")
+    compiled.warm_up(progress=False)
+    before = counters["stats"]["unique_graphs"]
+    for question in QUESTIONS:
+        inputs = prepared(pair.target, [question])
+        plain, found = (
+            each.generate(**inputs, temperature=0.0, max_new_tokens=TOKENS, tree=TREE) for each in (model, compiled)
+        )
+        assert found.tokens == plain.tokens and found.stats.accept_lengths == plain.stats.accept_lengths
+    assert counters["stats"]["unique_graphs"] == before and not counters["graph_break"]
+    assert pair.target._streams.traced is None
 
 
 def test_chains_and_prompts_without_pictures(pair):
@@ -252,7 +276,5 @@ def test_an_image_id_without_an_embedding_is_refused(pair):
 
 def test_what_other_kinds_do_not_have(pair):
     draft = load_draft(make_eagle3(pair.folder / "plain", pair.target), dtype=torch.float32)
-    with pytest.raises(UserError, match="EAGLE-3 heads are not compiled"):
-        MSDModel(pair.target, draft, compile="eager")
     with pytest.raises(UserError, match="EAGLE-3 heads read all"):
         MSDModel(pair.target, draft, draft_image_tokens=4)

@@ -123,7 +123,7 @@ def test_a_length_that_no_cache_could_have(model: MSDModel) -> None:
 def test_caches_grow_with_the_answer(model: MSDModel, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = model.target.prepare(PROMPTS)
     wanted = model.generate(**batch, max_new_tokens=60, do_sample=False).tokens
-    monkeypatch.setattr(decoder, "AHEAD", 3)
+    monkeypatch.setattr(decoder, "NEW_TOKENS", 3)
     for trees in (TreeConfig(4, 4, 16), TreeConfig(1, 2, 4)):
         assert model.generate(**batch, max_new_tokens=60, do_sample=False, tree=trees).tokens == wanted
         for prompt, tokens in zip(PROMPTS, wanted, strict=True):

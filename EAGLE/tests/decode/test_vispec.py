@@ -15,6 +15,7 @@ from tiny_families import make_qwen3_vl
 from tiny_llava import make_image, make_llava_hf
 from tiny_stock import make_qwen
 from tiny_vispec import make_vispec
+from torch._dynamo.utils import counters
 
 from eagle import MSDModel, TreeConfig
 from eagle.decode.drafter import Drafter
@@ -153,6 +154,23 @@ def test_answers_equal_generate(target, tmp_path, changes):
     assert model.generate(**prepared(target, QUESTIONS), temperature=0.0, max_new_tokens=16).tokens == expected
 
 
+@pytest.mark.parametrize("plainly", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_compiled_decoding_has_the_same_cycles(target, tmp_path, monkeypatch, plainly):
+    """``plainly``: with the compiled parts' padding and caches, but without compiling them."""
+    draft, tree = load_draft(make_vispec(tmp_path, target), dtype=torch.float32), TreeConfig(3, 4, 16)
+    torch._dynamo.reset()
+    if plainly:
+        monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    model, compiled = MSDModel(target, draft, tree), MSDModel(target, draft, tree, compile="eager")
+    compiled.warm_up(progress=False)
+    before = counters["stats"]["unique_graphs"]
+    for question in QUESTIONS:
+        inputs = prepared(target, [question])
+        plain, found = (each.generate(**inputs, temperature=0.0, max_new_tokens=16) for each in (model, compiled))
+        assert found.tokens == plain.tokens and found.stats.accept_lengths == plain.stats.accept_lengths
+    assert counters["stats"]["unique_graphs"] == before
+
+
 @torch.inference_mode()
 def test_a_batch_drafts_what_each_sequence_drafts_alone(target, tmp_path):
     """Each sequence has its own global vector."""
@@ -178,9 +196,6 @@ def test_refusals(tmp_path, target):
         load_draft(make_vispec(tmp_path / "a", target, drop=("img_fc.bias",)))
     with pytest.raises(UserError, match=r"unknown key 'positions'"):
         load_draft(make_vispec(tmp_path / "b", target, msd={"positions": "plain"}))
-    make_vispec(tmp_path / "c", target)
-    with pytest.raises(UserError, match="ViSpec heads are not compiled"):
-        MSDModel(target, load_draft(tmp_path / "c", dtype=torch.float32), compile="eager")
 
 
 def test_the_doctor_prints_its_conventions(tmp_path, target):

@@ -104,7 +104,7 @@ def test_processors_of_earlier_tokens(
 ) -> None:
     """The tree's tokens and parents go to the host, and whether the output is a number; then one number for each new
     token, whose path goes to the GPU before it."""
-    settings = {"temperature": 0.0, "repetition_penalty": 1.2}
+    settings = {"temperature": 0.0, "no_repeat_ngram_size": 3}
     cycles = Cycles(gpu, monkeypatch, model, {**moved(pair.inputs), **settings})
     assert cycles.waits["to host"] <= 2 * cycles.count and cycles.waits["size"] == 0, cycles.show()
     chosen = sum(length + 1 for length in cycles.accepted)
@@ -112,13 +112,25 @@ def test_processors_of_earlier_tokens(
     assert cycles.waits["to GPU"] <= 5 * cycles.count + chosen, cycles.show()
 
 
-def test_stop_strings(pair: Pair, model: MSDModel, gpu: PretendedGPU, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers' criterion is asked after each new token: its ids go to the GPU, its answer comes back."""
-    settings = {"temperature": 0.0, "stop_strings": ["no such text"]}
+def test_repetition_penalty(pair: Pair, model: MSDModel, gpu: PretendedGPU, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks which tokens come before, for all nodes at once: one copy to the host, and none more than without for a
+    token."""
+    settings = {"temperature": 0.0, "repetition_penalty": 1.2}
     cycles = Cycles(gpu, monkeypatch, model, {**moved(pair.inputs), **settings})
-    assert cycles.waits["to host"] == cycles.count and cycles.waits["size"] == 0, cycles.show()
-    assert cycles.waits["number"] <= cycles.new, cycles.show()
-    assert cycles.waits["to GPU"] <= 5 * cycles.count + cycles.new, cycles.show()
+    assert cycles.waits["to host"] == cycles.count, cycles.show()
+    assert cycles.waits["number"] == cycles.waits["size"] == 0, cycles.show()
+    assert cycles.waits["to GPU"] <= 6 * cycles.count, cycles.show()
+
+
+def test_stop_strings(pair: Pair, model: MSDModel, gpu: PretendedGPU, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' criterion is asked on the host. Only the first cycles copy the prompt's last tokens, which may
+    begin such a text."""
+    text = "no such text"
+    settings = {"temperature": 0.0, "stop_strings": [text]}
+    cycles = Cycles(gpu, monkeypatch, model, {**moved(pair.inputs), **settings})
+    assert cycles.count <= cycles.waits["to host"] <= cycles.count + len(text), cycles.show()
+    assert cycles.waits["number"] == cycles.waits["size"] == 0, cycles.show()
+    assert cycles.waits["to GPU"] <= 5 * cycles.count, cycles.show()
 
 
 def test_a_batch(pair: Pair, model: MSDModel, gpu: PretendedGPU, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ from tiny_llava import make_image, make_liuhaotian
 from eagle.cli import main
 from eagle.commands import web
 from eagle.decode.decoder import Decoder
+from eagle.decode.detokenizer import Detokenizer
 from eagle.decode.msd import MSDModel
 from eagle.decode.tree_config import TreeConfig
 from eagle.drafts.checkpoint import load_draft
@@ -36,7 +37,7 @@ from eagle.questions import Question
 from eagle.web import app, connection
 from eagle.web.app import MAX_BODY, Page, application
 from eagle.web.request import AnswerRequest
-from eagle.web.stream import LAST, Answerer, ClientGone, Detokenizer, Event, PieceStreamer, decode
+from eagle.web.stream import LAST, Answerer, ClientGone, Event, PieceStreamer, decode
 from llava.errors import UserError
 
 PATIENCE = 600  # seconds until a server that says nothing is given up
@@ -237,6 +238,29 @@ def test_decoding_ends_when_the_client_leaves(model: MSDModel, monkeypatch: pyte
     answerer.leave(streamer)
     first.set()
     assert events.get(timeout=PATIENCE) == {"kind": "gone"}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_thread_that_answers_warms_up(model: MSDModel, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """CUDA graphs belong to a thread. If it fails, the page answers nevertheless."""
+    threads, verify = [], Decoder.verify
+
+    def warm_up() -> None:
+        threads.append(threading.get_ident())
+        if fails:
+            raise RuntimeError("no compiler")
+
+    def look(self: Decoder, trees: Any) -> Any:
+        threads.append(threading.get_ident())
+        return verify(self, trees)
+
+    monkeypatch.setattr(model, "warm_up", warm_up)
+    monkeypatch.setattr(Decoder, "verify", look)
+    events = SimpleQueue[Event]()
+    Answerer(model).answer(AnswerRequest(QUESTION, max_new_tokens=3), events.put)
+    while events.get(timeout=PATIENCE)["kind"] != "end":
+        pass
+    assert len(threads) > 1 and len(set(threads)) == 1 and threads[0] != threading.get_ident()
 
 
 @pytest.fixture

@@ -1,16 +1,21 @@
 """Decoding with static shapes through `torch.compile`, with CUDA graphs on CUDA.
 
-The parts of a cycle that run models are compiled, each as one graph without breaks:
+The parts of a cycle that run models are compiled, each once and as one graph without breaks. Their numbers of rows and
+of columns, and the capacity of the cache, are marked as dynamic:
 
-=========  ========================================================  =============================================
-part       shapes that recur                                         padding
-=========  ========================================================  =============================================
-verify     nodes: a few sizes up to the tree's; columns: `bucket`    nodes that see the past, and are cut off again
-extend     the most rows that one cycle can accept; columns          rows whose outputs and cache rows are not used
-step       the frontier's width; columns                             none
-children   one hidden state, the first level's                       none
-keep       nodes, as verify                                          rows that stay where they are
-=========  ========================================================  =============================================
+==========  ==================================================================================================
+part        rows
+==========  ==================================================================================================
+verify      the nodes of a tree; with CUDA graphs always those of the largest, so that one graph is recorded
+plain step  one: what `verify` does with a root alone, compiled as a constant
+extend      those that a cycle has accepted, at least 2; with CUDA graphs as many as one cycle can accept
+step        the frontier's width, at least 2
+children    one, the first level's parent; as many children as the frontier is wide
+keep        as verify; rows that stay where they are included
+==========  ==================================================================================================
+
+Columns grow in steps (`bucket`); CUDA graphs are recorded for each, without compiling again. `StaticEngine.warm_up`
+does all of it before the first request.
 
 Not compiled: prefill (its length differs each time), selection of nodes and acceptance (small, and their results go to
 the host), and batches (their shapes change when a sequence ends).
@@ -18,31 +23,41 @@ the host), and batches (their shapes change when a sequence ends).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from inspect import signature
-from threading import Lock
+from threading import Lock, get_ident
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._triton import has_triton
+from tqdm import tqdm
 
-from eagle.decode.compiled.static_cache import StaticCache, move_rows
+from eagle.decode.compiled.static_cache import StaticCache, bucket, buckets, dynamic, move_rows
 from eagle.decode.drafter import Drafter
 from eagle.decode.tree_config import TreeConfig
 from eagle.drafts.compression import Compression
 from eagle.drafts.head import DraftHead
-from eagle.drafts.msd import DraftModel
 from eagle.families.base import LayerMasks, Target
+from eagle.families.layers import position_limit
 from eagle.kv_cache import KVCache
 from llava.errors import UserError
 
-SIZES = (1, 8, 16, 32, 64, 128)
-"""Tree sizes that have a compiled forward, besides the tree's largest; others are padded. With CUDA graphs only the
-first: on an accelerator padding is cheap and recording a graph is expensive."""
-GRAPHS = 256
-"""Maximal number of graphs of one part. torch's own limit of 8 is less than columns times sizes."""
+POSITIONS = 4096
+"""Rows of the first cache with CUDA graphs, if the model has so many positions. Graphs are recorded again for a larger
+one."""
+
+
+DELAY = 2.0
+"""Seconds before a progress bar appears."""
+RECORDED = 3
+"""Calls of a function until its CUDA graph is replayed: the first runs without, the second records."""
+
+
+log = logging.getLogger(__name__)
 
 
 class Compiler:
@@ -60,16 +75,9 @@ class Compiler:
         if backend not in known:
             raise UserError(f"no compiler backend '{backend}'", fix=f"use one of {', '.join(known)}")
         self.graphs = backend == "inductor" and device.type == "cuda"
-        self._settings: dict[str, Any] = {"backend": backend, "dynamic": False}
+        self._settings: dict[str, Any] = {"backend": backend, "dynamic": False}  # but for sizes that are marked
         if self.graphs:
             self._settings["mode"] = "reduce-overhead"
-        accepted = signature(torch.compile).parameters
-        if "recompile_limit" in accepted:
-            self._settings |= {"recompile_limit": GRAPHS, "isolate_recompiles": True}
-        else:
-            dynamo = torch._dynamo.config
-            name = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"
-            setattr(dynamo, name, max(getattr(dynamo, name), GRAPHS))
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The compiled ``function``. Its results stay valid after the next call."""
@@ -89,10 +97,15 @@ class Compiler:
 
 class CachePool:
     """Caches of one model, reused by later requests so that graphs find the same memory. A request makes a new cache if
-    none is free. Requests may come from several threads."""
+    none is free. Requests may come from several threads.
 
-    def __init__(self, make: Callable[[int], StaticCache], static_addresses: bool) -> None:
-        self._make, self._static_addresses = make, static_addresses
+    Args:
+        make: a cache of so many rows.
+        least: rows of the smallest cache.
+    """
+
+    def __init__(self, make: Callable[[int], StaticCache], least: int = 1) -> None:
+        self._make, self._least = make, least
         self._free: StaticCache | None = None
         self._lock = Lock()
 
@@ -103,12 +116,7 @@ class CachePool:
         if free is not None and free.capacity >= rows:
             free.truncate([0])
             return free
-        cache = self._make(rows)
-        if self._static_addresses:
-            for layer in cache.layers:
-                torch._dynamo.mark_static_address(layer.store_k)
-                torch._dynamo.mark_static_address(layer.store_v)
-        return cache
+        return self._make(max(rows, self._least))
 
     def give_back(self, cache: KVCache) -> None:
         """Returns the cache of a finished request. The larger of two free ones is kept."""
@@ -124,33 +132,41 @@ class StaticEngine:
         backend: of `torch.compile`.
 
     Raises:
-        UserError: the backend is unknown, the target is spread over several devices, or the draft is not an MSD one.
+        UserError: the backend is unknown, or the target has no static path.
     """
 
     def __init__(self, target: Target, draft: DraftHead | None, backend: str = "inductor") -> None:
-        if not target.verifies_trees:
-            raise UserError(f"{target.family} has layers with a state, which are not compiled", fix="leave compile out")
-        if draft is not None and not isinstance(draft, DraftModel):
-            raise UserError(f"{draft.kind} heads are not compiled", fix="leave compile out")
-        devices = {parameter.device for parameter in target.text_model.parameters()} | {target.head_device}
-        if len(devices) > 1:
-            raise UserError(
-                "a model spread over several devices cannot be compiled", fix="load it on one, or leave compile out"
-            )
+        if (reason := obstacle(target)) is not None:
+            raise UserError(reason, fix="leave compile out")
         self.target, self.draft = target, draft
+        self._thread: int | None = None
+        self._refused = False
         compiled = Compiler(backend, target.device)
-        self.sizes = SIZES[:1] if compiled.graphs else SIZES
+        self.graphs = compiled.graphs
+        limit = position_limit(target.config.get_text_config()) or POSITIONS
+        self.positions = min(limit, POSITIONS) if self.graphs else 1
         move = compiled(move_rows)
-        self.target_caches = CachePool(partial(self._target_cache, move), compiled.graphs)
-        self.verify_nodes = compiled(verifier(target))
+        self.target_caches = CachePool(partial(self._target_cache, move), self.positions)
+        self.verify_nodes = compiled(verifier(target, () if draft is None else draft.target_layers))
         if draft is not None:
             head = target.head_function()
-            self.draft_caches = CachePool(partial(self._draft_cache, draft, move), compiled.graphs)
-            self.extend, self.step, self.children = (compiled(part) for part in draft_parts(draft, head))
+            self.draft_caches = CachePool(partial(self._draft_cache, draft, move), self.positions)
+            self._extend, self._step, self._children = (compiled(part) for part in draft_parts(draft, head))
+
+    def serves_this_thread(self) -> bool:
+        """Whether a request of this thread may use the compiled parts: CUDA graphs belong to the thread that was
+        first. Says so the first time that it may not."""
+        if not self.graphs:
+            return True
+        self._thread = self._thread or get_ident()
+        if self._thread != get_ident() and not self._refused:
+            self._refused = True
+            log.warning("requests of other threads are not compiled: CUDA graphs belong to the first one")
+        return self._thread == get_ident()
 
     def verify(
         self, tokens: Tensor, positions: Tensor, masks: LayerMasks, cache: StaticCache, largest: int
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """`Target.verify` and `Target.head` for one tree of at most ``largest`` nodes.
 
         Args:
@@ -158,19 +174,148 @@ class StaticEngine:
             masks: [1, 1, N, past + N] additive, by type of layer if the model has several.
 
         Returns:
-            hidden states [1, N, H] and logits [1, N, V].
+            hidden states [1, N, H], logits [1, N, V] and what the draft reads, [1, N, F].
         """
         count = tokens.shape[1]
-        size = min(each for each in (*self.sizes, largest) if each >= count)
+        size = largest if self.graphs and count > 1 else count
         columns = cache.open(size)
-        tokens, positions = (F.pad(part, (0, size - count)) for part in (tokens, positions))
         if isinstance(masks, dict):
             padded: LayerMasks = {kind: filled(mask, size, columns) for kind, mask in masks.items() if mask is not None}
         else:
             padded = filled(masks, size, columns)
-        hidden, logits = self.verify_nodes(tokens, self.target.text_positions(positions), padded, cache)
+        rows = padded_rows(tokens[0], size), padded_rows(positions[0], size)
+        hidden, logits, features = (part[:, :count] for part in self.verify_nodes(*rows, padded, cache))
         cache.close(size)
-        return hidden[:, :count], logits[:, :count]
+        return hidden, logits, features
+
+    def extend(
+        self,
+        tokens: Tensor,
+        hidden: Tensor,
+        context: Tensor | None,
+        mask: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: StaticCache,
+    ) -> Tensor:
+        """The draft's forward over accepted rows, padded to those of ``rope``.
+
+        Args:
+            tokens: [n]; ``hidden``: [n, F]; ``mask``: [1, 1, n, past + n] additive.
+            context: [1, C] of the prompt, if the draft has one.
+            rope: of the rows and the padding, [1, 1, S, D] each.
+
+        Returns:
+            outputs [n, H].
+        """
+        count, size = tokens.shape[0], rope[0].shape[2]
+        columns = cache.open(size)
+        cos, sin = (dynamic(part[0, 0], 0) for part in rope)
+        rows = padded_rows(tokens, size), padded_rows(hidden, size)
+        output = self._extend(*rows, context, filled(mask, size, columns), cos, sin, cache)
+        cache.close(count)
+        return output[:count]
+
+    def step(
+        self,
+        tokens: Tensor,
+        hidden: Tensor,
+        context: Tensor | None,
+        mask: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: StaticCache,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One level of the draft, with as many children of each node as there are nodes.
+
+        Args:
+            tokens: [k]; ``hidden``: [k, H]; ``mask``: [1, 1, k, past + k] additive; ``rope``: [1, 1, 1, D] each.
+            context: as in `extend`.
+
+        Returns:
+            outputs [k, H], and ids and log-probabilities of the children, [k, k] each.
+        """
+        width = tokens.shape[0]
+        size = max(width, 2)
+        columns = cache.open(size)
+        cos, sin = (part[0, 0] for part in rope)
+        rows = padded_rows(tokens, size), padded_rows(hidden, size)
+        output, ids, logprobs = self._step(*rows, context, filled(mask, size, columns), cos, sin, cache)
+        cache.close(width)
+        return output[:width], ids[:width, :width], logprobs[:width, :width]
+
+    def children(self, hidden: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        """Ids and log-probabilities of the ``top_k`` first drafted tokens [k] each, after an output [H]."""
+        count = max(top_k, 2)
+        ids, logprobs = self._children(hidden, dynamic(torch.empty(count, device=hidden.device), 0))
+        return ids[:top_k], logprobs[:top_k]
+
+    def extended(self, count: int, longest: int) -> int:
+        """Rows of the draft's forward over ``count`` accepted ones of at most ``longest``."""
+        return longest if self.graphs else max(count, 2)
+
+    def warm_up(self, tree: TreeConfig, positions: int = 1, progress: bool = True) -> None:
+        """Compiles all parts, and records all CUDA graphs for requests of ``tree``.
+
+        Args:
+            positions: of the longest request, prompt and answer. With CUDA graphs at least `POSITIONS` are recorded.
+            progress: show a bar.
+        """
+        if not self.serves_this_thread():
+            return
+        cache = self.target_caches.take(positions)
+        columns = buckets(cache.capacity) if self.graphs else [bucket(tree.total_tokens)]
+        calls = self._target_calls(cache, {1, tree.total_tokens if self.draft is not None else 1}, columns)
+        draft_cache = None
+        if self.draft is not None:
+            draft_cache = self.draft_caches.take(positions)
+            calls += self._draft_calls(self.draft, draft_cache, tree, columns)
+        try:
+            for call in tqdm(calls, "compiling", unit="part", delay=DELAY, disable=not progress, file=sys.stderr):
+                for _ in range(RECORDED if self.graphs else 1):
+                    call()
+        finally:
+            self.target_caches.give_back(cache)
+            if draft_cache is not None:
+                self.draft_caches.give_back(draft_cache)
+
+    def _target_calls(
+        self, cache: StaticCache, sizes: Iterable[int], columns: Sequence[int]
+    ) -> list[Callable[[], object]]:
+        """Verification of trees of ``sizes`` nodes at the end of ``columns``."""
+        target, device = self.target, self.target.device
+
+        def verify(size: int, width: int) -> None:
+            past, nodes = width - size, torch.arange(size, device=device)[None]  # [1, N]
+            cache.truncate([past])
+            mask = torch.zeros(1, 1, size, width, dtype=target.dtype, device=device)
+            self.verify(nodes * 0, past + nodes, target.masks_by_layer(mask, [past], nodes), cache, size)
+            cache.keep([past], [[0, size - 1] if size > 1 else [0]])
+
+        return [partial(verify, size, width) for size in sorted(sizes) for width in columns]
+
+    def _draft_calls(
+        self, draft: DraftHead, cache: StaticCache, tree: TreeConfig, columns: Sequence[int]
+    ) -> list[Callable[[], object]]:
+        """The draft's parts at the end of ``columns``."""
+        longest, device, size = tree.depth + 2, draft.device, draft.config.hidden_size
+        features = max(len(draft.target_layers), 1) * self.target.hidden_size
+        zeros = partial(torch.zeros, dtype=draft.dtype, device=device)
+
+        def inputs(count: int, width: int, each: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+            cache.truncate([width - count])
+            tokens = torch.zeros(count, dtype=torch.long, device=device)
+            return tokens, zeros(count, each), draft.empty_context(), zeros(1, 1, count, width)
+
+        def rope(count: int) -> tuple[Tensor, Tensor]:
+            return draft.rotary(torch.arange(count, device=device)[None], draft.dtype)
+
+        def extend(width: int) -> None:
+            self.extend(*inputs(longest, width, features), rope(longest), cache)
+
+        def step(width: int) -> None:
+            self.step(*inputs(tree.top_k, width, size), rope(1), cache)
+
+        calls: list[Callable[[], object]] = [partial(self.children, zeros(size), tree.top_k)]
+        return calls + [partial(part, width) for part in (extend, step) for width in columns]
 
     def release(self, cache: KVCache, drafter: Drafter | None) -> None:
         """Returns the caches of a finished request."""
@@ -180,13 +325,12 @@ class StaticEngine:
 
     def _target_cache(self, move: Callable[..., None], rows: int) -> StaticCache:
         target = self.target
-        return StaticCache(target.cache_shapes, rows, target.dtype, target.device, move)
+        return StaticCache(target.cache_shapes, rows, target.dtype, target.device, move, self.graphs)
 
-    @staticmethod
-    def _draft_cache(draft: DraftModel, move: Callable[..., None], rows: int) -> StaticCache:
+    def _draft_cache(self, draft: DraftHead, move: Callable[..., None], rows: int) -> StaticCache:
         config = draft.config
         shape = (config.num_key_value_heads, config.head_dim)
-        return StaticCache([shape], rows, draft.dtype, draft.device, move)
+        return StaticCache([shape] * len(draft.layers), rows, draft.dtype, draft.device, move, self.graphs)
 
 
 class StaticDrafter(Drafter):
@@ -201,69 +345,115 @@ class StaticDrafter(Drafter):
     def _new_cache(self, batch: int, rows: int) -> KVCache:
         return self._engine.draft_caches.take(rows)
 
+    def leave_compiled(self) -> None:
+        """Drafts without the compiled parts from now on."""
+        self.cache = self.cache.sequence(0)
+
     def _read(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        count, size = tokens.shape[1], self._causal.shape[-1]
-        mask, cache = self._masks.window(self._lengths, self._causal[:, :count, :count]), self._static_cache
-        columns = cache.open(size)
-        tokens, hidden = F.pad(tokens, (0, size - count)), F.pad(hidden, (0, 0, 0, size - count))
-        output = self._engine.extend(tokens, hidden, filled(mask, size, columns), *self._rope(0, size), cache)
-        cache.close(count)
-        return output[:, :count]
+        if (cache := self._static_cache) is None:
+            return super()._read(tokens, hidden)
+        count, engine = tokens.shape[1], self._engine
+        mask = self._mask(self._causal[:, :count, :count], [1] * count)
+        rope = self._rope(0, engine.extended(count, self._causal.shape[-1]))
+        return engine.extend(tokens[0], hidden[0], self._context, mask, rope, cache).unsqueeze(0)
 
     def _step(
         self, tokens: Tensor, hidden: Tensor, tree_mask: Tensor, step: int, top_k: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        width = tokens.shape[1]
-        mask, cache = self._masks.window(self._lengths, tree_mask), self._static_cache
-        columns = cache.open(width)
-        mask = filled(mask, width, columns)
-        result = self._engine.step(tokens, hidden.contiguous(), mask, *self._rope(step, 1), cache, top_k)
-        cache.close(width)
-        return result
+        if (cache := self._static_cache) is None:
+            return super()._step(tokens, hidden, tree_mask, step, top_k)
+        mask = self._mask(tree_mask, self._widths)
+        parts = self._engine.step(tokens[0], hidden[0], self._context, mask, self._rope(step, 1), cache)
+        output, ids, logprobs = (part.unsqueeze(0) for part in parts)
+        return output, ids, logprobs
 
     def _children(self, hidden: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        return self._engine.children(hidden, top_k)
+        if self._static_cache is None:
+            return super()._children(hidden, top_k)
+        ids, logprobs = self._engine.children(hidden[0, 0], top_k)
+        return ids[None, None], logprobs[None, None]
 
     @property
-    def _static_cache(self) -> StaticCache:
-        assert isinstance(self.cache, StaticCache)
-        return self.cache
+    def _static_cache(self) -> StaticCache | None:
+        return self.cache if isinstance(self.cache, StaticCache) else None
 
 
 def filled(mask: Tensor, rows: int, columns: int) -> Tensor:
     """Pads an additive mask [1, 1, n, w] to [1, 1, rows, columns]. New columns are masked. A new row sees what the
     first one sees, because a row that sees nothing may give NaN."""
-    mask = F.pad(mask, (0, columns - mask.shape[-1]), value=torch.finfo(mask.dtype).min)
-    return torch.cat([mask, mask[:, :, :1].expand(-1, -1, rows - mask.shape[2], -1)], dim=2)
+    count, width = mask.shape[2:]
+    full = mask.new_full((1, 1, rows, columns), torch.finfo(mask.dtype).min)
+    full[:, :, :count, :width] = mask
+    full[:, :, count:, :width] = mask[:, :, :1]
+    return dynamic(full, 2, 3)
 
 
-def verifier(target: Target) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The forward of `StaticEngine.verify`, as a function to compile."""
+def padded_rows(values: Tensor, rows: int) -> Tensor:
+    """Appends zeros to ``values`` [n] or [n, H] until there are so many rows."""
+    missing = rows - values.shape[0]
+    full = F.pad(values, (0, missing) if values.dim() == 1 else (0, 0, 0, missing))
+    return dynamic(full.contiguous(), 0)
+
+
+def verifier(target: Target, layers: Sequence[int]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """The forward of `StaticEngine.verify`, as a function to compile. ``layers``: whose streams the draft reads."""
     text_model, read = target.text_model, target.token_reader()
     head, cache_argument = target.head_function(), target.cache_argument
 
-    def verify(tokens: Tensor, positions: Tensor, mask: LayerMasks, cache: StaticCache) -> tuple[Tensor, Tensor]:
-        given: dict[str, Any] = {cache_argument: cache, **read(tokens)}
-        output = text_model(attention_mask=mask, position_ids=positions, use_cache=True, **given)
-        return output.last_hidden_state, head(output.last_hidden_state)
+    def forward(tokens: Tensor, positions: Tensor, mask: LayerMasks, cache: StaticCache) -> Tensor:
+        given: dict[str, Any] = {cache_argument: cache, **read(tokens[None])}
+        own_positions = target.text_positions(positions[None])
+        return text_model(attention_mask=mask, position_ids=own_positions, use_cache=True, **given).last_hidden_state
+
+    with_streams = target.reader_with_streams(forward, layers)
+
+    def verify(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        hidden, streams = with_streams(*given)
+        return hidden, head(hidden), hidden if streams is None else streams
 
     return verify
 
 
-def draft_parts(draft: DraftModel, head: Callable[[Tensor], Tensor]) -> tuple[Callable[..., Any], ...]:
+def draft_parts(draft: DraftHead, head: Callable[[Tensor], Tensor]) -> tuple[Callable[..., Any], ...]:
     """The draft's three forwards as functions to compile: extend, step, children."""
 
-    def extend(tokens: Tensor, hidden: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, cache: StaticCache) -> Tensor:
-        x = draft.fuse(hidden, draft.embed_tokens(tokens))  # [1, n, H]
-        return draft(x, None, mask, cache, (cos, sin))
+    def forward(tokens: Tensor, hidden: Tensor, context: Tensor | None, *rest: Any) -> Tensor:
+        mask, cos, sin, cache = rest
+        x = draft.text_rows(hidden, tokens[None], context)  # [1, n, X]
+        return draft(x, None, mask, cache, (cos, sin))[0]
 
-    def step(
-        tokens: Tensor, hidden: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, cache: StaticCache, top_k: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        output = extend(tokens, hidden, mask, cos, sin, cache)  # [1, k, H]
-        return output, *draft.likely_next(output, top_k, head)
+    def extend(tokens: Tensor, features: Tensor, *rest: Any) -> Tensor:
+        return forward(tokens, draft.condense(features[None]), *rest)
 
-    def children(hidden: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        return draft.likely_next(hidden, top_k, head)
+    def step(tokens: Tensor, hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = forward(tokens, hidden[None], *rest)  # [k, H]
+        return output, *draft.likely_next(output, tokens.shape[0], head)
+
+    def children(hidden: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        return draft.likely_next(hidden, places.shape[0], head)
 
     return extend, step, children
+
+
+def obstacle(target: Target) -> str | None:
+    """Why a target cannot be compiled. None if it can."""
+    if not target.verifies_trees:
+        return f"{target.family} has layers with a state, which are not compiled"
+    devices = {parameter.device for parameter in target.text_model.parameters()} | {target.head_device}
+    return None if len(devices) == 1 else "a model spread over several devices cannot be compiled: load it on one"
+
+
+def obstacle_by_default(target: Target) -> str | None:
+    """Why a target on CUDA is not compiled unless that is asked for. None if it is."""
+    if getattr(target.config, "quantization_config", None) is not None:
+        return "compiling quantised base models is not tested"
+    if not has_triton():
+        return "Triton is not installed, or does not know this GPU"
+    return obstacle(target)
+
+
+def skipped_graphs() -> int:
+    """Compiled functions of this process for which torch recorded no CUDA graph."""
+    from torch._dynamo.utils import counters  # slow to import
+
+    return counters["inductor"]["cudagraph_skips"]

@@ -1,8 +1,8 @@
-"""A KV cache with few different shapes, so compiled forwards can be used again.
+"""A KV cache for compiled forwards, which are compiled once for all its sizes.
 
 `KVCache` returns as many columns as are in use: a new shape with every token. Here rows are written at places given by
-a tensor, and the number of columns of a forward grows in steps (`bucket`). The mask excludes columns that are not in
-use. These hold zeros or rows of earlier requests, so they are finite.
+a tensor, and the number of columns of a forward grows in steps (`bucket`), so that few CUDA graphs are recorded. The
+mask excludes columns that are not in use. These hold zeros or rows of earlier requests, so they are finite.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ STEP = 256
 """Step by which the columns of short forwards grow."""
 SMALLEST = 1024
 """Columns of the smallest cache."""
+SPARE = 16
+"""Rows of a cache that are never used. So no forward sees all rows: torch would compile equal sizes as one."""
 
 
 def bucket(columns: int) -> int:
@@ -33,13 +35,33 @@ def bucket(columns: int) -> int:
     return -(-columns // step) * step
 
 
+def rounded(capacity: int) -> int:
+    """Rows of a cache for ``capacity``: a power of two."""
+    return max(SMALLEST, 1 << (capacity - 1).bit_length())
+
+
+def buckets(capacity: int) -> list[int]:
+    """All values of `bucket` up to ``capacity``, ascending."""
+    return sorted({bucket(columns) for columns in range(STEP, capacity + 1, STEP)})
+
+
+def dynamic(tensor: Tensor, *dims: int) -> Tensor:
+    """Marks sizes that change from call to call, so that a compiled function takes any. A size of 1 is left as it is:
+    torch compiles it as a constant."""
+    for dim in dims:
+        if tensor.shape[dim] > 1:
+            torch._dynamo.mark_dynamic(tensor, dim)
+    return tensor
+
+
 class Window:
-    """Where the next forward writes and reads, the same for all layers. ``places``: [n] columns to write. ``columns``:
-    number of columns to read."""
+    """Where the next forward writes and reads, the same for all layers. ``places``: [n] columns to write. ``sight``:
+    [columns], of which only the size is used: the number of columns to read. A number would be compiled as a
+    constant."""
 
     def __init__(self) -> None:
         self.places = torch.zeros(0, dtype=torch.long)
-        self.columns = 0
+        self.sight = torch.zeros(0)
 
 
 class StaticLayer(CacheLayer):
@@ -52,9 +74,10 @@ class StaticLayer(CacheLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Writes rows [1, heads, n, head_dim] at the window's places; returns its columns."""
         window = self._window
+        columns = window.sight.shape[0]
         self.store_k.index_copy_(2, window.places, key_states)
         self.store_v.index_copy_(2, window.places, value_states)
-        return self.store_k[:, :, : window.columns], self.store_v[:, :, : window.columns]
+        return self.store_k[:, :, :columns], self.store_v[:, :, :columns]
 
 
 class StaticCache(KVCache):
@@ -62,8 +85,9 @@ class StaticCache(KVCache):
 
     Args:
         shapes: heads of keys and values, and the size of each, by layer.
-        capacity: maximal number of rows; rounded up to a power of two.
+        capacity: rows; rounded up to a power of two.
         move: `move_rows`, compiled.
+        static_addresses: CUDA graphs read and write the storage in place.
     """
 
     def __init__(
@@ -73,23 +97,41 @@ class StaticCache(KVCache):
         dtype: torch.dtype,
         device: torch.device,
         move: Callable[[StaticCache, Tensor], None],
+        static_addresses: bool = False,
     ) -> None:
-        rows = max(SMALLEST, 1 << (capacity - 1).bit_length())
+        rows = rounded(capacity)
         zeros = partial(torch.zeros, dtype=dtype, device=device)
         stores = {
-            layer: CacheStorage(*(zeros(1, 1, heads, rows, head_dim) for _ in range(2)))
+            layer: CacheStorage(*(zeros(1, 1, heads, rows + SPARE, head_dim) for _ in range(2)))
             for layer, (heads, head_dim) in enumerate(shapes)
         }  # separate, as a graph writes into each
         super().__init__(stores, range(len(shapes)), [0])
-        self.window, self._move, self._device = Window(), move, device
+        self.window, self._move, self._device, self._static_addresses = Window(), move, device, static_addresses
         self.layers = [StaticLayer(store.keys[0], store.values[0], self.window) for store in stores.values()]
+        self._mark(rows)
+
+    def _mark(self, rows: int) -> None:
+        """Tells torch about storage of ``rows`` rows. Without a guard on addresses another storage is recorded, but not
+        compiled."""
+        self.capacity, self._sight = rows, torch.empty(rows, device=self._device)
+        for store in (part for layer in self.layers for part in (layer.store_k, layer.store_v)):
+            dynamic(store, 2)
+            if self._static_addresses:
+                torch._dynamo.mark_static_address(store, guard=False)
+
+    def grow(self, capacity: int) -> None:
+        if capacity > self.capacity:
+            rows = rounded(capacity)
+            super().grow(rows + SPARE)
+            self._mark(rows)
 
     def open(self, count: int) -> int:
         """Sets the window to the next ``count`` rows. Returns the number of columns that the forward sees."""
         start = self.length
-        self.window.places = torch.arange(start, start + count, device=self._device)
-        self.window.columns = bucket(start + count)
-        return self.window.columns
+        columns = bucket(start + count)
+        self.window.places = dynamic(torch.arange(start, start + count, device=self._device), 0)
+        self.window.sight = dynamic(self._sight[:columns], 0)
+        return columns
 
     def close(self, count: int) -> None:
         """Ends a forward: the first ``count`` rows of the window are now in use."""
@@ -100,7 +142,7 @@ class StaticCache(KVCache):
         (base,), (path,) = bases, paths
         if list(path) != list(range(len(path))):
             order = [*path, *range(len(path), len(self.window.places))]
-            self._move(self, torch.tensor(order, device=self._device) + base)
+            self._move(self, dynamic(torch.tensor(order, device=self._device) + base, 0))
         self.truncate([base + len(path)])
 
 
