@@ -435,8 +435,9 @@ class Target(ABC):
 def check_media_token(media: Media, target: Target) -> None:
     """Raises `UserError` if the config's id of a kind of media is not that of its token in the tokenizer."""
     given, tokenizer = getattr(target.config, media.token, None), target.tokenizer
-    mark = getattr(target.processor, f"{media.name}_token", None)
-    known = [getattr(tokenizer, f"{media.name}_token_id", None)]
+    kind = media.token.partition("_")[0]  # GLM's videos have the token of a picture
+    mark = getattr(target.processor, f"{kind}_token", None)
+    known = [getattr(tokenizer, f"{kind}_token_id", None)]
     known += [tokenizer.convert_tokens_to_ids(mark)] if mark else []
     known = [each for each in known if each is not None and each != tokenizer.unk_token_id]
     rows = target.model.get_input_embeddings().weight.shape[0]

@@ -203,13 +203,14 @@ def other_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 def test_ids_and_sections_of_the_other_families(other_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = (other_folder / "config.json").read_text()
     allocated: list[int] = []
-    for key in token_keys(other_folder):
+    read = {media.token.partition("_token")[0] for media in load_target(other_folder, dtype="float32").media}
+    for key in [key for key in token_keys(other_folder) if key.partition("_token")[0] in read]:
         for odd in ("x", -1, 10**7, None, True, 5):
             check_token(other_folder, key, odd)
     load_target(other_folder, dtype="float32")
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: allocated.append(1))
     for section in [name for name in json.loads(whole) if name in ("text_config", "vision_config")]:
-        for odd in ({}, None, 5, [1]):
+        for odd in ({}, 5, [1]):
             (other_folder / "config.json").write_text(json.dumps({**json.loads(whole), section: odd}))
             assert "config" in line_of(other_folder), (section, odd)
     assert not allocated
