@@ -22,7 +22,7 @@ LOWEST_TESTS ?= LLaVA/tests EAGLE/tests/decode EAGLE/tests/drafts EAGLE/tests/fa
 # the oldest transformers that the packages allow
 LOWEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' LLaVA/pyproject.toml)
 
-.PHONY: help setup demo test test-all test-lowest test-serving bench bench-quick figures quality wheels version clean
+.PHONY: help setup demo test test-slow test-all test-lowest test-serving bench bench-quick figures quality wheels version clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -35,8 +35,10 @@ demo: $(STAMP)  ## decode with the embedded models
 test: $(STAMP)  ## run the core tests (not those marked slow), on the CPU even if there is a GPU
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST)
 
-test-all: $(STAMP)  ## run all tests but those for hand use
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST) -m "not by_hand"
+test-slow: $(STAMP)  ## run the tests marked slow, but those for hand use
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST) -m "slow and not by_hand" --durations=20
+
+test-all: test test-slow  ## run all tests but those for hand use
 
 test-lowest: $(LOWEST_STAMP)  ## run the tests of models with the oldest supported transformers
 	OMP_NUM_THREADS=1 $(LOWEST_VENV)/bin/python -m pytest $(PYTEST) $(LOWEST_TESTS)

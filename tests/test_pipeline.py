@@ -62,7 +62,9 @@ def check_answer(base: Path, draft: Path) -> None:
     assert answer["new_tokens"] <= 16
 
 
-@pytest.mark.parametrize(("settings", "model"), [(LLAVA, "llava_msd"), (QWEN, "qwen2_vl_msd")])
+@pytest.mark.parametrize(
+    ("settings", "model"), [(LLAVA, "llava_msd"), pytest.param(QWEN, "qwen2_vl_msd", marks=pytest.mark.by_hand)]
+)
 @pytest.mark.slow
 def test_five_steps(work: Path, settings: dict[str, str], model: str) -> None:
     draft, base = make_draft(work, count=12, epochs=2, **settings), REPO / settings["BASE"]

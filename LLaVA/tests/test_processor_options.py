@@ -131,7 +131,7 @@ def test_options_together(ours: LlavaProcessor, stock: Any, call: dict[str, Any]
         ({"text": []}, "empty list of texts"),
         ({"images": [FLOATS] * 3, "do_rescale": False}, "floats"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_wrong_value_is_one_line(ours: LlavaProcessor, options: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said) as raised:

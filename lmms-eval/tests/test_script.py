@@ -35,7 +35,9 @@ def test_script(base, draft, questions, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "model"), [("llava", "llava_msd"), ("qwen2vl", "qwen2_vl_msd")])
+@pytest.mark.parametrize(
+    ("name", "model"), [("llava", "llava_msd"), pytest.param("qwen2vl", "qwen2_vl_msd", marks=pytest.mark.by_hand)]
+)
 def test_pocket_pairs_answer_as_the_base_alone(name, model, tmp_path):
     """Short and long answers of trained models: equal in float32, with equal scores, in fewer forward passes."""
     result = script(

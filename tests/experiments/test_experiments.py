@@ -82,6 +82,7 @@ def test_the_tree_is_drawn(tmp_path: Path) -> None:
     assert Image.open(tmp_path / "tree.png").width == Image.open(tmp_path / "inputs.png").width == 1100
 
 
+@pytest.mark.by_hand
 def test_a_training_study_is_measured_once(tmp_path: Path) -> None:
     words = ["--quick", "--seeds", "0", "--cells", "two-stage", "not-decoupled", "--out", str(tmp_path)]
     run("training_study", *words)

@@ -55,7 +55,7 @@ def test_drafts_have_the_published_tensors(name: str) -> None:
     assert {key: list(value.shape) for key, value in state.items()} == expected
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_llava_13b_with_one_layer(tmp_path: Path) -> None:
     """Text sizes of `liuhaotian/llava-v1.5-13b` and of its vision tower, in float32 (8 GB)."""
     sizes = TinySizes(

@@ -316,7 +316,7 @@ def test_too_many_or_too_few_pictures(model: MSDModel) -> None:
         model.generate(**inputs, max_new_tokens=2, temperature=0.0)
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 @pytest.mark.parametrize("name", ALL_MAKERS)
 def test_three_hundred_prompts(name: str, tmp_path: Path) -> None:
     """Random words with and without pictures, trees of several shapes, alone and in ragged batches of three."""

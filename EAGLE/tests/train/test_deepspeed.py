@@ -35,6 +35,9 @@ def launched(processes):
     return [launcher, "--master_port", "29517", *where]
 
 
+BY_HAND = [pytest.param(*case, marks=pytest.mark.by_hand) for case in ((2, 2, 1), (1, 1, 2), (0, 2, 1))]
+
+
 @pytest.fixture
 def command(arguments):
     """The documented command for 1 or 2 processes, from inside eagle/train, with the shipped ds_config.json."""
@@ -47,7 +50,7 @@ def command(arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.by_hand)])
 def test_deepspeed_command_and_resume(command, tmp_path, processes):
     """Stopped and resumed, between two logs."""
     assert f"x {processes} processes" in launch(command(processes, "whole", log_every=3))
@@ -58,7 +61,7 @@ def test_deepspeed_command_and_resume(command, tmp_path, processes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "first", "then"), [(2, 1, 2), (2, 2, 1), (1, 1, 2), (0, 2, 1)])
+@pytest.mark.parametrize(("stage", "first", "then"), [(2, 1, 2), *BY_HAND])
 def test_resumed_with_another_number_of_processes(arguments, tmp_path, stage, first, then):
     """The same batches, on one process or on two: the losses and the draft of a run without the change."""
 
@@ -127,7 +130,7 @@ def test_two_processes_killed_and_resumed_give_the_same_losses(command, tmp_path
     assert_same_curve(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_two_processes_train_online_as_on_stored_states(tmp_path):
     """Each with its own base model; stopped and resumed, by the rows that both found together."""
     case = Case("llava", tmp_path)
@@ -144,7 +147,7 @@ def test_two_processes_train_online_as_on_stored_states(tmp_path):
             assert other["results"][kind]["loss"] == pytest.approx(one["results"][kind]["loss"], abs=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_two_processes_train_the_same_while_the_main_one_answers(tmp_path):
     case = Case("llava", tmp_path)
     case.allocate()

@@ -25,6 +25,9 @@ NEW = 24
 CHAIN = TreeConfig(5, 1, 7)
 
 pytestmark = pytest.mark.slow
+IN_CI = ("qwen3_vl", "qwen3_5", "gemma3", "glm4v")
+"""The others are run by hand."""
+FAMILIES = [pytest.param(name, marks=[] if name in IN_CI else pytest.mark.by_hand) for name in FAMILY_MAKERS]
 
 
 def write_data(folder: Path) -> None:
@@ -49,7 +52,7 @@ def command(main: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, *argument
     assert run_cli(main) == 0
 
 
-@pytest.mark.parametrize("family", FAMILY_MAKERS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_pipeline(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
