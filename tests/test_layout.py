@@ -27,14 +27,15 @@ MAY_NOT_IMPORT = {
     "msd_vllm": {"llava", "eagle", "lmms_eval_msd", "lmms_eval", "pocket", "transformers"},
 }
 LAYERS = (  # modules and folders of eagle, lowest first; the package itself re-exports names and belongs to none
-    "cache kv_cache recurrent_state weight_layout attention conversations arguments extras locks provenance",
+    "cache kv_cache recurrent_state weight_layout attention conversations arguments extras locks provenance report",
     "drafts",
     "families",
     "hidden_states",
     "decode",
     "ge_data",
+    "questions suites",
     "train",
-    "questions loading benchmark exactness publish serving",
+    "published loading benchmark bench_report exactness publish serving",
     "doctor web",
     "commands",
     "cli",

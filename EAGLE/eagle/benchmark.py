@@ -5,12 +5,10 @@ The contestants take turns, so a slow minute of the machine slows all of them. S
 
 from __future__ import annotations
 
-import math
-import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,13 +16,13 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 from eagle.decode.compiled.engine import obstacle
+from eagle.decode.cycle_log import CycleLog
 from eagle.decode.msd import MSDModel
 from eagle.decode.stats import Stats
 from eagle.decode.tree_config import TreeConfig
 from eagle.families import Target
-
-RESAMPLES = 2000
-"""Of the bootstrap."""
+from eagle.questions import Conversations, Question
+from eagle.report.intervals import Interval, of_mean
 
 
 class Work(Protocol):
@@ -35,10 +33,12 @@ class Work(Protocol):
 
 
 class Answer(NamedTuple):
-    """Statistics, and the new ``tokens`` of each sequence up to its end token."""
+    """Statistics, and the new ``tokens`` of each sequence up to its end token. ``cycles``: the new tokens of a logged
+    answer, those of the prefill first, then those of each cycle."""
 
     stats: Stats
     tokens: list[list[int]]
+    cycles: Sequence[list[int]] = ()
 
 
 def speed(stats: Stats) -> float:
@@ -52,7 +52,7 @@ class Contestant:
 
     ``answer``: answers a question or a batch. ``plain``: decodes without speculation, so it may be the baseline of the
     speed-up. ``rounds``: statistics of each round that counts. ``tokens``: its answers in the newest round.
-    ``answers``: those of all rounds that count.
+    ``answers``: those of all rounds that count. ``cycles``: of each answer in them that was logged.
     """
 
     name: str
@@ -61,15 +61,24 @@ class Contestant:
     rounds: list[Stats] = field(default_factory=list)
     tokens: list[list[int]] = field(default_factory=list)
     answers: list[list[int]] = field(default_factory=list)
+    cycles: list[Sequence[list[int]]] = field(default_factory=list)
+    logged: list[Sequence[list[int]]] = field(default_factory=list, repr=False)
 
     def run(self, work: Sequence[Work]) -> Stats:
         """Answers all of ``work`` once. Returns the statistics of all answers together."""
-        total, self.tokens = Stats.empty(), []
+        total, self.tokens, self.logged = Stats.empty(), [], []
         for each in work:
             answer = self.answer(each)
             total.merge(answer.stats)
             self.tokens += answer.tokens
+            self.logged.append(answer.cycles)
         return total
+
+    def part(self, numbers: Sequence[int]) -> Contestant:
+        """The same contestant with some of its rounds, if each of them has one answer."""
+        return replace(
+            self, rounds=[self.rounds[n] for n in numbers], answers=[self.answers[n] for n in numbers], cycles=[]
+        )
 
     @property
     def total(self) -> Stats:
@@ -123,17 +132,34 @@ def new_tokens(sequences: Tensor, prompt: int, ends: Sequence[int]) -> list[list
     return found
 
 
+def in_conversations(model: MSDModel, answer: Callable[[Any], Answer]) -> Callable[[Any], Answer]:
+    """``answer``, which asks each turn of a conversation after the answers that it gave to the turns before."""
+    conversations = Conversations(model.tokenizer)
+
+    def in_turn(work: Any) -> Answer:
+        if not isinstance(work, Question):
+            return answer(work)
+        asked = conversations.ask(work)
+        given = answer(asked)
+        conversations.keep(asked, given.tokens[0])
+        return given
+
+    return in_turn
+
+
 def with_engine(
-    model: MSDModel, use_msd: bool, settings: Mapping[str, Any], tree: TreeConfig | None = None
+    model: MSDModel, use_msd: bool, settings: Mapping[str, Any], tree: TreeConfig | None = None, log: bool = False
 ) -> Callable[[Work], Answer]:
-    """Decodes with `MSDModel`, with or without the draft."""
+    """Decodes with `MSDModel`, with or without the draft. ``log``: keeps the tokens of each cycle; single questions
+    only."""
 
     def answer(work: Work) -> Answer:
         inputs = work.inputs(model.target)
-        output = model.generate(**inputs, use_msd=use_msd, tree=tree, **settings)
-        return Answer(output.stats, output.tokens)
+        kept = CycleLog()
+        output = model.generate(**inputs, use_msd=use_msd, tree=tree, streamer=kept if log else None, **settings)
+        return Answer(output.stats, output.tokens, kept.cycles)
 
-    return answer
+    return in_conversations(model, answer)
 
 
 def with_stop_strings(model: MSDModel) -> dict[str, Any]:
@@ -164,7 +190,7 @@ def with_transformers(model: MSDModel, settings: Mapping[str, Any], **more: Any)
         stats = Stats(sum(map(len, tokens)), requests=len(tokens), seconds=seconds, first_token=first)
         return Answer(stats, tokens)
 
-    return answer
+    return in_conversations(model, answer)
 
 
 def with_prompt_lookup(model: MSDModel, settings: Mapping[str, Any], tokens: int) -> Callable[[Work], Answer]:
@@ -206,28 +232,16 @@ def baselines(
     return found
 
 
-class PairedSpeedup(NamedTuple):
-    """Mean over questions of the ratio of their speeds, and its 95 % bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def paired_speedup(own: Contestant, other: Contestant, value: Callable[[Stats], float] = speed) -> PairedSpeedup:
-    """How much faster ``own`` is than ``other``, question by question. Long answers count as much as short ones.
+def paired_speedup(own: Contestant, other: Contestant, value: Callable[[Stats], float] = speed) -> Interval | None:
+    """How much faster ``own`` is than ``other``, question by question: the mean of the ratios and its 95 % bootstrap
+    interval. Long answers count as much as short ones.
 
     Args:
         value: of which the ratio is taken. Questions without one (an answer of a single token has no speed after the
-            first) are left out.
+            first) are left out. Without any question the result is None.
     """
     pairs = [(value(one), value(two)) for one, two in zip(own.rounds, other.rounds, strict=True)]
-    ratios = [one / two for one, two in pairs if one > 0 and two > 0]
-    if not ratios:
-        return PairedSpeedup(math.nan, math.nan, math.nan)
-    draw = random.Random(0)
-    means = sorted(statistics.fmean(draw.choices(ratios, k=len(ratios))) for _ in range(RESAMPLES))
-    return PairedSpeedup(statistics.fmean(ratios), means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES)])
+    return of_mean([one / two for one, two in pairs if one > 0 and two > 0])
 
 
 def identical(own: Contestant, other: Contestant) -> int:
@@ -254,6 +268,7 @@ def interleave(contestants: Sequence[Contestant], rounds: Sequence[Sequence[Work
             if number >= 0:
                 contestant.rounds.append(stats)
                 contestant.answers += contestant.tokens
+                contestant.cycles += contestant.logged
         yield number
 
 

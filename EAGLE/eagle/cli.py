@@ -1,4 +1,4 @@
-"""The command `msd`: generate, bench, throughput, verify, exactness, demo, web, doctor, push, export, serve.
+"""The command `msd`: generate, bench, report, throughput, verify, exactness, demo, web, doctor, push, export, serve.
 
 A command is a module of `eagle.commands` with `add_arguments(parser)` and `run(arguments)`. Its module imports heavy
 packages (torch, transformers, rich) inside `run`, so that `--help` answers at once.
@@ -14,7 +14,7 @@ from importlib import import_module
 from llava.arguments import OneLineParser
 from llava.errors import USER_ERROR_STATUS, run_cli
 
-NAMES = "generate bench throughput verify exactness demo web doctor push export serve"
+NAMES = "generate bench report throughput verify exactness demo web doctor push export serve"
 COMMANDS = {name: f"eagle.commands.{name}" for name in NAMES.split()}
 
 

@@ -9,15 +9,16 @@ row. Columns past the end of a sequence have old values; the attention mask excl
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 BLOCK = 256
-"""Rows of a cache on an accelerator, and of one that has grown, are a multiple of this."""
+"""Rows of a cache on an accelerator are a multiple of this."""
 
 
 class CacheStorage(NamedTuple):
@@ -110,15 +111,13 @@ class KVCache(Cache):
         layer_views: dict[int, Any] = dict(self._states)
         for group, (keys, values) in stores.items():
             indices = RowIndices()
-            views = {index: CacheLayer(keys[i], values[i], lengths, indices) for i, index in self._layers_of(group)}
-            layer_views.update(views)
+            layers = [index for index, own in enumerate(groups) if own == group and index not in self._states]
+            layer_views.update(
+                {index: CacheLayer(keys[i], values[i], lengths, indices) for i, index in enumerate(layers)}
+            )
         super().__init__(layers=[layer_views[index] for index in range(len(groups))])
         self._rows = [layer for index, layer in enumerate(self.layers) if index not in self._states]
         self.capacity = next(iter(stores.values())).keys.shape[3]
-
-    def _layers_of(self, group: Hashable) -> Iterator[tuple[int, int]]:
-        """Index in the group's storage and in the model of each of its layers."""
-        return enumerate(i for i, own in enumerate(self._groups) if own == group and i not in self._states)
 
     @classmethod
     def allocate(
@@ -161,18 +160,18 @@ class KVCache(Cache):
         """Rows in use of the longest sequence."""
         return max(self.lengths)
 
-    def grow(self, capacity: int) -> None:
-        """Makes room for ``capacity`` rows of each sequence. Rows in use are copied."""
-        if capacity <= self.capacity:
+    def reserve(self, rows: int) -> None:
+        """Makes room for ``rows`` rows of each sequence. A cache that is too small becomes at least twice as large."""
+        if rows <= self.capacity:
             return
-        used, self.capacity = self.length, -(-capacity // BLOCK) * BLOCK
-        for group, old in self._stores.items():
-            store = CacheStorage(*(part.new_zeros(*part.shape[:3], self.capacity, part.shape[4]) for part in old))
-            for new, part in zip(store, old, strict=True):
-                new[:, :, :, :used] = part[:, :, :, :used]
-            self._stores[group] = store
-            for own, index in self._layers_of(group):
-                self.layers[index].store_k, self.layers[index].store_v = store.keys[own], store.values[own]
+        more = max(rows, 2 * self.capacity) - self.capacity
+        for group, store in self._stores.items():
+            larger = CacheStorage(*(pad(part, (0, 0, 0, more)) for part in store))
+            self._stores[group] = larger
+            layers = [index for index, own in enumerate(self._groups) if own == group and index not in self._states]
+            for place, index in enumerate(layers):
+                self.layers[index].store_k, self.layers[index].store_v = larger.keys[place], larger.values[place]
+        self.capacity += more
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Removes all rows from ``lengths[b]`` on from sequence ``b``, and drafted tokens from states."""

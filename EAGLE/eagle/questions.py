@@ -1,11 +1,16 @@
-"""Question files: one JSON object a line, ``{"id", "images", "question", "answer"}``."""
+"""Question files: one JSON object a line, ``{"id", "images", "question", "answer"}``.
+
+    python -m eagle.questions fetch mmspec --subset testmini     # a published suite as such a file, with its pictures
+
+A conversation has ``"turns"``, the user's turns, in place of ``"question"``. Its pictures belong to the first one.
+"""
 
 from __future__ import annotations
 
 import codecs
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,16 +22,26 @@ from llava.strict import reject_unknown
 
 @dataclass(frozen=True)
 class Question:
-    """One question; ``images`` are paths of existing files."""
+    """One question; ``images`` are paths of existing files; ``source``: the data set that it is from, if that is known.
+
+    A turn of a conversation has the conversation's id in ``conversation`` and the turns before it in ``earlier``.
+    ``answers`` to them come from the model that is asked (`Conversations`).
+    """
 
     id: str
     question: str
     images: tuple[Path, ...] = ()
     answer: str = ""
+    source: str = ""
+    conversation: str = ""
+    earlier: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
 
     def inputs(self, target: Any) -> dict[str, Any]:
         """Model inputs of the question in the conversation template of ``target``, a `Target`."""
-        inputs = target.prepare(target.chat_prompt(self.question, num_images=len(self.images)), self.images)
+        history = list(zip(self.earlier, self.answers, strict=True))
+        prompt = target.chat_prompt(self.question, num_images=len(self.images), history=history)
+        inputs = target.prepare(prompt, self.images)
         target.check_length(inputs, where=f"question {self.id}")
         return dict(inputs)
 
@@ -45,33 +60,61 @@ class Group:
         return dict(inputs)
 
 
-KEYS = ("id", "images", "image", "question", "answer", "kind", "type", "facts", "exchange")
+class Conversations:
+    """What one model has answered in conversations, so that it is asked each later turn after its own answers."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.said: dict[str, tuple[str, ...]] = {}
+
+    def ask(self, question: Question) -> Question:
+        """The question with this model's answers to the turns before it. Those were asked earlier, in order."""
+        return replace(question, answers=self.said[question.conversation]) if question.earlier else question
+
+    def keep(self, question: Question, tokens: Sequence[int]) -> None:
+        """Remembers the answer to a question of `ask`."""
+        if question.conversation:
+            text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            self.said[question.conversation] = (*question.answers, text)
+
+
+KEYS = ("id", "images", "image", "question", "turns", "answer", "source", "kind", "type", "facts", "exchange")
 """Keys of a question. ``image`` is a single picture. From ``kind`` on they are for evaluations."""
 
 
-def read_questions(path: Path, limit: int | None = None) -> list[Question]:
-    """Reads a question file, at most the first ``limit`` questions.
+def read_questions(path: Path, limit: int | None = None, turns: bool = False) -> list[Question]:
+    """Reads a question file, at most the first ``limit`` lines with a question.
+
+    Args:
+        turns: takes conversations too; each of their turns is a question, with the id ``conversation/number``.
 
     Raises:
-        UserError: the file is missing or empty, or a line is not a JSON object, has no question, an unknown key, or a
-            picture that does not exist.
+        UserError: the file is missing or empty, or a line is not a JSON object, has no question, an unknown key, a
+            picture that does not exist, or several turns without ``turns``.
     """
-    questions = [question for question, _ in islice(iter_questions(path), limit)]
+    records = islice(_records(path), limit)
+    questions = [each for record, where in records for each in _questions(record, where, path.parent, turns)]
     if not questions:
         raise UserError("question file is empty", where=path, fix="one JSON object a line")
     return questions
 
 
 def iter_questions(path: Path) -> Iterator[tuple[Question, dict[str, Any]]]:
-    """The questions of a file, each with its JSON object. Raises as `read_questions`."""
+    """The questions of a file, each with its JSON object. Raises as `read_questions`, conversations too."""
+    for record, where in _records(path):
+        for question in _questions(record, where, path.parent, turns=False):
+            yield question, record
+
+
+def _records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """The JSON objects of a file, each with its place."""
     try:
         lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
         raise UserError(f"question file cannot be read ({error.strerror})", where=path, fix="check --data") from None
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            record = _record(line, f"{path}:{number}")
-            yield _question(record, f"{path}:{number}", path.parent), record
+            yield _record(line, f"{path}:{number}"), f"{path}:{number}"
 
 
 def _record(line: bytes, where: str) -> dict[str, Any]:
@@ -89,20 +132,45 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
     return record
 
 
+def _questions(record: Mapping[str, Any], where: str, folder: Path, turns: bool) -> Iterator[Question]:
+    """The question of a record, or the turns of its conversation."""
+    given = record.get("turns")
+    if given is None:
+        yield _question(record, where, folder)
+        return
+    if not isinstance(given, list) or not given or not all(isinstance(text, str) for text in given):
+        raise UserError(f"'turns' is {str(given)[:80]}", where=where, fix="give a list of the user's turns")
+    if record.get("question") is not None:
+        raise UserError("both 'question' and 'turns'", where=where, fix="give one of them")
+    if len(given) > 1 and not turns:
+        raise UserError(
+            "a conversation of several turns", where=where, fix="only msd verify, and msd bench without a server"
+        )
+    for number, text in enumerate(given):
+        question = _question({**record, "question": text}, where, folder)
+        if len(given) > 1:
+            name = f"{question.id}/{number + 1}"
+            question = replace(question, id=name, conversation=question.id, earlier=tuple(given[:number]))
+        yield question
+
+
 def _question(record: Mapping[str, Any], where: str, folder: Path) -> Question:
     text, answer = record.get("question"), record.get("answer")
     if not isinstance(text, str):
         raise UserError("no 'question'", where=where, fix='{"id", "images", "question", "answer"}')
     if not isinstance(answer, str | int | float | None):
         raise UserError(f"'answer' is {answer!r}", where=where, fix="give a text")
-    for name, value in (("question", text), ("answer", answer)):
+    source = record.get("source") or ""
+    if not isinstance(source, str):
+        raise UserError(f"'source' is {source!r}", where=where, fix="give the name of a data set")
+    for name, value in (("question", text), ("answer", answer), ("source", source)):
         if isinstance(value, str):
             check_text(value, f"'{name}'", where)
     images = tuple(folder / name for name in _image_names(record, where))
     for image in images:
         if not _is_file(image):
             raise UserError(f"picture not found: {image}", where=where, fix="paths are relative to the question file")
-    return Question(str(record.get("id", where)), text, images, "" if answer is None else str(answer))
+    return Question(str(record.get("id", where)), text, images, "" if answer is None else str(answer), source)
 
 
 def _image_names(record: Mapping[str, Any], where: str) -> list[str]:
@@ -141,3 +209,9 @@ def pick_questions(questions: Sequence[Question], count: int) -> list[Question]:
     order = sorted(longest, key=questions.index)
     step = max(len(order) // count, 1)
     return order[::step][:count]
+
+
+if __name__ == "__main__":
+    from eagle.suites.fetch import main
+
+    raise SystemExit(main())

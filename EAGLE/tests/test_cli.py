@@ -1,7 +1,10 @@
 """The command `msd` on tiny real models: what it prints, what it writes, how it fails."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from unittest.mock import patch
 
 import pytest
@@ -11,10 +14,11 @@ from tiny_llava import make_image, make_liuhaotian
 from transformers import LlamaModel
 
 from eagle import exactness
-from eagle.cli import main
+from eagle.cli import main, parser
 from eagle.decode.msd import MSDModel
 from eagle.decode.sampling import Sampler
 from eagle.families import load_target
+from eagle.loading import load_model
 
 REPORT_KEYS = {"speedup", "tau", "tokens_per_second", "baseline_name", "phases_ms", "histogram", "versions", "hardware",
                "settings"}  # fmt: skip
@@ -129,6 +133,21 @@ def test_bench_writes_its_report(pair, capsys, tmp_path):
     assert report["new_tokens"] == 24
     out = capsys.readouterr().out
     assert "speed-up" in out and "first token" in out and "share of a cycle: draft" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "guarded"),
+    [
+        ([], True),
+        (["--tree", "auto", "--tree-depth", "2"], True),
+        (["--tree", "fixed"], False),
+        (["--tree-tokens", "8"], False),
+    ],
+    ids=str,
+)
+def test_only_an_automatic_tree_may_stop_drafting(pair, options, guarded):
+    arguments = parser(["verify"]).parse_args(["verify", *models(pair), "--data", "x", *options])
+    assert load_model(arguments).guarded is guarded
 
 
 def test_exactness_prints_its_table(pair, capsys, tmp_path):
@@ -273,3 +292,33 @@ def test_a_draft_of_another_size_is_refused(pair, capsys, tmp_path):
     draft = make_draft(tmp_path / "draft", load_target(pair / "base"), hidden_size=64)
     assert main(["generate", *models(pair)[:2], "--msd-model", str(draft), "--prompt", "x"]) == 2
     assert "hidden size 64 in the draft, 32 in the base" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["main(['--help'])", "run_cli(lambda: console().print('x'))"])
+def test_a_reader_that_has_left(what):
+    """As in `msd --help | true`, and while a table is printed."""
+    code = (
+        f"import sys; from eagle.cli import main, run_cli; from eagle.commands.output import console; sys.exit({what})"
+    )
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, timeout=60)
+    os.close(write)
+    assert done.returncode in (141, 0) and done.stderr == b""  # argparse leaves out what it cannot write
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "owner/" + "x" * 300, "a/b\nc", "a/b--c", "\x1b[31mred"])
+def test_names_that_no_model_can_have(pair, capsys, name):
+    draft = ["--msd-model", str(pair / "draft")]
+    assert main(["generate", "--base-model", name, *draft, "--prompt", "Hi"]) == 2
+    assert main(["generate", "--base-model", str(pair / "base"), "--msd-model", name, "--prompt", "Hi"]) == 2
+    assert main(["doctor", "--base-model", name]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all("not found" in line for line in lines), lines
+
+
+@pytest.mark.parametrize("device", ["meta", "disk", "nowhere", "", "cuda:99", "-1", '{"": "cpu"}'])
+def test_odd_devices(pair, capsys, device):
+    assert main(["generate", *models(pair), "--prompt", "Hi", "--max-new-tokens", "2", "--device-map", device]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")

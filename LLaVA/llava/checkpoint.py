@@ -20,9 +20,10 @@ from transformers.utils import logging as transformers_logging
 from .device import dtype_for
 from .errors import UserError
 from .files import read_json, read_object
+from .generation import check_generation_config
 from .hub import Source, split_hub_options
 from .layout import Checkpoint, build_config, count_image_tokens, open_checkpoint
-from .loading import check_generation_config, load_errors
+from .loading import load_errors
 from .processor import LlavaProcessor
 from .tokenizer import load_tokenizer
 from .weights import (
@@ -144,9 +145,9 @@ def load_model(
         shapes = {key: tuple(value.shape) for key, value in state.items()}
         rest |= {"state_dict": state, "dtype": _checkpoint_dtype(config, state) if dtype == "auto" else dtype}
     with load_errors("model cannot be loaded", checkpoint.source.name, weights=True):
-        check_generation_config(checkpoint.source)
         check_size(LlavaForConditionalGeneration, config, shapes, checkpoint.source.name)
         with quiet_transformers():
+            check_generation_config(checkpoint.source, config.get_text_config().vocab_size)
             model, info = LlavaForConditionalGeneration.from_pretrained(
                 place, output_loading_info=True, ignore_mismatched_sizes=True, **rest
             )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ BUG_STATUS = 1
 TRACEBACK = "MSD_TRACEBACK"
 """Environment variable: unless empty, a command that fails prints tracebacks."""
 INTERRUPT_STATUS = 130
+PIPE_STATUS = 141
+"""Of a program whose reader has left, as in ``msd bench | head``: what a shell gives for SIGPIPE."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_TEXTS = ("No space left", "File too large", "quota exceeded", "PytorchStreamWriter failed", "unexpected pos")
 MAKE_ROOM = "free some space and start again; what was finished is kept"
@@ -45,8 +48,10 @@ class UserError(Exception):
         line = self.what if self.where is None else f"{self.what}: {self.where}"
         if self.fix is not None:
             line = f"{line} ({self.fix})"
-        plain = line.encode("utf-8", "backslashreplace").decode()  # names of files may have lone surrogates
-        return " ".join(plain.split())
+        # names of files may have lone surrogates, and what controls a terminal
+        return "".join(
+            each if each.isprintable() else each.encode("unicode_escape").decode() for each in " ".join(line.split())
+        )
 
 
 class OutOfMemory(UserError):
@@ -118,18 +123,56 @@ def run_cli(main: Callable[[], int | None], resume: str | None = None) -> int:
     `cli_errors` for ``resume``).
 
     Any other exception is a bug of the program: one line and status 1, or raised if `TRACEBACK` is set.
+    If the reader of a pipe has left, the command ends quietly with `PIPE_STATUS`.
+
     Use as `sys.exit(run_cli(main))`.
     """
+    status = _run(main, resume)
+    return PIPE_STATUS if _reader_has_left() else status
+
+
+def _reader_has_left() -> bool:
+    """Whether nobody reads the pipe that stdout is. What cannot be written then goes to the null device."""
+    if sys.stdout is None:  # closed by the caller
+        return False
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return isinstance(error, BrokenPipeError)
+    return False
+
+
+def _is_of_stdout(error: BaseException) -> bool:
+    """Whether ``error`` is that of writing to a pipe without a reader, and that pipe is stdout."""
+    if not isinstance(error, BrokenPipeError) or sys.stdout is None or not hasattr(select, "poll"):
+        return False
+    try:
+        pipe = select.poll()
+        pipe.register(sys.stdout.fileno(), 0)  # errors are always reported
+    except (OSError, ValueError):  # not a file
+        return False
+    return bool(pipe.poll(0))
+
+
+def _run(main: Callable[[], int | None], resume: str | None) -> int:
     try:
         with cli_errors(resume):
-            return main() or 0
+            status = main() or 0
+            if sys.stdout is not None:
+                sys.stdout.flush()  # a full disk is reported here
+            return status
     except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # as rich ends a program
+            return PIPE_STATUS
         if isinstance(stop.code, int):
             return stop.code
         if stop.code is not None:
             print(stop.code, file=sys.stderr)
         return 0 if stop.code is None else 1
     except Exception as error:
+        if _is_of_stdout(error):
+            return PIPE_STATUS
         if os.environ.get(TRACEBACK):
             raise
         at = traceback.extract_tb(error.__traceback__)[-1]

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,14 @@ def check_writable(path: str | Path) -> None:
     """Raises `UserError` if no file can be written at a path. Missing parent folders are created. Call it before long
     work whose result goes there."""
     path = Path(path)
-    if path.exists() and not path.is_file():
-        raise UserError("not a file", path, "name a file to write")
     try:
+        with suppress(FileNotFoundError):
+            path.lstat()
+        if path.exists() and not path.is_file():
+            raise UserError("not a file", path, "name a file to write")
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write a file here ({error.strerror})", path) from None
+    except (OSError, ValueError) as error:  # also names that no file can have
+        raise UserError(f"cannot write a file here ({_reason(error)})", path) from None
     if not os.access(path.parent, os.W_OK):
         raise UserError("cannot write a file here", path)
 
@@ -69,13 +71,13 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         UserError: `path` has files already, or its parent cannot be written.
     """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError("the folder to write to is not empty", path, "name another one, or remove it")
     try:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError("the folder to write to is not empty", path, "name another one, or remove it")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    except OSError as error:
-        raise UserError(f"cannot write a folder here ({error.strerror})", path) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write a folder here ({_reason(error)})", path) from None
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
@@ -116,8 +118,8 @@ def read_json(path: str | Path, what: str = "JSON file") -> Any:
         raise UserError(f"{what} not found", path) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{what} is not UTF-8 text (byte {error.start})", path) from None
-    except OSError as error:
-        raise UserError(f"{what} cannot be read ({error.strerror})", path) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{what} cannot be read ({_reason(error)})", path) from None
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -138,6 +140,10 @@ def write_json(path: str | Path, data: Any, indent: int | None = 2) -> None:
     """
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(data, indent=indent) + "\n", encoding="utf-8")
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def _behind_link(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ HUB_KEYS = ("revision", "cache_dir", "local_files_only", "token", "force_downloa
 
 _WHOLE = ("model*.safetensors", "pytorch_model*.bin")
 """Weight files of a whole model, in a folder."""
-_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_REPOSITORY = re.compile(r"[\w-][\w.-]{,95}/[\w-][\w.-]{,95}")
 
 
 @contextmanager
@@ -42,13 +43,14 @@ def hub_errors(what: str, name: str | Path) -> Iterator[None]:
 
 
 def _check_name(what: str, name: str | Path) -> None:
-    if Path(name).exists() or not is_repository_name(str(name)):
+    if os.path.exists(name) or not is_repository_name(str(name)):
         raise UserError(f"{what} not found", where=name, fix="give a folder, or a hub name such as owner/model")
 
 
 def is_repository_name(name: str) -> bool:
     """Whether ``name`` has the form ``owner/name`` of a hub repository."""
-    return _REPOSITORY.fullmatch(name) is not None and ".." not in name
+    wrong = ".." in name or "--" in name or name.endswith(".git")
+    return _REPOSITORY.fullmatch(name) is not None and not wrong
 
 
 def split_hub_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -93,7 +95,7 @@ class Source:
     @property
     def folder(self) -> Path | None:
         """The local folder; None for a repository."""
-        return Path(self.name) if Path(self.name).is_dir() else None
+        return Path(self.name) if os.path.isdir(self.name) else None  # also for names that no file can have
 
     def find(self, file: str) -> Path | None:
         """Local path of ``file``, downloaded if needed; None if the model has no such file.

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
-
-from pydantic import Field
 
 from .errors import UserError, is_full_disk, reason_of
 from .files import check_not_pointer, read_object
 from .hub import Source
-from .strict import read_strict, strict_dataclass
 
 JSON_FILES = (
     "config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json",
@@ -46,49 +43,12 @@ def load_errors(what: str, name: str | Path, weights: bool = False) -> Iterator[
 
         if is_full_disk(error) or is_out_of_memory(error):
             raise
-        if Path(name).is_dir():
+        if os.path.isdir(name):
             try:
                 check_files(Path(name), weights)
             except UserError as cause:
                 raise cause from error
         raise UserError(what, name, reason_of(error)) from error
-
-
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Text = Annotated[str, Field(min_length=1)]
-
-
-@strict_dataclass
-class GenerationFields:
-    """Keys of a generation_config.json whose values are checked. transformers leaves a file with wrong ones out without
-    a word, so that answers do not end where they should, or fails at the first answer."""
-
-    eos_token_id: int | Annotated[tuple[int, ...], Field(min_length=1)] | None = None
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    do_sample: bool | None = None
-    temperature: NotNegative | None = None
-    top_k: Count | None = None
-    top_p: Share | None = None
-    min_p: Share | None = None
-    typical_p: Share | None = None
-    repetition_penalty: Positive | None = None
-    no_repeat_ngram_size: Count | None = None
-    max_length: Count | None = None
-    max_new_tokens: Count | None = None
-    min_length: Count | None = None
-    stop_strings: Text | tuple[Text, ...] | None = None
-
-
-def check_generation_config(source: Source) -> None:
-    """Raises `UserError` for a generation_config.json that is damaged or has values that cannot be used."""
-    if (path := source.find("generation_config.json")) is not None:
-        fields = read_object(path, "generation config")
-        known = GenerationFields.__dataclass_fields__
-        read_strict(GenerationFields, {name: fields[name] for name in fields if name in known}, path)
 
 
 def check_files(folder: Path, weights: bool) -> None:

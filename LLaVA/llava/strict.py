@@ -35,6 +35,10 @@ _WANTED = {
     "greater_than_equal": "give at least {ge}",
     "less_than_equal": "give at most {le}",
     "finite_number": "give a finite number",
+    "greater_than": "give more than {gt}",
+    "too_short": "give at least {min_length}",
+    "string_unicode": "it has half of a character (a lone surrogate)",
+    "string_too_short": "give a text of at least one character",
 }
 """What to say in place of pydantic's words, by the type of the error."""
 _UNION_BRANCH = re.compile(r"(int|float|bool|str|(literal|list|tuple|dict|constrained|function)\b.*)", re.DOTALL)
@@ -119,9 +123,9 @@ def one_line(error: ValidationError, kind: Any) -> UserError:
     if not path:
         return UserError(first["msg"])
     if branch is None:
-        return UserError(f"{path}={_shown(first['input'])}", fix=_wanted(first))
+        return UserError(f"{path}={shown(first['input'])}", fix=_wanted(first))
     options = dict.fromkeys(_wanted(each).removeprefix("give ") for each in problems if each["loc"][:branch] == tried)
-    return UserError(f"{path}={_shown(first['input'])}", fix=f"give {', or '.join(options)}")
+    return UserError(f"{path}={shown(first['input'])}", fix=f"give {', or '.join(options)}")
 
 
 def _wanted(problem: Any) -> str:
@@ -130,8 +134,9 @@ def _wanted(problem: Any) -> str:
     return _WANTED[problem["type"]].format(**problem.get("ctx", {})) if problem["type"] in _WANTED else plain
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
+def shown(value: Any) -> str:
+    """A value in a message."""
+    text = repr(list(value) if isinstance(value, tuple) else value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

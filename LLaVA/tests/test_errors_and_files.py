@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava.errors import LESS_MEMORY, TRACEBACK, UserError, cli_errors, run_cli
-from llava.files import atomic_write, check_writable, read_json, write_json
+from llava.errors import LESS_MEMORY, PIPE_STATUS, TRACEBACK, UserError, cli_errors, run_cli
+from llava.files import atomic_folder, atomic_write, check_writable, read_json, write_json
 
 SAID = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 14.58 GiB of which 1 GiB is free."
 FULL = f"{SAID} Of the allocated memory 12 GiB is allocated by PyTorch. If reserved memory is large try setting this."
@@ -21,6 +21,7 @@ def test_user_error_is_one_line() -> None:
     assert str(UserError("not found")) == "not found"
     assert str(UserError("not found", Path("a/b"), "make it")) == "not found: a/b (make it)"
     assert str(UserError("two\n  lines", "x\ny")) == "two lines: x y"
+    assert str(UserError("not found", "a\0b\x1b[31m\udc80é")) == "not found: a\\x00b\\x1b[31m\\udc80é"
 
 
 def fail(error: BaseException) -> int:
@@ -65,6 +66,33 @@ def test_a_defect_is_one_line_and_a_traceback_on_request(
         run_cli(lambda: fail(RuntimeError("sizes do not match")))
 
 
+@pytest.mark.parametrize("main", ["[print('x' * 99) for _ in range(10**4)]", "print('x')", "(print('x'), sys.exit(3))"])
+def test_a_reader_that_has_left(main: str) -> None:
+    """As in ``msd bench | head``: quiet, with the status of SIGPIPE in a shell."""
+    code = f"import sys; from llava.errors import run_cli; sys.exit(run_cli(lambda: ({main}, 0)[1]))"
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, timeout=60)
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (PIPE_STATUS, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_behind_stdout_is_one_line() -> None:
+    code = "import sys; from llava.errors import run_cli; sys.exit(run_cli(lambda: print('x')))"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, timeout=60)
+    (line,) = done.stderr.decode().splitlines()
+    assert done.returncode == 2 and "no room left" in line
+
+
+def test_a_broken_pipe_that_is_not_stdout_is_not_hidden(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(lambda: fail(BrokenPipeError("of a worker"))) == 1
+    assert "unexpected BrokenPipeError" in capsys.readouterr().err
+
+
 def test_the_cause_of_a_user_error_is_shown_on_request(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,6 +118,14 @@ def test_atomic_write_appears_whole(tmp_path: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     assert target.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_names_that_no_file_can_have(tmp_path: Path, name: str) -> None:
+    for call in (check_writable, read_json, lambda path: atomic_folder(path).__enter__()):
+        with pytest.raises(UserError) as raised:
+            call(tmp_path / name)
+        assert "\n" not in str(raised.value) and "\0" not in str(raised.value)
 
 
 def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

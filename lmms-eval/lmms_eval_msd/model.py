@@ -23,15 +23,19 @@ from lmms_eval_msd import report
 from lmms_eval_msd.prompts import (
     ChatPrompts,
     Gemma3Prompts,
+    Gemma4Prompts,
+    Glm4vPrompts,
     InternVLPrompts,
     Llava15Prompts,
     LlavaPrompts,
+    Mistral3Prompts,
     OnevisionPrompts,
     Prompt,
     Qwen2_5Prompts,
     Qwen2Prompts,
     Qwen3_5Prompts,
     Qwen3Prompts,
+    VideoPrompts,
     Visual,
     visuals_of,
 )
@@ -421,12 +425,11 @@ class Gemma3MSD(MSD):
     system = ASSISTANT
 
 
-class Gemma4MSD(MSD):
-    """Gemma 4, with the checkpoint's chat template alone."""
+class Gemma4MSD(Gemma3MSD):
+    """Gemma 4."""
 
     family = "gemma4"
-    writer = ChatPrompts
-    max_new_tokens = 1024
+    writer = Gemma4Prompts
 
 
 class Gemma4UnifiedMSD(Gemma4MSD):
@@ -436,19 +439,27 @@ class Gemma4UnifiedMSD(Gemma4MSD):
 
 
 class Mistral3MSD(MSD):
-    """Mistral 3, with the checkpoint's chat template alone."""
+    """Mistral 3."""
 
     family = "mistral3"
-    writer = ChatPrompts
-    max_new_tokens = 1024
+    writer = Mistral3Prompts
+    max_new_tokens = 512
+    sampling: ClassVar[Mapping[str, float]] = {"temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.2}
+
+    def settings(self, given: dict[str, Any] | None) -> GenerationSettings:
+        """A task that does not sample needs no temperature for that."""
+        given = dict(given or {})
+        if given.get("do_sample") is False:
+            given.setdefault("temperature", 0)
+        return super().settings(given)
 
 
 class Glm4vMSD(MSD):
-    """GLM-4.1V, with the checkpoint's chat template alone."""
+    """GLM-4.1V."""
 
     family = "glm4v"
-    writer = ChatPrompts
-    max_new_tokens = 1024
+    writer = Glm4vPrompts
+    max_new_tokens = 8192
 
 
 class Glm4vMoeMSD(Glm4vMSD):
@@ -463,10 +474,12 @@ class Glm46VMSD(Glm4vMSD):
     family = "glm46v"
 
 
-class GlmOcrMSD(Glm4vMSD):
-    """GLM-OCR."""
+class GlmOcrMSD(MSD):
+    """GLM-OCR, with the checkpoint's chat template alone."""
 
     family = "glm_ocr"
+    writer = VideoPrompts
+    max_new_tokens = 1024
 
 
 class PaddleOCRVLMSD(MSD):

@@ -13,8 +13,10 @@ from io import BytesIO
 from typing import Any, ClassVar
 
 import numpy as np
+from lmms_eval.models.model_utils.reasoning_model_utils import parse_reasoning_model_answer
 from PIL import Image
 from torch import Tensor
+from transformers.video_utils import VideoMetadata
 
 from eagle.families import Target
 from eagle.families.stock import text_part, write_chat
@@ -30,6 +32,7 @@ VIDEO_MARK = "<video>"
 NUMBERED_MARK = re.compile(r"<image (\d+)>")
 VIDEO_ENDINGS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 ASPECTS = ("pad", "crop")
+SOFT_TOKENS = (70, 140, 280, 560, 1120)
 PROCESSORS, TOKENIZERS = "processor", "tokenizer"
 """As `chat_template`: the checkpoint's own, as everywhere else; the tokenizer's, else Vicuna's, as in `llava_hf`."""
 END_OF_THOUGHT = "</think>"
@@ -50,7 +53,8 @@ class Prompt:
 class ChatPrompts:
     """The checkpoint's chat template: pictures and videos first and the text after them, in one turn.
 
-    ``has_videos``: whether the family reads videos. Fields of subclasses are settings of `--model_args`.
+    ``has_videos``: whether the family reads videos; ``jpeg``: whether pictures are converted to JPEG. Fields of
+    subclasses are settings of `--model_args`.
 
     Args:
         target: the base model.
@@ -60,6 +64,7 @@ class ChatPrompts:
     target: Target
     system: str | None = None
     has_videos: ClassVar[bool] = False
+    jpeg: ClassVar[bool] = False
 
     def write(self, context: str, visuals: Sequence[Visual]) -> Prompt:
         """The conversation around one request.
@@ -103,12 +108,24 @@ class ChatPrompts:
     def read(self, visuals: Sequence[Visual]) -> tuple[list[Image.Image], dict[str, Any]]:
         """The pictures among ``visuals``, and arguments of the processor with the videos."""
         pictures = [visual for visual in visuals if isinstance(visual, Image.Image)]
+        if self.jpeg:
+            pictures = [as_jpeg(picture) for picture in pictures]
         videos = [self.frames(visual) for visual in visuals if isinstance(visual, str)]
-        return pictures, {"videos": videos, "do_sample_frames": False} if videos else {}
+        if not videos:
+            return pictures, {}
+        frames, known = map(list, zip(*videos, strict=True))
+        return pictures, {"videos": frames, "video_metadata": known, "do_sample_frames": False}
 
-    def frames(self, path: str) -> Tensor:
-        """Frames [T, 3, h, w] of a video."""
-        raise NotImplementedError
+    def frames(self, path: str) -> tuple[Tensor, VideoMetadata]:
+        """Frames [T, 3, h, w] of a video, and which they are."""
+        count, rate = measure(path)
+        known = VideoMetadata(count, rate, duration=count / rate, video_backend="pyav")
+        known.frames_indices = [int(index) for index in self.choose_frames(known)]
+        return frames_at(path, known.frames_indices), known
+
+    def choose_frames(self, video: VideoMetadata) -> Iterable[int]:
+        """Indices of the frames that are read, rising: by default as the checkpoint's own processor chooses them."""
+        return self.target.processor.video_processor.sample_frames(video)
 
     def finish(self, answer: str) -> str:
         """What is scored of an answer."""
@@ -202,8 +219,8 @@ class OnevisionPrompts(LlavaPrompts):
     max_num_frames: int = FRAMES
     has_videos = True
 
-    def frames(self, path: str) -> Tensor:
-        return frames_at(path, np.linspace(0, measure(path)[0] - 1, self.max_num_frames, dtype=int).tolist())
+    def choose_frames(self, video: VideoMetadata) -> Iterable[int]:
+        return np.linspace(0, video.total_num_frames - 1, self.max_num_frames, dtype=int)
 
 
 @dataclass(eq=False)
@@ -222,9 +239,9 @@ class InternVLPrompts(ChatPrompts):
     def __post_init__(self) -> None:
         self.target.processor.image_processor.max_patches = self.max_patches
 
-    def frames(self, path: str) -> Tensor:
-        middles = (np.arange(self.max_num_frames) + 0.5) * measure(path)[0] / self.max_num_frames
-        return frames_at(path, middles.astype(int).tolist())
+    def choose_frames(self, video: VideoMetadata) -> Iterable[int]:
+        middles = (np.arange(self.max_num_frames) + 0.5) * video.total_num_frames / self.max_num_frames
+        return middles.astype(int)
 
 
 @dataclass(eq=False)
@@ -249,12 +266,67 @@ class InterleavedPrompts(ChatPrompts):
 class Gemma3Prompts(InterleavedPrompts):
     """Gemma 3 as `gemma3`: pictures are converted to JPEG, and `<image 1>` is removed if pictures do not go there."""
 
+    jpeg = True
+
     def parts(self, text: str, visuals: Sequence[Visual]) -> list[Visual | Text]:
         return super().parts(text if self.interleave_visuals else NUMBERED_MARK.sub("", text), visuals)
 
-    def read(self, visuals: Sequence[Visual]) -> tuple[list[Image.Image], dict[str, Any]]:
-        pictures, settings = super().read(visuals)
-        return [as_jpeg(picture) for picture in pictures], settings
+
+@dataclass(eq=False)
+class Gemma4Prompts(Gemma3Prompts):
+    """Gemma 4 as `gemma4`.
+
+    Args:
+        max_soft_tokens: most tokens of a picture and of a video's frame: 70, 140, 280, 560 or 1120.
+        max_num_frames: most frames of a video, from its first to its last.
+    """
+
+    max_soft_tokens: int = 280
+    max_num_frames: int = FRAMES
+    has_videos = True
+
+    def __post_init__(self) -> None:
+        if self.max_soft_tokens not in SOFT_TOKENS:
+            raise UserError(f"max_soft_tokens is none of {', '.join(map(str, SOFT_TOKENS))}", str(self.max_soft_tokens))
+        for processor in (self.target.processor.image_processor, self.target.processor.video_processor):
+            processor.max_soft_tokens = self.max_soft_tokens
+
+    def choose_frames(self, video: VideoMetadata) -> Iterable[int]:
+        count = min(self.max_num_frames, video.total_num_frames)
+        return np.linspace(0, video.total_num_frames - 1, count, dtype=int)
+
+
+@dataclass(eq=False)
+class VideoPrompts(ChatPrompts):
+    """The checkpoint's chat template and its choice of the frames of a video."""
+
+    has_videos = True
+
+
+@dataclass(eq=False)
+class Glm4vPrompts(VideoPrompts):
+    """GLM-4.1V to 4.6V as `glm4v`: pictures are converted to JPEG."""
+
+    jpeg = True
+
+
+@dataclass(eq=False)
+class Mistral3Prompts(ChatPrompts):
+    """Mistral 3 as `mistral3_vl`: several pictures are numbered. The checkpoint's template writes questions without
+    pictures, and all questions if there is a system prompt, which `mistral3_vl` ignores."""
+
+    def write(self, context: str, visuals: Sequence[Visual]) -> Prompt:
+        if self.system is not None or not visuals:
+            return super().write(context, visuals)
+        self.check(visuals)
+        mark = self.target.processor.image_token
+        marks = [f"Image {number}: {mark}\n" for number in range(1, len(visuals) + 1)]
+        pictures = "".join(marks) if len(marks) > 1 else mark
+        return Prompt(f"<s>[INST]{pictures}\n{context}[/INST]", tuple(visuals))
+
+    def finish(self, answer: str) -> str:
+        """Without a thought; of `<answer>...</answer>` and a LaTeX box what is in it."""
+        return parse_reasoning_model_answer(answer).rpartition(END_OF_THOUGHT)[2].strip()
 
 
 @dataclass(eq=False)
@@ -271,7 +343,7 @@ class Qwen2Prompts(InterleavedPrompts):
     max_pixels: int = 602112
     max_num_frames: int = FRAMES
     has_videos = True
-    jpeg: ClassVar[bool] = True
+    jpeg = True
 
     def __post_init__(self) -> None:
         self.system = self.system or ""  # an empty turn, or the template writes its own

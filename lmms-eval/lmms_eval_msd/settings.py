@@ -102,6 +102,7 @@ PROMPTS: dict[str, Callable[[str, Any], Any]] = {
     "max_pixels": as_count,
     "total_pixels": as_count,
     "max_patches": as_count,
+    "max_soft_tokens": as_count,
     "max_num_frames": as_count,
     "interleave_visuals": as_bool,
     "reasoning_prompt": as_text,

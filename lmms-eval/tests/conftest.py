@@ -10,17 +10,7 @@ from typing import Any
 
 import pytest
 from tiny_draft import make_draft
-from tiny_families import (
-    make_gemma3,
-    make_gemma4,
-    make_glm,
-    make_internvl,
-    make_mistral3,
-    make_onevision,
-    make_paddleocr,
-    make_qwen3_5,
-    make_qwen3_vl,
-)
+from tiny_families import FAMILY_MAKERS, make_gemma3, make_internvl, make_onevision, make_qwen3_5, make_qwen3_vl
 from tiny_llava import make_image, make_liuhaotian, make_llava_hf
 from tiny_stock import make_llava_next, make_qwen
 
@@ -42,17 +32,7 @@ FIXTURES = {
     "gemma3_msd": "gemma3",
     "internvl_msd": "internvl",
 }
-MAKERS: dict[str, Callable[[Path], Path]] = {
-    "gemma4_msd": make_gemma4,
-    "gemma4_unified_msd": lambda folder: make_gemma4(folder, kind="unified"),
-    "mistral3_msd": make_mistral3,
-    "glm4v_msd": make_glm,
-    "glm4v_moe_msd": lambda folder: make_glm(folder, "glm4v_moe", moe=True),
-    "glm46v_msd": lambda folder: make_glm(folder, "glm46v"),
-    "glm_ocr_msd": lambda folder: make_glm(folder, "glm_ocr"),
-    "paddleocr_vl_msd": make_paddleocr,
-}
-"""Families whose bases are used by few tests."""
+"""Of families whose bases are used by many tests."""
 
 
 @pytest.fixture(scope="session")
@@ -147,7 +127,7 @@ def family_bases(request: pytest.FixtureRequest, models: Path) -> Mapping[str, P
         def __missing__(self, name: str) -> Path:
             if name in FIXTURES:
                 return request.getfixturevalue(FIXTURES[name])
-            self[name] = MAKERS[name](models / name)
+            self[name] = FAMILY_MAKERS[name.removesuffix("_msd")](models / name)
             return self[name]
 
     return Bases()

@@ -19,6 +19,7 @@ from lmms_eval_msd.prompts import visuals_of
 
 CURRENT = [name for name in MODELS if name not in EARLIER]
 VIDEOS = [name for name in CURRENT if class_of(name).writer.has_videos]
+TINY = {"max_num_frames": 4, "max_soft_tokens": 70}
 LIMITS = {"min_pixels": 64 * 64, "max_pixels": 96 * 96, "max_num_frames": 4}
 METADATA = {"task": "tiny", "doc_id": 0, "repeats": 1}
 EMPTY = "<think>\n\n</think>\n\n"
@@ -124,6 +125,61 @@ def test_as_gemma3(gemma3, monkeypatch):
         compare(theirs, calls, ours, "Is <image 2> like <image 1>?", IMAGES[:2])
 
 
+def test_as_gemma4(family_bases, clip, monkeypatch):
+    limits = {"max_soft_tokens": 70, "max_num_frames": 4}
+    folder = family_bases["gemma4_msd"]
+    theirs, _ = upstream("gemma4", "Gemma4", folder, monkeypatch, **limits)
+    ours = load(class_of("gemma4_msd"), folder, **limits)
+    calls = given_to_generate(theirs, monkeypatch)
+    monkeypatch.setattr(torch, "bfloat16", torch.float32)  # in which it gives the model its pictures
+    monkeypatch.setattr(theirs.processor.video_processor, "fetch_videos", read_with_pyav)  # by default torchcodec reads
+    for context, pictures, clips in ASKED:
+        compare(theirs, calls, ours, context, IMAGES[:pictures] + [clip] * clips)
+    theirs.interleave_visuals = ours.prompts.interleave_visuals = True
+    compare(theirs, calls, ours, "Is <image 2> like <image 1>?", IMAGES[:2])
+    with pytest.raises(UserError, match="max_soft_tokens is none of 70, 140"):
+        load(class_of("gemma4_msd"), folder, max_soft_tokens=9)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"), [("glm4v_msd", "GLM-Flash"), pytest.param("glm4v_moe_msd", "GLM", marks=pytest.mark.slow)]
+)
+def test_as_glm4v(name, folder, family_bases, clip, tmp_path, monkeypatch):
+    """Whose class of the model follows the folder's name."""
+    base = shutil.copytree(family_bases[name], tmp_path / folder)
+    theirs, _ = upstream("glm4v", "GLM4V", base, monkeypatch)
+    ours = load(class_of(name), base)
+    calls = given_to_generate(theirs, monkeypatch)
+    for context, pictures, clips in ASKED:
+        if not clips:  # it reads no videos
+            compare(theirs, calls, ours, context, IMAGES[:pictures])
+    shown = ours.prompts.inputs([ours.prompts.write("What happens?", [clip])])
+    assert shown["video_grid_thw"][:, 0].tolist() == [2]  # of two seconds with two frames each, two of which are one
+    with pytest.raises(UserError, match="pictures and videos in one prompt"):
+        ours.generate_until([request("And here?", [IMAGES[0], clip], settings=SHORT)])
+    assert ours.settings(None).engine["max_new_tokens"] == 8192
+
+
+def test_as_mistral3_vl(family_bases, monkeypatch):
+    """Which samples where a task does not say otherwise, with a penalty of repetitions."""
+    folder = family_bases["mistral3_msd"]
+    theirs, _ = upstream("mistral3_vl", "Mistral3_VL", folder, monkeypatch)
+    ours = load(class_of("mistral3_msd"), folder)
+    calls = given_to_generate(theirs, monkeypatch)
+    for context, pictures, clips in ASKED:
+        if not clips:
+            compare(theirs, calls, ours, context, IMAGES[:pictures])
+    for key, value in {"temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.2, "max_new_tokens": 512}.items():
+        assert ours.settings(None).engine[key] == value
+    for given in ({"temperature": 0}, {"do_sample": False}):
+        settings = ours.settings(given).engine
+        assert settings == {"max_new_tokens": 512, "do_sample": False, "repetition_penalty": 1.2}
+    for said in ("<think>No.</think> 4", "The <answer> 4 </answer>", "So \\boxed{4}", "no</think>4", " 4 "):
+        assert ours.prompts.finish(said) == theirs._postprocess_output(said) == "4"
+    own = load(class_of("mistral3_msd"), folder, system_prompt="Be brief.").prompts.write("Hi", IMAGES[:1]).text
+    assert own == "<s>[SYSTEM_PROMPT]Be brief.[/SYSTEM_PROMPT][INST][IMG]Hi[/INST]"
+
+
 def read_with_pyav(paths, sample_indices_fn):
     return zip(*[load_video(path, backend="pyav", sample_indices_fn=sample_indices_fn) for path in paths], strict=True)
 
@@ -173,7 +229,7 @@ def test_answers_are_those_of_generate(name, family_bases, clip, tmp_path):
     draft = make_draft(tmp_path / "draft", load_target(folder), agree=1.0)
     wide, high = make_image(seed=4, width=200, height=40), make_image(seed=5, width=50, height=120)
     asked = [[IMAGES[0]], [wide], [high], [wide, high, IMAGES[1]], []] + ([[clip]] if name in VIDEOS else [])
-    limits = {"max_num_frames": 4} if name in VIDEOS else {}
+    limits = {key: value for key, value in TINY.items() if hasattr(class_of(name).writer, key)}
     requests = [request(f"How many {number}?", visuals, settings=SHORT) for number, visuals in enumerate(asked)]
     for size in (1, 3):
         model = load(class_of(name), folder, draft, batch_size=size, **limits, **TREE)
@@ -208,7 +264,7 @@ def test_settings(internvl, onevision, qwen3, gemma3, clip):
     wide = [make_image(seed=4, width=200, height=40)]
     counts = [prompts.inputs([prompts.write("What?", wide)])["pixel_values"].shape[0] for prompts in (small, large)]
     assert counts[0] == 1 < counts[1]
-    assert load(class_of("llava_onevision_msd"), onevision).prompts.frames(clip).shape[0] == 32
+    assert load(class_of("llava_onevision_msd"), onevision).prompts.frames(clip)[0].shape[0] == 32
     with pytest.raises(UserError, match="min_pixels 9 is more than max_pixels 8"):
         load(class_of("qwen3_vl_msd"), qwen3, min_pixels=9, max_pixels=8)
     for name, folder in (("gemma3_msd", gemma3), ("internvl_msd", internvl)):

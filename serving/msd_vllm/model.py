@@ -83,6 +83,7 @@ class EagleMSDForCausalLM(nn.Module, SupportsMultiModalEmbeddings):
         config = vllm_config.speculative_config.draft_model_config.hf_config
         target = vllm_config.model_config
         check_pair(config, target)
+        check_stages(vllm_config.parallel_config.pipeline_parallel_size)
         # Room for every position of the target: the draft's rotary angles are computed, not trained.
         config.max_position_embeddings = max(config.max_position_embeddings, target.max_model_len)
         if not hasattr(target.hf_config, "image_token_index"):
@@ -110,7 +111,7 @@ class EagleMSDForCausalLM(nn.Module, SupportsMultiModalEmbeddings):
         """Embeddings [N, H] of ``input_ids`` [N], picture features in place; remembers where these are.
 
         Args:
-            multimodal_embeddings: features [P, H] of the target's encoder, whole or in pieces.
+            multimodal_embeddings: features [P, H or more] of the target's encoder, in pieces.
             is_multimodal: [N] bool, true in P rows.
         """
         embeds = self.model.embed_tokens(input_ids)
@@ -118,7 +119,10 @@ class EagleMSDForCausalLM(nn.Module, SupportsMultiModalEmbeddings):
         if multimodal_embeddings is None or is_multimodal is None or len(multimodal_embeddings) == 0:
             return embeds
         self.is_image[: len(is_multimodal)].copy_(is_multimodal)
-        return _merge_multimodal_embeddings(embeds, multimodal_embeddings, is_multimodal)
+        # Some encoders (Qwen3-VL) append features for the target's deeper layers to those of the first one.
+        size = embeds.shape[-1]
+        features = [each[..., :size] for each in multimodal_embeddings]
+        return _merge_multimodal_embeddings(embeds, features, is_multimodal)
 
     def forward(
         self,
@@ -160,6 +164,19 @@ class EagleMSDForCausalLM(nn.Module, SupportsMultiModalEmbeddings):
         return AutoWeightsLoader(self).load_weights(named)
 
 
+def check_stages(stages: int) -> None:
+    """Refuses pipeline parallelism: vLLM keeps picture features on the first stage, and the draft runs on the last.
+
+    Raises:
+        ValueError: one line.
+    """
+    if stages > 1:
+        raise ValueError(
+            f"MSD drafts cannot be served with pipeline parallelism (pipeline_parallel_size {stages}): picture "
+            "features stay on the first stage, the draft runs on the last; use tensor parallelism"
+        )
+
+
 def check_pair(config: Any, target: Any) -> None:
     """Refuses a draft that was made for another kind or size of base model.
 
@@ -170,12 +187,12 @@ def check_pair(config: Any, target: Any) -> None:
     Raises:
         ValueError: one line.
     """
-    if not isinstance(getattr(config, "msd", None), dict):
-        raise ValueError("this draft is not an exported one: write it with `msd export --to vllm`")
-    family = config.msd["family"]
+    settings = getattr(config, "msd", None)
+    if not isinstance(settings, dict) or "targets" not in settings:
+        raise ValueError("this draft is not one that `msd export --to vllm` of this version wrote: export it again")
     base = target.hf_config.model_type
     pairs = (
-        ("family", family, base, ("qwen" in family) == ("qwen" in base)),
+        ("family", settings["family"], base, base in settings["targets"]),
         ("hidden size", config.hidden_size, target.get_hidden_size(), config.hidden_size == target.get_hidden_size()),
         ("vocabulary", config.vocab_size, target.get_vocab_size(), config.vocab_size == target.get_vocab_size()),
     )

@@ -23,9 +23,7 @@ Run = Callable[..., dict[str, Any]]
 
 def load_msd(base: Path, draft: Path) -> MSDModel:
     """The pair in float32, drafting a chain."""
-    msd = MSDModel.from_pretrained(base, draft, dtype=torch.float32, device_map="cpu")
-    msd.tree = CHAIN
-    return msd
+    return MSDModel.from_pretrained(base, draft, tree=CHAIN, dtype=torch.float32, device_map="cpu")
 
 
 @dataclass(frozen=True)
@@ -61,11 +59,19 @@ class Pair:
         return {"prompt_token_ids": kept, "images": [str(path.resolve()) for path in question.images]}
 
     def answers(self, questions: list[Question]) -> Reference:
-        """Our greedy answers by the chain."""
+        """Our greedy answers by the chain. They may be a cycle longer, because our loop drafts no further than the
+        answer may go, and vLLM always drafts the whole chain."""
+        room = CHAIN.depth + 2
         outputs = [
-            self.msd.generate(**question.inputs(self.msd.target), max_new_tokens=TOKENS, temperature=0.0)
+            self.msd.generate(**question.inputs(self.msd.target), max_new_tokens=TOKENS + room, temperature=0.0)
             for question in questions
         ]
-        lengths = [length for output in outputs for length in output.stats.accept_lengths]
+        lengths = []
+        for output in outputs:
+            tokens = 1  # the first one comes with the prompt
+            for length in output.stats.accept_lengths:
+                if tokens < TOKENS:
+                    lengths.append(length)
+                tokens += length + 1
         accepted = [sum(length > place for length in lengths) for place in range(CHAIN.depth + 1)]
-        return Reference([output.tokens[0] for output in outputs], len(lengths), accepted)
+        return Reference([output.tokens[0][:TOKENS] for output in outputs], len(lengths), accepted)

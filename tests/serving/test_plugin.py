@@ -105,6 +105,17 @@ use_plain_positions(object)
     assert done.returncode == 1 and "MSD drafts cannot be served: msd-vllm" in last and words in last, done.stderr
 
 
+def test_a_vllm_without_a_layer_of_the_draft_is_one_clear_error(python: Python) -> None:
+    done = python("""
+import vllm.model_executor.models.interfaces as interfaces
+del interfaces.SupportsMultiModalEmbeddings
+import msd_vllm.model
+""")
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and "ImportError: MSD drafts cannot be served: msd-vllm" in last, done.stderr
+    assert "cannot import name 'SupportsMultiModalEmbeddings'" in last
+
+
 def test_the_v2_runner_calls_the_class_with_what_it_takes(python: Python) -> None:
     """The V2 runner's own `_run_model`, without Triton and without an engine: the rows that reach the layer are
     features where pictures are and fused rows elsewhere, also in the step after, which has no pictures."""
@@ -130,18 +141,69 @@ runner = SimpleNamespace(
     vllm_config=None, supports_mm_inputs=True, inputs_embeds=torch.zeros(16, size), hidden_states=torch.randn(16, size),
     model=draft,
 )
-features, mask = [torch.randn(2, size)], torch.tensor([0, 1, 1, 0, 0, 0]).bool()
+features, mask = [torch.randn(2, 3 * size)], torch.tensor([0, 1, 1, 0, 0, 0]).bool()  # as Qwen3-VL's: H of 3 H
 run = v2.TargetDependentARSpeculator._run_model.__wrapped__
 with torch.inference_mode():
     first, again = run(runner, rows, None, None, None, mm_inputs=(features, mask))
     text = draft.model.fc(torch.cat([draft.model.embed_tokens(torch.arange(rows)), runner.hidden_states[:rows]], -1))
     assert first is again
-    assert torch.equal(first[1:3], features[0])
+    assert torch.equal(first[1:3], features[0][:, :size])
     assert torch.allclose(first[[0, 3, 4, 5]], text[[0, 3, 4, 5]])
     step, _ = run(runner, rows, None, None, None)
     assert torch.allclose(step, text)
 """)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_v2_runner_marks_the_row_before_each_picture_token(python: Python) -> None:
+    """Row t of a draft is for token t + 1, also where a prompt is read in two pieces that cut a picture."""
+    done = python("""
+from types import SimpleNamespace
+import numpy as np
+import torch
+from vllm.multimodal.inputs import PlaceholderRange
+from vllm.v1.worker.gpu.mm.encoder_runner import EncoderRunner
+
+features = torch.randn(3, 4)
+picture = SimpleNamespace(mm_position=PlaceholderRange(offset=2, length=3), identifier="one", modality="image")
+runner = EncoderRunner.__new__(EncoderRunner)
+runner.is_realtime = False
+runner.encoder_cache = SimpleNamespace(mm_features={"r": [picture]}, encoder_outputs={"one": features})
+
+def rows(computed, scheduled):
+    found, mask = runner.gather_mm_embeddings(
+        ["r"], scheduled, np.array([scheduled]), np.array([0, scheduled]), np.array([8]), np.array([computed]),
+        draft_lookahead=1,
+    )
+    return mask.nonzero()[:, 0].tolist(), torch.cat(found) if found else None
+
+places, found = rows(0, 3)  # tokens 1, 2, 3: the picture is at 2, 3 and 4
+assert places == [1, 2] and torch.equal(found, features[:2])
+places, found = rows(3, 5)
+assert places == [0] and torch.equal(found, features[2:])
+assert rows(8, 6) == ([], None)
+""")
+    assert done.returncode == 0, done.stderr
+
+
+def test_pipeline_stages_are_refused_in_one_line(python: Python) -> None:
+    done = python("""
+from types import SimpleNamespace
+from msd_vllm.model import EagleMSDForCausalLM
+settings = {"family": "llava", "targets": ["llava"]}
+draft = SimpleNamespace(msd=settings, hidden_size=8, vocab_size=9)
+target = SimpleNamespace(
+    hf_config=SimpleNamespace(model_type="llava"), get_hidden_size=lambda: 8, get_vocab_size=lambda: 9
+)
+EagleMSDForCausalLM(vllm_config=SimpleNamespace(
+    speculative_config=SimpleNamespace(draft_model_config=SimpleNamespace(hf_config=draft)),
+    model_config=target, parallel_config=SimpleNamespace(pipeline_parallel_size=2),
+))
+""")
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("ValueError: MSD drafts cannot be served with pipeline"), (
+        done.stderr
+    )
 
 
 def test_the_plugin_brings_no_package_and_moves_none(vllm_python: str, vllm_environment: dict[str, str]) -> None:

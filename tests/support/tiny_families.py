@@ -16,6 +16,8 @@ tests may import it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +87,8 @@ MISTRAL_SPECIAL = (
 MISTRAL_TEMPLATE = (
     "{{ '<s>' }}{% for message in messages %}{% if message['role'] == 'system' %}[SYSTEM_PROMPT]"
     "{{ message['content'][0]['text'] }}[/SYSTEM_PROMPT]{% elif message['role'] == 'user' %}[INST]"
-    "{% for part in message['content'] %}{{ '[IMG]' if part['type'] == 'image' else part['text'] }}{% endfor %}[/INST]"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{{ '[IMG]' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endif %}[/INST]"
     "{% else %}{{ message['content'][0]['text'] + '</s>' }}{% endif %}{% endfor %}"
 )
 GLM_SPECIAL = (
@@ -670,3 +673,26 @@ def make_onevision(folder: str | Path, *, seed: int = 0, **text: Any) -> Path:
         chat_template=ONEVISION_TEMPLATE,
     )
     return _save(model, processor, ids, "<|im_end|>", "<|endoftext|>", folder)
+
+
+FAMILY_MAKERS: dict[str, Callable[[str | Path], Path]] = {
+    "qwen3_vl": make_qwen3_vl,
+    "qwen3_vl_moe": partial(make_qwen3_vl, moe=True),
+    "qwen3_5": make_qwen3_5,
+    "qwen3_5_moe": partial(make_qwen3_5, moe=True),
+    "gemma3": make_gemma3,
+    "gemma4": make_gemma4,
+    "gemma4-plain": partial(make_gemma4, kind="plain"),
+    "gemma4-experts": partial(make_gemma4, kind="experts"),
+    "gemma4_unified": partial(make_gemma4, kind="unified"),
+    "internvl": make_internvl,
+    "mistral3": make_mistral3,
+    "glm4v": make_glm,
+    "glm4v_moe": partial(make_glm, kind="glm4v_moe", moe=True),
+    "glm46v": partial(make_glm, kind="glm46v"),
+    "glm46v-experts": partial(make_glm, kind="glm46v", moe=True),
+    "glm_ocr": partial(make_glm, kind="glm_ocr"),
+    "paddleocr_vl": make_paddleocr,
+    "llava_onevision": make_onevision,
+}
+"""Makers of every checkpoint here, by family, and variant of it after a dash."""

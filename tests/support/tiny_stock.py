@@ -112,8 +112,8 @@ def make_qwen(
     return Path(folder)
 
 
-def make_llava_next(folder: str | Path, *, seed: int = 0) -> Path:
-    """Writes a LLaVA-1.6 of four tiles at most and returns its folder."""
+def make_llava_next(folder: str | Path, *, seed: int = 0, **text: Any) -> Path:
+    """Writes a LLaVA-1.6 of four tiles at most and returns its folder; ``text`` changes the text configuration."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
@@ -125,7 +125,8 @@ def make_llava_next(folder: str | Path, *, seed: int = 0) -> Path:
         hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14
     )
     config = LlavaNextConfig(
-        vision_config=vision, text_config=LlamaConfig(**TEXT, vocab_size=tokenizer_size() + 2, eos_token_id=2),
+        vision_config=vision,
+        text_config=LlamaConfig(**{**TEXT, **text}, vocab_size=tokenizer_size() + 2, eos_token_id=2),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_grid_pinpoints=pinpoints,
         tie_word_embeddings=False,
     )  # fmt: skip

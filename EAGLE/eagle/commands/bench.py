@@ -24,20 +24,27 @@ from eagle.arguments import (
 )
 from eagle.commands.output import console
 from eagle.questions import read_questions
+from eagle.suites.table import SUBSETS, SUITES
 from llava.errors import UserError
 from llava.files import check_writable, write_json
 
 if TYPE_CHECKING:
+    from eagle.bench_report import Bench
     from eagle.benchmark import Contestant
-    from eagle.decode.stats import Stats
 
-NOT_SETTINGS = ("command", "out", "server", "plain_server", "concurrency", "rate", "plot")
+FILES = ("out", "html", "csv", "markdown")
+SERVER_OPTIONS = ("plain_server", "plain_results", "concurrency", "rate", "plot")
+NOT_SETTINGS = ("command", *FILES, "server", *SERVER_OPTIONS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `msd bench`."""
     add_model_options(parser, required=False)
-    add_data_options(parser)
+    add_data_options(parser, required=False)
+    parser.add_argument(
+        "--suite", choices=tuple(SUITES), help="the questions of a published suite, fetched once (instead of --data)"
+    )
+    parser.add_argument("--subset", choices=tuple(SUBSETS), help="of the suite (default: test)")
     add_length_option(parser)
     add_sampling_options(parser)
     parser.add_argument(
@@ -65,9 +72,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--warm-up", type=count, default=2, metavar="N", help="questions answered first, not counted (default: 2)"
     )
     add_report_option(parser)
+    parser.add_argument("--html", type=Path, metavar="FILE.html", help="also write a page with plots and all answers")
+    parser.add_argument("--csv", type=Path, metavar="FILE.csv", help="also write a line for each source of questions")
+    parser.add_argument("--markdown", type=Path, metavar="FILE.md", help="also write a table of one row in Markdown")
     server = parser.add_argument_group("servers")
     server.add_argument("--server", metavar="URL", help="measure this OpenAI-style server, such as one of msd serve")
-    server.add_argument("--plain-server", metavar="URL", help="the same model without a draft, asked in turns")
+    plain = server.add_mutually_exclusive_group()
+    plain.add_argument("--plain-server", metavar="URL", help="the same model without a draft, asked in turns")
+    plain.add_argument(
+        "--plain-results",
+        type=Path,
+        metavar="FILE.json",
+        help="report (--out) of an earlier run on a server without it",
+    )
     server.add_argument(
         "--concurrency", type=levels(positive), default=None, metavar="N,N,...",
         help="requests at a time (default: 1,2,4,8,16; none with --rate)",
@@ -99,26 +116,25 @@ def above_zero(text: str) -> float:
 def run_on_servers(arguments: argparse.Namespace) -> int:
     """As `run`, with ``--server``."""
     from eagle.provenance import record
-    from eagle.serving.bench import bench_servers, plot, table_of
+    from eagle.serving.bench import bench_servers, earlier, plot, table_of
     from eagle.serving.client import Load, Server
 
-    for name in ("base_model", "msd_model"):
+    for name in ("base_model", "msd_model", "html", "csv", "markdown"):
         if getattr(arguments, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} does not go with --server", fix="the server has the models")
+            raise UserError(f"--{name.replace('_', '-')} does not go with --server", fix="leave it out")
     concurrency = arguments.concurrency or ([] if arguments.rate else [1, 2, 4, 8, 16])
     loads = [*(Load(concurrency=each) for each in concurrency), *(Load(rate=each) for each in arguments.rate)]
     settings = {"max_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
     sampling = {name: getattr(arguments, name) for name in ("top_p", "top_k", "seed")}
     settings |= {name: value for name, value in sampling.items() if value is not None}
-    report = bench_servers(
-        read_questions(arguments.data, arguments.limit),
-        loads,
-        Server(arguments.server),
-        Server(arguments.plain_server) if arguments.plain_server else None,
-        settings,
-        arguments.warm_up,
-    )
-    report |= {"settings": {**settings, "warm_up": arguments.warm_up, "data": str(arguments.data)}, **record()}
+    questions = read_questions(arguments.data, arguments.limit)
+    asked = {**settings, "data": str(arguments.data), "questions": len(questions)}
+    plain: Any = Server(arguments.plain_server) if arguments.plain_server else None
+    if arguments.plain_results:
+        plain = earlier(arguments.plain_results, loads, asked)
+    report = bench_servers(questions, loads, Server(arguments.server), plain, settings, arguments.warm_up)
+    other = arguments.plain_server or arguments.plain_results
+    report |= {"plain": other and str(other), "settings": {**asked, "warm_up": arguments.warm_up}, **record()}
     console().print(table_of(report))
     if arguments.plot:
         plot(report, arguments.plot)
@@ -129,30 +145,42 @@ def run_on_servers(arguments: argparse.Namespace) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints a table; writes the JSON report if ``--out`` is given."""
-    if arguments.out:
-        check_writable(arguments.out)
+    for name in FILES:
+        if getattr(arguments, name):
+            check_writable(getattr(arguments, name))
+    if (arguments.data is None) == (arguments.suite is None):
+        raise UserError("no questions" if arguments.data is None else "both --data and --suite", fix="give one of them")
+    if arguments.suite is not None:
+        from eagle.suites.fetch import fetch
+
+        arguments.data = fetch(arguments.suite, arguments.subset or "test")
+    elif arguments.subset is not None:
+        raise UserError("--subset needs --suite", fix="name a suite")
     if arguments.server is not None:
         return run_on_servers(arguments)
-    for name in ("plain_server", "concurrency", "rate", "plot"):
+    for name in SERVER_OPTIONS:
         if getattr(arguments, name):
             raise UserError(f"--{name.replace('_', '-')} needs --server", fix="name a server")
     if arguments.base_model is None:
         raise UserError("no base model", "--base-model", "name a folder or hub repository, or a server with --server")
     from tqdm import tqdm
 
+    from eagle.bench_report import Bench, make_report
     from eagle.benchmark import Contestant, baselines, interleave, with_engine, with_prompt_lookup
+    from eagle.decode.sampling import SamplingSettings
     from eagle.decode.tree_config import TreeConfig
     from eagle.loading import load_model, sampling_settings
     from eagle.provenance import record
+    from eagle.report.bench import write_csv, write_html, write_markdown
 
-    questions = read_questions(arguments.data, arguments.limit)
+    questions = read_questions(arguments.data, arguments.limit, turns=True)
     settings = {"max_new_tokens": arguments.max_new_tokens, **sampling_settings(arguments)}
     model = load_model(arguments)
     model.exact_phases = arguments.exact_phases
     own = str(model.dtype).removeprefix("torch.")
     dtypes = [name for name in dict.fromkeys(arguments.baseline_dtype or []) if name != own]
     plain = [model, *(load_model(arguments, need_draft=False, dtype=name) for name in dtypes)]
-    msd = Contestant(f"MSD {own}", with_engine(model, True, settings))
+    msd = Contestant(f"MSD {own}", with_engine(model, True, settings, log=True))
     rivals = baselines(plain, settings, arguments.compiled_baselines)
     trees = {"/".join(map(str, limits)): TreeConfig(*limits) for limits in arguments.also_tree}
     others = [
@@ -166,100 +194,68 @@ def run(arguments: argparse.Namespace) -> int:
             progress.update()
     asked = {name: value for name, value in vars(arguments).items() if name not in NOT_SETTINGS}
     asked |= {"also_tree": list(trees), "tree": vars(model.tree)}
-    report = make_report(msd, rivals, asked, record(model.device))
+    sampled = SamplingSettings(arguments.temperature).greedy is False
+    bench = Bench(model, msd, rivals, questions, sampled, seeded=arguments.seed is not None)
+    report = make_report(bench, asked, record(model.device))
     report["others"] = {
         other.name: {"tokens_per_second": other.total.tokens_per_second, "tau": other.total.tau} for other in others
     }
-    print_report(report, msd, [*rivals, *others])
-    if arguments.out:
-        write_json(arguments.out, report)
+    print_report(report, bench, [*rivals, *others])
+    for path, write in ((arguments.out, write_report), (arguments.html, write_html), (arguments.csv, write_csv),
+                        (arguments.markdown, write_markdown)):  # fmt: skip
+        if path:
+            write(report, path)
     return 0
 
 
-def make_report(
-    msd: Contestant, rivals: list[Contestant], settings: dict[str, Any], made: dict[str, Any]
-) -> dict[str, Any]:
-    """The JSON report; the speed-up is over the strongest baseline of the same run.
-
-    Args:
-        made: `eagle.provenance.record`.
-    """
-    from eagle.benchmark import identical, paired_speedup, strongest
-
-    best, total = strongest(rivals), msd.total
-    later = max(rivals, key=lambda rival: rival.total.decoding_speed)
-
-    def decoding(stats: Any) -> float:
-        return stats.decoding_speed
-
-    reference = next((rival for rival in rivals if rival.name.startswith("transformers")), best)
-    return {
-        "speedup": total.tokens_per_second / best.total.tokens_per_second,
-        "paired_speedup": paired_speedup(msd, best)._asdict(),
-        "after_first_token": {
-            "speedup": total.decoding_speed / later.total.decoding_speed,
-            "paired_speedup": paired_speedup(msd, later, decoding)._asdict(),
-            "baseline_name": later.name,
-        },
-        "tau": total.tau,
-        "accepted_per_cycle": total.accepted_per_cycle,
-        "acceptance_by_position": total.acceptance_by_position,
-        "identical": {"answers": identical(msd, reference), "of": len(msd.answers), "to": reference.name},
-        "tokens_per_second": {"msd": total.tokens_per_second, "baseline": best.total.tokens_per_second},
-        "baseline_name": best.name,
-        "baselines": {rival.name: rival.total.tokens_per_second for rival in rivals},
-        "phases_ms": {name: ms / max(total.cycles, 1) for name, ms in total.phases_ms.items() if name != "prefill"}
-        | {"prefill": total.phases_ms["prefill"] / total.requests},
-        "phases_share": total.shares(),
-        "first_token_ms": {each.name: first_token_ms(each.total) for each in [msd, *rivals]},
-        "decoding_tokens_per_second": {each.name: each.total.decoding_speed for each in [msd, *rivals]},
-        "new_tokens": total.new_tokens,
-        "cycles": total.cycles,
-        "questions": total.requests,
-        "histogram": total.histogram,
-        **made,
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()},
-    }
+def write_report(report: dict[str, Any], path: Path) -> None:
+    """The report as JSON."""
+    write_json(path, report)
 
 
-def first_token_ms(total: Stats) -> float:
-    """Milliseconds from a request to its first token, on average."""
-    return 1000 * total.first_token / total.requests
-
-
-def print_report(report: dict[str, Any], msd: Contestant, rivals: list[Contestant]) -> None:
+def print_report(report: dict[str, Any], bench: Bench, rivals: list[Contestant]) -> None:
     """Prints the report as tables."""
     from rich.table import Table
 
+    from eagle.bench_report import first_token_ms
+    from eagle.report.bench import identical_text, mean_text, row, setting
+
     out = console()
+    out.print(", ".join(f"{name} {value}" for name, value in setting(report).items()), highlight=False)
     table = Table(title=f"{report['questions']} questions, {report['new_tokens']} new tokens")
     for column in ("decoding", "tokens/s", "spread (IQR)", "first token", "τ", "speed-up"):
         table.add_column(column, justify="left" if column == "decoding" else "right")
     best = report["tokens_per_second"]["baseline"]
-    for contestant in [*rivals, msd]:
+    for contestant in [*rivals, bench.msd]:
         total = contestant.total
         tau = f"{total.tau:.2f}" if total.tau > 1 else ""
         speed = total.tokens_per_second
         first = f"{first_token_ms(total):.0f} ms"
         table.add_row(contestant.name, f"{speed:.1f}", f"{contestant.spread():.0%}", first, tau, f"{speed / best:.2f}x")
     out.print(table)
-    paired, after = report["paired_speedup"], report["after_first_token"]
+    if report["sources"]:
+        cells = {name: row(report, figures) for name, figures in (*report["sources"].items(), ("total", report))}
+        by_source = Table("source", *(name for name in cells["total"] if "plain" not in name), title="by source")
+        for source, texts in cells.items():
+            by_source.add_row(source, *(text for name, text in texts.items() if "plain" not in name))
+        out.print(by_source)
     out.print(
         f"speed-up over {report['baseline_name']}: of totals {report['speedup']:.2f}x, mean of questions "
-        f"{paired['mean']:.2f}x [{paired['low']:.2f}, {paired['high']:.2f}]"
+        f"{mean_text(report['paired_speedup'])}"
     )
-    paired = after["paired_speedup"]
-    out.print(
-        f"after the first token, over {after['baseline_name']}: {after['speedup']:.2f}x, mean of questions "
-        f"{paired['mean']:.2f}x [{paired['low']:.2f}, {paired['high']:.2f}]"
-    )
+    after = report["after_first_token"]
+    if after["speedup"] is not None:
+        out.print(
+            f"after the first token, over {after['baseline_name']}: {after['speedup']:.2f}x, mean of questions "
+            f"{mean_text(after['paired_speedup'])}"
+        )
     shares = " ".join(f"{share:.2f}" for share in report["acceptance_by_position"])
     out.print(
         f"tokens per verification: {report['tau']:.2f} with the bonus token, {report['accepted_per_cycle']:.2f} "
         f"without; accepted at position 1, 2, …: {shares}"
     )
     same = report["identical"]
-    out.print(f"answers identical to {same['to']}: {same['answers']} of {same['of']}")
+    out.print(f"answers identical to {same['to'] if same else 'plain decoding'}: {identical_text(same)}")
     phases = ", ".join(f"{name} {ms:.2f}" for name, ms in report["phases_ms"].items())
     out.print(f"ms a cycle (prefill: a question): {phases}")
     for whole, shares in report["phases_share"].items():

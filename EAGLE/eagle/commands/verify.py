@@ -11,7 +11,7 @@ import argparse
 import sys
 
 from eagle.arguments import add_data_options, add_length_option, add_model_options
-from eagle.questions import read_questions
+from eagle.questions import Conversations, read_questions
 from llava.arguments import temperature
 from llava.inputs import seed_option
 
@@ -34,17 +34,19 @@ def run(arguments: argparse.Namespace) -> int:
     from eagle.exactness import MANY_STEPS, first_difference, logit_gap, noise_processors
     from eagle.loading import load_model
 
-    questions = read_questions(arguments.data, arguments.limit)
+    questions = read_questions(arguments.data, arguments.limit, turns=True)
     sampling = SamplingSettings(arguments.temperature, seed=arguments.seed)
     temperature, sampled = sampling.temperature, not sampling.greedy
     model = load_model(arguments)
     stop = with_stop_strings(model)
-    mismatches = far = 0
+    mismatches, far, conversations = 0, 0, Conversations(model.tokenizer)
     for question in tqdm(questions, desc="verify", unit="question", file=sys.stderr):
+        question = conversations.ask(question)
         inputs = question.inputs(model.target)
         settings = {"max_new_tokens": arguments.max_new_tokens}
         noise = noise_processors(temperature, arguments.seed, inputs["input_ids"]) if sampled else None
         expected = model.target.model.generate(**inputs, do_sample=False, logits_processor=noise, **stop, **settings)
+        conversations.keep(question, expected[0, inputs["input_ids"].shape[1] :])
         actual = model.generate(**inputs, **sampling.for_engine(), **settings).sequences
         if (place := first_difference(expected[0], actual[0])) is not None:
             mismatches += 1

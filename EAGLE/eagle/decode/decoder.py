@@ -38,8 +38,8 @@ from eagle.kv_cache import KVCache
 from llava.errors import OutOfMemory, UserError
 from llava.memory import within_memory
 
-NEW_TOKENS = 2048
-"""New tokens that there is room for at the start. Limits may be far larger than answers are."""
+AHEAD = 4096
+"""New tokens that caches have room for at first. They grow if an answer is longer."""
 NO_TOKEN = -1
 """The choice at a node where the target's output is NaN. No draft token equals it, so nothing is accepted below."""
 NOT_COMPILED = "out of memory in compiled decoding: this request is answered without"
@@ -122,9 +122,8 @@ class Decoder:
         self.sequences = sequences_of(ids, mask, self.sampler, settings.seeds)
         self.active = list(self.sequences)
         batch = len(self.active)
-        prompt = max(sequence.length for sequence in self.active)
-        self._longest = prompt + self.stopper.max_new_tokens
-        self._room = length = min(self._longest, prompt + NEW_TOKENS)  # accepted rows that there is room for
+        ahead = min(self.stopper.max_new_tokens, AHEAD)
+        length = max(sequence.length for sequence in self.active) + ahead
         rows = length + self.tree.total_tokens
         self.masks = MaskBuffer(self.tree.total_tokens, rows, target.dtype, target.device)
         self.compiled: StaticEngine | None = None
@@ -205,20 +204,8 @@ class Decoder:
             if self.drafter is not None and not sequence.finished:
                 self.drafter.start(index, prefill, sequence.prompt, first.to(sequence.prompt.device))
 
-    def _make_room(self) -> None:
-        """Makes room for the rows of the next cycle, in caches and masks. It doubles, until the longest answer fits."""
-        if self.cache.length + self.tree.depth + 2 <= self._room or self._room == self._longest:
-            return
-        self._room = min(2 * self._room, self._longest)
-        rows = self._room + self.settings.tree.total_tokens
-        self.cache.grow(rows)
-        self.masks = MaskBuffer(self.settings.tree.total_tokens, rows, self.target.dtype, self.target.device)
-        if self.drafter is not None:
-            self.drafter.grow(self._room)
-
     def draft(self) -> Drafted:
         """A tree below each newest token, no deeper than the number of tokens that are still wanted."""
-        self._make_room()
         roots = torch.tensor([[s.tokens[-1]] for s in self.active], device=self.target.device)  # [B, 1]
         bounds = [self.tree.shortened(self.stopper.max_new_tokens - len(s.tokens)) for s in self.active]
         deepest = max(bounds, key=lambda tree: tree.depth)
@@ -294,6 +281,8 @@ class Decoder:
         """The target's hidden states and logits at every node, in one forward. A tree smaller than the largest is
         padded with rows that no other row attends to."""
         past = self.cache.lengths
+        self.cache.reserve(max(past) + max(tree.size for tree in drafted.trees))
+        self.masks.reserve(self.cache.capacity)
         tokens, depths, blocks = (part.to(self.target.device) for part in join_trees(drafted.trees))
         position_ids = torch.stack([s.next_position for s in self.active]).to(depths.device) + depths  # [B, N]
         masks = None

@@ -25,7 +25,7 @@ class Drafter:
 
     Args:
         head: the target's ``lm_head``, [..., H] → [..., V].
-        capacity: number of accepted rows, of prompt and new tokens, that there is room for (`grow`).
+        capacity: accepted rows that there is room for: prompt and new tokens. `extend` makes room for more.
         tree: the largest tree that will be drafted.
         compression: of the prompt's image rows. None follows the draft's config.
     """
@@ -42,16 +42,15 @@ class Drafter:
         self.draft, self.head = draft, head
         self.compression = compression or draft.compression or Compression()
         config, device = draft.config, draft.device
+        drafted = max(tree.depth, 1) * tree.top_k
         extended = tree.depth + 2
-        self._beyond = max(tree.depth, 1) * tree.top_k + extended  # rows that are not accepted
-        rows = capacity + self._beyond
-        self.cache = self._new_cache(batch, rows)
-        self._mask_rows = max(tree.top_k, extended)
-        self._masks = MaskBuffer(self._mask_rows, rows, draft.dtype, device)
+        self.cache = self._new_cache(batch, capacity + drafted + extended)
+        rows = self.cache.capacity
+        self._masks = MaskBuffer(max(tree.top_k, extended), rows, draft.dtype, device)
         self._identity = torch.eye(tree.top_k, dtype=torch.bool, device=device)
         self._indices = torch.arange(tree.top_k, device=device)
         self._causal = torch.ones(1, extended, extended, dtype=torch.bool, device=device).tril()
-        self._rows, self._rope_length = rows, 0
+        self._spare, self._rope_length = drafted + extended, 0
         self._extend_rope(rows)
         self._lengths = [0] * batch
         self._shift = [0] * batch  # position id minus row index of new tokens; 0 for plain positions
@@ -60,13 +59,6 @@ class Drafter:
         self._last = torch.zeros(
             batch, config.hidden_size, dtype=draft.dtype, device=device
         )  # predicted after the accepted rows
-
-    def grow(self, capacity: int) -> None:
-        """Makes room for ``capacity`` accepted rows."""
-        self._rows = capacity + self._beyond
-        self.cache.grow(self._rows)
-        self._masks = MaskBuffer(self._mask_rows, self._rows, self.draft.dtype, self.draft.device)
-        self._extend_rope(self._rows + max(0, *self._shift))
 
     def start(self, row: int, prefill: Prefill, input_ids: Tensor, first_token: Tensor) -> None:
         """Reads the prompt of sequence ``row``: row t pairs ``h_t`` with ``x_{t+1}``, the last row with the first new
@@ -87,7 +79,7 @@ class Drafter:
         rope = self._slice(0, count) if own_positions is None else self.draft.rotary(own_positions, x.dtype)
         if next_position is not None:
             self._shift[row] = next_position - count
-            self._extend_rope(self._rows + self._shift[row])
+            self._extend_rope(self.cache.capacity + self._shift[row])
         if context is not None:
             if self._context is None:
                 self._context = context.new_zeros(len(self._lengths), context.shape[-1])
@@ -116,6 +108,7 @@ class Drafter:
                     [rows[own] for rows, own in zip(tokens, share, strict=True)],
                 )
             return
+        self._reserve(max(self._lengths) + self._spare)
         following = pad_sequence(list(tokens), batch_first=True).to(device)  # [B, n]
         true_rows = pad_sequence(list(hidden), batch_first=True).to(device)  # [B, n, F]
         batch = len(counts)
@@ -127,6 +120,12 @@ class Drafter:
             self._last = output[:, -1]
         self._lengths = [length + count for length, count in zip(self._lengths, counts, strict=True)]
         self.cache.truncate(self._lengths)
+
+    def _reserve(self, rows: int) -> None:
+        """Makes room for ``rows`` rows, accepted and drafted."""
+        self.cache.reserve(rows)
+        self._masks.reserve(self.cache.capacity)
+        self._extend_rope(self.cache.capacity + max(self._shift))
 
     def _new_cache(self, batch: int, rows: int) -> KVCache:
         config, draft = self.draft.config, self.draft

@@ -16,17 +16,23 @@ ALIGNED = 16
 
 
 class MaskBuffer:
-    """Masks of up to ``rows`` query rows over up to ``capacity`` cached rows.
+    """Masks of up to ``rows`` query rows over ``capacity`` cached rows, or more after `reserve`.
 
     For one sequence they are views of one preallocated buffer: all rows of a tree see the whole past, so only a small
     block changes from one forward to the next. A batch gets a new mask.
     """
 
     def __init__(self, rows: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
-        wide = -(-capacity // ALIGNED) * ALIGNED
-        self._buffer = torch.zeros(rows, wide, dtype=dtype, device=device)
+        self._buffer = torch.zeros(rows, 0, dtype=dtype, device=device)
         self._closed = torch.finfo(dtype).min
-        self._written = (0, 0)
+        self.reserve(capacity)
+
+    def reserve(self, capacity: int) -> None:
+        """Makes room for masks over ``capacity`` cached rows."""
+        if capacity > self._buffer.shape[1]:
+            wide = -(-capacity // ALIGNED) * ALIGNED
+            self._buffer = self._buffer.new_zeros(self._buffer.shape[0], wide)
+            self._written = (0, 0)
 
     def window(self, pasts: Sequence[int], blocks: Tensor) -> Tensor:
         """The mask of ``n`` query rows. All see rows 0..past-1. The block says which of the next ``m`` rows they see.

@@ -22,8 +22,9 @@ from eagle.decode.adaptive.planner import Acceptance, CostCurve, Planner
 from eagle.decode.compatibility import check_compatible
 from eagle.decode.compiled.engine import StaticEngine, obstacle_by_default, skipped_graphs
 from eagle.decode.decoder import Decoder, DecodingSettings
-from eagle.decode.generate_settings import check_settings, leave_out_unsupported
+from eagle.decode.generate_settings import leave_out_unsupported
 from eagle.decode.noise import seeds_of
+from eagle.decode.request import check_inputs, check_request
 from eagle.decode.sampling import Sampler, SamplingSettings
 from eagle.decode.stats import Stats
 from eagle.decode.stopping import Stopper
@@ -33,6 +34,7 @@ from eagle.drafts.compression import Compression
 from eagle.drafts.head import DraftHead
 from eagle.families import Target, load_target
 from llava.errors import UserError
+from llava.generation import checked_settings
 from llava.hub import HUB_KEYS
 from llava.inputs import check_text
 from llava.memory import within_memory
@@ -140,6 +142,8 @@ class MSDModel:
         Raises:
             UserError: a checkpoint is missing or broken, or base and draft do not fit together.
         """
+        if device_map == "meta":
+            raise UserError("device map 'meta' does not read the weights", fix="name a device, such as cpu or cuda:0")
         target = load_target(base, dtype=dtype, device_map=device_map, **kwargs)
         settings: dict[str, Any] = {"draft_image_tokens": draft_image_tokens, "compile": compile}
         if draft is None:
@@ -165,6 +169,11 @@ class MSDModel:
     @property
     def dtype(self) -> torch.dtype:
         return self.target.dtype
+
+    @property
+    def compiled(self) -> bool:
+        """Whether both models run through `torch.compile`."""
+        return self._compiled is not None
 
     @torch.inference_mode()
     def warm_up(self, positions: int = 1, progress: bool = True) -> None:
@@ -221,20 +230,24 @@ class MSDModel:
             kwargs: model inputs, and any setting of transformers' `generate` for greedy search or sampling.
 
         Raises:
-            UserError: the settings ask for beam search or for streaming of a batch, or the temperature is negative.
+            UserError: an input has a wrong type or shape, or a setting a value that is wrong or not served.
         """
-        temperature = None if temperature is None else float(temperature)  # transformers refuses whole numbers
+        check_inputs(self.target, input_ids, kwargs.get("attention_mask"))
+        named = {"temperature": temperature, "do_sample": do_sample, "stop_strings": stop_strings}
+        kwargs.update(checked_settings({**kwargs, **named}))
+        temperature, do_sample, stop_strings = (kwargs.pop(name, None) for name in named)
         if temperature is not None and do_sample is None:
             do_sample = not SamplingSettings(temperature).greedy
         if do_sample:
             kwargs["temperature"] = temperature
         elif do_sample is False:
             kwargs.update(temperature=None, top_p=None, top_k=None)
-        given = kwargs.get("generation_config")
-        if given is not None and given.stop_strings is not None:
-            stop_strings = given.stop_strings if stop_strings is None else stop_strings
-            kwargs["generation_config"] = copy(given)
-            kwargs["generation_config"].stop_strings = None
+        if (config := kwargs.get("generation_config")) is not None:
+            kwargs["generation_config"] = config = copy(config)
+            for name, value in checked_settings(vars(config)).items():
+                setattr(config, name, value)
+            stop_strings = config.stop_strings if stop_strings is None else stop_strings
+            config.stop_strings = None
         criteria = StoppingCriteriaList([*(stopping_criteria or []), *self._stop_at(stop_strings)])
         decode = partial(self._decode, use_msd=use_msd, tree=tree, seed=seed, bound_streamer=streamer)
         kwargs.update(self.target.complete_inputs(input_ids, kwargs), do_sample=do_sample)
@@ -254,17 +267,18 @@ class MSDModel:
     def _stop_at(self, texts: str | Sequence[str] | None) -> list[StopStringCriteria]:
         """The criterion of these stop strings; None for those of the checkpoint."""
         texts = self.target.stop_strings if texts is None else [texts] if isinstance(texts, str) else texts
-        if not all(isinstance(text, str) and text for text in texts):
-            raise UserError(f"stop strings {list(texts)!r}", fix="give texts of at least one character")
         for text in texts:
             check_text(text, "stop string")
         return [StopStringCriteria(self.tokenizer, list(texts))] if texts else []
 
-    def __call__(self, model: Any, input_ids: Tensor, streamer: Any = None, **kwargs: Any) -> MSDOutput | Tensor:
+    def __call__(
+        self, model: Any, input_ids: Tensor, streamer: Any = None, stop_strings: Any = None, **kwargs: Any
+    ) -> MSDOutput | Tensor:
         """For ``target.generate(**inputs, custom_generate=msd)``. Returns the sequences, or an `MSDOutput` with
         ``return_dict_in_generate``. transformers does not pass its streamer to such a function: use
         ``custom_generate=partial(msd, streamer=s)``."""
-        kwargs["stopping_criteria"] = StoppingCriteriaList([*kwargs["stopping_criteria"], *self._stop_at(None)])
+        texts = checked_settings({"stop_strings": stop_strings}).get("stop_strings")
+        kwargs["stopping_criteria"] = StoppingCriteriaList([*kwargs["stopping_criteria"], *self._stop_at(texts)])
         output = self._decode(model, input_ids, use_msd=True, tree=None, seed=None, bound_streamer=streamer, **kwargs)
         return output if kwargs["generation_config"].return_dict_in_generate else output.sequences
 
@@ -284,9 +298,12 @@ class MSDModel:
         **model_inputs: Any,
     ) -> MSDOutput:
         """Called by transformers' `generate` after it has prepared inputs, processors and criteria."""
-        check_request(input_ids, generation_config, bound_streamer, model_inputs)
+        check_request(self.target, input_ids, generation_config, bound_streamer, model_inputs)
         stopper = Stopper(stopping_criteria, input_ids.shape[1])
-        self._warn_of_length({"input_ids": input_ids, **model_inputs}, stopper.max_new_tokens)
+        inputs = {"input_ids": input_ids, **model_inputs}
+        if self._compiled is not None:  # its caches have a fixed size
+            self.target.check_length(inputs, stopper.max_new_tokens)
+        self._warn_of_length(inputs, stopper.max_new_tokens)
         if bound_streamer is not None:
             bound_streamer.put(input_ids.cpu())
         batch = input_ids.shape[0]
@@ -305,7 +322,7 @@ class MSDModel:
             wait=self.target.synchronize if self.exact_phases else None,
             seeds=None if seed is None else tuple(seeds_of(seed, batch)),
         )
-        decoder = Decoder(self.target, draft, {"input_ids": input_ids, **model_inputs}, settings)
+        decoder = Decoder(self.target, draft, inputs, settings)
         tokens = decoder.run()
         answers = [torch.tensor(each, dtype=input_ids.dtype, device=input_ids.device) for each in tokens]
         padded = pad_sequence(answers, batch_first=True, padding_value=generation_config.pad_token_id or 0)
@@ -313,6 +330,8 @@ class MSDModel:
 
     def _bounds(self, tree: TreeConfig | None, batch: int) -> TreeConfig:
         """The tree of a request: a chain if the target verifies nothing else."""
+        if tree is not None and not isinstance(tree, TreeConfig):
+            raise UserError(f"tree={tree!r}", fix='give a TreeConfig; MSDModel itself takes "auto" and "fixed"')
         tree = tree or self.tree_for(batch)
         return tree if self.target.verifies_trees else tree.as_chain()
 
@@ -352,34 +371,3 @@ class MSDModel:
         if bounds not in self._costs:
             self._costs[bounds] = cost_of(self.target, self.draft, tree)
         return self._costs[bounds]
-
-
-def check_mask(mask: Tensor | None) -> None:
-    """Refuses an attention mask [B, P] with zeros that are not padding at an end of a sequence, and one without ones.
-
-    transformers keeps masked tokens in windows, in the states of linear attention and in the text that processors see.
-    The engine removes them.
-    """
-    if mask is None or mask.ndim != 2:
-        return
-    ones = torch.nn.functional.pad(mask.bool(), (1, 0)).int()  # [B, 1 + P]
-    runs = (ones.diff(dim=1) > 0).sum(dim=1)  # [B]
-    if bool((runs != 1).any()):
-        raise UserError(
-            "attention_mask with zeros inside a prompt", fix="mask only the padding before or after a prompt"
-        )
-
-
-def check_request(
-    input_ids: Tensor, settings: GenerationConfig, streamer: Any, model_inputs: Mapping[str, Any]
-) -> None:
-    """Refuses settings and inputs that speculative decoding does not support."""
-    check_settings(settings)
-    check_mask(model_inputs.get("attention_mask"))
-    if model_inputs.get("inputs_embeds") is not None:
-        raise UserError("inputs_embeds: MSD needs the ids of the prompt", fix="give input_ids and the pictures instead")
-    if streamer is not None and input_ids.shape[0] > 1:
-        raise UserError(
-            f"a streamer for {input_ids.shape[0]} prompts: streamers print one answer",
-            fix="generate one prompt at a time, or leave the streamer out",
-        )

@@ -170,5 +170,10 @@ class Sampler:
     def scores(self, logits: Tensor, prefix: Tensor) -> Tensor:
         """Processed logits [N, V], float32, on the device of ``prefix``, where the processors' own tensors are."""
         raw = logits.to(prefix.device, torch.float32, copy=True)
-        scores: Tensor = self.processors(prefix.expand(raw.shape[0], -1), raw)
+        try:
+            scores: Tensor = self.processors(prefix.expand(raw.shape[0], -1), raw)
+        except OverflowError as error:  # the power of a Python number
+            if not any(isinstance(each, hf.ExponentialDecayLengthPenalty) for each in self.processors):
+                raise
+            raise UserError("exponential_decay_length_penalty overflows", fix="give a smaller factor") from error
         return scores

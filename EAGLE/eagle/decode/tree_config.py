@@ -53,7 +53,7 @@ class TreeConfig:
         if isinstance(tree, TreeConfig):
             return tree
         kinds = {"auto": cls.auto, "fixed": cls.for_device}
-        if tree not in kinds:
+        if not isinstance(tree, str) or tree not in kinds:
             raise UserError(f"tree={tree!r}", fix='give "auto", "fixed" or a TreeConfig')
         return kinds[tree](device)
 

@@ -39,6 +39,8 @@ class DraftOptions:
             That is EAGLE's way, and MSD's ablation.
         image_tokens: rows that the draft keeps of a picture (`eagle.drafts.compression`). None keeps all.
         image_merge: how these rows are merged. Only "pool" exists.
+        layer_size: hidden size of the decoder layer. None is the base's; with another the draft has two more linear
+            layers, ``image_fc`` before the layer and ``out_fc`` after it.
     """
 
     positions: Literal["plain", "mrope"] = "plain"
@@ -46,6 +48,7 @@ class DraftOptions:
     decoupled: bool = True
     image_tokens: int | None = Field(None, ge=0)
     image_merge: Literal["pool"] = "pool"
+    layer_size: Size | None = None
 
     @property
     def compression(self) -> Compression:
@@ -79,6 +82,11 @@ class DraftConfig:
     fc_bias: bool = True
     options: DraftOptions = field(default_factory=DraftOptions)
     published: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def layer_size(self) -> int:
+        """Hidden size of the decoder layer."""
+        return self.options.layer_size or self.hidden_size
 
     @classmethod
     def from_dict(

@@ -12,10 +12,13 @@ image (decoupled)               the projected image feature of ``x_{t+1}``; no f
 
 Source: arXiv 2505.14260, section 3 (decoupled inputs), on the one-layer head of EAGLE (arXiv 2401.15077). There is no
 final norm. State-dict keys are those of the published checkpoints. A draft whose config says ``"decoupled": false`` has
-``fc([image feature ; h_t])`` in image rows too: what the paper compares with.
+``fc([image feature ; h_t])`` in image rows too: what the paper compares with. One whose layer has another hidden size
+than the target (``"layer_size"``) reads image features through ``image_fc``, and predicts ``h`` through ``out_fc``.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +39,14 @@ class DraftModel(DraftHead):
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=config.fc_bias)
-        self.layers = nn.ModuleList([DraftLayer(config, input_norm=config.input_layernorm)])
+        size, inner = config.hidden_size, config.layer_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, size)
+        self.fc = nn.Linear(2 * size, inner, bias=config.fc_bias)
+        own_size = config.options.layer_size is not None
+        self.image_fc = nn.Linear(size, inner, bias=False) if own_size else None
+        self.out_fc = nn.Linear(inner, size, bias=False) if own_size else None
+        sizes = replace(config, hidden_size=inner)
+        self.layers = nn.ModuleList([DraftLayer(sizes, input_norm=config.input_layernorm)])
         self.rotary = self.new_rotary()
         self.spare_head: Tensor | None = None  # [V, H] an lm_head in the checkpoint, to be compared with the base's
 
@@ -57,17 +65,18 @@ class DraftModel(DraftHead):
         return f"hidden states after the final norm; positions {options.positions}; image rows: {kept}, {rows}"
 
     def fuse(self, hidden: Tensor, next_embeds: Tensor, next_is_image: Tensor | None = None) -> Tensor:
-        """Input rows of the layer, as in the table above.
+        """Input rows of the layer [B, S, layer size], as in the table above.
 
         Args:
             hidden: [B, S, H] target (or predicted) hidden state ``h_t``.
             next_embeds: [B, S, H] ``E(x_{t+1})``, or the projected image feature where ``x_{t+1}`` is an image token.
             next_is_image: [B, S] bool; None if no row is an image row.
         """
-        text = self.fc(torch.cat([next_embeds, hidden], dim=-1))  # [B, S, H]
+        text = self.fc(torch.cat([next_embeds, hidden], dim=-1))
         if next_is_image is None or not self.config.options.decoupled:
             return text
-        return torch.where(next_is_image.unsqueeze(-1), next_embeds, text)
+        image = next_embeds if self.image_fc is None else self.image_fc(next_embeds)
+        return torch.where(next_is_image.unsqueeze(-1), image, text)
 
     def read_prompt(self, prompt: Prompt, compression: Compression) -> PromptRows:
         hidden, next_ids, next_is_image, features, positions, next_position = prompt
@@ -84,3 +93,6 @@ class DraftModel(DraftHead):
 
     def text_rows(self, hidden: Tensor, tokens: Tensor, context: Tensor | None = None) -> Tensor:
         return self.fuse(hidden, self.embed_tokens(tokens))
+
+    def after_layers(self, x: Tensor) -> Tensor:
+        return x if self.out_fc is None else self.out_fc(x)

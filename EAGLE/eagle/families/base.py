@@ -21,6 +21,8 @@ from eagle.families.streams import StreamReader, Streams
 from eagle.kv_cache import KVCache
 from eagle.weight_layout import to_input_major_layout
 from llava.errors import UserError
+from llava.generation import checked_settings
+from llava.strict import shown
 
 MASKED_ATTENTION = ("sdpa", "eager")
 LayerMasks = Tensor | dict[str, Tensor | None]
@@ -105,10 +107,15 @@ class Target(ABC):
         check_attention(model.config.get_text_config()._attn_implementation)
         self.layers = attention_layers(model.config.get_text_config(), self.text_types)
         self.model = model.eval()
+        name = f"generation config of {model.config.name_or_path}"
+        for key, value in checked_settings(vars(model.generation_config), name, self.vocab_size).items():
+            setattr(model.generation_config, key, value)
         texts = model.generation_config.stop_strings or ()
         self.stop_strings = (texts,) if isinstance(texts, str) else tuple(texts)
         model.generation_config.stop_strings = None
         self.processor = processor
+        for media in self.media:
+            check_media_token(media, self)
         self._streams = StreamReader()
 
     def streams(self, layers: Sequence[int]) -> AbstractContextManager[Streams]:
@@ -210,7 +217,8 @@ class Target(ABC):
     def chat_prompt(
         self, question: str, num_images: int = 0, history: Sequence[tuple[str, str]] = (), system: str | None = None
     ) -> str:
-        """The family's conversation template around a question; ``history`` is (question, answer) pairs."""
+        """The family's conversation template around a question; ``history``: (question, answer) pairs before it. The
+        pictures stand in the first question."""
 
     def complete_inputs(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Inputs that transformers' `generate` needs beside ``inputs``, derived from ``input_ids`` [B, P]."""
@@ -422,6 +430,19 @@ class Target(ABC):
         """`head` for hidden states on `head_device`."""
         head, cap = self.model.get_output_embeddings(), self.logit_cap
         return head if cap is None else lambda hidden: capped(head(hidden), cap)
+
+
+def check_media_token(media: Media, target: Target) -> None:
+    """Raises `UserError` if the config's id of a kind of media is not that of its token in the tokenizer."""
+    given, tokenizer = getattr(target.config, media.token, None), target.tokenizer
+    mark = getattr(target.processor, f"{media.name}_token", None)
+    known = [getattr(tokenizer, f"{media.name}_token_id", None)]
+    known += [tokenizer.convert_tokens_to_ids(mark)] if mark else []
+    known = [each for each in known if each is not None and each != tokenizer.unk_token_id]
+    rows = target.model.get_input_embeddings().weight.shape[0]
+    if type(given) is not int or (given not in known if known else not 0 <= given < rows):
+        fix = f"the tokenizer's id is {known[0]}" if known else f"give an id from 0 to {rows - 1}"
+        raise UserError(f"{media.token}={shown(given)}", f"config of {target.config.name_or_path}", fix)
 
 
 def check_attention(name: str) -> None:

@@ -35,6 +35,7 @@ class Family:
         training_name: ``--model_type`` of training; with ``_t`` or ``_v`` that of the allocation.
         eval_model: ``--model`` of lmms-eval.
         caps_logits: the stock model applies ``final_logit_softcapping`` of its text config.
+        vllm: MSD drafts of it are exported to vLLM. Only families whose drafts were compared there with our loop.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Family:
     training_name: str
     eval_model: str
     caps_logits: bool = False
+    vllm: bool = False
 
     def target_class(self) -> type[Target]:
         return _imported(self.target)
@@ -64,6 +66,7 @@ FAMILIES: tuple[Family, ...] = (
         template="eagle.families.llava.template:LlavaTemplate",
         training_name="llava_v15",
         eval_model="llava_msd",
+        vllm=True,
     ),
     Family(
         "llava_next",
@@ -74,6 +77,7 @@ FAMILIES: tuple[Family, ...] = (
         template="eagle.families.llava_next.template:LlavaNextTemplate",
         training_name="llava_next",
         eval_model="llava_next_msd",
+        vllm=True,
     ),
     Family(
         "qwen2_vl",
@@ -84,6 +88,7 @@ FAMILIES: tuple[Family, ...] = (
         template="eagle.families.qwen2_vl.template:QwenTemplate",
         training_name="qwen2_vl",
         eval_model="qwen2_vl_msd",
+        vllm=True,
     ),
     Family(
         "qwen2_5_vl",
@@ -94,6 +99,7 @@ FAMILIES: tuple[Family, ...] = (
         template="eagle.families.qwen2_vl.template:QwenTemplate",
         training_name="qwen2_5_vl",
         eval_model="qwen2_5_vl_msd",
+        vllm=True,
     ),
     Family(
         "qwen3_vl",
@@ -104,6 +110,7 @@ FAMILIES: tuple[Family, ...] = (
         template="eagle.families.qwen2_vl.template:QwenTemplate",
         training_name="qwen3_vl",
         eval_model="qwen3_vl_msd",
+        vllm=True,
     ),
     Family(
         "qwen3_vl_moe",

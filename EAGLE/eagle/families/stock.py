@@ -16,10 +16,11 @@ from eagle.families.base import Target
 from llava.checkpoint import quiet_transformers
 from llava.device import dtype_for
 from llava.errors import UserError, reason_of
+from llava.generation import check_generation_config
 from llava.hub import HUB_KEYS, Source
 from llava.image import load_image
 from llava.inputs import check_text
-from llava.loading import check_generation_config, load_errors
+from llava.loading import load_errors
 from llava.processor import flat_pictures
 from llava.weights import check_size, find_weights, read_shapes
 
@@ -44,9 +45,10 @@ class StockTarget(Target):
         hub = {key: settings[key] for key in HUB_KEYS if key in settings}
         processor = load_processor(path, **hub)
         source = Source.of(path, hub, "base model")
-        check_generation_config(source)
-        check_size(cls.model_class, load_config(path, **hub), read_shapes(find_weights(source)), path)
+        config = load_config(path, **hub)
+        check_size(cls.model_class, config, read_shapes(find_weights(source)), path)
         with quiet_transformers():
+            check_generation_config(source, config.get_text_config().vocab_size)
             model, info = cls.model_class.from_pretrained(
                 path, **settings, output_loading_info=True, ignore_mismatched_sizes=True
             )
@@ -55,6 +57,8 @@ class StockTarget(Target):
 
     def prepare(self, prompt: str | Sequence[str], images: Sequence[Any] = (), **more: Any) -> dict[str, Any]:
         """As in `Target`. ``more``: further arguments of the processor, such as videos."""
+        if more.get("videos") and getattr(self.processor, "video_processor", None) is None:
+            raise UserError(f"{self.family} models do not read videos", fix="give pictures")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         for text in prompts:
             check_text(text, "prompt")
@@ -82,7 +86,8 @@ class StockTarget(Target):
         turns: list[tuple[list[Part], str | None]] = [
             ([text_part(asked)], without_marks(self.processor, answer)) for asked, answer in history
         ]
-        turns.append(([*[IMAGE] * num_images, text_part(question)], None))
+        turns.append(([text_part(question)], None))
+        turns[0][0][:0] = [IMAGE] * num_images
         return write_chat(self.processor, turns, None if system is None else without_marks(self.processor, system))
 
 

@@ -6,7 +6,6 @@ places in the text.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -77,7 +76,7 @@ class PromptOutline:
     images: dict[str, Tensor]
 
 
-class Template(ABC):
+class Template:
     """How a family writes a conversation. The defaults suit the processors of transformers.
 
     Args:
@@ -122,9 +121,10 @@ class Template(ABC):
         """Ids that the processor puts between the image tokens of one picture."""
         return frozenset()
 
-    @abstractmethod
     def first_pictures(self, images: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-        """The image inputs of the first ``count`` pictures among those of a conversation; {} for none."""
+        """The image inputs of the first ``count`` pictures among those of a conversation; {} for none. By default each
+        input has a row for each picture."""
+        return {name: images[name][:count] for name in self.image_inputs} if count else {}
 
     def grids(self, images: dict[str, Tensor]) -> Tensor:
         """[P, 3] int64: frames, rows and columns of each picture's features. [0, 3] where the family's positions do not

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -88,12 +89,12 @@ class Source:
 
 def model_name(model: str) -> str:
     """Hub name of a model, or the name of its folder."""
-    return Path(model).resolve().name if Path(model).is_dir() else model
+    return Path(model).resolve().name if os.path.isdir(model) else model
 
 
 def commit_of(model: str) -> str | None:
     """The commit of a model in the hub's cache, given by hub name or snapshot folder; None for other models."""
-    if Path(model).is_dir():
+    if os.path.isdir(model):
         snapshot = Path(model).resolve()
     else:
         from huggingface_hub import try_to_load_from_cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from eagle.extras import require
 from eagle.questions import Question
 from eagle.serving.client import Load, Server, measure, request_of, run_load
 from llava.errors import UserError
-from llava.files import atomic_write
+from llava.files import atomic_write, read_object
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,7 +21,7 @@ def bench_servers(
     questions: Sequence[Question],
     loads: Sequence[Load],
     server: Server,
-    plain: Server | None,
+    plain: Server | Mapping[Load, dict[str, Any]] | None,
     settings: dict[str, Any],
     warm_up: int,
 ) -> dict[str, Any]:
@@ -29,35 +29,59 @@ def bench_servers(
 
     Args:
         server: the one that is measured.
-        plain: the same model without a draft; it is asked right after ``server`` at each load, so that both have the
-            same machine. None if there is no second server.
+        plain: the same model without a draft. A server is asked right after ``server`` at each load, so that both have
+            the same machine; or rows of `earlier`. None if there is nothing to compare with.
         settings: ``max_tokens`` and sampling of each request.
         warm_up: questions asked first, not counted.
 
     Returns:
-        ``server``, ``plain`` (addresses), ``model`` and ``levels``: a row of `measure` for each load, with ``speedup``,
-        ``equal_answers`` and the row ``plain`` if there are two servers.
+        ``server``, ``model`` and ``levels``: a row of `measure` for each load, with ``speedup``, ``equal_answers`` and
+        the row ``plain`` if there is one.
 
     Raises:
         UserError: a server does not answer.
     """
     from tqdm import tqdm
 
-    servers = [server, *([plain] if plain else [])]
+    servers = [server, *([plain] if isinstance(plain, Server) else [])]
     bodies = {each.url: [request_of(question, each.model(), settings) for question in questions] for each in servers}
     for each in servers if warm_up else []:
         run_load(each, bodies[each.url][:warm_up], Load(concurrency=1))
     levels = []
     for load in tqdm(loads, desc="bench", unit="level", file=sys.stderr):
-        row, answers = measure(server, bodies[server.url], load)
+        row = measure(server, bodies[server.url], load)
         if plain is not None:
-            row["plain"], others = measure(plain, bodies[plain.url], load)
-            row["speedup"] = row["tokens_per_second"] / row["plain"]["tokens_per_second"]
-            pairs = [(a, b) for a, b in zip(answers, others, strict=True) if not a.error and not b.error]
-            row["equal_answers"] = sum(a.text == b.text for a, b in pairs)
+            other = measure(plain, bodies[plain.url], load) if isinstance(plain, Server) else plain[load]
+            row["plain"], row["speedup"] = other, row["tokens_per_second"] / other["tokens_per_second"]
+            pairs = zip(row["answers"], other["answers"], strict=True)
+            row["equal_answers"] = sum(a is not None and a == b for a, b in pairs)
         levels.append(row)
-    model = bodies[server.url][0]["model"]
-    return {"server": server.url, "plain": plain.url if plain else None, "model": model, "levels": levels}
+    return {"server": server.url, "model": bodies[server.url][0]["model"], "levels": levels}
+
+
+def earlier(path: Path, loads: Sequence[Load], settings: Mapping[str, Any]) -> dict[Load, dict[str, Any]]:
+    """Rows of an earlier report, of a server without the draft.
+
+    Args:
+        settings: what the report must have under ``settings``, apart from the number of questions to warm up.
+
+    Raises:
+        UserError: it is not such a report, has other settings or questions, or lacks a load.
+    """
+    report = read_object(path, "report of a server")
+    try:
+        rows = {Load(row["concurrency"], row["rate"]): row for row in report["levels"] if row["answers"]}
+        theirs = dict(report["settings"])
+    except (KeyError, TypeError):
+        raise UserError("not a report of msd bench --server", path, "measure the server without the draft") from None
+    for name in sorted((settings.keys() | theirs.keys()) - {"warm_up"}):
+        if settings.get(name) != theirs.get(name):
+            what = f"made with {name} {theirs.get(name)}, this run has {settings.get(name)}"
+            raise UserError(what, path, "measure both servers with the same options")
+    for load in loads:
+        if load not in rows:
+            raise UserError(f"has no level '{load}'", path, f"it has {', '.join(map(str, rows))}")
+    return rows
 
 
 def table_of(report: dict[str, Any]) -> Table:

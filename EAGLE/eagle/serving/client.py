@@ -197,8 +197,8 @@ def run_load(server: Server, bodies: Sequence[Mapping[str, Any]], load: Load) ->
     return answers, time.perf_counter() - begin
 
 
-def measure(server: Server, bodies: Sequence[Mapping[str, Any]], load: Load) -> tuple[dict[str, Any], list[Answer]]:
-    """One row of the report, and the answers.
+def measure(server: Server, bodies: Sequence[Mapping[str, Any]], load: Load) -> dict[str, Any]:
+    """One row of the report.
 
     Raises:
         UserError: no request was answered.
@@ -222,11 +222,12 @@ def measure(server: Server, bodies: Sequence[Mapping[str, Any]], load: Load) -> 
         "tokens_per_second": tokens / seconds,
         "first_token_ms": spread([1000 * answer.first for answer in good]),
         "between_tokens_ms": spread([1000 * gap for gap in gaps]),
+        "answers": [None if answer.error else answer.text for answer in answers],
     }
     if before is not None and after is not None and (made := after.since(before)).drafts:
         row["acceptance_length"] = 1 + made.accepted / made.drafts
         row["accepted_by_position"] = [made.by_position[place] / made.drafts for place in sorted(made.by_position)]
-    return row, answers
+    return row
 
 
 def spread(values: Sequence[float]) -> dict[str, float] | None:

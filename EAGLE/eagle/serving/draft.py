@@ -7,6 +7,7 @@ gets ``draft_vocab`` [K] and the base's rows of ``lm_head`` [K, H] for them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from eagle.drafts.checkpoint import load_draft
 from eagle.drafts.eagle3 import Eagle3Draft
 from eagle.drafts.head import DraftHead
 from eagle.drafts.msd import DraftModel
-from eagle.families import family_of
+from eagle.families import FAMILIES, Family, family_of
 from eagle.families.base_weights import BaseTensors, load_base_tensors
 from eagle.provenance import record
 from llava.errors import UserError
@@ -44,10 +45,13 @@ def export_draft(name: str | Path, out: str | Path, base: str | Path | None = No
     """
     draft = portable(load_draft(name), name)
     positions = [draft.config.published.get("max_position_embeddings")]
-    tensors = None
+    tensors, families = None, served_families(draft)
     if base is not None:
-        tensors = load_base_tensors(base)
-        fit(draft, tensors, family_of(base).name)
+        family = family_of(base)
+        if not family.vllm:
+            raise not_served(family, base)
+        tensors, families = load_base_tensors(base), [family]
+        fit(draft, tensors, family.name)
         fields = read_object(Source.of(base, what="base model").require("config.json", "base model config"))
         positions.append({**fields, **(fields.get("text_config") or {})}.get("max_position_embeddings"))
     elif draft.draft_vocab is not None:
@@ -57,7 +61,7 @@ def export_draft(name: str | Path, out: str | Path, base: str | Path | None = No
         raise UserError("the draft's config does not say how many positions there are", name, WITH_BASE)
     with atomic_folder(out) as folder:
         save_file(exported_tensors(draft, tensors), folder / "model.safetensors", metadata={"format": "pt"})
-        write_json(folder / "config.json", exported_config(draft, max(known)))
+        write_json(folder / "config.json", exported_config(draft, max(known), families))
         write_json(folder / "provenance.json", {"draft": str(name), "base_model": base and str(base), **record()})
     return Path(out)
 
@@ -72,6 +76,9 @@ def portable(draft: DraftHead, name: str | Path) -> DraftModel:
         own = 'vLLM has its own EAGLE-3: give it this head as published, with "method": "eagle3"'
         fix = own if isinstance(draft, Eagle3Draft) else "serve an MSD draft"
         raise UserError(f"{draft.kind} heads are not exported to vLLM, only MSD drafts are", name, fix)
+    for family in FAMILIES:
+        if family.name == draft.config.model_type and not family.vllm:
+            raise not_served(family, name)
     options = draft.config.options
     if options.image_tokens is not None:
         raise UserError(
@@ -79,12 +86,25 @@ def portable(draft: DraftHead, name: str | Path) -> DraftModel:
             name,
             "serve a draft without image_tokens",
         )
+    if options.layer_size is not None:
+        raise UserError("vLLM cannot run a draft whose layer has a hidden size of its own (layer_size)", name)
     if options.positions != "plain":
         raise UserError(
             f"vLLM gives a draft plain positions, this one was trained with {options.positions}", name,
             "serve a draft with plain positions",
         )  # fmt: skip
     return draft
+
+
+def served_families(draft: DraftModel) -> list[Family]:
+    """Families of base models that vLLM runs a draft with, as far as the draft's config can tell."""
+    return [each for each in FAMILIES if each.vllm and ("qwen" in each.name) == ("qwen" in draft.config.model_type)]
+
+
+def not_served(family: Family, where: str | Path) -> UserError:
+    """The error of a family that was not tried in vLLM."""
+    known = ", ".join(each.title for each in FAMILIES if each.vllm)
+    return UserError(f"drafts of {family.title} are not exported to vLLM", where, f"drafts of {known} are")
 
 
 def fit(draft: DraftModel, base: BaseTensors, family: str) -> None:
@@ -105,8 +125,13 @@ def exported_tensors(draft: DraftModel, base: BaseTensors | None) -> dict[str, T
     return tensors
 
 
-def exported_config(draft: DraftModel, positions: int) -> dict[str, Any]:
-    """``config.json`` of the export. ``positions``: how many the base has."""
+def exported_config(draft: DraftModel, positions: int, families: Sequence[Family]) -> dict[str, Any]:
+    """``config.json`` of the export.
+
+    Args:
+        positions: how many the base has.
+        families: of base models that the plugin accepts.
+    """
     config = draft.config
     return {
         "architectures": [ARCHITECTURE],
@@ -129,6 +154,7 @@ def exported_config(draft: DraftModel, positions: int) -> dict[str, Any]:
         "torch_dtype": str(draft.dtype).removeprefix("torch."),
         "msd": {
             "family": config.model_type,
+            "targets": [name for family in families for name in family.model_types],
             "decoupled": config.options.decoupled,
             "input_layernorm": config.input_layernorm,
             "fc_bias": config.fc_bias,

@@ -9,7 +9,7 @@
       best/            the draft with the best simulated acceptance in validation
       final/           the draft where the run ended or stopped
       latest           name of the newest step folder
-      training.json, training.png, tensorboard/
+      training.json, training.png, training.html, tensorboard/
 
 A folder is written under a temporary name and renamed when it is complete.
 """

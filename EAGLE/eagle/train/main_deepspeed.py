@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from eagle.train.settings import TRACKERS, add_setting_flags, add_source_flags
 from llava.arguments import OneLineParser
@@ -43,6 +44,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--tracker", choices=TRACKERS, default="tensorboard", help="where values go (default %(default)s)"
     )
+    parser.add_argument(
+        "--eval-data", type=Path, metavar="FILE.jsonl",
+        help="answer some of these questions during training, by the decoding loop with the draft so far; loads the "
+        "base model beside it",
+    )  # fmt: skip
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     add_source_flags(parser)
     add_setting_flags(parser)

@@ -17,12 +17,14 @@ from eagle.drafts.config import DraftConfig
 from eagle.drafts.msd import DraftModel
 from eagle.extras import require
 from eagle.families.base_weights import BaseTensors, load_base_tensors
+from eagle.questions import Question, read_questions
 from eagle.train.checkpoint import CheckpointStore, Progress, describe_run
 from eagle.train.dataset import TrainingData, load_stored
 from eagle.train.engine import Engine, PlainEngine, read_deepspeed_config, suit_device
 from eagle.train.loss import DraftObjective, check_base
 from eagle.train.online import Processes, load_corpus
 from eagle.train.schedule import IMAGE, TEXT, BatchSizes, Schedule
+from eagle.train.served import ServedEvaluation
 from eagle.train.settings import TrainConfig, check_sources, override, read_config, with_draft_settings
 from eagle.train.tracking import FIRST_STEPS, Tracker
 from eagle.train.trainer import Trainer
@@ -43,6 +45,7 @@ def run(args: argparse.Namespace, stack: ExitStack) -> None:
     config = override(config, args)
     deepspeed_config = read_deepspeed_config(args.deepspeed_config)
     check_sources(args)
+    questions = evaluation_questions(args, config)
     base = load_base_tensors(args.basepath)
     rank, world = join_processes()
     if args.online:
@@ -62,13 +65,33 @@ def run(args: argparse.Namespace, stack: ExitStack) -> None:
         print(schedule.describe(), flush=True)
         print(left_to_do(progress, schedule, config), flush=True)
     total = min(config.max_steps or schedule.total_steps, schedule.total_steps)
-    tracker = Tracker(Path(args.cpdir), args.tracker, total, progress.step, asdict(config), engine.is_main)
-    trainer = Trainer(engine, data, schedule, config, store, tracker, progress)
+    served = None
+    if questions:
+        served = ServedEvaluation(
+            args.basepath, questions, Path(args.cpdir), config.eval_length, engine.device, engine.is_main
+        )
+    settings = {"base": args.basepath, "eval_data": args.eval_data and str(args.eval_data), **asdict(config)}
+    tracker = Tracker(Path(args.cpdir), args.tracker, total, progress.step, settings, engine.is_main)
+    trainer = Trainer(engine, data, schedule, config, store, tracker, progress, served)
     complete = trainer.run()
     tracker.finish(progress.history)
     if engine.is_main:
         stopped = f"stopped after step {progress.step} of {schedule.total_steps}, resume with --resume; draft so far"
         print(f"{'trained' if complete else stopped}: {Path(args.cpdir) / 'final'}", flush=True)
+
+
+def evaluation_questions(args: argparse.Namespace, config: TrainConfig) -> list[Question]:
+    """The questions that are answered during training; none without --eval-data.
+
+    Raises:
+        UserError: they cannot be read, or there are settings for an evaluation without questions.
+    """
+    if args.eval_data is not None:
+        return read_questions(args.eval_data, config.eval_limit)
+    for name in ("eval_every", "eval_limit", "eval_length"):
+        if getattr(config, name) != getattr(TrainConfig(), name):
+            raise UserError(f"{name}={getattr(config, name)} without questions", "--eval-data", "name a question file")
+    return []
 
 
 def left_to_do(progress: Progress, schedule: Schedule, config: TrainConfig) -> str:

@@ -78,12 +78,15 @@ class TrainConfig:
     )
     simulated_depth: int = Field(6, ge=1, le=16, description="tokens drafted in validation's simulated decoding")
     validation_limit: int = Field(256, ge=1, description="samples of each data set that a validation uses at most")
+    eval_every: int = Field(0, ge=0, description="steps between evaluations on --eval-data; 0 is once an epoch")
+    eval_limit: int = Field(8, ge=1, description="questions of --eval-data that are asked, the first ones")
+    eval_length: int = Field(128, ge=1, description="new tokens of an answer in an evaluation at most")
     workers: int = Field(0, ge=0, description="processes that load samples, 0 for a thread")
 
     def fingerprint(self) -> dict[str, Any]:
         """The settings that decide the loss curve; a resumed run must have the same."""
         free = {"save_every", "validate_every", "log_every", "keep_last", "max_steps", "workers", "head_chunk",
-                "simulated_depth", "validation_limit"}  # fmt: skip
+                "simulated_depth", "validation_limit", "eval_every", "eval_limit", "eval_length"}  # fmt: skip
         late = {"draft_image_tokens"} if self.draft_image_tokens < 0 else set()  # older runs do not have it
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free | late}
 

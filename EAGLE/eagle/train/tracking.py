@@ -1,4 +1,5 @@
-"""What a run measures and where it goes: progress bar, TensorBoard or Weights & Biases, ``training.json``, a plot."""
+"""What a run measures and where it goes: progress bar, TensorBoard or Weights & Biases, ``training.json``, a plot and a
+page."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from eagle.train.page import write_page
 from llava.errors import UserError
 from llava.files import atomic_write, write_json
 
@@ -83,13 +85,13 @@ class Tracker:
     Args:
         kind: one of `eagle.train.settings.TRACKERS`; TensorBoard is left out if it is not installed.
         total, done: optimizer steps in all, and those of the interrupted run.
-        settings: recorded with a Weights & Biases run.
+        settings: recorded in ``training.json`` and with a Weights & Biases run.
     """
 
     def __init__(
         self, folder: Path, kind: str, total: int, done: int, settings: Mapping[str, Any], main: bool = True
     ) -> None:
-        self.folder, self.main = folder, main
+        self.folder, self.main, self.settings = folder, main, dict(settings)
         self.bar = tqdm(total=total, initial=done, unit="step", disable=not main, dynamic_ncols=True, mininterval=1.0)
         self._steps, self._first_step = 0, 0.0
         self._tensorboard: Any = None
@@ -127,12 +129,25 @@ class Tracker:
             numbers = {key: value for key, value in values.items() if key not in ("accept_at", "rows")}
             self._record(f"validation/{name}", step, numbers)
 
+    def log_served(self, step: int, result: Mapping[str, Any], history: Mapping[str, Any]) -> None:
+        """An evaluation by decoding, of the main process; the page shows it at once."""
+        newest = history["validations"][-1:]
+        simulated = [f"{values['tau']:.2f} on {name}" for row in newest for name, values in row["results"].items()]
+        beside = f" (simulated: {', '.join(simulated)})" if simulated else ""
+        self.bar.write(
+            f"step {step}: decoding {len(result['answers'])} questions: tau {result['tau']:.2f}{beside}, "
+            f"{result['new_tokens']} new tokens, {result['seconds']:.1f} s"
+        )
+        self._record("decoding", step, {name: result[name] for name in ("tau", "accepted_per_cycle")})
+        write_page(history, self.folder / "training.html")
+
     def finish(self, history: Mapping[str, Any]) -> None:
-        """Writes ``training.json`` and ``training.png`` and closes everything."""
+        """Writes ``training.json``, ``training.png`` and ``training.html`` and closes everything."""
         self.bar.close()
         if self.main:
-            write_json(self.folder / "training.json", history)
+            write_json(self.folder / "training.json", {"settings": self.settings, **history})
             plot(history, self.folder / "training.png")
+            write_page(history, self.folder / "training.html")
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -163,8 +178,8 @@ def _open_wandb(folder: Path, settings: Mapping[str, Any]) -> Any:
     return wandb.init(project="msd", dir=str(folder), name=folder.name, config=dict(settings), resume="allow")
 
 
-COLOURS = {"training": "0.45", "text": "tab:blue", "image": "tab:orange"}
-"""Of the plot: training on both sets, and each set."""
+COLOURS = {"training": "0.45", "text": "tab:blue", "image": "tab:orange", "decoding": "tab:red"}
+"""Of the plot: training on both sets, each set, and decoding."""
 AXES_COLOURS = {"image_probability": "tab:purple", "learning_rate": "tab:green"}
 
 
@@ -190,9 +205,12 @@ def plot(history: Mapping[str, Any], path: Path) -> None:
     for panel, key, style in ((shares, "image_probability", "steps-pre"), (rates, "learning_rate", "default")):
         panel.plot(at, [row[key] for row in steps], color=AXES_COLOURS[key], drawstyle=style)
         panel.set_xlabel("step")
+    if served := history.get("served"):
+        at_served = [row["step"] for row in served]
+        taus.plot(at_served, [row["tau"] for row in served], marker="o", color=COLOURS["decoding"], label="decoding")
     boundary = stage_boundary(steps)
     losses.set(ylabel="loss", title="Loss")
-    taus.set(ylabel="tokens per verification", title="Simulated acceptance (chain)")
+    taus.set(ylabel="tokens per verification", title="Acceptance: simulated (chain), and in decoding")
     shares.set(ylabel="share", ylim=(-0.05, 1.05), title="Share of image samples")
     rates.set(ylabel="rate", ylim=(0, None), title="Learning rate")
     for panel in axes.flat:

@@ -14,6 +14,7 @@ from eagle.train.dataset import Samples, TrainingData, batches
 from eagle.train.engine import METRICS, Engine
 from eagle.train.loss import trained_parameters
 from eagle.train.schedule import Item, Schedule, epoch_items, image_probability, micro_batches
+from eagle.train.served import ServedEvaluation
 from eagle.train.settings import TrainConfig
 from eagle.train.tracking import Tracker
 from eagle.train.validation import validate
@@ -32,9 +33,10 @@ class Trainer:
         store: CheckpointStore,
         tracker: Tracker,
         progress: Progress,
+        served: ServedEvaluation | None = None,
     ) -> None:
         self.engine, self.data, self.schedule, self.config = engine, data, schedule, config
-        self.store, self.tracker, self.progress = store, tracker, progress
+        self.store, self.tracker, self.progress, self.served = store, tracker, progress, served
 
     def run(self) -> bool:
         """Returns whether training is complete."""
@@ -91,11 +93,15 @@ class Trainer:
         if progress.step % config.log_every == 0 or last:
             self._log(epoch)
         validates = last or progress.step % (config.validate_every or schedule.steps_per_epoch) == 0
-        if not (validates or saves):
+        evaluates = last or progress.step % (config.eval_every or schedule.steps_per_epoch) == 0
+        evaluates = evaluates and self.served is not None
+        if not (validates or saves or evaluates):
             return
         with progress.meter.paused():
             if validates:
                 self._validate()
+            if evaluates:
+                self._evaluate()
             if saves:
                 self._check_weights()
                 self.store.save(self.engine, progress)
@@ -156,6 +162,16 @@ class Trainer:
         if self.progress.best is None or score > self.progress.best:
             self.progress.best = score
             self.store.save_draft(self.engine, "best", self.progress.step)
+
+    def _evaluate(self) -> None:
+        """Answers the evaluation's questions with the draft so far; the other processes wait for the main one."""
+        assert self.served is not None
+        result = self.served(self.engine.objective.draft)
+        if result is not None:
+            history = self.progress.history
+            history.setdefault("served", []).append({"step": self.progress.step, **result})
+            self.tracker.log_served(self.progress.step, result, history)
+        self.engine.barrier()
 
     def _save_once(self) -> None:
         """Saves the last step of a stopped run, unless it is saved already."""

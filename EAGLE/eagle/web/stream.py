@@ -13,42 +13,16 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from eagle.decode.detokenizer import Detokenizer
 from eagle.decode.msd import MSDModel
 from eagle.decode.sampling import SamplingSettings
 from eagle.web.request import AnswerRequest
 from llava.errors import UserError
 from llava.memory import is_out_of_memory
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-"""What a tokenizer writes for the first bytes of a character."""
 Event = dict[str, Any]
 LAST = ("end", "error", "gone")
 """Kinds of the last event of a request."""
-
-
-class Detokenizer:
-    """The text of tokens that arrive one by one, in whole characters."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer, self._tokens = tokenizer, list[int]()
-        self._start, self._done = 0, 0  # the text of tokens before _done was returned; decoding starts at _start
-
-    def add(self, token: int) -> str:
-        """The text that ``token`` adds; empty while a character is incomplete."""
-        self._tokens.append(token)
-        text = self.rest()
-        if not text or text.endswith(REPLACEMENT):
-            return ""
-        self._start, self._done = self._done, len(self._tokens)
-        return text
-
-    def rest(self) -> str:
-        """The text that was not returned yet: that of an incomplete character."""
-        before = self._decode(self._tokens[self._start : self._done])
-        return self._decode(self._tokens[self._start :])[len(before) :]
-
-    def _decode(self, tokens: list[int]) -> str:
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 class ClientGone(Exception):

@@ -176,14 +176,15 @@ def test_caches_grow_with_the_answer(models: list[MSDModel], monkeypatch: pytest
     settings = {"tree": TREES[0], "max_new_tokens": 25, "temperature": 0}
     together = {**inputs_of(models[0], TEXTS), **settings, "max_new_tokens": 30}
     expected = [models[0].generate(**given).sequences for given in ({"input_ids": ids, **settings}, together)]
-    grown, grow = [], KVCache.grow
+    grown, grow = [], KVCache.reserve
 
     def look(self: KVCache, capacity: int) -> None:
-        grown.append((type(self), self.capacity))
+        if capacity > self.capacity:
+            grown.append((type(self), self.capacity))
         grow(self, capacity)
 
-    monkeypatch.setattr(decoder_module, "NEW_TOKENS", 4)
-    monkeypatch.setattr(KVCache, "grow", look)
+    monkeypatch.setattr(decoder_module, "AHEAD", 4)
+    monkeypatch.setattr(KVCache, "reserve", look)
     models[1]._compiled.target_caches._free = models[1]._compiled.draft_caches._free = None
     check_same(models, {"input_ids": ids}, **settings)
     assert torch.equal(models[1].generate(input_ids=ids, **settings).sequences, expected[0])

@@ -15,9 +15,11 @@ from tiny_llava import make_image, make_llava_hf
 from tiny_stock import make_qwen
 from transformers import GenerationConfig
 
-from eagle import MSDModel
+from eagle import MSDModel, TreeConfig
 from eagle.benchmark import with_transformers
 from eagle.cli import main
+from eagle.decode.generate_settings import NO_EFFECT, REFUSED, SERVED
+from eagle.drafts.checkpoint import load_draft
 from eagle.families import load_target
 from eagle.questions import Question
 from llava.errors import UserError
@@ -91,7 +93,13 @@ def test_what_the_engine_does_not_serve_is_named_and_left_out(
         ({"temperature": "x"}, "temperature"), ({"temperature": -1}, "temperature"), ({"top_k": 0.5}, "top_k"),
         ({"top_p": 3}, "top_p"), ({"do_sample": "yes"}, "do_sample"), ({"stop_strings": [""]}, "stop_strings"),
         ({"repetition_penalty": 0}, "repetition_penalty"), ({"eos_token_id": []}, "eos_token_id"),
-        ({"pad_token_id": "<pad>"}, "pad_token_id"),
+        ({"pad_token_id": "<pad>"}, "pad_token_id"), ({"min_new_tokens": "x"}, "min_new_tokens='x'"),
+        ({"bad_words_ids": [3]}, "bad_words_ids.0=3"), ({"bad_words_ids": [[10**6]]}, "1000000 is not an id"),
+        ({"suppress_tokens": 5}, "suppress_tokens=5"), ({"begin_suppress_tokens": "x"}, "begin_suppress_tokens='x'"),
+        ({"exponential_decay_length_penalty": 1.5}, "exponential_decay_length_penalty=1.5"),
+        ({"sequence_bias": {"1": 2.0}}, "sequence_bias"), ({"forced_eos_token_id": 10**6}, "1000000 is not an id"),
+        ({"encoder_repetition_penalty": -1}, "encoder_repetition_penalty=-1"), ({"max_time": "x"}, "max_time='x'"),
+        ({"eos_token_id": 10**30}, "eos_token_id="), ({"early_stopping": []}, "early_stopping="),
     ],
     ids=str,
 )  # fmt: skip
@@ -105,8 +113,57 @@ def test_wrong_values_are_named_when_the_model_is_loaded(
 
 
 def test_values_that_may_be_null_or_whole(pair: tuple[Path, Path]) -> None:
-    configure(pair[0], temperature=1, top_p=None, top_k=50, do_sample=False, stop_strings=None)
-    load_target(pair[0], dtype="float32")
+    configure(pair[0], temperature=1, top_p=None, top_k=50, do_sample=False, stop_strings=None, repetition_penalty=2)
+    msd = MSDModel.from_pretrained(*pair, dtype="float32")
+    inputs = msd.target.prepare("Hi")
+    wanted = msd.target.model.generate(**inputs, max_new_tokens=8)
+    assert torch.equal(msd.generate(**inputs, max_new_tokens=8).sequences, wanted)
+
+
+ODD: tuple[Any, ...] = (
+    None, True, False, -1, 0, 1, 3, 10**6, 10**10, 10**30, 10**400, -0.5, 0.0, 0.5, 1.0, 2.0, 1e300, "x", "", [], [1],
+    [-1], [10**6], [10**30], ["x"], [None], [0.5], [[1]], [[1, 2], [3]], [[-1]], [[10**6]], [[]], [3, 1.5], [3, "x"],
+    [3, 1e300], [[[5], 2.0]], [[[5, 6], -3]], [[[10**6], 2.0]], [[5], 2.0], {}, {"a": 1}, {"1": 2.0}, {"bias": 1},
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted({*SERVED, *NO_EFFECT, *REFUSED}))
+def test_any_value_at_any_key(tmp_path: Path, name: str) -> None:
+    """One line when the model is loaded, or answers as transformers' with that file."""
+    base = make_llava_hf(tmp_path / "base")
+    target = load_target(base, dtype="float32")
+    draft = load_draft(make_draft(tmp_path / "draft", target, agree=1.0), dtype=torch.float32)
+    whole = (base / "generation_config.json").read_text()
+    own = json.loads(whole)
+    inputs = target.prepare("USER: Name two rivers. ASSISTANT:")
+    length = {} if name == "max_new_tokens" else {"max_new_tokens": 4}
+    ran = 0
+    for value in ODD:
+        (base / "generation_config.json").write_text(json.dumps({**own, name: value}))
+        try:
+            msd = MSDModel(load_target(base, dtype="float32"), draft, TreeConfig(3, 3, 9))
+        except UserError as error:
+            assert "\n" not in str(error) and "generation_config.json" in str(error), value
+            assert name in str(error), value
+            continue
+        if name == "max_new_tokens" and value is not None and value > 100:
+            continue
+        ran += 1
+        for settings in ({"temperature": 0.0}, {"temperature": 0.7, "top_p": 1.0, "top_k": 0, "seed": 1}):
+            try:
+                output = msd.generate(**inputs, **length, **settings)
+            except UserError as error:
+                assert name in str(error), value
+                continue
+            if not settings["temperature"]:
+                try:
+                    wanted = msd.target.model.generate(**inputs, **length, do_sample=False)
+                except Exception:  # transformers cannot use what has no effect here
+                    assert name in NO_EFFECT
+                    continue
+                assert torch.equal(output.sequences, getattr(wanted, "sequences", wanted)), value
+    assert ran
 
 
 def test_criteria_get_what_they_get_from_transformers(pair: tuple[Path, Path]) -> None:

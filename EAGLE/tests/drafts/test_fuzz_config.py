@@ -24,7 +24,8 @@ ODD: tuple[Any, ...] = (
     None, True, False, -1, 0, 1, 3, 10**7, 10**20, 0.5, -0.5, 1e300, "", "x", "auto", [], [1], [[]], {}, {"a": 1},
 )  # fmt: skip
 MORE: dict[str, Any] = {
-    "msd": {"positions": "plain", "head_tokens": None, "decoupled": True, "image_tokens": None, "image_merge": "pool"},
+    "msd": {"positions": "plain", "head_tokens": None, "decoupled": True, "image_tokens": None, "image_merge": "pool",
+            "layer_size": None},
     "rope_scaling": {"rope_type": "default"}, "rope_parameters": {"rope_theta": 10000.0}, "bias": True,
     "hidden_act": "silu", "head_dim": 8, "text_config": {"rope_scaling": {}}, "torch_dtype": "float32",
     "train": {"epochs": 1, "learning_rate": 1e-4, "seed": 3},

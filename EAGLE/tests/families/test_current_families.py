@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,9 @@ import transformers
 from corpus_support import turns
 from packaging.version import Version
 from tiny_draft import make_draft
-from tiny_families import (
-    make_gemma3,
-    make_gemma4,
-    make_glm,
-    make_internvl,
-    make_mistral3,
-    make_onevision,
-    make_paddleocr,
-    make_qwen3_vl,
-)
-from tiny_llava import make_image
+from tiny_families import FAMILY_MAKERS
+from tiny_llava import make_image, make_llava_hf
+from tiny_stock import make_llava_next, make_qwen
 from torch._dynamo.utils import counters
 from transformers.video_utils import VideoMetadata
 
@@ -35,23 +27,13 @@ from eagle.families import family_named, load_target, template_of
 from eagle.families.template import join_images
 from llava.errors import UserError
 
-MAKERS: dict[str, Callable[[Path], Path]] = {
-    "qwen3_vl": make_qwen3_vl,
-    "qwen3_vl_moe": lambda folder: make_qwen3_vl(folder, moe=True),
-    "gemma3": make_gemma3,
-    "gemma4": make_gemma4,
-    "gemma4-plain": lambda folder: make_gemma4(folder, kind="plain"),
-    "gemma4-experts": lambda folder: make_gemma4(folder, kind="experts"),
-    "gemma4_unified": lambda folder: make_gemma4(folder, kind="unified"),
-    "internvl": make_internvl,
-    "mistral3": make_mistral3,
-    "glm4v": make_glm,
-    "glm4v_moe": lambda folder: make_glm(folder, "glm4v_moe", moe=True),
-    "glm46v": lambda folder: make_glm(folder, "glm46v"),
-    "glm46v-experts": lambda folder: make_glm(folder, "glm46v", moe=True),
-    "glm_ocr": lambda folder: make_glm(folder, "glm_ocr"),
-    "paddleocr_vl": make_paddleocr,
-    "llava_onevision": make_onevision,
+MAKERS = {name: make for name, make in FAMILY_MAKERS.items() if not name.startswith("qwen3_5")}
+ALL_MAKERS = {
+    "llava": make_llava_hf,
+    "llava_next": make_llava_next,
+    "qwen2_vl": make_qwen,
+    "qwen2_5_vl": partial(make_qwen, version="2.5"),
+    **FAMILY_MAKERS,
 }
 TREES = [TreeConfig(5, 10, 60), TreeConfig(2, 2, 6)]
 SIZES = [(50, 34), (112, 30), (64, 100)]
@@ -82,22 +64,27 @@ ENDS = {
     "mistral3": "</s>",
     "paddleocr_vl": "</s>",
 }
-PICTURES_ONLY = ("gemma3", "mistral3", "glm4v", "glm4v_moe", "glm46v", "glm_ocr", "paddleocr_vl")
+PICTURES_ONLY = ("gemma3", "mistral3", "paddleocr_vl")
+VISION = "<|vision_start|><|video_pad|><|vision_end|>"
 THOUGHTS = {"glm46v": "<think></think>\n"}
 
 
-@pytest.fixture(scope="module", params=MAKERS)
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> MSDModel:
-    skip_if_missing(request.param.partition("-")[0])
-    folder = tmp_path_factory.mktemp(request.param)
-    target = load_target(MAKERS[request.param](folder / "base"), dtype=torch.float32)
+def load_pair(name: str, folder: Path) -> MSDModel:
+    """A tiny base of `ALL_MAKERS` with a draft that is right now and then."""
+    skip_if_missing(name.partition("-")[0])
+    target = load_target(ALL_MAKERS[name](folder / "base"), dtype=torch.float32)
     target.model.generation_config.eos_token_id = None
     changes: dict[str, Any] = {}
-    if "qwen3" in request.param:
+    if "qwen3" in name:
         rope = {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
         changes = {"msd": {"positions": "mrope"}, "rope_scaling": rope}
     draft = make_draft(folder / "draft", target, agree=1.0, head_dim=8, **changes)
     return MSDModel(target, load_draft(draft, dtype=torch.float32), tree=TREES[0])
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> MSDModel:
+    return load_pair(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def skip_if_missing(family: str) -> None:
@@ -240,30 +227,64 @@ def test_what_is_learnt_and_what_is_asked(
     assert learnt.replace(" ", "") == "".join(thought + answer + end for answer in answers).replace(" ", "")
 
 
+def video_prompt(model: MSDModel, question: str) -> str:
+    family = model.target.family
+    mark = {"glm": "<|begin_of_video|><|video|><|end_of_video|>", "gem": "<|video|>", "qwe": VISION}.get(family[:3])
+    return f"user {mark or '<video>'} {question} assistant"
+
+
+def with_videos(model: MSDModel, prompts: list[str], images: list[Any], count: int = 1) -> dict[str, Any]:
+    """Model inputs of prompts with ``count`` videos of four frames."""
+    random = np.random.default_rng(0)
+    videos = [random.integers(0, 255, (4, 56, 56 + 28 * number, 3), dtype=np.uint8) for number in range(count)]
+    known = [VideoMetadata(total_num_frames=4, fps=2.0, frames_indices=[0, 1, 2, 3]) for _ in videos]
+    return model.target.prepare(prompts, images, videos=videos, video_metadata=known, do_sample_frames=False)
+
+
 @pytest.mark.parametrize("tree", TREES, ids=str)
 def test_videos(model: MSDModel, tree: TreeConfig) -> None:
-    family, target = model.target.family, model.target.model.model
-    if family in PICTURES_ONLY:
-        pytest.skip("pictures only")
-    video = np.random.default_rng(0).integers(0, 255, (4, 56, 56, 3), dtype=np.uint8)
-    mark = {
-        "internvl": "<video>",
-        "llava_onevision": "<video>",
-        "gemma4": "<|video|>",
-        "gemma4_unified": "<|video|>",
-    }.get(family, "<|vision_start|><|video_pad|><|vision_end|>")
-    settings: dict[str, Any] = {}
-    if "qwen3" in family or "gemma4" in family:
-        metadata = VideoMetadata(total_num_frames=4, fps=2.0, frames_indices=[0, 1, 2, 3])
-        settings = {"video_metadata": [metadata], "do_sample_frames": False}
-    text = f"user {mark} What happens? assistant"
-    inputs = dict(model.target.processor(text=[text], videos=[video], return_tensors="pt", **settings))
-    inputs = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-    if family == "llava_onevision" and "pixel_values" in signature(target.get_video_features).parameters:
+    target = model.target
+    if target.family in PICTURES_ONLY:
+        with pytest.raises(UserError, match=f"{target.family} models do not read videos"):
+            with_videos(model, ["What?"], [])
+        if hasattr(target.config, "video_token_id"):  # to the stock model it is text
+            check(model, {"input_ids": torch.tensor([[5, target.config.video_token_id, 6, 7]])}, tree=tree)
+        return
+    inputs = with_videos(model, [video_prompt(model, "What happens?")], [])
+    encode = getattr(target.model.model, "get_video_features", None)
+    if target.family == "llava_onevision" and "pixel_values" in signature(encode).parameters:
         with pytest.raises(UserError, match="in parts"):
             model.generate(**inputs, max_new_tokens=2)
         return
     check(model, inputs, tree=tree)
+    changed = dict(inputs)
+    name = next(name for name in ("pixel_values_videos", "pixel_values") if name in inputs)
+    changed[name] = -inputs[name]
+    assert not torch.equal(target.prefill(changed).hidden, target.prefill(inputs).hidden)
+
+
+def test_videos_and_pictures_in_a_batch(model: MSDModel) -> None:
+    """GLM's have the same id. transformers refuses both in one prompt, and so does the engine."""
+    if "glm" not in model.target.family:
+        pytest.skip("other families are asked above")
+    texts = [model.target.chat_prompt("What?", 1), *(video_prompt(model, text) for text in ("And what happens?", "Hm"))]
+    batch = with_videos(model, texts, pictures(1), 2)
+    output = model.generate(**batch, max_new_tokens=20, temperature=0.0)
+    for index, text in enumerate(texts):
+        alone = {name: batch[name][index : index + 1] for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
+        if index == 0:
+            alone |= {name: batch[name] for name in ("pixel_values", "image_grid_thw")}
+        else:
+            split = batch["pixel_values_videos"].split(batch["video_grid_thw"].prod(dim=-1).tolist())
+            alone["pixel_values_videos"] = split[index - 1]
+            alone["video_grid_thw"] = batch["video_grid_thw"][index - 1 : index]
+        expected = model.target.model.generate(**alone, max_new_tokens=20, do_sample=False)
+        assert output.tokens[index] == expected[0, alone["input_ids"].shape[1] :].tolist(), text
+    both = with_videos(model, [texts[0] + texts[1]], pictures(1))
+    with pytest.raises(ValueError, match="do not match"):
+        model.target.model.generate(**both, max_new_tokens=2)
+    with pytest.raises(UserError, match="pictures and videos in one prompt"):
+        model.generate(**both, max_new_tokens=2)
 
 
 def test_audio_is_refused(model: MSDModel) -> None:
@@ -296,13 +317,32 @@ def test_too_many_or_too_few_pictures(model: MSDModel) -> None:
 
 
 @pytest.mark.slow
-def test_three_hundred_prompts(model: MSDModel) -> None:
-    """Random words with and without pictures, trees of several shapes, batches of one and of three."""
+@pytest.mark.parametrize("name", ALL_MAKERS)
+def test_three_hundred_prompts(name: str, tmp_path: Path) -> None:
+    """Random words with and without pictures, trees of several shapes, alone and in ragged batches of three."""
+    model = load_pair(name, tmp_path)
     random = np.random.default_rng(0)
     trees = [*TREES, TreeConfig(1, 4, 4), TreeConfig(4, 1, 5), TreeConfig(3, 8, 25)]
-    accepted: list[int] = []
-    for number in range(300):
-        question = " ".join(random.choice(WORDS, int(random.integers(1, 40))))
-        inputs = asked(model, question, int(random.integers(0, 4)), int(random.integers(0, 3)))
-        accepted += check(model, inputs, length=20, tree=trees[number % len(trees)])
-    assert sum(accepted) > 0
+    window = model.target.layers.window or 0
+    accepted, past, with_pictures = 0, 0, 0
+    for number in range(100):
+        texts, images, answers = [], [], []
+        for short in (True, False, False):
+            question = " ".join(random.choice(WORDS, int(random.integers(1, 3 if short else 40))))
+            own = [] if short else pictures(int(random.integers(0, 4)), int(random.integers(0, 3)))
+            texts.append(model.target.chat_prompt(question, len(own)))
+            images += own
+            inputs = model.target.prepare(texts[-1], own)
+            expected = model.target.model.generate(**inputs, max_new_tokens=20, do_sample=False)
+            output = model.generate(**inputs, max_new_tokens=20, temperature=0.0, tree=trees[number % len(trees)])
+            assert torch.equal(output.sequences, expected)
+            answers.append(expected[0, inputs["input_ids"].shape[1] :].tolist())
+            accepted += sum(output.stats.accept_lengths)
+            past += inputs["input_ids"].shape[1] > window
+            with_pictures += bool(own)
+        batch = model.target.prepare(texts, images)
+        output = model.generate(**batch, max_new_tokens=20, temperature=0.0, tree=trees[(number + 1) % len(trees)])
+        assert output.tokens == answers
+    print(f"300 prompts: {with_pictures} with pictures, {past} longer than the window, {accepted} accepted tokens")
+    assert accepted > 0 and 0 < with_pictures < 300
+    assert past == 300 if not window else 100 <= past < 300

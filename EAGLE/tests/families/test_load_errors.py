@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_families
 import transformers
 from packaging.version import Version
 from PIL import Image
@@ -30,6 +31,11 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "qwen2_vl": make_qwen,
     "qwen2_5_vl": lambda folder: make_qwen(folder, version="2.5"),
 }
+ALL = {
+    "qwen3_vl": "Qwen3VL", "qwen3_5": "Qwen3_5", "gemma3": "Gemma3", "gemma4": "Gemma4", "mistral3": "Mistral3",
+    "glm": "Glm4v", "paddleocr": "PaddleOCRVL", "internvl": "InternVL", "onevision": "LlavaOnevision",
+}  # fmt: skip
+"""Makers of the other families and beginnings of their classes."""
 ODD: tuple[Any, ...] = (None, True, -1, 0, 10**7, 0.5, "x", "", [], [1], {}, {"a": 1})
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"
 
@@ -162,6 +168,51 @@ def test_a_size_with_digits_too_many(folder: Path, key: str, monkeypatch: pytest
     line = line_of(folder)
     assert not allocated
     assert "check the sizes in config.json" in line or "layer_types" in line or "config is not valid" in line
+
+
+def token_keys(folder: Path) -> list[str]:
+    """Keys of a config with the id of a picture's or video's token."""
+    fields = json.loads((folder / "config.json").read_text())
+    names = [f"{kind}_token_{end}" for kind in ("image", "video") for end in ("id", "index")]
+    return [name for name in names if name in fields]
+
+
+def check_token(folder: Path, key: str, odd: Any) -> None:
+    whole = (folder / "config.json").read_text()
+    with_values(folder, **{key: odd})
+    line = line_of(folder)
+    (folder / "config.json").write_text(whole)
+    assert key.removesuffix("_id").removesuffix("_index") in line and "config" in line, (key, odd, line)
+
+
+@pytest.mark.parametrize("odd", ["x", -1, 10**7, 10**30, None, 0.5, True, [1], 5], ids=str)
+def test_the_id_of_a_pictures_token(folder: Path, odd: Any) -> None:
+    for key in token_keys(folder):
+        check_token(folder, key, odd)
+
+
+@pytest.fixture(scope="module", params=ALL)
+def other_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not hasattr(transformers, f"{ALL[request.param]}ForConditionalGeneration"):
+        pytest.skip(f"transformers {transformers.__version__} does not have {request.param}")
+    made: Path = getattr(tiny_families, f"make_{request.param}")(tmp_path_factory.mktemp("other") / "base")
+    return made
+
+
+@pytest.mark.slow
+def test_ids_and_sections_of_the_other_families(other_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = (other_folder / "config.json").read_text()
+    allocated: list[int] = []
+    for key in token_keys(other_folder):
+        for odd in ("x", -1, 10**7, None, True, 5):
+            check_token(other_folder, key, odd)
+    load_target(other_folder, dtype="float32")
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: allocated.append(1))
+    for section in [name for name in json.loads(whole) if name in ("text_config", "vision_config")]:
+        for odd in ({}, None, 5, [1]):
+            (other_folder / "config.json").write_text(json.dumps({**json.loads(whole), section: odd}))
+            assert "config" in line_of(other_folder), (section, odd)
+    assert not allocated
 
 
 def places(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

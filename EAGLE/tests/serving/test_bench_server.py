@@ -127,6 +127,36 @@ def test_two_servers_at_two_levels(
     assert "2.50" in capsys.readouterr().out and picture.read_text().lstrip().startswith("<?xml")
 
 
+def test_two_servers_one_after_the_other(
+    servers: tuple[OpenAIServer, OpenAIServer], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_draft, plain = servers
+    first, out = tmp_path / "plain.json", tmp_path / "report.json"
+    arguments = ["--data", str(data), "--concurrency", "1,3"]
+    assert main(["bench", "--server", plain.url, *arguments, "--out", str(first)]) == 0
+    asked = len(plain.bodies)
+    more = ["--plain-results", str(first), "--out", str(out)]
+    assert main(["bench", "--server", with_draft.url, *arguments, *more]) == 0
+    rows = json.loads(first.read_text())["levels"]
+    for level, row in zip(json.loads(out.read_text())["levels"], rows, strict=True):
+        assert level["plain"] == row and level["equal_answers"] == 6
+        assert level["speedup"] == pytest.approx(level["tokens_per_second"] / row["tokens_per_second"])
+    assert len(plain.bodies) == asked  # it is not asked again
+    capsys.readouterr()
+    for changes, words in (
+        (["--concurrency", "2"], "has no level '2 at a time'"),
+        (["--seed", "1"], "made with seed None, this run has 1"),
+        (["--limit", "3"], "made with questions 6, this run has 3"),
+        (["--plain-results", str(data)], "is not valid JSON"),
+    ):
+        assert main(["bench", "--server", with_draft.url, *arguments, *more, *changes]) == 2
+        shown = capsys.readouterr().err
+        assert shown.count("\n") == 1 and words in shown, shown
+    first.write_text('{"levels": [{}], "settings": {}}')
+    assert main(["bench", "--server", with_draft.url, *arguments, *more]) == 2
+    assert "not a report of msd bench --server" in capsys.readouterr().err
+
+
 def test_a_rate_and_failed_requests(
     servers: tuple[OpenAIServer, OpenAIServer], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,6 +184,7 @@ def test_moments_of_a_rate() -> None:
         (["--server", "nonsense"], "not the address of a server"),
         (["--server", "http://127.0.0.1:9", "--base-model", "x"], "--base-model does not go with --server"),
         (["--plot", "x.png"], "--plot needs --server"),
+        (["--plain-results", "x.json"], "--plain-results needs --server"),
         ([], "no base model"),
     ],
 )

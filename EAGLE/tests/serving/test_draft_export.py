@@ -58,7 +58,8 @@ def test_tensors_and_sizes_are_the_drafts(name: str, tmp_path: Path) -> None:
     qwen = name == "qwen2vl"
     assert config["qkv_bias"] is qwen and config["attention_bias"] is False
     assert config["msd"] == {
-        "family": published["model_type"], "decoupled": True, "input_layernorm": qwen, "fc_bias": True,
+        "family": published["model_type"], "targets": ["qwen2_vl"] if qwen else ["llava", "llava_llama"],
+        "decoupled": True, "input_layernorm": qwen, "fc_bias": True,
         "draft_vocab_size": None,
     }  # fmt: skip
 
@@ -93,6 +94,8 @@ def test_a_trimmed_vocabulary_brings_its_ids_and_rows_of_the_head(bases: Path, t
         ("trimmed", "name the base model with --base-model"),
         ("no positions", "name the base model with --base-model"),
         ("family", "family llava in the draft, qwen2_vl in the base"),
+        ("no family of vLLM", "drafts of Gemma 3 are not exported to vLLM"),
+        ("no base of vLLM", "drafts of LLaVA-OneVision are not exported to vLLM"),
         ("weights", "its token embedding is not the base's"),
         ("size", "hidden size 32 in the draft, 256 in the base"),
         ("sglang", "no decoupled picture rows"),
@@ -116,7 +119,15 @@ def test_refusals_are_one_line_and_write_nothing(
         write_draft_vocab(draft, torch.tensor([1, 2]))
     elif case == "full folder":
         out = draft
+    elif case == "no family of vLLM":
+        draft = changed(draft, tmp_path / "draft")
+        config = json.loads((draft / "config.json").read_text())
+        (draft / "config.json").write_text(json.dumps({**config, "model_type": "gemma3"}))
+    elif case == "no base of vLLM":
+        (tmp_path / "base").mkdir()
+        (tmp_path / "base" / "config.json").write_text('{"model_type": "llava_onevision"}')
     bases_of = {"family": POCKET / "qwen2vl", "weights": bases / "other", "size": POCKET / "llava"}
+    bases_of["no base of vLLM"] = tmp_path / "base"
     base = bases_of.get(case, bases / "larger" if case == "full folder" else None)
     arguments = ["export", "--to", "sglang" if case == "sglang" else to, "--out", str(out)]
     arguments += ["--msd-model", str(draft)] if case != "no draft" else []

@@ -142,3 +142,17 @@ def test_two_processes_train_online_as_on_stored_states(tmp_path):
     for one, other in zip(case.history("stored")["validations"], case.history("online")["validations"], strict=True):
         for kind in ("text", "image"):
             assert other["results"][kind]["loss"] == pytest.approx(one["results"][kind]["loss"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_while_the_main_one_answers(tmp_path):
+    case = Case("llava", tmp_path)
+    case.allocate()
+    (tmp_path / "q.jsonl").write_text('{"question": "Name a river."}\n')
+    evaluate = ["--eval-data", str(tmp_path / "q.jsonl"), "--eval-every", "1", "--eval-length", "8"]
+    launch([*launched(2), *case.command("without", *case.stored)])
+    out = launch([*launched(2), *case.command("with", *case.stored, *evaluate)])
+    history = case.history("with")
+    assert [row["step"] for row in history["served"]] == [row["step"] for row in history["steps"]] == [1, 2, 3, 4]
+    assert out.count(": decoding 1 questions: tau ") == 4
+    assert case.curve("with") == case.curve("without")

@@ -11,17 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_families import (
-    make_gemma3,
-    make_gemma4,
-    make_glm,
-    make_internvl,
-    make_mistral3,
-    make_onevision,
-    make_paddleocr,
-    make_qwen3_5,
-    make_qwen3_vl,
-)
+from tiny_families import FAMILY_MAKERS
 from tiny_llava import make_image
 
 from eagle import MSDModel, TreeConfig, cli
@@ -30,17 +20,6 @@ from eagle.ge_data import allocation
 from eagle.train import main_deepspeed
 from llava.errors import run_cli
 
-MAKERS: dict[str, Callable[[Path], Path]] = {
-    "qwen3_vl": make_qwen3_vl,
-    "qwen3_5": make_qwen3_5,
-    "gemma3": make_gemma3,
-    "gemma4": make_gemma4,
-    "internvl": make_internvl,
-    "mistral3": make_mistral3,
-    "glm4v": make_glm,
-    "paddleocr_vl": make_paddleocr,
-    "llava_onevision": make_onevision,
-}
 QUESTIONS = ["Name two rivers.", "And what is that?", "Count the shapes."]
 NEW = 24
 CHAIN = TreeConfig(5, 1, 7)
@@ -70,11 +49,11 @@ def command(main: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, *argument
     assert run_cli(main) == 0
 
 
-@pytest.mark.parametrize("family", MAKERS)
+@pytest.mark.parametrize("family", FAMILY_MAKERS)
 def test_pipeline(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = MAKERS[family](tmp_path / "base")
+    base = FAMILY_MAKERS[family](tmp_path / "base")
     write_data(tmp_path)
     name = family_of(base).training_name
     for kind in "tv":

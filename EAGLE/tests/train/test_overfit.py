@@ -3,17 +3,22 @@
 An off-by-one anywhere (state, token, picture, position, mask) shows here, since decoding reads what training never saw.
 """
 
+from functools import partial
+
 import pytest
 import tiny_llava
 import tiny_stock
 import torch
+from tiny_families import make_gemma3, make_gemma4, make_internvl, make_qwen3_vl
 
 from eagle.decode.msd import MSDModel
 from eagle.decode.tree_config import TreeConfig
+from eagle.drafts.checkpoint import load_draft, save_draft
 from eagle.drafts.config import DraftConfig
 from eagle.drafts.msd import DraftModel
 from eagle.families import Target, load_target
-from eagle.families.base_weights import BaseTensors
+from eagle.families.base_weights import BaseTensors, load_base_tensors
+from eagle.families.draft_config import draft_config_of
 from eagle.families.llava.target import LlavaTarget
 from eagle.hidden_states.shards import Sample
 from eagle.train.collate import collate
@@ -140,6 +145,60 @@ def test_a_draft_trained_with_merged_image_rows_is_accepted_too(case, rows):
     train(objective, sample, steps=300)
     stats = decode(target, objective, inputs, sample)
     assert stats.cycles <= -(-(NEW - 1) // 7) + 1, f"accepted {stats.accept_lengths}, tau {stats.tau:.2f}"
+
+
+def scales_embeddings(target: Target) -> bool:
+    embed, ids = target.model.get_input_embeddings(), torch.arange(9)
+    return not torch.equal(embed(ids), embed.weight[ids])
+
+
+WIDE_HEADS = {"head_dim": 16, "rope_parameters": {"mrope_section": [4, 2, 2], "mrope_interleaved": True}}
+GEOMETRIES = {
+    "heads of another size, with norms": (
+        partial(make_qwen3_vl, **WIDE_HEADS), {},
+        lambda target, draft: (
+            draft.config.head_dim * draft.config.num_attention_heads == 2 * target.hidden_size
+            and hasattr(target.text_model.layers[0].self_attn, "q_norm")
+        ),
+    ),
+    "tied and scaled embeddings": (
+        make_gemma3, {},
+        lambda target, draft: (
+            target.model.get_output_embeddings().weight is target.model.get_input_embeddings().weight
+            and scales_embeddings(target)
+        ),
+    ),
+    "capped logits": (make_gemma4, {}, lambda target, draft: target.logit_cap == 3),
+    "smaller layer": (make_internvl, {"layer_size": 24}, lambda target, draft: draft.fc.out_features == 24),
+    "larger layer": (make_internvl, {"layer_size": 48}, lambda target, draft: draft.fc.out_features == 48),
+}  # fmt: skip
+"""For each the base, options of the draft, and that the pair has it."""
+SLOW_GEOMETRIES = ("capped logits", "larger layer")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW_GEOMETRIES else name for name in GEOMETRIES]
+)
+def test_a_draft_for_every_geometry(name, tmp_path):
+    """The automatic config fits, and a draft trained on one answer about a picture is accepted when decoding it; also
+    from its file, and compiled."""
+    make, options, has_it = GEOMETRIES[name]
+    target = load_target(make(tmp_path / "base"), dtype="float32")
+    target.model.generation_config.eos_token_id = None
+    inputs = target.prepare(target.chat_prompt("Count the shapes.", 1), [tiny_llava.make_image(width=60, height=50)])
+    sample = own_answer(target, inputs)
+    torch.manual_seed(0)
+    config = DraftConfig.from_dict({**draft_config_of(tmp_path / "base").to_dict(), "msd": options})
+    draft, base = DraftModel(config), load_base_tensors(tmp_path / "base")
+    assert has_it(target, draft)
+    objective = DraftObjective(draft, base, TrainConfig(token_weight=1.0, rollout_steps=2))
+    train(objective, sample, steps=200)
+    assert decode(target, objective, inputs, sample).tau > 4
+    own = load_draft(save_draft(draft, tmp_path / "draft", dtype=torch.float32), dtype=torch.float32)
+    assert own.config == draft.config
+    compiled = MSDModel(target, own, CHAIN, compile="eager")
+    output = compiled.generate(**inputs, max_new_tokens=NEW, temperature=0)
+    assert torch.equal(output.sequences[0], sample.input_ids) and output.stats.tau > 4
 
 
 @pytest.mark.parametrize(("pictures", "steps"), [(1, 30), (1, 70), (0, 70)])

@@ -26,7 +26,8 @@ def test_a_run_leaves_a_published_checkpoint_and_its_record(arguments, run, tmp_
     assert "2 an epoch x 4 epochs = 8" in out and "trained: " in out
     folder = tmp_path / "ck"
     assert {p.name for p in folder.iterdir()} == {
-        ".msd.lock", "step-00000008", "best", "final", "latest", "training.json", "training.png", "tensorboard",
+        ".msd.lock", "step-00000008", "best", "final", "latest", "training.json", "training.png",
+        "training.html", "tensorboard",
     }  # fmt: skip
     assert (folder / "latest").read_text().strip() == "step-00000008"
     config = json.loads((folder / "final" / "config.json").read_text())

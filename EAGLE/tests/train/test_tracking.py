@@ -116,12 +116,16 @@ def test_plot_has_one_meaning_a_colour(tmp_path, monkeypatch):
     sets = {name: {"loss": 1.0, "tau": 2.0} for name in ("text", "image")}
     figures = []
     monkeypatch.setattr(pyplot, "close", figures.append)
-    plot({"steps": steps, "validations": [{"step": 40, "results": sets}]}, tmp_path / "training.png")
+    served = [{"step": 20, "tau": 1.5}, {"step": 40, "tau": 2.5}]
+    plot({"steps": steps, "validations": [{"step": 40, "results": sets}], "served": served}, tmp_path / "training.png")
     monkeypatch.undo()
     (figure,) = figures
     losses, taus, images, rates = figure.axes
     text, image = "validation, text set", "validation, image set"
     assert colours(losses)[text] == colours(taus)[text] != colours(losses)[image] == colours(taus)[image]
+    (decoding,) = [line for line in taus.get_lines() if line.get_label() == "decoding"]
+    assert (list(decoding.get_xdata()), list(decoding.get_ydata())) == ([20, 40], [1.5, 2.5])
+    assert decoding.get_color() not in colours(losses).values()
     used = {*colours(losses).values(), *colours(taus).values()}
     assert used.isdisjoint(line.get_color() for panel in (images, rates) for line in panel.get_lines()[:1])
     for panel in figure.axes:

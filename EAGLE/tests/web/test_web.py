@@ -28,6 +28,7 @@ from tiny_llava import make_image, make_liuhaotian
 from eagle.cli import main
 from eagle.commands import web
 from eagle.decode.decoder import Decoder
+from eagle.decode.detokenizer import Detokenizer
 from eagle.decode.msd import MSDModel
 from eagle.decode.tree_config import TreeConfig
 from eagle.drafts.checkpoint import load_draft
@@ -36,7 +37,7 @@ from eagle.questions import Question
 from eagle.web import app, connection
 from eagle.web.app import MAX_BODY, Page, application
 from eagle.web.request import AnswerRequest
-from eagle.web.stream import LAST, Answerer, ClientGone, Detokenizer, Event, PieceStreamer, decode
+from eagle.web.stream import LAST, Answerer, ClientGone, Event, PieceStreamer, decode
 from llava.errors import UserError
 
 PATIENCE = 600  # seconds until a server that says nothing is given up

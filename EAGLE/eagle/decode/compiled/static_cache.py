@@ -119,15 +119,15 @@ class StaticCache(KVCache):
             if self._static_addresses:
                 torch._dynamo.mark_static_address(store, guard=False)
 
-    def grow(self, capacity: int) -> None:
-        if capacity > self.capacity:
-            rows = rounded(capacity)
-            super().grow(rows + SPARE)
-            self._mark(rows)
+    def reserve(self, rows: int) -> None:
+        if rows > self.capacity:
+            super().reserve(rounded(rows))
+            self._mark(self.capacity)
 
     def open(self, count: int) -> int:
         """Sets the window to the next ``count`` rows. Returns the number of columns that the forward sees."""
         start = self.length
+        self.reserve(start + count)
         columns = bucket(start + count)
         self.window.places = dynamic(torch.arange(start, start + count, device=self._device), 0)
         self.window.sight = dynamic(self._sight[:columns], 0)

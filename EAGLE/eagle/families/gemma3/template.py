@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from eagle.families.template import Template
 
 
@@ -22,6 +20,3 @@ class Gemma3Template(Template):
     def written_mark(self) -> str:
         tokenizer = self.processor.tokenizer
         return f"\n\n{tokenizer.boi_token}{tokenizer.image_token}{tokenizer.eoi_token}\n\n"
-
-    def first_pictures(self, images: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-        return {"pixel_values": images["pixel_values"][:count]} if count else {}

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 
-from torch import Tensor
-
 from eagle.families.template import Template
 
 MODEL_TURN = "<|turn>model\n"
@@ -36,6 +34,3 @@ class Gemma4Template(Template):
     def written_mark(self) -> str:
         tokenizer = self.processor.tokenizer
         return f"{tokenizer.boi_token}{tokenizer.image_token}{tokenizer.eoi_token}"
-
-    def first_pictures(self, images: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-        return {name: images[name][:count] for name in self.image_inputs} if count else {}

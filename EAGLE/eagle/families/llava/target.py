@@ -7,6 +7,7 @@ from typing import Any
 
 import llava
 from eagle.families.base import Target
+from llava.processor import IMAGE_TOKEN
 
 
 class LlavaTarget(Target):
@@ -26,4 +27,7 @@ class LlavaTarget(Target):
     def chat_prompt(
         self, question: str, num_images: int = 0, history: Sequence[tuple[str, str]] = (), system: str | None = None
     ) -> str:
+        if history:
+            (first, answer), *rest = history
+            history, num_images = [(f"{IMAGE_TOKEN}\n" * num_images + first, answer), *rest], 0
         return self.processor.chat_prompt(question, num_images=num_images, history=history, system=system)

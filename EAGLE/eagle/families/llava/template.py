@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
-from torch import Tensor
 
 import llava
 from eagle.conversations import Unusable
@@ -38,6 +37,3 @@ class LlavaTemplate(Template):
         except UserError:
             raise Unusable("broken_picture") from None
         return Encoded(ids, spans, images)
-
-    def first_pictures(self, images: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-        return {"pixel_values": images["pixel_values"][:count]} if count else {}

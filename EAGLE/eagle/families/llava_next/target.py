@@ -23,5 +23,8 @@ class LlavaNextTarget(StockTarget):
     ) -> str:
         if self.processor.chat_template:
             return super().chat_prompt(question, num_images, history, system)
-        answered = [(asked, without_marks(self.processor, answer)) for asked, answer in history]
-        return build_prompt(f"{self.processor.image_token}\n" * num_images + question, answered, system)
+        marks = f"{self.processor.image_token}\n" * num_images
+        if not history:
+            return build_prompt(marks + question, (), system)
+        (first, answer), *rest = [(asked, without_marks(self.processor, answer)) for asked, answer in history]
+        return build_prompt(question, [(marks + first, answer), *rest], system)

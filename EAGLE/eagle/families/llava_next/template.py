@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from eagle.families.stock import parts_of, write_chat
 from eagle.families.template import Template
 from llava.conversation import write_turns
@@ -20,6 +18,3 @@ class LlavaNextTemplate(Template):
         if self.processor.chat_template:
             return write_chat(self.processor, [(parts_of(question), answer) for question, answer in turns], system)
         return write_turns(turns, system)
-
-    def first_pictures(self, images: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-        return {name: images[name][:count] for name in self.image_inputs} if count else {}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from eagle.families.template import Template
 
 
@@ -20,6 +18,3 @@ class Mistral3Template(Template):
     def inner_ids(self) -> frozenset[int]:
         """A token ends each row of a picture."""
         return frozenset([self.processor.image_break_token_id])
-
-    def first_pictures(self, images: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-        return {name: images[name][:count] for name in self.image_inputs} if count else {}

@@ -13,7 +13,9 @@ from eagle.families.base import Media
 from eagle.families.stock import StockTarget
 from llava.errors import UserError
 
-TEXT, IMAGE, VIDEO = 0, 1, 2  # transformers' mm_token_type_ids
+TEXT = 0
+KINDS = {"image": 1, "video": 2}
+"""transformers' mm_token_type_ids."""
 GRIDS = ("image_grid_thw", "video_grid_thw")
 
 
@@ -30,8 +32,8 @@ class Qwen2VLTarget(StockTarget):
 
     def token_types(self, input_ids: Tensor) -> Tensor:
         """[B, S]: 0 text, 1 image, 2 video."""
-        is_image, is_video = input_ids == self.config.image_token_id, input_ids == self.config.video_token_id
-        return is_image * IMAGE + is_video * VIDEO
+        types = [(input_ids == getattr(self.config, media.token)) * KINDS[media.name] for media in self.media]
+        return torch.stack(types).sum(dim=0)
 
     def complete_inputs(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Token types, without which transformers 5 gives pictures and videos the positions of text."""

@@ -1,0 +1,301 @@
+"""The tables of docs/results.md: the pocket pairs, the reports that owners of GPUs send, and published figures.
+
+    python -m benchmarks.results add report.json    # a report of `msd bench --out`: checked, then a row of the page
+    python -m benchmarks.results                    # writes the page again
+    python -m benchmarks.results --check            # exit status 1 if the page has other rows
+
+Rows that were sent are kept in benchmarks/results.json. Adding a report again changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from eagle.published import Published, published_rows
+from llava.arguments import OneLineParser
+from llava.errors import UserError, run_cli
+from llava.files import atomic_write, read_json, read_object, write_json
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PAGE, ROWS, POCKET = "docs/results.md", "benchmarks/results.json", "benchmarks/pocket.json"
+BLOCK = re.compile(r"(<!-- (pocket|sent|published) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(gt=0)]
+
+
+class Part(BaseModel):
+    """Of a report. Types are strict; keys that a row does not need are not looked at."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class Interval(Part):
+    mean: Positive
+    low: Positive
+    high: Positive
+
+
+class Identical(Part):
+    answers: Annotated[int, Field(ge=0)]
+    of: Count
+    to: str
+
+
+class Speeds(Part):
+    msd: Positive
+    baseline: Positive
+
+
+class Versions(Part):
+    torch: str
+    transformers: str
+
+
+class Hardware(Part):
+    cpu: str
+    gpu: str | None = None
+
+
+class Settings(Part):
+    base_model: str
+    msd_model: str
+    data: str
+    suite: str | None = None
+    subset: str | None = None
+    limit: int | None = None
+    attn_implementation: str
+    compile: bool | str
+    max_new_tokens: Count
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Report(Part):
+    """What a row needs of a report of `msd bench`."""
+
+    speedup: Positive
+    paired_speedup: Interval
+    tau: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+    accepted_per_cycle: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    identical: Identical | None
+    tokens_per_second: Speeds
+    baseline_name: str
+    first_token_ms: dict[str, Positive]
+    new_tokens: Count
+    cycles: Count
+    questions: Count
+    histogram: dict[str, Annotated[int, Field(ge=0)]]
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT")]
+    commit: str | None
+    versions: Versions
+    hardware: Hardware
+    settings: Settings
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the page, as numbers and texts."""
+
+    pair: str
+    questions: str
+    temperature: float
+    machine: str
+    decoding: str
+    tokens_per_second: float
+    plain: str
+    speedup: float
+    paired: tuple[float, float, float]
+    tau: float
+    accepted: float
+    identical: str
+    made: str
+
+
+def faults_of(given: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a report, one line each; none if it can be a row."""
+    if "parts" in given:
+        return ["a report of benchmarks.gpu_check: attach it to the issue, the row comes from a report of msd bench"]
+    try:
+        report = Report.model_validate_json(json.dumps(given))
+    except ValidationError as error:
+        return [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors(include_url=False)]
+    same, paired, speeds = report.identical, report.paired_speedup, report.tokens_per_second
+    checks = {
+        "speedup is not the ratio of tokens_per_second": math.isclose(
+            report.speedup, speeds.msd / speeds.baseline, rel_tol=1e-6
+        ),
+        "paired_speedup: the mean is outside its interval": paired.low <= paired.mean <= paired.high,
+        "tau is not (new_tokens - questions) / cycles": math.isclose(
+            report.tau, (report.new_tokens - report.questions) / report.cycles, rel_tol=1e-6
+        ),
+        "tau is larger than accepted_per_cycle and a bonus token": report.tau <= report.accepted_per_cycle + 1 + 1e-9,
+        "identical: more answers than there are": same is None or same.answers <= same.of,
+        "identical.of is not the number of questions": same is None or same.of == report.questions,
+        "histogram does not count the cycles": sum(report.histogram.values()) == report.cycles,
+        "first_token_ms has no MSD": any(name.startswith("MSD ") for name in report.first_token_ms),
+        "commit: the source had changes, or is not from a clone": re.fullmatch("[0-9a-f]{40}", report.commit or "")
+        is not None,
+    }
+    return [what for what, holds in checks.items() if not holds]
+
+
+def row_of(given: Mapping[str, Any]) -> Row:
+    """The row of a report without faults."""
+    report = Report.model_validate_json(json.dumps(given))
+    asked, paired, same = report.settings, report.paired_speedup, report.identical
+    dtype = next(name for name in report.first_token_ms if name.startswith("MSD ")).removeprefix("MSD ")
+    name = f"{asked.suite} {asked.subset or 'test'}" if asked.suite else Path(asked.data).name
+    first = f", first {asked.limit}" if asked.limit else ""
+    compiled = ", compiled" if asked.compile else ""
+    versions = f"torch {report.versions.torch}, transformers {report.versions.transformers}"
+    return Row(
+        pair=f"{short(asked.base_model)} + {short(asked.msd_model)}",
+        questions=f"{name}{first}: {report.questions}",
+        temperature=asked.temperature,
+        machine=report.hardware.gpu or report.hardware.cpu,
+        decoding=f"{dtype}, {asked.attn_implementation}{compiled}, up to {asked.max_new_tokens} tokens",
+        tokens_per_second=report.tokens_per_second.msd,
+        plain=f"{report.tokens_per_second.baseline:.1f} ({report.baseline_name})",
+        speedup=report.speedup,
+        paired=(paired.mean, paired.low, paired.high),
+        tau=report.tau,
+        accepted=report.accepted_per_cycle,
+        identical="" if same is None else f"{same.answers} of {same.of}",
+        made=f"{report.date[:10]}, {str(report.commit)[:12]}, {versions}",
+    )
+
+
+def short(model: str) -> str:
+    """A hub name as it is, of a path its last folder."""
+    return Path(model).name if model.startswith(("/", ".", "~")) or model.count("/") != 1 else model
+
+
+def add(path: Path, root: Path) -> str:
+    """Adds a report to the rows and writes the page; returns a line for the user.
+
+    Raises:
+        UserError: the report has faults; a line about each was printed.
+    """
+    given = read_object(path, "report")
+    if faults := faults_of(given):
+        for fault in faults:
+            print(f"error: {path}: {' '.join(fault.split())}", file=sys.stderr)
+        raise UserError(f"{len(faults)} fault{'s' * (len(faults) > 1)}, nothing was added", path)
+    rows, row = read_rows(root), row_of(given)
+    if row in rows:
+        return f"already there: {row.pair}, {row.questions}"
+    rows = sorted([*rows, row], key=lambda each: (each.pair, each.questions, each.temperature, each.machine, each.made))
+    write_json(root / ROWS, [asdict(each) for each in rows], indent=1)
+    write_page(root)
+    return f"added: {row.pair}, {row.questions}"
+
+
+def read_rows(root: Path) -> list[Row]:
+    return TypeAdapter(list[Row]).validate_json(json.dumps(read_json(root / ROWS, "rows")))
+
+
+def table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in each)} |\n" for each in lines)
+
+
+def pocket_table(root: Path) -> str:
+    from benchmarks.readme import chosen, how, name_of
+    from benchmarks.report import NOISY
+
+    report = read_object(root / POCKET, "report")
+    rows = []
+    for temperature, cells in chosen(report).items():
+        for cell in cells:
+            own, plain = cell["results"]["msd"], cell["results"][cell["baseline_name"]]
+            mark, differ = NOISY if cell["doubtful"] else "", own["answers_that_differ"]
+            same = "" if differ is None else f"{cell['questions'] - differ} of {cell['questions']}"
+            rows.append([
+                name_of(cell), how(temperature), f"{mark}{own['tokens_per_second']:.0f}",
+                f"{mark}{plain['tokens_per_second']:.0f} ({cell['baseline_name']})", f"{mark}{own['speedup']:.2f}x",
+                f"{own['tau']:.2f}", same,
+            ])  # fmt: skip
+    head = ("pair", "", "tokens/s", "strongest plain", "speed-up of medians", "τ with bonus", "identical")
+    made = f"{report['date'][:10]}, {report['hardware']['cpu']}, {report['hardware']['cores']} cores, float32, commit"
+    return f"{table(head, iter(rows))}\n{made} {report['commit'][:12]}, `{report['command']}`. {NOISY}: noisy rounds.\n"
+
+
+def sent_table(root: Path) -> str:
+    rows = read_rows(root)
+    if not rows:
+        return "No report was sent yet.\n"
+    head = ("pair", "questions", "T", "machine", "decoding", "tokens/s", "strongest plain", "speed-up of totals",
+            "paired [95 %]", "τ with bonus", "without", "identical", "made")  # fmt: skip
+    cells = (
+        [
+            each.pair, each.questions, f"{each.temperature:g}", each.machine, each.decoding,
+            f"{each.tokens_per_second:.1f}", each.plain, f"{each.speedup:.2f}x",
+            "{:.2f}x [{:.2f}, {:.2f}]".format(*each.paired), f"{each.tau:.2f}", f"{each.accepted:.2f}",
+            each.identical, each.made,
+        ]
+        for each in rows
+    )  # fmt: skip
+    return table(head, cells)
+
+
+def batch_of(row: Published) -> str:
+    return "" if row.batch is None else f"batch {row.batch}"
+
+
+def published_table(root: Path) -> str:
+    head = ("method", "base", "questions", "T", "setting", "τ", "speed-up", "identical", "source, and how it was read")
+    cells = (
+        [
+            each.method, each.base, each.set, "" if each.temperature is None else f"{each.temperature:g}",
+            ", ".join(filter(None, (each.hardware, each.dtype, each.attention, batch_of(each)))),
+            each.counted,
+            "" if each.speedup is None else f"{each.speedup:.2f}x {each.speedup_of or 'not stated of what'}",
+            "" if each.identical is None else f"{each.identical:.0%}", f"{each.source}; {each.checked}",
+        ]
+        for each in published_rows(root / "benchmarks" / "published.json")
+    )  # fmt: skip
+    return table(head, cells)
+
+
+def page_of(root: Path, text: str) -> str:
+    """The page with its tables written again."""
+    tables = {"pocket": pocket_table, "sent": sent_table, "published": published_table}
+    if sorted(match[2] for match in BLOCK.finditer(text)) != sorted(tables):
+        raise UserError(f"the page does not have the marks of {', '.join(tables)} once each", root / PAGE)
+    return BLOCK.sub(lambda match: f"{match[1]}{tables[match[2]](root)}{match[4]}", text)
+
+
+def write_page(root: Path) -> None:
+    text = page_of(root, (root / PAGE).read_text(encoding="utf-8"))
+    with atomic_write(root / PAGE) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def run(argv: Sequence[str], root: Path = REPOSITORY) -> int:
+    """Returns the exit status."""
+    parser = OneLineParser(prog="python -m benchmarks.results", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if the page has other rows")
+    actions = parser.add_subparsers(dest="action", metavar="add")
+    adding = actions.add_parser("add", help="check a report and add its row")
+    adding.add_argument("report", type=Path, metavar="FILE.json", help="written by msd bench --out")
+    options = parser.parse_args(argv)
+    if options.action == "add":
+        print(add(options.report, root))
+        return 0
+    before = (root / PAGE).read_text(encoding="utf-8")
+    if options.check:
+        return int(page_of(root, before) != before)
+    write_page(root)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(lambda: run(sys.argv[1:])))
