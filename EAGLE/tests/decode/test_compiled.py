@@ -46,6 +46,7 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("static")
     base = make_liuhaotian(folder / "base") if request.param == "llava" else make_qwen(folder / "base")
     target = load_target(base, dtype="float32")
+    target.config.get_text_config().max_position_embeddings = 4096  # longer prompts than it was made for
     changes = {"rope_scaling": {"mrope_section": [1, 1, 2]}} if "qwen" in request.param else {}
     if "mrope" in request.param:
         changes["msd"] = {"positions": "mrope"}
