@@ -311,8 +311,6 @@ class MSDModel:
         check_request(self.target, input_ids, generation_config, bound_streamer, model_inputs)
         stopper = Stopper(stopping_criteria, input_ids.shape[1])
         inputs = {"input_ids": input_ids, **model_inputs}
-        if self._compiled is not None:  # its caches have a fixed size
-            self.target.check_length(inputs, stopper.max_new_tokens)
         self._warn_of_length(inputs, stopper.max_new_tokens)
         if bound_streamer is not None:
             bound_streamer.put(input_ids.cpu())
