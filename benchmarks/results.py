@@ -73,9 +73,12 @@ class Settings(Part):
     subset: str | None = None
     limit: int | None = None
     attn_implementation: str
-    compile: bool | str
     max_new_tokens: Count
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Setting(Part):
+    compiled: bool
 
 
 class Report(Part):
@@ -97,6 +100,7 @@ class Report(Part):
     commit: str | None
     versions: Versions
     hardware: Hardware
+    setting: Setting
     settings: Settings
 
 
@@ -154,7 +158,7 @@ def row_of(given: Mapping[str, Any]) -> Row:
     dtype = next(name for name in report.first_token_ms if name.startswith("MSD ")).removeprefix("MSD ")
     name = f"{asked.suite} {asked.subset or 'test'}" if asked.suite else Path(asked.data).name
     first = f", first {asked.limit}" if asked.limit else ""
-    compiled = ", compiled" if asked.compile else ""
+    compiled = ", compiled" if report.setting.compiled else ""
     versions = f"torch {report.versions.torch}, transformers {report.versions.transformers}"
     return Row(
         pair=f"{short(asked.base_model)} + {short(asked.msd_model)}",

@@ -23,10 +23,11 @@ REPORT: dict[str, Any] = {
     "questions": 10, "histogram": {"1": 40, "3": 60}, "date": "2026-11-28T01:00:00+00:00", "commit": "a" * 40,
     "versions": {"python": "3.11", "torch": "2.14.1", "transformers": "5.24.0"},
     "hardware": {"machine": "x86_64", "cpu": "EPYC", "threads": 16, "gpu": "NVIDIA H100"},
+    "setting": {"compiled": False},
     "settings": {
         "base_model": "llava-hf/llava-1.5-7b-hf", "msd_model": "/data/drafts/MSD-LLaVA1.5-7B",
         "data": "x/questions.jsonl", "suite": "mmspec", "subset": "testmini", "limit": None,
-        "attn_implementation": "sdpa", "compile": False,
+        "attn_implementation": "sdpa",
         "max_new_tokens": 1024, "temperature": 0.0, "dtype": "auto",
     },
     "others": {},

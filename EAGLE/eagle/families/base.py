@@ -114,7 +114,7 @@ class Target(ABC):
         self.stop_strings = (texts,) if isinstance(texts, str) else tuple(texts)
         model.generation_config.stop_strings = None
         self.processor = processor
-        for media in self.media:
+        for media in self.media if processor is not None else ():
             check_media_token(media, self)
         self._streams = StreamReader()
 

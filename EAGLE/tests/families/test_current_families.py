@@ -82,7 +82,10 @@ def load_pair(name: str, folder: Path) -> MSDModel:
     return MSDModel(target, load_draft(draft, dtype=torch.float32), tree=TREES[0])
 
 
-@pytest.fixture(scope="module", params=MAKERS)
+PAIRS = [pytest.param(name, marks=pytest.mark.slow if "-" in name or "moe" in name else []) for name in MAKERS]
+
+
+@pytest.fixture(scope="module", params=PAIRS)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> MSDModel:
     return load_pair(request.param, tmp_path_factory.mktemp(request.param))
 

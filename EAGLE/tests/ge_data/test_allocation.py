@@ -307,6 +307,7 @@ def test_two_runs_in_one_folder(
     assert allocate(base, data, out) == 0
 
 
+@pytest.mark.slow
 def test_worker_processes(base: Path, annotations: Write, pictures: Path, tmp_path: Path) -> None:
     data, out = annotations(mixed_rows()), tmp_path / "out"
     assert allocate(base, data, tmp_path / "one", "v", pictures=pictures) == 0
