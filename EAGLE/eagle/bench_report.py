@@ -70,7 +70,7 @@ class Bench:
     @cached_property
     def asked(self) -> list[Question]:
         """The questions as the reference was asked: turns of a conversation with its answers to the turns before."""
-        conversations, found = Conversations(self.model.tokenizer), []
+        conversations, found = Conversations(self.model), []
         for number, question in enumerate(self.questions):
             found.append(conversations.ask(question))
             if self.reference is not None:

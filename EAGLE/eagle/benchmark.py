@@ -134,7 +134,7 @@ def new_tokens(sequences: Tensor, prompt: int, ends: Sequence[int]) -> list[list
 
 def in_conversations(model: MSDModel, answer: Callable[[Any], Answer]) -> Callable[[Any], Answer]:
     """``answer``, which asks each turn of a conversation after the answers that it gave to the turns before."""
-    conversations = Conversations(model.tokenizer)
+    conversations = Conversations(model)
 
     def in_turn(work: Any) -> Answer:
         if not isinstance(work, Question):

@@ -63,8 +63,8 @@ class Group:
 class Conversations:
     """What one model has answered in conversations, so that it is asked each later turn after its own answers."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, model: Any) -> None:
+        self.model = model
         self.said: dict[str, tuple[str, ...]] = {}
 
     def ask(self, question: Question) -> Question:
@@ -74,7 +74,7 @@ class Conversations:
     def keep(self, question: Question, tokens: Sequence[int]) -> None:
         """Remembers the answer to a question of `ask`."""
         if question.conversation:
-            text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            text = self.model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
             self.said[question.conversation] = (*question.answers, text)
 
 

@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     temperature, sampled = sampling.temperature, not sampling.greedy
     model = load_model(arguments)
     stop = with_stop_strings(model)
-    mismatches, far, conversations = 0, 0, Conversations(model.tokenizer)
+    mismatches, far, conversations = 0, 0, Conversations(model)
     for question in tqdm(questions, desc="verify", unit="question", file=sys.stderr):
         question = conversations.ask(question)
         inputs = question.inputs(model.target)
