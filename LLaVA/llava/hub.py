@@ -120,8 +120,10 @@ class Source:
         path = self.find(file)
         if path is None:
             self.refuse_adapter()
-            fix = None if self.folder else "the hub did not give it, and its cache has no copy; check name and network"
-            raise UserError(f"{what} not found", Path(self.name) / file, fix)
+            if self.folder:
+                raise UserError(f"{what} not found", self.folder / file)
+            fix = "its cache has no copy; check name and network"
+            raise UserError(f"{self.what} is not a folder here, and the hub did not give its {file}", self.name, fix)
         return path
 
     def refuse_adapter(self) -> None:

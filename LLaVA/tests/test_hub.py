@@ -47,7 +47,9 @@ def test_llava_hf(tmp_path: Path) -> None:
 
 
 def test_unknown_repository_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"model config not found: tiny/nothing/config\.json") as caught:
+    with pytest.raises(
+        UserError, match=r"is not a folder here, and the hub did not give its config\.json: tiny/nothing"
+    ) as caught:
         load_model("tiny/nothing", cache_dir=str(tmp_path), local_files_only=True)
     assert "\n" not in str(caught.value)
 

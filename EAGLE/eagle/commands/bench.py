@@ -149,7 +149,8 @@ def run(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name):
             check_writable(getattr(arguments, name))
     if (arguments.data is None) == (arguments.suite is None):
-        raise UserError("no questions" if arguments.data is None else "both --data and --suite", fix="give one of them")
+        what = "no questions" if arguments.data is None else "both --data and --suite"
+        raise UserError(what, fix="give --data FILE.jsonl or --suite NAME")
     if arguments.suite is not None:
         from eagle.suites.fetch import fetch
 

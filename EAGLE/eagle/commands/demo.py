@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     from eagle.loading import load_model
 
     use_pocket_defaults(arguments)
-    chosen = pick_questions(read_questions(arguments.data), arguments.pictures)
+    chosen = pick_questions(read_questions(arguments.data, arguments.limit), arguments.pictures)
     model = load_model(arguments)
     model.warm_up()
     out = console()

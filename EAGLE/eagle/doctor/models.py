@@ -153,7 +153,8 @@ def _shapes_on_hub(source: Source) -> dict[str, tuple[int, ...]] | None:
 
 
 def _not_cached(topic: str, name: str) -> Check:
-    return Check(topic, State.WARNING, f"{name} is not in the hub cache", "add --hub to look at it on the hub")
+    found = f"{name} is not a folder here, and not in the hub cache"
+    return Check(topic, State.WARNING, found, "check the name; --hub looks at it on the hub")
 
 
 def _parameters(model: torch.nn.Module) -> int:

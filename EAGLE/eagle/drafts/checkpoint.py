@@ -26,6 +26,9 @@ from llava.weights import find_weights, is_old_buffer, read_tensors
 HEAD, MAPPING = "lm_head.weight", ("d2t", "t2d")
 log = logging.getLogger(__name__)
 
+SHOWN = 12
+"""Tensors that an error names."""
+
 
 def load_draft(
     name: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu", **hub: Any
@@ -50,7 +53,8 @@ def load_draft(
         draft = build_draft(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, config_file)
     if problems := misfits({name: tuple(tensor.shape) for name, tensor in tensors.items()}, draft):
         fix = f"use a complete {draft.kind} draft"
-        raise UserError(f"draft does not fit its config: {'; '.join(problems)}", paths[0], fix)
+        named = "; ".join(problems[:SHOWN]) + (f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else "")
+        raise UserError(f"draft does not fit its config: {named}", paths[0], fix)
     spare = {name: tensors.pop(name) for name in list(tensors) if is_spare(name, draft)}
     meta = torch.device(device).type == "meta"
     if not meta and (broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]):

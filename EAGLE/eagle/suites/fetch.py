@@ -65,6 +65,9 @@ def default_folder(suite: str, subset: str) -> Path:
     return Path(constants.HF_HOME) / "msd-suites" / f"{suite}-{subset}"
 
 
+COPIES = "or clone it, and run python -m eagle.questions fetch with --copies"
+
+
 def fetch(name: str, subset: str = "test", out: Path | None = None, copies: Path | None = None) -> Path:
     """The question file of a suite, which is written if it is not there.
 
@@ -81,6 +84,7 @@ def fetch(name: str, subset: str = "test", out: Path | None = None, copies: Path
     about: Record = {"suite": name, "subset": subset, "sources": origins(suite)}
     with lock_folder(folder):
         if not is_complete(folder, about):
+            print(f"fetching {name} ({subset}) into {folder}", flush=True)
             records = read_mmspec(subset, copies, folder) if suite.topics else read_sets(suite, subset, copies, folder)
             lines = [json.dumps(record, ensure_ascii=False) for record in records]
             counts = count_sources(map(json.loads, lines))
@@ -142,7 +146,7 @@ def read_mmspec(subset: str, copies: Path | None, folder: Path) -> Iterator[Reco
             try:
                 return fetch_bytes(f"{GITHUB}/{MMSPEC}/{MMSPEC_REVISION}/{place}/{name}", MAX_DOWNLOAD)
             except UserError as error:
-                raise UserError(error.what, error.where, "or clone the repository and give --copies") from None
+                raise UserError(error.what, error.where, COPIES) from None
         try:
             return (copies / MMSPEC / place / name).read_bytes()
         except OSError as error:

@@ -76,7 +76,8 @@ def run(args: argparse.Namespace, stack: ExitStack) -> None:
     complete = trainer.run()
     tracker.finish(progress.history)
     if engine.is_main:
-        stopped = f"stopped after step {progress.step} of {schedule.total_steps}, resume with --resume; draft so far"
+        stopped = f"stopped after step {progress.step} of {schedule.total_steps}"
+        stopped += "; to continue, --resume with a larger --max-steps or without it; draft so far"
         print(f"{'trained' if complete else stopped}: {Path(args.cpdir) / 'final'}", flush=True)
 
 

@@ -200,7 +200,7 @@ def test_exit_status_and_table(
     assert main(["doctor", *swapped]) == 0  # a draft of the original release
     assert re.search(r"vocabulary \d+, 8 of them from the base", capsys.readouterr().out)
     assert main(["doctor", "--base-model", str(repositories / "tiny/llava")]) == 0  # its tower is on the hub
-    assert "tiny/tiny-clip is not in the hub cache" in capsys.readouterr().out
+    assert "tiny/tiny-clip is not a folder here, and not in the hub cache" in capsys.readouterr().out
     assert main(["doctor", "--data", str(tmp_path / "nowhere")]) == 1
 
 
