@@ -69,7 +69,7 @@ def test_answer_about_a_picture(family: str, tmp_path: Path) -> None:
     expected = model.tokenizer.decode(output.tokens[0], skip_special_tokens=True)
     image = base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
     for msd in (True, False):
-        *others, end = answer(model, question=QUESTION, image=image, max_new_tokens=NEW, msd=msd)
+        *_, end = answer(model, question=QUESTION, image=image, max_new_tokens=NEW, msd=msd)
         assert end["kind"] == "end", end
         assert end["text"] == expected != ""
         assert end["new_tokens"] == output.stats.new_tokens
