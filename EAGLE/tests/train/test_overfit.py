@@ -229,8 +229,8 @@ def test_every_drafted_token_is_accepted(family, tmp_path):
     assert distinct(sample) > NEW / 8, "an answer in a loop would prove little"
     torch.manual_seed(0)
     draft, base = DraftModel(draft_config_of(tmp_path / "base")), load_base_tensors(tmp_path / "base")
-    objective = DraftObjective(draft, base, TrainConfig(token_weight=1.0, rollout_steps=6))
-    train(objective, sample, steps=400)
+    objective = DraftObjective(draft, base, TrainConfig(token_weight=1.0, rollout_steps=3))
+    train(objective, sample, steps=1000)
     stats = decode(target, objective, inputs, sample)
     *cycles, last = stats.accept_lengths
     assert set(cycles) == {CHAIN.depth + 1}, stats.accept_lengths
