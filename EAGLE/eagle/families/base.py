@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from eagle.drafts.modules import capped
 from eagle.families.layers import FULL, LINEAR, SLIDING, attention_layers, position_limit
@@ -114,8 +114,10 @@ class Target(ABC):
         self.stop_strings = (texts,) if isinstance(texts, str) else tuple(texts)
         model.generation_config.stop_strings = None
         self.processor = processor
-        for media in self.media if processor is not None else ():
-            check_media_token(media, self)
+        if processor is not None:
+            check_vision(model.config)
+            for media in self.media:
+                check_media_token(media, self)
         self._streams = StreamReader()
 
     def streams(self, layers: Sequence[int]) -> AbstractContextManager[Streams]:
@@ -430,6 +432,13 @@ class Target(ABC):
         """`head` for hidden states on `head_device`."""
         head, cap = self.model.get_output_embeddings(), self.logit_cap
         return head if cap is None else lambda hidden: capped(head(hidden), cap)
+
+
+def check_vision(config: PretrainedConfig) -> None:
+    """Raises `UserError` for a config from which transformers makes a model without a vision tower."""
+    if getattr(config, "vision_config", None) is None:
+        fix = "take the vision_config of the model's release"
+        raise UserError("vision_config is missing or null", f"config of {config.name_or_path}", fix)
 
 
 def check_media_token(media: Media, target: Target) -> None:

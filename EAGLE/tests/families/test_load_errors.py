@@ -157,6 +157,37 @@ def test_a_section_without_sizes_does_not_mean_a_large_model(
     assert "check the sizes in config.json" in line or "the vision tower takes 224" in line
 
 
+def without_vision(folder: Path) -> Iterator[None]:
+    """The config with null in place of the vision tower's section, and then without that section."""
+    whole = (folder / "config.json").read_text()
+    with_values(folder, vision_config=None)
+    yield
+    fields = json.loads(whole)
+    del fields["vision_config"]
+    (folder / "config.json").write_text(json.dumps(fields))
+    yield
+    (folder / "config.json").write_text(whole)
+
+
+def test_a_model_without_a_vision_tower(folder: Path) -> None:
+    if "mm_vision_tower" in json.loads((folder / "config.json").read_text()):
+        pytest.skip("this layout has no sections")
+    for _ in without_vision(folder):
+        assert "config" in line_of(folder) and "config" in problems(folder)[0]
+
+
+@pytest.mark.parametrize("kind", ["small", "unified"])
+def test_a_vision_tower_that_transformers_does_without(kind: str, tmp_path: Path) -> None:
+    """Gemma 4 without this section is a text model, which would ignore its pictures' weights."""
+    if not hasattr(transformers, "Gemma4UnifiedConfig" if kind == "unified" else "Gemma4Config"):
+        pytest.skip(f"transformers {transformers.__version__} does not have it")
+    made = tiny_families.make_gemma4(tmp_path / "base", kind=kind)
+    for _ in without_vision(made):
+        assert "vision_config is missing or null: config of" in line_of(made)
+        assert "vision_config is missing or null" in problems(made)[0]
+    load_target(made, dtype="float32")
+
+
 @pytest.mark.parametrize("key", ["num_hidden_layers", "vocab_size", "intermediate_size"])
 def test_a_size_with_digits_too_many(folder: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fields = json.loads((folder / "config.json").read_text())
@@ -214,6 +245,10 @@ def test_ids_and_sections_of_the_other_families(other_folder: Path, monkeypatch:
             (other_folder / "config.json").write_text(json.dumps({**json.loads(whole), section: odd}))
             assert "config" in line_of(other_folder), (section, odd)
     assert not allocated
+    monkeypatch.undo()
+    (other_folder / "config.json").write_text(whole)
+    for _ in without_vision(other_folder):
+        assert "config" in line_of(other_folder)
 
 
 def places(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

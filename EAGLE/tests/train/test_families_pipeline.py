@@ -52,28 +52,64 @@ def command(main: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, *argument
     assert run_cli(main) == 0
 
 
+def allocate(folder: Path, base: Path, monkeypatch: pytest.MonkeyPatch, *more: object) -> None:
+    """Hidden states of both kinds of records."""
+    name = family_of(base).training_name
+    for kind in "tv":
+        command(
+            allocation.main, monkeypatch, "--outdir", folder / f"states-{kind}", "--model_type", f"{name}_{kind}",
+            "--model", base, "--json_data_path", folder / f"{kind}.json", "--image_data_path", folder / "pictures",
+            "--gpus", "cpu", "--dtype", "float32", *more,
+        )  # fmt: skip
+
+
+def train(folder: Path, base: Path, monkeypatch: pytest.MonkeyPatch, run: str, *more: object) -> None:
+    """A run of both stages, without noise and validation."""
+    sizes = {"train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 1, "gradient_clipping": 0.5}
+    (folder / "ds.json").write_text(json.dumps(sizes))
+    command(
+        main_deepspeed.main, monkeypatch, "--basepath", base, "--cpdir", folder / run, "--config", "auto",
+        "--deepspeed_config", folder / "ds.json", "--tracker", "none", "--validation-share", 0,
+        "--learning-rate", 4e-3, "--token-weight", 1, "--rollout-steps", 2, "--noise", 0, "--image-start", 0.5,
+        "--image-end", 0.5, *more,
+    )  # fmt: skip
+
+
+def stored(folder: Path) -> list[object]:
+    return ["--tmpdir_t", folder / "states-t", "--tmpdir_v", folder / "states-v"]
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=[] if name == "qwen3_vl" else pytest.mark.by_hand) for name in FAMILY_MAKERS],
+)
+def test_training_online(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses of a short run whose base computes the hidden states are those on stored ones."""
+    base = FAMILY_MAKERS[family](tmp_path / "base")
+    write_data(tmp_path)
+    allocate(tmp_path, base, monkeypatch)
+    short = ["--epochs", 4, "--log-every", 1]
+    train(tmp_path, base, monkeypatch, "stored", *stored(tmp_path), *short)
+    train(
+        tmp_path, base, monkeypatch, "online", "--online", "--annotations_t", tmp_path / "t.json", "--annotations_v",
+        tmp_path / "v.json", "--image-folder", tmp_path / "pictures", "--dtype", "float32", *short,
+    )  # fmt: skip
+    expected, found = (
+        [step["loss"] for step in json.loads((tmp_path / run / "training.json").read_text())["steps"]]
+        for run in ("stored", "online")
+    )
+    assert len(set(expected)) == len(expected) >= 4 and expected[-1] < expected[0]
+    assert found == pytest.approx(expected, abs=1e-3)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pipeline(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = FAMILY_MAKERS[family](tmp_path / "base")
     write_data(tmp_path)
-    name = family_of(base).training_name
-    for kind in "tv":
-        command(
-            allocation.main, monkeypatch, "--outdir", tmp_path / f"states-{kind}", "--model_type", f"{name}_{kind}",
-            "--model", base, "--json_data_path", tmp_path / f"{kind}.json", "--image_data_path", tmp_path / "pictures",
-            "--gpus", "cpu", "--dtype", "float32", "--regenerate", "--max-new-tokens", NEW,
-        )  # fmt: skip
-    sizes = {"train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 1, "gradient_clipping": 0.5}
-    (tmp_path / "ds.json").write_text(json.dumps(sizes))
-    command(
-        main_deepspeed.main, monkeypatch, "--basepath", base, "--cpdir", tmp_path / "run", "--config", "auto",
-        "--deepspeed_config", tmp_path / "ds.json", "--tmpdir_t", tmp_path / "states-t", "--tmpdir_v",
-        tmp_path / "states-v", "--tracker", "none", "--epochs", 600, "--validation-share", 0, "--learning-rate", 4e-3,
-        "--token-weight", 1, "--rollout-steps", 2, "--noise", 0, "--image-start", 0.5, "--image-end", 0.5,
-        "--text-share", 0.1,
-    )  # fmt: skip
+    allocate(tmp_path, base, monkeypatch, "--regenerate", "--max-new-tokens", NEW)
+    train(tmp_path, base, monkeypatch, "run", *stored(tmp_path), "--epochs", 600, "--text-share", 0.1)
     draft = tmp_path / "run" / "final"
     msd = MSDModel.from_pretrained(base, draft, dtype=torch.float32, tree=CHAIN)
     accepted: list[int] = []

@@ -9,7 +9,7 @@ import pytest
 import tiny_llava
 import tiny_stock
 import torch
-from tiny_families import make_gemma3, make_gemma4, make_internvl, make_qwen3_vl
+from tiny_families import FAMILY_MAKERS, make_gemma3, make_gemma4, make_internvl, make_qwen3_vl
 
 from eagle.decode.msd import MSDModel
 from eagle.decode.tree_config import TreeConfig
@@ -199,6 +199,42 @@ def test_a_draft_for_every_geometry(name, tmp_path):
     compiled = MSDModel(target, own, CHAIN, compile="eager")
     output = compiled.generate(**inputs, max_new_tokens=NEW, temperature=0)
     assert torch.equal(output.sequences[0], sample.input_ids) and output.stats.tau > 4
+
+
+def distinct(sample: Sample) -> int:
+    """Different tokens of an answer."""
+    return sample.input_ids[-NEW:].unique().numel()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=[] if name == "qwen3_vl" else pytest.mark.by_hand)
+        for name in FAMILY_MAKERS
+        if "-" not in name  # a variant
+    ],
+)
+def test_every_drafted_token_is_accepted(family, tmp_path):
+    """In each of today's families, about a picture and with the automatic draft config."""
+    target = load_target(FAMILY_MAKERS[family](tmp_path / "base"), dtype="float32")
+    target.model.generation_config.eos_token_id = None
+    asked = [
+        target.prepare(target.chat_prompt(question, 1), [tiny_llava.make_image(width=60, height=50, seed=seed)])
+        for seed, question in enumerate(("Count the shapes.", "Which two?", "Why is that?", "Name it.", "And here?"))
+    ]
+    answers = [(inputs, own_answer(target, inputs)) for inputs in asked]
+    inputs, sample = max(answers, key=lambda answer: distinct(answer[1]))
+    assert sample.image_mask.any()
+    assert distinct(sample) > NEW / 8, "an answer in a loop would prove little"
+    torch.manual_seed(0)
+    draft, base = DraftModel(draft_config_of(tmp_path / "base")), load_base_tensors(tmp_path / "base")
+    objective = DraftObjective(draft, base, TrainConfig(token_weight=1.0, rollout_steps=3))
+    train(objective, sample, steps=1000)
+    stats = decode(target, objective, inputs, sample)
+    *cycles, last = stats.accept_lengths
+    assert set(cycles) == {CHAIN.depth + 1}, stats.accept_lengths
+    assert last >= NEW - 2 - (CHAIN.depth + 2) * len(cycles), "the rest, of which the target gives the last token"
 
 
 @pytest.mark.parametrize(("pictures", "steps"), [(1, 30), (1, 70), (0, 70)])
