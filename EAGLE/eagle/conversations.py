@@ -47,7 +47,7 @@ MAX_UNKNOWN, MAX_NAMED = 1000, 8
 """Unknown keys of a file that are counted, and those that a note names."""
 
 REASONS = {
-    "no_conversation": "the record has no list of turns, or a turn without a known speaker and a text",
+    "no_conversation": "the record has no list of turns, or two of them, or a turn without a known speaker and a text",
     "id": f"the record's id is neither an integer nor a string of at most {MAX_ID} characters",
     "system": "the record's system prompt is not a text, or it has two of them",
     "video": "the record has a video or sound, which the training templates do not write",
@@ -56,7 +56,7 @@ REASONS = {
     "no_mark": f"the record names a picture, its text has no {MARK}",
     "too_many_marks": f"the text has more {MARK} marks than the record names pictures",
     "too_few_marks": f"the record names more pictures than the text has {MARK} marks",
-    "image_name": "the record's pictures are not names of files",
+    "image_name": "the record's pictures are not names of files, or two keys name different ones",
     "outside_picture": "a picture is not inside the folder of pictures",
     "missing_picture": "a picture's file does not exist",
     "broken_picture": "a picture's file cannot be read",
@@ -110,7 +110,7 @@ def unknown_keys_note(counts: Mapping[str, int]) -> str | None:
 
 def claims_pictures(record: Mapping[str, Any]) -> bool:
     """Whether a record names pictures, in whatever form."""
-    return _image_value(record) is not None or any(_is_picture(part) for part in _parts(record))
+    return any(map(record.get, IMAGE_KEYS)) or any(_is_picture(part) for part in _parts(record))
 
 
 def image_names(record: Mapping[str, Any]) -> tuple[str, ...]:
@@ -151,8 +151,9 @@ def picture_path(root: Path, name: str) -> Path:
 
 def turns_of(record: Mapping[str, Any]) -> list[Any] | None:
     """The record's list of turns, in the form that it has; None without one."""
-    value = next((record[key] for key in TURN_KEYS if record.get(key) is not None), None)
-    return value if isinstance(value, list) else None
+    values = [record[key] for key in TURN_KEYS if record.get(key) is not None]
+    filled = [value for value in values if value] or values[:1]
+    return filled[0] if len(filled) == 1 and isinstance(filled[0], list) else None
 
 
 def speaker_and_content(turn: Any) -> tuple[Any, Any]:
@@ -205,8 +206,10 @@ def _picture_of(part: Mapping[str, Any]) -> Any:
 
 
 def _image_value(record: Mapping[str, Any]) -> Any:
-    values = (record.get(key) for key in IMAGE_KEYS)
-    return next((value for value in values if value is not None and value not in ("", [])), None)
+    values = [value for key in IMAGE_KEYS if (value := record.get(key)) is not None and value not in ("", [])]
+    if any(value != values[0] for value in values):
+        raise Unusable("image_name")
+    return values[0] if values else None
 
 
 def record_id(record: Mapping[str, Any], number: int) -> str:
@@ -253,7 +256,7 @@ def read_conversation(record: Mapping[str, Any], number: int, keep_answers: bool
         turns = turns[1:]
     if turns and turns[-1][0] == USER:
         turns = turns[:-1] if keep_answers else [*turns, (ASSISTANT, "")]
-    if any(role != (USER, ASSISTANT)[place % 2] for place, (role, _) in enumerate(turns)):
+    if len(turns) % 2 or any(role != (USER, ASSISTANT)[place % 2] for place, (role, _) in enumerate(turns)):
         raise Unusable("not_alternating")
     texts = [text if keep_answers or role == USER else "" for role, text in turns]
     pairs = tuple(zip(texts[::2], texts[1::2], strict=True))

@@ -22,6 +22,7 @@ from .errors import UserError
 from .files import read_json, read_object
 from .generation import check_generation_config
 from .hub import Source, split_hub_options
+from .image import MAX_SQUARE_SIDE
 from .layout import Checkpoint, build_config, count_image_tokens, open_checkpoint
 from .loading import load_errors
 from .processor import LlavaProcessor
@@ -244,8 +245,11 @@ def _build_image_processor(fields: dict[str, Any], path: Path, config: LlavaConf
     try:
         processor = ImageProcessor.from_dict(fields)
         crop = dict(processor.crop_size)
-    except (TypeError, ValueError, KeyError) as error:
+        sides = [side for side in dict(processor.size).values() if side is not None]
+    except Exception as error:  # what the settings say decides what is raised
         raise UserError("image processor config is not valid", path, str(error)) from None
+    if not all(type(side) is int and 1 <= side <= MAX_SQUARE_SIDE for side in sides):
+        raise UserError(f"image processor's size {sides}", path, f"give whole numbers from 1 to {MAX_SQUARE_SIDE}")
     size = config.vision_config.image_size
     if crop.get("height") != size or crop.get("width") != size:
         raise UserError(f"image processor makes {crop} pixels, the vision tower takes {size}", path)

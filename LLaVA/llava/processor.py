@@ -251,15 +251,17 @@ class LlavaProcessor(ProcessorMixin):
         if options.do_rescale is False and any(is_of_floats(image) for image in images):
             raise UserError("do_rescale=False with an array of floats", fix="leave it out: 0 to 1 is known as scaled")
         mean = options.image_mean or self.image_processor.image_mean
-        prepared = [self._shape(load_image(image, channels=options.input_data_format), mean) for image in images]
+        loaded = [load_image(image, channels=options.input_data_format) for image in images]
         settings = options.of_processor()
         try:
+            prepared = [self._shape(image, mean) for image in loaded]
             pixels = self.image_processor(prepared, return_tensors="pt", **settings)["pixel_values"]  # [n, 3, h, w]
-        except (ValueError, TypeError) as error:
-            if not settings:
-                raise
+        except (UserError, MemoryError, OSError):
+            raise
+        except Exception as error:  # what the settings say decides what is raised
+            whose = "these options" if settings else "its own settings"
             raise UserError(
-                f"image processor refuses these options ({reason_of(error)})", ", ".join(settings)
+                f"image processor cannot use {whose} ({reason_of(error)})", ", ".join(settings) or None
             ) from None
         side = dict(self.image_processor.crop_size)
         if settings and pixels.shape[2:] != (side["height"], side["width"]):

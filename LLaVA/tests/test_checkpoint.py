@@ -314,3 +314,17 @@ def test_loading_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str
     for make in (make_liuhaotian, make_llava_hf):
         load_pretrained(make(tmp_path / make.__name__))
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("size", 100_000), ("size", {"shortest_edge": 2**31}), ("size", -5), ("resample", -1), ("rescale_factor", []),
+     ("image_std", [0.5, 0.5, "x"]), ("image_mean", [0.5, 0.5, None]), ("image_mean", [0.5, 0.5, 2**31])],
+)  # fmt: skip
+@pytest.mark.parametrize("make", [make_liuhaotian, make_llava_hf])
+def test_settings_of_pictures_that_cannot_be_used(tmp_path: Path, make: Any, setting: str, value: Any) -> None:
+    folder = make(tmp_path / "model")
+    places = (tmp_path / "tiny-clip", folder)
+    change(next(p / "preprocessor_config.json" for p in places if p.is_dir()), **{setting: value})
+    with pytest.raises(UserError, match="image processor"):
+        load_processor(folder)(text="<image>\nWhat?", images=make_image(), return_tensors="pt")

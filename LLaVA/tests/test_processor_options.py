@@ -124,7 +124,7 @@ def test_options_together(ours: LlavaProcessor, stock: Any, call: dict[str, Any]
         ({"images_kwargs": {"do_resise": False}}, "did you mean 'do_resize'"),
         ({"size": 10**8}, "size=100000000: .*at most 16384"),
         ({"size": {"height": 0, "width": 3}}, "size.height=0: .*at least 1"),
-        ({"size": {"high": 5}}, "image processor refuses these options .*size"),
+        ({"size": {"high": 5}}, "image processor cannot use these options .*size"),
         ({"image_mean": [0.5, 0.5]}, "lacks 'image_mean.2'"),
         ({"crop_size": 28}, "pixels of 28 x 28, but the model reads 56 x 56: crop_size"),
         ({"videos_kwargs": {"fps": 1}}, "no videos"),

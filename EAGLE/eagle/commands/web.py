@@ -73,6 +73,8 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         UserError: the port is taken, or the address is not this machine's.
     """
+    if not host.strip():  # the system would listen on all addresses
+        raise UserError("no address", "--host", "give one, such as 127.0.0.1, or 0.0.0.0 for all of this machine")
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family)

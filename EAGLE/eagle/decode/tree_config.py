@@ -28,12 +28,12 @@ class TreeConfig:
         adaptive: depth and nodes are upper bounds; each cycle chooses within them (`eagle.decode.adaptive`).
 
     Raises:
-        UserError: a value is not a whole number, or too small.
+        UserError: a value is not a whole number, or out of bounds.
     """
 
-    depth: int = Field(5, ge=0)
-    top_k: int = Field(10, ge=1)
-    total_tokens: int = Field(60, ge=1)
+    depth: int = Field(5, ge=0, le=256)
+    top_k: int = Field(10, ge=1, le=1024)
+    total_tokens: int = Field(60, ge=1, le=4096)
     adaptive: bool = False
 
     @classmethod

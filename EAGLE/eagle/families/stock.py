@@ -120,11 +120,13 @@ def special_tokens(processor: Any, prompts: Sequence[str]) -> dict[str, Any]:
 
 @contextmanager
 def processor_errors() -> Iterator[None]:
-    """Raises `UserError` for what a processor refuses, such as a picture 200 times as wide as high, or the mark of a
-    video in the text."""
+    """Raises `UserError` for what a processor refuses, such as a picture 200 times as wide as high, the mark of a video
+    in the text, or settings of the checkpoint that it cannot use. Errors of memory and disk pass."""
     try:
         yield
-    except ValueError as error:
+    except (UserError, MemoryError, OSError):
+        raise
+    except Exception as error:  # what a checkpoint's settings say decides what is raised
         raise UserError(f"the processor cannot prepare this prompt ({reason_of(error)})") from error
 
 

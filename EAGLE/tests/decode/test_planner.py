@@ -126,3 +126,9 @@ def test_which_tree_a_model_takes(base: Path) -> None:
     assert MSDModel(target).tree_for(2) == fixed.for_batch(2)
     with pytest.raises(UserError, match='give "auto", "fixed"'):
         MSDModel(target, tree="fast")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bound", ["depth", "top_k", "total_tokens"])
+def test_trees_are_bounded(bound: str) -> None:
+    with pytest.raises(UserError, match=f"{bound}=.*at most"):
+        TreeConfig.from_dict({bound: 10**30})

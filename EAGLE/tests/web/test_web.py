@@ -661,3 +661,8 @@ def test_contrast_of_the_page(scheme: int) -> None:
     assert {name: value for name, value in edges.items() if value < 3} == {}
     depths = [colours[f"d{depth}"] for depth in range(1, 11)]
     assert len(set(depths)) == 10
+
+
+def test_an_empty_host_is_not_all_addresses() -> None:
+    with pytest.raises(UserError, match="no address: --host"):
+        web.listen("", 0)
