@@ -233,12 +233,16 @@ def test_answers_are_those_of_generate(name, family_bases, clip, tmp_path):
     requests = [request(f"How many {number}?", visuals, settings=SHORT) for number, visuals in enumerate(asked)]
     for size in (1, 3):
         model = load(class_of(name), folder, draft, batch_size=size, **limits, **TREE)
+        penalty = model.sampling.get("repetition_penalty")
         answers = [each.text for each in model.generate_until(requests)]
         for number, visuals in enumerate(asked):
             inputs = model.prompts.inputs([model.prompts.write(f"How many {number}?", visuals)])
-            ids = model.msd.target.model.generate(**inputs, max_new_tokens=12, do_sample=False)
+            ids = model.msd.target.model.generate(
+                **inputs, max_new_tokens=12, do_sample=False, repetition_penalty=penalty
+            )
             new = ids[0, inputs["input_ids"].shape[1] :]
-            assert answers[number] == model.tokenizer.decode(new, skip_special_tokens=True)
+            wanted = model.tokenizer.decode(new, skip_special_tokens=True)
+            assert answers[number].strip() == wanted.strip()  # some families strip
         assert len(set(answers)) > 2
 
 

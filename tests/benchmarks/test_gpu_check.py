@@ -25,7 +25,8 @@ def test_quick_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pyte
     names = [part["name"] for part in report["parts"]]
     assert any("identity" in name for name in names) and "training" in names and "batches" in names
     for part in report["parts"]:
-        assert part["error"] is None and part["figures"] and part["verdicts"], part["name"]
+        judged = part["verdicts"] or part["name"].endswith("costs")  # of which nothing is expected on a CPU
+        assert part["error"] is None and part["figures"] and judged, part["name"]
         if "identity" in part["name"]:
             assert part["figures"]["differ"] == 0  # float32
         if part["name"].endswith("compiled parts"):
