@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -144,6 +146,19 @@ def test_what_one_request_learns_holds_for_the_next() -> None:
     pace = Pace()
     run(lambda number: Machine(), pace)
     assert all(cycle.drafted for cycle in run(lambda number: Machine(), pace)[:8])
+
+
+def test_requests_of_several_threads_share_what_is_known() -> None:
+    """Threads change in the middle of each other's decisions."""
+    pace, interval = Pace(), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            loads = [Machine(), Machine(tokens=USELESS), Machine(verify=3.0), Machine(3.0, 3.0, 3.0)]
+            cycles = list(pool.map(lambda load: run(lambda number: load, pace), loads * 4))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(len(each) == CYCLES for each in cycles)
 
 
 @pytest.mark.parametrize("compiled", [False, "eager"])

@@ -16,7 +16,6 @@ Answers do not depend on these decisions. This module does arithmetic on the hos
 from __future__ import annotations
 
 import statistics
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -55,9 +54,9 @@ class Work(NamedTuple):
 NOTHING = Work(0.0, 0.0)
 
 
-def recent() -> deque[float]:
-    """The last `MEDIAN` durations of a part, in proportion to expected ones."""
-    return deque(maxlen=MEDIAN)
+def latest(durations: tuple[float, ...], new: float) -> tuple[float, ...]:
+    """The last `MEDIAN` of them."""
+    return (*durations, new)[-MEDIAN:]
 
 
 def ratio(durations: Iterable[float]) -> float:
@@ -69,8 +68,10 @@ def ratio(durations: Iterable[float]) -> float:
 class Pace:
     """Durations and acceptance of cycles with the same number of sequences, known from all requests of a model.
 
+    Requests of several threads share it, so durations are replaced as a whole and are never empty again.
+
     Attributes:
-        draft, verify, plain: recent durations in proportion to expected ones.
+        draft, verify, plain: the last `MEDIAN` durations in proportion to expected ones.
         tokens: new tokens of a sequence in recent cycles that drafted, a decaying sum.
         expected: durations of the same cycles.
         drafting_at_probe: `drafting` when a plain cycle was last measured.
@@ -79,9 +80,9 @@ class Pace:
             compile or prepare something.
     """
 
-    draft: deque[float] = field(default_factory=recent)
-    verify: deque[float] = field(default_factory=recent)
-    plain: deque[float] = field(default_factory=recent)
+    draft: tuple[float, ...] = ()
+    verify: tuple[float, ...] = ()
+    plain: tuple[float, ...] = ()
     tokens: float = FIRST_TOKENS
     expected: Work = NOTHING
     drafting_at_probe: float = 0.0
@@ -143,16 +144,13 @@ class Guard:
 
     def _learn_drafted(self, real: Work, expected: Work, tokens: float) -> None:
         pace = self.pace
-        draft = real.draft / expected.draft
+        draft, verify = real.draft / expected.draft, real.verify / expected.verify
+        past = pace.expected if pace.expected.sum else Work(*(FIRST_CYCLES * seconds for seconds in expected))
+        pace.expected = Work(*(RECENT * old + new for old, new in zip(past, expected, strict=True)))
         if self._resumed:  # the draft also read the rows of the pause
-            draft, self._resumed = min(draft, ratio(pace.draft)), False
-            pace.draft.clear()
-            pace.verify.clear()
-        pace.draft.append(draft)
-        pace.verify.append(real.verify / expected.verify)
-        if not pace.expected.sum:
-            pace.expected = Work(*(FIRST_CYCLES * seconds for seconds in expected))
-        pace.expected = Work(*(RECENT * old + new for old, new in zip(pace.expected, expected, strict=True)))
+            pace.draft, pace.verify, self._resumed = (min(draft, ratio(pace.draft)),), (verify,), False
+        else:
+            pace.draft, pace.verify = latest(pace.draft, draft), latest(pace.verify, verify)
         pace.tokens = RECENT * pace.tokens + tokens
         pace.since_probe += 1
         if not pace.plain:
@@ -166,10 +164,9 @@ class Guard:
 
     def _learn_plain(self, real: Work, expected: Work) -> None:
         pace = self.pace
-        if not self._pause:  # what was measured before may be out of date
-            pace.plain.clear()
-        pace.plain.append(real.verify / expected.verify)
         pace.drafting_at_probe, pace.since_probe = pace.drafting, 0
+        plain = real.verify / expected.verify
+        pace.plain = latest(pace.plain, plain) if self._pause else (plain,)  # out of a pause, others may be out of date
         if not self._pause:
             return
         self._pause, self._paused = self._pause - 1, self._paused + 1
