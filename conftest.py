@@ -32,7 +32,7 @@ def costs_of_a_made_up_machine(tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield
 
 
-@pytest.fixture(scope="session", params=["small", "full"] if FULL_PARITY.is_dir() else ["small"])
+@pytest.fixture(scope="session", params=["small", pytest.param("full", marks=pytest.mark.slow)])
 def parity_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of reference values: those of the repository, and the larger set (env MSD_FIXTURES, or `shared/fixtures`
     beside the repository) if it is there."""
@@ -40,6 +40,8 @@ def parity_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         from parity_fixture import expand
 
         return expand(REPO / "tests" / "fixtures" / "parity", tmp_path_factory.mktemp("parity") / "small")
+    if not FULL_PARITY.is_dir():
+        pytest.skip(f"no larger set of reference values in {FULL_PARITY}")
     return FULL_PARITY
 
 
