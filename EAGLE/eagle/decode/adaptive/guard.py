@@ -122,9 +122,14 @@ class Guard:
         """Over plain decoding."""
         return self.pace.tokens * self.plain * ratio(self.pace.plain) / self.pace.seconds
 
+    @property
+    def wants_draft(self) -> bool:
+        """Whether a cycle should draft, by what is known now."""
+        return not self._pause and not self._probe_due()
+
     def should_draft(self) -> bool:
         """Starts a cycle. Returns whether it drafts."""
-        self._drafted = not self._pause and not self._probe_due()
+        self._drafted = self.wants_draft
         return self._drafted
 
     def learn(self, real: Work, expected: Work, tokens: float) -> None:
