@@ -19,7 +19,6 @@ from torch import Tensor
 
 from eagle.decode.tree import DraftTree
 
-
 NO_TOKEN = -1
 """The choice at a node where the target's output is NaN. No draft token equals it, so nothing is accepted below."""
 

@@ -196,8 +196,8 @@ class Decoder:
             self.commit(verified, accepted)
 
     def _whole_cycles(self) -> bool:
-        """Decodes in whole cycles on the device (`eagle.decode.compiled.cycle`) until the answer ends or drafting should
-        pause. False if they do not serve this request, or not its next cycle."""
+        """Decodes in whole cycles on the device (`eagle.decode.compiled.cycle`) until the answer ends or drafting
+        should pause. False if they do not serve this request, or not its next cycle."""
         cycle = None if self.compiled is None or self.planner is not None else self.compiled.cycle(self.tree)
         sequence, drafter, cache = self.active[0], self.drafter, self.cache
         if cycle is None or not isinstance(drafter, StaticDrafter) or not isinstance(cache, StaticCache):

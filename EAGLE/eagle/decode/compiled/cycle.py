@@ -37,8 +37,9 @@ from eagle.decode.tree_config import TreeConfig
 from eagle.drafts.head import DraftHead
 from eagle.families.base import LayerMasks, Target, within_window
 
+
 class Numbers(NamedTuple):
-    """What the host of other paths knows, each a tensor without dimensions.
+    """What the host knows on other paths, each a tensor without dimensions.
 
     ``certain``: the draft's rows of accepted tokens, without the ``accepted`` ones of the last cycle; ``shift``:
     position minus row of new tokens there; ``past``: cached rows of the target; ``position``: of the root; ``left``:
@@ -118,8 +119,8 @@ class CompiledCycle:
     ) -> list[Callable[[], object]]:
         """Calls that compile the functions, for caches of so many ``columns``; `verify` has its own."""
         draft.rotary(torch.zeros(1, 1, device=draft.device), draft.dtype)  # its frequencies are float32 from now on
-        state, last = self.state(target, draft), torch.zeros(1, draft.config.hidden_size, dtype=draft.dtype)
-        last = last.to(draft.device)
+        state = self.state(target, draft)
+        last = torch.zeros(draft.config.hidden_size, dtype=draft.dtype, device=draft.device)
 
         def drafts(width: int) -> tuple[Tensor, Tensor, Tensor]:
             draft_cache.see(width)
@@ -174,7 +175,7 @@ class CycleRun:
     """Consecutive whole cycles of a request.
 
     Args:
-        last: [1, H] what the draft predicts after its certain rows.
+        last: [H] what the draft predicts after its certain rows.
         context: [1, C] of the prompt, if the draft has one.
         state: before the first cycle; its rows are ``past`` in the target and ``certain`` in the draft.
     """
@@ -268,8 +269,8 @@ def draft_tree(
     context: Tensor | None,
     cache: StaticCache,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The draft phase: nodes [5, N] (token, position, row in the target's cache, parent, depth), which of them each sees
-    [N, N], and the new numbers. Levels deeper than the tokens that are still wanted have no probability."""
+    """The draft phase: nodes [5, N] (token, position, row in the target's cache, parent, depth), which of them each
+    sees [N, N], and the new numbers. Levels deeper than the tokens that are still wanted have no probability."""
     known = Numbers(*numbers.unbind())
     device, count = tokens.device, tokens.shape[0]
 
@@ -289,22 +290,20 @@ def draft_tree(
     positions = known.certain + known.shift + torch.arange(count, device=device)
     output = forward(draft.condense(features[None]), tokens[None], causal, [1] * count, known.certain, positions)
     newest = (known.accepted - 1).clamp(min=0)[None]
-    last = torch.where(known.accepted > 0, output[0].index_select(0, newest), last)[None]  # [1, 1, H]
+    last = torch.where(known.accepted > 0, output[:, newest], last)  # [1, 1, H]
     certain = known.certain + known.accepted
 
-    def step(
-        own: Tensor, hidden: Tensor, sight: Tensor, widths: Sequence[int]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def step(own: Tensor, hidden: Tensor, sight: Tensor, widths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         position = (certain + known.shift + (len(widths) - 1))[None]
         output = forward(hidden, own, sight, widths, certain, position)
         return output, *draft.likely_next(output, tree.top_k, head)
 
     levels = draft_levels(draft.likely_next(last, tree.top_k, head), last, tree, step)
-    scores = [
-        torch.where(known.left > level + 1, part.scores[0], -torch.inf) for level, part in enumerate(levels)
-    ]
+    scores = [torch.where(known.left > level + 1, part.scores[0], -torch.inf) for level, part in enumerate(levels)]
     candidates = Candidates(
-        torch.cat([part.tokens[0] for part in levels]), torch.cat(scores), torch.cat([part.parents[0] for part in levels])
+        torch.cat([part.tokens[0] for part in levels]),
+        torch.cat(scores),
+        torch.cat([part.parents[0] for part in levels]),
     )
     drafted = select_nodes(candidates, tokens.index_select(0, newest), tree.total_tokens, tree.depth + 1)
     rows = known.past + torch.arange(drafted.size, device=device)
@@ -312,9 +311,7 @@ def draft_tree(
     return torch.stack(nodes), drafted.mask, torch.stack(known._replace(certain=certain))
 
 
-def verification_masks(
-    target: Target, nodes: Tensor, sight: Tensor, numbers: Tensor, cache: StaticCache
-) -> LayerMasks:
+def verification_masks(target: Target, nodes: Tensor, sight: Tensor, numbers: Tensor, cache: StaticCache) -> LayerMasks:
     """The masks of `StaticEngine.verify_nodes`."""
     past = Numbers(*numbers.unbind()).past[None]
     mask = mask_behind(past, sight[None], cache.window.sight.shape[0], target.dtype)

@@ -403,7 +403,7 @@ class StaticDrafter(Drafter):
         (certain,), (shift,), past = self._lengths, self._shift, cache.length
         numbers = (certain, 0, shift, past, int(answer.next_position), left, len(answer.tokens))
         state = cycle.state(self._engine.target, self.draft, numbers, answer.tokens[-1])
-        return CycleRun(cycle, answer, (cache, self.cache), (past, certain), self._last, self._context, state)
+        return CycleRun(cycle, answer, (cache, self.cache), (past, certain), self._last[0], self._context, state)
 
     def end_cycles(self, run: CycleRun) -> None:
         """Leaves caches and answer as if all cycles had been decoded without `CycleRun`. Cycles in flight are dropped:
