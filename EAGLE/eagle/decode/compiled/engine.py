@@ -14,11 +14,14 @@ children    one, the first level's parent; as many children as the frontier is w
 keep        as verify; rows that stay where they are included
 ==========  ==================================================================================================
 
+Cycles with the tree of the warm-up do not use these, but for `verify` and the plain step: selection of nodes and
+acceptance are compiled there too, and the host knows nothing but the tokens (`eagle.decode.compiled.cycle`). Requests
+with other trees, and logits processors that read other tokens, use the parts.
+
 Columns grow in steps (`bucket`); CUDA graphs are recorded for each, without compiling again. `StaticEngine.warm_up`
 does all of it before the first request.
 
-Not compiled: prefill (its length differs each time), selection of nodes and acceptance (small, and their results go to
-the host), and batches (their shapes change when a sequence ends).
+Not compiled: prefill (its length differs each time) and batches (their shapes change when a sequence ends).
 """
 
 from __future__ import annotations
@@ -78,13 +81,14 @@ class Compiler:
         if backend not in known:
             raise UserError(f"no compiler backend '{backend}'", fix=f"use one of {', '.join(known)}")
         self.graphs = backend == "inductor" and device.type == "cuda"
-        self._settings: dict[str, Any] = {"backend": backend, "dynamic": False}  # but for sizes that are marked
+        settings: dict[str, Any] = {"backend": backend, "dynamic": False}  # but for sizes that are marked
         if self.graphs:
-            self._settings["mode"] = "reduce-overhead"
+            settings["mode"] = "reduce-overhead"
+        self._compile = partial(torch.compile, **settings)
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The compiled ``function``. Its results stay valid after the next call."""
-        compiled = torch.compile(function, **self._settings)
+        compiled = self._compile(function)
         if not self.graphs:
             return compiled
 
