@@ -69,8 +69,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     return found
 
 
-def compiled_for(pair: MSDModel, seen: Seen | None = None) -> MSDModel:
-    """The pair with whole cycles of `TREE`, their functions uncompiled."""
+def compiled_for(pair: MSDModel, seen: Seen | None = None, tree: TreeConfig = TREE) -> MSDModel:
+    """The pair with whole cycles of a tree, their functions uncompiled."""
 
     def plainly(function: Callable[..., object], **settings: object) -> Callable[..., object]:
         def call(*given: object) -> object:
@@ -83,7 +83,7 @@ def compiled_for(pair: MSDModel, seen: Seen | None = None) -> MSDModel:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", plainly)
-        model = MSDModel(pair.target, pair.draft, TREE, compile="eager")
+        model = MSDModel(pair.target, pair.draft, tree, compile="eager")
     model.warm_up(progress=False)
     return model
 
@@ -286,11 +286,12 @@ def test_operations_and_waits_of_a_cycle(
 ) -> None:
     """At most 40 operations and exactly one wait, for as many layers as the published models have."""
     pair = make_pair(tmp_path, family, LAYERS[family])
-    whole, inputs = compiled_for(pair, seen), prompt(pair)
+    tree = TreeConfig.for_device("cuda")
+    whole, inputs = compiled_for(pair, seen, tree), prompt(pair)
     settings: dict[str, Any] = {"temperature": temperature, "seed": 1, "top_p": 0.9, "max_new_tokens": 40}
     if not temperature:
         del settings["top_p"]
-    monkeypatch.setattr(whole._compiled.cycle(TREE), "ahead", 1)
+    monkeypatch.setattr(whole._compiled.cycle(tree), "ahead", 1)
     follow, counts = Decoder._follow, []
 
     def counted(self: Decoder, *given: Any) -> bool:
