@@ -308,7 +308,7 @@ def draft_tree(
     drafted = select_nodes(candidates, tokens.index_select(0, newest), tree.total_tokens, tree.depth + 1)
     rows = known.past + torch.arange(drafted.size, device=device)
     nodes = [drafted.tokens, known.position + drafted.depths, rows, drafted.parents, drafted.depths]
-    return torch.stack(nodes), drafted.mask, torch.stack(known._replace(certain=certain))
+    return torch.stack(nodes), drafted.mask, torch.stack([certain, *known[1:]])
 
 
 def verification_masks(target: Target, nodes: Tensor, sight: Tensor, numbers: Tensor, cache: StaticCache) -> LayerMasks:
@@ -346,8 +346,10 @@ def finish_cycle(
         for store in (layer.store_k, layer.store_v):
             store.index_copy_(2, rows[:longest], store.index_select(2, source))
     count, added = accepted.sum(), chosen[path]
-    following = known._replace(
+    following = Numbers(
+        certain=known.certain,
         accepted=count,
+        shift=known.shift,
         past=known.past + count,
         position=known.position + count,
         left=known.left - count,
