@@ -6,7 +6,6 @@ With --server the models are not loaded: the questions are sent to an OpenAI-sty
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,10 +163,8 @@ def run(arguments: argparse.Namespace) -> int:
             raise UserError(f"--{name.replace('_', '-')} needs --server", fix="name a server")
     if arguments.base_model is None:
         raise UserError("no base model", "--base-model", "name a folder or hub repository, or a server with --server")
-    from tqdm import tqdm
-
     from eagle.bench_report import Bench, make_report
-    from eagle.benchmark import Contestant, baselines, interleave, with_engine, with_prompt_lookup
+    from eagle.benchmark import Contestant, baselines, interleave_with_bar, with_engine, with_prompt_lookup
     from eagle.decode.sampling import SamplingSettings
     from eagle.decode.tree_config import TreeConfig
     from eagle.loading import load_model, sampling_settings
@@ -190,9 +187,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.prompt_lookup:
         others.append(Contestant(f"prompt lookup {own}", with_prompt_lookup(model, settings, arguments.prompt_lookup)))
     model.warm_up()
-    with tqdm(total=arguments.warm_up + len(questions), desc="bench", unit="question", file=sys.stderr) as progress:
-        for _ in interleave([msd, *others, *rivals], [[question] for question in questions], arguments.warm_up):
-            progress.update()
+    work = [[question] for question in questions]
+    for _ in interleave_with_bar([msd, *others, *rivals], work, arguments.warm_up, "bench", "question"):
+        pass
     asked = {name: value for name, value in vars(arguments).items() if name not in NOT_SETTINGS}
     asked |= {"also_tree": list(trees), "tree": vars(model.tree)}
     sampled = SamplingSettings(arguments.temperature).greedy is False
