@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-
 from eagle.arguments import positive
 from llava.arguments import OneLineParser
 from llava.errors import UserError, run_cli

@@ -132,7 +132,7 @@ time.sleep(60)
 @pytest.mark.parametrize("own", [False, True], ids=["CKPT", "--cpdir"])
 @pytest.mark.parametrize("saved", [False, True])
 def test_training_stopped_by_ctrl_c(commands, tmp_path: Path, real_python: None, saved: bool, own: bool) -> None:
-    """The terminal tells the script and DeepSpeed's processes; the script has the last word. A --cpdir wins over CKPT."""
+    """The terminal tells the script and DeepSpeed's processes; the script has the last word. --cpdir wins over CKPT."""
     (tmp_path / "deepspeed").write_text(LAUNCHER.format(python=sys.executable))
     checkpoints, record = tmp_path / "checkpoints", tmp_path / "record"
     if saved:

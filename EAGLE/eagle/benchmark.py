@@ -276,7 +276,7 @@ def interleave(contestants: Sequence[Contestant], rounds: Sequence[Sequence[Work
 def interleave_with_bar(
     contestants: Sequence[Contestant], rounds: Sequence[Sequence[Work]], warm_up: int, title: str, unit: str = "round"
 ) -> Iterator[int]:
-    """`interleave` with a progress bar of the rounds. The warm-up is labelled, and neither it nor its time is counted."""
+    """`interleave` with a progress bar of the rounds. The warm-up is labelled; neither it nor its time is counted."""
     from tqdm import tqdm
 
     with tqdm(total=len(rounds), desc=f"{title}, warm-up" if warm_up else title, unit=unit, file=sys.stderr) as bar:

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eagle.benchmark import Answer, Contestant, find_quiet, identical, interleave, interleave_with_bar, new_tokens, paired_speedup
+from eagle.benchmark import (
+    Answer,
+    Contestant,
+    find_quiet,
+    identical,
+    interleave,
+    interleave_with_bar,
+    new_tokens,
+    paired_speedup,
+)
 from eagle.decode.stats import Stats
 
 

@@ -67,7 +67,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "base model beside it",
     )  # fmt: skip
     parser.add_argument(
-        "--check", action="store_true", help="only check the flags and --config, and print the folder of the checkpoints"
+        "--check",
+        action="store_true",
+        help="only check the flags and --config, and print the folder of the checkpoints",
     )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     add_source_flags(parser)
