@@ -86,10 +86,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     server.add_argument(
         "--concurrency", type=levels(positive), default=None, metavar="N,N,...",
-        help="requests at a time (default: 1,2,4,8,16; none with --rate)",
+        help="requests at a time, one of each conversation (default: 1,2,4,8,16; none with --rate)",
     )  # fmt: skip
     server.add_argument(
-        "--rate", type=levels(above_zero), default=[], metavar="R,R,...", help="requests a second, at random moments"
+        "--rate",
+        type=levels(above_zero),
+        default=[],
+        metavar="R,R,...",
+        help="requests a second, at random moments; a conversation counts once",
     )
     server.add_argument("--plot", type=Path, metavar="FILE.png", help="tokens/s of each level as a picture")
 
@@ -126,7 +130,7 @@ def run_on_servers(arguments: argparse.Namespace) -> int:
     settings = {"max_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
     sampling = {name: getattr(arguments, name) for name in ("top_p", "top_k", "seed")}
     settings |= {name: value for name, value in sampling.items() if value is not None}
-    questions = read_questions(arguments.data, arguments.limit)
+    questions = read_questions(arguments.data, arguments.limit, turns=True)
     asked = {**settings, "data": str(arguments.data), "questions": len(questions)}
     plain: Any = Server(arguments.plain_server) if arguments.plain_server else None
     if arguments.plain_results:
