@@ -94,7 +94,7 @@ class Published:
         return found if same and f" {settings.get('questions')} turns" in self.set else [*found, "other questions"]
 
 
-DRAFTS = {"MSD": r"\bmsd", "ViSpec": "vispec", "EAGLE-3": r"eagle-?3", "EAGLE-[12]": "eagle"}
+DRAFTS = {"MSD": "(?<![a-z])msd", "ViSpec": "vispec", "EAGLE-3": r"eagle-?3", "EAGLE-[12]": "eagle"}
 """Methods, as patterns, and what the name of such a draft has."""
 
 
