@@ -162,11 +162,13 @@ class Decoder:
 
     def run(self) -> list[list[int]]:
         """Decodes to the end. Returns the new tokens of each sequence; `stats` has acceptance and times."""
+        ended = False
         try:
-            return self._run()
+            tokens, ended = self._run(), True
+            return tokens
         finally:
             if self.compiled is not None:  # after Ctrl-C too: CUDA graphs are bound to these caches
-                self.compiled.release(self.cache, self.drafter)
+                self.compiled.release(self.cache, self.drafter, clear=not ended)
 
     def _run(self) -> list[list[int]]:
         with self.stats.phase("prefill"):

@@ -340,11 +340,16 @@ class StaticEngine:
         calls: list[Callable[[], object]] = [partial(self.children, zeros(size), tree.top_k)]
         return calls + [partial(part, width) for part in (extend, step) for width in columns]
 
-    def release(self, cache: KVCache, drafter: Drafter | None) -> None:
-        """Returns the caches of a finished request."""
-        self.target_caches.give_back(cache)
+    def release(self, cache: KVCache, drafter: Drafter | None, clear: bool = False) -> None:
+        """Returns the caches of a finished request. ``clear``: it failed, so rows may not be numbers, which would spoil
+        the results of others even where they are masked."""
+        pools = [(self.target_caches, cache)]
         if drafter is not None:
-            self.draft_caches.give_back(drafter.cache)
+            pools.append((self.draft_caches, drafter.cache))
+        for pool, part in pools:
+            if clear and isinstance(part, StaticCache):
+                part.clear()
+            pool.give_back(part)
 
     def _target_cache(self, move: Callable[..., None], rows: int) -> StaticCache:
         target = self.target

@@ -128,6 +128,12 @@ class StaticCache(KVCache):
             super().grow(rows + SPARE)
             self._mark(rows)
 
+    def clear(self) -> None:
+        """Sets all rows to zero."""
+        for layer in self.layers:
+            layer.store_k.zero_()
+            layer.store_v.zero_()
+
     def open(self, count: int) -> int:
         """Sets the window to the next ``count`` rows. Returns the number of columns that the forward sees."""
         start = self.length
