@@ -274,8 +274,8 @@ class Decoder:
         rows = in_use[0] if in_use else self.cache.length
         if rows + self.tree.depth + 2 <= self._room or self._room == self._longest:
             return
-        for cache, used in zip((self.cache, self.drafter and self.drafter.cache), in_use, strict=False):
-            if cache is not None:
+        if in_use and self.drafter is not None:
+            for cache, used in zip((self.cache, self.drafter.cache), in_use, strict=True):
                 cache.truncate([used])  # these rows are copied
         self._room = min(2 * self._room, self._longest)
         rows = self._room + self.settings.tree.total_tokens
