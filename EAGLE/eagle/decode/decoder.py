@@ -245,7 +245,7 @@ class Decoder:
     def _goes_on(self, run: CycleRun) -> bool:
         """Whether another whole cycle is launched: tokens may be left for a draft, and drafting pays."""
         left = self._left(self.active[0]) - len(run.flights)  # those in flight add at least one each
-        return left > 1 and (self.guard is None or self.guard.wants_draft)
+        return left > 1 and (self.guard is None or self.guard.wants_another(len(run.flights)))
 
     def _left(self, sequence: Sequence) -> int:
         """New tokens that are still wanted."""

@@ -219,6 +219,7 @@ def test_pauses(
     """Plain cycles in between, longer than the draft reads at once; the guard learns from each cycle."""
     learnt: list[tuple[Any, ...]] = []
     monkeypatch.setattr(Guard, "wants_draft", property(lambda self: len(learnt) % 14 < 4))
+    monkeypatch.setattr(Guard, "wants_another", lambda self, unknown: self.wants_draft)
     monkeypatch.setattr(Guard, "learn", lambda self, *given: learnt.append((self._drafted, *given)))
     inputs = prompt(pair)
     expected = pair.generate(**inputs, temperature=0.0, max_new_tokens=60).tokens
