@@ -30,6 +30,7 @@ from eagle.families import load_target
 from llava import UserError
 
 TREE = TreeConfig(4, 6, 40)
+TRIMMED = 12
 LAYERS = {"llava": 32, "qwen": 28}
 """Of LLaVA-1.5-7B and Qwen2-VL-7B."""
 HOST_READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::item"}
@@ -89,7 +90,7 @@ def compiled_for(pair: MSDModel, seen: Seen | None = None, tree: TreeConfig = TR
     return model
 
 
-def make_pair(folder: Any, family: str, layers: int = 2) -> MSDModel:
+def make_pair(folder: Any, family: str, layers: int = 2, trimmed: bool = True) -> MSDModel:
     if family == "llava":
         base = make_liuhaotian(folder / "base", sizes=TinySizes(layers=layers))
     else:
@@ -99,12 +100,13 @@ def make_pair(folder: Any, family: str, layers: int = 2) -> MSDModel:
     if family == "qwen":
         changes["msd"] = {"positions": "mrope"}
     draft = load_draft(make_draft(folder / "draft", target, agree=1.0, **changes), dtype=torch.float32)
-    answer = MSDModel(target).generate(**prompt(SimpleNamespace(target=target)), temperature=0.0, max_new_tokens=60)
-    draft.draft_vocab = torch.tensor(answer.tokens[0]).unique()  # so it is often right, though nobody trained it
+    if trimmed:  # to tokens of the answer, so that it is often right, though nobody trained it
+        answer = MSDModel(target).generate(**prompt(SimpleNamespace(target=target)), temperature=0.0, max_new_tokens=60)
+        draft.draft_vocab = torch.tensor(sorted(list(dict.fromkeys(answer.tokens[0]))[:TRIMMED]))
     return MSDModel(target, draft, TREE)
 
 
-@pytest.fixture(scope="module", params=["llava", "qwen"])
+@pytest.fixture(scope="module", params=["llava", pytest.param("qwen", marks=pytest.mark.slow)])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> MSDModel:
     return make_pair(tmp_path_factory.mktemp(request.param), request.param)
 
@@ -185,7 +187,7 @@ def test_the_answer_ends_within_an_accepted_path(pair: MSDModel, whole: MSDModel
     answer = pair.generate(**inputs, temperature=0.0, max_new_tokens=24)
     assert max(answer.stats.accept_lengths) > 1
     (tokens,) = answer.tokens
-    for place in range(1, 12):
+    for place in range(1, 12, 2):
         ended = check_same(pair, whole, inputs, max_new_tokens=24, eos_token_id=tokens[place])
         assert ended == tokens[: tokens.index(tokens[place]) + 1]
         text = pair.tokenizer.decode(tokens[place : place + 2])
@@ -284,13 +286,19 @@ def test_streamed_tokens_arrive_by_cycle(pair: MSDModel, whole: MSDModel, ahead:
     assert logs[0].cycles == logs[1].cycles
 
 
-@pytest.mark.parametrize("family", LAYERS)
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("family", "temperature"),
+    [
+        ("llava", 0.0),
+        ("qwen", 1.0),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("llava", 1.0), ("qwen", 0.0))),
+    ],
+)
 def test_operations_and_waits_of_a_cycle(
     tmp_path: Any, family: str, temperature: float, seen: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At most 40 operations and exactly one wait, for as many layers as the published models have."""
-    pair = make_pair(tmp_path, family, LAYERS[family])
+    pair = make_pair(tmp_path, family, LAYERS[family], trimmed=False)
     tree = TreeConfig.for_device("cuda")
     whole, inputs = compiled_for(pair, seen, tree), prompt(pair)
     settings: dict[str, Any] = {"temperature": temperature, "seed": 1, "top_p": 0.9, "max_new_tokens": 40}
