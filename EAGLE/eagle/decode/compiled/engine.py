@@ -57,6 +57,8 @@ POSITIONS = 4096
 one."""
 
 
+DEEPEST = 16
+"""Depth of the largest tree of whole cycles: their draft phase is compiled with all levels as one function."""
 DELAY = 2.0
 """Seconds before a progress bar appears."""
 RECORDED = 3
@@ -288,9 +290,10 @@ class StaticEngine:
                 self.draft_caches.give_back(draft_cache)
 
     def _new_cycle(self, draft: DraftHead, tree: TreeConfig) -> CompiledCycle | None:
-        """Whole cycles with this tree. None if it has no fixed size."""
+        """Whole cycles with this tree. None if it has no fixed size, or is too deep to be compiled as one function."""
         size = (tree.depth, tree.top_k, tree.total_tokens)
-        if tree.adaptive or tree.total_tokens == 1 or tree.top_k > draft.vocabulary(self.target.vocab_size):
+        fixed = not tree.adaptive and tree.top_k <= draft.vocabulary(self.target.vocab_size)
+        if not fixed or tree.total_tokens == 1 or tree.depth > DEEPEST:
             return None
         if size not in self._cycles:
             self._cycles[size] = CompiledCycle(self.target, draft, tree, self._compiler, self.verify_nodes)
