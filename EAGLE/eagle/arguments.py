@@ -45,6 +45,10 @@ def add_model_options(parser: argparse.ArgumentParser, dtype: str = "auto", requ
     parser.add_argument(
         "--no-compile", dest="compile", action="store_const", const=False, help="never compile, also on CUDA"
     )
+    parser.add_argument(
+        "--no-self-check", dest="self_check", action="store_false",
+        help="do not compare the engine with transformers' generate when a base model is loaded for the first time",
+    )  # fmt: skip
 
 
 def add_length_option(parser: argparse.ArgumentParser, default: int = 256) -> None:

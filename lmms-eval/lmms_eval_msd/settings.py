@@ -23,7 +23,7 @@ OWN = (
 TREE = {"msd_depth": "depth", "msd_top_k": "top_k", "msd_total_tokens": "total_tokens"}
 LOADING = (
     "attn_implementation", "revision", "draft_revision", "cache_dir", "local_files_only", "token", "draft_image_tokens",
-    "compile",
+    "compile", "self_check",
 )  # fmt: skip
 DEFAULT_MAX_NEW_TOKENS = 1024
 NOT_OURS = {"image_sizes", "image_aspect_ratio", "max_agentic_steps", "modalities", "use_cache"}
@@ -59,7 +59,7 @@ class ModelArgs:
         bounds = {name: given[key] for key, name in TREE.items() if key in given}
         return cls(
             TreeConfig(**bounds) if bounds else None,
-            {key: given[key] for key in LOADING if key in given},
+            {key: as_bool(key, given[key]) if key == "self_check" else given[key] for key in LOADING if key in given},
             {key: PROMPTS[key](key, given[key]) for key in prompts if key in given},
         )
 

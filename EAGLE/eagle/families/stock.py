@@ -77,7 +77,6 @@ class StockTarget(Target):
 
     @property
     def image_mark(self) -> str:
-        """What a prompt has in the place of a picture."""
         return self.processor.image_token
 
     def chat_prompt(
