@@ -90,9 +90,7 @@ def describe(target: Target) -> dict[str, Any]:
         "processors": {name: part.to_dict() for name, part in parts.items() if part is not None},
         "dtype": str(target.dtype),
         "device": target.device.type,
-        "versions": {
-            name: known[name] for name in ("msd-llava", "msd-eagle", "torch", "transformers") if name in known
-        },
+        "versions": {name: known[name] for name in PACKAGES if name in known},
     }
 
 
@@ -130,9 +128,7 @@ def failures(target: Target) -> Iterator[None]:
     except Exception as error:  # what the configs say decides what is raised
         if is_out_of_memory(error):
             raise
-        raise UserError(
-            f"{what} ({reason_of(error)})", name, "compare its configs with those of its release"
-        ) from error
+        raise UserError(f"{what} ({reason_of(error)})", name, CONFIGS) from error
 
 
 def is_exact(target: Target) -> bool:

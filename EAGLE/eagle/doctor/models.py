@@ -1,8 +1,8 @@
 """Whether base and draft are there, complete, and made for each other.
 
 The loaders themselves read folders and the hub's cache, on the meta device: weight files are opened and their names and
-shapes checked, their data is not read, except by `check_engine`. Of a model that is only on the hub, which is asked on request, configs and other
-small files are fetched, and its weights are not checked.
+shapes checked, their data is not read, except by `check_engine`. Of a model that is only on the hub, which is asked on
+request, configs and other small files are fetched, and its weights are not checked.
 """
 
 from __future__ import annotations
