@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from llava.arguments import count as count
+from llava.arguments import port as port
 from llava.arguments import positive as positive
 from llava.arguments import temperature
 from llava.errors import UserError
@@ -72,14 +74,6 @@ def add_data_options(parser: argparse.ArgumentParser, required: bool = True) -> 
 
 def add_report_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the results to this file as JSON")
-
-
-def count(text: str) -> int:
-    """An argparse type: a whole number of at least 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is negative")
-    return value
 
 
 def tree_limits(text: str) -> tuple[int, int, int]:

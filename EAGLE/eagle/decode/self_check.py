@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from eagle.cache import cache_folder
+from eagle.decode.decoder import nan_error
 from eagle.decode.masks import MaskBuffer
 from eagle.decode.tree import ancestor_mask
 from eagle.families import Target
@@ -203,6 +204,6 @@ def differences(found: Tensor, expected: Tensor) -> Tensor:
     """
     found, expected = found.float().cpu(), expected.float().cpu()
     if bool(expected.isnan().any()):
-        raise UserError("its output is not a number", fix="damaged weights, or --dtype float16 overflows: try bfloat16")
+        raise nan_error()
     spread = expected.std(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
     return (found - expected).square().mean(dim=-1).sqrt() / spread

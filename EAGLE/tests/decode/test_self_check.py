@@ -17,6 +17,7 @@ from tiny_stock import make_llava_next, make_qwen
 
 from eagle import MSDModel
 from eagle.arguments import add_model_options
+from eagle.decode import msd
 from eagle.decode import self_check as module
 from eagle.decode.self_check import compare, prompt_of, self_check
 from eagle.families import Target, load_target
@@ -68,6 +69,12 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return made[name]
 
     return base
+
+
+@pytest.fixture(autouse=True)
+def checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models are checked at load, other than in the other tests."""
+    monkeypatch.setattr(msd, "check_target", self_check)
 
 
 @pytest.fixture
@@ -185,6 +192,15 @@ def test_other_versions_are_tested(
     monkeypatch.setattr(module, "versions", lambda: {"transformers": "99.0"})
     self_check(target)
     assert len(forwards) == 2
+
+
+def test_a_base_of_nan(bases: Callable[[str], Path], cache: Path) -> None:
+    target = load_target(bases("llava-hf"), dtype="float32")
+    with torch.no_grad():
+        target.model.get_output_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="the base model's output is not a number"):
+        self_check(target)
+    assert not cache.exists()
 
 
 def test_it_can_be_switched_off(bases: Callable[[str], Path], cache: Path, forwards: list[Target]) -> None:
