@@ -173,7 +173,7 @@ GEOMETRIES = {
     "larger layer": (make_internvl, {"layer_size": 48}, lambda target, draft: draft.fc.out_features == 48),
 }  # fmt: skip
 """For each the base, options of the draft, and that the pair has it."""
-SLOW_GEOMETRIES = ("tied and scaled embeddings", "capped logits", "larger layer")
+SLOW_GEOMETRIES = ("tied and scaled embeddings", "capped logits", "smaller layer", "larger layer")
 
 
 @pytest.mark.parametrize(
