@@ -17,6 +17,7 @@ from .hub import Source
 from .strict import shown, strict_dataclass
 
 T = TypeVar("T")
+PICTURES, TOKENIZER = "image processor config", "tokenizer config"
 LARGEST = 2**31 - 1
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 AtLeastOne = Annotated[int, Field(ge=1, le=LARGEST)]
@@ -122,25 +123,25 @@ def check_processor_files(source: Source) -> None:
             for part in parts:
                 check_picture_fields(fields if part is None else fields.get(part) or {}, path)
     if (path := source.find("tokenizer_config.json")) is not None:
-        _checked(TokenizerFields, read_object(path, "tokenizer config"), path)
+        _checked(TokenizerFields, read_object(path, TOKENIZER), path, TOKENIZER)
 
 
 def check_picture_fields(fields: Any, path: Path) -> None:
     """Raises `UserError` for a setting of an image or video processor that has a wrong type or is out of range."""
     if not isinstance(fields, Mapping):
-        raise UserError(f"an image processor's settings are {shown(fields)}", path, "give an object")
-    _checked(PictureFields, fields, path)
+        raise UserError(f"{PICTURES}: {shown(fields)}", path, "give an object")
+    _checked(PictureFields, fields, path, PICTURES)
     size = fields.get("size")
     for values in (fields, size if isinstance(size, Mapping) else {}):
         for low, high in RANGES:
             if values.get(low) is not None and values.get(high) is not None and values[low] > values[high]:
-                raise UserError(f"{low}={values[low]} is above {high}={values[high]}", path)
+                raise UserError(f"{PICTURES}: {low}={values[low]} is above {high}={values[high]}", path)
 
 
-def _checked(kind: type[T], fields: Mapping[str, Any], path: Path) -> T:
+def _checked(kind: type[T], fields: Mapping[str, Any], path: Path, what: str) -> T:
     """The fields that ``kind`` knows; each family has others beside them."""
     known = vars(kind)["__dataclass_fields__"]
     try:
         return kind(**{name: as_tuples(value) for name, value in fields.items() if name in known})
     except UserError as error:
-        raise UserError(error.what, path, error.fix) from None
+        raise UserError(f"{what}: {error.what}", path, error.fix) from None
