@@ -147,9 +147,7 @@ def _questions(record: Mapping[str, Any], where: str, folder: Path, turns: bool)
     if record.get("question") is not None:
         raise UserError("both 'question' and 'turns'", where=where, fix="give one of them")
     if len(given) > 1 and not turns:
-        raise UserError(
-            "a conversation of several turns", where=where, fix="only msd verify, and msd bench without a server"
-        )
+        raise UserError("a conversation of several turns", where=where, fix="only for msd verify and msd bench")
     for number, text in enumerate(given):
         question = _question({**record, "question": text}, where, folder)
         if len(given) > 1:

@@ -65,11 +65,21 @@ class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are `UserError`s: one line, without the usage text.
 
     Long flags are read with ``-`` and with ``_`` between their words. An unknown flag's error names the nearest known
-    one, and comes before those of missing and wrong values.
+    one, and comes before those of missing and wrong values. So does the error of an unknown command or choice.
     """
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message, fix="see --help")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        known = [str(each) for each in action.choices or ()]
+        if action.choices is None or value in action.choices:
+            return
+        what = "command" if isinstance(action, argparse._SubParsersAction) else "/".join(action.option_strings)
+        near = difflib.get_close_matches(str(value), known, n=1)
+        raise UserError(
+            f"unknown {what} '{value}'", fix=f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+        )
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         given = list(sys.argv[1:] if args is None else args)

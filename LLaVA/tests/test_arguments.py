@@ -83,3 +83,22 @@ def test_subcommands_and_abbreviations() -> None:
     for words, near in ((["go", "--max-step", "3"], "--max-steps"), (["go", "--mx-steps", "3"], "--max-steps")):
         with pytest.raises(UserError, match=f"unknown flag .*did you mean {near}"):
             top.parse_args(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["genrate"], "unknown command 'genrate' (did you mean generate?)"),
+        (["zzz", "--dtype", "x"], "unknown command 'zzz' (known are generate, bench)"),
+        (["bench", "--dtype", "flaot32"], "unknown --dtype 'flaot32' (did you mean float32?)"),
+        (["bench", "--dtype", "x"], "unknown --dtype 'x' (known are auto, float32)"),
+    ],
+)
+def test_unknown_commands_and_choices_name_the_nearest(words: list[str], line: str) -> None:
+    top = OneLineParser()
+    commands = top.add_subparsers(dest="command", required=True)
+    commands.add_parser("generate")
+    commands.add_parser("bench").add_argument("--dtype", choices=("auto", "float32"))
+    with pytest.raises(UserError) as error:
+        top.parse_args(words)
+    assert str(error.value) == line
