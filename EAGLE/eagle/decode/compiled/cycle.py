@@ -123,7 +123,7 @@ class CompiledCycle:
         last = torch.zeros(draft.config.hidden_size, dtype=draft.dtype, device=draft.device)
 
         def drafts(width: int) -> tuple[Tensor, Tensor, Tensor]:
-            draft_cache.see(width)
+            draft_cache.see(max(width, bucket(self.drafted)))  # no cycle sees fewer
             return self.draft(*state, last, draft.empty_context(), draft_cache)
 
         def masks(width: int) -> None:
