@@ -116,7 +116,7 @@ def whole(pair: MSDModel) -> MSDModel:
     return compiled_for(pair)
 
 
-@pytest.fixture(params=[0, 1])
+@pytest.fixture(params=[pytest.param(0, marks=pytest.mark.slow), 1])
 def ahead(request: pytest.FixtureRequest, whole: MSDModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     cycle = whole._compiled.cycle(TREE)
     monkeypatch.setattr(cycle, "ahead", request.param)
