@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -33,7 +34,7 @@ from eagle.decode.tree import DraftTree, prune, root_only, select_nodes
 from eagle.decode.tree_config import TreeConfig
 from eagle.drafts.compression import Compression
 from eagle.drafts.head import DraftHead
-from eagle.families.base import Target
+from eagle.families.base import LayerMasks, Target
 from eagle.kv_cache import KVCache
 from llava.errors import OutOfMemory, UserError
 from llava.memory import within_memory
@@ -66,6 +67,7 @@ class DecodingSettings:
             of them were drafted. The prefill's token comes the same way.
         wait: waits for the device, for exact times of the phases (`Stats`).
         seeds: one for each sequence. None draws from the device's global random state.
+        two_part_from: cached rows from which verification attends to them without the tree's mask. None: never.
     """
 
     sampler: Sampler
@@ -78,6 +80,7 @@ class DecodingSettings:
     streamer: Any = None
     wait: Callable[[], None] | None = None
     seeds: tuple[int, ...] | None = None
+    two_part_from: int | None = None
 
 
 class Drafted(NamedTuple):
@@ -296,16 +299,20 @@ class Decoder:
         past = self.cache.lengths
         tokens, depths, blocks = (part.to(self.target.device) for part in join_trees(drafted.trees))
         position_ids = torch.stack([s.next_position for s in self.active]).to(depths.device) + depths  # [B, N]
-        masks = None
+        masks: LayerMasks | None = None
+        parts: AbstractContextManager[None] = nullcontext()
         if self.compiled is not None or tokens.numel() > 1:
-            masks = self.target.masks_by_layer(self.masks.window(past, blocks), past, depths)
+            mask = self.masks.window(past, blocks)
+            masks = self.target.masks_by_layer(mask, past, depths)
+            if (first := self.settings.two_part_from) is not None and min(past) >= first:
+                parts = self.target.in_two_parts(mask, past)
         if self.compiled is not None and masks is not None and isinstance(self.cache, StaticCache):
             return Verified(
                 drafted,
                 past,
                 *self.compiled.verify(tokens, position_ids, masks, self.cache, self.tree.total_tokens),
             )
-        with self.target.streams(self.target_layers) as streams:
+        with self.target.streams(self.target_layers) as streams, parts:
             hidden = self.target.verify(tokens, position_ids, masks, self.cache)
         features = streams.joined()
         return Verified(drafted, past, hidden, self.target.head(hidden), hidden if features is None else features)

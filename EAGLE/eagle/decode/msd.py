@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
-from eagle.decode.adaptive.cost import cost_of
+from eagle.decode.adaptive.cost import CONTEXTS, cost_of, two_part_from
 from eagle.decode.adaptive.guard import Pace
 from eagle.decode.adaptive.planner import Acceptance, CostCurve, Planner
 from eagle.decode.compatibility import check_compatible
@@ -39,6 +39,7 @@ from llava.hub import HUB_KEYS
 from llava.inputs import check_text
 from llava.memory import within_memory
 
+TREE_ATTENTIONS = ("auto", "two-part", "masked")
 COMPILED_NOTE = "decoding of single sequences is compiled (compile=False or --no-compile: without)"
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,9 @@ class MSDModel:
         compile: run both models through `torch.compile` (`eagle.decode.compiled`) for single sequences, with CUDA
             graphs on CUDA. A string names the backend; True is "inductor". None compiles on CUDA if the pair can be
             compiled and the tree is not adaptive; `compile_note` says what was chosen there. See `warm_up`.
+        tree_attention: "two-part" attends to cached rows without the tree's mask (`eagle.attention`), which is faster
+            after a long context; "masked" attends to everything with it. "auto" measures once where two parts are
+            faster. Compiled parts and layers with sliding windows are always masked.
 
     Raises:
         UserError: base and draft do not fit together, or a setting has an unknown value.
@@ -86,7 +90,12 @@ class MSDModel:
         *,
         draft_image_tokens: int | str | None = None,
         compile: bool | str | None = None,
+        tree_attention: Literal["auto", "two-part", "masked"] = "auto",
     ) -> None:
+        if tree_attention not in TREE_ATTENTIONS:
+            raise UserError(f"tree_attention={tree_attention!r}", fix=f"give {' or '.join(TREE_ATTENTIONS)}")
+        self.tree_attention = tree_attention
+        self._two_part_from: dict[int, int | None] = {}
         self.target, self.draft = target, draft
         self.compile_note, self._warmed_up = "", False
         backend = "inductor" if compile is True else compile or None
@@ -128,6 +137,7 @@ class MSDModel:
         draft_revision: str | None = None,
         draft_image_tokens: int | str | None = None,
         compile: bool | str | None = None,
+        tree_attention: Literal["auto", "two-part", "masked"] = "auto",
         **kwargs: Any,
     ) -> MSDModel:
         """Loads a base model and its draft from folders or the hub.
@@ -136,7 +146,7 @@ class MSDModel:
             base, draft: folder or hub name. Without ``draft`` the model decodes plainly.
             dtype: of both models. "auto" is that of the base checkpoint, or float32 on a CPU that is slow in 16 bit.
             device_map: as in transformers. The draft is loaded to the device of the base's ``lm_head``.
-            tree, draft_image_tokens, compile: as for the class.
+            tree, draft_image_tokens, compile, tree_attention: as for the class.
             draft_revision: hub revision of the draft (``revision`` is the base's).
             kwargs: as `eagle.families.load_target`.
 
@@ -147,6 +157,7 @@ class MSDModel:
             raise UserError("device map 'meta' does not read the weights", fix="name a device, such as cpu or cuda:0")
         target = load_target(base, dtype=dtype, device_map=device_map, **kwargs)
         settings: dict[str, Any] = {"draft_image_tokens": draft_image_tokens, "compile": compile}
+        settings["tree_attention"] = tree_attention
         if draft is None:
             return cls(target, None, tree, **settings)
         hub = {key: kwargs[key] for key in HUB_KEYS if key in kwargs and key != "revision"}
@@ -263,7 +274,9 @@ class MSDModel:
         kwargs.update(self.target.complete_inputs(input_ids, kwargs), do_sample=do_sample)
         settings = {key: value for key, value in kwargs.items() if value is not None}
         if use_msd:  # measured at first use, before the clock starts
-            self._costs_of(self._bounds(tree, input_ids.shape[0]), input_ids.shape[0])
+            bounds = self._bounds(tree, input_ids.shape[0])
+            self._costs_of(bounds, input_ids.shape[0])
+            self._two_parts_from(bounds, input_ids.shape[1])
         if self._compiled is not None and not self._warmed_up and input_ids.shape[0] == 1:
             self.warm_up()
         start = time.perf_counter()
@@ -329,6 +342,7 @@ class MSDModel:
             streamer=bound_streamer,
             wait=self.target.synchronize if self.exact_phases else None,
             seeds=None if seed is None else tuple(seeds_of(seed, batch)),
+            two_part_from=None if draft is None else self._two_parts_from(tree, input_ids.shape[1]),
         )
         decoder = Decoder(self.target, draft, inputs, settings)
         tokens = decoder.run()
@@ -379,3 +393,15 @@ class MSDModel:
         if bounds not in self._costs:
             self._costs[bounds] = cost_of(self.target, self.draft, tree)
         return self._costs[bounds]
+
+    @torch.inference_mode()
+    def _two_parts_from(self, tree: TreeConfig, prompt: int) -> int | None:
+        """Cached rows from which trees are verified in two parts after a prompt of so many positions. Measured at first
+        use; None for never."""
+        if self.draft is None or self._compiled is not None or self.tree_attention != "auto":
+            return 1 if self.tree_attention == "two-part" else None
+        if prompt < CONTEXTS[0]:
+            return None
+        if tree.total_tokens not in self._two_part_from:
+            self._two_part_from[tree.total_tokens] = two_part_from(self.target, tree.total_tokens)
+        return self._two_part_from[tree.total_tokens]
