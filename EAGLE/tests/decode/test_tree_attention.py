@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -101,9 +100,7 @@ def test_a_row_that_sees_no_node_has_the_prefix_alone() -> None:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The prefix of each call of `two_part_attention`."""
     real, calls = attention.two_part_attention, []
-    monkeypatch.setattr(
-        attention, "two_part_attention", lambda *given: (calls.append(given[4]), real(*given))[1]
-    )
+    monkeypatch.setattr(attention, "two_part_attention", lambda *given: (calls.append(given[4]), real(*given))[1])
     return calls
 
 
@@ -171,7 +168,7 @@ def test_it_is_used_where_it_was_measured_to_be_faster(
         input_ids=torch.randint(5, 100, (1, 620)), temperature=0, max_new_tokens=4
     )
     assert not counted
-    with pytest.raises(UserError, match="tree_attention='fast' .*auto or two-part or masked"):
+    with pytest.raises(UserError, match=r"tree_attention='fast' .*auto or two-part or masked"):
         MSDModel(model.target, model.draft, TREE, tree_attention="fast")  # type: ignore[arg-type]
 
 

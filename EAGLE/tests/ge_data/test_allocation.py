@@ -111,7 +111,9 @@ def test_padded_batch_equals_single(target: Target, pictures: Path, tmp_path: Pa
     assert [len(sample.hidden) for sample in samples] == [len(item.input_ids) for item in items]
 
 
-def test_states_leave_the_gpu_as_they_are_stored(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_leave_the_gpu_as_they_are_stored(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without padding, already in 8 bit, in one copy of each kind for the whole batch."""
     template, copied = template_of(target), []
     items = [template.prepare(read_conversation(text_record(n, n + 1), 0), tmp_path, 400) for n in range(3)]

@@ -117,7 +117,7 @@ def test_a_shard_cut_short_while_it_is_read_is_named(corpus: tuple[Path, list[Sa
     data = ShardDataset(folder)
     assert data[0].id == "s0"
     break_truncated(folder)
-    with pytest.raises(UserError, match="ends too early.*run the allocation again"):
+    with pytest.raises(UserError, match=r"ends too early.*run the allocation again"):
         list(data)
     break_missing(folder)
     with pytest.raises(UserError, match="cannot be read"):

@@ -8,7 +8,7 @@ from train_support import make_objective, make_sample
 
 from eagle.drafts.compression import Compression
 from eagle.hidden_states.shards import Sample
-from eagle.train.collate import Batch, add_noise, collate, draft_loss_mask
+from eagle.train.collate import add_noise, collate, draft_loss_mask
 from eagle.train.rollout import predict_steps, rollout_loss_mask, rollout_mask, shift_left
 from llava.errors import UserError
 

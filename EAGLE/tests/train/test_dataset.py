@@ -165,7 +165,7 @@ def test_batches_read_from_disk_are_those_of_loaded_samples(tmp_path, stored, to
     assert min(lengths) > 3 and max(lengths) > 9
     samples = Samples({"image": (data, range(7))})
     pieces = [[Item("image", 6, 1), Item("image", 0, 2)], [Item("image", 3, 3)]]
-    settings = dict(vocab_size=data.meta.vocab_size, max_length=max_length, compression=Compression(tokens))
+    settings = {"vocab_size": data.meta.vocab_size, "max_length": max_length, "compression": Compression(tokens)}
     found = list(batches(samples, pieces, noise=0.1, workers=2, **settings))
     for piece, batch in zip(pieces, found, strict=True):
         expected = collate([data[item.row] for item in piece], noise=0.1, seeds=[1], **settings)
