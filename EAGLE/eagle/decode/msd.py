@@ -234,6 +234,8 @@ class MSDModel:
         stop_strings: str | Sequence[str] | None = None,
         stopping_criteria: Sequence[Any] | None = None,
         streamer: Any = None,
+        plain_rows: int = 1,
+        one_row_ties: bool = False,
         **kwargs: Any,
     ) -> MSDOutput:
         """Generates as `target.model.generate` would, several tokens per forward.
@@ -248,6 +250,10 @@ class MSDModel:
                 The answer to a seed does not depend on draft, tree or batch, except for rounding.
             stop_strings: texts that end the answer, in place of those of the checkpoint's generation config.
             streamer: a transformers streamer, for a single prompt.
+            plain_rows: with ``use_msd=False``, rows of each forward, of which all but one are padding. In 16 bit such
+                answers round as those of trees with so many nodes.
+            one_row_ties: in greedy decoding of a single prompt, decides between two logits that are at most two steps
+                of the dtype apart with a forward of one row, as plain decoding does.
             kwargs: model inputs, and any setting of transformers' `generate` for greedy search or sampling.
 
         Raises:
@@ -270,7 +276,9 @@ class MSDModel:
             stop_strings = config.stop_strings if stop_strings is None else stop_strings
             config.stop_strings = None
         criteria = StoppingCriteriaList([*(stopping_criteria or []), *self._stop_at(stop_strings)])
-        decode = partial(self._decode, use_msd=use_msd, tree=tree, seed=seed, bound_streamer=streamer)
+        rows: dict[str, Any] = {"plain_rows": plain_rows, "one_row_ties": one_row_ties}
+        self._check_rows(input_ids.shape[0], use_msd, plain_rows, one_row_ties)
+        decode = partial(self._decode, use_msd=use_msd, tree=tree, seed=seed, bound_streamer=streamer, **rows)
         kwargs.update(self.target.complete_inputs(input_ids, kwargs), do_sample=do_sample)
         settings = {key: value for key, value in kwargs.items() if value is not None}
         if use_msd:  # measured at first use, before the clock starts
@@ -286,6 +294,16 @@ class MSDModel:
         output.stats.seconds = time.perf_counter() - start
         output.stats.first_token = output.stats.first_token_at - start
         return output
+
+    def _check_rows(self, batch: int, use_msd: bool, plain_rows: int, one_row_ties: bool) -> None:
+        """Raises `UserError` if the rows of a forward cannot be as asked for."""
+        if type(plain_rows) is not int or plain_rows < 1 or (use_msd and plain_rows > 1):
+            raise UserError(f"plain_rows={plain_rows!r}", fix="give a whole number of at least 1, with use_msd=False")
+        if one_row_ties and batch > 1:
+            raise UserError(f"one_row_ties with {batch} prompts", fix="give one prompt, or leave it out")
+        if (plain_rows > 1 or one_row_ties) and (self._compiled is not None or not self.target.verifies_trees):
+            why = "compiled parts choose their own rows" if self._compiled else "this target verifies chains only"
+            raise UserError(f"plain_rows or one_row_ties: {why}", fix="decode with compile=False, or leave them out")
 
     def _stop_at(self, texts: str | Sequence[str] | None) -> list[StopStringCriteria]:
         """The criterion of these stop strings; None for those of the checkpoint."""
@@ -318,10 +336,14 @@ class MSDModel:
         tree: TreeConfig | None,
         seed: int | Sequence[int] | None,
         bound_streamer: Any,
+        plain_rows: int = 1,
+        one_row_ties: bool = False,
         **model_inputs: Any,
     ) -> MSDOutput:
         """Called by transformers' `generate` after it has prepared inputs, processors and criteria."""
         check_request(self.target, input_ids, generation_config, bound_streamer, model_inputs)
+        if one_row_ties and generation_config.do_sample:
+            raise UserError("one_row_ties is for greedy decoding", fix="give temperature=0, or leave it out")
         stopper = Stopper(stopping_criteria, input_ids.shape[1])
         inputs = {"input_ids": input_ids, **model_inputs}
         self._warn_of_length(inputs, stopper.max_new_tokens)
@@ -342,6 +364,8 @@ class MSDModel:
             streamer=bound_streamer,
             wait=self.target.synchronize if self.exact_phases else None,
             seeds=None if seed is None else tuple(seeds_of(seed, batch)),
+            plain_rows=plain_rows,
+            one_row_ties=one_row_ties and draft is not None,
             two_part_from=None if draft is None else self._two_parts_from(tree, input_ids.shape[1]),
         )
         decoder = Decoder(self.target, draft, inputs, settings)
