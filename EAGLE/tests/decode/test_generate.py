@@ -113,7 +113,7 @@ def test_rows_that_cannot_be_had_are_refused(model):
     inputs = inputs_of(model, "text")
     wrong = [{"plain_rows": 3}, {"plain_rows": 0, "use_msd": False}, {"one_row_ties": True, "temperature": 1.0}]
     for settings in wrong:
-        with pytest.raises(UserError, match="plain_rows|one_row_ties"):
+        with pytest.raises(UserError, match=r"plain_rows=|one_row_ties"):
             model.generate(**inputs, max_new_tokens=3, **settings)
     two = {name: value.repeat(2, 1) for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
     with pytest.raises(UserError, match="one_row_ties with 2 prompts"):
