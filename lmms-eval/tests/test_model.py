@@ -200,7 +200,7 @@ def test_defaults_are_those_of_the_family(base, qwen2, qwen2_5):
         assert model.settings({"until": ["\n\n"]}).until == stops
 
 
-@pytest.mark.parametrize("name", list(MODELS)[1:])
+@pytest.mark.parametrize("name", SOME_SLOW[1:])
 def test_draft_of_each_family(name, family_bases, tmp_path):
     folder, model_class = family_bases[name], class_of(name)
     draft = make_draft(tmp_path / "draft", load_target(folder), agree=1.0)

@@ -49,7 +49,8 @@ def corpus(pair: Path, folder: Path, rows: int) -> list[str]:
             "cpu", "--image_data_path", str(folder), "--json_data_path", str(data), "--shard-size", "1"]  # fmt: skip
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.slow
 def test_hidden_states(start: Start, pair: Path, tmp_path: Path, how: signal.Signals) -> None:
     arguments, out = corpus(pair, tmp_path, 150), tmp_path / "out"
     process = start("-m", "eagle.ge_data.allocation", *arguments)
