@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from inspect import signature
 from typing import Any
 
 from experiments.common import parser, run_record
@@ -55,6 +56,7 @@ def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
     model = Qwen2Model(config).to(device, dtype).eval()
     shapes = [(options.key_heads, options.head_dim)] * options.layers
     block = torch.eye(nodes, device=device).bool() | (torch.arange(nodes, device=device) == 0)  # a star
+    cache_argument = "cache" if "cache" in signature(Qwen2Model.forward).parameters else "past_key_values"
     ids, rows = torch.zeros(1, nodes, dtype=torch.long, device=device), []
     for context in map(int, options.contexts.split(",")):
         cache = KVCache.allocate([device] * options.layers, 1, shapes, context + nodes, dtype)
@@ -67,7 +69,7 @@ def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
         def forward(parts: Any, cache: KVCache = cache, mask: Any = mask, places: Any = places) -> torch.Tensor:
             cache.truncate([places[0, 0].item() - 1])
             with parts:
-                found = model(ids, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True)
+                found = model(ids, attention_mask=mask, position_ids=places, use_cache=True, **{cache_argument: cache})
             return found.last_hidden_state.cpu()
 
         ways: dict[str, Callable[[], Any]] = {
