@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from experiments.common import parser, run_record
 from llava.errors import run_cli
@@ -46,7 +47,7 @@ def write_corpus(options: argparse.Namespace) -> None:
 
     from eagle.hidden_states.shards import Sample, Source, write_shard
 
-    hidden_dtype = None if options.hidden_dtype == "auto" else "int8"
+    hidden_dtype: Literal["int8"] | None = None if options.hidden_dtype == "auto" else "int8"
     source = Source("llava", "random", None, "bfloat16", options.hidden, VOCABULARY, 0, hidden_dtype=hidden_dtype)
     generator = torch.Generator().manual_seed(0)
     for shard in range(options.shards):

@@ -1,6 +1,6 @@
 """Never slower: the default beside processes that keep a core busy, against plain decoding under the same load.
 
-    python -m experiments.neighbour [--loads 0,1,2,0] [--questions 6] [--out FILE.json]
+    python -m experiments.neighbour [--loads 0,1,2,0] [--questions 12] [--out FILE.json]
 
 For each load, so many processes count in a loop. Each question is answered plainly and by MSD in turn. A window is 32
 consecutive cycles of MSD's answers; its ratio is the time that its tokens take plainly, at the plain speed of the same
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from experiments.common import REPO, parser, run_record
-from llava.errors import run_cli
+from llava.errors import UserError, run_cli
 from llava.files import write_json
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--base", default="pocket/llava", help="base model (default: pocket/llava)")
     add("--draft", default="pocket/llava-msd", help="draft (default: pocket/llava-msd)")
     add("--data", default="pocket/data/heldout.jsonl", help="questions (default: the pocket models')")
-    add("--questions", type=int, default=6, help="questions under each load (default: 6)")
+    add("--questions", type=int, default=12, help="questions under each load (default: 12)")
     add("--new-tokens", type=int, default=96, help="new tokens of an answer at most (default: 96)")
     add("--loads", default="0,1,2,0", help="numbers of busy processes, one after the other (default: 0,1,2,0)")
     return made.parse_args(argv)
@@ -78,7 +78,7 @@ def under_load(model: MSDModel, works: Sequence[Any], new_tokens: int) -> dict[s
         clocks = []
         for use_msd in (False, True):
             clock = Clock()
-            settings = {"temperature": 0.0, "max_new_tokens": new_tokens, "streamer": clock}
+            settings: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": new_tokens, "streamer": clock}
             model.generate(**work.inputs(model.target), use_msd=use_msd, **settings)
             clocks.append(clock.cycles())
         plain, own = clocks
@@ -86,6 +86,8 @@ def under_load(model: MSDModel, works: Sequence[Any], new_tokens: int) -> dict[s
         cycles += [(seconds, tokens, token) for seconds, tokens in own]
     windows = [cycles[start : start + WINDOW] for start in range(0, len(cycles) - WINDOW + 1, WINDOW)]
     ratios = [sum(n * token for _, n, token in part) / sum(seconds for seconds, _, _ in part) for part in windows]
+    if not ratios:
+        raise UserError(f"{len(cycles)} cycles, a window has {WINDOW}", fix="ask more --questions")
     plain_ms = 1e3 * sum(token for _, _, token in cycles) / len(cycles)
     return {"windows": [round(ratio, 2) for ratio in ratios], "least": round(min(ratios), 2), "plain_ms": plain_ms}
 
@@ -98,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     model = MSDModel.from_pretrained(str(REPO / options.base), str(REPO / options.draft), dtype="auto")
     questions = read_questions(REPO / options.data, options.questions * 4)
-    under_load(model, questions[:2], options.new_tokens)  # warm-up: costs, acceptance
+    for work in questions[:2]:  # costs are measured, and acceptance is learnt
+        model.generate(**work.inputs(model.target), temperature=0.0, max_new_tokens=options.new_tokens)
     rows = []
     for place, load in enumerate(map(int, options.loads.split(","))):
         start = place % 4 * options.questions

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -74,7 +75,7 @@ def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
 
         ways: dict[str, Callable[[], Any]] = {
             "masked": nullcontext,
-            "two_part": lambda mask=mask, context=context: in_two_parts(config, mask, context),
+            "two_part": partial(in_two_parts, config, mask, context),
         }
         with torch.inference_mode():
             whole, parts = (forward(way()) for way in ways.values())

@@ -112,6 +112,6 @@ def test_attention_in_two_parts_is_measured(tmp_path: Path) -> None:
 
 
 def test_windows_beside_a_busy_process(tmp_path: Path) -> None:
-    run("neighbour", "--loads", "0,1", "--questions", "3", "--out", str(tmp_path / "n.json"))
+    run("neighbour", "--loads", "0,1", "--questions", "8", "--out", str(tmp_path / "n.json"))
     rows = json.loads((tmp_path / "n.json").read_text())["rows"]
     assert [row["load"] for row in rows] == [0, 1] and all(row["windows"] for row in rows)

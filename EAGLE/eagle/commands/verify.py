@@ -53,17 +53,17 @@ def run(arguments: argparse.Namespace) -> int:
     for question in tqdm(questions, desc="verify", unit="question", file=sys.stderr):
         question = conversations.ask(question)
         inputs = question.inputs(model.target)
-        settings = {"max_new_tokens": arguments.max_new_tokens}
+        settings: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens}
         noise = noise_processors(temperature, arguments.seed, inputs["input_ids"]) if sampled else None
+        own = {**sampling.for_engine(), **settings}
+        expected: Any
         if arguments.reference == "padded":
-            plain = {"use_msd": False, "plain_rows": model.tree.total_tokens}
-            expected = model.generate(**inputs, **sampling.for_engine(), **plain, **settings).sequences
+            expected = model.generate(**inputs, use_msd=False, plain_rows=model.tree.total_tokens, **own).sequences
         else:
             choose: dict[str, Any] = {"do_sample": False, "logits_processor": noise, **stop}
             expected = model.target.model.generate(**inputs, **choose, **settings)
         conversations.keep(question, expected[0, inputs["input_ids"].shape[1] :])
-        ties = {"one_row_ties": arguments.one_row_ties}
-        actual = model.generate(**inputs, **sampling.for_engine(), **ties, **settings).sequences
+        actual = model.generate(**inputs, one_row_ties=arguments.one_row_ties, **own).sequences
         if (place := first_difference(expected[0], actual[0])) is not None:
             mismatches += 1
             line = f"{question.id}: differs at new token {place - inputs['input_ids'].shape[1]}"

@@ -97,7 +97,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Sequence[Tensor]], metadata:
     text += b" " * (-len(text) % ALIGNMENT)
     digest = hashlib.sha256()
     with path.open("wb") as file:
-        for block in chain([len(text).to_bytes(8, "little"), text], _blocks(tensors, wide_first)):
+        start_of_file: list[bytes | memoryview] = [len(text).to_bytes(8, "little"), text]
+        for block in chain(start_of_file, _blocks(tensors, wide_first)):
             digest.update(block)
             file.write(block)
     return digest.hexdigest()
@@ -112,4 +113,4 @@ def _blocks(tensors: Mapping[str, Sequence[Tensor]], names: Sequence[str]) -> It
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,23 @@ def test_states_leave_the_gpu_as_they_are_stored(
     for item, sample in zip(items, samples, strict=True):
         hidden = target.prefill(collate([item])).hidden[0]
         assert (sample.states() - hidden).abs().max() <= 0.51 * hidden.abs().max() / 127 + 1e-3
+
+
+def test_shards_are_written_while_later_ones_are_made(
+    base: Path, annotations: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two at a time at least: each write waits for another one."""
+    write, together = Extractor._write, threading.Barrier(2, timeout=60)
+
+    def meet(self: Extractor, *given: Any) -> ShardInfo:
+        together.wait()
+        return write(self, *given)
+
+    monkeypatch.setattr(Extractor, "_write", meet)
+    data, out = annotations([text_record(n) for n in range(4)]), tmp_path / "out"
+    assert allocate(base, data, out, "t", "--shard-size", "1") == 0
+    index = load_index(out)
+    assert [shard.start for shard in index.shards] == [0, 1, 2, 3] and index.samples == 4
 
 
 def test_padding_that_changes_states_is_found(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
