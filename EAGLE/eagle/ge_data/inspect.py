@@ -37,7 +37,7 @@ def check(folder: Path, index: Index) -> int:
     Raises:
         UserError: a shard was changed, or contradicts the index.
     """
-    from eagle.hidden_states.shards import OpenShard
+    from eagle.hidden_states.shards import ShardReader
 
     without = 0
     with checksum_bar(index.bytes) as bar:
@@ -46,7 +46,7 @@ def check(folder: Path, index: Index) -> int:
                 without += 1
             elif sha256(folder / shard.file) != shard.sha256:
                 raise UserError("shard was changed, its checksum differs", folder / shard.file, MAKE_AGAIN)
-            OpenShard(folder / shard.file, shard, index.source)
+            ShardReader(folder / shard.file, shard, index.source)
             bar.update(shard.bytes)
     return without
 

@@ -9,6 +9,7 @@ pass.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -201,6 +202,23 @@ def check_base(config: DraftConfig, base: BaseTensors) -> None:
             f"positions 'mrope' with mrope_section {list(sections)} for heads of {config.head_dim}",
             fix="give rope_scaling an mrope_section that adds up to half a head, as the base model's",
         )
+
+
+def trained_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a module without its frozen parameters."""
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
+
+
+def load_trained(state: Mapping[str, Tensor], module: nn.Module) -> None:
+    """Loads what `trained_state` gave. Frozen parameters may be there too, as in older checkpoints.
+
+    Raises:
+        RuntimeError: a tensor is missing, unexpected or of another shape.
+    """
+    if missing := trained_state(module).keys() - state.keys():
+        raise RuntimeError(f"missing {', '.join(sorted(missing))}")
+    module.load_state_dict({**module.state_dict(), **state})
 
 
 def trained_parameters(module: nn.Module) -> list[nn.Parameter]:

@@ -81,7 +81,7 @@ class TrainConfig:
     eval_every: int = Field(0, ge=0, description="steps between evaluations on --eval-data; 0 is once an epoch")
     eval_limit: int = Field(8, ge=1, description="questions of --eval-data that are asked, the first ones")
     eval_length: int = Field(128, ge=1, description="new tokens of an answer in an evaluation at most")
-    workers: int = Field(0, ge=0, description="processes that load samples, 0 for a thread")
+    workers: int = Field(0, ge=0, description="threads that load samples; 0 is 4 for a GPU and 1 for a CPU")
 
     def fingerprint(self) -> dict[str, Any]:
         """The settings that decide the loss curve; a resumed run must have the same."""
