@@ -18,7 +18,7 @@ base="$work/SmolLM2-135M-Instruct"
 
 [ -f "$base/config.json" ] || "$python" -m experiments.real_language.base --out "$base"
 [ -f "$work/text.json" ] || "$python" -m experiments.real_language.prompts --out "$work/text.json"
-"$python" -m eagle.ge_data.allocation --gpus cpu --outdir "$work/hidden" --model_type llava_v15_t --model "$base" \
+"$python" -m eagle.ge_data.allocation --outdir "$work/hidden" --model_type llava_v15_t --model "$base" \
     --json_data_path "$work/text.json" --regenerate --max-new-tokens 96 --at-once 32 --shard-size 32 ${COUNT:+--limit "$COUNT"}
 "$python" EAGLE/eagle/train/main_deepspeed.py --deepspeed_config pocket_ds_config.json --tmpdir_t "$work/hidden" \
     --basepath "$base" --cpdir "$work/checkpoints" --config auto --resume --epochs 8 --learning-rate 1e-3 \
