@@ -93,6 +93,24 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+def test_the_script_makes_a_draft(stock: tuple, tmp_path: Path) -> None:
+    """With the stand-in in the place of the real model."""
+    model, tokenizer = stock
+    base, draft = tmp_path / "SmolLM2-135M-Instruct", tmp_path / "SmolLM2-135M-Instruct-msd"
+    write_base(model, tokenizer, base, "a stand-in")
+    settings = {**environment(), "WORK": str(tmp_path), "COUNT": "6", "PYTHON": sys.executable}
+    flags = ["--epochs", "1", "--validation-share", "0.2"]
+    script = ["bash", str(REPO / "experiments" / "real_language" / "train.sh"), *flags]
+    done = subprocess.run(script, env=settings, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    msd = MSDModel.from_pretrained(base, draft, dtype="float32", tree="fixed")
+    inputs = msd.target.prepare(msd.target.chat_prompt(PROMPTS[0]))
+    expected = model.generate(inputs["input_ids"], do_sample=False, max_new_tokens=LENGTH)
+    assert torch.equal(msd.generate(**inputs, max_new_tokens=LENGTH).sequences, expected)
+    subprocess.run(script, env=settings, capture_output=True, check=True)  # resumes, with nothing left to do
+
+
+@pytest.mark.slow
 def test_the_real_model(tmp_path: Path) -> None:
     try:
         gguf_file()
