@@ -20,8 +20,8 @@ base="$work/SmolLM2-135M-Instruct"
 [ -f "$work/text.json" ] || "$python" -m experiments.real_language.prompts --out "$work/text.json"
 "$python" -m eagle.ge_data.allocation --outdir "$work/hidden" --model_type llava_v15_t --model "$base" \
     --json_data_path "$work/text.json" --regenerate --max-new-tokens 96 --at-once 32 --shard-size 32 ${COUNT:+--limit "$COUNT"}
-"$python" EAGLE/eagle/train/main_deepspeed.py --deepspeed_config pocket_ds_config.json --tmpdir_t "$work/hidden" \
-    --basepath "$base" --cpdir "$work/checkpoints" --config auto --resume --epochs 8 --learning-rate 1e-3 \
+"$python" EAGLE/eagle/train/main_deepspeed.py --deepspeed_config experiments/real_language/ds_config.json --tmpdir_t "$work/hidden" \
+    --basepath "$base" --cpdir "$work/checkpoints" --config auto --resume --epochs 4 --learning-rate 1e-3 \
     --warmup-share 0.05 --noise 0.05 "$@"
 mkdir -p "$base-msd"
 cp "$work/checkpoints/final/"{config.json,model.safetensors,provenance.json} "$base-msd/"
