@@ -8,7 +8,7 @@ LOWEST_STAMP := $(LOWEST_VENV)/.installed
 PROJECTS := LLaVA/pyproject.toml EAGLE/pyproject.toml lmms-eval/pyproject.toml
 VLLM_VENV ?= $(VENV)-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
-PYTEST ?= -q -n 2 --dist loadfile  # two files at a time, each on one thread
+PYTEST ?= -q -n 2 --dist loadfile --no-loadscope-reorder  # two files at a time, each on one thread
 
 # make bench SUITE=... OUT=... BENCH_FLAGS="--only long --rounds 9"
 SUITE ?= benchmarks/suites/pocket.json

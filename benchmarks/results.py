@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AliasPath, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from eagle.published import Published, published_rows
+from eagle.published import published_rows
 from llava.arguments import OneLineParser
 from llava.errors import UserError, run_cli
 from llava.files import atomic_write, read_json, read_object, write_json
@@ -30,6 +30,11 @@ PAGE, ROWS, POCKET = "docs/results.md", "benchmarks/results.json", "benchmarks/p
 BLOCK = re.compile(r"(<!-- (pocket|sent|published) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(gt=0)]
+
+
+def at(*path: str) -> Any:
+    """Where in a report a field is."""
+    return Field(validation_alias=AliasPath(*path))
 
 
 class Part(BaseModel):
@@ -47,38 +52,6 @@ class Interval(Part):
 class Identical(Part):
     answers: Annotated[int, Field(ge=0)]
     of: Count
-    to: str
-
-
-class Speeds(Part):
-    msd: Positive
-    baseline: Positive
-
-
-class Versions(Part):
-    torch: str
-    transformers: str
-
-
-class Hardware(Part):
-    cpu: str
-    gpu: str | None = None
-
-
-class Settings(Part):
-    base_model: str
-    msd_model: str
-    data: str
-    suite: str | None = None
-    subset: str | None = None
-    limit: int | None = None
-    attn_implementation: str
-    max_new_tokens: Count
-    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-class Setting(Part):
-    compiled: bool
 
 
 class Report(Part):
@@ -89,7 +62,8 @@ class Report(Part):
     tau: Annotated[float, Field(ge=1, allow_inf_nan=False)]
     accepted_per_cycle: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     identical: Identical | None
-    tokens_per_second: Speeds
+    own_speed: Annotated[Positive, at("tokens_per_second", "msd")]
+    plain_speed: Annotated[Positive, at("tokens_per_second", "baseline")]
     baseline_name: str
     first_token_ms: dict[str, Positive]
     new_tokens: Count
@@ -98,10 +72,20 @@ class Report(Part):
     histogram: dict[str, Annotated[int, Field(ge=0)]]
     date: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT")]
     commit: str | None
-    versions: Versions
-    hardware: Hardware
-    setting: Setting
-    settings: Settings
+    torch: Annotated[str, at("versions", "torch")]
+    transformers: Annotated[str, at("versions", "transformers")]
+    cpu: Annotated[str, at("hardware", "cpu")]
+    gpu: Annotated[str | None, at("hardware", "gpu")] = None
+    compiled: Annotated[bool, at("setting", "compiled")]
+    base: Annotated[str, at("settings", "base_model")]
+    draft: Annotated[str, at("settings", "msd_model")]
+    data: Annotated[str, at("settings", "data")]
+    suite: Annotated[str | None, at("settings", "suite")] = None
+    subset: Annotated[str | None, at("settings", "subset")] = None
+    limit: Annotated[int | None, at("settings", "limit")] = None
+    attention: Annotated[str, at("settings", "attn_implementation")]
+    max_new_tokens: Annotated[Count, at("settings", "max_new_tokens")]
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False), at("settings", "temperature")]
 
 
 @dataclass(frozen=True)
@@ -131,10 +115,10 @@ def faults_of(given: Mapping[str, Any]) -> list[str]:
         report = Report.model_validate_json(json.dumps(given))
     except ValidationError as error:
         return [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors(include_url=False)]
-    same, paired, speeds = report.identical, report.paired_speedup, report.tokens_per_second
+    same, paired = report.identical, report.paired_speedup
     checks = {
         "speedup is not the ratio of tokens_per_second": math.isclose(
-            report.speedup, speeds.msd / speeds.baseline, rel_tol=1e-6
+            report.speedup, report.own_speed / report.plain_speed, rel_tol=1e-6
         ),
         "paired_speedup: the mean is outside its interval": paired.low <= paired.mean <= paired.high,
         "tau is not (new_tokens - questions) / cycles": math.isclose(
@@ -154,20 +138,20 @@ def faults_of(given: Mapping[str, Any]) -> list[str]:
 def row_of(given: Mapping[str, Any]) -> Row:
     """The row of a report without faults."""
     report = Report.model_validate_json(json.dumps(given))
-    asked, paired, same = report.settings, report.paired_speedup, report.identical
+    paired, same = report.paired_speedup, report.identical
     dtype = next(name for name in report.first_token_ms if name.startswith("MSD ")).removeprefix("MSD ")
-    name = f"{asked.suite} {asked.subset or 'test'}" if asked.suite else Path(asked.data).name
-    first = f", first {asked.limit}" if asked.limit else ""
-    compiled = ", compiled" if report.setting.compiled else ""
-    versions = f"torch {report.versions.torch}, transformers {report.versions.transformers}"
+    name = f"{report.suite} {report.subset or 'test'}" if report.suite else Path(report.data).name
+    first = f", first {report.limit}" if report.limit else ""
+    compiled = ", compiled" if report.compiled else ""
+    versions = f"torch {report.torch}, transformers {report.transformers}"
     return Row(
-        pair=f"{short(asked.base_model)} + {short(asked.msd_model)}",
+        pair=f"{short(report.base)} + {short(report.draft)}",
         questions=f"{name}{first}: {report.questions}",
-        temperature=asked.temperature,
-        machine=report.hardware.gpu or report.hardware.cpu,
-        decoding=f"{dtype}, {asked.attn_implementation}{compiled}, up to {asked.max_new_tokens} tokens",
-        tokens_per_second=report.tokens_per_second.msd,
-        plain=f"{report.tokens_per_second.baseline:.1f} ({report.baseline_name})",
+        temperature=report.temperature,
+        machine=report.gpu or report.cpu,
+        decoding=f"{dtype}, {report.attention}{compiled}, up to {report.max_new_tokens} tokens",
+        tokens_per_second=report.own_speed,
+        plain=f"{report.plain_speed:.1f} ({report.baseline_name})",
         speedup=report.speedup,
         paired=(paired.mean, paired.low, paired.high),
         tau=report.tau,
@@ -250,19 +234,13 @@ def sent_table(root: Path) -> str:
     return table(head, cells)
 
 
-def batch_of(row: Published) -> str:
-    return "" if row.batch is None else f"batch {row.batch}"
-
-
 def published_table(root: Path) -> str:
     head = ("method", "base", "questions", "T", "setting", "τ", "speed-up", "identical", "source, and how it was read")
     cells = (
         [
-            each.method, each.base, each.set, "" if each.temperature is None else f"{each.temperature:g}",
-            ", ".join(filter(None, (each.hardware, each.dtype, each.attention, batch_of(each)))),
-            each.counted,
-            "" if each.speedup is None else f"{each.speedup:.2f}x {each.speedup_of or 'not stated of what'}",
-            "" if each.identical is None else f"{each.identical:.0%}", f"{each.source}; {each.checked}",
+            each.method, each.base, each.set, "" if each.temperature is None else f"{each.temperature:g}", each.setting,
+            each.counted, each.faster, "" if each.identical is None else f"{each.identical:.0%}",
+            f"{each.source}; {each.checked}",
         ]
         for each in published_rows(root / "benchmarks" / "published.json")
     )  # fmt: skip

@@ -17,8 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from eagle.arguments import positive
 from llava.arguments import OneLineParser
 from llava.errors import UserError, run_cli
@@ -120,7 +118,7 @@ def measure(cell: Cell, suite: Suite, models: Sequence[MSDModel]) -> dict[str, A
     from benchmarks.contestants import build
     from benchmarks.report import row_of_cell
     from benchmarks.work import work_of
-    from eagle.benchmark import interleave
+    from eagle.benchmark import interleave_with_bar
 
     random = suite.models[cell.model].random is not None
     work = work_of(cell, suite, models[0], random)
@@ -131,11 +129,9 @@ def measure(cell: Cell, suite: Suite, models: Sequence[MSDModel]) -> dict[str, A
         if not random and named(dtype) != models[0].dtype and too_slow(dtype, str(models[0].device))
     }
     loads = []
-    with tqdm(total=suite.warm_up + suite.rounds, desc=cell.title, unit="round", file=sys.stderr) as progress:
-        for number in interleave(runners, [work] * suite.rounds, suite.warm_up):
-            progress.update()
-            if number >= 0:
-                loads.append(os.getloadavg()[0] if hasattr(os, "getloadavg") else None)
+    for number in interleave_with_bar(runners, [work] * suite.rounds, suite.warm_up, cell.title):
+        if number >= 0:
+            loads.append(os.getloadavg()[0] if hasattr(os, "getloadavg") else None)
     row = row_of_cell(cell, runners, left_out, suite, loads, random)
     return row | {"dtype": str(models[0].dtype).removeprefix("torch.")}
 

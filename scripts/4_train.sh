@@ -27,7 +27,10 @@ if [ -n "${ONLINE:-}" ] && [ "$ONLINE" != 0 ]; then
         --image-folder "${PICTURES:-pocket/data}" ${COUNT:+--limit "$COUNT"})
 fi
 
-checkpoints="${CKPT:-$work/checkpoints}"
+flags=(--deepspeed_config "${DS_CONFIG:-ds_config.json}" "${data[@]}" --basepath "${BASE:-pocket/llava}"
+    --cpdir "${CKPT:-$work/checkpoints}" --config "${CONFIG:-pocket_llava_config.json}" --resume "$@")
+# before the launcher, whose own lines would be around the error
+checkpoints="$("$python" -m eagle.train.main_deepspeed "${flags[@]}" --check)"
 stopped=
 status=0
 trap 'stopped=1' INT
@@ -35,9 +38,7 @@ trap 'stopped=1' INT
 (
     trap '' INT
     exec deepspeed --master_port "${PORT:-29504}" --include "${DEVICES:-localhost:0}" EAGLE/eagle/train/main_deepspeed.py \
-        --deepspeed_config "${DS_CONFIG:-ds_config.json}" "${data[@]}" \
-        --basepath "${BASE:-pocket/llava}" --cpdir "$checkpoints" \
-        --config "${CONFIG:-pocket_llava_config.json}" --resume "$@"
+        "${flags[@]}"
 ) || status=$?
 if [ -n "$stopped" ]; then
     if [ -f "$checkpoints/latest" ]; then

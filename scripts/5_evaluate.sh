@@ -8,7 +8,7 @@
 # and the others in docs/evaluation.md), NUM_PROCESSES, PORT, BATCH_SIZE, GEN_KWARGS,
 # MODEL_ARGS (more of lmms-eval's model arguments, such as dtype=float32), QUESTIONS (a FILE.jsonl to ask instead of
 # ChartQA's test split, in chartqa and chartqa_msd; the pocket LLaVA gets its own).
-# Results: OUT/DATE/compare.md (the page; outputs/evaluate by default), compare.json, compare.png, and lmms-eval's own.
+# Results: OUT/DATE/compare.md (DATE in UTC; the page; outputs/evaluate by default), compare.json, compare.png, and lmms-eval's own.
 set -euo pipefail
 if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then # the comment above
     sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
@@ -83,11 +83,11 @@ evaluate() { # folder, then flags
     shift
     "${launch[@]}" -m lmms_eval_msd --model "${MODEL:-llava_msd}" --model_args "pretrained=$base${MODEL_ARGS:+,$MODEL_ARGS}" \
         --tasks "$tasks" --batch_size "${BATCH_SIZE:-1}" --gen_kwargs "${GEN_KWARGS:-temperature=0}" ${LIMIT:+--limit "$LIMIT"} \
-        --log_samples --output_path "$folder" "$@"
+        --log_samples --timezone UTC --output_path "$folder" "$@"
 }
 
-# results of their own for each call: what an earlier one left behind is not compared
-stamp="$(date +%Y%m%d_%H%M%S)"
+# results of their own for each call: what an earlier one left behind is not compared; in UTC, as lmms-eval's files below
+stamp="$(date -u +%Y%m%d_%H%M%S)"
 evaluate "$out/$stamp/base"
 evaluate "$out/$stamp/msd" --use_msd --msd_model_path "$draft" --msd_baseline "$out/$stamp/base"
 runs=("$out/$stamp/msd")

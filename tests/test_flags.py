@@ -70,6 +70,11 @@ def test_a_wrong_flag_of_training_is_one_line(
     assert capsys.readouterr().err == "error: unknown flag --learning_rat (did you mean --learning-rate?)\n"
 
 
+def test_a_wrong_command_of_msd_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert msd(["genrate", "--prompt", "x"]) == 2
+    assert capsys.readouterr().err == "error: unknown command 'genrate' (did you mean generate?)\n"
+
+
 def both_spellings(parser: OneLineParser) -> None:
     """Every long flag of a parser, with ``-`` and with ``_``, is known."""
     flags = [flag for flag in parser._option_string_actions if flag.startswith("--") and flag != "--help"]

@@ -27,7 +27,8 @@ MAY_NOT_IMPORT = {
     "msd_vllm": {"llava", "eagle", "lmms_eval_msd", "lmms_eval", "pocket", "transformers"},
 }
 LAYERS = (  # modules and folders of eagle, lowest first; the package itself re-exports names and belongs to none
-    "cache kv_cache recurrent_state weight_layout attention conversations arguments extras locks provenance report",
+    "cache kv_cache recurrent_state weight_layout attention conversations arguments extras locks provenance published",
+    "report",
     "drafts",
     "families",
     "hidden_states",
@@ -35,7 +36,7 @@ LAYERS = (  # modules and folders of eagle, lowest first; the package itself re-
     "ge_data",
     "questions suites",
     "train",
-    "published loading benchmark bench_report exactness publish serving",
+    "loading benchmark bench_report exactness publish serving",
     "doctor web",
     "commands",
     "cli",

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
@@ -75,9 +76,11 @@ def test_flags_of_the_allocation_exist() -> None:
 
 
 def test_training_stored_and_online(commands) -> None:
-    (stored,) = commands("4_train.sh", "--epochs", "2")
+    checked, stored = commands("4_train.sh", "--epochs", "2")
     assert "--tmpdir_v w/hidden_v --tmpdir_t w/hidden_t" in stored and stored.endswith("--resume --epochs 2")
-    (online,) = commands("4_train.sh", ONLINE="1", PICTURES="p", COUNT="9")
+    flags = stored.partition("main_deepspeed.py ")[2]
+    assert checked == f"python -m eagle.train.main_deepspeed {flags} --check"
+    _, online = commands("4_train.sh", ONLINE="1", PICTURES="p", COUNT="9")
     files = "--online --annotations_v w/image.json --annotations_t w/text.json --image-folder p --limit 9"
     assert files in online and "--tmpdir" not in online
 
@@ -93,6 +96,31 @@ def test_training_without_deepspeed_is_one_line(
     assert capfd.readouterr().err.startswith("error: deepspeed is not installed for ")
 
 
+@pytest.fixture
+def real_python(tmp_path: Path, commands) -> None:
+    """``python`` in the folder of the recorders is the real one, with the packages of this repository."""
+    rooms = ":".join(str(REPO / room) for room in ("LLaVA", "EAGLE"))
+    (tmp_path / "python").write_text(f'#!/bin/sh\nPYTHONPATH={rooms} exec {sys.executable} "$@"\n')
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--epcohs", "2"], "error: unknown flag --epcohs (did you mean --epochs?)"),
+        (["--epochs", "0"], "error: epochs=0 (give at least 1)"),
+        (["--config", "nothing.json"], "error: training config not found: nothing.json"),
+    ],
+)
+def test_wrong_flags_of_training_are_one_line_without_the_launcher(
+    commands, tmp_path: Path, real_python: None, capfd: pytest.CaptureFixture[str], flags: list[str], line: str
+) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        commands("4_train.sh", *flags)
+    assert failed.value.returncode == 2
+    assert capfd.readouterr().err == f"{line}\n"
+    assert not (tmp_path / "record").exists(), "the launcher was not started"
+
+
 LAUNCHER = """#!{python}
 import os, signal, sys, time
 signal.signal(signal.SIGINT, lambda *_: sys.exit(1))
@@ -101,17 +129,20 @@ time.sleep(60)
 """
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["CKPT", "--cpdir"])
 @pytest.mark.parametrize("saved", [False, True])
-def test_training_stopped_by_ctrl_c(commands, tmp_path: Path, saved: bool) -> None:
-    """The terminal tells the script and DeepSpeed's processes; the script has the last word."""
+def test_training_stopped_by_ctrl_c(commands, tmp_path: Path, real_python: None, saved: bool, own: bool) -> None:
+    """The terminal tells the script and DeepSpeed's processes; the script has the last word. --cpdir wins over CKPT."""
     (tmp_path / "deepspeed").write_text(LAUNCHER.format(python=sys.executable))
     checkpoints, record = tmp_path / "checkpoints", tmp_path / "record"
     if saved:
         checkpoints.mkdir()
         (checkpoints / "latest").write_text("step-00000004\n")
-    environment = {**os.environ, "PYTHON": str(tmp_path / "python"), "RECORD": str(record), "CKPT": str(checkpoints)}
+    environment = {**os.environ, "PYTHON": str(tmp_path / "python"), "RECORD": str(record),
+                   "CKPT": str(tmp_path / "other" if own else checkpoints)}  # fmt: skip
+    flags = [f"--cpdir={checkpoints}"] if own else []
     process = subprocess.Popen(
-        ["bash", str(REPO / "scripts" / "4_train.sh")], env=environment, stderr=subprocess.PIPE, text=True,
+        ["bash", str(REPO / "scripts" / "4_train.sh"), *flags], env=environment, stderr=subprocess.PIPE, text=True,
         start_new_session=True, preexec_fn=hear_ctrl_c,
     )  # fmt: skip
     deadline = time.monotonic() + 60
@@ -157,6 +188,16 @@ def test_embedded_models_get_the_embedded_questions(commands, tmp_path: Path, ta
         assert f"--tasks {tasks or 'chartqa'} " in line and f"pretrained={REPO}/pocket/llava " in line
     assert "--use_msd" not in base and f"--use_msd --msd_model_path {REPO}/pocket/llava-msd" in msd
     assert "lmms_eval_msd.compare" in compared
+
+
+def test_file_names_of_step_5_are_in_utc(commands, tmp_path: Path) -> None:
+    """Those of the script and those of lmms-eval below them, whose default is another zone."""
+    (tmp_path / "data").mkdir()
+    before = datetime.now(timezone.utc).replace(microsecond=0)
+    base, msd, _ = commands("5_evaluate.sh", OUT=str(tmp_path), TASKS="mme", OTHER="", TZ="Asia/Tokyo")
+    stamp = base.split("--output_path ")[1].split("/")[-2]
+    assert before <= datetime.strptime(f"{stamp}+0000", "%Y%m%d_%H%M%S%z") <= datetime.now(timezone.utc)
+    assert "--timezone UTC" in base and "--timezone UTC" in msd
 
 
 def test_questions_for_other_models_are_those_given(commands, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ The contestants take turns, so a slow minute of the machine slows all of them. S
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -270,6 +271,22 @@ def interleave(contestants: Sequence[Contestant], rounds: Sequence[Sequence[Work
                 contestant.answers += contestant.tokens
                 contestant.cycles += contestant.logged
         yield number
+
+
+def interleave_with_bar(
+    contestants: Sequence[Contestant], rounds: Sequence[Sequence[Work]], warm_up: int, title: str, unit: str = "round"
+) -> Iterator[int]:
+    """`interleave` with a progress bar of the rounds. The warm-up is labelled; neither it nor its time is counted."""
+    from tqdm import tqdm
+
+    with tqdm(total=len(rounds), desc=f"{title}, warm-up" if warm_up else title, unit=unit, file=sys.stderr) as bar:
+        for number in interleave(contestants, rounds, warm_up):
+            if number >= 0:
+                bar.update()
+            elif number == -1:
+                bar.set_description(title, refresh=False)
+                bar.reset()
+            yield number
 
 
 @dataclass(frozen=True)

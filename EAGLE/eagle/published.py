@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -45,6 +47,59 @@ class Published:
             return ""
         words = {True: "with bonus", False: "without bonus", None: "bonus not stated"}
         return f"{self.tau:.2f} {words[self.bonus]}"
+
+    @property
+    def faster(self) -> str:
+        """The speed-up with what it is of; empty if there is none."""
+        return "" if self.speedup is None else f"{self.speedup:.2f}x {self.speedup_of or 'not stated of what'}"
+
+    @property
+    def setting(self) -> str:
+        """What the source states of the setting, but for the temperature."""
+        batch = None if self.batch is None else f"batch {self.batch}"
+        return ", ".join(filter(None, (self.hardware, self.dtype, self.attention, batch)))
+
+    def is_of(self, base: str, draft: str) -> bool:
+        """Whether the row is of this base model, and of this kind of draft if its name tells the kind.
+
+        >>> row = Published("EAGLE-2", "LLaVA-1.5-7B", "s", *[None] * 10, source="", checked="")
+        >>> [row.is_of("llava-hf/llava-1.5-7b-hf", draft) for draft in ("o/EAGLE-LLaVA", "o/MSD-LLaVA", "final")]
+        [True, False, True]
+        >>> row.is_of("llava-hf/llava-1.5-13b-hf", "final"), row.is_of("pocket/llava", "final")
+        (False, False)
+        """
+        words = iter(_words(base.rstrip("/").rpartition("/")[2]))
+        if not all(word in words for word in _words(self.base)):  # in this order
+            return False
+        name = draft.rstrip("/").rpartition("/")[2].lower()
+        kind = next((kind for kind, pattern in DRAFTS.items() if re.search(pattern, name)), None)
+        return kind is None or re.fullmatch(kind, self.method) is not None
+
+    @property
+    def stated(self) -> dict[str, float | int | str | None]:
+        """The row's settings under the names of `eagle.report.runs`, None where the source does not state one."""
+        return {
+            "temperature": self.temperature, "dtype": self.dtype, "attention": self.attention, "batch": self.batch,
+            "machine": self.hardware,
+        }  # fmt: skip
+
+    def differs(self, settings: Mapping[str, str]) -> list[str]:
+        """The settings of a run that are not those that the source states."""
+        found = [
+            f"{name} {settings.get(name, 'not recorded')}"
+            for name, value in self.stated.items()
+            if value is not None and str(value) != settings.get(name)
+        ]
+        same = self.set.partition(",")[0].lower() in settings.get("data", "").lower()
+        return found if same and f" {settings.get('questions')} turns" in self.set else [*found, "other questions"]
+
+
+DRAFTS = {"MSD": "(?<![a-z])msd", "ViSpec": "vispec", "EAGLE-3": r"eagle-?3", "EAGLE-[12]": "eagle"}
+"""Methods, as patterns, and what the name of such a draft has."""
+
+
+def _words(name: str) -> list[str]:
+    return re.findall(r"[a-z]+|\d+(?:\.\d+)?", name.lower())
 
 
 def published_rows(path: Path = PUBLISHED) -> list[Published]:

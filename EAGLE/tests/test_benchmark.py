@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eagle.benchmark import Answer, Contestant, find_quiet, identical, interleave, new_tokens, paired_speedup
+from eagle.benchmark import (
+    Answer,
+    Contestant,
+    find_quiet,
+    identical,
+    interleave,
+    interleave_with_bar,
+    new_tokens,
+    paired_speedup,
+)
 from eagle.decode.stats import Stats
 
 
@@ -34,6 +43,18 @@ def test_everyone_in_turn_and_nobody_always_first() -> None:
     assert numbers == [-1, 0, 1]
     assert seen == ["b", "a", "a", "b", "b", "a"]
     assert [len(contestant.rounds) for contestant in contestants] == [2, 2], "warm-up is not counted"
+
+
+def test_the_bar_counts_rounds_and_labels_the_warm_up(capsys: pytest.CaptureFixture[str]) -> None:
+    """Three rounds of warm-up and two that count."""
+    own = Contestant("a", lambda work: Answer(Stats(1, seconds=1.0), [[1]]))
+    shown = []
+    for number in interleave_with_bar([own], [["w"]] * 2, warm_up=3, title="bench", unit="question"):
+        shown.append((number, capsys.readouterr().err))
+    last = capsys.readouterr().err
+    assert [number for number, _ in shown] == [-3, -2, -1, 0, 1]
+    assert "bench, warm-up:   0%" in shown[0][1] and "warm-up" not in shown[3][1] + shown[4][1] + last
+    assert "bench: 100%" in last and "2/2" in last and "/5" not in last
 
 
 def test_new_tokens_end_with_the_end_token() -> None:

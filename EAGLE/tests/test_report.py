@@ -199,3 +199,69 @@ def test_markdown_and_page(tmp_path: Path) -> None:
     assert "| A → B | total, MSD | τ | 3.00 [3.00, 3.00] | 3.00 [3.00, 3.00] | +0.0% | equal |" in text
     page = (tmp_path / "r.html").read_text()
     assert "<script" not in page and page.count("<svg") >= 3 and "τ in training" in page
+
+
+def of_llava(**settings: Any) -> dict[str, Any]:
+    """A report of the published LLaVA-1.5-7B with an MSD draft, at the published setting of the third-party rerun."""
+    report = bench([1.0, 2.0])
+    published = {"base_model": "llava-hf/llava-1.5-7b-hf", "msd_model": "lucylyn/MSD-LLaVA1.5-7B", "dtype": "float16",
+                 "data": "/cache/mmspec/test/questions.jsonl"}  # fmt: skip
+    setting = {"dtype": "float16", "attention": "eager", "batch": 1}
+    return {**report, "questions": 723, "setting": setting, "settings": {**report["settings"], **published, **settings}}
+
+
+def test_published_rows_are_shown_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of MSD on LLaVA-1.5-7B; the rerun states all but its machine."""
+    (path,) = write(tmp_path, a=of_llava())
+    names = {"--markdown": tmp_path / "r.md", "--html": tmp_path / "r.html", "--json": tmp_path / "r.json"}
+    assert main(["report", path, *(str(word) for pair in names.items() for word in pair)]) == 0
+    found = json.loads(names["--json"].read_text())
+    assert {(row["method"], row["base"]) for row in found["published"]} == {("MSD", "LLaVA-1.5-7B")}
+    assert [row["speedup"] for row in found["published"]] == [2.114, 1.823, 2.29]
+    rerun, _, abstract = found["published"]
+    assert rerun["differs"]["A"] == [] and abstract["differs"]["A"] == ["other questions"]
+    assert list(found["runs"]) == ["A"] and not found["comparisons"]
+    title, texts = (
+        "Published figures, measured by others",
+        (capsys.readouterr().out, *(p.read_text() for p in names.values())),
+    )
+    setting = "temperature 0.0, dtype float16, attention eager, batch 1; not stated: machine"
+    line = f"| MSD | LLaVA-1.5-7B | MMSpec, 600 samples, 723 turns | {setting} | 4.75 with bonus | 2.11x totals | 88% |"
+    assert f"{line} A: nothing | [1] |" in texts[1]
+    assert "| not stated: temperature, dtype, attention, batch, machine |  | 2.29x largest |" in texts[1]
+    for text in texts[:3]:
+        assert title in text and "4.75" in text and "totals" in text and "MMSpec-fyf@96db29db" in text
+        own, _, theirs = text.partition(title)
+        assert "4.75" not in own and "ViSpec" not in theirs
+    assert "enter no figure of the runs" in texts[1] and "enter no figure of the runs" in texts[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "shown"),
+    [
+        ([], {"msd_model": "outputs/checkpoints/final"}, {"MSD", "ViSpec", "EAGLE-1", "EAGLE-2", "EAGLE-3"}),
+        ([], {"msd_model": "someone/EAGLE-3-LLaVA1.5"}, {"EAGLE-3"}),
+        ([], {"base_model": "pocket/llava"}, set()),
+        ([], {"base_model": "llava-hf/llava-1.5-13b-hf"}, {"MSD"}),
+        (["--published", "none"], {}, set()),
+        (["--published", "all"], {"base_model": "b"}, {"MSD", "ViSpec", "EAGLE-1", "EAGLE-2", "EAGLE-3", "SpecVLM"}),
+    ],
+)
+def test_which_published_rows_are_shown(
+    tmp_path: Path, options: list[str], settings: dict[str, str], shown: set[str]
+) -> None:
+    paths = write(tmp_path, a=of_llava(**settings))
+    found = compared(tmp_path, *paths, *options)
+    assert {row["method"] for row in found["published"]} == shown
+    page = tmp_path / "r.html"
+    assert main(["report", *paths, *options, "--html", str(page)]) == 0
+    assert ("Published figures" in page.read_text()) == bool(shown)
+
+
+def test_a_published_row_says_which_settings_differ(tmp_path: Path) -> None:
+    report = of_llava(temperature=1.0)
+    report["setting"] = {"dtype": "bfloat16", "attention": "sdpa", "batch": 1}
+    found = compared(tmp_path, *write(tmp_path, a=report))
+    assert found["published"][0]["differs"]["A"] == [
+        "temperature 1.0", "dtype bfloat16", "attention sdpa",
+    ]  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any
 import browser as chromium
 import pytest
 
+from eagle.published import published_rows
 from eagle.report import bench, compare
 from eagle.report.runs import Run, bench_row
 
@@ -67,7 +68,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             [bench_row("total", made, made["answers"][: 20 + n])])
         for n, name in enumerate(("float32", "bfloat16"))
     ]  # fmt: skip
-    compare.write_html(runs, folder / "report.html")
+    compare.write_html(runs, folder / "report.html", published_rows())
     return {name: folder / f"{name}.html" for name in ("bench", "report")}
 
 

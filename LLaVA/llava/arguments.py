@@ -14,16 +14,38 @@ from typing import Any, NoReturn
 
 from llava.errors import UserError
 
+LARGEST = 2**31 - 1
+"""Whole number of an option."""
 LOWEST_TEMPERATURE = 1e-6
 """Above 0: logits are divided by it, and float32 must hold the result."""
 
 
+def whole(text: str, low: int, high: int = LARGEST) -> int:
+    """A whole number from ``low`` to ``high``, for types of argparse."""
+    try:
+        value = int(text)
+    except ValueError:  # also of thousands of digits
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number") from None
+    if value < low:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not at least {low}")
+    if value > high:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is above {high}")
+    return value
+
+
 def positive(text: str) -> int:
     """An argparse type: a whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
+    return whole(text, 1)
+
+
+def count(text: str) -> int:
+    """An argparse type: a whole number of at least 0."""
+    return whole(text, 0)
+
+
+def port(text: str) -> int:
+    """An argparse type: a port, 0 for any free one."""
+    return whole(text, 0, 65535)
 
 
 def temperature(value: str | float) -> float:
@@ -43,11 +65,21 @@ class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are `UserError`s: one line, without the usage text.
 
     Long flags are read with ``-`` and with ``_`` between their words. An unknown flag's error names the nearest known
-    one, and comes before those of missing and wrong values.
+    one, and comes before those of missing and wrong values. So does the error of an unknown command or choice.
     """
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message, fix="see --help")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        known = [str(each) for each in action.choices or ()]
+        if action.choices is None or value in action.choices:
+            return
+        what = "command" if isinstance(action, argparse._SubParsersAction) else "/".join(action.option_strings)
+        near = difflib.get_close_matches(str(value), known, n=1)
+        raise UserError(
+            f"unknown {what} '{value}'", fix=f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+        )
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         given = list(sys.argv[1:] if args is None else args)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
-from llava.arguments import OneLineParser
+from llava.arguments import OneLineParser, count, port, positive
 from llava.errors import UserError, run_cli
 
 
@@ -21,6 +23,28 @@ def parser() -> OneLineParser:
 def test_complains_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cli(lambda: parser().parse_args(["--limit", "x"]) and None) == 2
     assert capsys.readouterr().err == "error: argument --limit: invalid int value: 'x' (see --help)\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "said"),
+    [
+        (positive, str(10**30), "is above 2147483647"),
+        (positive, "9" * 5000, "is not a whole number"),
+        (positive, "0", "0 is not at least 1"),
+        (positive, "1.5", "'1.5' is not a whole number"),
+        (count, "-1", "-1 is not at least 0"),
+        (port, "70000", "70000 is above 65535"),
+    ],
+)
+def test_whole_numbers_out_of_range(
+    kind: Callable[[str], int], value: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = OneLineParser()
+    made.add_argument("--limit", type=kind)
+    assert run_cli(lambda: made.parse_args(["--limit", value]) and None) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: argument --limit: ") and said in line and len(line) < 120
+    assert kind("4") == 4
 
 
 @pytest.mark.parametrize("words", [["--base_model", "a_b"], ["--base-model=a_b"], ["--base_mod", "a_b"]])
@@ -59,3 +83,22 @@ def test_subcommands_and_abbreviations() -> None:
     for words, near in ((["go", "--max-step", "3"], "--max-steps"), (["go", "--mx-steps", "3"], "--max-steps")):
         with pytest.raises(UserError, match=f"unknown flag .*did you mean {near}"):
             top.parse_args(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["genrate"], "unknown command 'genrate' (did you mean generate?)"),
+        (["zzz", "--dtype", "x"], "unknown command 'zzz' (known are generate, bench)"),
+        (["bench", "--dtype", "flaot32"], "unknown --dtype 'flaot32' (did you mean float32?)"),
+        (["bench", "--dtype", "x"], "unknown --dtype 'x' (known are auto, float32)"),
+    ],
+)
+def test_unknown_commands_and_choices_name_the_nearest(words: list[str], line: str) -> None:
+    top = OneLineParser()
+    commands = top.add_subparsers(dest="command", required=True)
+    commands.add_parser("generate")
+    commands.add_parser("bench").add_argument("--dtype", choices=("auto", "float32"))
+    with pytest.raises(UserError) as error:
+        top.parse_args(words)
+    assert str(error.value) == line

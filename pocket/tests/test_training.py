@@ -94,6 +94,7 @@ def test_model_fits_and_exports_every_tensor(tmp_path: Path) -> None:
     assert sum(t.numel() for t in [*language.values(), *vision.values()]) == parameter_count(model)
 
 
+@pytest.mark.slow
 def test_one_step_lowers_the_loss() -> None:
     model = fresh(0)
     talks = [converse(Random(i), turns=1) for i in range(2)]

@@ -6,7 +6,6 @@ With --server the models are not loaded: the questions are sent to an OpenAI-sty
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,10 +86,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     server.add_argument(
         "--concurrency", type=levels(positive), default=None, metavar="N,N,...",
-        help="requests at a time (default: 1,2,4,8,16; none with --rate)",
+        help="requests at a time, one of each conversation (default: 1,2,4,8,16; none with --rate)",
     )  # fmt: skip
     server.add_argument(
-        "--rate", type=levels(above_zero), default=[], metavar="R,R,...", help="requests a second, at random moments"
+        "--rate",
+        type=levels(above_zero),
+        default=[],
+        metavar="R,R,...",
+        help="requests a second, at random moments; a conversation counts once",
     )
     server.add_argument("--plot", type=Path, metavar="FILE.png", help="tokens/s of each level as a picture")
 
@@ -127,7 +130,7 @@ def run_on_servers(arguments: argparse.Namespace) -> int:
     settings = {"max_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
     sampling = {name: getattr(arguments, name) for name in ("top_p", "top_k", "seed")}
     settings |= {name: value for name, value in sampling.items() if value is not None}
-    questions = read_questions(arguments.data, arguments.limit)
+    questions = read_questions(arguments.data, arguments.limit, turns=True)
     asked = {**settings, "data": str(arguments.data), "questions": len(questions)}
     plain: Any = Server(arguments.plain_server) if arguments.plain_server else None
     if arguments.plain_results:
@@ -164,10 +167,8 @@ def run(arguments: argparse.Namespace) -> int:
             raise UserError(f"--{name.replace('_', '-')} needs --server", fix="name a server")
     if arguments.base_model is None:
         raise UserError("no base model", "--base-model", "name a folder or hub repository, or a server with --server")
-    from tqdm import tqdm
-
     from eagle.bench_report import Bench, make_report
-    from eagle.benchmark import Contestant, baselines, interleave, with_engine, with_prompt_lookup
+    from eagle.benchmark import Contestant, baselines, interleave_with_bar, with_engine, with_prompt_lookup
     from eagle.decode.sampling import SamplingSettings
     from eagle.decode.tree_config import TreeConfig
     from eagle.loading import load_model, sampling_settings
@@ -190,9 +191,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.prompt_lookup:
         others.append(Contestant(f"prompt lookup {own}", with_prompt_lookup(model, settings, arguments.prompt_lookup)))
     model.warm_up()
-    with tqdm(total=arguments.warm_up + len(questions), desc="bench", unit="question", file=sys.stderr) as progress:
-        for _ in interleave([msd, *others, *rivals], [[question] for question in questions], arguments.warm_up):
-            progress.update()
+    work = [[question] for question in questions]
+    for _ in interleave_with_bar([msd, *others, *rivals], work, arguments.warm_up, "bench", "question"):
+        pass
     asked = {name: value for name, value in vars(arguments).items() if name not in NOT_SETTINGS}
     asked |= {"also_tree": list(trees), "tree": vars(model.tree)}
     sampled = SamplingSettings(arguments.temperature).greedy is False

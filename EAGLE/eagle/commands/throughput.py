@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -43,9 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Answers the same questions greedily at every batch size, with MSD and plain decoding in turn."""
     if arguments.out:
         check_writable(arguments.out)
-    from tqdm import tqdm
-
-    from eagle.benchmark import Contestant, interleave, with_engine
+    from eagle.benchmark import Contestant, interleave_with_bar, with_engine
     from eagle.loading import load_model
     from eagle.provenance import record
 
@@ -61,9 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
         settings = {"max_new_tokens": arguments.max_new_tokens, "temperature": 0.0}
         msd = Contestant("MSD", with_engine(model, True, settings))
         plain = Contestant("plain", with_engine(model, False, settings))
-        with tqdm(total=1 + len(groups), desc=f"batches of {size}", file=sys.stderr) as progress:
-            for _ in interleave([msd, plain], [[group] for group in groups], warm_up=1):
-                progress.update()
+        for _ in interleave_with_bar([msd, plain], [[group] for group in groups], 1, f"batches of {size}", "batch"):
+            pass
         rows.append(row_of(model, size, msd.total, plain.total))
     console().print(table_of(rows))
     if arguments.out:

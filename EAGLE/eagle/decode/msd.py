@@ -26,6 +26,7 @@ from eagle.decode.generate_settings import leave_out_unsupported
 from eagle.decode.noise import seeds_of
 from eagle.decode.request import check_inputs, check_request
 from eagle.decode.sampling import Sampler, SamplingSettings
+from eagle.decode.self_check import self_check as check_target
 from eagle.decode.stats import Stats
 from eagle.decode.stopping import Stopper
 from eagle.decode.tree_config import TreeConfig
@@ -128,6 +129,7 @@ class MSDModel:
         draft_revision: str | None = None,
         draft_image_tokens: int | str | None = None,
         compile: bool | str | None = None,
+        self_check: bool = True,
         **kwargs: Any,
     ) -> MSDModel:
         """Loads a base model and its draft from folders or the hub.
@@ -138,22 +140,26 @@ class MSDModel:
             device_map: as in transformers. The draft is loaded to the device of the base's ``lm_head``.
             tree, draft_image_tokens, compile: as for the class.
             draft_revision: hub revision of the draft (``revision`` is the base's).
+            self_check: compare the engine with transformers' `generate` on one short prompt, unless this base passed
+                before (`eagle.decode.self_check`).
             kwargs: as `eagle.families.load_target`.
 
         Raises:
-            UserError: a checkpoint is missing or broken, or base and draft do not fit together.
+            UserError: a checkpoint is missing or broken, base and draft do not fit together, or the engine does not
+                give the base's answers.
         """
         if device_map == "meta":
             raise UserError("device map 'meta' does not read the weights", fix="name a device, such as cpu or cuda:0")
         target = load_target(base, dtype=dtype, device_map=device_map, **kwargs)
         settings: dict[str, Any] = {"draft_image_tokens": draft_image_tokens, "compile": compile}
-        if draft is None:
-            return cls(target, None, tree, **settings)
         hub = {key: kwargs[key] for key in HUB_KEYS if key in kwargs and key != "revision"}
         if draft_revision is not None:
             hub["revision"] = draft_revision
-        head = load_draft(draft, dtype=target.dtype, device=target.head_device, **hub)
-        return cls(target, head, tree, **settings)
+        head = None if draft is None else load_draft(draft, dtype=target.dtype, device=target.head_device, **hub)
+        model = cls(target, head, tree, **settings)
+        if self_check:
+            check_target(target)
+        return model
 
     @property
     def processor(self) -> Any:

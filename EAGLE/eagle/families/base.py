@@ -207,6 +207,11 @@ class Target(ABC):
         """
         return self.text_model(inputs_embeds=prompt.embeds, position_ids=positions, **arguments).last_hidden_state
 
+    @property
+    @abstractmethod
+    def image_mark(self) -> str:
+        """What a prompt has in the place of a picture."""
+
     @abstractmethod
     def prepare(self, prompt: str | Sequence[str], images: Sequence[Any] = ()) -> dict[str, Any]:
         """Model inputs of one prompt or several and their images, padded on the left, on the model's device.

@@ -28,9 +28,9 @@ and sampled ones plain decoding with the same seed, with pictures of several siz
 batches, trees of several shapes, before and past windows; what is learnt in training; hidden states of padded prompts
 (`test_current_families.py`, `test_families.py` and `test_recurrent.py` in `EAGLE/tests/families/`). Language models and
 what is refused: `test_exact_or_refused.py`, which goes through every model of the installed transformers. 300 random
-prompts of each from Qwen3-VL on (without Qwen3.5), 155 with pictures, five trees, alone and in ragged batches of three:
-no answer differed (`pytest -m slow -k three_hundred EAGLE/tests/families/test_current_families.py`, 2026-11-28,
-transformers 5.24, AMD EPYC, one thread). **Not checked**: any published checkpoint.
+prompts of each, 155 with pictures, five trees (chains for Qwen3.5), alone and in ragged batches of three: no answer
+differed (`pytest -m by_hand -k three_hundred EAGLE/tests/families/test_current_families.py`, 2026-11-28, transformers
+5.24, AMD EPYC, one thread). **Not checked**: any published checkpoint.
 """
 
 

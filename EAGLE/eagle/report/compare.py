@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from eagle.published import Published
 from eagle.report import charts, page
 from eagle.report.intervals import Interval
 from eagle.report.runs import Row, Run, pairs_of
@@ -122,6 +123,42 @@ def tables(runs: Sequence[Run]) -> Tables:
     return found
 
 
+PUBLISHED = "Published figures, measured by others"
+PUBLISHED_NOTE = (
+    "Each as its source states it. They are for orientation and enter no figure of the runs: machines, questions and "
+    "ways of counting differ as the table says."
+)
+
+
+def published_notes(rows: Sequence[Published]) -> list[str]:
+    """What the figures are, and the sources that the table numbers."""
+    return [PUBLISHED_NOTE, *(f"[{n}] {source}: {checked}" for n, (source, checked) in enumerate(_sources(rows), 1))]
+
+
+def _sources(rows: Sequence[Published]) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((row.source, row.checked) for row in rows))
+
+
+def published_table(rows: Sequence[Published], runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of published figures. ``differs``: the settings of each run that do."""
+    header = ["method", "base", "questions", "setting", "τ", "speed-up", "identical", "differs", "source"]
+    cells = []
+    for row in rows:
+        apart: dict[str, list[str]] = {}
+        for name, run in zip(labels(runs), runs, strict=True):
+            apart.setdefault(", ".join(row.differs(run.settings)) or "nothing", []).append(name)
+        given = [f"{name} {value}" for name, value in row.stated.items() if value is not None]
+        missing = [name for name, value in row.stated.items() if value is None]
+        setting = [", ".join(given), f"not stated: {', '.join(missing)}" if missing else ""]
+        same = "" if row.identical is None else f"{row.identical:.0%}"
+        cells.append([
+            row.method, row.base, row.set, "; ".join(filter(None, setting)), row.counted, row.faster, same,
+            "; ".join(f"{', '.join(names)}: {what}" for what, names in apart.items()),
+            f"[{_sources(rows).index((row.source, row.checked)) + 1}]",
+        ])  # fmt: skip
+    return header, cells
+
+
 def change(each: Comparison) -> str:
     return f"{each.other.value / each.first.value - 1:+.1%}" if each.first.value else ""
 
@@ -135,8 +172,8 @@ def notes(runs: Sequence[Run]) -> list[str]:
     return [*lines, NOTE]
 
 
-def as_json(runs: Sequence[Run]) -> dict[str, Any]:
-    """Everything as plain data."""
+def as_json(runs: Sequence[Run], published: Sequence[Published] = ()) -> dict[str, Any]:
+    """Everything as plain data. Published figures have a key of their own."""
     return {
         "runs": {
             name: {**asdict(run), "path": str(run.path), "rows": [
@@ -148,20 +185,29 @@ def as_json(runs: Sequence[Run]) -> dict[str, Any]:
             {"runs": each.runs, "rows": each.rows, "measure": each.measure, "first": each.first._asdict(),
              "other": each.other._asdict(), "difference": each.verdict} for each in comparisons(runs)
         ],
+        "published": [
+            {**asdict(row), "differs": {labels(runs)[n]: row.differs(run.settings) for n, run in enumerate(runs)}}
+            for row in published
+        ],
     }  # fmt: skip
 
 
-def write_markdown(runs: Sequence[Run], path: Path) -> None:
+def write_markdown(runs: Sequence[Run], path: Path, published: Sequence[Published] = ()) -> None:
     parts = ["# Comparison", "\n".join(f"- {line}" for line in notes(runs))]
     for title, (header, rows) in tables(runs).items():
-        lines = [header, ["---"] * len(header), *rows]
-        cells = ["| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines]
-        parts += [f"## {title}", "\n".join(cells)]
+        parts += [f"## {title}", markdown_table(header, rows)]
+    if published:
+        parts += [f"## {PUBLISHED}", markdown_table(*published_table(published, runs)), *published_notes(published)]
     with atomic_write(path) as temporary:
         temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def write_html(runs: Sequence[Run], path: Path) -> None:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
+
+
+def write_html(runs: Sequence[Run], path: Path, published: Sequence[Published] = ()) -> None:
     """A page with a chart of intervals for each measure, and the tables."""
     names, found = labels(runs), tables(runs)
     by_measure: dict[str, list[tuple[str, Interval]]] = {}
@@ -172,6 +218,9 @@ def write_html(runs: Sequence[Run], path: Path) -> None:
     drawn = [charts.intervals(measure, rows) for measure, rows in by_measure.items() if len(rows) > 1]
     drawn += [curve(name, run) for name, run in zip(names, runs, strict=True) if run.kind == "training"]
     sections = [page.section(title, page.table(header, rows)) for title, (header, rows) in found.items()]
+    if published:
+        lines = [page.paragraph(line, "muted") for line in published_notes(published)]
+        sections.append(page.section(PUBLISHED, page.table(*published_table(published, runs)), *lines))
     page.write_page(
         path, "Runs side by side", page.header("Runs side by side", *notes(runs)),
         page.section("Figures and their 95 % intervals", page.charts(*drawn)), *sections,

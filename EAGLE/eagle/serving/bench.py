@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from eagle.extras import require
 from eagle.questions import Question
-from eagle.serving.client import Load, Server, measure, request_of, run_load
+from eagle.serving.client import Load, Server, conversations, measure, run_load
 from llava.errors import UserError
 from llava.files import atomic_write, read_object
 
@@ -25,7 +25,7 @@ def bench_servers(
     settings: dict[str, Any],
     warm_up: int,
 ) -> dict[str, Any]:
-    """Asks all questions at each load.
+    """Asks all questions at each load. In a conversation the server is asked after its own earlier answers.
 
     Args:
         server: the one that is measured.
@@ -44,19 +44,20 @@ def bench_servers(
     from tqdm import tqdm
 
     servers = [server, *([plain] if isinstance(plain, Server) else [])]
-    bodies = {each.url: [request_of(question, each.model(), settings) for question in questions] for each in servers}
+    models = {each.url: each.model() for each in servers}
+    requests = {url: conversations(questions, model, settings) for url, model in models.items()}
     for each in servers if warm_up else []:
-        run_load(each, bodies[each.url][:warm_up], Load(concurrency=1))
+        run_load(each, conversations(questions[:warm_up], models[each.url], settings), Load(concurrency=1))
     levels = []
     for load in tqdm(loads, desc="bench", unit="level", file=sys.stderr):
-        row = measure(server, bodies[server.url], load)
+        row = measure(server, requests[server.url], load)
         if plain is not None:
-            other = measure(plain, bodies[plain.url], load) if isinstance(plain, Server) else plain[load]
+            other = measure(plain, requests[plain.url], load) if isinstance(plain, Server) else plain[load]
             row["plain"], row["speedup"] = other, row["tokens_per_second"] / other["tokens_per_second"]
             pairs = zip(row["answers"], other["answers"], strict=True)
             row["equal_answers"] = sum(a is not None and a == b for a, b in pairs)
         levels.append(row)
-    return {"server": server.url, "model": bodies[server.url][0]["model"], "levels": levels}
+    return {"server": server.url, "model": models[server.url], "levels": levels}
 
 
 def earlier(path: Path, loads: Sequence[Load], settings: Mapping[str, Any]) -> dict[Load, dict[str, Any]]:

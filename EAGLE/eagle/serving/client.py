@@ -13,7 +13,7 @@ import mimetypes
 import random
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from statistics import median, quantiles
@@ -152,22 +152,44 @@ def events(response: Iterator[bytes]) -> Iterator[dict[str, Any]]:
 
 
 def request_of(question: Question, model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The body of a question's request, pictures as data URLs."""
+    """The body of a question's request, pictures as data URLs. In a conversation it has the user's turns so far, the
+    pictures in the first one; `after` adds the answers."""
     content: list[dict[str, Any]] = []
     for path in question.images:
         kind = mimetypes.guess_type(path.name)[0] or "image/png"
         data = base64.b64encode(path.read_bytes()).decode()
         content.append({"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}})
-    content.append({"type": "text", "text": question.question})
-    message = {"role": "user", "content": content}
+    first, *later = [{"type": "text", "text": text} for text in (*question.earlier, question.question)]
+    messages = [{"role": "user", "content": parts} for parts in ([*content, first], *([text] for text in later))]
     return {
-        "model": model, "messages": [message], "stream": True, "stream_options": {"include_usage": True}, **settings,
+        "model": model, "messages": messages, "stream": True, "stream_options": {"include_usage": True}, **settings,
     }  # fmt: skip
+
+
+def after(body: Mapping[str, Any], answers: Sequence[Answer]) -> dict[str, Any]:
+    """A request of a conversation with the server's answers to the turns before."""
+    first, *later = body["messages"]
+    said = [{"role": "assistant", "content": answer.text.strip()} for answer in answers]
+    pairs = zip(said, later, strict=True)
+    return {**body, "messages": [first, *(message for pair in pairs for message in pair)]}
+
+
+def conversations(questions: Iterable[Question], model: str, settings: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
+    """Requests by conversation; a single question is one of a single turn."""
+    found: list[list[dict[str, Any]]] = []
+    for question in questions:
+        body = request_of(question, model, settings)
+        if question.earlier:
+            found[-1].append(body)
+        else:
+            found.append([body])
+    return found
 
 
 @dataclass(frozen=True)
 class Load:
-    """How requests come: ``concurrency`` at a time, or ``rate`` a second at random moments, however many that are."""
+    """How requests come: ``concurrency`` at a time, or ``rate`` a second at random moments, however many that are.
+    Later turns of a conversation follow the answer before, at once."""
 
     concurrency: int | None = None
     rate: float | None = None
@@ -184,27 +206,36 @@ class Load:
         return moments
 
 
-def run_load(server: Server, bodies: Sequence[Mapping[str, Any]], load: Load) -> tuple[list[Answer], float]:
-    """Answers in the order of the requests, and the seconds until the last one's end."""
+Requests = Sequence[Sequence[Mapping[str, Any]]]
+"""Of each conversation, in the order of its turns."""
+
+
+def run_load(server: Server, requests: Requests, load: Load) -> tuple[list[Answer], float]:
+    """Answers in the order of the requests, and the seconds until the last one's end. After a turn that failed, the
+    later turns of its conversation are not asked."""
     begin = time.perf_counter()
 
-    def one(body: Mapping[str, Any], at: float) -> Answer:
+    def one(turns: Sequence[Mapping[str, Any]], at: float) -> list[Answer]:
         time.sleep(max(0.0, begin + at - time.perf_counter()))
-        return server.ask(body)
+        answers: list[Answer] = []
+        for body in turns:
+            failed = bool(answers and answers[-1].error)
+            answers.append(Answer(error="the turn before failed") if failed else server.ask(after(body, answers)))
+        return answers
 
-    with ThreadPoolExecutor(load.concurrency or len(bodies)) as pool:
-        answers = list(pool.map(one, bodies, load.starts(len(bodies))))
-    return answers, time.perf_counter() - begin
+    with ThreadPoolExecutor(load.concurrency or len(requests)) as pool:
+        answers = list(pool.map(one, requests, load.starts(len(requests))))
+    return [answer for each in answers for answer in each], time.perf_counter() - begin
 
 
-def measure(server: Server, bodies: Sequence[Mapping[str, Any]], load: Load) -> dict[str, Any]:
+def measure(server: Server, requests: Requests, load: Load) -> dict[str, Any]:
     """One row of the report.
 
     Raises:
         UserError: no request was answered.
     """
     before = server.counters()
-    answers, seconds = run_load(server, bodies, load)
+    answers, seconds = run_load(server, requests, load)
     after = server.counters()
     good = [answer for answer in answers if not answer.error]
     if not good:

@@ -15,16 +15,33 @@ import argparse
 import sys
 from pathlib import Path
 
-from eagle.train.settings import TRACKERS, add_setting_flags, add_source_flags
+from eagle.train.settings import TRACKERS, add_setting_flags, add_source_flags, check_settings
 from llava.arguments import OneLineParser
-from llava.errors import run_cli
+from llava.errors import INTERRUPT_STATUS, run_cli
 
 
 def main() -> None:
     args = parse_args()
-    from eagle.train.run import train  # imports torch
+    if args.check:
+        check_settings(args)
+        print(Path(args.cpdir).absolute())
+        return
+    try:
+        from eagle.train.run import train  # imports torch
 
-    train(args)
+        train(args)
+    except KeyboardInterrupt:
+        print(f"stopped; {how_to_resume(args)}", file=sys.stderr)
+        raise SystemExit(INTERRUPT_STATUS) from None
+
+
+def how_to_resume(args: argparse.Namespace) -> str:
+    """What a stopped run leaves, and which command resumes it."""
+    newest = Path(args.cpdir).absolute() / "latest"
+    if not newest.is_file():
+        return "there is no checkpoint yet, and the same command starts again"
+    name = newest.read_text(encoding="utf-8").strip()
+    return f"the same command{'' if args.resume else ' with --resume'} resumes from {newest.with_name(name)}"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -49,6 +66,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="answer some of these questions during training, by the decoding loop with the draft so far; loads the "
         "base model beside it",
     )  # fmt: skip
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="only check the flags and --config, and print the folder of the checkpoints",
+    )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     add_source_flags(parser)
     add_setting_flags(parser)
@@ -56,4 +78,4 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(main, "checkpoints are kept, and the same command with --resume resumes from the newest"))
+    sys.exit(run_cli(main))

@@ -167,6 +167,16 @@ def override(config: TrainConfig, args: argparse.Namespace) -> TrainConfig:
     return replace(config, **given)
 
 
+def check_settings(args: argparse.Namespace) -> None:
+    """Checks all flags and the training config, without the base model and the data.
+
+    Raises:
+        UserError: one of them is wrong.
+    """
+    override(TrainConfig() if args.config == AUTO else read_config(args.config)[1], args)
+    check_sources(args)
+
+
 def add_source_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say where samples come from: stored hidden states, or annotation files and the base model."""
     stored = parser.add_argument_group("stored hidden states (eagle.ge_data.allocation), of one set or both")

@@ -199,6 +199,7 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_one_compilation_for_all_sizes(models: list[MSDModel], fresh_dynamo: None) -> None:
     """After the warm-up nothing is compiled: other trees, contexts, capacities, plain steps, a second cache."""
     plain = models[0]

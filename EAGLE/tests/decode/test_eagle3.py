@@ -99,11 +99,8 @@ def test_greedy_answers_equal_generate(pair, head):
     assert sum(output.stats.accept_lengths) > 0 or head == "whole vocabulary"
 
 
-@pytest.mark.parametrize(
-    ("pair", "head"),
-    [("qwen3_vl", "flat"), *(pytest.param(base, head, marks=pytest.mark.slow) for base in BASES for head in HEADS)],
-    indirect=["pair"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("pair", "head"), [(base, head) for base in BASES for head in HEADS], indirect=["pair"])
 def test_compiled_decoding_has_the_same_cycles(pair, head):
     """The streams of the target's layers leave the compiled forward. After the warm-up nothing is compiled."""
     model = model_of(pair, **dict(HEADS[head]))

@@ -75,7 +75,7 @@ def test_slower_phases_lead_to_other_trees() -> None:
     assert planner.size(log(0.9)) == 2
 
 
-@pytest.fixture(scope="module", params=["llava", "qwen"])
+@pytest.fixture(scope="module", params=["llava", pytest.param("qwen", marks=pytest.mark.slow)])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("planner") / "base"
     return make_liuhaotian(folder) if request.param == "llava" else make_qwen(folder)

@@ -69,6 +69,7 @@ def check_killed(
     assert run_cli(lambda: inspect.main([str(out)])) == 0
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(base: Path, annotations: Write, tmp_path: Path, pictures: Path) -> None:
     check_killed(base, annotations, tmp_path, pictures, rows=100, kills=2)
 

@@ -19,14 +19,16 @@ from eagle.serving.client import Load
 
 
 class OpenAIServer(ThreadingHTTPServer):
-    """Streams four tokens for each question in two chunks. With ``drafts`` it counts a chain of two, of which the first
-    token is accepted always and the second every other time. Fails for questions with the word "fail"."""
+    """Streams four tokens for each question in two chunks; the last token is the number of messages. With ``drafts`` it
+    counts a chain of two, of which the first token is accepted always and the second every other time. Fails for
+    questions with the word "fail"."""
 
     daemon_threads = True
 
     def __init__(self, drafts: bool, pause: float = 0.0) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.drafts, self.pause = drafts, pause
+        self.said = "one two"
         self.bodies: list[dict[str, Any]] = []
         self.now = self.most = 0
         self.lock = threading.Lock()
@@ -70,9 +72,10 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(self.server.pause)
         with self.server.lock:
             self.server.now -= 1
-        if "fail" in body["messages"][0]["content"][-1]["text"]:
+        if "fail" in body["messages"][-1]["content"][-1]["text"]:
             return self.send("out of order", 500)
-        chunks = [{"choices": [{"delta": {"content": text}}]} for text in ("one two", " three four")]
+        texts = self.server.said, f" three {len(body['messages'])}\n"
+        chunks = [{"choices": [{"delta": {"content": text}}]} for text in texts]
         chunks.append({"choices": [], "usage": {"completion_tokens": 4}})
         self.send("".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n")
 
@@ -168,6 +171,44 @@ def test_a_rate_and_failed_requests(
     (level,) = json.loads(out.read_text())["levels"]
     assert (level["requests"], level["failed"], level["tokens"], level["rate"]) == (7, 1, 24, 100.0)
     assert level["error"] == "status 500: out of order" and "1 of 7" in capsys.readouterr().out
+
+
+def test_conversations_keep_the_servers_own_answers(
+    servers: tuple[OpenAIServer, OpenAIServer], data: Path, tmp_path: Path
+) -> None:
+    """Two conversations and a single question, of which each server is asked at most two at a time."""
+    rows = [
+        {"id": "a", "images": ["one.png"], "turns": ["Who?", "Why?", "When?"]},
+        {"id": "b", "turns": ["Red?", "fail", "Blue?"]},
+        {"id": "c", "question": "Alone?"},
+    ]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    with_draft, plain = servers
+    plain.said, out = "eins zwei", tmp_path / "report.json"
+    arguments = ["--data", str(data), "--plain-server", plain.url, "--concurrency", "2", "--warm-up", "2"]
+    assert main(["bench", "--server", with_draft.url, *arguments, "--out", str(out)]) == 1
+    (level,) = json.loads(out.read_text())["levels"]
+    assert (level["requests"], level["failed"], level["tokens"], level["equal_answers"]) == (7, 2, 20, 0)
+    assert level["error"] == "status 500: out of order"
+    first = "one two three"
+    assert level["answers"] == [
+        f"{first} 1\n",
+        f"{first} 3\n",
+        f"{first} 5\n",
+        f"{first} 1\n",
+        None,
+        None,
+        f"{first} 1\n",
+    ]
+    for server in servers:
+        assert len(server.bodies) == 8 and server.most == 2  # "Blue?" was not asked; two turns to warm up
+        (asked,) = [
+            each["messages"] for each in server.bodies if each["messages"][-1]["content"][-1]["text"] == "When?"
+        ]
+        assert [message["role"] for message in asked] == ["user", "assistant", "user", "assistant", "user"]
+        assert [message["content"] for message in asked[1::2]] == [f"{server.said} three 1", f"{server.said} three 3"]
+        pictures = [part["type"] == "image_url" for message in asked[::2] for part in message["content"]]
+        assert pictures == [True, False, False, False], "the picture is in the first turn"
 
 
 def test_moments_of_a_rate() -> None:

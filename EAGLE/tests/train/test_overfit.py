@@ -3,6 +3,7 @@
 An off-by-one anywhere (state, token, picture, position, mask) shows here, since decoding reads what training never saw.
 """
 
+from copy import deepcopy
 from functools import partial
 
 import pytest
@@ -173,7 +174,7 @@ GEOMETRIES = {
     "larger layer": (make_internvl, {"layer_size": 48}, lambda target, draft: draft.fc.out_features == 48),
 }  # fmt: skip
 """For each the base, options of the draft, and that the pair has it."""
-SLOW_GEOMETRIES = ("tied and scaled embeddings", "capped logits", "larger layer")
+SLOW_GEOMETRIES = ("tied and scaled embeddings", "capped logits", "smaller layer", "larger layer")
 
 
 @pytest.mark.parametrize(
@@ -206,6 +207,10 @@ def distinct(sample: Sample) -> int:
     return sample.input_ids[-NEW:].unique().numel()
 
 
+SEEDS = {"llava_onevision": 3}
+"""Of bases whose weights by seed 0 answer with a few tokens in a loop."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "family",
@@ -217,11 +222,12 @@ def distinct(sample: Sample) -> int:
 )
 def test_every_drafted_token_is_accepted(family, tmp_path):
     """In each of today's families, about a picture and with the automatic draft config."""
-    target = load_target(FAMILY_MAKERS[family](tmp_path / "base"), dtype="float32")
+    target = load_target(FAMILY_MAKERS[family](tmp_path / "base", seed=SEEDS.get(family, 0)), dtype="float32")
     target.model.generation_config.eos_token_id = None
     asked = [
         target.prepare(target.chat_prompt(question, 1), [tiny_llava.make_image(width=60, height=50, seed=seed)])
-        for seed, question in enumerate(("Count the shapes.", "Which two?", "Why is that?", "Name it.", "And here?"))
+        for question in ("Count the shapes.", "Which two?", "Why is that?", "Name it.", "And here?")
+        for seed in range(3)
     ]
     answers = [(inputs, own_answer(target, inputs)) for inputs in asked]
     inputs, sample = max(answers, key=lambda answer: distinct(answer[1]))
@@ -230,9 +236,12 @@ def test_every_drafted_token_is_accepted(family, tmp_path):
     torch.manual_seed(0)
     draft, base = DraftModel(draft_config_of(tmp_path / "base")), load_base_tensors(tmp_path / "base")
     objective = DraftObjective(draft, base, TrainConfig(token_weight=1.0, rollout_steps=3))
-    train(objective, sample, steps=1000)
-    stats = decode(target, objective, inputs, sample)
-    *cycles, last = stats.accept_lengths
+    for _ in range(4):  # some draft heads take longer
+        train(objective, sample, steps=1000)
+        stats = decode(target, deepcopy(objective), inputs, sample)
+        *cycles, last = stats.accept_lengths
+        if set(cycles) == {CHAIN.depth + 1}:
+            break
     assert set(cycles) == {CHAIN.depth + 1}, stats.accept_lengths
     assert last >= NEW - 2 - (CHAIN.depth + 2) * len(cycles), "the rest, of which the target gives the last token"
 

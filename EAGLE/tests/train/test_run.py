@@ -99,7 +99,9 @@ def test_a_checkpoint_without_the_sums_since_the_last_log_can_go_on(arguments, r
     assert [step for step, _ in curve(tmp_path / "old")] == [4, 8]
 
 
-@pytest.mark.parametrize("stop", [None, 2, 4, 6])
+@pytest.mark.parametrize(
+    "stop", [pytest.param(2, marks=pytest.mark.slow), pytest.param(6, marks=pytest.mark.slow), None, 4]
+)
 @pytest.mark.parametrize(("taus", "best"), [((2, 3, 1, 2.5), 4), ((2, 1, 1.5, 3), 8)])
 def test_best_is_the_draft_with_the_highest_tau(arguments, run, tmp_path, monkeypatch, taus, best, stop):
     """Validated after steps 2, 4, 6 and 8, in one go or resumed; the mean over both sets counts."""
@@ -122,6 +124,7 @@ def test_best_is_the_draft_with_the_highest_tau(arguments, run, tmp_path, monkey
     assert progress["best"] == 3 and next(results, None) is None
 
 
+@pytest.mark.slow
 def test_more_epochs_after_the_end(arguments, run, tmp_path, capsys):
     """The further epochs are those of a longer run: samples, noise, rate. Stopped in them, it resumes as ever."""
     quiet = ("--tracker", "none", "--resume")

@@ -8,12 +8,13 @@ import pytest
 from train_support import DRAFT
 
 import eagle.train
+from eagle.drafts.config import DraftConfig
 from eagle.drafts.msd import DraftModel
 from eagle.train.engine import read_deepspeed_config
-from eagle.train.main_deepspeed import parse_args
+from eagle.train.main_deepspeed import how_to_resume, main, parse_args
 from eagle.train.schedule import BatchSizes
 from eagle.train.settings import TrainConfig, override, read_config
-from llava.errors import UserError
+from llava.errors import UserError, run_cli
 
 FOLDER = Path(eagle.train.__file__).parent
 REQUIRED = ["--basepath", "b", "--cpdir", "c", "--config", "f", "--deepspeed_config", "d"]
@@ -54,6 +55,13 @@ def test_keys_of_published_configs_are_not_taken_for_settings(tmp_path):
         published = {**text, **text.get("text_config", {}), **published}
         (tmp_path / "c.json").write_text(json.dumps({**published, **DRAFT, "train": {"epochs": 3}}))
         assert read_config(tmp_path / "c.json")[1] == TrainConfig(epochs=3)
+
+
+@pytest.mark.parametrize("read", [read_config, read_deepspeed_config, DraftConfig.from_json])
+def test_a_key_with_two_values_is_refused(tmp_path, read):
+    (tmp_path / "c.json").write_text('{"train": {"epochs": 3, "epochs": 30}}')
+    with pytest.raises(UserError, match=r"key 'epochs' is there twice: .*c\.json"):
+        read(tmp_path / "c.json")
 
 
 @pytest.mark.parametrize("train", [{"epochs": "3"}, {"epochs": 0}, {"epochs": 1.5}, {"noise": -1}, {"seed": True}])
@@ -135,3 +143,30 @@ def test_shipped_configs_are_found_by_bare_name_from_anywhere(tmp_path, monkeypa
 def test_pocket_deepspeed_config_loads():
     config = read_deepspeed_config("pocket_ds_config.json")
     assert BatchSizes.from_deepspeed(config, 1, "ds") == BatchSizes(8, 1, 1)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_stopped_run_says_what_it_leaves_and_how_to_resume(tmp_path, monkeypatch, resume):
+    flags = ["--basepath", "b", "--cpdir", "ck", "--config", "auto", "--deepspeed_config", "d", "--tmpdir_t", "t"]
+    args = parse_args(flags + ["--resume"] * resume)
+    monkeypatch.chdir(tmp_path)
+    assert how_to_resume(args) == "there is no checkpoint yet, and the same command starts again"
+    (tmp_path / "ck").mkdir()
+    (tmp_path / "ck" / "latest").write_text("step-00000004\n")
+    command = "the same command" if resume else "the same command with --resume"
+    assert how_to_resume(args) == f"{command} resumes from {tmp_path}/ck/step-00000004"
+
+
+def test_check_reads_flags_and_config_and_names_the_folder(tmp_path, monkeypatch, capsys):
+    """It needs neither the base nor the data. A wrong setting is an error as in training."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--basepath", "b", "--cpdir", "ck", "--config", "pocket_llava_config.json", "--deepspeed_config", "d"]
+    for more, line in (
+        (["--tmpdir_t", "t"], None),
+        ([], "error: no data (give --tmpdir_t or --tmpdir_v, or both)\n"),
+        (["--tmpdir_t", "t", "--epochs", "0"], "error: epochs=0 (give at least 1)\n"),
+    ):
+        monkeypatch.setattr("sys.argv", ["main_deepspeed.py", *flags, *more, "--check"])
+        assert run_cli(main) == (0 if line is None else 2)
+        out, err = capsys.readouterr()
+        assert (out, err) == ((f"{tmp_path}/ck\n", "") if line is None else ("", line))

@@ -200,6 +200,7 @@ def test_control_enter_sends(page: Any) -> None:
         finish(page)
 
 
+@pytest.mark.slow
 def test_the_extremes_of_the_controls(page: Any) -> None:
     for selector in ("#temperature", "#length"):
         (field,) = by(page, selector)
