@@ -10,6 +10,7 @@ an ordinary tensor of the host, so results are those of the CPU. What CUDA would
 What makes the host wait for a device is counted in ``gpu.waits``, by kind and by the function of ours that asked:
 
 ``to host``   a copy of a tensor, `.cpu()`, `.to("cpu")`, `.tolist()`
+``stream``    all copies that were sent are waited for
 ``number``    one value is read: `.item()`, `int()`, `bool()`, `if tensor`
 ``size``      a result whose size depends on values: `nonzero`, a boolean index, `unique`, ...
 ``to GPU``    a copy from the host's ordinary memory: `torch.tensor(list, device=gpu)`, `.to(gpu)`, an index of the host
@@ -28,6 +29,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -103,6 +105,7 @@ class PretendedGPU(TorchDispatchMode):
             (OnGPU, "on_read", staticmethod(self._read)),
             (torch.cuda, "_lazy_init", lambda: None),
             (torch.cuda, "empty_cache", lambda: None),
+            (torch.cuda, "current_stream", lambda device=None: SimpleNamespace(synchronize=self._wait)),
             (grad_mode, "__enter__", enter_no_grad),
             (grad_mode, "__exit__", exit_no_grad),
         ):
@@ -138,6 +141,9 @@ class PretendedGPU(TorchDispatchMode):
         if func._schema.is_mutable and args and is_on_gpu(args[0]):  # in place: the same tensor comes back
             return args[0]
         return changed(lambda tensor: OnGPU(tensor, place), out)
+
+    def _wait(self) -> None:
+        self.waits["stream: " + asker()] += 1
 
     def _read(self) -> None:
         self.waits["number: " + asker()] += 1

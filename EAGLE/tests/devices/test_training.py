@@ -12,7 +12,7 @@ from pretended_gpu import PretendedGPU
 
 from eagle.drafts.checkpoint import load_draft
 from eagle.families import Target, load_target
-from eagle.train import main_deepspeed, online
+from eagle.train import collate, main_deepspeed, online
 from eagle.train.engine import PlainEngine
 from eagle.train.trainer import Trainer
 from llava.errors import run_cli
@@ -51,6 +51,9 @@ def test_one_step(case: Case, monkeypatch: pytest.MonkeyPatch, how: str) -> None
         make(self, engine, *rest)
 
     monkeypatch.setattr(Trainer, "__init__", watched)
+    # threads that make batches do not see the pretended GPU, whose driver pinned memory would ask for
+    monkeypatch.setattr(collate, "buffer", lambda size, dtype, pin_memory: torch.empty(size, dtype=dtype))
+    monkeypatch.setattr(collate.Batch, "pin_memory", lambda batch: batch)
     monkeypatch.setattr(PlainEngine, "choose_device", staticmethod(lambda: GPU))
     monkeypatch.setattr(online, "load_target", load_on_gpu)
     monkeypatch.setattr(sys, "argv", case.command(f"{how}-gpu", *flags))
