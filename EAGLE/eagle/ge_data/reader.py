@@ -32,12 +32,20 @@ class Reader:
         target: the base model.
         template: of the target's family.
         source: states are rounded to its dtype.
+        layers: whose input streams are read too.
         batch_tokens: maximal number of tokens in one forward, with padding; a longer conversation is read alone. None:
             the default for the target's device.
     """
 
-    def __init__(self, target: Target, template: Template, source: Source, batch_tokens: int | None) -> None:
-        self.target, self.template, self.source = target, template, source
+    def __init__(
+        self,
+        target: Target,
+        template: Template,
+        source: Source,
+        batch_tokens: int | None,
+        layers: Sequence[int] = (),
+    ) -> None:
+        self.target, self.template, self.source, self.layers = target, template, source, layers
         self.batch_tokens = batch_tokens or BATCH_TOKENS["cpu" if target.device.type == "cpu" else "accelerator"]
         self._padding_checked = False
 
@@ -72,7 +80,7 @@ class Reader:
     @torch.inference_mode()
     def _forward(self, items: Sequence[Prepared]) -> list[Sample]:
         inputs = {name: value.to(self.target.device) for name, value in collate(items).items()}
-        prefill = self.target.prefill(inputs)
+        prefill = self.target.prefill(inputs, self.layers)
         states = DTYPES[self.source.dtype]
         own = self.target.dtype if self.source.hidden_dtype == INT8 else states  # rounded once, not twice
         samples = []
@@ -88,6 +96,7 @@ class Reader:
                     hidden=prefill.hidden[place, :length].to("cpu", own),
                     image_features=prefill.embeds[place, :length][image_mask].to("cpu", states),
                     image_grids=self.template.grids(item.images),
+                    streams=None if prefill.streams is None else prefill.streams[place, :length].to("cpu", copy=True),
                 )
             )
         return samples

@@ -80,6 +80,7 @@ class Sample:
     ``input_ids`` [S] int64; ``loss_mask``, ``image_mask`` [S] bool; ``hidden`` [S, H]; ``image_features`` [I, H] in
     the order of the image tokens, I = image_mask.sum(). ``image_grids`` [P, 3] frames, rows and columns of each
     picture's features, whose products add up to I; [0, 3] for families without M-RoPE and in shards before schema 3.
+    ``streams`` [S, n * H] those that enter chosen layers; None in shards.
     """
 
     id: str
@@ -89,6 +90,7 @@ class Sample:
     hidden: Tensor
     image_features: Tensor
     image_grids: Tensor = field(default_factory=lambda: torch.empty(0, 3, dtype=torch.int64))
+    streams: Tensor | None = None
 
 
 def shard_name(start: int, end: int) -> str:

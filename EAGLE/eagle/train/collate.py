@@ -48,10 +48,11 @@ NO_COMPRESSION = Compression()
 class Batch:
     """B samples padded on the right to S positions. Padding follows all real rows, so causal attention never sees it.
 
-    ``input_ids`` [B, S] (0 at image tokens and padding); ``image_mask`` [B, S]; ``image_features`` [I, H] of all
-    samples in order; ``hidden`` [B, S, H] true states; ``loss_mask`` [B, S-1] rows in the loss; ``positions`` [3, B, S]
-    M-RoPE positions (0 at padding), None for plain ones. ``noise`` its strength, ``seeds`` one for each sample, and
-    ``lengths`` the rows of each.
+    ``input_ids`` [B, S] (0 at padding, and at image tokens unless the draft reads their ids); ``image_mask`` [B, S];
+    ``image_features`` [I, H] of all samples in order; ``hidden`` [B, S, H] true states; ``loss_mask`` [B, S-1] rows in
+    the loss; ``positions`` [3, B, S] M-RoPE positions (0 at padding), None for plain ones; ``streams`` [B, S, n * H]
+    those that enter chosen layers, None if the draft does not read them. ``noise`` its strength, ``seeds`` one for each
+    sample, and ``lengths`` the rows of each.
     """
 
     input_ids: Tensor
@@ -60,18 +61,24 @@ class Batch:
     hidden: Tensor
     loss_mask: Tensor
     positions: Tensor | None = None
+    streams: Tensor | None = None
     noise: float = 0.0
     seeds: Sequence[int] = ()
     lengths: Sequence[int] = ()
 
     @property
+    def features(self) -> Tensor:
+        """[B, S, F] what the draft reads: ``streams``, or ``hidden``."""
+        return self.hidden if self.streams is None else self.streams
+
+    @property
     def inputs(self) -> Tensor:
-        """[B, S, H] the states with noise, generated on their own device, which is faster than sending it to a GPU."""
+        """`features` with noise, generated on their own device, which is faster than sending it to a GPU."""
         if not self.noise:
-            return self.hidden
-        inputs = self.hidden.clone()
+            return self.features
+        inputs = self.features.clone()
         for row, (seed, length) in enumerate(zip(self.seeds, self.lengths, strict=True)):
-            inputs[row, :length] = add_noise(self.hidden[row, :length], self.noise, seed)
+            inputs[row, :length] = add_noise(inputs[row, :length], self.noise, seed)
         return inputs
 
     def to(self, device: torch.device | str) -> Batch:
@@ -154,9 +161,10 @@ def collate(
     seeds: Sequence[int] = (),
     compression: Compression = NO_COMPRESSION,
     positions: str = "plain",
+    image_ids: bool = False,
 ) -> Batch:
     """Pads samples into a `Batch`. ``noise`` is 0 in validation; ``seeds`` has one for each sample otherwise;
-    ``positions`` is the draft's kind (`DraftOptions`).
+    ``positions`` is the draft's kind (`DraftOptions`); ``image_ids``: whether to keep the ids of image tokens.
 
     Image rows are merged first, so ``max_length`` counts what is left.
 
@@ -164,9 +172,9 @@ def collate(
         UserError: a token id is outside the vocabulary, or M-RoPE positions need grids that the sample does not have.
     """
     for sample in samples:
-        check_token_ids(sample, vocab_size)
+        check_token_ids(sample, vocab_size, image_ids)
     pairs = [
-        compressed(sample, compression, sample_positions(sample) if positions == "mrope" else None)
+        compressed(sample, compression, sample_positions(sample) if positions != "plain" else None)
         for sample in samples
     ]
     lengths = [min(sample.input_ids.shape[0], max_length) for sample, _ in pairs]
@@ -175,19 +183,25 @@ def collate(
     loss_mask = torch.zeros(size[0], size[1] - 1, dtype=torch.bool)
     hidden = torch.zeros(*size, width, dtype=samples[0].hidden.dtype)
     kind = torch.long if compression.tokens is None else torch.float32  # merged rows stand at means
-    position_ids = torch.zeros(3, *size, dtype=kind) if positions == "mrope" else None
+    position_ids = torch.zeros(3, *size, dtype=kind) if positions != "plain" else None
+    read = samples[0].streams
+    streams = None if read is None else torch.zeros(*size, read.shape[-1], dtype=read.dtype)
     features = []
     for row, ((sample, own), length) in enumerate(zip(pairs, lengths, strict=True)):
         mask = sample.image_mask[:length]
-        ids[row, :length] = sample.input_ids[:length].masked_fill(mask, 0)
+        kept = sample.input_ids[:length]
+        ids[row, :length] = kept if image_ids else kept.masked_fill(mask, 0)
         image[row, :length] = mask
         if length > 1:
             loss_mask[row, : length - 1] = draft_loss_mask(sample.loss_mask[:length].bool())
         hidden[row, :length] = sample.hidden[:length]
+        if streams is not None and sample.streams is not None:
+            streams[row, :length] = sample.streams[:length]
         features.append(sample.image_features[: int(mask.sum())])
         if position_ids is not None and own is not None:
             position_ids[:, row, :length] = own[:, :length]
-    return Batch(ids, image, torch.cat(features), hidden, loss_mask, position_ids, noise, tuple(seeds), tuple(lengths))
+    joined = torch.cat(features)
+    return Batch(ids, image, joined, hidden, loss_mask, position_ids, streams, noise, tuple(seeds), tuple(lengths))
 
 
 def sample_positions(sample: Sample) -> Tensor:
@@ -206,8 +220,16 @@ def sample_positions(sample: Sample) -> Tensor:
     return mrope_positions(sample.image_mask, sample.image_grids)
 
 
-def check_token_ids(sample: Sample, vocab_size: int) -> None:
-    """Raises `UserError` if a text token is outside the vocabulary. Shapes are checked where samples are read."""
+def check_token_ids(sample: Sample, vocab_size: int, image_ids: bool = False) -> None:
+    """Raises `UserError` if a text token is outside the vocabulary, with ``image_ids`` also for an image token. Shapes
+    are checked where samples are read."""
+    images = sample.input_ids[sample.image_mask]
+    if image_ids and images.numel() and not 0 <= int(images.min()) <= int(images.max()) < vocab_size:
+        raise UserError(
+            f"the draft reads image tokens as embeddings, but token {int(images.max())} has none",
+            where=f"sample {sample.id}",
+            fix='set "image_rows": "feature" in section "msd" of --config',
+        )
     text = sample.input_ids[~sample.image_mask]
     if text.numel() and (int(text.max()) >= vocab_size or int(text.min()) < 0):
         raise UserError(

@@ -82,6 +82,12 @@ class TrainingData:
     def schedule(self, sizes: BatchSizes, config: TrainConfig) -> Schedule:
         return Schedule.plan(sizes, self.size(TEXT), self.size(IMAGE), config)
 
+    def answers(self) -> Iterator[Any]:
+        """The training items of all sets, one after the other."""
+        for data, train, _ in self.sources.values():
+            for index in train:
+                yield data[index]
+
     @property
     def training(self) -> Samples:
         return Samples({name: (data, train) for name, (data, train, _) in self.sources.items()})
@@ -172,11 +178,12 @@ def _read_and_collate(
     noise: float,
     compression: Compression,
     positions: str,
+    image_ids: bool,
     read: Read | None = None,
 ) -> Batch:
     found, seeds = zip(*pairs, strict=True)
     samples = found if read is None else read(found)
-    return collate(samples, vocab_size, max_length, noise, seeds, compression, positions)
+    return collate(samples, vocab_size, max_length, noise, seeds, compression, positions, image_ids)
 
 
 def batches(
@@ -188,6 +195,7 @@ def batches(
     noise: float = 0.0,
     compression: Compression = NO_COMPRESSION,
     positions: str = "plain",
+    image_ids: bool = False,
     workers: int = 0,
     pin_memory: bool = False,
     read: Read | None = None,
@@ -205,6 +213,7 @@ def batches(
         noise=noise,
         compression=compression,
         positions=positions,
+        image_ids=image_ids,
     )
     load = partial(DataLoader, samples, batch_sampler=pieces, num_workers=workers)
     if read is None:
