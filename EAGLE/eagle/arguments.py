@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from llava.arguments import count as count
+from llava.arguments import port as port
 from llava.arguments import positive as positive
 from llava.arguments import temperature
 from llava.errors import UserError
@@ -45,6 +47,10 @@ def add_model_options(parser: argparse.ArgumentParser, dtype: str = "auto", requ
     parser.add_argument(
         "--no-compile", dest="compile", action="store_const", const=False, help="never compile, also on CUDA"
     )
+    parser.add_argument(
+        "--no-self-check", dest="self_check", action="store_false",
+        help="do not compare the engine with transformers' generate when a base model is loaded for the first time",
+    )  # fmt: skip
 
 
 def add_length_option(parser: argparse.ArgumentParser, default: int = 256) -> None:
@@ -68,14 +74,6 @@ def add_data_options(parser: argparse.ArgumentParser, required: bool = True) -> 
 
 def add_report_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the results to this file as JSON")
-
-
-def count(text: str) -> int:
-    """An argparse type: a whole number of at least 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is negative")
-    return value
 
 
 def tree_limits(text: str) -> tuple[int, int, int]:

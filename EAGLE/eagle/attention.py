@@ -1,8 +1,23 @@
-"""Selection of PyTorch's attention kernels."""
+"""Attention kernels: which ones PyTorch may choose, and tree attention in two parts."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
 import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+TREE_ATTENTION = "msd_tree"
+"""Name of `tree_attention` in transformers."""
+HALF = (torch.float16, torch.bfloat16)
+OTHER_SETTINGS = ("softcap", "s_aux", "position_bias")
+"""Arguments of attention that change its scores. Two parts do not know them."""
 
 
 def leave_out_cudnn_attention() -> None:
@@ -13,3 +28,116 @@ def leave_out_cudnn_attention() -> None:
     measured here.)
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+class _TreeForward(threading.local):
+    """The tree forward of this thread, if one is running: its mask, and the cached rows that every node sees."""
+
+    mask: Tensor | None = None
+    prefix: int = 0
+
+
+_running = _TreeForward()
+
+
+@contextmanager
+def in_two_parts(config: Any, mask: Tensor, prefix: int) -> Iterator[None]:
+    """Within it, layers that are given this mask attend to the first ``prefix`` columns without it.
+
+    Args:
+        config: of the text model. It has "sdpa"; with another attention nothing changes. Another thread that uses the
+            model meanwhile has "sdpa" all the same.
+        mask: [B, 1, N, T] additive, of layers that see everything.
+        prefix: number of columns, at least one, that are open in every row.
+    """
+    if config._attn_implementation == "sdpa":
+        config._attn_implementation = TREE_ATTENTION
+    _running.mask, _running.prefix = mask, prefix
+    try:
+        yield
+    finally:
+        _running.mask = None
+        if config._attn_implementation == TREE_ATTENTION:
+            config._attn_implementation = "sdpa"
+
+
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of tree nodes in two parts within `in_two_parts`; otherwise transformers' "sdpa".
+
+    A layer with another mask (sliding windows) or with a setting that "sdpa" alone knows has "sdpa" too.
+    """
+    if torch.compiler.is_compiling() or not _applies(attention_mask, kwargs):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    assert attention_mask is not None
+    found = two_part_attention(query, key, value, attention_mask, _running.prefix, scaling)
+    return found.transpose(1, 2).contiguous(), None
+
+
+def _applies(mask: Tensor | None, kwargs: Mapping[str, Any]) -> bool:
+    own = _running.mask
+    if own is None or mask is None or any(kwargs.get(name) is not None for name in OTHER_SETTINGS):
+        return False
+    return mask is own or (mask.data_ptr() == own.data_ptr() and mask.shape == own.shape)
+
+
+def two_part_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, prefix: int, scale: float | None = None
+) -> Tensor:
+    """Masked attention whose first ``prefix`` columns are open in every row: those without a mask, the others with it,
+    joined by their log-sum-exp. Heads that share keys are rows of one head, so keys are not repeated.
+
+    Args:
+        query: [B, heads, N, D].
+        key, value: [B, key heads, T, D].
+        mask: [B, 1, N, T] additive.
+
+    Returns:
+        [B, heads, N, D]
+    """
+    batch, heads, nodes, width = query.shape
+    grouped = (batch, key.shape[1], heads // key.shape[1] * nodes)
+    rows = query.reshape(*grouped, width)  # [B, key heads, heads of a group * N, D]
+    scale = width**-0.5 if scale is None else scale
+    block = mask[..., prefix:].expand(-1, heads // key.shape[1], -1, -1)  # [B, heads of a group, N, T - prefix]
+    block = block.reshape(batch, 1, grouped[2], -1)
+    seen, seen_sum = open_attention(rows, key[:, :, :prefix], value[:, :, :prefix], scale)
+    own, own_sum = plain_attention(rows, key[:, :, prefix:], value[:, :, prefix:], scale, block)
+    share = torch.sigmoid(own_sum - seen_sum).unsqueeze(-1)  # [..., 1] weight of the tree's part
+    return torch.lerp(seen.float(), own, share).to(query.dtype).view(batch, heads, nodes, -1)
+
+
+def open_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention without a mask, and the log-sum-exp of each row's scores in float32. With a fused kernel if there is
+    one that gives both."""
+    if query.shape[-1] == value.shape[-1]:
+        if query.device.type == "cpu":
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)
+        if query.device.type == "cuda" and query.dtype in HALF and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256:
+            return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[:2]
+    return plain_attention(query, key, value, scale)
+
+
+def plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`open_attention` in float32 by its definition, with an additive ``mask`` if given."""
+    scores = (query @ key.transpose(-1, -2)).float() * scale
+    if mask is not None:
+        scores = scores + mask
+    total = scores.logsumexp(dim=-1)  # [B, heads, N]
+    return (scores - total.unsqueeze(-1)).exp() @ value.float(), total
+
+
+AttentionInterface.register(TREE_ATTENTION, tree_attention)
+AttentionMaskInterface.register(TREE_ATTENTION, sdpa_mask)

@@ -38,6 +38,9 @@ OTHER_MEDIA = ("video", "videos", "audio", "audios")
 """Keys of inputs that the training templates do not write."""
 KNOWN_KEYS = frozenset(("id", "system", *TURN_KEYS, *IMAGE_KEYS, *OTHER_MEDIA, "model", "source"))
 """Keys of a record; the last two say where it comes from."""
+TURN_FIELDS = ("from", "value", "role", "content")
+TOOLS = ("tool_calls", "function_call")
+"""Keys of a turn that calls tools."""
 TEXT_PARTS = ("text", "input_text", "output_text")
 IMAGE_PARTS = ("image", "image_url", "input_image")
 MARK = "<image>"
@@ -48,7 +51,9 @@ MAX_UNKNOWN, MAX_NAMED = 1000, 8
 
 REASONS = {
     "no_conversation": "the record has no list of turns, or two of them, or a turn without a known speaker and a text",
-    "id": f"the record's id is neither an integer nor a string of at most {MAX_ID} characters",
+    "two_values": "a turn has both from and role, or both value and content, and they differ",
+    "tools": "a turn calls tools, which the training templates do not write",
+    "id": f"the record's id is neither an integer nor a text of at most {MAX_ID} characters",
     "system": "the record's system prompt is not a text, or it has two of them",
     "video": "the record has a video or sound, which the training templates do not write",
     "empty": "a question is empty, or all answers are",
@@ -94,8 +99,11 @@ class Conversation:
 
 
 def count_unknown_keys(record: Mapping[str, Any], counts: Counter[str]) -> None:
-    """Counts the keys of a record that are not read, of at most `MAX_UNKNOWN` names."""
-    counts.update(key for key in record if key not in KNOWN_KEYS and (key in counts or len(counts) < MAX_UNKNOWN))
+    """Counts the keys of a record and of its turns that are not read, of at most `MAX_UNKNOWN` names."""
+    turns = [turn for turn in turns_of(record) or () if isinstance(turn, Mapping)]
+    in_turns = {key for turn in turns for key in turn if key not in TURN_FIELDS and turn[key] not in (None, "", [])}
+    unknown = [*(key for key in record if key not in KNOWN_KEYS), *(f"turn: {key}" for key in sorted(in_turns))]
+    counts.update(key for key in unknown if key in counts or len(counts) < MAX_UNKNOWN)
 
 
 def unknown_keys_note(counts: Mapping[str, int]) -> str | None:
@@ -163,6 +171,19 @@ def speaker_and_content(turn: Any) -> tuple[Any, Any]:
     return turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
 
 
+def check_turn(turn: Any) -> None:
+    """Raises `Unusable` for a turn whose speaker or text is there twice with different values, or that calls tools."""
+    if not isinstance(turn, Mapping):
+        return
+    if any(turn.get(key) for key in TOOLS):
+        raise Unusable("tools")
+    speakers = [turn[key] for key in ("from", "role") if turn.get(key) is not None]
+    speakers = [ROLES.get(each, each) if isinstance(each, str) else each for each in speakers]
+    contents = [turn[key] for key in ("value", "content") if turn.get(key) is not None]
+    if any(each != values[0] for values in (speakers, contents) for each in values):
+        raise Unusable("two_values")
+
+
 def text_of(content: Any) -> str:
     """A turn's content as text, with a `MARK` for each picture.
 
@@ -221,7 +242,7 @@ def record_id(record: Mapping[str, Any], number: int) -> str:
     value = record.get("id")
     if value is None:
         return str(number)
-    if type(value) not in (str, int) or len(str(value)) > MAX_ID:
+    if type(value) not in (str, int) or len(str(value)) > MAX_ID or not _is_unicode(str(value)):
         raise Unusable("id")
     return str(value)
 
@@ -276,6 +297,7 @@ def _parse_turns(turns: Sequence[Any] | None) -> tuple[str | None, list[tuple[st
         raise Unusable("no_conversation")
     system, parsed = None, []
     for turn in turns:
+        check_turn(turn)
         speaker, content = speaker_and_content(turn)
         if not isinstance(speaker, str) or speaker not in ROLES:
             raise Unusable("no_conversation")

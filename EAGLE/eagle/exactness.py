@@ -10,7 +10,6 @@ among the counts of its node, and also compared with the target's distribution o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process as hf
 
 from eagle.decode.accept import accepted_nodes
-from eagle.decode.decoder import Decoder, DecodingSettings
+from eagle.decode.decoder import Decoder, DecodingSettings, steps_between
 from eagle.decode.msd import MSDModel
 from eagle.decode.noise import Noise, gumbel
 from eagle.decode.sampling import Sampler
@@ -285,10 +284,8 @@ def logit_gap(target: Target, inputs: Mapping[str, Any], expected: Tensor, place
     hidden = target.prefill({**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}).hidden
     row = target.head(hidden[:, -1])[0]  # [V]
     token = int(expected[place])
-    first, second = float(row[token]), float(row[found])
-    size = max(abs(first), abs(second), torch.finfo(row.dtype).tiny)
-    step = torch.finfo(row.dtype).eps * 2.0 ** math.floor(math.log2(size))
-    return Gap(token, found, (first, second), abs(first - second) / step)
+    first, second = row[token], row[found]
+    return Gap(token, found, (float(first), float(second)), float(steps_between(first, second)))
 
 
 def first_difference(expected: Tensor, actual: Tensor) -> int | None:

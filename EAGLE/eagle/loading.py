@@ -36,6 +36,7 @@ def load_model(arguments: argparse.Namespace, need_draft: bool = True, dtype: st
         attn_implementation=arguments.attn_implementation,
         draft_image_tokens=arguments.draft_image_tokens,
         compile=arguments.compile,
+        self_check=arguments.self_check,
         **extra,
     )
     for line in (model.target.placement, model.compile_note):

@@ -13,11 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from llava.errors import UserError
+from llava.files import DuplicateKey, unique_keys
 from llava.inputs import check_text
-from llava.strict import reject_unknown
+from llava.strict import reject_unknown, shown
 
 
 @dataclass(frozen=True)
@@ -119,11 +121,13 @@ def _records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
 
 def _record(line: bytes, where: str) -> dict[str, Any]:
     try:
-        record = json.loads(line.decode())
+        record = json.loads(line.decode(), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         raise UserError("not UTF-8 text", where=f"{where}:{error.start + 1}", fix="save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         raise UserError(f"not JSON ({error.msg})", where=f"{where}:{error.colno}") from None
+    except DuplicateKey as error:
+        raise UserError(str(error), where=where, fix="keep one of its values") from None
     except (RecursionError, ValueError) as error:
         raise UserError(f"not JSON ({type(error).__name__})", where=where) from None
     if not isinstance(record, dict):
@@ -161,14 +165,17 @@ def _question(record: Mapping[str, Any], where: str, folder: Path) -> Question:
     source = record.get("source") or ""
     if not isinstance(source, str):
         raise UserError(f"'source' is {source!r}", where=where, fix="give the name of a data set")
-    for name, value in (("question", text), ("answer", answer), ("source", source)):
+    name = record.get("id")
+    if type(name) not in (str, int, NoneType):
+        raise UserError(f"'id' is {shown(name)}", where=where, fix="give a text or a whole number")
+    for key, value in (("id", name), ("question", text), ("answer", answer), ("source", source)):
         if isinstance(value, str):
-            check_text(value, f"'{name}'", where)
+            check_text(value, f"'{key}'", where)
     images = tuple(folder / name for name in _image_names(record, where))
     for image in images:
         if not _is_file(image):
             raise UserError(f"picture not found: {image}", where=where, fix="paths are relative to the question file")
-    return Question(str(record.get("id", where)), text, images, "" if answer is None else str(answer), source)
+    return Question(where if name is None else str(name), text, images, "" if answer is None else str(answer), source)
 
 
 def _image_names(record: Mapping[str, Any], where: str) -> list[str]:

@@ -102,6 +102,13 @@ def test_verify_compares_sampled_answers(pair, capsys):
     assert "temperature -1.0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("options", [["--reference", "padded"], ["--one-row-ties"]], ids=" ".join)
+def test_verify_with_forwards_of_other_sizes(pair, capsys, options):
+    check = ["verify", *models(pair), "--data", str(pair / "questions.jsonl"), "--max-new-tokens", "9", *options]
+    assert main(check) == 0
+    assert capsys.readouterr().out.startswith("0/3 mismatches")
+
+
 def test_verify_fails_when_answers_differ(pair, capsys, monkeypatch):
     """A decoder that drops the last token must be caught."""
     from eagle.decode.decoder import Decoder

@@ -208,6 +208,7 @@ def test_push_then_load_is_the_same_draft(trip: tuple[dict[str, Any], HubServer,
     assert any(method == "PUT" and path.startswith("/lfs/") for method, path in hub.requests)
 
 
+@pytest.mark.slow
 def test_writing_and_private_reading_need_the_token(trip: tuple[dict[str, Any], HubServer, str]) -> None:
     told, hub, stderr = trip
     assert told["without a token"] == 2
@@ -218,6 +219,7 @@ def test_writing_and_private_reading_need_the_token(trip: tuple[dict[str, Any], 
     assert told["own token"] == "final"
 
 
+@pytest.mark.slow
 def test_revisions(trip: tuple[dict[str, Any], HubServer, str]) -> None:
     told, hub, _ = trip
     assert len(hub.uploads.commits["me/draft"]) == 3
@@ -227,12 +229,14 @@ def test_revisions(trip: tuple[dict[str, Any], HubServer, str]) -> None:
     assert "the hub did not give it" in told["unknown revision"]
 
 
+@pytest.mark.slow
 def test_cache_and_local_files_only(trip: tuple[dict[str, Any], HubServer, str]) -> None:
     told, _, _ = trip
     assert told["cached"] == "best"
     assert "the hub did not give it" in told["not cached"]
 
 
+@pytest.mark.slow
 def test_private_does_not_go_into_a_public_repository(trip: tuple[dict[str, Any], HubServer, str]) -> None:
     told, hub, stderr = trip
     assert told["public"].startswith(f"{hub.address}/me/open/commit/")

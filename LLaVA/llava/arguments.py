@@ -14,16 +14,38 @@ from typing import Any, NoReturn
 
 from llava.errors import UserError
 
+LARGEST = 2**31 - 1
+"""Whole number of an option."""
 LOWEST_TEMPERATURE = 1e-6
 """Above 0: logits are divided by it, and float32 must hold the result."""
 
 
+def whole(text: str, low: int, high: int = LARGEST) -> int:
+    """A whole number from ``low`` to ``high``, for types of argparse."""
+    try:
+        value = int(text)
+    except ValueError:  # also of thousands of digits
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number") from None
+    if value < low:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not at least {low}")
+    if value > high:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is above {high}")
+    return value
+
+
 def positive(text: str) -> int:
     """An argparse type: a whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
+    return whole(text, 1)
+
+
+def count(text: str) -> int:
+    """An argparse type: a whole number of at least 0."""
+    return whole(text, 0)
+
+
+def port(text: str) -> int:
+    """An argparse type: a port, 0 for any free one."""
+    return whole(text, 0, 65535)
 
 
 def temperature(value: str | float) -> float:

@@ -26,6 +26,7 @@ from .image import MAX_SQUARE_SIDE
 from .layout import Checkpoint, build_config, count_image_tokens, open_checkpoint
 from .loading import load_errors
 from .processor import LlavaProcessor
+from .processor_config import check_picture_fields, check_processor_files
 from .tokenizer import load_tokenizer
 from .weights import (
     check_size,
@@ -76,6 +77,7 @@ def load_processor(path: str | Path, **hub: Any) -> LlavaProcessor:
     """Tokenizer and image processor of a checkpoint of either layout; arguments and errors as of `load_config`."""
     with load_errors("processor cannot be loaded", path):
         source = Source.of(path, hub)
+        check_processor_files(source)
         if (saved := _saved_processor(source)) is not None:
             return saved
         checkpoint = open_checkpoint(source)
@@ -242,6 +244,7 @@ def _image_processor(checkpoint: Checkpoint, config: LlavaConfig) -> Any:
 
 
 def _build_image_processor(fields: dict[str, Any], path: Path, config: LlavaConfig) -> Any:
+    check_picture_fields(fields, path)
     try:
         processor = ImageProcessor.from_dict(fields)
         crop = dict(processor.crop_size)

@@ -101,6 +101,24 @@ def read_object(path: str | Path, what: str = "JSON file") -> dict[str, Any]:
     return content
 
 
+class DuplicateKey(ValueError):
+    """A key of a JSON object has two values."""
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An ``object_pairs_hook`` for `json.loads`. Without it the last of two values of a key is taken.
+
+    Raises:
+        DuplicateKey: a key is there twice, with different values.
+    """
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        for key, value in pairs:
+            if repr(value) != repr(made[key]):
+                raise DuplicateKey(f"key '{key[:40]}' is there twice")
+    return made
+
+
 def read_json(path: str | Path, what: str = "JSON file") -> Any:
     """Reads a JSON file.
 
@@ -109,7 +127,8 @@ def read_json(path: str | Path, what: str = "JSON file") -> Any:
         what: what the file is to the user, for the message ("model config", "annotation file").
 
     Raises:
-        UserError: the file is missing, unreadable, not UTF-8, or not JSON; the message has line and column.
+        UserError: the file is missing, unreadable, not UTF-8, or not JSON; the message has line and column. Or a key
+            has two values.
     """
     path = Path(path)
     try:
@@ -121,13 +140,15 @@ def read_json(path: str | Path, what: str = "JSON file") -> Any:
     except (OSError, ValueError) as error:
         raise UserError(f"{what} cannot be read ({_reason(error)})", path) from None
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         check_not_pointer(path)
         position = f"line {error.lineno} column {error.colno}"
         raise UserError(f"{what} is not valid JSON ({error.msg}, {position})", path) from None
     except RecursionError:
         raise UserError(f"{what} is nested too deep", path) from None
+    except DuplicateKey as error:
+        raise UserError(f"{what}: {error}", path, "keep one of its values") from None
     except ValueError as error:  # a whole number of thousands of digits
         raise UserError(f"{what} cannot be read ({error})", path) from None
 

@@ -57,6 +57,7 @@ REFUSED = {
 
 Side = Annotated[int, Field(ge=1, le=MAX_SQUARE_SIDE)]
 Size = Side | tuple[Side, Side] | dict[str, Side] | None
+Deviation = Annotated[float, Field(gt=0)]
 Channels = Literal["channels_first", "channels_last"]
 
 
@@ -110,7 +111,7 @@ class PictureOptions:
     rescale_factor: float | None = Field(None, gt=0)
     do_normalize: bool | None = None
     image_mean: float | tuple[float, float, float] | None = None
-    image_std: float | tuple[float, float, float] | None = None
+    image_std: Deviation | tuple[Deviation, Deviation, Deviation] | None = None
     input_data_format: Channels | None = None
 
     def of_processor(self) -> dict[str, Any]:

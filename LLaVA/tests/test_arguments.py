@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
-from llava.arguments import OneLineParser
+from llava.arguments import OneLineParser, count, port, positive
 from llava.errors import UserError, run_cli
 
 
@@ -21,6 +23,28 @@ def parser() -> OneLineParser:
 def test_complains_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cli(lambda: parser().parse_args(["--limit", "x"]) and None) == 2
     assert capsys.readouterr().err == "error: argument --limit: invalid int value: 'x' (see --help)\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "said"),
+    [
+        (positive, str(10**30), "is above 2147483647"),
+        (positive, "9" * 5000, "is not a whole number"),
+        (positive, "0", "0 is not at least 1"),
+        (positive, "1.5", "'1.5' is not a whole number"),
+        (count, "-1", "-1 is not at least 0"),
+        (port, "70000", "70000 is above 65535"),
+    ],
+)
+def test_whole_numbers_out_of_range(
+    kind: Callable[[str], int], value: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = OneLineParser()
+    made.add_argument("--limit", type=kind)
+    assert run_cli(lambda: made.parse_args(["--limit", value]) and None) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: argument --limit: ") and said in line and len(line) < 120
+    assert kind("4") == 4
 
 
 @pytest.mark.parametrize("words", [["--base_model", "a_b"], ["--base-model=a_b"], ["--base_mod", "a_b"]])

@@ -160,6 +160,16 @@ def test_read_json_says_where_it_breaks(tmp_path: Path) -> None:
     assert read_json(path) == [1, 2]
 
 
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '[{"b": {"a": true, "c": 0, "a": 1}}]', '{"a": NaN, "a": null}'])
+def test_a_key_with_two_values_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"answers: key 'a' is there twice: .*a\.json"):
+        read_json(path, "answers")
+    path.write_text('{"a": [1], "b": 2, "a": [1]}')
+    assert read_json(path) == {"a": [1], "b": 2}
+
+
 def test_light_modules_import_no_heavy_package() -> None:
     """A command line that needs only these starts fast."""
     heavy = {"torch", "transformers", "huggingface_hub", "safetensors", "PIL"}

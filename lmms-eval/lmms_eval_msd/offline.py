@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from eagle.questions import iter_questions
-from llava.arguments import OneLineParser
+from llava.arguments import OneLineParser, positive
 from llava.errors import UserError, run_cli
 from llava.files import atomic_write
 from llava.image import load_image
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m lmms_eval_msd.offline", description=__doc__.splitlines()[0])
     parser.add_argument("--jsonl", type=Path, required=True, help="question file")
     parser.add_argument("--out", type=Path, required=True, help="folder to run lmms-eval in")
-    parser.add_argument("--limit", type=int, help="first so many questions")
+    parser.add_argument("--limit", type=positive, help="first so many questions")
     args = parser.parse_args(argv)
     folder, count = write_chartqa(args.jsonl, args.out, args.limit)
     print(f"{count} questions in {folder}; run lmms-eval in {args.out}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import GenerationConfig
 
 from eagle import TreeConfig
 from eagle.decode.sampling import SamplingSettings
+from llava.arguments import positive
 from llava.errors import UserError
 from llava.hub import HUB_KEYS
 from llava.strict import reject_unknown
@@ -23,7 +25,7 @@ OWN = (
 TREE = {"msd_depth": "depth", "msd_top_k": "top_k", "msd_total_tokens": "total_tokens"}
 LOADING = (
     "attn_implementation", "revision", "draft_revision", "cache_dir", "local_files_only", "token", "draft_image_tokens",
-    "compile",
+    "compile", "self_check",
 )  # fmt: skip
 DEFAULT_MAX_NEW_TOKENS = 1024
 NOT_OURS = {"image_sizes", "image_aspect_ratio", "max_agentic_steps", "modalities", "use_cache"}
@@ -59,7 +61,7 @@ class ModelArgs:
         bounds = {name: given[key] for key, name in TREE.items() if key in given}
         return cls(
             TreeConfig(**bounds) if bounds else None,
-            {key: given[key] for key in LOADING if key in given},
+            {key: as_bool(key, given[key]) if key == "self_check" else given[key] for key in LOADING if key in given},
             {key: PROMPTS[key](key, given[key]) for key in prompts if key in given},
         )
 
@@ -81,9 +83,10 @@ def as_bool(name: str, value: Any) -> bool:
 
 def as_count(name: str, value: Any) -> int:
     """A whole number of at least 1."""
-    if not str(value).isdigit() or int(value) < 1:
-        raise UserError(f"{name} is not a whole number of at least 1", where=str(value))
-    return int(value)
+    try:
+        return positive(str(value))
+    except ArgumentTypeError as error:
+        raise UserError(f"{name}: {error}", fix="give a whole number of at least 1") from None
 
 
 def as_batch_size(value: int | str) -> int:

@@ -157,6 +157,8 @@ def test_statistics_reach_the_results(base, draft, requests, tmp_path, capsys):
         ({"msd_dept": 3}, "did you mean 'msd_depth'"),
         ({"batch_size": "many"}, "batch_size"),
         ({"batch_size": 0}, "batch_size"),
+        ({"batch_size": "9" * 5000}, "batch_size"),
+        ({"batch_size": "\u00b2"}, "batch_size"),
         ({"max_pixels": 3}, "unknown key 'max_pixels': --model_args of llava_msd"),
         ({"image_aspect": "wide"}, "image_aspect is none of pad, crop"),
         ({"msd_baseline": "x"}, "msd_baseline without use_msd"),

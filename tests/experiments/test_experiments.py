@@ -93,3 +93,25 @@ def test_a_training_study_is_measured_once(tmp_path: Path) -> None:
     run("training_study", *words)
     assert (tmp_path / "two-stage-seed0" / "cell.json").stat().st_mtime_ns == before
     assert "Pearson" in run("simulated_tau", "--study", str(tmp_path))
+
+
+def test_the_loader_reads_every_sample(tmp_path: Path) -> None:
+    sizes = ["--shards", "3", "--size", "2", "--hidden", "64", "--tokens", "90", "--images", "8", "--epochs", "2"]
+    folder, out = tmp_path / "shards", tmp_path / "l.json"
+    run("loader", "--folder", str(folder), *sizes, "--hidden-dtype", "int8", "--workers", "2", "--out", str(out))
+    found = json.loads(out.read_text())
+    assert found["samples"] == 6 and len(found["samples_per_second"]) == 2 and len(list(folder.glob("rows-*"))) == 3
+
+
+def test_attention_in_two_parts_is_measured(tmp_path: Path) -> None:
+    sizes = ["--heads", "6", "--key-heads", "2", "--layers", "2", "--nodes", "9", "--contexts", "40,300"]
+    run("tree_attention", *sizes, "--rounds", "1", "--out", str(tmp_path / "t.json"))
+    rows = json.loads((tmp_path / "t.json").read_text())["rows"]
+    assert [row["context"] for row in rows] == [40, 300]
+    assert all(0 < row["largest_difference"] < 1e-4 and row["two_part"] > 0 for row in rows), "0: the same way twice"
+
+
+def test_windows_beside_a_busy_process(tmp_path: Path) -> None:
+    run("neighbour", "--loads", "0,1", "--questions", "8", "--out", str(tmp_path / "n.json"))
+    rows = json.loads((tmp_path / "n.json").read_text())["rows"]
+    assert [row["load"] for row in rows] == [0, 1] and all(row["windows"] for row in rows)

@@ -1,4 +1,5 @@
-"""Check packages, devices, models and data: what is ready, what is not, and how to fix it. Loads no weights."""
+"""Check packages, devices, models and data: what is ready, what is not, and how to fix it. Loads no weights,
+except with ``--self-check``."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 from eagle.commands.output import console
 from eagle.doctor import Check, State
 from eagle.doctor.environment import check_devices, check_disk, check_hub, check_memory, check_packages, check_pictures
+from llava.errors import UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,12 +30,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Python of the environment with vLLM, for msd serve (default: this one)",
     )  # fmt: skip
     parser.add_argument(
+        "--self-check", action="store_true",
+        help="also load the base model and compare the engine with transformers' generate on one short prompt",
+    )  # fmt: skip
+    parser.add_argument(
         "--hub", action="store_true", help="also check that the hub can be reached (at HF_ENDPOINT if that is set)"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints one table; exit status 1 if anything in it is a problem."""
+    if arguments.self_check and not arguments.base_model:
+        raise UserError("--self-check without a base model", fix="name one with --base-model")
     checks = check_packages()
     try:
         checks += machine_checks(arguments)
@@ -59,6 +67,7 @@ def machine_checks(arguments: argparse.Namespace) -> list[Check]:
     from eagle.doctor import models
     from eagle.doctor.memory import check_fit
     from eagle.doctor.serving import check_served_draft, check_vllm
+    from eagle.loading import device_map_for
 
     machine, checks = check_devices()
     if machine.device == "cpu":
@@ -78,6 +87,8 @@ def machine_checks(arguments: argparse.Namespace) -> list[Check]:
         checks += [check_served_draft(draft, arguments.msd_model)] if draft is not None else []
     if base is not None and draft is not None:
         checks += models.check_pair(base, draft)
+    if base is not None and arguments.self_check:
+        checks.append(models.check_engine(arguments.base_model, device_map_for("auto")))
     if base is not None:
         checks.append(check_fit("room for these models", models.footprint(base, draft), machine))
     elif not arguments.base_model:

@@ -20,4 +20,4 @@ def console() -> Console:
         return Console()
     columns = os.environ.get("COLUMNS", "")
     # with a height too, or rich falls back to 80 columns for TERM=dumb
-    return Console(width=max(WIDTH, int(columns)) if columns.isdigit() else WIDTH, height=25)
+    return Console(width=max(WIDTH, int(columns)) if columns.isdecimal() else WIDTH, height=25)

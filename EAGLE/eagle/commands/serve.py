@@ -12,14 +12,14 @@ import shlex
 import sys
 from functools import partial
 
-from eagle.arguments import positive
+from eagle.arguments import port, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `msd serve`."""
     parser.add_argument("--base-model", required=True, help="base model: folder or hub name")
     parser.add_argument("--msd-model", required=True, help="draft head: folder or hub name")
-    parser.add_argument("--port", type=positive, help="port of the server (default: vLLM's, 8000)")
+    parser.add_argument("--port", type=port, help="port of the server (default: vLLM's, 8000)")
     parser.add_argument(
         "--num-speculative-tokens", type=positive, default=5, metavar="K", help="drafted in each cycle (default: 5)"
     )

@@ -1,14 +1,16 @@
 """Check that MSD's answers equal those of transformers' `generate`, token for token.
 
 At the first token that differs, the distance of the two tokens' logits is printed in steps of the dtype. In 16 bit a
-distance of a few steps is rounding; more is a bug. With a temperature, transformers searches greedily in processed
-scores to which the same noise is added as in MSD.
+distance of a few steps is rounding; more is a bug. ``--reference padded`` compares with plain decoding whose forwards
+have as many rows as the largest tree, so that they round alike. With a temperature, transformers searches greedily in
+processed scores to which the same noise is added as in MSD.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 from eagle.arguments import add_data_options, add_length_option, add_model_options
 from eagle.questions import Conversations, read_questions
@@ -17,10 +19,18 @@ from llava.inputs import seed_option
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `msd verify`. The default is float32, in which equality is exact."""
-    add_model_options(parser, dtype="float32")
+    """Options of `msd verify`."""
+    add_model_options(parser)
     add_data_options(parser)
     add_length_option(parser)
+    parser.add_argument(
+        "--reference", choices=("generate", "padded"), default="generate",
+        help="what answers are compared with: transformers' generate (default), or plain decoding in this loop, with "
+        "each forward padded to the rows of the largest tree",
+    )  # fmt: skip
+    parser.add_argument(
+        "--one-row-ties", action="store_true", help="decide near ties with a forward of one row (greedy only)"
+    )
     parser.add_argument("--temperature", type=temperature, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--seed", type=seed_option, default=0, help="of sampled answers (default: 0)")
 
@@ -43,11 +53,17 @@ def run(arguments: argparse.Namespace) -> int:
     for question in tqdm(questions, desc="verify", unit="question", file=sys.stderr):
         question = conversations.ask(question)
         inputs = question.inputs(model.target)
-        settings = {"max_new_tokens": arguments.max_new_tokens}
+        settings: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens}
         noise = noise_processors(temperature, arguments.seed, inputs["input_ids"]) if sampled else None
-        expected = model.target.model.generate(**inputs, do_sample=False, logits_processor=noise, **stop, **settings)
+        own = {**sampling.for_engine(), **settings}
+        expected: Any
+        if arguments.reference == "padded":
+            expected = model.generate(**inputs, use_msd=False, plain_rows=model.tree.total_tokens, **own).sequences
+        else:
+            choose: dict[str, Any] = {"do_sample": False, "logits_processor": noise, **stop}
+            expected = model.target.model.generate(**inputs, **choose, **settings)
         conversations.keep(question, expected[0, inputs["input_ids"].shape[1] :])
-        actual = model.generate(**inputs, **sampling.for_engine(), **settings).sequences
+        actual = model.generate(**inputs, one_row_ties=arguments.one_row_ties, **own).sequences
         if (place := first_difference(expected[0], actual[0])) is not None:
             mismatches += 1
             line = f"{question.id}: differs at new token {place - inputs['input_ids'].shape[1]}"

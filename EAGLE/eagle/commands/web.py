@@ -14,6 +14,7 @@ from eagle.arguments import (
     add_data_options,
     add_length_option,
     add_model_options,
+    port,
     positive,
     use_pocket_defaults,
 )
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow-host", action="append", default=[], metavar="NAME",
         help="host name that requests may use besides this machine's own, for a proxy; may be repeated",
     )  # fmt: skip
-    parser.add_argument("--port", type=int, default=7860, help="port, 0 for any free one (default: 7860)")
+    parser.add_argument("--port", type=port, default=7860, help="port, 0 for any free one (default: 7860)")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -33,7 +34,7 @@ from eagle.decode.tree import DraftTree, prune, root_only, select_nodes
 from eagle.decode.tree_config import TreeConfig
 from eagle.drafts.compression import Compression
 from eagle.drafts.head import DraftHead
-from eagle.families.base import Target
+from eagle.families.base import LayerMasks, Target
 from eagle.kv_cache import KVCache
 from llava.errors import OutOfMemory, UserError
 from llava.memory import within_memory
@@ -42,6 +43,8 @@ NEW_TOKENS = 2048
 """New tokens that there is room for at the start. Limits may be far larger than answers are."""
 NO_TOKEN = -1
 """The choice at a node where the target's output is NaN. No draft token equals it, so nothing is accepted below."""
+TIE_STEPS = 2
+"""Steps of the dtype between two logits that a forward of another number of rows may change places."""
 NOT_COMPILED = "out of memory in compiled decoding: this request is answered without"
 OUT_OF_MEMORY = "ask for fewer new tokens, or take a shorter prompt, a smaller batch or --dtype bfloat16"
 
@@ -66,6 +69,10 @@ class DecodingSettings:
             of them were drafted. The prefill's token comes the same way.
         wait: waits for the device, for exact times of the phases (`Stats`).
         seeds: one for each sequence. None draws from the device's global random state.
+        two_part_from: cached rows from which verification attends to them without the tree's mask. None: never.
+        plain_rows: rows of each forward without a draft. All but one are padding.
+        one_row_ties: a choice between two logits that are at most `TIE_STEPS` apart is made by a forward of one row,
+            as in plain decoding. For a single sequence.
     """
 
     sampler: Sampler
@@ -78,6 +85,9 @@ class DecodingSettings:
     streamer: Any = None
     wait: Callable[[], None] | None = None
     seeds: tuple[int, ...] | None = None
+    two_part_from: int | None = None
+    plain_rows: int = 1
+    one_row_ties: bool = False
 
 
 class Drafted(NamedTuple):
@@ -124,9 +134,12 @@ class Decoder:
         batch = len(self.active)
         prompt = max(sequence.length for sequence in self.active)
         self._longest = prompt + self.stopper.max_new_tokens
+        self._padded = 1 if draft is not None else settings.plain_rows
+        self._one_row = False  # the next forward is one of the root alone, to decide a tie
         self._room = length = min(self._longest, prompt + NEW_TOKENS)  # accepted rows that there is room for
-        rows = length + self.tree.total_tokens
-        self.masks = MaskBuffer(self.tree.total_tokens, rows, target.dtype, target.device)
+        largest = max(self.tree.total_tokens, self._padded)
+        rows = length + largest
+        self.masks = MaskBuffer(largest, rows, target.dtype, target.device)
         self.compiled: StaticEngine | None = None
         self.guard: Guard | None = None
         self.drafter: Drafter | None = None
@@ -183,6 +196,8 @@ class Decoder:
             with self.stats.phase("accept"):
                 accepted = self.accept(verified)
             self._learn(verified, accepted, between - began, time.perf_counter() - between)
+            if self.settings.one_row_ties:
+                accepted = self._before_tie(verified, accepted)
             with self.stats.phase("commit"):
                 self.commit(verified, accepted)
             self._drop_finished()
@@ -210,9 +225,10 @@ class Decoder:
         if self.cache.length + self.tree.depth + 2 <= self._room or self._room == self._longest:
             return
         self._room = min(2 * self._room, self._longest)
-        rows = self._room + self.settings.tree.total_tokens
+        largest = max(self.settings.tree.total_tokens, self._padded)
+        rows = self._room + largest
         self.cache.grow(rows)
-        self.masks = MaskBuffer(self.settings.tree.total_tokens, rows, self.target.dtype, self.target.device)
+        self.masks = MaskBuffer(largest, rows, self.target.dtype, self.target.device)
         if self.drafter is not None:
             self.drafter.grow(self._room)
 
@@ -222,6 +238,9 @@ class Decoder:
         roots = torch.tensor([[s.tokens[-1]] for s in self.active], device=self.target.device)  # [B, 1]
         bounds = [self.tree.shortened(self.stopper.max_new_tokens - len(s.tokens)) for s in self.active]
         deepest = max(bounds, key=lambda tree: tree.depth)
+        if self._one_row:
+            self._one_row = False
+            return Drafted([root_only(root) for root in roots], np.zeros(1))
         possible = self.drafter is not None and max(tree.total_tokens for tree in bounds) > 1
         decision = self._should_draft() if possible else None
         if self.drafter is None or not decision:
@@ -295,20 +314,30 @@ class Decoder:
         padded with rows that no other row attends to."""
         past = self.cache.lengths
         tokens, depths, blocks = (part.to(self.target.device) for part in join_trees(drafted.trees))
+        if self._padded > 1:
+            tokens, depths = (part.expand(-1, self._padded) for part in (tokens, depths))
+            blocks = torch.eye(self._padded, dtype=torch.bool, device=tokens.device).expand(len(past), -1, -1)
         position_ids = torch.stack([s.next_position for s in self.active]).to(depths.device) + depths  # [B, N]
-        masks = None
+        masks: LayerMasks | None = None
+        parts: AbstractContextManager[None] = nullcontext()
         if self.compiled is not None or tokens.numel() > 1:
-            masks = self.target.masks_by_layer(self.masks.window(past, blocks), past, depths)
+            mask = self.masks.window(past, blocks)
+            masks = self.target.masks_by_layer(mask, past, depths)
+            if (first := self.settings.two_part_from) is not None and min(past) >= first:
+                parts = self.target.in_two_parts(mask, past)
         if self.compiled is not None and masks is not None and isinstance(self.cache, StaticCache):
             return Verified(
                 drafted,
                 past,
                 *self.compiled.verify(tokens, position_ids, masks, self.cache, self.tree.total_tokens),
             )
-        with self.target.streams(self.target_layers) as streams:
+        with self.target.streams(self.target_layers) as streams, parts:
             hidden = self.target.verify(tokens, position_ids, masks, self.cache)
-        features = streams.joined()
-        return Verified(drafted, past, hidden, self.target.head(hidden), hidden if features is None else features)
+        features, logits = streams.joined(), self.target.head(hidden)
+        features = hidden if features is None else features
+        if self._padded > 1:
+            hidden, logits, features = (part[:, :1] for part in (hidden, logits, features))
+        return Verified(drafted, past, hidden, logits, features)
 
     def accept(self, verified: Verified) -> list[Accepted]:
         """For each sequence the drafted path that the target agrees with, and its bonus token.
@@ -330,6 +359,19 @@ class Decoder:
             accept_step_by_step(tree, sequence.sample_at(node_logits))
             for tree, sequence, node_logits in zip(trees, self.active, logits, strict=True)
         ]
+
+    def _before_tie(self, verified: Verified, accepted: list[Accepted]) -> list[Accepted]:
+        """Ends the accepted path before the first node whose two best logits are nearly equal. That node becomes the
+        root of the next forward, alone. Nothing is accepted if it is the root already."""
+        (found,) = accepted
+        if verified.logits.shape[1] == 1:
+            return accepted
+        best, second = verified.logits[0, found.path].topk(2).values.T  # [path]
+        tied = (steps_between(best, second) <= TIE_STEPS).cpu().nonzero()[:, 0].tolist()
+        if not tied:
+            return accepted
+        self._one_row = True
+        return [Accepted(found.path[: tied[0]], found.tokens[: tied[0]])]
 
     def _choices(self, trees: list[DraftTree], logits: Tensor) -> Tensor:
         """The target's choice at each node, [B, N], from its logits [B, N, V]."""
@@ -357,7 +399,9 @@ class Decoder:
         """Keeps the accepted rows of the cache, emits the new tokens, and hands the target's features to the draft."""
         self.cache.keep(verified.past, [each.path for each in accepted])
         for sequence, each, features in zip(self.active, accepted, verified.features, strict=True):
-            self.stats.record_cycle(len(each.path) - 1, verified.features.shape[1])
+            self.stats.record_cycle(max(len(each.path) - 1, 0), verified.features.shape[1])
+            if not each.path:
+                continue
             sequence.next_position = sequence.next_position + len(each.tokens)
             if self.drafter is not None:
                 path = torch.tensor(each.path, device=features.device)
@@ -387,6 +431,16 @@ class Decoder:
             self.cache = self.cache.select(kept)
             if self.drafter is not None:
                 self.drafter.select(kept)
+
+
+def steps_between(first: Tensor, second: Tensor) -> Tensor:
+    """Distance of logits in steps of their dtype at their size.
+
+    >>> steps_between(torch.tensor([1.0]).bfloat16(), torch.tensor([1.0078125]).bfloat16())
+    tensor([1.])
+    """
+    size = torch.maximum(first.abs(), second.abs()).float().clamp(min=torch.finfo(first.dtype).tiny)
+    return (first.float() - second.float()).abs() / (torch.finfo(first.dtype).eps * size.log2().floor().exp2())
 
 
 def check_not_nan(values: Tensor) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
-from eagle.decode.adaptive.cost import cost_of
+from eagle.decode.adaptive.cost import CONTEXTS, cost_of, two_part_from
 from eagle.decode.adaptive.guard import Pace
 from eagle.decode.adaptive.planner import Acceptance, CostCurve, Planner
 from eagle.decode.compatibility import check_compatible
@@ -26,6 +26,7 @@ from eagle.decode.generate_settings import leave_out_unsupported
 from eagle.decode.noise import seeds_of
 from eagle.decode.request import check_inputs, check_request
 from eagle.decode.sampling import Sampler, SamplingSettings
+from eagle.decode.self_check import self_check as check_target
 from eagle.decode.stats import Stats
 from eagle.decode.stopping import Stopper
 from eagle.decode.tree_config import TreeConfig
@@ -39,6 +40,7 @@ from llava.hub import HUB_KEYS
 from llava.inputs import check_text
 from llava.memory import within_memory
 
+TREE_ATTENTIONS = ("auto", "two-part", "masked")
 COMPILED_NOTE = "decoding of single sequences is compiled (compile=False or --no-compile: without)"
 log = logging.getLogger(__name__)
 
@@ -73,6 +75,9 @@ class MSDModel:
         compile: run both models through `torch.compile` (`eagle.decode.compiled`) for single sequences, with CUDA
             graphs on CUDA. A string names the backend; True is "inductor". None compiles on CUDA if the pair can be
             compiled and the tree is not adaptive; `compile_note` says what was chosen there. See `warm_up`.
+        tree_attention: "two-part" attends to cached rows without the tree's mask (`eagle.attention`), which is faster
+            after a long context; "masked" attends to everything with it. "auto" measures once where two parts are
+            faster. Compiled parts and layers with sliding windows are always masked.
 
     Raises:
         UserError: base and draft do not fit together, or a setting has an unknown value.
@@ -86,7 +91,12 @@ class MSDModel:
         *,
         draft_image_tokens: int | str | None = None,
         compile: bool | str | None = None,
+        tree_attention: Literal["auto", "two-part", "masked"] = "auto",
     ) -> None:
+        if tree_attention not in TREE_ATTENTIONS:
+            raise UserError(f"tree_attention={tree_attention!r}", fix=f"give {' or '.join(TREE_ATTENTIONS)}")
+        self.tree_attention = tree_attention
+        self._two_part_from: dict[int, int | None] = {}
         self.target, self.draft = target, draft
         self.compile_note, self._warmed_up = "", False
         backend = "inductor" if compile is True else compile or None
@@ -128,6 +138,8 @@ class MSDModel:
         draft_revision: str | None = None,
         draft_image_tokens: int | str | None = None,
         compile: bool | str | None = None,
+        tree_attention: Literal["auto", "two-part", "masked"] = "auto",
+        self_check: bool = True,
         **kwargs: Any,
     ) -> MSDModel:
         """Loads a base model and its draft from folders or the hub.
@@ -136,24 +148,29 @@ class MSDModel:
             base, draft: folder or hub name. Without ``draft`` the model decodes plainly.
             dtype: of both models. "auto" is that of the base checkpoint, or float32 on a CPU that is slow in 16 bit.
             device_map: as in transformers. The draft is loaded to the device of the base's ``lm_head``.
-            tree, draft_image_tokens, compile: as for the class.
+            tree, draft_image_tokens, compile, tree_attention: as for the class.
             draft_revision: hub revision of the draft (``revision`` is the base's).
+            self_check: compare the engine with transformers' `generate` on one short prompt, unless this base passed
+                before (`eagle.decode.self_check`).
             kwargs: as `eagle.families.load_target`.
 
         Raises:
-            UserError: a checkpoint is missing or broken, or base and draft do not fit together.
+            UserError: a checkpoint is missing or broken, base and draft do not fit together, or the engine does not
+                give the base's answers.
         """
         if device_map == "meta":
             raise UserError("device map 'meta' does not read the weights", fix="name a device, such as cpu or cuda:0")
         target = load_target(base, dtype=dtype, device_map=device_map, **kwargs)
         settings: dict[str, Any] = {"draft_image_tokens": draft_image_tokens, "compile": compile}
-        if draft is None:
-            return cls(target, None, tree, **settings)
+        settings["tree_attention"] = tree_attention
         hub = {key: kwargs[key] for key in HUB_KEYS if key in kwargs and key != "revision"}
         if draft_revision is not None:
             hub["revision"] = draft_revision
-        head = load_draft(draft, dtype=target.dtype, device=target.head_device, **hub)
-        return cls(target, head, tree, **settings)
+        head = None if draft is None else load_draft(draft, dtype=target.dtype, device=target.head_device, **hub)
+        model = cls(target, head, tree, **settings)
+        if self_check:
+            check_target(target)
+        return model
 
     @property
     def processor(self) -> Any:
@@ -223,6 +240,8 @@ class MSDModel:
         stop_strings: str | Sequence[str] | None = None,
         stopping_criteria: Sequence[Any] | None = None,
         streamer: Any = None,
+        plain_rows: int = 1,
+        one_row_ties: bool = False,
         **kwargs: Any,
     ) -> MSDOutput:
         """Generates as `target.model.generate` would, several tokens per forward.
@@ -237,6 +256,10 @@ class MSDModel:
                 The answer to a seed does not depend on draft, tree or batch, except for rounding.
             stop_strings: texts that end the answer, in place of those of the checkpoint's generation config.
             streamer: a transformers streamer, for a single prompt.
+            plain_rows: with ``use_msd=False``, rows of each forward, of which all but one are padding. In 16 bit such
+                answers round as those of trees with so many nodes.
+            one_row_ties: in greedy decoding of a single prompt, decides between two logits that are at most two steps
+                of the dtype apart with a forward of one row, as plain decoding does.
             kwargs: model inputs, and any setting of transformers' `generate` for greedy search or sampling.
 
         Raises:
@@ -259,11 +282,15 @@ class MSDModel:
             stop_strings = config.stop_strings if stop_strings is None else stop_strings
             config.stop_strings = None
         criteria = StoppingCriteriaList([*(stopping_criteria or []), *self._stop_at(stop_strings)])
-        decode = partial(self._decode, use_msd=use_msd, tree=tree, seed=seed, bound_streamer=streamer)
+        rows: dict[str, Any] = {"plain_rows": plain_rows, "one_row_ties": one_row_ties}
+        self._check_rows(input_ids.shape[0], use_msd, plain_rows, one_row_ties)
+        decode = partial(self._decode, use_msd=use_msd, tree=tree, seed=seed, bound_streamer=streamer, **rows)
         kwargs.update(self.target.complete_inputs(input_ids, kwargs), do_sample=do_sample)
         settings = {key: value for key, value in kwargs.items() if value is not None}
         if use_msd:  # measured at first use, before the clock starts
-            self._costs_of(self._bounds(tree, input_ids.shape[0]), input_ids.shape[0])
+            bounds = self._bounds(tree, input_ids.shape[0])
+            self._costs_of(bounds, input_ids.shape[0])
+            self._two_parts_from(bounds, input_ids.shape[1])
         if self._compiled is not None and not self._warmed_up and input_ids.shape[0] == 1:
             self.warm_up()
         start = time.perf_counter()
@@ -273,6 +300,16 @@ class MSDModel:
         output.stats.seconds = time.perf_counter() - start
         output.stats.first_token = output.stats.first_token_at - start
         return output
+
+    def _check_rows(self, batch: int, use_msd: bool, plain_rows: int, one_row_ties: bool) -> None:
+        """Raises `UserError` if the rows of a forward cannot be as asked for."""
+        if type(plain_rows) is not int or plain_rows < 1 or (use_msd and plain_rows > 1):
+            raise UserError(f"plain_rows={plain_rows!r}", fix="give a whole number of at least 1, with use_msd=False")
+        if one_row_ties and batch > 1:
+            raise UserError(f"one_row_ties with {batch} prompts", fix="give one prompt, or leave it out")
+        if (plain_rows > 1 or one_row_ties) and (self._compiled is not None or not self.target.verifies_trees):
+            why = "compiled parts choose their own rows" if self._compiled else "this target verifies chains only"
+            raise UserError(f"plain_rows or one_row_ties: {why}", fix="decode with compile=False, or leave them out")
 
     def _stop_at(self, texts: str | Sequence[str] | None) -> list[StopStringCriteria]:
         """The criterion of these stop strings; None for those of the checkpoint."""
@@ -305,10 +342,14 @@ class MSDModel:
         tree: TreeConfig | None,
         seed: int | Sequence[int] | None,
         bound_streamer: Any,
+        plain_rows: int = 1,
+        one_row_ties: bool = False,
         **model_inputs: Any,
     ) -> MSDOutput:
         """Called by transformers' `generate` after it has prepared inputs, processors and criteria."""
         check_request(self.target, input_ids, generation_config, bound_streamer, model_inputs)
+        if one_row_ties and generation_config.do_sample:
+            raise UserError("one_row_ties is for greedy decoding", fix="give temperature=0, or leave it out")
         stopper = Stopper(stopping_criteria, input_ids.shape[1])
         inputs = {"input_ids": input_ids, **model_inputs}
         self._warn_of_length(inputs, stopper.max_new_tokens)
@@ -329,6 +370,9 @@ class MSDModel:
             streamer=bound_streamer,
             wait=self.target.synchronize if self.exact_phases else None,
             seeds=None if seed is None else tuple(seeds_of(seed, batch)),
+            plain_rows=plain_rows,
+            one_row_ties=one_row_ties and draft is not None,
+            two_part_from=None if draft is None else self._two_parts_from(tree, input_ids.shape[1]),
         )
         decoder = Decoder(self.target, draft, inputs, settings)
         tokens = decoder.run()
@@ -379,3 +423,15 @@ class MSDModel:
         if bounds not in self._costs:
             self._costs[bounds] = cost_of(self.target, self.draft, tree)
         return self._costs[bounds]
+
+    @torch.inference_mode()
+    def _two_parts_from(self, tree: TreeConfig, prompt: int) -> int | None:
+        """Cached rows from which trees are verified in two parts after a prompt of so many positions. Measured at first
+        use; None for never."""
+        if self.draft is None or self._compiled is not None or self.tree_attention != "auto":
+            return 1 if self.tree_attention == "two-part" else None
+        if prompt < CONTEXTS[0]:
+            return None
+        if tree.total_tokens not in self._two_part_from:
+            self._two_part_from[tree.total_tokens] = two_part_from(self.target, tree.total_tokens)
+        return self._two_part_from[tree.total_tokens]

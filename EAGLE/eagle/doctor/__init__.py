@@ -1,4 +1,5 @@
-"""The checks of `msd doctor`: packages, devices, memory, models, hub, pictures. No weights of a model are loaded."""
+"""The checks of `msd doctor`: packages, devices, memory, models, hub, pictures. Weights are loaded on request
+only."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Whether base and draft are there, complete, and made for each other.
 
 The loaders themselves read folders and the hub's cache, on the meta device: weight files are opened and their names and
-shapes checked, their data is not read. Of a model that is only on the hub, which is asked on request, configs and other
-small files are fetched, and its weights are not checked.
+shapes checked, their data is not read, except by `check_engine`. Of a model that is only on the hub, which is asked on
+request, configs and other small files are fetched, and its weights are not checked.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingE
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from eagle.decode.compatibility import check_eagle3_sizes, check_family, check_image_ids, misfit
+from eagle.decode.self_check import self_check
 from eagle.doctor import Check, State, problems
 from eagle.doctor.memory import Footprint
 from eagle.drafts.checkpoint import build_draft, canonical, load_draft
@@ -31,7 +32,7 @@ from llava.loading import load_errors
 from llava.weights import WEIGHT_FILES
 
 BASE, DRAFT, PAIR = "base model", "draft", "base and draft"
-CONVENTIONS = "draft's conventions"
+CONVENTIONS, ENGINE = "draft's conventions", "self-check"
 UNCHECKED = "; weights not checked, since they are not on this disk"
 LOCAL: dict[str, Any] = {"local_files_only": True}
 
@@ -68,6 +69,18 @@ def check_base(name: str, hub: bool) -> tuple[Target | None, list[Check]]:
         checks.insert(0, Check(BASE, State.OK, found + ("" if here else UNCHECKED)))
         return target, checks
     return None, checks
+
+
+def check_engine(name: str, device_map: str) -> Check:
+    """Loads the weights of a base model that is on this disk, and compares the engine with transformers' `generate`."""
+    checks: list[Check] = []
+    with problems(checks, ENGINE):
+        target = load_target(name, device_map=device_map, **LOCAL)
+        target.prepare_for_decoding()
+        if self_check(target):
+            return Check(ENGINE, State.OK, f"gives the logits of transformers' generate in {target.dtype}")
+        return Check(ENGINE, State.WARNING, "no memory to compare it with transformers' generate")
+    return checks[0]
 
 
 def check_draft(name: str, hub: bool) -> tuple[DraftHead | None, list[Check]]:

@@ -17,13 +17,17 @@ Training merges with the same function (`eagle.train.collate`).
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llava.arguments import count
 from llava.errors import UserError
+from llava.strict import shown
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Compression:
         whole = isinstance(self.tokens, int) and not isinstance(self.tokens, bool)
         if self.tokens is not None and (not whole or self.tokens < 0):
             raise UserError(
-                f"image tokens of the draft: {self.tokens!r}", fix="give a whole number of at least 0, or 'all'"
+                f"image tokens of the draft: {shown(self.tokens)}", fix="give a whole number of at least 0, or 'all'"
             )
 
     def replaced(self, tokens: Any = None) -> Compression:
@@ -73,8 +77,9 @@ class Compression:
             tokens = self.tokens
         elif tokens == "all":
             tokens = None
-        elif isinstance(tokens, str) and tokens.isdigit():
-            tokens = int(tokens)
+        elif isinstance(tokens, str):
+            with suppress(ArgumentTypeError):  # what is left a text is refused below
+                tokens = count(tokens)
         return Compression(tokens)
 
     def plan(self, is_image: Tensor) -> Merging | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from eagle.attention import in_two_parts
 from eagle.drafts.modules import capped
 from eagle.families.layers import FULL, LINEAR, SLIDING, attention_layers, position_limit
 from eagle.families.registry import family_named
@@ -207,6 +208,11 @@ class Target(ABC):
         """
         return self.text_model(inputs_embeds=prompt.embeds, position_ids=positions, **arguments).last_hidden_state
 
+    @property
+    @abstractmethod
+    def image_mark(self) -> str:
+        """What a prompt has in the place of a picture."""
+
     @abstractmethod
     def prepare(self, prompt: str | Sequence[str], images: Sequence[Any] = ()) -> dict[str, Any]:
         """Model inputs of one prompt or several and their images, padded on the left, on the model's device.
@@ -396,6 +402,11 @@ class Target(ABC):
             return mask
         sliding = within_window(mask, past, depths, self.layers.window)
         return {FULL: mask, SLIDING: sliding} if self.layers.by_type else sliding
+
+    def in_two_parts(self, mask: Tensor, past: Sequence[int]) -> AbstractContextManager[None]:
+        """Within it, `verify` attends to the cached rows without the mask where a layer sees all of them, see
+        `eagle.attention`. Arguments as for `masks_by_layer`."""
+        return in_two_parts(self.text_model.config, mask, min(past))
 
     def verify(self, tokens: Tensor, positions: Tensor, mask: LayerMasks | None, cache: KVCache) -> Tensor:
         """One forward over the nodes of a tree, appended to the cache.

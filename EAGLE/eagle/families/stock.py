@@ -22,6 +22,7 @@ from llava.image import load_image
 from llava.inputs import check_text
 from llava.loading import load_errors
 from llava.processor import flat_pictures
+from llava.processor_config import check_processor_files
 from llava.weights import check_size, find_weights, read_shapes
 
 Part = dict[str, Any]
@@ -77,7 +78,6 @@ class StockTarget(Target):
 
     @property
     def image_mark(self) -> str:
-        """What a prompt has in the place of a picture."""
         return self.processor.image_token
 
     def chat_prompt(
@@ -147,6 +147,7 @@ def load_processor(path: str, **hub: Any) -> Any:
         UserError: it cannot be loaded.
     """
     load_config(path, **hub)  # which the processor's class reads too
+    check_processor_files(Source.of(path, hub, "base model"))
     with load_errors("processor cannot be loaded", path):
         return AutoProcessor.from_pretrained(path, **hub)
 

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from eagle.arguments import DTYPES, positive
+from eagle.arguments import DTYPES, count, positive
 from eagle.families import TRAINING_NAMES
 from eagle.ge_data.folder import AUTO, Settings, finished, locked, missing, write_skipped
 from eagle.ge_data.progress import AllocationProgress, summary
@@ -71,8 +71,8 @@ def parser() -> argparse.ArgumentParser:
     add("--model", required=True, help="base model: folder or hub name")
     add("--image_data_path", type=Path, default=Path("image_data"), help="folder of the pictures (default: image_data)")
     add("--json_data_path", required=True, type=Path, help="annotation file, a JSON array of conversations")
-    add("--start", type=int, default=0, help="first record of the shuffled selection (default: 0)")
-    add("--end", type=int, help="record after the last one (default: all)")
+    add("--start", type=count, default=0, help="first record of the shuffled selection (default: 0)")
+    add("--end", type=count, help="record after the last one (default: all)")
     add("--limit", type=positive, help="maximal number of records")
     add("--shard", type=part, metavar="I/N", help="part I, from 0, of N equal parts of these records, for N machines")
     add("--gpus", help="one worker on each: 0,1,..., cpu or cpu,cpu (default: all GPUs, else this process's CPU)")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from llava.errors import UserError
+from llava.files import unique_keys
 
 CHUNK = 1 << 20
 MAX_RECORD = 1 << 26
@@ -103,7 +104,7 @@ class _Text:
     def __init__(self, file: BinaryIO, path: Path, chunk: int) -> None:
         self._file, self._path, self._chunk = file, path, chunk
         self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._parse = json.JSONDecoder().raw_decode
+        self._parse = json.JSONDecoder(object_pairs_hook=unique_keys).raw_decode
         self._text, self._position, self._byte = "", 0, 0
         if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8:
             self._byte = len(codecs.BOM_UTF8)
@@ -145,7 +146,7 @@ class _Text:
                 raise self.error(error.msg) from None
             except RecursionError:
                 raise self.error("record is nested too deep") from None
-            except ValueError as error:  # an integer of thousands of digits
+            except ValueError as error:  # an integer of thousands of digits, or a key that is there twice
                 raise self.error(str(error)) from None
             start = self._byte
             self.skip(end - self._position)

@@ -20,6 +20,7 @@ from eagle.conversations import (
     ROLES,
     TURN_KEYS,
     Unusable,
+    check_turn,
     count_unknown_keys,
     image_names,
     speaker_and_content,
@@ -99,6 +100,7 @@ def _fix_turn(turn: Any, changes: Counter[str]) -> Any:
     speaker, content = speaker_and_content(turn)
     role = ROLES.get(speaker) if isinstance(speaker, str) else None
     try:
+        check_turn(turn)
         text = text_of(content)
     except Unusable:
         return turn

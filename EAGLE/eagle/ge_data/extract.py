@@ -1,12 +1,13 @@
 """Makes shards: the target reads conversations, and its hidden states are stored.
 
-While the target computes, threads prepare the next shard's pictures and ids, and write the previous shard. With a
+While the target computes, threads prepare the next shard's pictures and ids, and write the previous shards. With a
 `Regenerator` the target first answers the questions itself.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
@@ -26,6 +27,8 @@ from eagle.hidden_states.shards import DTYPES, Sample, ShardInfo, Skipped, Sourc
 from eagle.hidden_states.source import Regeneration, commit_of, model_name
 
 THREADS = 4
+WRITERS = 3
+"""Shards that are written at the same time at most; each is held in memory until it is complete."""
 Ready = Prepared | PromptOutline | Skipped
 Report = Callable[[int, int], None]
 
@@ -59,19 +62,19 @@ class Extractor(Reader):
         Args:
             report: called as ``report(records, tokens)`` during the work; the records of a range add up to its length.
         """
-        with ThreadPoolExecutor(THREADS) as pool, ThreadPoolExecutor(1) as writer:
+        with ThreadPoolExecutor(THREADS) as pool, ThreadPoolExecutor(WRITERS) as writer:
             waiting: tuple[Range, list[Future[Ready]]] | None = None
-            written: Future[ShardInfo] | None = None
+            written: deque[Future[ShardInfo]] = deque()
             for coming in chain(ranges, [None]):
                 following = coming and (coming, [pool.submit(self._prepare, index) for index in range(*coming)])
                 if waiting is not None:
                     outcome = self._outcome(*waiting, report)
-                    if written is not None:
-                        yield written.result()
-                    written = writer.submit(self._write, waiting[0], outcome)
+                    while written and (written[0].done() or len(written) == WRITERS):
+                        yield written.popleft().result()
+                    written.append(writer.submit(self._write, waiting[0], outcome))
                 waiting = following
-            if written is not None:
-                yield written.result()
+            while written:
+                yield written.popleft().result()
 
     def _prepare(self, index: int) -> Ready:
         """Record ``index`` of the shuffled selection as model inputs or as questions, or why it cannot be used."""
@@ -122,7 +125,7 @@ class Extractor(Reader):
             number = self.selection.number(index)
             if isinstance(result, Skipped):
                 skipped.append(result)
-            elif isinstance(result, Sample) and not result.hidden.isfinite().all():
+            elif isinstance(result, Sample) and not result.finite():
                 skipped.append(Skipped(number, result.id, "not_finite"))
             elif isinstance(result, Sample):
                 samples.append((number, result))

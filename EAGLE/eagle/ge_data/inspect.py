@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from eagle.ge_data.progress import checksum_bar, format_bytes
 from eagle.hidden_states.index import INDEX, MAKE_AGAIN, Index, load_index, sha256
-from llava.arguments import OneLineParser
+from llava.arguments import OneLineParser, count
 from llava.errors import UserError, run_cli
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def check(folder: Path, index: Index) -> int:
     Raises:
         UserError: a shard was changed, or contradicts the index.
     """
-    from eagle.hidden_states.shards import OpenShard
+    from eagle.hidden_states.shards import ShardReader
 
     without = 0
     with checksum_bar(index.bytes) as bar:
@@ -46,7 +46,7 @@ def check(folder: Path, index: Index) -> int:
                 without += 1
             elif sha256(folder / shard.file) != shard.sha256:
                 raise UserError("shard was changed, its checksum differs", folder / shard.file, MAKE_AGAIN)
-            OpenShard(folder / shard.file, shard, index.source)
+            ShardReader(folder / shard.file, shard, index.source)
             bar.update(shard.bytes)
     return without
 
@@ -138,7 +138,7 @@ def parser() -> argparse.ArgumentParser:
     made = OneLineParser(prog="python -m eagle.ge_data.inspect", description=(__doc__ or "").splitlines()[0])
     made.add_argument("folder", type=Path, help="folder of the shards")
     made.add_argument("--model", help="base model, for the sample's text (default: the one the shards name)")
-    made.add_argument("--sample", type=int, default=0, help="number of the sample (default: 0)")
+    made.add_argument("--sample", type=count, default=0, help="number of the sample (default: 0)")
     return made
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from eagle.families import Target
 from eagle.families.template import Prepared, Template, join_images
+from eagle.hidden_states.quantise import quantise
 from eagle.hidden_states.shards import DTYPES, Sample, Source
 from eagle.hidden_states.source import INT8
 from llava.errors import UserError
@@ -31,7 +32,7 @@ class Reader:
     Args:
         target: the base model.
         template: of the target's family.
-        source: states are rounded to its dtype.
+        source: states are rounded to its dtype, or quantised on the target's device.
         layers: whose input streams are read too.
         batch_tokens: maximal number of tokens in one forward, with padding; a longer conversation is read alone. None:
             the default for the target's device.
@@ -81,30 +82,40 @@ class Reader:
     def _forward(self, items: Sequence[Prepared]) -> list[Sample]:
         inputs = {name: value.to(self.target.device) for name, value in collate(items).items()}
         prefill = self.target.prefill(inputs, self.layers)
+        kept, images = inputs["attention_mask"].bool(), prefill.image_mask
         states = DTYPES[self.source.dtype]
-        own = self.target.dtype if self.source.hidden_dtype == INT8 else states  # rounded once, not twice
-        samples = []
-        for place, item in enumerate(items):
-            length = len(item.input_ids)
-            image_mask = prefill.image_mask[place, :length]
+        hidden = prefill.hidden[kept.to(prefill.hidden.device)]  # [T, H] of all sequences without their padding
+        features = prefill.embeds[(images & kept).to(prefill.embeds.device)].to(states)  # [I, H]
+        rows = [images[kept], features]
+        rows += quantise(hidden) if self.source.hidden_dtype == INT8 else [hidden.to(states)]
+        image_mask, features, hidden, *scales = to_host(rows)
+        streams = (
+            None if prefill.streams is None else prefill.streams[kept.to(prefill.streams.device)].cpu()
+        )  # [T, n H]
+        samples, start, first_image = [], 0, 0
+        for item in items:
+            end = start + len(item.input_ids)
+            last_image = first_image + int(image_mask[start:end].sum())
             samples.append(
                 Sample(
                     id=item.id,
                     input_ids=item.input_ids,
                     loss_mask=item.loss_mask,
-                    image_mask=image_mask.cpu(),
-                    hidden=prefill.hidden[place, :length].to("cpu", own),
-                    image_features=prefill.embeds[place, :length][image_mask].to("cpu", states),
+                    image_mask=image_mask[start:end],
+                    hidden=hidden[start:end],
+                    image_features=features[first_image:last_image],
                     image_grids=self.template.grids(item.images),
-                    streams=None if prefill.streams is None else prefill.streams[place, :length].to("cpu", copy=True),
+                    hidden_scale=scales[0][start:end] if scales else None,
+                    streams=None if streams is None else streams[start:end],
                 )
             )
+            start, first_image = end, last_image
         return samples
 
     def _check_padding(self, item: Prepared, padded: Sample) -> None:
         """Compares the shortest sequence of a batch, which has the most padding, with its forward alone."""
-        alone = self._forward([item])[0].hidden.float()  # [S, H]
-        difference = (alone - padded.hidden.float()).norm() / alone.norm()
+        alone, batched = (read.states() for read in (self._forward([item])[0], padded))  # [S, H]
+        difference = (alone - batched).norm() / alone.norm()
         tolerance = max(PADDING_TOLERANCE[self.target.dtype], PADDING_TOLERANCE[DTYPES[self.source.dtype]] / 10)
         if difference > tolerance:
             raise RuntimeError(
@@ -112,6 +123,16 @@ class Reader:
                 "--batch-tokens 1 every conversation is read alone"
             )
         self._padding_checked = True
+
+
+def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies in the host's memory; from a GPU, all are sent to pinned memory before the host waits."""
+    copies = [torch.empty(each.shape, dtype=each.dtype, pin_memory=each.is_cuda) for each in tensors]
+    for copy, each in zip(copies, tensors, strict=True):
+        copy.copy_(each, non_blocking=True)
+    for device in {each.device for each in tensors if each.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
+    return copies
 
 
 def batches(lengths: dict[int, int], batch_tokens: int) -> Iterator[list[int]]:

@@ -23,18 +23,15 @@ reads the exact ones when it decodes, while noise is added to hidden states in t
 from __future__ import annotations
 
 import json
+import math
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from eagle.hidden_states.index import (
@@ -46,26 +43,25 @@ from eagle.hidden_states.index import (
     Skipped,
     StoredSample,
     load_index,
-    open_shard,
     read_header,
-    sha256,
 )
 from eagle.hidden_states.quantise import dequantise, quantise
 from eagle.hidden_states.source import GRIDS_SINCE, INT8, SCHEMA, Source
+from eagle.hidden_states.tensor_file import DTYPES as STORED_DTYPES
+from eagle.hidden_states.tensor_file import Rows, tensor_places, write_tensors
 from llava.errors import UserError
 from llava.files import atomic_write
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-OPEN_SHARDS = 16
-"""Number of files that a `ShardDataset` keeps open."""
 
 __all__ = [
     "DTYPES",
+    "DiskSample",
     "Index",
-    "OpenShard",
     "Sample",
     "ShardDataset",
     "ShardInfo",
+    "ShardReader",
     "Skipped",
     "Source",
     "shard_name",
@@ -80,7 +76,8 @@ class Sample:
     ``input_ids`` [S] int64; ``loss_mask``, ``image_mask`` [S] bool; ``hidden`` [S, H]; ``image_features`` [I, H] in
     the order of the image tokens, I = image_mask.sum(). ``image_grids`` [P, 3] frames, rows and columns of each
     picture's features, whose products add up to I; [0, 3] for families without M-RoPE and in shards before schema 3.
-    ``streams`` [S, n * H] those that enter chosen layers; None in shards.
+    ``hidden_scale`` [S] float32 if the states are quantised already, None otherwise. ``streams`` [S, n * H] those that
+    enter chosen layers; shards do not have them.
     """
 
     id: str
@@ -90,7 +87,75 @@ class Sample:
     hidden: Tensor
     image_features: Tensor
     image_grids: Tensor = field(default_factory=lambda: torch.empty(0, 3, dtype=torch.int64))
+    hidden_scale: Tensor | None = None
     streams: Tensor | None = None
+
+    @property
+    def width(self) -> int:
+        return self.hidden.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hidden.dtype
+
+    def hidden_into(self, out: Tensor) -> None:
+        """Writes the states of the first tokens to ``out`` [<= S, H]."""
+        out.copy_(self.hidden[: len(out)])
+
+    def features_into(self, out: Tensor) -> None:
+        """Writes the first image features to ``out`` [<= I, H]."""
+        out.copy_(self.image_features[: len(out)])
+
+    def load(self) -> Sample:
+        return self
+
+    def states(self) -> Tensor:
+        """The hidden states [S, H] in float32."""
+        scale = self.hidden_scale
+        return self.hidden.float() if scale is None else dequantise(self.hidden, scale, torch.float32)
+
+    def finite(self) -> bool:
+        """Whether all states are finite. The scale of a row that is not is not either."""
+        states = (self.hidden if self.hidden_scale is None else self.hidden_scale, self.streams)
+        return all(bool(part.isfinite().all()) for part in states if part is not None)
+
+
+@dataclass(frozen=True)
+class DiskSample:
+    """A `Sample` whose states are still on disk, to be read straight into a batch. ``width``, ``dtype``: of the states
+    when they are read. ``hidden_scale``: None for 16-bit states. ``images``: number of image features."""
+
+    id: str
+    input_ids: Tensor
+    loss_mask: Tensor
+    image_mask: Tensor
+    image_grids: Tensor
+    width: int
+    dtype: torch.dtype
+    hidden: Rows
+    hidden_scale: Rows | None
+    features: Rows
+    images: int
+    streams: None = None
+
+    def hidden_into(self, out: Tensor) -> None:
+        """Reads the states of the first tokens into ``out`` [<= S, H]."""
+        if self.hidden_scale is None:
+            self.hidden.into(out)
+        else:
+            scales = self.hidden_scale.into(torch.empty(len(out)))
+            out.copy_(dequantise(self.hidden.into(torch.empty(out.shape, dtype=torch.int8)), scales, self.dtype))
+
+    def features_into(self, out: Tensor) -> None:
+        """Reads the first image features into ``out`` [<= I, H]."""
+        self.features.into(out)
+
+    def load(self) -> Sample:
+        hidden = torch.empty(len(self.input_ids), self.width, dtype=self.dtype)
+        features = torch.empty(self.images, self.width, dtype=self.dtype)
+        self.hidden_into(hidden)
+        self.features_into(features)
+        return Sample(self.id, self.input_ids, self.loss_mask, self.image_mask, hidden, features, self.image_grids)
 
 
 def shard_name(start: int, end: int) -> str:
@@ -123,17 +188,17 @@ def write_shard(
     items = [sample for _, sample in samples]
     for sample in items:
         _check_sample(sample, source)
-    states = DTYPES[source.dtype]
+    states, width = DTYPES[source.dtype], source.hidden_size
     tensors = {
-        "lengths": torch.tensor([len(s.input_ids) for s in items], dtype=torch.int32),
-        "image_lengths": torch.tensor([len(s.image_features) for s in items], dtype=torch.int32),
-        "input_ids": _flat([s.input_ids for s in items], torch.int32),
-        "loss_mask": _flat([s.loss_mask for s in items], torch.uint8),
-        "image_mask": _flat([s.image_mask for s in items], torch.uint8),
-        **_stored_hidden([s.hidden for s in items], source),
-        "image_features": _flat([s.image_features for s in items], states, source.hidden_size),
-        "grid_lengths": torch.tensor([len(s.image_grids) for s in items], dtype=torch.int32),
-        "image_grids": _flat([s.image_grids for s in items], torch.int32, 3),
+        "lengths": [torch.tensor([len(s.input_ids) for s in items], dtype=torch.int32)],
+        "image_lengths": [torch.tensor([len(s.image_features) for s in items], dtype=torch.int32)],
+        "input_ids": _parts([s.input_ids for s in items], torch.int32),
+        "loss_mask": _parts([s.loss_mask for s in items], torch.uint8),
+        "image_mask": _parts([s.image_mask for s in items], torch.uint8),
+        **_stored_hidden(items, source),
+        "image_features": _parts([s.image_features for s in items], states, width),
+        "grid_lengths": [torch.tensor([len(s.image_grids) for s in items], dtype=torch.int32)],
+        "image_grids": _parts([s.image_grids for s in items], torch.int32, 3),
     }
     header = ShardHeader(
         schema=SCHEMA,
@@ -142,15 +207,14 @@ def write_shard(
         end=end,
         samples=[StoredSample(number, sample.id) for number, sample in samples],
         skipped=list(skipped),
-        tokens=len(tensors["input_ids"]),
-        image_tokens=len(tensors["image_features"]),
+        tokens=sum(len(s.input_ids) for s in items),
+        image_tokens=sum(len(s.image_features) for s in items),
     )
     path = folder / shard_name(start, end)
     try:
         with atomic_write(path) as temporary:
-            save_file(tensors, temporary, metadata={"msd": json.dumps(asdict(header))})
-            digest = sha256(temporary)
-    except (OSError, SafetensorError) as error:
+            digest = write_tensors(temporary, tensors, {"msd": json.dumps(asdict(header))})
+    except OSError as error:
         raise UserError(f"shard cannot be written ({error})", path, "free some space and start again") from None
     return header.info(path, digest)
 
@@ -158,8 +222,8 @@ def write_shard(
 class ShardDataset:
     """The samples of a corpus, read from disk on access.
 
-    Only `OPEN_SHARDS` files are kept open (memory-mapped). Safe to pass to worker processes and to use from several
-    threads. ``meta`` is the `Index` (``meta.hidden_size``, ``meta.family``, ``meta.samples``, ...).
+    The places of all samples are kept once their shard has been opened; states are read by offset, so no file stays
+    open. May be used by several threads and processes. ``meta`` is the `Index` (``meta.hidden_size``, ...).
 
     Raises:
         UserError: see `load_index`; also if the corpus has no samples.
@@ -173,8 +237,7 @@ class ShardDataset:
             raise UserError("no samples in this folder, every record was skipped", self.folder, "see skipped.jsonl")
         self._shards = [shard for shard in self.meta.shards if shard.samples]
         self._ends = list(accumulate(shard.samples for shard in self._shards))
-        self._open: OrderedDict[int, OpenShard] = OrderedDict()
-        self._lock = Lock()
+        self._readers: dict[int, ShardReader] = {}
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -185,51 +248,40 @@ class ShardDataset:
         Raises:
             UserError: the shard is damaged, or not the one that the index lists.
         """
+        return self.stored(index).load()
+
+    def stored(self, index: int) -> DiskSample:
+        """As ``self[index]``, with the states left on disk."""
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
         number = bisect_right(self._ends, index)
-        before = self._ends[number - 1] if number else 0
-        with self._lock:
-            return self._shard(number).sample(index - before)
+        return self._reader(number).sample(index - (self._ends[number - 1] if number else 0))
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_open", "_lock")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._open, self._lock = OrderedDict(), Lock()
-
     def lengths(self) -> Tensor:
         """Tokens of each sample [len(self)] int64, without reading states."""
-        return torch.cat([self._opened(shard).lengths for shard in self._shards])
+        return torch.cat([self._reader(number).lengths for number in range(len(self._shards))])
 
     def image_lengths(self) -> Tensor:
         """Image tokens of each sample [len(self)] int64, without reading states."""
-        return torch.cat([self._opened(shard).image_lengths for shard in self._shards])
+        return torch.cat([self._reader(number).image_lengths for number in range(len(self._shards))])
 
     def describe(self) -> dict[str, Any]:
         """What a run that reads this corpus records about it."""
         return {"folder": str(self.folder), "samples": len(self), **asdict(self.meta.source)}
 
-    def _opened(self, shard: ShardInfo) -> OpenShard:
-        return OpenShard(self.folder / shard.file, shard, self._source)
-
-    def _shard(self, number: int) -> OpenShard:
-        if number in self._open:
-            self._open.move_to_end(number)
-        else:
-            self._open[number] = self._opened(self._shards[number])
-            if len(self._open) > OPEN_SHARDS:
-                self._open.popitem(last=False)
-        return self._open[number]
+    def _reader(self, number: int) -> ShardReader:
+        if number not in self._readers:
+            shard = self._shards[number]
+            self._readers[number] = ShardReader(self.folder / shard.file, shard, self._source)
+        return self._readers[number]
 
 
-class OpenShard:
-    """A memory-mapped shard.
+class ShardReader:
+    """A shard whose samples are read by offset. The file is open only while something is read.
 
     Raises:
         UserError: it is not the shard that the index lists, or its tensors do not fit together.
@@ -241,41 +293,53 @@ class OpenShard:
         if header.source.differences(source) or header.info(path, listed.sha256) != listed:
             raise UserError("the index contradicts the shard", path, f"delete {INDEX}, the shards suffice")
         self._ids = [sample.id for sample in header.samples]
-        self._file = open_shard(path).__enter__()
+        self._tensors = tensor_places(path)
         for name, (dtype, shape) in _layout(source, len(self._ids), header.tokens, header.image_tokens).items():
             self._check(name, dtype, shape)
-        self.lengths, self.image_lengths = (self._file.get_tensor(name).long() for name in ("lengths", "image_lengths"))
+        self.lengths, self.image_lengths = (self._whole(name).long() for name in ("lengths", "image_lengths"))
         for lengths, total in ((self.lengths, header.tokens), (self.image_lengths, header.image_tokens)):
             if int(lengths.sum()) != total or (lengths < 0).any():
                 raise UserError("lengths of the samples do not add up", path, MAKE_AGAIN)
         self._token_starts, self._image_starts = _starts(self.lengths), _starts(self.image_lengths)
-        masked = [0, *self._file.get_tensor("image_mask").bool().cumsum(0).tolist()]  # before each token
-        if [masked[start] for start in self._token_starts] != self._image_starts:
+        before = torch.zeros(header.tokens + 1, dtype=torch.int64)  # image tokens before each token
+        torch.cumsum(self._whole("image_mask").bool(), 0, out=before[1:])
+        if before[self._token_starts].tolist() != self._image_starts:
             raise UserError("numbers of image tokens and image features differ", path, MAKE_AGAIN)
         self._grids = [torch.empty(0, 3, dtype=torch.int64)] * len(self._ids)
         if header.schema >= GRIDS_SINCE:
             self._grids = self._read_grids()
 
-    def sample(self, index: int) -> Sample:
-        tokens = slice(self._token_starts[index], self._token_starts[index + 1])
-        images = slice(self._image_starts[index], self._image_starts[index + 1])
-        return Sample(
+    def sample(self, index: int) -> DiskSample:
+        tokens, images = int(self.lengths[index]), int(self.image_lengths[index])
+        start, first_image = self._token_starts[index], self._image_starts[index]
+
+        def small(name: str, dtype: torch.dtype) -> Tensor:
+            return self._rows(name, start, dtype).into(torch.empty(tokens, dtype=dtype))
+
+        states, scale = DTYPES[self._source.dtype], None
+        if self._source.hidden_dtype == INT8:
+            scale = self._rows("hidden_scale", start, torch.float32)
+        return DiskSample(
             id=self._ids[index],
-            input_ids=self._read("input_ids", tokens).long(),
-            loss_mask=self._read("loss_mask", tokens).bool(),
-            image_mask=self._read("image_mask", tokens).bool(),
-            hidden=self._hidden(tokens),
-            image_features=self._read("image_features", images),
+            input_ids=small("input_ids", torch.int32).long(),
+            loss_mask=small("loss_mask", torch.uint8).bool(),
+            image_mask=small("image_mask", torch.uint8).bool(),
             image_grids=self._grids[index],
+            width=self._source.hidden_size,
+            dtype=states,
+            hidden=self._rows("hidden", start, states if scale is None else torch.int8),
+            hidden_scale=scale,
+            features=self._rows("image_features", first_image, states),
+            images=images,
         )
 
     def _read_grids(self) -> list[Tensor]:
         """Grids [P, 3] int64 of the pictures of each sample."""
         self._check("grid_lengths", "I32", [len(self._ids)])
-        counts = self._file.get_tensor("grid_lengths").long()
+        counts = self._whole("grid_lengths").long()
         self._check("image_grids", "I32", [int(counts.sum()), 3])
         ends = counts.cumsum(0).tolist()
-        stored = self._file.get_tensor("image_grids").long()
+        stored = self._whole("image_grids").long()
         grids = [stored[end - count : end] for end, count in zip(ends, counts.tolist(), strict=True)]
         wrong = (counts < 0).any() or (stored < 1).any()
         for own, tokens in zip(grids, self.image_lengths.tolist(), strict=True):
@@ -283,22 +347,19 @@ class OpenShard:
                 raise UserError("grids of the pictures contradict their image tokens", self._path, MAKE_AGAIN)
         return grids
 
-    def _hidden(self, rows: slice) -> Tensor:
-        """States [S, H] in the source's 16-bit dtype."""
-        stored = self._read("hidden", rows)
-        if self._source.hidden_dtype != INT8:
-            return stored
-        return dequantise(stored, self._read("hidden_scale", rows), DTYPES[self._source.dtype])
+    def _rows(self, name: str, start: int, dtype: torch.dtype) -> Rows:
+        place = self._tensors[name]
+        return Rows(self._path, place.offset + start * math.prod(place.shape[1:]) * dtype.itemsize)
 
-    def _read(self, name: str, rows: slice) -> Tensor:
-        return self._file.get_slice(name)[rows].clone()  # the clone releases the mapped pages
+    def _whole(self, name: str) -> Tensor:
+        place = self._tensors[name]
+        dtype = STORED_DTYPES[place.dtype]
+        return self._rows(name, 0, dtype).into(torch.empty(place.shape, dtype=dtype))
 
     def _check(self, name: str, dtype: str, shape: list[int]) -> None:
-        try:
-            tensor = self._file.get_slice(name)
-        except SafetensorError:
-            raise UserError(f"shard has no tensor {name}", self._path, MAKE_AGAIN) from None
-        found = (tensor.get_dtype(), tensor.get_shape())
+        if name not in self._tensors:
+            raise UserError(f"shard has no tensor {name}", self._path, MAKE_AGAIN)
+        found = (self._tensors[name].dtype, self._tensors[name].shape)
         if found != (dtype, shape):
             raise UserError(f"tensor {name} of the shard is {found}, not {(dtype, shape)}", self._path, MAKE_AGAIN)
 
@@ -323,20 +384,19 @@ def _starts(lengths: Tensor) -> list[int]:
     return list(accumulate(lengths.tolist(), initial=0))
 
 
-def _flat(parts: Sequence[Tensor], dtype: torch.dtype, width: int | None = None) -> Tensor:
-    if not parts:
-        return torch.empty((0,) if width is None else (0, width), dtype=dtype)
-    return torch.cat([part.detach().to("cpu", dtype) for part in parts]).contiguous()
+def _parts(parts: Sequence[Tensor], dtype: torch.dtype, width: int | None = None) -> list[Tensor]:
+    empty = torch.empty((0,) if width is None else (0, width), dtype=dtype)
+    return [part.detach().to("cpu", dtype) for part in parts] or [empty]
 
 
-def _stored_hidden(hidden: Sequence[Tensor], source: Source) -> dict[str, Tensor]:
-    """Hidden states of all samples, each [S, H], as they are stored."""
+def _stored_hidden(samples: Sequence[Sample], source: Source) -> dict[str, list[Tensor]]:
+    """Hidden states of all samples as they are stored."""
     if source.hidden_dtype != INT8:
-        return {"hidden": _flat(hidden, DTYPES[source.dtype], source.hidden_size)}
-    parts = [quantise(states) for states in hidden]
+        return {"hidden": _parts([s.hidden for s in samples], DTYPES[source.dtype], source.hidden_size)}
+    pairs = [quantise(s.hidden) if s.hidden_scale is None else (s.hidden, s.hidden_scale) for s in samples]
     return {
-        "hidden": _flat([values for values, _ in parts], torch.int8, source.hidden_size),
-        "hidden_scale": _flat([scales for _, scales in parts], torch.float32),
+        "hidden": _parts([values for values, _ in pairs], torch.int8, source.hidden_size),
+        "hidden_scale": _parts([scales for _, scales in pairs], torch.float32),
     }
 
 

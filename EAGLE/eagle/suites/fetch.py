@@ -37,7 +37,7 @@ from eagle.suites.table import (
 )  # fmt: skip
 from llava.arguments import OneLineParser
 from llava.errors import UserError, reason_of, run_cli
-from llava.files import atomic_write, read_object, write_json
+from llava.files import atomic_write, read_object, unique_keys, write_json
 from llava.hub import hub_errors
 from llava.image import MAX_DOWNLOAD, load_image
 from llava.strict import read_strict, strict_dataclass
@@ -156,7 +156,7 @@ def read_mmspec(subset: str, copies: Path | None, folder: Path) -> Iterator[Reco
     for number, line in enumerate(tqdm(lines, desc="mmspec", unit="sample", file=sys.stderr), start=1):
         where = f"{place}/mmspec.jsonl:{number}"
         try:
-            given = json.loads(line)
+            given = json.loads(line, object_pairs_hook=unique_keys)
         except ValueError as error:
             raise UserError(f"not JSON ({error})", where) from None
         sample = read_strict(Sample, given, where)

@@ -5,7 +5,8 @@
     CKPT/
       step-00001200/   config.json, model.safetensors   the draft in the published layout
                        provenance.json                  commit, versions, command, data and settings
-                       progress.json, state/            everything that --resume needs
+                       progress.json, state/            everything else that --resume needs; frozen parameters are
+                                                        the base's
       best/            the draft with the best simulated acceptance in validation
       final/           the draft where the run ended or stopped
       latest           name of the newest step folder

@@ -31,6 +31,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,7 +40,7 @@ from eagle.drafts.positions import mrope_positions
 from llava.errors import UserError
 
 if TYPE_CHECKING:
-    from eagle.hidden_states.shards import Sample
+    from eagle.hidden_states.shards import DiskSample, Sample
 
 NO_COMPRESSION = Compression()
 
@@ -85,7 +86,7 @@ class Batch:
         return self._with(lambda part: part.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """Moves all tensors to pinned memory; `DataLoader` calls it."""
+        """Moves the tensors to pinned memory that are not there yet."""
         return self._with(Tensor.pin_memory)
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -154,39 +155,49 @@ def compressed(
 
 
 def collate(
-    samples: Sequence[Sample],
+    samples: Sequence[Sample | DiskSample],
     vocab_size: int,
     max_length: int,
     noise: float = 0.0,
     seeds: Sequence[int] = (),
     compression: Compression = NO_COMPRESSION,
     positions: str = "plain",
+    pin_memory: bool = False,
     image_ids: bool = False,
 ) -> Batch:
-    """Pads samples into a `Batch`. ``noise`` is 0 in validation; ``seeds`` has one for each sample otherwise;
-    ``positions`` is the draft's kind (`DraftOptions`); ``image_ids``: whether to keep the ids of image tokens.
+    """Pads samples into a `Batch`. States that are still on disk are read to their place in it.
 
     Image rows are merged first, so ``max_length`` counts what is left.
+
+    Args:
+        noise: 0 in validation.
+        seeds: one for each sample if there is noise.
+        positions: the draft's kind (`DraftOptions`).
+        pin_memory: whether the batch is made in pinned memory.
+        image_ids: whether to keep the ids of image tokens.
 
     Raises:
         UserError: a token id is outside the vocabulary, or M-RoPE positions need grids that the sample does not have.
     """
     for sample in samples:
         check_token_ids(sample, vocab_size, image_ids)
-    pairs = [
-        compressed(sample, compression, sample_positions(sample) if positions != "plain" else None)
-        for sample in samples
-    ]
+    pairs: list[tuple[Sample | DiskSample, Tensor | None]] = []
+    for sample in samples:
+        own = sample_positions(sample) if positions != "plain" else None
+        pairs.append((sample, own) if compression.tokens is None else compressed(sample.load(), compression, own))
     lengths = [min(sample.input_ids.shape[0], max_length) for sample, _ in pairs]
-    size, width = (len(samples), max(3, *lengths)), samples[0].hidden.shape[-1]
+    images = [int(sample.image_mask[:length].sum()) for (sample, _), length in zip(pairs, lengths, strict=True)]
+    size = (len(samples), max(3, *lengths))
     ids, image = torch.zeros(size, dtype=torch.long), torch.zeros(size, dtype=torch.bool)
     loss_mask = torch.zeros(size[0], size[1] - 1, dtype=torch.bool)
-    hidden = torch.zeros(*size, width, dtype=samples[0].hidden.dtype)
+    width, dtype = samples[0].width, samples[0].dtype
+    hidden, features = (buffer(each, dtype, pin_memory) for each in ((*size, width), (sum(images), width)))
     kind = torch.long if compression.tokens is None else torch.float32  # merged rows stand at means
     position_ids = torch.zeros(3, *size, dtype=kind) if positions != "plain" else None
-    read = samples[0].streams
-    streams = None if read is None else torch.zeros(*size, read.shape[-1], dtype=read.dtype)
-    features = []
+    streams = None
+    if samples[0].streams is not None:
+        streams = torch.zeros(*size, samples[0].streams.shape[-1], dtype=samples[0].streams.dtype)
+    parts = features.split(images)
     for row, ((sample, own), length) in enumerate(zip(pairs, lengths, strict=True)):
         mask = sample.image_mask[:length]
         kept = sample.input_ids[:length]
@@ -194,17 +205,27 @@ def collate(
         image[row, :length] = mask
         if length > 1:
             loss_mask[row, : length - 1] = draft_loss_mask(sample.loss_mask[:length].bool())
-        hidden[row, :length] = sample.hidden[:length]
+        sample.hidden_into(hidden[row, :length])
+        hidden[row, length:] = 0
         if streams is not None and sample.streams is not None:
             streams[row, :length] = sample.streams[:length]
-        features.append(sample.image_features[: int(mask.sum())])
+        sample.features_into(parts[row])
         if position_ids is not None and own is not None:
             position_ids[:, row, :length] = own[:, :length]
-    joined = torch.cat(features)
-    return Batch(ids, image, joined, hidden, loss_mask, position_ids, streams, noise, tuple(seeds), tuple(lengths))
+    known = (ids, image, features, hidden, loss_mask, position_ids, streams)
+    batch = Batch(*known, noise, tuple(seeds), tuple(lengths))
+    return batch.pin_memory() if pin_memory else batch
 
 
-def sample_positions(sample: Sample) -> Tensor:
+def buffer(size: Sequence[int], dtype: torch.dtype, pin_memory: bool) -> Tensor:
+    """An empty tensor that is filled once. Pinned memory is used again by torch; other memory is new each time, and
+    numpy asks for huge pages, which takes a fraction of the time that small pages take."""
+    if pin_memory:
+        return torch.empty(size, dtype=dtype, pin_memory=True)
+    return torch.from_numpy(np.empty(tuple(size), f"i{dtype.itemsize}")).view(dtype)
+
+
+def sample_positions(sample: Sample | DiskSample) -> Tensor:
     """M-RoPE positions [3, S] of a sample, those that the target read it with.
 
     Raises:
@@ -220,7 +241,7 @@ def sample_positions(sample: Sample) -> Tensor:
     return mrope_positions(sample.image_mask, sample.image_grids)
 
 
-def check_token_ids(sample: Sample, vocab_size: int, image_ids: bool = False) -> None:
+def check_token_ids(sample: Sample | DiskSample, vocab_size: int, image_ids: bool = False) -> None:
     """Raises `UserError` if a text token is outside the vocabulary, with ``image_ids`` also for an image token. Shapes
     are checked where samples are read."""
     images = sample.input_ids[sample.image_mask]

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from eagle.drafts.compression import Compression
 from eagle.families.base_weights import BaseTensors
@@ -24,11 +23,11 @@ from eagle.train.schedule import IMAGE, TEXT, BatchSizes, Item, Schedule, split_
 from eagle.train.settings import TrainConfig
 from llava.errors import UserError
 
+P = TypeVar("P")
 T = TypeVar("T")
 Read = Callable[[Sequence[Any]], list[Sample]]
-END: Any = object()
-PREFETCH = 2
-"""Batches that a thread loads while one is trained on."""
+WORKERS = 4
+"""Threads that load batches for a GPU."""
 FINGERPRINTED = 67  # rows of the embedding, at least, that `fingerprint` reads
 
 
@@ -45,15 +44,17 @@ class SampleSet(Protocol):
         ...
 
 
-class Samples(Dataset):
-    """Samples of both data sets by `Item`. ``sources`` maps a source's name to (data set, usable indices)."""
+class Samples:
+    """Samples of both data sets by `Item`, stored ones with their states on disk. ``sources`` maps a source's name to
+    (data set, usable indices)."""
 
     def __init__(self, sources: Mapping[str, tuple[SampleSet, Sequence[int]]]) -> None:
         self.sources = sources
 
     def __getitem__(self, item: Item) -> tuple[Any, int]:
         data, indices = self.sources[item.source]
-        return data[indices[item.row]], item.noise_seed
+        index = indices[item.row]
+        return data.stored(index) if isinstance(data, ShardDataset) else data[index], item.noise_seed
 
 
 @dataclass(frozen=True)
@@ -171,21 +172,6 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def _read_and_collate(
-    pairs: Sequence[tuple[Any, int]],
-    vocab_size: int,
-    max_length: int,
-    noise: float,
-    compression: Compression,
-    positions: str,
-    image_ids: bool,
-    read: Read | None = None,
-) -> Batch:
-    found, seeds = zip(*pairs, strict=True)
-    samples = found if read is None else read(found)
-    return collate(samples, vocab_size, max_length, noise, seeds, compression, positions, image_ids)
-
-
 def batches(
     samples: Samples,
     pieces: Sequence[list[Item]],
@@ -203,35 +189,36 @@ def batches(
     """One `Batch` for each of ``pieces``, in order. The next ones are prefetched.
 
     Args:
-        workers: processes that load samples; 0 for a thread of this one.
-        read: turns items of ``samples`` into `Sample`s, in this process; None if they are samples already.
+        workers: threads that load samples; 0 for the default, `WORKERS` for a GPU and one for the CPU.
+        pin_memory: whether batches are made in pinned memory, for a GPU.
+        read: turns items of ``samples`` into `Sample`s, in the caller's thread; None if they are samples already.
     """
-    join = partial(
-        _read_and_collate,
-        vocab_size=vocab_size,
-        max_length=max_length,
-        noise=noise,
-        compression=compression,
-        positions=positions,
-        image_ids=image_ids,
-    )
-    load = partial(DataLoader, samples, batch_sampler=pieces, num_workers=workers)
+
+    def load(piece: Sequence[Item]) -> tuple[Sequence[Any], Sequence[int]]:
+        found, seeds = zip(*(samples[item] for item in piece), strict=True)
+        return found, seeds
+
+    def join(found: Sequence[Any], seeds: Sequence[int]) -> Batch:
+        return collate(found, vocab_size, max_length, noise, seeds, compression, positions, pin_memory, image_ids)
+
+    threads = workers or (WORKERS if pin_memory else 1)
     if read is None:
-        loaded = iter(load(collate_fn=join, pin_memory=pin_memory))
-        return loaded if workers else prefetch(loaded, PREFETCH)
-    return map(partial(join, read=read), load(collate_fn=list))
+        return prefetch(lambda piece: join(*load(piece)), pieces, threads)
+    return (join(read(found), seeds) for found, seeds in prefetch(load, pieces, threads))
 
 
-def prefetch(items: Iterator[T], depth: int) -> Iterator[T]:
-    """``items`` in their order, with the next ``depth`` prepared in a thread. An exception comes at its item's place.
+def prefetch(load: Callable[[P], T], pieces: Iterable[P], threads: int) -> Iterator[T]:
+    """``load`` of each piece, in order, with the next ones loaded in threads. An exception comes at its piece's place.
 
-    The thread uses the current accelerator of the caller, to which pinned memory belongs.
+    The threads use the current accelerator of the caller, to which pinned memory belongs.
     """
-    pool = ThreadPoolExecutor(1, "prefetch", initializer=_same_device())
+    pool = ThreadPoolExecutor(threads, "prefetch", initializer=_same_device())
+    waiting = iter(pieces)
     try:
-        pending = deque(pool.submit(next, items, END) for _ in range(depth))
-        while (item := pending.popleft().result()) is not END:
-            pending.append(pool.submit(next, items, END))
+        pending = deque(pool.submit(load, piece) for piece in islice(waiting, threads + 1))
+        while pending:
+            item = pending.popleft().result()
+            pending.extend(pool.submit(load, piece) for piece in islice(waiting, 1))
             yield item
     finally:
         pool.shutdown(cancel_futures=True)

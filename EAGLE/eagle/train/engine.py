@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eagle.drafts.head import TrainedHead
 from eagle.train.collate import Batch
-from eagle.train.objective import TOP, Losses, Objective, trained_parameters
+from eagle.train.objective import TOP, Losses, Objective, load_trained, trained_parameters, trained_state
 from eagle.train.schedule import BatchSizes
 from eagle.train.settings import TrainConfig, find_config
 from llava.device import cpu_has_bfloat16
@@ -275,7 +275,7 @@ class PlainEngine(Engine):
         return total / len(batches)
 
     def save(self, folder: Path) -> None:
-        state = {"objective": self.objective.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state = {"objective": trained_state(self.objective), "optimizer": self.optimizer.state_dict()}
         with atomic_write(folder / "engine.pt") as temporary:
             torch.save(state, temporary)
 
@@ -284,7 +284,7 @@ class PlainEngine(Engine):
         if not file.is_file():
             raise UserError("was not written by a run without launcher", where=folder, fix="use the same launcher")
         state = torch.load(file, map_location="cpu", weights_only=True)
-        self.objective.load_state_dict(state["objective"])
+        load_trained(state["objective"], self.objective)
         self.optimizer.load_state_dict(state["optimizer"])
 
     def sum(self, values: Tensor) -> Tensor:

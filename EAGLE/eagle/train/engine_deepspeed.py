@@ -23,7 +23,7 @@ from eagle.drafts.head import TrainedHead
 from eagle.train.checkpoint import check_pickles
 from eagle.train.collate import Batch
 from eagle.train.engine import METRICS, Engine, adamw, metrics_of
-from eagle.train.objective import Objective, trained_parameters
+from eagle.train.objective import Objective, load_trained, trained_parameters
 from eagle.train.schedule import BatchSizes
 from eagle.train.settings import TrainConfig
 from llava.errors import UserError, reason_of
@@ -106,7 +106,7 @@ class DeepSpeedEngine(Engine):
         return total / len(batches)
 
     def save(self, folder: Path) -> None:
-        self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path) -> None:
         if not (folder / TAG).is_dir():
@@ -114,12 +114,12 @@ class DeepSpeedEngine(Engine):
         check_pickles(folder / TAG)
         shards = sorted((folder / TAG).glob("*zero_pp_rank_*_optim_states.pt"), key=_rank_of)
         if len(shards) in (0, self.sizes.world):
-            self.engine.load_checkpoint(str(folder), tag=TAG)
+            self.engine.load_checkpoint(str(folder), tag=TAG, custom_load_fn=load_module)
             return
         if not isinstance(self.engine.optimizer, DeepSpeedZeroOptimizer) or self.engine.zero_round_robin_gradients():
             fix = "resume with as many, or use ZeRO stage 1 or 2 without round_robin_gradients in the whole run"
             raise UserError(f"was written by {len(shards)} processes, these are {self.sizes.world}", folder, fix)
-        self.engine.load_checkpoint(str(folder), tag=TAG, load_module_only=True)
+        self.engine.load_checkpoint(str(folder), tag=TAG, load_module_only=True, custom_load_fn=load_module)
         states = [torch.load(file, weights_only=False, map_location="cpu")["optimizer_state_dict"] for file in shards]
         partition = self.engine.optimizer.single_partition_of_fp32_groups[0].numel()
         own = repartition(states, partition, self.rank)
@@ -132,6 +132,11 @@ class DeepSpeedEngine(Engine):
 
     def barrier(self) -> None:
         comm.barrier()
+
+
+def load_module(src: Mapping[str, Tensor], dst: Objective[TrainedHead]) -> None:
+    """`load_trained` as DeepSpeed calls it."""
+    load_trained(src, dst)
 
 
 def repartition(states: Sequence[Mapping[str, Any]], size: int, rank: int) -> dict[str, Any]:

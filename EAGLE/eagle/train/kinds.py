@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 from eagle.drafts.config import DraftConfig
 from eagle.drafts.eagle3 import Eagle3Draft
 from eagle.drafts.eagle3_config import Eagle3Config
-from eagle.drafts.head import TrainedHead
 from eagle.drafts.msd import DraftModel
 from eagle.train.eagle3 import Eagle3Objective
 from eagle.train.loss import DraftObjective
@@ -15,9 +14,9 @@ from eagle.train.objective import Objective
 
 
 class Kind(NamedTuple):
-    """The class of a head, and of the objective that trains it."""
+    """The class of a head, which is made from its config, and of the objective that trains it."""
 
-    head: type[TrainedHead]
+    head: type[Any]
     objective: type[Objective[Any]]
 
 

@@ -7,7 +7,7 @@ loss of a step is and how a token is drafted.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -105,6 +105,23 @@ def best_tokens(hidden: Tensor, head: Tensor, chunk: int = 512) -> Tensor:
     """Arg-max of ``lm_head``. ``hidden`` [N, H] → [N] ids."""
     parts = [F.linear(part.to(head.dtype), head).argmax(dim=-1) for part in hidden.split(chunk)]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long, device=hidden.device)
+
+
+def trained_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a module without its frozen parameters."""
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
+
+
+def load_trained(state: Mapping[str, Tensor], module: nn.Module) -> None:
+    """Loads what `trained_state` gave. Frozen parameters may be there too, as in older checkpoints.
+
+    Raises:
+        RuntimeError: a tensor is missing, unexpected or of another shape.
+    """
+    if missing := trained_state(module).keys() - state.keys():
+        raise RuntimeError(f"missing {', '.join(sorted(missing))}")
+    module.load_state_dict({**module.state_dict(), **state})
 
 
 def trained_parameters(module: nn.Module) -> list[nn.Parameter]:

@@ -83,13 +83,7 @@ class OnlineReader:
         self.reader = reader
 
     def __call__(self, items: Sequence[Prepared]) -> list[Sample]:
-        return [sample if is_finite(sample) else mask_out(sample) for sample in self.reader.read(items)]
-
-
-def is_finite(sample: Sample) -> bool:
-    """Whether all of its states are finite."""
-    streams = sample.streams
-    return bool(sample.hidden.isfinite().all()) and (streams is None or bool(streams.isfinite().all()))
+        return [sample if sample.finite() else mask_out(sample) for sample in self.reader.read(items)]
 
 
 def mask_out(sample: Sample) -> Sample:

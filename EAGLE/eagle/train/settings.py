@@ -31,7 +31,7 @@ AUTO = "auto"
 DRAFT_KINDS = ("msd", "eagle3")
 EAGLE3_RECIPE = {"rollout_steps": 7, "hidden_weight": 0.0, "token_weight": 1.0, "noise": 0.0}
 """Defaults of a run that trains an EAGLE-3 head (arXiv 2503.01840), where they differ."""
-AnyDraft = TypeVar("AnyDraft", DraftConfig, Eagle3Config)
+AnyDraft = TypeVar("AnyDraft", bound=DraftConfig | Eagle3Config)
 TRACKERS = ("tensorboard", "wandb", "none")
 IMAGE_FOLDER = Path("image_data")
 
@@ -86,7 +86,7 @@ class TrainConfig:
     eval_every: int = Field(0, ge=0, description="steps between evaluations on --eval-data; 0 is once an epoch")
     eval_limit: int = Field(8, ge=1, description="questions of --eval-data that are asked, the first ones")
     eval_length: int = Field(128, ge=1, description="new tokens of an answer in an evaluation at most")
-    workers: int = Field(0, ge=0, description="processes that load samples, 0 for a thread")
+    workers: int = Field(0, ge=0, description="threads that load samples; 0 is 4 for a GPU and 1 for a CPU")
 
     def fingerprint(self) -> dict[str, Any]:
         """The settings that decide the loss curve; a resumed run must have the same."""
@@ -100,7 +100,8 @@ def with_draft_settings(draft: AnyDraft, config: TrainConfig) -> AnyDraft:
     """The draft's config with the training settings that decoding needs too."""
     if config.draft_image_tokens < 0 or isinstance(draft, Eagle3Config):
         return draft
-    return replace(draft, options=replace(draft.options, image_tokens=config.draft_image_tokens))
+    options = replace(draft.options, image_tokens=config.draft_image_tokens)
+    return cast(AnyDraft, replace(draft, options=options))
 
 
 def find_config(path: str | Path) -> Path:

@@ -23,6 +23,7 @@ from eagle.questions import Question
 from eagle.web.request import MAX_PICTURE, MAX_QUESTION, MAX_SIDE, AnswerRequest
 from eagle.web.stream import LAST, Answerer, Event
 from llava.errors import UserError
+from llava.files import unique_keys
 
 FOLDER = Path(__file__).parent
 MAX_BODY = 32 * 2**20  # bytes of a request: a picture in base64 and a question
@@ -218,7 +219,7 @@ def parse(body: bytes, longest: int) -> AnswerRequest:
         UserError: it is not JSON, or not such a request.
     """
     try:
-        given = json.loads(body)
+        given = json.loads(body, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError):
         raise UserError("the request is not JSON") from None
     return AnswerRequest.from_json(given, longest)

@@ -71,6 +71,55 @@ def test_plain_decoding_returns_the_same_type(model):
     assert output.stats.tau == 1.0
 
 
+@pytest.mark.parametrize("rows", [1, 7])
+def test_plain_decoding_with_padding_rows(model, rows, monkeypatch):
+    """Each forward has so many rows, and the answer is the same."""
+    inputs, verify, widths = inputs_of(model, "image"), type(model.target).verify, set()
+    monkeypatch.setattr(
+        type(model.target),
+        "verify",
+        lambda self, tokens, *rest: (widths.add(tokens.shape[1]), verify(self, tokens, *rest))[1],
+    )
+    output = model.generate(**inputs, temperature=0.0, max_new_tokens=20, use_msd=False, plain_rows=rows)
+    assert torch.equal(output.sequences, plain(model, inputs, max_new_tokens=20))
+    assert widths == {rows} and output.stats.tau == 1.0
+
+
+def test_near_ties_are_decided_by_one_row(model, monkeypatch):
+    """With a head that swaps the two best logits of forwards with several rows if they are near."""
+    from eagle.decode import decoder
+
+    monkeypatch.setattr(decoder, "TIE_STEPS", 1_000_000)
+    inputs, head = inputs_of(model, "image"), type(model.target).head
+
+    def rounded(self, hidden):
+        logits = head(self, hidden)
+        best = logits.topk(2)
+        near = decoder.steps_between(*best.values.unbind(-1)) <= decoder.TIE_STEPS
+        swap = near & (torch.tensor(hidden.dim() == 3 and hidden.shape[1] > 1))
+        values = torch.where(swap.unsqueeze(-1), best.values.flip(-1), best.values)
+        return logits.scatter(-1, best.indices, values)
+
+    monkeypatch.setattr(type(model.target), "head", rounded)
+    settings = {"temperature": 0.0, "max_new_tokens": 40, "tree": TREES[0]}
+    expected = plain(model, inputs, max_new_tokens=40)
+    assert not torch.equal(model.generate(**inputs, **settings).sequences, expected)
+    output = model.generate(**inputs, **settings, one_row_ties=True)
+    assert torch.equal(output.sequences, expected)
+    assert {1, max(output.stats.tree_sizes)} <= set(output.stats.tree_sizes) and output.stats.new_tokens == 40
+
+
+def test_rows_that_cannot_be_had_are_refused(model):
+    inputs = inputs_of(model, "text")
+    wrong = [{"plain_rows": 3}, {"plain_rows": 0, "use_msd": False}, {"one_row_ties": True, "temperature": 1.0}]
+    for settings in wrong:
+        with pytest.raises(UserError, match=r"plain_rows=|one_row_ties"):
+            model.generate(**inputs, max_new_tokens=3, **settings)
+    two = {name: value.repeat(2, 1) for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
+    with pytest.raises(UserError, match="one_row_ties with 2 prompts"):
+        model.generate(**two, max_new_tokens=3, one_row_ties=True)
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -161,7 +161,7 @@ def test_requests_of_several_threads_share_what_is_known() -> None:
     assert all(len(each) == CYCLES for each in cycles)
 
 
-@pytest.mark.parametrize("compiled", [False, "eager"])
+@pytest.mark.parametrize("compiled", [False, pytest.param("eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("agree", [0.5, 1.0])
 def test_answers_do_not_depend_on_its_decisions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, agree: float, compiled: bool | str

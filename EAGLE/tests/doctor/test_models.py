@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,14 +19,16 @@ from tiny_llava import make_liuhaotian, make_llava_hf
 from tiny_stock import make_llava_next, make_qwen
 from tiny_vispec import make_vispec
 
+from eagle.commands.doctor import run as run_doctor
 from eagle.doctor import Check, State
 from eagle.doctor.environment import Machine
 from eagle.doctor.memory import POSITIONS, check_fit
-from eagle.doctor.models import check_base, check_draft, check_pair, footprint
+from eagle.doctor.models import check_base, check_draft, check_engine, check_pair, footprint
 from eagle.doctor.serving import check_served_draft
 from eagle.drafts.config import DRAFT_VOCAB_FILE
 from eagle.drafts.draft_vocab import write_draft_vocab
 from eagle.families import load_target
+from llava.errors import UserError
 
 BASES: dict[str, Callable[[Path], Path]] = {
     "liuhaotian": make_liuhaotian,
@@ -204,3 +207,19 @@ def test_a_base_without_a_chat_template_is_a_problem(tmp_path: Path) -> None:
     (base / "chat_template.jinja").unlink()
     _, checks = check_base(str(base), hub=False)
     assert problems(checks) == ["chat template: the base model has no chat template"]
+
+
+def test_the_engine_is_compared_on_request(
+    llava_pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MSD_CACHE", str(tmp_path / "cache"))
+    check = check_engine(str(llava_pair[0]), "cpu")
+    assert check.state is State.OK and "torch.float32" in check.found
+    assert len(list((tmp_path / "cache" / "self-checks").iterdir())) == 1
+    base = copy(llava_pair[0], tmp_path / "copy")
+    fields = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**fields, "mm_vision_select_layer": -99}))
+    check = check_engine(str(base), "cpu")
+    assert check.state is State.PROBLEM and "cannot answer a short prompt" in check.found and str(base) in check.found
+    with pytest.raises(UserError, match="--self-check without a base model"):
+        run_doctor(Namespace(self_check=True, base_model=None))

@@ -69,7 +69,16 @@ def test_every_row_goes_somewhere_and_means_are_kept(tokens: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "message"), [(-1, "image tokens of the draft: -1"), ("few", "'few'"), (True, "True"), (2.5, "2.5")]
+    ("tokens", "message"),
+    [
+        (-1, "image tokens of the draft: -1"),
+        ("few", "'few'"),
+        (True, "True"),
+        (2.5, "2.5"),
+        ("\u00b2", "\u00b2"),
+        ("9" * 5000, "999..."),
+        ("-1", "'-1'"),
+    ],
 )
 def test_bad_settings_are_named(tokens: object, message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,13 @@ import pytest
 import torch
 from corpus_support import image_record, text_record, turns
 
-from eagle.conversations import Unusable, claims_pictures, read_conversation
+from eagle.conversations import (
+    Unusable,
+    claims_pictures,
+    count_unknown_keys,
+    read_conversation,
+    unknown_keys_note,
+)
 from eagle.families import Target, template_of
 from eagle.families.template import Prepared, Template
 
@@ -108,7 +115,29 @@ UNUSABLE: list[tuple[dict[str, Any], str]] = [
     (part_row({"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}), "image_name"),
     (row_of("<image>", "a", image="https://host/a.png"), "image_name"),
     (row_of("q", "half \ud83e"), "text"),
+    (row_of("q", "a", id="half \ud83e"), "id"),
+    ({"conversations": [{"from": "human", "role": "assistant", "value": "q"}, *turns("q", "a")[1:]]}, "two_values"),
+    ({"conversations": [{"from": "human", "value": "q", "content": "other"}, *turns("q", "a")[1:]]}, "two_values"),
+    ({"messages": [{"role": "user", "content": [1], "value": "q"}, *turns("q", "a")[1:]]}, "two_values"),
+    ({"messages": [*turns("q"), {"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]}]}, "tools"),
+    ({"messages": [*turns("q"), {"role": "assistant", "content": None, "function_call": {"name": "f"}}]}, "tools"),
 ]
+
+
+def test_a_turn_in_both_forms_that_agree() -> None:
+    asked = {"from": "human", "role": "user", "value": "q", "content": "q", "name": None}
+    said = {"role": "assistant", "from": None, "content": "a", "tool_calls": [], "function_call": None}
+    row = {"conversations": [asked, {**said, "from": "gpt"}]}
+    assert read_conversation(row, 0).turns == (("q", "a"),)
+
+
+def test_keys_of_turns_that_are_not_read_are_counted() -> None:
+    counts: Counter[str] = Counter()
+    turn = {"from": "human", "value": "q", "weight": 0, "name": "", "refusal": None}
+    for _ in range(2):
+        count_unknown_keys({"conversations": [turn, {**turn, "from": "gpt"}], "tools": 1}, counts)
+    assert counts == {"turn: weight": 2, "tools": 2}
+    assert "'turn: weight' (2 records)" in str(unknown_keys_note(counts))
 
 
 @pytest.mark.parametrize(("row", "reason"), UNUSABLE)

@@ -82,7 +82,11 @@ def load_pair(name: str, folder: Path) -> MSDModel:
     return MSDModel(target, load_draft(draft, dtype=torch.float32), tree=TREES[0])
 
 
-PAIRS = [pytest.param(name, marks=pytest.mark.slow if "-" in name or "moe" in name else []) for name in MAKERS]
+VARIANTS = ("gemma4_unified", "glm46v", "glm_ocr")
+PAIRS = [
+    pytest.param(name, marks=pytest.mark.slow if name in VARIANTS or "-" in name or "moe" in name else [])
+    for name in MAKERS
+]
 
 
 @pytest.fixture(scope="module", params=PAIRS)

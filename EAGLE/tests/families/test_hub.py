@@ -90,7 +90,7 @@ def test_hub_names_work_like_folders(repositories: Path, hub: HubServer, tmp_pat
     "load",
     [
         "from eagle.drafts.checkpoint import load_draft as load",
-        "from eagle.families.base_weights import load_base_tensors as load",
+        pytest.param("from eagle.families.base_weights import load_base_tensors as load", marks=pytest.mark.slow),
     ],
 )
 def test_only_one_kind_of_weights_is_downloaded(repositories: Path, hub: HubServer, tmp_path: Path, load: str) -> None:

@@ -286,7 +286,7 @@ CONFIGS = ("config.json", "processor_config.json", "tokenizer_config.json", "gen
 @pytest.mark.parametrize("file", CONFIGS)
 def test_any_value_at_any_key_is_a_line_or_a_model(folder: Path, file: str) -> None:
     if (folder / file).is_file():
-        check_any_value(folder, file, 8)
+        check_any_value(folder, file, 4)
 
 
 @pytest.mark.slow
@@ -349,3 +349,27 @@ def test_the_mark_of_a_video_in_a_question(qwen: Target, pictures: int) -> None:
     prompt = qwen.chat_prompt("What is <|video_pad|>?", pictures)
     with pytest.raises(UserError, match="video_pad"):
         qwen.prepare(prompt, [Image.new("RGB", (60, 60))] * pictures)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("rescale_factor", -1), ("image_std", 0), ("do_resize", []), ("size", {"shortest_edge": True})]
+)
+def test_settings_of_pictures_are_checked_at_load(folder: Path, name: str, value: Any) -> None:
+    """Also where they are in the config of a separate tower."""
+    files = [*folder.parent.rglob("preprocessor_config.json"), *folder.parent.rglob("processor_config.json")]
+    for path in files:
+        fields = json.loads(path.read_text())
+        part = fields.get("image_processor", fields)
+        part[name] = value
+        path.write_text(json.dumps(fields))
+    line, (found,) = line_of(folder), problems(folder)
+    assert f"{name}" in line and "processor_config.json" in line and name in found
+
+
+@pytest.mark.parametrize("value", ["x", 0, []])
+def test_settings_of_the_tokenizer_are_checked_at_load(folder: Path, value: Any) -> None:
+    path = folder / "tokenizer_config.json"
+    fields = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**fields, "model_max_length": value}))
+    line, (found,) = line_of(folder), problems(folder)
+    assert "model_max_length" in line and "tokenizer_config.json" in line and "model_max_length" in found

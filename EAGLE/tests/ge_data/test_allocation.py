@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from tiny_llava import make_llava_hf
 
 from eagle.conversations import read_conversation
 from eagle.families import Target, template_of
-from eagle.ge_data import allocation, inspect
+from eagle.ge_data import allocation, inspect, reader
 from eagle.ge_data.extract import Extractor, source_of
 from eagle.ge_data.folder import locked, missing
-from eagle.ge_data.reader import batches, collate
+from eagle.ge_data.reader import Reader, batches, collate
 from eagle.ge_data.workers import Events, Failure, Job, _handle, run_here, run_workers
 from eagle.hidden_states.index import ShardInfo, load_index
 from eagle.hidden_states.shards import Sample, ShardDataset
@@ -109,6 +110,41 @@ def test_padded_batch_equals_single(target: Target, pictures: Path, tmp_path: Pa
     samples = extractor.samples(items)
     assert extractor._padding_checked
     assert [len(sample.hidden) for sample in samples] == [len(item.input_ids) for item in items]
+
+
+def test_states_leave_the_gpu_as_they_are_stored(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without padding, already in 8 bit, in one copy of each kind for the whole batch."""
+    template, copied = template_of(target), []
+    items = [template.prepare(read_conversation(text_record(n, n + 1), 0), tmp_path, 400) for n in range(3)]
+    monkeypatch.setattr(reader, "to_host", lambda tensors: copied.extend(tensors) or list(tensors))
+    source = source_of(target, "x", hidden_dtype="int8")
+    samples = Reader(target, template, source, 10_000)._forward(items)
+    tokens = sum(len(item.input_ids) for item in items)
+    assert [(len(each), each.dtype) for each in copied] == [
+        (tokens, torch.bool), (0, torch.bfloat16), (tokens, torch.int8), (tokens, torch.float32),
+    ]  # fmt: skip
+    for item, sample in zip(items, samples, strict=True):
+        hidden = target.prefill(collate([item])).hidden[0]
+        assert (sample.states() - hidden).abs().max() <= 0.51 * hidden.abs().max() / 127 + 1e-3
+
+
+def test_shards_are_written_while_later_ones_are_made(
+    base: Path, annotations: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two at a time at least: each write waits for another one."""
+    write, together = Extractor._write, threading.Barrier(2, timeout=60)
+
+    def meet(self: Extractor, *given: Any) -> ShardInfo:
+        together.wait()
+        return write(self, *given)
+
+    monkeypatch.setattr(Extractor, "_write", meet)
+    data, out = annotations([text_record(n) for n in range(4)]), tmp_path / "out"
+    assert allocate(base, data, out, "t", "--shard-size", "1") == 0
+    index = load_index(out)
+    assert [shard.start for shard in index.shards] == [0, 1, 2, 3] and index.samples == 4
 
 
 def test_padding_that_changes_states_is_found(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,8 @@ BROKEN = {
     '[{"id": 1}': "but the file ends",
     '[{"id": 1}, 7]': "expected a record .a JSON object., line 1 column 13",
     '[{"id": "abc}]': "Unterminated string",
+    '[{"id": 1},\n {"id": 2, "image": "a.png", "image": "b.png"}]': "key 'image' is there twice, line 2 column 2",
+    '[{"id": 1, "conversations": [{"from": "human", "from": "gpt"}]}]': "key 'from' is there twice, line 1 column 2",
     '[{"id": 1}] more': "unexpected text after the array, line 1 column 13",
     '[{"ä": 1},\n{"ö" 1}]': "line 2 column 6, byte 18",
 }
@@ -140,6 +142,16 @@ def test_convert_reads_messages_with_parts(tmp_path: Path, capsys: pytest.Captur
         assert read_conversation(made, 0) == read_conversation(record, 0) and "messages" not in made
     assert fixed[0]["conversations"][0] == {"from": "human", "value": "q"} and fixed[1]["image"] == ["a.png"]
     assert "keys that are not read: 'tools' (1 records)" in capsys.readouterr().out
+
+
+def test_convert_keeps_turns_that_contradict_themselves(tmp_path: Path) -> None:
+    """The allocation skips their records, for the same reason."""
+    calls = {"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]}
+    turns = [{"from": "human", "value": "q", "content": "other"}, calls, {"from": "human", "role": "gpt", "value": "q"}]
+    source, output = tmp_path / "in.json", tmp_path / "out.json"
+    source.write_text(json.dumps([{"id": "a", "conversations": turns}]))
+    convert(source, output)
+    assert json.loads(output.read_text())[0]["conversations"] == turns
 
 
 def test_convert_refuses_a_file_without_turns(tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from eagle.hidden_states.index import INDEX, load_index
 from eagle.hidden_states.shards import Sample, ShardDataset, Skipped, Source, write_shard
@@ -85,13 +88,40 @@ def test_dataset_survives_a_worker_process(corpus: tuple[Path, list[Sample]]) ->
     assert_same(pickle.loads(pickle.dumps(data))[4], samples[4])
 
 
-def test_only_a_few_shards_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eagle.hidden_states.shards.OPEN_SHARDS", 2)
+def test_a_shard_is_opened_once_and_no_file_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from eagle.hidden_states import shards
+
     for number in range(5):
         write_shard(tmp_path, number, number + 1, [(number, make_sample(str(number), 4, 1))], [], SOURCE)
+    read, headers = shards.read_header, []
+    monkeypatch.setattr(shards, "read_header", lambda path: headers.append(path) or read(path))
+    before = set(os.listdir("/proc/self/fd"))
     data = ShardDataset(tmp_path)
-    assert [sample.id for sample in data] == list("01234")
-    assert len(data._open) == 2
+    for _ in range(3):
+        assert [sample.id for sample in data] == list("01234")
+    assert len(headers) == 5 and set(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_checksum_is_that_of_the_file_and_safetensors_reads_it(tmp_path: Path) -> None:
+    samples = [make_sample(name, length, images) for name, length, images in (("a", 5, 2), ("b", 7, 0), ("c", 4, 3))]
+    info = write_shard(tmp_path, 0, 3, list(enumerate(samples)), [], SOURCE)
+    path = tmp_path / info.file
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == info.sha256
+    stored = load_file(path)
+    assert torch.equal(stored["hidden"], torch.cat([sample.hidden for sample in samples]))
+    assert torch.equal(stored["input_ids"].long(), torch.cat([sample.input_ids for sample in samples]))
+
+
+def test_a_shard_cut_short_while_it_is_read_is_named(corpus: tuple[Path, list[Sample]]) -> None:
+    folder, _ = corpus
+    data = ShardDataset(folder)
+    assert data[0].id == "s0"
+    break_truncated(folder)
+    with pytest.raises(UserError, match=r"ends too early.*run the allocation again"):
+        list(data)
+    break_missing(folder)
+    with pytest.raises(UserError, match="cannot be read"):
+        data[0]
 
 
 def test_wide_states_are_stored_in_16_bit(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from train_support import make_objective, make_sample
 
 from eagle.drafts.compression import Compression
 from eagle.hidden_states.shards import Sample
-from eagle.train.collate import Batch, add_noise, collate, draft_loss_mask
+from eagle.train.collate import add_noise, collate, draft_loss_mask
 from eagle.train.rollout import predict_steps, rollout_loss_mask, rollout_mask, shift_left
 from llava.errors import UserError
 
@@ -122,14 +122,19 @@ def test_token_ids_outside_the_vocabulary_are_refused():
         collate([make_sample()], 5, 64)
 
 
-def test_a_loader_pins_the_tensors_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_is_made_in_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory itself is stood in for: it needs a GPU."""
-    from torch.utils.data._utils.pin_memory import pin_memory
+    empty, pinned = torch.empty, []
 
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: tensor + 1)
-    zero = torch.zeros(1, 2)
-    batch = Batch(zero, zero, zero, zero[..., None], zero, noise=0.1, seeds=(4,), lengths=(2,))
-    pinned = pin_memory(batch)
-    assert isinstance(pinned, Batch) and pinned.positions is None
-    assert pinned.hidden.tolist() == [[[1.0], [1.0]]] and pinned.input_ids.tolist() == [[1.0, 1.0]]
-    assert (pinned.noise, pinned.seeds, pinned.lengths) == (0.1, (4,), (2,))
+    def pretend(*size: object, pin_memory: bool = False, **more: object) -> torch.Tensor:
+        made = empty(*size, **more)
+        if pin_memory:
+            pinned.append(made.data_ptr())
+        return made
+
+    monkeypatch.setattr(torch, "empty", pretend)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda own: own if own.data_ptr() in pinned else own.clone())
+    samples = [make_sample(), make_sample()]
+    batch, plain = (collate(samples, 99, 64, pin_memory=each) for each in (True, False))
+    assert [batch.hidden.data_ptr(), batch.image_features.data_ptr()] == pinned
+    assert torch.equal(batch.hidden, plain.hidden) and torch.equal(batch.input_ids, plain.input_ids)

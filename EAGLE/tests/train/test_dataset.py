@@ -3,16 +3,20 @@
 import json
 import shutil
 import threading
-from collections.abc import Iterator
+import time
 
 import pytest
 import torch
 from train_support import write_base, write_corpus
 
+from eagle.drafts.compression import Compression
 from eagle.families.base_weights import load_base_tensors
 from eagle.ge_data.extract import fingerprint
 from eagle.hidden_states.shards import Index, ShardDataset
-from eagle.train.dataset import identity, prefetch
+from eagle.hidden_states.tensor_file import Rows
+from eagle.train.collate import collate
+from eagle.train.dataset import Samples, batches, identity, prefetch
+from eagle.train.schedule import Item
 
 STOP = ("--tracker", "none", "--max-steps", "1")
 GO_ON = ("--tracker", "none", "--resume", "--max-steps", "2")
@@ -114,38 +118,73 @@ def test_sums_are_those_of_all_shards():
 
 
 class Counter:
-    """Counts to ``size`` and keeps who asked; a defect at ``broken``."""
+    """Doubles a number and keeps which ones in which threads; a defect at ``broken``."""
 
-    def __init__(self, size: int, broken: int | None = None) -> None:
-        self.size, self.broken, self.made, self.threads = size, broken, 0, set()
+    def __init__(self, broken: int | None = None) -> None:
+        self.broken, self.made, self.threads = broken, [], set()
 
-    def __iter__(self) -> Iterator[int]:
-        for number in range(self.size):
-            if number == self.broken:
-                raise ValueError(f"at {number}")
-            self.threads.add(threading.current_thread())
-            self.made += 1
-            yield number
+    def __call__(self, number: int) -> int:
+        if number == self.broken:
+            raise ValueError(f"at {number}")
+        time.sleep(0.002 * (number % 3))
+        self.threads.add(threading.current_thread())
+        self.made.append(number)
+        return 2 * number
 
 
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("size", [0, 1, 2, 9])
-def test_all_in_order_from_one_other_thread(size: int) -> None:
-    source = Counter(size)
-    assert list(prefetch(iter(source), 2)) == list(range(size))
-    assert len(source.threads) == min(size, 1) and threading.current_thread() not in source.threads
+def test_all_in_order_from_other_threads(size: int, threads: int) -> None:
+    load = Counter()
+    assert list(prefetch(load, range(size), threads)) == [2 * number for number in range(size)]
+    assert len(load.threads) <= min(size, threads) and threading.current_thread() not in load.threads
 
 
 def test_no_more_than_the_depth_is_made_ahead_and_nothing_after_the_end() -> None:
-    source = Counter(100)
-    stream = prefetch(iter(source), 2)
-    assert [next(stream), next(stream)] == [0, 1]
+    load = Counter()
+    stream = prefetch(load, range(100), 1)
+    assert [next(stream), next(stream)] == [0, 2]
     stream.close()
-    assert source.made <= 4
-    assert not any(thread.is_alive() for thread in source.threads)
+    assert len(load.made) <= 4
+    assert not any(thread.is_alive() for thread in load.threads)
 
 
 def test_a_failure_comes_in_its_place() -> None:
-    stream = prefetch(iter(Counter(9, broken=3)), 2)
-    assert [next(stream) for _ in range(3)] == [0, 1, 2]
+    stream = prefetch(Counter(broken=3), range(9), 2)
+    assert [next(stream) for _ in range(3)] == [0, 2, 4]
     with pytest.raises(ValueError, match="at 3"):
         next(stream)
+
+
+@pytest.mark.parametrize("stored", [None, "int8"])
+@pytest.mark.parametrize(("tokens", "max_length"), [(None, 64), (None, 9), (2, 64)])
+def test_batches_read_from_disk_are_those_of_loaded_samples(tmp_path, stored, tokens, max_length):
+    """Whole, cut within a picture, and with merged image rows; the first and the last sample of a shard too."""
+    data = ShardDataset(write_corpus(tmp_path / "corpus", 7, image=5, hidden_dtype=stored))
+    lengths = data.lengths().tolist()
+    assert min(lengths) > 3 and max(lengths) > 9
+    samples = Samples({"image": (data, range(7))})
+    pieces = [[Item("image", 6, 1), Item("image", 0, 2)], [Item("image", 3, 3)]]
+    settings = {"vocab_size": data.meta.vocab_size, "max_length": max_length, "compression": Compression(tokens)}
+    found = list(batches(samples, pieces, noise=0.1, workers=2, **settings))
+    for piece, batch in zip(pieces, found, strict=True):
+        expected = collate([data[item.row] for item in piece], noise=0.1, seeds=[1], **settings)
+        assert batch.seeds == tuple(item.noise_seed for item in piece) and batch.lengths == expected.lengths
+        for name in ("input_ids", "image_mask", "image_features", "hidden", "loss_mask"):
+            assert torch.equal(getattr(batch, name), getattr(expected, name)), name
+        for row, item in enumerate(piece):
+            if tokens is None:
+                assert torch.equal(batch.hidden[row, : batch.lengths[row]], data[item.row].hidden[:max_length])
+            assert not batch.hidden[row, batch.lengths[row] :].any()
+
+
+def test_states_of_a_batch_are_read_to_their_place(tmp_path, monkeypatch):
+    """No state is read into another tensor first, and nothing but a batch's own rows is read."""
+    data = ShardDataset(write_corpus(tmp_path / "corpus", 5, image=5))
+    data.lengths()
+    into, read = Rows.into, []
+    monkeypatch.setattr(Rows, "into", lambda rows, out: read.append(out) or into(rows, out))
+    (batch,) = batches(Samples({"image": (data, range(5))}), [[Item("image", 4, 0)]], vocab_size=99, max_length=64)
+    wide = [out for out in read if out.dim() == 2]
+    assert [out.data_ptr() for out in wide] == [batch.hidden.data_ptr(), batch.image_features.data_ptr()]
+    assert sum(out.nbytes for out in wide) == batch.hidden.nbytes + batch.image_features.nbytes

@@ -102,10 +102,10 @@ def test_rows_that_cannot_be_used_are_listed(llava: Case, run: Callable[[list[st
     assert (llava.folder / "listed" / "rows-image.json").read_bytes() == before
 
 
-def test_rows_are_prepared_by_other_processes_too(llava: Case, run: Callable[[list[str]], int]) -> None:
+def test_rows_are_prepared_by_several_threads(llava: Case, run: Callable[[list[str]], int]) -> None:
     few = ["--epochs", "1", "--limit", "6", "--text-share", "0"]
     assert run(llava.command("alone", *llava.online, *few)) == 0
-    assert run(llava.command("helped", *llava.online, *few, "--workers", "1")) == 0
+    assert run(llava.command("helped", *llava.online, *few, "--workers", "3")) == 0
     assert llava.curve("helped") == pytest.approx(llava.curve("alone"), abs=1e-6)
 
 

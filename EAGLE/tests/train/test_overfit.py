@@ -174,12 +174,10 @@ GEOMETRIES = {
     "larger layer": (make_internvl, {"layer_size": 48}, lambda target, draft: draft.fc.out_features == 48),
 }  # fmt: skip
 """For each the base, options of the draft, and that the pair has it."""
-SLOW_GEOMETRIES = ("tied and scaled embeddings", "capped logits", "smaller layer", "larger layer")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW_GEOMETRIES else name for name in GEOMETRIES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GEOMETRIES)
 def test_a_draft_for_every_geometry(name, tmp_path):
     """The automatic config fits, and a draft trained on one answer about a picture is accepted when decoding it; also
     from its file, and compiled."""

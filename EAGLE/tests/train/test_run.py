@@ -13,6 +13,7 @@ import torch
 from train_support import SCRIPT, assert_same_curve, curve, environment, logged, write_corpus
 
 from eagle.drafts.checkpoint import load_draft
+from eagle.families.base_weights import load_base_tensors
 from eagle.train.checkpoint import CheckpointStore, Progress, replace_folder
 from eagle.train.schedule import BatchSizes, Schedule
 from eagle.train.settings import TrainConfig
@@ -44,6 +45,25 @@ def test_a_run_leaves_a_published_checkpoint_and_its_record(arguments, run, tmp_
     assert [row["image_probability"] for row in history["steps"]] == [0, 0, 0, 0, 0.5, 0.5, 1, 1]
     assert [set(row["results"]) for row in history["validations"]] == [{"text", "image"}] * 4
     assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_checkpoint_has_no_frozen_parameters_and_older_ones_are_resumed(arguments, run, tmp_path):
+    """Older ones have the embedding too. One without a trained weight is damaged."""
+    tracker = ("--tracker", "none")
+    assert run(arguments("whole", *tracker)) == 0
+    assert run(arguments("parts", *tracker, "--max-steps", "4")) == 0
+    step = tmp_path / "parts" / "step-00000004"
+    file = step / "state" / "engine.pt"
+    state = torch.load(file, weights_only=True)
+    assert "draft.fc.weight" in state["objective"] and "draft.embed_tokens.weight" not in state["objective"]
+    embedding = load_base_tensors(tmp_path / "base").embed.float()
+    older = {**state["objective"], "draft.embed_tokens.weight": embedding}
+    broken = {name: tensor for name, tensor in older.items() if name != "draft.fc.weight"}
+    torch.save({**state, "objective": broken}, file)
+    assert run(arguments("parts", *tracker, "--resume")) == 2
+    torch.save({**state, "objective": older}, file)
+    assert run(arguments("parts", *tracker, "--resume")) == 0
+    assert_same_curve(tmp_path / "whole", tmp_path / "parts")
 
 
 def same_weights(folder, one, other):

@@ -8,6 +8,7 @@ import pytest
 from train_support import DRAFT
 
 import eagle.train
+from eagle.drafts.config import DraftConfig
 from eagle.drafts.msd import DraftModel
 from eagle.train.engine import read_deepspeed_config
 from eagle.train.main_deepspeed import how_to_resume, main, parse_args
@@ -54,6 +55,13 @@ def test_keys_of_published_configs_are_not_taken_for_settings(tmp_path):
         published = {**text, **text.get("text_config", {}), **published}
         (tmp_path / "c.json").write_text(json.dumps({**published, **DRAFT, "train": {"epochs": 3}}))
         assert read_config(tmp_path / "c.json")[1] == TrainConfig(epochs=3)
+
+
+@pytest.mark.parametrize("read", [read_config, read_deepspeed_config, DraftConfig.from_json])
+def test_a_key_with_two_values_is_refused(tmp_path, read):
+    (tmp_path / "c.json").write_text('{"train": {"epochs": 3, "epochs": 30}}')
+    with pytest.raises(UserError, match=r"key 'epochs' is there twice: .*c\.json"):
+        read(tmp_path / "c.json")
 
 
 @pytest.mark.parametrize("train", [{"epochs": "3"}, {"epochs": 0}, {"epochs": 1.5}, {"noise": -1}, {"seed": True}])

@@ -624,7 +624,7 @@ def test_missing_package_taken_port_and_no_model(
 ) -> None:
     with web.listen("127.0.0.1", 0) as taken:
         assert "cannot listen" in error_of(capsys, "--port", str(taken.getsockname()[1]))
-    assert "cannot listen" in error_of(capsys, "--port", "70000")
+    assert "--port: 70000 is above 65535" in error_of(capsys, "--port", "70000")
     assert "nowhere" in error_of(capsys, "--port", "0")
     monkeypatch.setattr("eagle.extras.find_spec", lambda name: None)
     assert "starlette is not installed (pip install 'msd-eagle[web]')" in error_of(capsys)

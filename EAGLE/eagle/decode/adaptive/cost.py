@@ -15,16 +15,21 @@ import json
 import logging
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
 from tqdm import tqdm
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from eagle.attention import two_part_attention
 from eagle.cache import cache_folder
 from eagle.decode.adaptive.planner import CostCurve
 from eagle.decode.drafter import Drafter
@@ -40,6 +45,8 @@ from llava.memory import within_memory
 NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 CONTEXT = 256
 """Number of cached positions during the measurement."""
+CONTEXTS = (512, 4096)
+"""Cached positions at which attention in two parts is compared with masked attention."""
 ROUNDS, WARM_UP = 7, 2
 BUDGET = 20.0
 """Seconds after which no further round starts."""
@@ -175,6 +182,46 @@ def measure(
         raise OutOfMemory("out of memory with a single token", str(target.device), "try --dtype bfloat16")
     extend, drafted, *seconds = seconds_of([draft_levels(0), draft_levels(deep), *verified], rounds)
     return CostCurve(sizes[: len(verified)], monotone(seconds), max((drafted - extend) / deep, 1e-7), extend)
+
+
+def two_part_from(target: Target, nodes: int) -> int | None:
+    """Cached rows from which one layer's attention of ``nodes`` tree nodes is faster in two parts (`eagle.attention`)
+    than masked, measured at two lengths; None if it is not faster at the longer one either."""
+    text = target.config.get_text_config()
+    if text._attn_implementation != "sdpa":
+        return None
+    heads = text.num_attention_heads
+    key_heads, width = Counter(shape for shape in target.cache_shapes if shape[0]).most_common(1)[0][0]
+    layer = SimpleNamespace(num_key_value_groups=heads // key_heads, is_causal=False)
+    new = partial(torch.randn, dtype=target.dtype, device=target.device)
+
+    def gain(context: int) -> float:
+        query, mask = new(1, heads, nodes, width), new(1, 1, nodes, context + nodes) * 0
+        key, value = (new(1, key_heads, context + nodes, width) for _ in range(2))
+
+        def masked() -> None:
+            sdpa_attention_forward(layer, query, key, value, mask)[0][0, 0, 0, 0].cpu()  # type: ignore[arg-type]
+
+        def in_parts() -> None:
+            two_part_attention(query, key, value, mask, context)[0, 0, 0, 0].cpu()
+
+        whole, parts = seconds_of([masked, in_parts])
+        return whole - parts
+
+    gains = within_memory(lambda: [gain(context) for context in CONTEXTS])
+    return None if gains is None else crossing(gains)
+
+
+def crossing(gains: Sequence[float]) -> int | None:
+    """Where a gain that is linear between `CONTEXTS` becomes positive.
+
+    >>> crossing([1.0, 2.0]), crossing([-1.0, 1.0]), crossing([1.0, -1.0])
+    (512, 2304, None)
+    """
+    (short, long), (first, last) = CONTEXTS, gains
+    if last <= 0:
+        return None
+    return short if first > 0 else round(short + (long - short) * -first / (last - first))
 
 
 def has_room(run: Callable[[], Any]) -> bool:

@@ -20,6 +20,10 @@ class LlavaTarget(Target):
         model, processor = llava.load_pretrained(path, **kwargs)
         return cls(model, processor)
 
+    @property
+    def image_mark(self) -> str:
+        return IMAGE_TOKEN
+
     def prepare(self, prompt: str | Sequence[str], images: Sequence[Any] = ()) -> dict[str, Any]:
         batch = self.processor(text=prompt, images=images, return_tensors="pt").to(self.device)
         return dict(batch)
