@@ -41,6 +41,8 @@ CONTEXTS = {"7b": (700, 2_000, 4_000, 16_000), "tiny": (100, 300)}
 BATCHES = (1, 4, 8, 16)
 PUBLISHED_TAU = 4.75
 """τ of the published LLaVA-1.5-7B draft in a third party's run (MMSpec, 723 turns, T = 0), for the speed to expect."""
+MOST_LAUNCHES = 40
+"""Of a compiled cycle (docs/long-visual-context.md)."""
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelExC", "cudaGraphLaunch")
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
@@ -227,7 +229,9 @@ def check_compiled(
         },
     }
     if device.type != "cpu":
-        part.figures["launches and waits, compiled"] = events_of(compiled, device)
+        seen = part.figures["launches and waits, compiled"] = events_of(compiled, device)
+        part.expect(f"at most {MOST_LAUNCHES} launches a cycle", seen["launches"] <= MOST_LAUNCHES, str(seen))
+        part.expect("one wait a cycle", round(seen["waits"]) <= 1, str(seen))
     part.expect("no compilation after warm-up", late == 0, f"{late} functions")
     part.expect("no graph breaks", not counters["graph_break"], f"{sum(counters['graph_break'].values())}")
     if device.type != "cpu":

@@ -1,10 +1,10 @@
-"""The tables of docs/results.md: the pocket pairs, the reports that owners of GPUs send, and published figures.
+"""The tables of docs/results.md: the pocket pairs, reports of other pairs and machines, and published figures.
 
     python -m benchmarks.results add report.json    # a report of `msd bench --out`: checked, then a row of the page
     python -m benchmarks.results                    # writes the page again
     python -m benchmarks.results --check            # exit status 1 if the page has other rows
 
-Rows that were sent are kept in benchmarks/results.json. Adding a report again changes nothing.
+Rows of reports are kept in benchmarks/results.json. Adding a report again changes nothing.
 """
 
 from __future__ import annotations

@@ -19,6 +19,9 @@ from torch import Tensor
 
 from eagle.decode.tree import DraftTree
 
+NO_TOKEN = -1
+"""The choice at a node where the target's output is NaN. No draft token equals it, so nothing is accepted below."""
+
 
 class Accepted(NamedTuple):
     """``path``: node indices from the root to the last accepted node, root included; ``tokens``: ids that this cycle

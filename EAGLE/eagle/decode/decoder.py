@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from eagle.decode.accept import Accepted, accept_all_at_once, accept_step_by_step
+from eagle.decode.accept import NO_TOKEN, Accepted, accept_all_at_once, accept_step_by_step
 from eagle.decode.adaptive.guard import Guard, Pace, Work
 from eagle.decode.adaptive.planner import Floats, Planner
+from eagle.decode.compiled.cycle import CycleRun
 from eagle.decode.compiled.engine import StaticDrafter, StaticEngine
 from eagle.decode.compiled.static_cache import StaticCache
 from eagle.decode.drafter import Drafter
@@ -41,8 +42,6 @@ from llava.memory import within_memory
 
 NEW_TOKENS = 2048
 """New tokens that there is room for at the start. Limits may be far larger than answers are."""
-NO_TOKEN = -1
-"""The choice at a node where the target's output is NaN. No draft token equals it, so nothing is accepted below."""
 TIE_STEPS = 2
 """Steps of the dtype between two logits that a forward of another number of rows may change places."""
 NOT_COMPILED = "out of memory in compiled decoding: this request is answered without"
@@ -176,11 +175,13 @@ class Decoder:
 
     def run(self) -> list[list[int]]:
         """Decodes to the end. Returns the new tokens of each sequence; `stats` has acceptance and times."""
+        ended = False
         try:
-            return self._run()
+            tokens, ended = self._run(), True
+            return tokens
         finally:
             if self.compiled is not None:  # after Ctrl-C too: CUDA graphs are bound to these caches
-                self.compiled.release(self.cache, self.drafter)
+                self.compiled.release(self.cache, self.drafter, clear=not ended)
 
     def _run(self) -> list[list[int]]:
         with self.stats.phase("prefill"):
@@ -188,23 +189,83 @@ class Decoder:
         start = time.perf_counter()
         self._drop_finished()
         while self.active:
-            began = time.perf_counter()
-            drafted = self.draft()
-            between = time.perf_counter()
-            with self.stats.phase("verify"):
-                verified = self.verify_within_memory(drafted)
-            with self.stats.phase("accept"):
-                accepted = self.accept(verified)
-            self._learn(verified, accepted, between - began, time.perf_counter() - between)
-            if self.settings.one_row_ties:
-                accepted = self._before_tie(verified, accepted)
-            with self.stats.phase("commit"):
-                self.commit(verified, accepted)
+            if not self._whole_cycles():
+                self._cycle()
             self._drop_finished()
         self.stats.loop = time.perf_counter() - start
         if self.settings.streamer is not None:
             self.settings.streamer.end()
         return [sequence.tokens for sequence in self.sequences]
+
+    def _cycle(self) -> None:
+        """One cycle of all sequences."""
+        began = time.perf_counter()
+        drafted = self.draft()
+        between = time.perf_counter()
+        with self.stats.phase("verify"):
+            verified = self.verify_within_memory(drafted)
+        with self.stats.phase("accept"):
+            accepted = self.accept(verified)
+        self._learn(verified, accepted, between - began, time.perf_counter() - between)
+        if self.settings.one_row_ties:
+            accepted = self._before_tie(verified, accepted)
+        with self.stats.phase("commit"):
+            self.commit(verified, accepted)
+
+    def _whole_cycles(self) -> bool:
+        """Decodes in whole cycles on the device (`eagle.decode.compiled.cycle`) until the answer ends or drafting
+        should pause. False if they do not serve this request, or not its next cycle."""
+        cycle = None if self.compiled is None or self.planner is not None else self.compiled.cycle(self.tree)
+        sequence, drafter, cache = self.active[0], self.drafter, self.cache
+        if cycle is None or not isinstance(drafter, StaticDrafter) or not isinstance(cache, StaticCache):
+            return False
+        left = self._left(sequence)
+        served = self.sampler.row_wise and not self.settings.one_row_ties
+        if left < 2 or not served or not self._should_draft():
+            return False
+        if (pending := sequence.take_pending()) is not None:
+            with self.stats.phase("draft"):
+                drafter.extend([pending.hidden], [pending.tokens])
+        run = drafter.start_cycles(cycle, sequence, left, cache)
+        enough_memory = self._follow(run, sequence)
+        drafter.end_cycles(run)
+        if not enough_memory:
+            self._leave_compiled()
+        return True
+
+    def _follow(self, run: CycleRun, sequence: Sequence) -> bool:
+        """Launches whole cycles and looks at their results. Before each result, `CycleRun.ahead` further cycles are
+        launched. Returns False if memory ran out."""
+        launched = True
+        began = time.perf_counter()
+        while not sequence.finished:
+            while launched and len(run.flights) <= run.ahead(self.settings.wait is None) and self._goes_on(run):
+                most = run.most(self._longest)
+                self._make_room(*most)
+                launched = within_memory(partial(run.launch, most, self.stats)) is not None
+            if not run.flights:
+                break
+            left = self._left(sequence)
+            with self.stats.phase("accept"):
+                tokens = run.wait()
+            if tokens[-1] == NO_TOKEN:
+                raise nan_error()
+            if self.guard is not None and left > 1:
+                self.guard.learn(Work(0.0, time.perf_counter() - began), Work(1.0, 1.0), len(tokens))
+            with self.stats.phase("commit"):
+                self.stats.record_cycle(len(tokens) - 1, self.tree.nodes_within(left))
+                self._emit(sequence, tokens)
+            began = time.perf_counter()
+        return launched
+
+    def _goes_on(self, run: CycleRun) -> bool:
+        """Whether another whole cycle is launched: tokens may be left for a draft, and drafting pays."""
+        left = self._left(self.active[0]) - len(run.flights)  # those in flight add at least one each
+        return left > 1 and (self.guard is None or self.guard.wants_another(len(run.flights)))
+
+    def _left(self, sequence: Sequence) -> int:
+        """New tokens that are still wanted."""
+        return self.stopper.max_new_tokens - len(sequence.tokens)
 
     def prefill(self) -> None:
         """Target and draft read each prompt; the target chooses its first token."""
@@ -220,10 +281,18 @@ class Decoder:
             if self.drafter is not None and not sequence.finished:
                 self.drafter.start(index, prefill, sequence.prompt, first.to(sequence.prompt.device))
 
-    def _make_room(self) -> None:
-        """Makes room for the rows of the next cycle, in caches and masks. It doubles, until the longest answer fits."""
-        if self.cache.length + self.tree.depth + 2 <= self._room or self._room == self._longest:
+    def _make_room(self, *in_use: int) -> None:
+        """Makes room for the rows of the next cycle, in caches and masks. It doubles, until the longest answer fits.
+
+        Args:
+            in_use: rows of target and draft, if the host does not know them exactly.
+        """
+        rows = in_use[0] if in_use else self.cache.length
+        if rows + self.tree.depth + 2 <= self._room or self._room == self._longest:
             return
+        if in_use and self.drafter is not None:
+            for cache, used in zip((self.cache, self.drafter.cache), in_use, strict=True):
+                cache.truncate([used])  # these rows are copied
         self._room = min(2 * self._room, self._longest)
         largest = max(self.settings.tree.total_tokens, self._padded)
         rows = self._room + largest
@@ -236,7 +305,7 @@ class Decoder:
         """A tree below each newest token, no deeper than the number of tokens that are still wanted."""
         self._make_room()
         roots = torch.tensor([[s.tokens[-1]] for s in self.active], device=self.target.device)  # [B, 1]
-        bounds = [self.tree.shortened(self.stopper.max_new_tokens - len(s.tokens)) for s in self.active]
+        bounds = [self.tree.shortened(self._left(sequence)) for sequence in self.active]
         deepest = max(bounds, key=lambda tree: tree.depth)
         if self._one_row:
             self._one_row = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,6 +16,11 @@ from eagle.drafts.compression import Compression
 from eagle.drafts.head import DraftHead, Prompt
 from eagle.families.base import Prefill, within_window
 from eagle.kv_cache import KVCache
+
+Step = Callable[[Tensor, Tensor, Tensor, Sequence[int]], tuple[Tensor, Tensor, Tensor]]
+"""Drafts a level: tokens [B, k], the hidden states [B, k, H] from which they were drawn, which drafted rows each sees
+[B, k, m] and how many rows each level so far has → predicted hidden states [B, k, H], and ids and log-probabilities of
+the children, [B, k, k] each."""
 
 
 class Drafter:
@@ -48,15 +54,12 @@ class Drafter:
         self.cache = self._new_cache(batch, rows)
         self._mask_rows = max(tree.top_k, extended)
         self._masks = MaskBuffer(self._mask_rows, rows, draft.dtype, device)
-        self._identity = torch.eye(tree.top_k, dtype=torch.bool, device=device)
-        self._indices = torch.arange(tree.top_k, device=device)
         self._causal = torch.ones(1, extended, extended, dtype=torch.bool, device=device).tril()
         self._rows, self._rope_length = rows, 0
         self._extend_rope(rows)
         self._lengths = [0] * batch
         self._shift = [0] * batch  # position id minus row index of new tokens; 0 for plain positions
         self._context: Tensor | None = None  # [B, C] what the rows of each sequence get from its prompt
-        self._widths: list[int] = []  # drafted rows of each level in the cache
         self._last = torch.zeros(
             batch, config.hidden_size, dtype=draft.dtype, device=device
         )  # predicted after the accepted rows
@@ -149,29 +152,8 @@ class Drafter:
             should_deepen: called with the scores [B, m] of each level but the last; says whether to draft another.
         """
         hidden = self._last.unsqueeze(1)  # [B, 1, H]
-        tokens, scores = (part[:, 0] for part in self._children(hidden, tree.top_k))  # [B, k]
-        batch, width = tokens.shape
-        levels = [Candidates(tokens, scores, torch.full_like(tokens, -1))]
-        hidden = hidden.expand(-1, width, -1)  # [B, k, H] hidden state each frontier node was drawn from
-        indices = self._indices[:width].expand(batch, -1)  # [B, k] candidate index of each frontier node
-        tree_mask = self._identity[:width, :width].expand(batch, -1, -1)  # [B, k, drafted so far]
-        total, self._widths = width, [width]
-        for step in range(tree.depth):
-            if should_deepen is not None and not should_deepen(levels[-1].scores):
-                break
-            output, child_tokens, child_logprobs = self._step(tokens, hidden, tree_mask, step, tree.top_k)
-            child_scores = child_logprobs + scores.unsqueeze(-1)  # [B, k, k]
-            parents = indices.repeat_interleave(child_tokens.shape[-1], dim=1)
-            levels.append(Candidates(child_tokens.flatten(1), child_scores.flatten(1), parents))
-            if step + 1 == tree.depth:
-                break
-            flat, rows = choose_frontier(child_scores, tree.top_k)  # [B, k]
-            tokens, scores = child_tokens.flatten(1).gather(1, flat), child_scores.flatten(1).gather(1, flat)
-            hidden = _take(output, rows)
-            self._widths.append(flat.shape[1])
-            indices, total = flat + total, total + child_tokens[0].numel()
-            identity = self._identity[: flat.shape[1], : flat.shape[1]].expand(batch, -1, -1)
-            tree_mask = torch.cat([_take(tree_mask, rows), identity], dim=2)
+        first = self._children(hidden, tree.top_k)
+        levels = draft_levels(first, hidden, tree, partial(self._step, tree.top_k), should_deepen)
         return Candidates(*(torch.cat(parts, dim=1) for parts in zip(*levels, strict=True)))
 
     def select(self, rows: Sequence[int]) -> None:
@@ -186,13 +168,12 @@ class Drafter:
         return self.draft.likely_next(hidden, top_k, self.head)
 
     def _step(
-        self, tokens: Tensor, hidden: Tensor, tree_mask: Tensor, step: int, top_k: int
+        self, top_k: int, tokens: Tensor, hidden: Tensor, tree_mask: Tensor, widths: Sequence[int]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One draft forward over the frontiers: tokens [B, k], hidden [B, k, H] → predicted hidden states [B, k, H] and
-        their children, [B, k, k] each."""
+        """One draft forward over the frontiers (`Step`)."""
         x = self.draft.text_rows(hidden, tokens, self._context)  # [B, k, X]
-        mask = self._mask(tree_mask, self._widths)
-        output = self.draft(x, None, mask, self.cache, self._rope(step, 1))
+        mask = self._mask(tree_mask, widths)
+        output = self.draft(x, None, mask, self.cache, self._rope(len(widths) - 1, 1))
         return output, *self._children(output, top_k)
 
     def _mask(self, block: Tensor, widths: Sequence[int]) -> Tensor:
@@ -200,8 +181,8 @@ class Drafter:
         mask = self._masks.window(self._lengths, block)
         if self.draft.window is None:
             return mask
-        depths = torch.tensor([depth for depth, width in enumerate(widths) for _ in range(width)], device=mask.device)
-        return within_window(mask, self._lengths, depths.expand(block.shape[0], -1), self.draft.window)
+        depths = depths_of(widths, mask.device).expand(block.shape[0], -1)
+        return within_window(mask, self._lengths, depths, self.draft.window)
 
     def _rope(self, offset: int, count: int) -> tuple[Tensor, Tensor]:
         """Rotary angles of ``count`` positions, ``offset`` after the accepted rows, [1 or B, 1, count, D]; a single
@@ -222,6 +203,53 @@ class Drafter:
 
     def _slice(self, start: int, count: int) -> tuple[Tensor, Tensor]:
         return self._cos[:, :, start : start + count], self._sin[:, :, start : start + count]
+
+
+def draft_levels(
+    first: tuple[Tensor, Tensor],
+    hidden: Tensor,
+    tree: TreeConfig,
+    step: Step,
+    should_deepen: Callable[[Tensor], bool] | None = None,
+) -> list[Candidates]:
+    """The candidates of each of ``tree.depth + 1`` levels. Sizes depend on ``tree`` alone, so it can be compiled.
+
+    Args:
+        first: ids and log-probabilities of the children of the root, [B, 1, k] each.
+        hidden: [B, 1, H] predicted hidden states from which these were drawn.
+        step: drafts one level.
+        should_deepen: as for `Drafter.expand`.
+    """
+    tokens, scores = (part[:, 0] for part in first)  # [B, k]
+    batch, width = tokens.shape
+    identity = torch.eye(max(width, tree.top_k), dtype=torch.bool, device=tokens.device)
+    levels = [Candidates(tokens, scores, torch.full_like(tokens, -1))]
+    hidden = hidden.expand(-1, width, -1)  # [B, k, H] hidden state each frontier node was drawn from
+    indices = torch.arange(width, device=tokens.device).expand(batch, -1)  # [B, k] candidate index of each
+    tree_mask = identity[:width, :width].expand(batch, -1, -1)  # [B, k, drafted so far]
+    total, widths = width, [width]
+    for level in range(tree.depth):
+        if should_deepen is not None and not should_deepen(levels[-1].scores):
+            break
+        output, child_tokens, child_logprobs = step(tokens, hidden, tree_mask, widths)
+        child_scores = child_logprobs + scores.unsqueeze(-1)  # [B, k, k]
+        parents = indices.repeat_interleave(child_tokens.shape[-1], dim=1)
+        levels.append(Candidates(child_tokens.flatten(1), child_scores.flatten(1), parents))
+        if level + 1 == tree.depth:
+            break
+        flat, rows = choose_frontier(child_scores, tree.top_k)  # [B, k]
+        tokens, scores = child_tokens.flatten(1).gather(1, flat), child_scores.flatten(1).gather(1, flat)
+        hidden = _take(output, rows)
+        widths.append(flat.shape[1])
+        indices, total = flat + total, total + child_tokens[0].numel()
+        own = identity[: flat.shape[1], : flat.shape[1]].expand(batch, -1, -1)
+        tree_mask = torch.cat([_take(tree_mask, rows), own], dim=2)
+    return levels
+
+
+def depths_of(widths: Sequence[int], device: torch.device) -> Tensor:
+    """The level of each row, if the levels have so many rows."""
+    return torch.tensor([depth for depth, width in enumerate(widths) for _ in range(width)], device=device)
 
 
 def window_mask(rows: int, window: int, device: torch.device) -> Tensor | None:

@@ -55,12 +55,16 @@ def batch_mask(pasts: Sequence[int], blocks: Tensor, dtype: torch.dtype) -> Tens
     >>> batch_mask([1, 2], torch.tensor([[[True]], [[True]]]), torch.float32).eq(0).int().tolist()
     [[[[1, 1, 0]]], [[[1, 1, 1]]]]
     """
-    rows, columns = blocks.shape[1:]
-    device = blocks.device
-    past = torch.tensor(pasts, device=device).unsqueeze(1)  # [B, 1]
-    place = torch.arange(max(pasts) + columns, device=device) - past  # [B, T] column relative to the block
-    index = place.clamp(0, columns - 1).unsqueeze(1).expand(-1, rows, -1)  # [B, n, T]
+    return mask_behind(torch.tensor(pasts, device=blocks.device), blocks, max(pasts) + blocks.shape[2], dtype)
+
+
+def mask_behind(past: Tensor, blocks: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """`batch_mask` for cached rows ``past`` [B] that the host does not know, of ``columns`` columns: those behind the
+    block are masked."""
+    rows, width = blocks.shape[1:]
+    place = torch.arange(columns, device=blocks.device) - past.unsqueeze(1)  # [B, T] column relative to the block
+    index = place.clamp(0, width - 1).unsqueeze(1).expand(-1, rows, -1)  # [B, n, T]
     place = place.unsqueeze(1)
-    open_ = (place < 0) | (blocks.gather(2, index) & (place < columns))  # [B, n, T]
-    mask = torch.zeros(open_.shape, dtype=dtype, device=device)
+    open_ = (place < 0) | (blocks.gather(2, index) & (place < width))  # [B, n, T]
+    mask = torch.zeros(open_.shape, dtype=dtype, device=blocks.device)
     return mask.masked_fill_(~open_, torch.finfo(dtype).min).unsqueeze(1)

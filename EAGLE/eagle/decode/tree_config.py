@@ -74,6 +74,12 @@ class TreeConfig:
         nodes = max(1, min(self.total_tokens, max(self.total_tokens, BATCH_NODES) // batch))
         return TreeConfig(self.depth, -(-self.top_k * nodes // self.total_tokens), nodes) if batch > 1 else self
 
+    def nodes_within(self, tokens_left: int) -> int:
+        """Nodes of a tree of these bounds if so many new tokens are wanted, with ``top_k`` children of each node."""
+        if tokens_left <= 1:
+            return 1
+        return min(self.total_tokens, 1 + self.top_k + self.shortened(tokens_left).depth * self.top_k**2)
+
     def shortened(self, tokens_left: int) -> TreeConfig:
         """The same tree, no deeper than ``tokens_left`` new tokens can use (the bonus token is one of them)."""
         if tokens_left <= 1:

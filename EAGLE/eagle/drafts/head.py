@@ -190,6 +190,11 @@ class DraftHead(nn.Module, ABC):
                 module.fuse()
         return self.eval().requires_grad_(False)
 
+    def vocabulary(self, of_target: int) -> int:
+        """The number of tokens that it can draft."""
+        own = None if self.lm_head is None else self.lm_head.out_features
+        return len(self.draft_vocab) if self.draft_vocab is not None else own or of_target
+
     def head_input(self, hidden: Tensor) -> Tensor:
         """What the ``lm_head`` reads of predicted hidden states [..., H]."""
         return hidden

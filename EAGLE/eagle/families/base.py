@@ -388,12 +388,12 @@ class Target(ABC):
             yield Prefill(hidden, prompt.embeds, prompt.image_mask, own_positions, own_next, streams.joined())
         cache.truncate(lengths)
 
-    def masks_by_layer(self, mask: Tensor, past: Sequence[int], depths: Tensor) -> LayerMasks:
+    def masks_by_layer(self, mask: Tensor, past: Sequence[int] | Tensor, depths: Tensor) -> LayerMasks:
         """What the text model takes as mask of a tree forward: a mask for each type of layer if it has sliding windows.
 
         Args:
             mask: [B, 1, N, T] additive, of layers that see everything.
-            past: cached rows of each sequence.
+            past: cached rows of each sequence; [B] if the host does not know them.
             depths: [B, N] of the nodes.
         """
         if self.layers.linear:
@@ -473,7 +473,7 @@ def check_attention(name: str) -> None:
         raise UserError(f"attention '{name}' cannot verify a draft tree", fix=fix)
 
 
-def within_window(mask: Tensor, past: Sequence[int], depths: Tensor, window: int) -> Tensor:
+def within_window(mask: Tensor, past: Sequence[int] | Tensor, depths: Tensor, window: int) -> Tensor:
     """Closes what is ``window`` or more places away in an additive mask [B, 1, n, T] of tree nodes.
 
     A cached row's place is its column; a node's place is the number of cached rows plus its depth. ``depths`` [B, N]
@@ -483,9 +483,11 @@ def within_window(mask: Tensor, past: Sequence[int], depths: Tensor, window: int
     [[[[0, 1, 1, 1], [0, 0, 1, 1]]]]
     """
     nodes = depths.shape[1]
-    if max(past) + nodes <= window:
-        return mask
-    rows = torch.tensor(past, device=mask.device).unsqueeze(1)  # [B, 1]
+    if not isinstance(past, Tensor):
+        if max(past) + nodes <= window:
+            return mask
+        past = torch.tensor(past, device=mask.device)
+    rows = past.unsqueeze(1)  # [B, 1]
     columns = torch.arange(mask.shape[-1], device=mask.device).unsqueeze(0)  # [1, T]
     depths = depths.to(mask.device)
     node = (columns - rows).clamp(0, nodes - 1)  # [B, T] the node of a column behind the cached rows

@@ -207,7 +207,7 @@ def test_one_compilation_for_all_sizes(models: list[MSDModel], fresh_dynamo: Non
     compiled.warm_up(progress=False)
     assert sum(counters["graph_break"].values()) == 0, dict(counters["graph_break"])
     before = counters["stats"]["unique_graphs"]
-    assert before == 6, "verify, plain step, extend, step, children and keep"
+    assert before == 9, "verify, plain step, extend, step, children and keep; draft, masks and finish of whole cycles"
     ids = torch.randint(5, 200, (1, 1100), generator=torch.Generator().manual_seed(0))
     accepted = []
     for tree, length in ((TreeConfig(4, 6, 24), 40), (TreeConfig(3, 1, 5), 250), (TreeConfig(2, 3, 9), 1015)):
@@ -215,6 +215,9 @@ def test_one_compilation_for_all_sizes(models: list[MSDModel], fresh_dynamo: Non
         accepted += check_same([plain, compiled], inputs, tree=tree, max_new_tokens=15, temperature=0)
     check_same([plain, compiled], {"input_ids": ids}, max_new_tokens=5, temperature=0, use_msd=False)
     check_same([plain, compiled], inputs_of(plain, TEXTS[:1]), tree=TREES[0], max_new_tokens=25, temperature=0)
+    own = {"tree": TreeConfig(2, 2, 8), "max_new_tokens": 20, "seed": 1}
+    for length, temperature in ((240, 0.0), (40, 0.7), (1000, 1.1)):
+        check_same([plain, compiled], {"input_ids": ids[:, :length]}, **own, temperature=temperature)
     assert sum(counters["graph_break"].values()) == 0, dict(counters["graph_break"])
     assert counters["stats"]["unique_graphs"] == before
 
@@ -238,6 +241,17 @@ def recorded(models: list[MSDModel], monkeypatch: pytest.MonkeyPatch) -> SimpleN
             return part(*given)
 
         monkeypatch.setattr(engine, name, call)
+
+    def whole(function: Callable[..., object]) -> Callable[..., object]:
+        def call(*given: object) -> object:
+            shapes = [tuple(each.shape) for each in given if isinstance(each, torch.Tensor)]
+            columns = [each.window.sight.shape[0] for each in given if isinstance(each, StaticCache)]
+            seen.add((function.__name__, *shapes, *(columns if function.__name__ != "finish" else ())))
+            return function(*given)
+
+        return call
+
+    monkeypatch.setattr(engine, "_compiler", whole)
     return SimpleNamespace(model=model, seen=seen)
 
 
@@ -248,6 +262,8 @@ def test_the_warm_up_records_all_graphs(
     recorded.model.warm_up(positions=2000, progress=False)
     known = set(recorded.seen)
     assert {each[-1][1] for each in known if each[0] == "verify_nodes"} == set(buckets(2048))
+    for name in ("draft_phase", "masks"):
+        assert {each[-1] for each in known if each[0] == name} == set(buckets(2048))
     ids = torch.randint(5, 200, (1, 1300), generator=torch.Generator().manual_seed(0))
     for length in (40, 500, 1300):
         inputs = {"input_ids": ids[:, :length]}

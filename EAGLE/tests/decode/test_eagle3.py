@@ -99,13 +99,22 @@ def test_greedy_answers_equal_generate(pair, head):
     assert sum(output.stats.accept_lengths) > 0 or head == "whole vocabulary"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("pair", "head"), [(base, head) for base in BASES for head in HEADS], indirect=["pair"])
-def test_compiled_decoding_has_the_same_cycles(pair, head):
-    """The streams of the target's layers leave the compiled forward. After the warm-up nothing is compiled."""
+@pytest.mark.parametrize(
+    ("pair", "head", "plainly"),
+    [
+        *(pytest.param(base, head, False, marks=pytest.mark.slow) for base in BASES for head in HEADS),
+        *(("qwen3_vl", head, True) for head in ("flat", "two layers, window", "mrope, features")),
+    ],
+    indirect=["pair"],
+)
+def test_compiled_decoding_has_the_same_cycles(pair, head, plainly, monkeypatch):
+    """The streams of the target's layers leave the compiled forward. After the warm-up nothing is compiled.
+    ``plainly``: without compiling at all."""
     model = model_of(pair, **dict(HEADS[head]))
     torch._dynamo.reset()
     counters.clear()
+    if plainly:
+        monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     compiled = MSDModel(pair.target, model.draft, model.tree, compile="eager")
     compiled.warm_up(progress=False)
     before = counters["stats"]["unique_graphs"]

@@ -61,6 +61,31 @@ def run(
     return cycles
 
 
+def run_whole(script: Callable[[int], Machine], ahead: int) -> list[Cycle]:
+    """`run` without known durations, in whole cycles as `Decoder._follow` decodes them: only their sums are measured,
+    and ``ahead`` cycles are launched before the guard learns from one."""
+    chance, guard = random.Random(0), Guard(Pace())
+    cycles: list[Cycle] = []
+    while len(cycles) < CYCLES:
+        if not guard.should_draft():
+            machine = script(len(cycles))
+            seconds = PLAIN * machine.plain * chance.gauss(1.0, 0.03)
+            guard.learn(Work(0.0, seconds), Work(0.0, 1.0), 1.0)
+            cycles.append(Cycle(False, seconds, PLAIN * machine.plain))
+            continue
+        flights: list[Machine] = []
+        while len(cycles) < CYCLES:
+            while len(flights) <= ahead and guard.wants_another(len(flights)):
+                flights.append(script(len(cycles) + len(flights)))
+            if not flights:
+                break
+            machine = flights.pop(0)
+            seconds = (DRAFT * machine.draft + VERIFY * machine.verify) * chance.gauss(1.0, 0.03)
+            guard.learn(Work(0.0, seconds), Work(1.0, 1.0), machine.tokens)
+            cycles.append(Cycle(True, seconds, machine.tokens * PLAIN * machine.plain))
+    return cycles
+
+
 def speedup(cycles: list[Cycle]) -> float:
     return sum(cycle.plain_seconds for cycle in cycles) / sum(cycle.seconds for cycle in cycles)
 
@@ -97,6 +122,17 @@ def test_no_window_is_slower_than_plain_and_speed_returns(load: Machine, measure
     undisturbed = GOOD * PLAIN / (DRAFT + VERIFY)
     assert speedup(cycles[END + WINDOW :]) > 0.97 * undisturbed
     assert speedup(cycles[:BEGIN]) > 0.93 * undisturbed  # two plain cycles are measured
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("load", [Machine(4, 4, 4), Machine(draft=3), Machine(draft=2, verify=2), Machine(1.5, 3, 3)])
+def test_whole_cycles(load: Machine, ahead: int) -> None:
+    """Nothing is known but the sum of a cycle, and that late."""
+    cycles = run_whole(under_load(load), ahead)
+    assert worst(cycles) >= 0.95
+    assert cycles_to_return(cycles) <= WINDOW
+    for tokens in (1.0, 1.5, 2.0):
+        assert speedup(run_whole(lambda _, tokens=tokens: Machine(tokens=tokens), ahead)) > 0.97  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(("load", "least"), [(Machine(verify=3.0), 0.9), (Machine(draft=3.0, verify=3.0), 0.8)])

@@ -9,6 +9,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import torch
 from pretended_gpu import PretendedGPU
 
 from eagle import MSDModel
@@ -81,6 +82,42 @@ def test_a_fixed_tree(
     assert cycles.by_kind("to host", "number", "size") == (cycles.count, 0, 0), cycles.show()
     several = sum(length > 0 for length in cycles.accepted)
     assert cycles.waits["to GPU"] <= 4 * cycles.count + several, cycles.show()
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"temperature": 1.0, "seed": 1, "top_p": 0.9}], ids=str)
+def test_compiled_cycles(
+    pair: Pair, gpu: PretendedGPU, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    """One copy to the host, which is not waited for before the next cycle is launched, and nothing else. Each cycle is
+    waited for once. Functions are not compiled here."""
+    order = list[str]()
+
+    class Event:
+        def record(self) -> None:
+            order.append("launched")
+
+        def synchronize(self) -> None:
+            order.append("waited")
+
+    follow, waits = Decoder._follow, Counter[str]()
+
+    def counted(decoder: Decoder, *given: Any) -> Any:
+        gpu.forget()
+        result = follow(decoder, *given)
+        waits.update(gpu.waits)
+        return result
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(Decoder, "_follow", counted)
+    model = pair.on_gpu(compile="eager")
+    model.warm_up(progress=False)
+    found = model.generate(**moved(pair.inputs), max_new_tokens=2 * TOKENS, **settings)
+    assert found.tokens == pair.host.generate(**pair.inputs, max_new_tokens=2 * TOKENS, **settings).tokens
+    assert order[:4] == ["launched", "launched", "waited", "launched"]
+    assert order.count("waited") >= found.stats.cycles - 1 > 3  # the last may be a plain one
+    assert {place.split(":")[0] for place in waits} == {"to host"}, waits
+    assert sum(waits.values()) == order.count("launched") <= found.stats.cycles + 1
 
 
 def test_plain_decoding(pair: Pair, model: MSDModel, gpu: PretendedGPU, monkeypatch: pytest.MonkeyPatch) -> None:

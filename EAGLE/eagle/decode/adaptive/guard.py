@@ -122,9 +122,20 @@ class Guard:
         """Over plain decoding."""
         return self.pace.tokens * self.plain * ratio(self.pace.plain) / self.pace.seconds
 
+    @property
+    def wants_draft(self) -> bool:
+        """Whether a cycle should draft, by what is known now."""
+        return not self._pause and not self._probe_due()
+
+    def wants_another(self, unknown: int) -> bool:
+        """Whether a cycle should draft while the durations of ``unknown`` cycles are not known yet: drafting has to pay
+        clearly for that."""
+        sure = bool(self.pace.plain and self.pace.verify) and not self._resumed and self.speedup > REGAIN
+        return self.wants_draft and (not unknown or sure)
+
     def should_draft(self) -> bool:
         """Starts a cycle. Returns whether it drafts."""
-        self._drafted = not self._pause and not self._probe_due()
+        self._drafted = self.wants_draft
         return self._drafted
 
     def learn(self, real: Work, expected: Work, tokens: float) -> None:

@@ -14,11 +14,14 @@ children    one, the first level's parent; as many children as the frontier is w
 keep        as verify; rows that stay where they are included
 ==========  ==================================================================================================
 
+Cycles with the tree of the warm-up do not use these, but for `verify` and the plain step: selection of nodes and
+acceptance are compiled there too, and the host knows nothing but the tokens (`eagle.decode.compiled.cycle`). Requests
+with other trees, and logits processors that read other tokens, use the parts.
+
 Columns grow in steps (`bucket`); CUDA graphs are recorded for each, without compiling again. `StaticEngine.warm_up`
 does all of it before the first request.
 
-Not compiled: prefill (its length differs each time), selection of nodes and acceptance (small, and their results go to
-the host), and batches (their shapes change when a sequence ends).
+Not compiled: prefill (its length differs each time) and batches (their shapes change when a sequence ends).
 """
 
 from __future__ import annotations
@@ -33,11 +36,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 from torch.utils._triton import has_triton
 from tqdm import tqdm
 
+from eagle.decode.compiled.cycle import CompiledCycle, CycleRun
 from eagle.decode.compiled.static_cache import StaticCache, bucket, buckets, dynamic, move_rows
 from eagle.decode.drafter import Drafter
+from eagle.decode.sequence import Sequence as Answer
 from eagle.decode.tree_config import TreeConfig
 from eagle.drafts.compression import Compression
 from eagle.drafts.head import DraftHead
@@ -51,6 +57,8 @@ POSITIONS = 4096
 one."""
 
 
+DEEPEST = 16
+"""Depth of the largest tree of whole cycles: their draft phase is compiled with all levels as one function."""
 DELAY = 2.0
 """Seconds before a progress bar appears."""
 RECORDED = 3
@@ -75,22 +83,20 @@ class Compiler:
         if backend not in known:
             raise UserError(f"no compiler backend '{backend}'", fix=f"use one of {', '.join(known)}")
         self.graphs = backend == "inductor" and device.type == "cuda"
-        self._settings: dict[str, Any] = {"backend": backend, "dynamic": False}  # but for sizes that are marked
+        settings: dict[str, Any] = {"backend": backend, "dynamic": False}  # but for sizes that are marked
         if self.graphs:
-            self._settings["mode"] = "reduce-overhead"
+            settings["mode"] = "reduce-overhead"
+        self._compile = partial(torch.compile, **settings)
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The compiled ``function``. Its results stay valid after the next call."""
-        compiled = torch.compile(function, **self._settings)
+        compiled = self._compile(function)
         if not self.graphs:
             return compiled
 
         def call(*arguments: Any) -> Any:
             torch.compiler.cudagraph_mark_step_begin()  # a graph may now overwrite the last results
-            result = compiled(*arguments)
-            if isinstance(result, tuple):
-                return tuple(part.clone() for part in result)
-            return result if result is None else result.clone()
+            return tree_map_only(Tensor, Tensor.clone, compiled(*arguments))
 
         return call
 
@@ -141,12 +147,13 @@ class StaticEngine:
         self.target, self.draft = target, draft
         self._thread: int | None = None
         self._refused = False
-        compiled = Compiler(backend, target.device)
+        self._compiler = compiled = Compiler(backend, target.device)
         self.graphs = compiled.graphs
         limit = position_limit(target.config.get_text_config()) or POSITIONS
         self.positions = min(limit, POSITIONS) if self.graphs else 1
         move = compiled(move_rows)
         self.target_caches = CachePool(partial(self._target_cache, move), self.positions)
+        self._cycles: dict[tuple[int, int, int], CompiledCycle] = {}
         self.verify_nodes = compiled(verifier(target, () if draft is None else draft.target_layers))
         if draft is not None:
             head = target.head_function()
@@ -263,11 +270,16 @@ class StaticEngine:
             return
         cache = self.target_caches.take(positions)
         columns = buckets(cache.capacity) if self.graphs else [bucket(tree.total_tokens)]
-        calls = self._target_calls(cache, {1, tree.total_tokens if self.draft is not None else 1}, columns)
-        draft_cache = None
+        sizes, draft_cache, calls = {1}, None, list[Callable[[], object]]()
         if self.draft is not None:
-            draft_cache = self.draft_caches.take(positions)
+            cycle = self._new_cycle(self.draft, tree)
+            draft_cache = self.draft_caches.take(positions if cycle is None else max(positions, cycle.drafted))
             calls += self._draft_calls(self.draft, draft_cache, tree, columns)
+            sizes.add(tree.total_tokens)
+            if cycle is not None:
+                sizes.add(cycle.nodes)
+                calls += cycle.calls(self.target, self.draft, cache, draft_cache, columns)
+        calls += self._target_calls(cache, sizes, columns)
         try:
             for call in tqdm(calls, "compiling", unit="part", delay=DELAY, disable=not progress, file=sys.stderr):
                 for _ in range(RECORDED if self.graphs else 1):
@@ -276,6 +288,20 @@ class StaticEngine:
             self.target_caches.give_back(cache)
             if draft_cache is not None:
                 self.draft_caches.give_back(draft_cache)
+
+    def _new_cycle(self, draft: DraftHead, tree: TreeConfig) -> CompiledCycle | None:
+        """Whole cycles with this tree. None if it has no fixed size, or is too deep to be compiled as one function."""
+        size = (tree.depth, tree.top_k, tree.total_tokens)
+        fixed = not tree.adaptive and tree.top_k <= draft.vocabulary(self.target.vocab_size)
+        if not fixed or tree.total_tokens == 1 or tree.depth > DEEPEST:
+            return None
+        if size not in self._cycles:
+            self._cycles[size] = CompiledCycle(self.target, draft, tree, self._compiler, self.verify_nodes)
+        return self._cycles[size]
+
+    def cycle(self, tree: TreeConfig) -> CompiledCycle | None:
+        """Whole cycles with this tree. None if `warm_up` has not compiled them."""
+        return self._cycles.get((tree.depth, tree.top_k, tree.total_tokens))
 
     def _target_calls(
         self, cache: StaticCache, sizes: Iterable[int], columns: Sequence[int]
@@ -317,11 +343,16 @@ class StaticEngine:
         calls: list[Callable[[], object]] = [partial(self.children, zeros(size), tree.top_k)]
         return calls + [partial(part, width) for part in (extend, step) for width in columns]
 
-    def release(self, cache: KVCache, drafter: Drafter | None) -> None:
-        """Returns the caches of a finished request."""
-        self.target_caches.give_back(cache)
+    def release(self, cache: KVCache, drafter: Drafter | None, clear: bool = False) -> None:
+        """Returns the caches of a finished request. ``clear``: it failed, so rows may not be numbers, which would spoil
+        the results of others even where they are masked."""
+        pools = [(self.target_caches, cache)]
         if drafter is not None:
-            self.draft_caches.give_back(drafter.cache)
+            pools.append((self.draft_caches, drafter.cache))
+        for pool, part in pools:
+            if clear and isinstance(part, StaticCache):
+                part.clear()
+            pool.give_back(part)
 
     def _target_cache(self, move: Callable[..., None], rows: int) -> StaticCache:
         target = self.target
@@ -358,12 +389,12 @@ class StaticDrafter(Drafter):
         return engine.extend(tokens[0], hidden[0], self._context, mask, rope, cache).unsqueeze(0)
 
     def _step(
-        self, tokens: Tensor, hidden: Tensor, tree_mask: Tensor, step: int, top_k: int
+        self, top_k: int, tokens: Tensor, hidden: Tensor, tree_mask: Tensor, widths: Sequence[int]
     ) -> tuple[Tensor, Tensor, Tensor]:
         if (cache := self._static_cache) is None:
-            return super()._step(tokens, hidden, tree_mask, step, top_k)
-        mask = self._mask(tree_mask, self._widths)
-        parts = self._engine.step(tokens[0], hidden[0], self._context, mask, self._rope(step, 1), cache)
+            return super()._step(top_k, tokens, hidden, tree_mask, widths)
+        mask, rope = self._mask(tree_mask, widths), self._rope(len(widths) - 1, 1)
+        parts = self._engine.step(tokens[0], hidden[0], self._context, mask, rope, cache)
         output, ids, logprobs = (part.unsqueeze(0) for part in parts)
         return output, ids, logprobs
 
@@ -372,6 +403,25 @@ class StaticDrafter(Drafter):
             return super()._children(hidden, top_k)
         ids, logprobs = self._engine.children(hidden[0, 0], top_k)
         return ids[None, None], logprobs[None, None]
+
+    def start_cycles(self, cycle: CompiledCycle, answer: Answer, left: int, cache: StaticCache) -> CycleRun:
+        """Whole cycles from here on.
+
+        Args:
+            left: new tokens that are still wanted.
+            cache: of the target.
+        """
+        assert isinstance(self.cache, StaticCache)
+        (certain,), (shift,), past = self._lengths, self._shift, cache.length
+        numbers = (certain, 0, shift, past, int(answer.next_position), left, len(answer.tokens))
+        state = cycle.state(self._engine.target, self.draft, numbers, answer.tokens[-1])
+        return CycleRun(cycle, answer, (cache, self.cache), (past, certain), self._last[0], self._context, state)
+
+    def end_cycles(self, run: CycleRun) -> None:
+        """Leaves caches and answer as if all cycles had been decoded without `CycleRun`. Cycles in flight are dropped:
+        there are some only if the answer has ended."""
+        run.end()
+        self._lengths = [run.certain]
 
     @property
     def _static_cache(self) -> StaticCache | None:

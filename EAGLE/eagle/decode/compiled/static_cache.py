@@ -73,10 +73,13 @@ class StaticLayer(CacheLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Writes rows [1, heads, n, head_dim] at the window's places; returns its columns."""
-        window = self._window
-        columns = window.sight.shape[0]
-        self.store_k.index_copy_(2, window.places, key_states)
-        self.store_v.index_copy_(2, window.places, value_states)
+        return self.write(self._window.places, key_states, value_states)
+
+    def write(self, places: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """`update` at ``places`` [n]."""
+        columns = self._window.sight.shape[0]
+        self.store_k.index_copy_(2, places, keys)
+        self.store_v.index_copy_(2, places, values)
         return self.store_k[:, :, :columns], self.store_v[:, :, :columns]
 
 
@@ -125,13 +128,24 @@ class StaticCache(KVCache):
             super().grow(rows + SPARE)
             self._mark(rows)
 
+    def clear(self) -> None:
+        """Sets all rows to zero."""
+        for layer in self.layers:
+            layer.store_k.zero_()
+            layer.store_v.zero_()
+
     def open(self, count: int) -> int:
         """Sets the window to the next ``count`` rows. Returns the number of columns that the forward sees."""
         start = self.length
         columns = bucket(start + count)
         self.window.places = dynamic(torch.arange(start, start + count, device=self._device), 0)
-        self.window.sight = dynamic(self._sight[:columns], 0)
+        self.see(columns)
         return columns
+
+    def see(self, columns: int) -> None:
+        """Sets the number of columns that the next forwards see."""
+        if self.window.sight.shape[0] != columns:
+            self.window.sight = dynamic(self._sight[:columns], 0)
 
     def close(self, count: int) -> None:
         """Ends a forward: the first ``count`` rows of the window are now in use."""
