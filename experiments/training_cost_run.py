@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from eagle.drafts.config import DraftConfig
 from eagle.drafts.msd import DraftModel
 from eagle.families.base_weights import load_base_tensors
 from eagle.hidden_states.shards import ShardDataset
@@ -91,6 +92,7 @@ def work_of(way: str, options: argparse.Namespace) -> Work:
 def draft_work(way: str, options: argparse.Namespace) -> Work:
     """Steps of the plain engine on the first samples of both sets, in turn."""
     draft_config, config = read_config(options.config)
+    assert isinstance(draft_config, DraftConfig)
     deepspeed, base = read_deepspeed_config(options.deepspeed_config), load_base_tensors(options.base)
     sizes = BatchSizes.from_deepspeed(deepspeed, 1, where=options.deepspeed_config)
     vocabulary = base.embed.shape[0]

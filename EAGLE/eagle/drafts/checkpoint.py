@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 
 from eagle.drafts.config import DRAFT_VOCAB_FILE, DraftConfig
 from eagle.drafts.draft_vocab import read_draft_vocab, write_draft_vocab
-from eagle.drafts.eagle3 import Eagle3Draft, draft_vocabulary
-from eagle.drafts.eagle3_config import Eagle3Config, Shapes
-from eagle.drafts.head import DraftHead
+from eagle.drafts.eagle3 import Eagle3Draft, draft_vocabulary, vocabulary_tensors
+from eagle.drafts.eagle3_config import Eagle3Config, Shapes, is_eagle3_config
+from eagle.drafts.head import DraftHead, TrainedHead
 from eagle.drafts.msd import DraftModel
 from eagle.drafts.vispec import QUERIES, ViSpecDraft
 from llava.errors import UserError
@@ -125,12 +125,10 @@ def kind_of(config: Mapping[str, Any], names: Collection[str] | None, where: str
     for name, found in other.items():
         if found:
             raise UserError(f"{name} heads are not supported", where, "use an MSD, EAGLE-3 or ViSpec head")
-    by_config = form == "eagle3" or any(key in config for key in ("eagle_config", "draft_vocab_size"))
-    by_name = any("Eagle3" in str(each) for each in config.get("architectures") or ())
     by_tensors = "layers.0.hidden_norm.weight" in names or "d2t" in names
     if QUERIES in names or "img_fc.weight" in names:
         return ViSpecDraft
-    return Eagle3Draft if by_config or by_name or by_tensors else DraftModel
+    return Eagle3Draft if is_eagle3_config(config) or by_tensors else DraftModel
 
 
 def canonical(name: str) -> str:
@@ -157,15 +155,18 @@ def misfits(shapes: Shapes, draft: DraftHead) -> list[str]:
     ]
 
 
-def save_draft(draft: DraftModel, folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+def save_draft(draft: TrainedHead, folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Writes ``config.json`` and ``model.safetensors`` in the published layout, each atomically."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().to("cpu", dtype).contiguous() for name, t in draft.state_dict().items()}
+    vocabulary = draft.draft_vocab
+    if isinstance(draft, Eagle3Draft) and vocabulary is not None:
+        tensors |= vocabulary_tensors(vocabulary.cpu(), draft.config.vocab_size)
     with atomic_write(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     dtype_name = str(dtype).removeprefix("torch.")
     write_json(folder / "config.json", {**draft.config.to_dict(), "torch_dtype": dtype_name})
-    if draft.draft_vocab is not None:
-        write_draft_vocab(folder, draft.draft_vocab)
+    if isinstance(draft, DraftModel) and vocabulary is not None:
+        write_draft_vocab(folder, vocabulary)
     return folder

@@ -8,7 +8,7 @@ where an unknown key is an error that names the nearest known one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, field
+from dataclasses import asdict, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -146,6 +146,18 @@ class DraftConfig:
             )
         except UserError as error:
             raise UserError(error.what, where=where, fix=error.fix) from None
+
+    def for_vocabulary(self, size: int) -> DraftConfig:
+        """The same draft for a vocabulary of ``size`` tokens."""
+        return replace(self, vocab_size=size)
+
+    def training_choices(self) -> dict[str, Any]:
+        """What a resumed training must share."""
+        return asdict(self.options)
+
+    def layers_of(self, count: int) -> tuple[int, ...]:
+        """The target's layers whose inputs the draft reads: none."""
+        return ()
 
     @classmethod
     def from_json(cls, path: str | Path, tensors: Iterable[str] | None = None) -> DraftConfig:

@@ -13,12 +13,14 @@ Further layers are ordinary ones. Where implementations differ, `eagle.drafts.ea
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from eagle.drafts.compression import Compression
 from eagle.drafts.eagle3_config import Eagle3Config
-from eagle.drafts.head import DraftHead, Prompt, PromptRows
+from eagle.drafts.head import Prompt, PromptRows, TrainedHead
 from eagle.drafts.modules import MLP, Attention, DraftLayer, RMSNorm, Rotary
 from eagle.kv_cache import KVCache
 from llava.errors import UserError
@@ -55,7 +57,7 @@ class FirstLayer(nn.Module):
         return y + self.mlp(self.post_attention_layernorm(y))
 
 
-class Eagle3Draft(DraftHead):
+class Eagle3Draft(TrainedHead):
     """An EAGLE-3 head. `eagle.drafts.checkpoint` gives the tensors of all layouts the same names."""
 
     kind = "EAGLE-3"
@@ -83,6 +85,14 @@ class Eagle3Draft(DraftHead):
     def new_rotary(self) -> Rotary:
         config = self.config
         return Rotary(config.head_dim, config.rope_theta, config.mrope_section, config.mrope_interleaved)
+
+    @property
+    def positions(self) -> Literal["plain", "temporal", "mrope"]:
+        return self.config.positions
+
+    @property
+    def embeds_image_ids(self) -> bool:
+        return self.config.image_rows == "token"
 
     def conventions(self) -> str:
         config = self.config
@@ -119,7 +129,7 @@ class Eagle3Draft(DraftHead):
         hidden, embeds = self.condense(prompt.features), self.embed(prompt.next_ids)
         if self.config.image_rows == "feature":
             embeds = torch.where(prompt.next_is_image.unsqueeze(-1), prompt.next_embeds.to(embeds.dtype), embeds)
-        x = torch.cat([embeds, hidden], dim=-1)  # [1, S, 2 H]
+        x = self.fuse(hidden, embeds)  # [1, S, 2 H]
         if self.config.positions == "plain":
             return PromptRows(x)
         positions = prompt.positions
@@ -128,7 +138,10 @@ class Eagle3Draft(DraftHead):
         return PromptRows(x, positions, int(prompt.next_position))
 
     def text_rows(self, hidden: Tensor, tokens: Tensor, context: Tensor | None = None) -> Tensor:
-        return torch.cat([self.embed(tokens), hidden], dim=-1)
+        return self.fuse(hidden, self.embed(tokens))
+
+    def fuse(self, hidden: Tensor, next_embeds: Tensor, next_is_image: Tensor | None = None) -> Tensor:
+        return torch.cat([next_embeds, hidden], dim=-1)
 
     def condense(self, features: Tensor) -> Tensor:
         """``fc`` of the streams, [B, n, features * Ht] → [B, n, H]."""
@@ -170,3 +183,9 @@ def draft_vocabulary(d2t: Tensor | None, t2d: Tensor | None, config: Eagle3Confi
         if tuple(t2d.shape) != (vocabulary,) or not torch.equal(t2d.bool(), own):
             raise UserError("t2d does not have the ids that d2t leads to")
     return ids
+
+
+def vocabulary_tensors(ids: Tensor, size: int) -> dict[str, Tensor]:
+    """The tensors ``d2t`` and ``t2d`` of a trimmed vocabulary, ``ids`` [K] ascending of ``size``; see
+    `draft_vocabulary`."""
+    return {"d2t": ids - torch.arange(len(ids)), "t2d": torch.zeros(size, dtype=torch.bool).index_fill(0, ids, True)}

@@ -10,6 +10,7 @@ Without it a choice is the publisher's own.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -103,6 +104,7 @@ class Eagle3Config:
     query_norm: bool
     own_embedding: bool
     own_head: bool
+    published: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], where: str | Path, shapes: Shapes | None = None) -> Eagle3Config:
@@ -119,6 +121,21 @@ class Eagle3Config:
             return _read(config, str(where), shapes)
         except UserError as error:
             raise UserError(error.what, where=error.where or where, fix=error.fix) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The published form: what was read, with all choices of image rows and positions by name."""
+        chosen = {"image_rows": self.image_rows, "positions": self.positions}
+        return {**self.published, "msd": {**self.published.get("msd", {}), **chosen}}
+
+    def for_vocabulary(self, size: int) -> Eagle3Config:
+        """The same head for a vocabulary of ``size`` tokens; a trimmed one keeps its own size."""
+        own = size if self.draft_vocab_size == self.vocab_size else self.draft_vocab_size
+        published = {**self.published, "vocab_size": size, "draft_vocab_size": own}
+        return replace(self, vocab_size=size, draft_vocab_size=own, published=published)
+
+    def training_choices(self) -> dict[str, Any]:
+        """What a resumed training must share."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.compare}
 
     def layers_of(self, count: int) -> tuple[int, ...]:
         """The target's layers whose inputs are the features. ``count``: layers of the target.
@@ -138,6 +155,14 @@ class Eagle3Config:
 
 
 _NAME_THEM = 'give their inputs as "target_layers" in section "msd" of its config.json'
+
+
+def is_eagle3_config(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` alone shows that it is of an EAGLE-3 head."""
+    classes = config.get("architectures")
+    by_name = isinstance(classes, list) and any("Eagle3" in str(each) for each in classes)
+    by_key = any(key in config for key in ("eagle_config", "draft_vocab_size"))
+    return by_name or by_key or config.get("speculators_model_type") == "eagle3"
 
 
 def _read(config: Mapping[str, Any], where: str, shapes: Shapes | None) -> Eagle3Config:
@@ -209,6 +234,7 @@ def _read(config: Mapping[str, Any], where: str, shapes: Shapes | None) -> Eagle
         query_norm=has("layers.0.self_attn.q_norm.weight") or layer.get("model_type") == "qwen3",
         own_embedding=has("embed_tokens.weight", speculators),
         own_head=has("lm_head.weight", True),
+        published=dict(config),
     )
 
 

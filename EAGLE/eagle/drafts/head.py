@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -222,3 +222,27 @@ class DraftHead(nn.Module, ABC):
         if trimmed is not None:
             ids = trimmed.to(ids.device)[ids]
         return ids.to(hidden.device), logprobs.to(hidden.device)
+
+
+class TrainedHead(DraftHead):
+    """A head that can be trained (`eagle.train`)."""
+
+    @property
+    @abstractmethod
+    def positions(self) -> Literal["plain", "temporal", "mrope"]:
+        """Which position ids its rows have (`eagle.drafts.eagle3_config.Eagle3Options`)."""
+
+    @property
+    @abstractmethod
+    def embeds_image_ids(self) -> bool:
+        """Whether image rows read the embedding of the image token's id, not the projected image feature."""
+
+    @abstractmethod
+    def fuse(self, hidden: Tensor, next_embeds: Tensor, next_is_image: Tensor | None = None) -> Tensor:
+        """Input rows of the layers, [B, S, X].
+
+        Args:
+            hidden: [B, S, H] predicted hidden states, or `condense` of the target's features.
+            next_embeds: [B, S, H] what stands for the next token.
+            next_is_image: [B, S] bool; None if no row is an image row.
+        """

@@ -19,17 +19,18 @@ than the target (``"layer_size"``) reads image features through ``image_fc``, an
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from eagle.drafts.compression import Compression
 from eagle.drafts.config import DraftConfig
-from eagle.drafts.head import DraftHead, Prompt, PromptRows
+from eagle.drafts.head import Prompt, PromptRows, TrainedHead
 from eagle.drafts.modules import DraftLayer, Rotary
 
 
-class DraftModel(DraftHead):
+class DraftModel(TrainedHead):
     """MSD's draft head."""
 
     kind = "MSD"
@@ -57,6 +58,14 @@ class DraftModel(DraftHead):
     @property
     def compression(self) -> Compression:
         return self.config.options.compression
+
+    @property
+    def positions(self) -> Literal["plain", "temporal", "mrope"]:
+        return self.config.options.positions
+
+    @property
+    def embeds_image_ids(self) -> bool:
+        return False
 
     def conventions(self) -> str:
         options = self.config.options

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from eagle.drafts.config import DraftConfig
+from eagle.drafts.eagle3_config import Eagle3Config
 from eagle.families.layers import FULL
 from eagle.families.registry import family_of
 from llava.hub import Source
@@ -26,14 +27,43 @@ def draft_config_of(base: str | Path, **hub: Any) -> DraftConfig:
     Raises:
         UserError: there is none, or its family is not supported.
     """
+    family, text = text_config_of(base, **hub)
+    return DraftConfig.from_dict(draft_fields(family, text), where=f"draft for {base}")
+
+
+def eagle3_config_of(base: str | Path, **hub: Any) -> Eagle3Config:
+    """The config of an EAGLE-3 head that vLLM and SGLang know, with all of the base's vocabulary; see
+    `draft_config_of`."""
+    family, text = text_config_of(base, **hub)
+    fields = {**draft_fields(family, text), "model_type": "llama", "architectures": ["LlamaForCausalLMEagle3"]}
+    fields |= {"draft_vocab_size": text.vocab_size, "target_hidden_size": text.hidden_size}
+    fields |= {"norm_before_residual": False, "max_position_embeddings": text.max_position_embeddings}
+    layers = few_layers(text.num_hidden_layers)
+    if layers is not None:
+        fields["eagle_aux_hidden_state_layer_ids"] = layers
+    return Eagle3Config.from_dict(fields, where=f"draft for {base}")
+
+
+def few_layers(count: int) -> list[int] | None:
+    """The layers whose inputs an EAGLE-3 head reads where the default ones are not three different ones.
+
+    >>> [few_layers(count) for count in (2, 3, 4, 6, 7)]
+    [[0, 1, 2], [1, 2, 3], [1, 2, 3], [1, 3, 5], None]
+    """
+    if count >= 7:
+        return None
+    return [1, count // 2, count - 1] if count > 3 else [count - 2, count - 1, count]
+
+
+def text_config_of(base: str | Path, **hub: Any) -> tuple[str, Any]:
+    """Name of the base's family, and the config of its text model; arguments and errors as of `draft_config_of`."""
     family = family_of(base, **hub)
     with load_errors("base model config is not valid", base):
         if set(family.model_types) & set(MODEL_TYPES):
             config = build_config(open_checkpoint(Source.of(base, hub, "base model")))
         else:
             config = AutoConfig.from_pretrained(str(base), **hub)
-        text = config.get_text_config()
-    return DraftConfig.from_dict(draft_fields(family.name, text), where=f"draft for {base}")
+        return family.name, config.get_text_config()
 
 
 def draft_fields(family: str, text: Any) -> dict[str, Any]:

@@ -33,12 +33,20 @@ class Reader:
         target: the base model.
         template: of the target's family.
         source: states are rounded to its dtype, or quantised on the target's device.
+        layers: whose input streams are read too.
         batch_tokens: maximal number of tokens in one forward, with padding; a longer conversation is read alone. None:
             the default for the target's device.
     """
 
-    def __init__(self, target: Target, template: Template, source: Source, batch_tokens: int | None) -> None:
-        self.target, self.template, self.source = target, template, source
+    def __init__(
+        self,
+        target: Target,
+        template: Template,
+        source: Source,
+        batch_tokens: int | None,
+        layers: Sequence[int] = (),
+    ) -> None:
+        self.target, self.template, self.source, self.layers = target, template, source, layers
         self.batch_tokens = batch_tokens or BATCH_TOKENS["cpu" if target.device.type == "cpu" else "accelerator"]
         self._padding_checked = False
 
@@ -73,7 +81,7 @@ class Reader:
     @torch.inference_mode()
     def _forward(self, items: Sequence[Prepared]) -> list[Sample]:
         inputs = {name: value.to(self.target.device) for name, value in collate(items).items()}
-        prefill = self.target.prefill(inputs)
+        prefill = self.target.prefill(inputs, self.layers)
         kept, images = inputs["attention_mask"].bool(), prefill.image_mask
         states = DTYPES[self.source.dtype]
         hidden = prefill.hidden[kept.to(prefill.hidden.device)]  # [T, H] of all sequences without their padding
@@ -81,6 +89,9 @@ class Reader:
         rows = [images[kept], features]
         rows += quantise(hidden) if self.source.hidden_dtype == INT8 else [hidden.to(states)]
         image_mask, features, hidden, *scales = to_host(rows)
+        streams = (
+            None if prefill.streams is None else prefill.streams[kept.to(prefill.streams.device)].cpu()
+        )  # [T, n H]
         samples, start, first_image = [], 0, 0
         for item in items:
             end = start + len(item.input_ids)
@@ -95,6 +106,7 @@ class Reader:
                     image_features=features[first_image:last_image],
                     image_grids=self.template.grids(item.images),
                     hidden_scale=scales[0][start:end] if scales else None,
+                    streams=None if streams is None else streams[start:end],
                 )
             )
             start, first_image = end, last_image

@@ -76,7 +76,8 @@ class Sample:
     ``input_ids`` [S] int64; ``loss_mask``, ``image_mask`` [S] bool; ``hidden`` [S, H]; ``image_features`` [I, H] in
     the order of the image tokens, I = image_mask.sum(). ``image_grids`` [P, 3] frames, rows and columns of each
     picture's features, whose products add up to I; [0, 3] for families without M-RoPE and in shards before schema 3.
-    ``hidden_scale`` [S] float32 if the states are quantised already, None otherwise.
+    ``hidden_scale`` [S] float32 if the states are quantised already, None otherwise. ``streams`` [S, n * H] those that
+    enter chosen layers; shards do not have them.
     """
 
     id: str
@@ -87,6 +88,7 @@ class Sample:
     image_features: Tensor
     image_grids: Tensor = field(default_factory=lambda: torch.empty(0, 3, dtype=torch.int64))
     hidden_scale: Tensor | None = None
+    streams: Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -114,7 +116,8 @@ class Sample:
 
     def finite(self) -> bool:
         """Whether all states are finite. The scale of a row that is not is not either."""
-        return bool((self.hidden if self.hidden_scale is None else self.hidden_scale).isfinite().all())
+        states = (self.hidden if self.hidden_scale is None else self.hidden_scale, self.streams)
+        return all(bool(part.isfinite().all()) for part in states if part is not None)
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,7 @@ class DiskSample:
     hidden_scale: Rows | None
     features: Rows
     images: int
+    streams: None = None
 
     def hidden_into(self, out: Tensor) -> None:
         """Reads the states of the first tokens into ``out`` [<= S, H]."""

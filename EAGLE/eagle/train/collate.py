@@ -49,10 +49,11 @@ NO_COMPRESSION = Compression()
 class Batch:
     """B samples padded on the right to S positions. Padding follows all real rows, so causal attention never sees it.
 
-    ``input_ids`` [B, S] (0 at image tokens and padding); ``image_mask`` [B, S]; ``image_features`` [I, H] of all
-    samples in order; ``hidden`` [B, S, H] true states; ``loss_mask`` [B, S-1] rows in the loss; ``positions`` [3, B, S]
-    M-RoPE positions (0 at padding), None for plain ones. ``noise`` its strength, ``seeds`` one for each sample, and
-    ``lengths`` the rows of each.
+    ``input_ids`` [B, S] (0 at padding, and at image tokens unless the draft reads their ids); ``image_mask`` [B, S];
+    ``image_features`` [I, H] of all samples in order; ``hidden`` [B, S, H] true states; ``loss_mask`` [B, S-1] rows in
+    the loss; ``positions`` [3, B, S] M-RoPE positions (0 at padding), None for plain ones; ``streams`` [B, S, n * H]
+    those that enter chosen layers, None if the draft does not read them. ``noise`` its strength, ``seeds`` one for each
+    sample, and ``lengths`` the rows of each.
     """
 
     input_ids: Tensor
@@ -61,18 +62,24 @@ class Batch:
     hidden: Tensor
     loss_mask: Tensor
     positions: Tensor | None = None
+    streams: Tensor | None = None
     noise: float = 0.0
     seeds: Sequence[int] = ()
     lengths: Sequence[int] = ()
 
     @property
+    def features(self) -> Tensor:
+        """[B, S, F] what the draft reads: ``streams``, or ``hidden``."""
+        return self.hidden if self.streams is None else self.streams
+
+    @property
     def inputs(self) -> Tensor:
-        """[B, S, H] the states with noise, generated on their own device, which is faster than sending it to a GPU."""
+        """`features` with noise, generated on their own device, which is faster than sending it to a GPU."""
         if not self.noise:
-            return self.hidden
-        inputs = self.hidden.clone()
+            return self.features
+        inputs = self.features.clone()
         for row, (seed, length) in enumerate(zip(self.seeds, self.lengths, strict=True)):
-            inputs[row, :length] = add_noise(self.hidden[row, :length], self.noise, seed)
+            inputs[row, :length] = add_noise(inputs[row, :length], self.noise, seed)
         return inputs
 
     def to(self, device: torch.device | str) -> Batch:
@@ -156,6 +163,7 @@ def collate(
     compression: Compression = NO_COMPRESSION,
     positions: str = "plain",
     pin_memory: bool = False,
+    image_ids: bool = False,
 ) -> Batch:
     """Pads samples into a `Batch`. States that are still on disk are read to their place in it.
 
@@ -166,15 +174,16 @@ def collate(
         seeds: one for each sample if there is noise.
         positions: the draft's kind (`DraftOptions`).
         pin_memory: whether the batch is made in pinned memory.
+        image_ids: whether to keep the ids of image tokens.
 
     Raises:
         UserError: a token id is outside the vocabulary, or M-RoPE positions need grids that the sample does not have.
     """
     for sample in samples:
-        check_token_ids(sample, vocab_size)
+        check_token_ids(sample, vocab_size, image_ids)
     pairs: list[tuple[Sample | DiskSample, Tensor | None]] = []
     for sample in samples:
-        own = sample_positions(sample) if positions == "mrope" else None
+        own = sample_positions(sample) if positions != "plain" else None
         pairs.append((sample, own) if compression.tokens is None else compressed(sample.load(), compression, own))
     lengths = [min(sample.input_ids.shape[0], max_length) for sample, _ in pairs]
     images = [int(sample.image_mask[:length].sum()) for (sample, _), length in zip(pairs, lengths, strict=True)]
@@ -184,20 +193,27 @@ def collate(
     width, dtype = samples[0].width, samples[0].dtype
     hidden, features = (buffer(each, dtype, pin_memory) for each in ((*size, width), (sum(images), width)))
     kind = torch.long if compression.tokens is None else torch.float32  # merged rows stand at means
-    position_ids = torch.zeros(3, *size, dtype=kind) if positions == "mrope" else None
+    position_ids = torch.zeros(3, *size, dtype=kind) if positions != "plain" else None
+    streams = None
+    if samples[0].streams is not None:
+        streams = torch.zeros(*size, samples[0].streams.shape[-1], dtype=samples[0].streams.dtype)
     parts = features.split(images)
     for row, ((sample, own), length) in enumerate(zip(pairs, lengths, strict=True)):
         mask = sample.image_mask[:length]
-        ids[row, :length] = sample.input_ids[:length].masked_fill(mask, 0)
+        kept = sample.input_ids[:length]
+        ids[row, :length] = kept if image_ids else kept.masked_fill(mask, 0)
         image[row, :length] = mask
         if length > 1:
             loss_mask[row, : length - 1] = draft_loss_mask(sample.loss_mask[:length].bool())
         sample.hidden_into(hidden[row, :length])
         hidden[row, length:] = 0
+        if streams is not None and sample.streams is not None:
+            streams[row, :length] = sample.streams[:length]
         sample.features_into(parts[row])
         if position_ids is not None and own is not None:
             position_ids[:, row, :length] = own[:, :length]
-    batch = Batch(ids, image, features, hidden, loss_mask, position_ids, noise, tuple(seeds), tuple(lengths))
+    known = (ids, image, features, hidden, loss_mask, position_ids, streams)
+    batch = Batch(*known, noise, tuple(seeds), tuple(lengths))
     return batch.pin_memory() if pin_memory else batch
 
 
@@ -225,8 +241,16 @@ def sample_positions(sample: Sample | DiskSample) -> Tensor:
     return mrope_positions(sample.image_mask, sample.image_grids)
 
 
-def check_token_ids(sample: Sample | DiskSample, vocab_size: int) -> None:
-    """Raises `UserError` if a text token is outside the vocabulary. Shapes are checked where samples are read."""
+def check_token_ids(sample: Sample | DiskSample, vocab_size: int, image_ids: bool = False) -> None:
+    """Raises `UserError` if a text token is outside the vocabulary, with ``image_ids`` also for an image token. Shapes
+    are checked where samples are read."""
+    images = sample.input_ids[sample.image_mask]
+    if image_ids and images.numel() and not 0 <= int(images.min()) <= int(images.max()) < vocab_size:
+        raise UserError(
+            f"the draft reads image tokens as embeddings, but token {int(images.max())} has none",
+            where=f"sample {sample.id}",
+            fix='set "image_rows": "feature" in section "msd" of --config',
+        )
     text = sample.input_ids[~sample.image_mask]
     if text.numel() and (int(text.max()) >= vocab_size or int(text.min()) < 0):
         raise UserError(

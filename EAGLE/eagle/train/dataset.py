@@ -83,6 +83,12 @@ class TrainingData:
     def schedule(self, sizes: BatchSizes, config: TrainConfig) -> Schedule:
         return Schedule.plan(sizes, self.size(TEXT), self.size(IMAGE), config)
 
+    def answers(self) -> Iterator[Any]:
+        """The training items of all sets, one after the other."""
+        for data, train, _ in self.sources.values():
+            for index in train:
+                yield data[index]
+
     @property
     def training(self) -> Samples:
         return Samples({name: (data, train) for name, (data, train, _) in self.sources.items()})
@@ -175,6 +181,7 @@ def batches(
     noise: float = 0.0,
     compression: Compression = NO_COMPRESSION,
     positions: str = "plain",
+    image_ids: bool = False,
     workers: int = 0,
     pin_memory: bool = False,
     read: Read | None = None,
@@ -192,7 +199,7 @@ def batches(
         return found, seeds
 
     def join(found: Sequence[Any], seeds: Sequence[int]) -> Batch:
-        return collate(found, vocab_size, max_length, noise, seeds, compression, positions, pin_memory)
+        return collate(found, vocab_size, max_length, noise, seeds, compression, positions, pin_memory, image_ids)
 
     threads = workers or (WORKERS if pin_memory else 1)
     if read is None:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eagle.drafts.head import TrainedHead
 from eagle.train.collate import Batch
-from eagle.train.loss import TOP, DraftObjective, Losses, load_trained, trained_parameters, trained_state
+from eagle.train.objective import TOP, Losses, Objective, load_trained, trained_parameters, trained_state
 from eagle.train.schedule import BatchSizes
 from eagle.train.settings import TrainConfig, find_config
 from llava.device import cpu_has_bfloat16
@@ -28,7 +29,7 @@ class Engine(ABC):
     """One process of a training run. ``sizes`` are those of all processes together."""
 
     rank: int = 0
-    objective: DraftObjective
+    objective: Objective[TrainedHead]
     sizes: BatchSizes
     device: torch.device
 
@@ -67,7 +68,7 @@ def metrics_of(losses: Losses) -> Tensor:
     return torch.cat([values, losses.hits / losses.rows.clamp(min=1)])
 
 
-def adamw(objective: DraftObjective, config: TrainConfig) -> torch.optim.AdamW:
+def adamw(objective: Objective[TrainedHead], config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         trained_parameters(objective),
         lr=config.learning_rate,
@@ -242,7 +243,7 @@ class PlainEngine(Engine):
     """One process, no launcher, no DeepSpeed: float32 weights, bf16 autocast where DeepSpeed's config says bf16."""
 
     def __init__(
-        self, objective: DraftObjective, config: TrainConfig, deepspeed: Mapping[str, Any], sizes: BatchSizes
+        self, objective: Objective[TrainedHead], config: TrainConfig, deepspeed: Mapping[str, Any], sizes: BatchSizes
     ) -> None:
         if deepspeed.get("fp16", {}).get("enabled"):
             raise UserError("fp16 needs DeepSpeed", fix="start the run with DeepSpeed's launcher, or use bf16")

@@ -19,10 +19,11 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 from torch.utils.cpp_extension import get_cxx_compiler, get_default_build_root, is_ninja_available
 
+from eagle.drafts.head import TrainedHead
 from eagle.train.checkpoint import check_pickles
 from eagle.train.collate import Batch
 from eagle.train.engine import METRICS, Engine, adamw, metrics_of
-from eagle.train.loss import DraftObjective, load_trained, trained_parameters
+from eagle.train.objective import Objective, load_trained, trained_parameters
 from eagle.train.schedule import BatchSizes
 from eagle.train.settings import TrainConfig
 from llava.errors import UserError, reason_of
@@ -80,7 +81,7 @@ class DeepSpeedEngine(Engine):
     """ZeRO, precision, clipping and accumulation as DeepSpeed's config says."""
 
     def __init__(
-        self, objective: DraftObjective, config: TrainConfig, settings: dict[str, Any], sizes: BatchSizes
+        self, objective: Objective[TrainedHead], config: TrainConfig, settings: dict[str, Any], sizes: BatchSizes
     ) -> None:
         self.rank, self.sizes = comm.get_rank(), sizes
         check_accepted(settings)
@@ -133,7 +134,7 @@ class DeepSpeedEngine(Engine):
         comm.barrier()
 
 
-def load_module(src: Mapping[str, Tensor], dst: DraftObjective) -> None:
+def load_module(src: Mapping[str, Tensor], dst: Objective[TrainedHead]) -> None:
     """`load_trained` as DeepSpeed calls it."""
     load_trained(src, dst)
 

@@ -1,6 +1,6 @@
 """The draft's loss: SmoothL1 on hidden states plus soft cross-entropy on the target's ``lm_head`` of them.
 
-`DraftObjective` is what an engine trains: the draft, the base's frozen tensors and the loss, as one module.
+`DraftObjective` trains MSD drafts with it.
 
 Notation: N rows of the loss mask, H hidden size, V vocabulary. Full logits [N, V] never exist: rows go through
 ``lm_head`` in chunks, and a chunk's gradient is computed with its loss, so nothing of size V is kept for the backward
@@ -9,11 +9,10 @@ pass.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from eagle.drafts.config import DraftConfig
@@ -21,22 +20,9 @@ from eagle.drafts.modules import capped
 from eagle.drafts.msd import DraftModel
 from eagle.families.base_weights import BaseTensors
 from eagle.train.collate import Batch
-from eagle.train.rollout import predict_steps, rollout_loss_mask, shift_left
+from eagle.train.objective import TOP, Losses, Objective, best_tokens
 from eagle.train.settings import TrainConfig
 from llava.errors import UserError
-
-TOP = 3  # accuracies reported: top-1 .. top-3
-
-
-class Losses(NamedTuple):
-    """``total`` the weighted loss with gradient; the others are detached. ``hits`` [3]: rows whose target arg-max is
-    among the draft's first 1, 2, 3 tokens; ``rows``: those of the loss mask. The other scalars are masked means."""
-
-    total: Tensor
-    hidden: Tensor
-    token: Tensor
-    hits: Tensor
-    rows: Tensor
 
 
 def _chunk_terms(predicted: Tensor, target: Tensor, head: Tensor, cap: float | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,40 +110,25 @@ def draft_loss(
     return Losses(hidden_weight * hidden + token_weight * token, hidden.detach(), token.detach(), hits, rows)
 
 
-@torch.no_grad()
-def best_tokens(hidden: Tensor, head: Tensor, chunk: int = 512) -> Tensor:
-    """Arg-max of ``lm_head``. ``hidden`` [N, H] → [N] ids."""
-    parts = [F.linear(part.to(head.dtype), head).argmax(dim=-1) for part in hidden.split(chunk)]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long, device=hidden.device)
-
-
-class DraftObjective(nn.Module):
-    """``forward(batch)`` gives the loss. ``draft.embed_tokens`` is the base's table and frozen; ``head`` [V, H] is the
-    base's ``lm_head``, a buffer that no checkpoint holds."""
-
-    head: Tensor
+class DraftObjective(Objective[DraftModel]):
+    """Trains an MSD draft. ``draft.embed_tokens`` is the base's table and frozen."""
 
     def __init__(self, draft: DraftModel, base: BaseTensors, config: TrainConfig) -> None:
-        super().__init__()
-        check_base(draft.config, base)
-        self.draft, self.config, self.cap = draft, config, base.cap
-        draft.requires_grad_(True)
+        super().__init__(draft, base, config)
         with torch.no_grad():
             draft.embed_tokens.weight.copy_(base.embed)
         draft.embed_tokens.requires_grad_(False)
-        self.register_buffer("head", base.head.to(draft.dtype, copy=True), persistent=False)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.draft.dtype
+    @staticmethod
+    def check(draft: DraftConfig, base: BaseTensors, config: TrainConfig) -> None:
+        check_base(draft, base)
 
     def embeds(self, batch: Batch) -> Tensor:
-        """[B, S, H] embeddings, image features at image tokens."""
         embeds = self.draft.embed_tokens(batch.input_ids)
         return embeds.masked_scatter(batch.image_mask.unsqueeze(-1), batch.image_features.to(embeds.dtype))
 
     def loss(self, predicted: Tensor, target: Tensor, loss_mask: Tensor) -> Losses:
-        """`draft_loss` with this run's settings. ``predicted``, ``target`` [B, R, H]; ``loss_mask`` [B, R]."""
+        """`draft_loss` with this run's settings."""
         config = self.config
         return draft_loss(
             predicted,
@@ -170,21 +141,8 @@ class DraftObjective(nn.Module):
             cap=self.cap,
         )
 
-    def forward(self, batch: Batch) -> Losses:
-        """Loss of the batch: the mean of the rollout steps' losses, weighted by ``rollout_decay^(k-1)``; the values
-        reported beside it are those of step 1."""
-        config = self.config
-        parts: list[tuple[float, Losses]] = []
-        inputs = batch.inputs.to(self.dtype)
-        steps = predict_steps(
-            self.draft, inputs, self.embeds(batch), batch.image_mask, config.rollout_steps, batch.positions
-        )
-        for step, predicted in steps:
-            target = shift_left(batch.hidden, step, predicted.shape[1])
-            losses = self.loss(predicted, target, rollout_loss_mask(batch.loss_mask, step))
-            parts.append((config.rollout_decay ** (step - 1), losses))
-        total = torch.stack([weight * losses.total for weight, losses in parts]).sum()
-        return parts[0][1]._replace(total=total / sum(weight for weight, _ in parts))
+    def drafted(self, predicted: Tensor) -> Tensor:
+        return best_tokens(predicted, self.head, self.config.head_chunk)
 
 
 def check_base(config: DraftConfig, base: BaseTensors) -> None:
@@ -202,25 +160,3 @@ def check_base(config: DraftConfig, base: BaseTensors) -> None:
             f"positions 'mrope' with mrope_section {list(sections)} for heads of {config.head_dim}",
             fix="give rope_scaling an mrope_section that adds up to half a head, as the base model's",
         )
-
-
-def trained_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state of a module without its frozen parameters."""
-    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
-    return {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
-
-
-def load_trained(state: Mapping[str, Tensor], module: nn.Module) -> None:
-    """Loads what `trained_state` gave. Frozen parameters may be there too, as in older checkpoints.
-
-    Raises:
-        RuntimeError: a tensor is missing, unexpected or of another shape.
-    """
-    if missing := trained_state(module).keys() - state.keys():
-        raise RuntimeError(f"missing {', '.join(sorted(missing))}")
-    module.load_state_dict({**module.state_dict(), **state})
-
-
-def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters that are trained."""
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]

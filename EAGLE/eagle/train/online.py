@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm import tqdm
 
-from eagle.families import TRAINING_NAMES, load_target, template_of
+from eagle.families import TRAINING_NAMES, Target, load_target, template_of
 from eagle.families.template import Prepared, Template
 from eagle.ge_data.extract import source_of
 from eagle.ge_data.reader import Reader
@@ -83,7 +83,7 @@ class OnlineReader:
         self.reader = reader
 
     def __call__(self, items: Sequence[Prepared]) -> list[Sample]:
-        return [sample if sample.hidden.isfinite().all() else mask_out(sample) for sample in self.reader.read(items)]
+        return [sample if sample.finite() else mask_out(sample) for sample in self.reader.read(items)]
 
 
 def mask_out(sample: Sample) -> Sample:
@@ -93,6 +93,7 @@ def mask_out(sample: Sample) -> Sample:
         loss_mask=torch.zeros_like(sample.loss_mask),
         hidden=torch.zeros_like(sample.hidden),
         image_features=torch.zeros_like(sample.image_features),
+        streams=None if sample.streams is None else torch.zeros_like(sample.streams),
     )
 
 
@@ -114,13 +115,18 @@ class Processes:
 
 
 def load_corpus(
-    args: argparse.Namespace, files: Mapping[str, Path], config: TrainConfig, processes: Processes
+    args: argparse.Namespace,
+    files: Mapping[str, Path],
+    config: TrainConfig,
+    processes: Processes,
+    layers_of: Callable[[int], Sequence[int]] = lambda count: (),
 ) -> TrainingData:
     """Loads the target, finds the usable records of each annotation file, and splits them.
 
     Args:
         args: flags of `eagle.train.main_deepspeed`.
         files: name of a set, "text" or "image" → annotation file.
+        layers_of: the layers whose input streams the draft reads, of so many.
 
     Raises:
         UserError: a file or the base model cannot be read, it is of another family than --model_type, or no record can
@@ -134,6 +140,8 @@ def load_corpus(
     wanted = None if args.model_type is None else TRAINING_NAMES[args.model_type]
     if wanted not in (None, target.family):
         raise UserError(f"--model_type means a model of family {wanted}, this is {target.family}", args.basepath)
+    layers = layers_of(len(target.text_model.layers))
+    check_embedding_scale(target, layers)
     template, source = template_of(target), source_of(target, args.basepath)
     sets: dict[str, OnlineSet] = {}
     run: dict[str, Any] = {"online": f"{source.model} {source.fingerprint} in {target.dtype}"}
@@ -149,8 +157,20 @@ def load_corpus(
             raise UserError("every record was skipped", selection.records.path, f"{records.path} has the reasons")
         sets[kind] = OnlineSet(selection, template, usable, settings, source)
         run[f"annotations_{kind}"] = f"{settings['data']} {settings['data_sha256']}"
-    reader = OnlineReader(Reader(target, template, source, args.batch_tokens))
+    reader = OnlineReader(Reader(target, template, source, args.batch_tokens, layers))
     return TrainingData.split(sets, config, read=reader, run=run)
+
+
+def check_embedding_scale(target: Target, layers: Sequence[int]) -> None:
+    """Raises `UserError` if a draft that reads streams would see other embeddings in training than in decoding, since
+    the base scales its own."""
+    embedding = target.model.get_input_embeddings()
+    ids = torch.arange(2, device=cast(torch.Tensor, embedding.weight).device)
+    if layers and not torch.equal(embedding(ids), cast(torch.Tensor, embedding.weight)[ids]):
+        raise UserError(
+            f"EAGLE-3 heads of {target.family}, which scales its embeddings, cannot be trained",
+            fix="train an MSD draft",
+        )
 
 
 def limited(selection: Selection, limit: int | None) -> Selection:

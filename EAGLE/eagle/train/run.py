@@ -5,27 +5,36 @@ from __future__ import annotations
 import argparse
 import os
 from contextlib import ExitStack
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from eagle.attention import leave_out_cudnn_attention
-from eagle.drafts.checkpoint import load_msd_draft
+from eagle.drafts.checkpoint import load_draft
 from eagle.drafts.config import DraftConfig
-from eagle.drafts.msd import DraftModel
+from eagle.drafts.eagle3_config import Eagle3Config
+from eagle.drafts.head import TrainedHead
 from eagle.extras import require
 from eagle.families.base_weights import BaseTensors, load_base_tensors
 from eagle.questions import Question, read_questions
 from eagle.train.checkpoint import CheckpointStore, Progress, describe_run
 from eagle.train.dataset import TrainingData, load_stored
 from eagle.train.engine import Engine, PlainEngine, read_deepspeed_config, suit_device
-from eagle.train.loss import DraftObjective, check_base
+from eagle.train.kinds import KINDS
+from eagle.train.objective import Objective
 from eagle.train.online import Processes, load_corpus
 from eagle.train.schedule import IMAGE, TEXT, BatchSizes, Schedule
 from eagle.train.served import ServedEvaluation
-from eagle.train.settings import TrainConfig, check_sources, override, read_config, with_draft_settings
+from eagle.train.settings import (
+    TrainConfig,
+    check_sources,
+    check_stored,
+    override,
+    read_config,
+    with_draft_settings,
+)
 from eagle.train.tracking import FIRST_STEPS, Tracker
 from eagle.train.trainer import Trainer
 from llava.errors import UserError
@@ -41,10 +50,11 @@ def run(args: argparse.Namespace, stack: ExitStack) -> None:
     """Settings → base tensors → data → engine → resume → train. ``stack`` unlocks the checkpoint folder at the end."""
     require("matplotlib", extra="train")  # draws the plot at the end
     leave_out_cudnn_attention()
-    draft_config, config = read_config(args.config, args.basepath)
+    draft_config, config = read_config(args.config, args.basepath, args.draft_kind)
     config = override(config, args)
     deepspeed_config = read_deepspeed_config(args.deepspeed_config)
     check_sources(args)
+    check_stored(isinstance(draft_config, Eagle3Config), args.online)
     questions = evaluation_questions(args, config)
     base = load_base_tensors(args.basepath)
     rank, world = join_processes()
@@ -58,7 +68,7 @@ def run(args: argparse.Namespace, stack: ExitStack) -> None:
     schedule = data.schedule(sizes, config)
     store = open_store(args, data, config, schedule.total_steps, main=rank == 0)
     stack.callback(store.close)
-    objective = build_objective(args, draft_config, base, config, main=rank == 0)
+    objective = build_objective(args, draft_config, base, config, data, main=rank == 0)
     engine = build_engine(objective, config, deepspeed_config, sizes)
     progress = restore(args, store, engine, data, schedule, config)
     if engine.is_main:
@@ -119,14 +129,18 @@ def join_processes() -> tuple[int, int]:
 
 
 def load_online(
-    args: argparse.Namespace, draft_config: DraftConfig, base: BaseTensors, config: TrainConfig, processes: Processes
+    args: argparse.Namespace,
+    draft_config: DraftConfig | Eagle3Config,
+    base: BaseTensors,
+    config: TrainConfig,
+    processes: Processes,
 ) -> TrainingData:
     """Training without stored hidden states: loads the base model and splits the annotation files."""
-    check_base(replace(draft_config, vocab_size=base.embed.shape[0]), base)
+    KINDS[type(draft_config)].objective.check(draft_config.for_vocabulary(base.embed.shape[0]), base, config)
     if not args.resume:
         CheckpointStore(args.cpdir, config.keep_last, {}).refuse_to_overwrite()
     files = {name: path for name, path in ((TEXT, args.annotations_t), (IMAGE, args.annotations_v)) if path is not None}
-    return load_corpus(args, files, config, processes)
+    return load_corpus(args, files, config, processes, draft_config.layers_of)
 
 
 def own_device() -> torch.device:
@@ -157,30 +171,46 @@ def open_store(
 
 
 def build_objective(
-    args: argparse.Namespace, draft_config: DraftConfig, base: BaseTensors, config: TrainConfig, main: bool
-) -> DraftObjective:
+    args: argparse.Namespace,
+    draft_config: DraftConfig | Eagle3Config,
+    base: BaseTensors,
+    config: TrainConfig,
+    data: TrainingData,
+    main: bool,
+) -> Objective[TrainedHead]:
     """The draft, new or from ``--init``, with the base's embedding and vocabulary."""
+    kind = KINDS[type(draft_config)]
     vocab = base.embed.shape[0]
     if vocab != draft_config.vocab_size and main:
         print(f"vocabulary: {vocab} as in the base model (the config says {draft_config.vocab_size})", flush=True)
     if args.init:
-        draft = load_msd_draft(args.init, "training", dtype=torch.float32)
-        wanted = with_draft_settings(replace(draft_config, vocab_size=draft.config.vocab_size), config)
+        draft = load_draft(args.init, dtype=torch.float32)
+        if not isinstance(draft, kind.head):
+            raise UserError(f"--init is one of the {draft.kind} heads, --config one of {kind.head.kind}", args.init)
+        wanted = with_draft_settings(draft_config.for_vocabulary(draft.config.vocab_size), config)
         draft.config = with_draft_settings(draft.config, config)
         check_init(draft.config, wanted, args.init)
-    else:
-        torch.manual_seed(config.seed)
-        draft = DraftModel(with_draft_settings(replace(draft_config, vocab_size=vocab), config))
-    return DraftObjective(draft.train(), base, config)
+        return kind.objective(draft.train(), base, config)
+    torch.manual_seed(config.seed)
+    draft = kind.head(with_draft_settings(draft_config.for_vocabulary(vocab), config))
+    objective = kind.objective(draft.train(), base, config)
+    objective.begin(data.answers())
+    return objective
 
 
-FROM_CHECKPOINT = ("model_type", "input_layernorm", "attention_bias", "fc_bias", "options", "head_tokens")
+FROM_CHECKPOINT = (
+    "model_type", "input_layernorm", "attention_bias", "output_bias", "fc_bias", "query_norm", "own_embedding",
+    "options", "head_tokens",
+)  # fmt: skip
 """Fields that follow a draft's tensors and files; options are compared one by one."""
 
 
-def check_init(own: DraftConfig, wanted: DraftConfig, name: str) -> None:
+def check_init(own: Any, wanted: Any, name: str) -> None:
     """Raises `UserError` for the first difference in shape or ``"msd"`` section between ``--init`` and ``--config``."""
-    for prefix, theirs, ours in (("", own, wanted), ("msd.", own.options, wanted.options)):
+    parts = [("", own, wanted)]
+    if isinstance(own, DraftConfig):
+        parts.append(("msd.", own.options, wanted.options))
+    for prefix, theirs, ours in parts:
         for key in fields(theirs):
             given, asked = getattr(theirs, key.name), getattr(ours, key.name)
             if key.compare and key.name not in FROM_CHECKPOINT and given != asked:
@@ -190,7 +220,7 @@ def check_init(own: DraftConfig, wanted: DraftConfig, name: str) -> None:
 
 
 def build_engine(
-    objective: DraftObjective, config: TrainConfig, deepspeed_config: dict[str, Any], sizes: BatchSizes
+    objective: Objective[TrainedHead], config: TrainConfig, deepspeed_config: dict[str, Any], sizes: BatchSizes
 ) -> Engine:
     if not launched():
         return PlainEngine(objective, config, deepspeed_config, sizes)
@@ -208,7 +238,7 @@ def restore(
     config: TrainConfig,
 ) -> Progress:
     """Progress of the interrupted run with ``--resume``, else a new one."""
-    draft = asdict(engine.objective.draft.config.options)
+    draft = engine.objective.draft.config.training_choices()
     sizes = {**asdict(schedule.sizes), "text": schedule.text, "image": schedule.image}
     run = {**sizes, **draft, **config.fingerprint(), **data.run}
     folder = store.latest() if args.resume else None

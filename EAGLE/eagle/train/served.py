@@ -20,7 +20,7 @@ from eagle.decode.cycle_log import CycleLog, logged_answer
 from eagle.decode.msd import MSDModel
 from eagle.decode.stats import Stats
 from eagle.drafts.checkpoint import load_draft, save_draft
-from eagle.drafts.msd import DraftModel
+from eagle.drafts.head import TrainedHead
 from eagle.families import load_target
 from eagle.questions import Question
 from eagle.train.checkpoint import TEMPORARY
@@ -51,7 +51,7 @@ class ServedEvaluation:
             for question, inputs in zip(questions, self.inputs, strict=True):
                 self.target.check_length(inputs, length, where=f"question {question.id}")
 
-    def __call__(self, draft: DraftModel) -> dict[str, Any] | None:
+    def __call__(self, draft: TrainedHead) -> dict[str, Any] | None:
         """τ of all answers together, and each answer with its cycles, as in a report of `msd bench`. None on processes
         that only wait."""
         if not self.main:

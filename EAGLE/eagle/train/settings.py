@@ -12,13 +12,14 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
 from eagle.arguments import DTYPES, positive
 from eagle.drafts.config import DraftConfig
+from eagle.drafts.eagle3_config import Eagle3Config, is_eagle3_config
 from eagle.families import TRAINING_NAMES
 from llava.errors import UserError
 from llava.files import read_json
@@ -27,6 +28,10 @@ from llava.strict import read_strict, strict_dataclass
 SECTION = "train"
 SECTIONS = (SECTION, "msd")
 AUTO = "auto"
+DRAFT_KINDS = ("msd", "eagle3")
+EAGLE3_RECIPE = {"rollout_steps": 7, "hidden_weight": 0.0, "token_weight": 1.0, "noise": 0.0}
+"""Defaults of a run that trains an EAGLE-3 head (arXiv 2503.01840), where they differ."""
+AnyDraft = TypeVar("AnyDraft", bound=DraftConfig | Eagle3Config)
 TRACKERS = ("tensorboard", "wandb", "none")
 IMAGE_FOLDER = Path("image_data")
 
@@ -91,11 +96,12 @@ class TrainConfig:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free | late}
 
 
-def with_draft_settings(draft: DraftConfig, config: TrainConfig) -> DraftConfig:
+def with_draft_settings(draft: AnyDraft, config: TrainConfig) -> AnyDraft:
     """The draft's config with the training settings that decoding needs too."""
-    if config.draft_image_tokens < 0:
+    if config.draft_image_tokens < 0 or isinstance(draft, Eagle3Config):
         return draft
-    return replace(draft, options=replace(draft.options, image_tokens=config.draft_image_tokens))
+    options = replace(draft.options, image_tokens=config.draft_image_tokens)
+    return cast(AnyDraft, replace(draft, options=options))
 
 
 def find_config(path: str | Path) -> Path:
@@ -104,29 +110,37 @@ def find_config(path: str | Path) -> Path:
     return shipped if not path.exists() and path.parent == Path() and shipped.is_file() else path
 
 
-def read_config(path: str | Path, base: str | None = None) -> tuple[DraftConfig, TrainConfig]:
+def read_config(
+    path: str | Path, base: str | None = None, kind: str | None = None
+) -> tuple[DraftConfig | Eagle3Config, TrainConfig]:
     """Reads a training config: the draft's ``config.json`` with a ``"train"`` section (absent: the recipe).
 
     Args:
         path: the file, or "auto" for a draft with the sizes of the base model.
         base: the base model.
+        kind: one of `DRAFT_KINDS`, of a draft by "auto"; None: "msd".
 
     Raises:
         UserError: the file cannot be read, or a key or value is wrong; an unknown key names the nearest known one.
     """
     if str(path) == AUTO and base is not None:
-        from eagle.families.draft_config import draft_config_of  # imports torch
+        from eagle.families.draft_config import draft_config_of, eagle3_config_of  # imports torch
 
+        if kind == "eagle3":
+            return eagle3_config_of(base), TrainConfig(**cast(Any, EAGLE3_RECIPE))
         return draft_config_of(base), TrainConfig()
+    if kind is not None:
+        raise UserError(f"--draft-kind {kind} with a config file", path, f"leave it out, or give --config {AUTO}")
     path = find_config(path)
     content = read_json(path, "training config")
     if not isinstance(content, dict) or not isinstance(content.get(SECTION, {}), dict):
         raise UserError("training config is not a JSON object with a 'train' object", where=path)
     reject_misplaced(content, path)
     draft = {key: value for key, value in content.items() if key != SECTION}
-    return DraftConfig.from_dict(draft, where=path), read_strict(
-        TrainConfig, content.get(SECTION, {}), f"{path}, section '{SECTION}'"
-    )
+    eagle3 = is_eagle3_config(draft)
+    section = {**(EAGLE3_RECIPE if eagle3 else {}), **content.get(SECTION, {})}
+    config = read_strict(TrainConfig, section, f"{path}, section '{SECTION}'")
+    return (Eagle3Config if eagle3 else DraftConfig).from_dict(draft, where=path), config
 
 
 def reject_misplaced(content: Mapping[str, Any], where: str | Path) -> None:
@@ -173,8 +187,16 @@ def check_settings(args: argparse.Namespace) -> None:
     Raises:
         UserError: one of them is wrong.
     """
-    override(TrainConfig() if args.config == AUTO else read_config(args.config)[1], args)
+    draft, config = (None, TrainConfig()) if args.config == AUTO else read_config(args.config, kind=args.draft_kind)
+    override(config, args)
     check_sources(args)
+    check_stored(args.draft_kind == "eagle3" or isinstance(draft, Eagle3Config), args.online)
+
+
+def check_stored(eagle3: bool, online: bool) -> None:
+    """Raises `UserError` for an EAGLE-3 head on stored hidden states, which lack the streams that it reads."""
+    if eagle3 and not online:
+        raise UserError("stored hidden states do not have what EAGLE-3 heads read", fix="train with --online")
 
 
 def add_source_flags(parser: argparse.ArgumentParser) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from eagle.train.checkpoint import CheckpointStore, Progress
-from eagle.train.collate import Batch
+from eagle.train.collate import NO_COMPRESSION, Batch
 from eagle.train.dataset import Samples, TrainingData, batches
 from eagle.train.engine import METRICS, Engine
-from eagle.train.loss import trained_parameters
+from eagle.train.objective import trained_parameters
 from eagle.train.schedule import Item, Schedule, epoch_items, image_probability, micro_batches
 from eagle.train.served import ServedEvaluation
 from eagle.train.settings import TrainConfig
@@ -67,14 +67,16 @@ class Trainer:
             yield step_batches
 
     def _load(self, samples: Samples, pieces: Sequence[list[Item]], noise: float) -> Iterator[Batch]:
+        draft = self.engine.objective.draft
         return batches(
             samples,
             pieces,
-            vocab_size=self.engine.objective.draft.config.vocab_size,
+            vocab_size=draft.config.vocab_size,
             max_length=self.config.max_length,
             noise=noise,
-            compression=self.engine.objective.draft.config.options.compression,
-            positions=self.engine.objective.draft.config.options.positions,
+            compression=draft.compression or NO_COMPRESSION,
+            positions=draft.positions,
+            image_ids=draft.embeds_image_ids,
             workers=self.config.workers,
             pin_memory=self.engine.device.type == "cuda",
             read=self.data.read,

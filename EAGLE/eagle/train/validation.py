@@ -14,10 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from eagle.drafts.head import TrainedHead
 from eagle.train.collate import Batch
 from eagle.train.engine import Engine
-from eagle.train.loss import TOP, DraftObjective, best_tokens
-from eagle.train.rollout import predict_steps, rollout_loss_mask, shift_left
+from eagle.train.objective import TOP, Objective, best_tokens
+from eagle.train.rollout import rollout_loss_mask, shift_left
 
 
 class Acceptance(NamedTuple):
@@ -75,7 +76,7 @@ def count_cycles(accepted: list[int], loss_mask: list[bool]) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def batch_sums(objective: DraftObjective, batch: Batch) -> Tensor:
+def batch_sums(objective: Objective[TrainedHead], batch: Batch) -> Tensor:
     """Sums of one batch, see `summary` for their order."""
     config, loss_mask = objective.config, batch.loss_mask
     rows = loss_mask.shape[1]
@@ -85,15 +86,12 @@ def batch_sums(objective: DraftObjective, batch: Batch) -> Tensor:
     losses = []
 
     def drafted_tokens() -> Iterable[tuple[int, Tensor]]:
-        inputs = batch.hidden.to(objective.dtype)
-        for step, predicted in predict_steps(
-            objective.draft, inputs, objective.embeds(batch), batch.image_mask, config.simulated_depth, batch.positions
-        ):
+        for step, predicted in objective.predict(batch, batch.features, config.simulated_depth):
             if step == 1:
                 losses.append(objective.loss(predicted, target, loss_mask))
             valid = rollout_loss_mask(loss_mask, step)
             tokens = torch.full((loss_mask.shape[0], rows), -2, dtype=torch.long, device=loss_mask.device)
-            tokens[valid] = best_tokens(predicted[valid], objective.head, config.head_chunk)
+            tokens[valid] = objective.drafted(predicted[valid])
             yield step, tokens
 
     result = accepted_lengths(drafted_tokens(), greedy, loss_mask)

@@ -165,10 +165,10 @@ def test_other_kinds_of_speculators_are_refused(tmp_path, target, form):
         load_draft(folder)
 
 
-def test_training_and_push_take_msd_drafts_only(tmp_path, target):
+def test_export_and_push_take_msd_drafts_only(tmp_path, target):
     folder = make_eagle3(tmp_path / "head", target)
-    with pytest.raises(UserError, match="training takes MSD drafts, not EAGLE-3 heads"):
-        load_msd_draft(folder, "training")
+    with pytest.raises(UserError, match="msd export takes MSD drafts, not EAGLE-3 heads"):
+        load_msd_draft(folder, "msd export")
     with pytest.raises(UserError, match="msd push takes MSD drafts"):
         write_release(folder, tmp_path / "out", "owner/name")
 

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import random
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,7 @@ def test_padding_that_changes_states_is_found(target: Target, tmp_path: Path, mo
     extractor = Extractor(target, template, None, tmp_path, source_of(target, "x"), 10_000)  # type: ignore[arg-type]
     prefill = type(target).prefill
 
-    def shifted(self: Target, inputs: dict[str, torch.Tensor]) -> Any:
+    def shifted(self: Target, inputs: dict[str, torch.Tensor], layers: Sequence[int]) -> Any:
         result = prefill(self, inputs)
         return result._replace(hidden=result.hidden.roll(1, 0) if len(result.hidden) > 1 else result.hidden)
 

@@ -1,0 +1,26 @@
+"""The kinds of drafts that can be trained, by the class of their config."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from eagle.drafts.config import DraftConfig
+from eagle.drafts.eagle3 import Eagle3Draft
+from eagle.drafts.eagle3_config import Eagle3Config
+from eagle.drafts.msd import DraftModel
+from eagle.train.eagle3 import Eagle3Objective
+from eagle.train.loss import DraftObjective
+from eagle.train.objective import Objective
+
+
+class Kind(NamedTuple):
+    """The class of a head, which is made from its config, and of the objective that trains it."""
+
+    head: type[Any]
+    objective: type[Objective[Any]]
+
+
+KINDS: dict[type, Kind] = {
+    DraftConfig: Kind(DraftModel, DraftObjective),
+    Eagle3Config: Kind(Eagle3Draft, Eagle3Objective),
+}

@@ -1,0 +1,271 @@
+"""Training of EAGLE-3 heads: the rows of the training-time test, acceptance when decoding, checkpoints, refusals."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_llava
+import torch
+from online_support import Case
+from safetensors.torch import load_file, save_file
+from test_overfit import CHAIN, NEW, own_answer
+from tiny_families import make_qwen3_vl
+
+from eagle.conversations import Conversation
+from eagle.decode.msd import MSDModel
+from eagle.drafts.checkpoint import load_draft, save_draft
+from eagle.drafts.eagle3 import Eagle3Draft
+from eagle.drafts.eagle3_config import Eagle3Config
+from eagle.families import Target, load_target, template_of
+from eagle.families.base_weights import load_base_tensors
+from eagle.families.draft_config import eagle3_config_of
+from eagle.ge_data.extract import source_of
+from eagle.ge_data.reader import Reader
+from eagle.hidden_states.shards import Sample
+from eagle.train import main_deepspeed
+from eagle.train.collate import Batch, collate
+from eagle.train.eagle3 import Eagle3Objective, trimmed_vocabulary
+from eagle.train.engine import PlainEngine
+from eagle.train.schedule import BatchSizes
+from eagle.train.settings import EAGLE3_RECIPE, TrainConfig, read_config
+from eagle.train.validation import batch_sums, summary
+from llava.errors import UserError, run_cli
+
+RECIPE = {**EAGLE3_RECIPE, "rollout_steps": 6, "simulated_depth": 6}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base that is sure of its next token: with random weights alone its distribution is almost uniform."""
+    folder = make_qwen3_vl(tmp_path_factory.mktemp("qwen3") / "base")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] *= 40
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def target(base: Path) -> Target:
+    loaded = load_target(base, dtype="float32")
+    loaded.model.generation_config.eos_token_id = None
+    return loaded
+
+
+def new_objective(base: Path, target: Target, msd: dict[str, Any] | None = None, **changes: Any) -> Eagle3Objective:
+    torch.manual_seed(0)
+    config = {**eagle3_config_of(base).published, "msd": msd or {}, **changes}
+    draft = Eagle3Draft(Eagle3Config.from_dict(config, "config"))
+    draft.use_target(len(target.text_model.layers))
+    return Eagle3Objective(draft, load_base_tensors(base), TrainConfig(**RECIPE))
+
+
+def answered(target: Target, objective: Eagle3Objective) -> tuple[dict[str, torch.Tensor], Sample]:
+    """A question about a picture, and the target's answer with the streams that the head reads."""
+    picture = tiny_llava.make_image(width=60, height=50)
+    inputs = target.prepare(target.chat_prompt("Count the shapes.", 1), [picture])
+    sample = own_answer(target, inputs)
+    full = {**inputs, "input_ids": sample.input_ids[None], "attention_mask": torch.ones(1, len(sample.input_ids))}
+    full["mm_token_type_ids"] = sample.image_mask[None].int()
+    with torch.no_grad():
+        streams = target.prefill(full, objective.draft.target_layers).streams
+    assert streams is not None and sample.image_mask.any()
+    return inputs, replace(sample, streams=streams[0])
+
+
+def batch_of(objective: Eagle3Objective, samples: list[Sample]) -> Batch:
+    draft = objective.draft
+    size = draft.config.vocab_size
+    return collate(samples, size, 2048, positions=draft.positions, image_ids=draft.embeds_image_ids)
+
+
+def train(objective: Eagle3Objective, batch: Batch, steps: int) -> None:
+    engine = PlainEngine(objective, objective.config, {"gradient_clipping": 0.5}, BatchSizes(1, 1, 1))
+    for step in range(steps):
+        engine.step([batch], learning_rate=4e-3 * (1 - step / steps))
+
+
+def as_served(objective: Eagle3Objective, folder: Path) -> Eagle3Draft:
+    """The head from its checkpoint."""
+    head = load_draft(save_draft(objective.draft, folder, dtype=torch.float32), dtype=torch.float32)
+    assert isinstance(head, Eagle3Draft)
+    return head
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_hidden_layers": 2, "layer_types": ["sliding_attention"] * 2, "sliding_window": 5},
+        {"msd": {"image_rows": "feature", "feedback": "after"}},
+        {"msd": {"positions": "temporal"}, "norm_before_residual": True},
+        {"msd": {"positions": "plain"}},
+    ],
+    ids=["default", "window, two layers", "features", "temporal", "plain"],
+)
+@torch.no_grad()
+def test_each_root_drafts_as_plain_forwards_do(base: Path, target: Target, changes: dict[str, Any]) -> None:
+    """One root at a time: its true rows, then its own drafts behind them, by forwards without a cache."""
+    objective = new_objective(base, target, **changes)
+    _, sample = answered(target, objective)
+    batch, draft, steps = batch_of(objective, [sample]), objective.draft.eval(), 3
+    predicted = [each for _, each in objective.predict(batch, batch.features, steps)]
+    true = draft.condense(batch.features)[0]  # [S, H]
+    embeds = target.model.get_input_embeddings()(sample.input_ids)
+    if draft.config.image_rows == "feature":
+        embeds[sample.image_mask] = sample.image_features
+    places = torch.arange(len(true)).expand(3, -1) if batch.positions is None else batch.positions[:, 0]
+    if draft.positions == "temporal":
+        places = places[:1].expand(3, -1)
+    for root in (1, len(true) // 2, len(true) - 5):
+        hidden = true[: root + 1]
+        for step in range(steps):
+            x = torch.cat([embeds[1 : len(hidden) + 1], hidden], dim=-1)[None]
+            rows = torch.arange(len(hidden))
+            behind = rows[:, None] - rows
+            seen = (behind >= 0) & (behind < (draft.window or len(rows)))
+            output = draft(x, places[:, None, : len(hidden)], seen[None, None])[0, -1:]
+            torch.testing.assert_close(predicted[step][0, root], output[0], atol=1e-5, rtol=1e-4)
+            hidden = torch.cat([hidden, output])
+
+
+def test_loss_is_cross_entropy_over_the_kept_tokens(base: Path, target: Target) -> None:
+    objective = new_objective(base, target, draft_vocab_size=40)
+    _, sample = answered(target, objective)
+    objective.begin([sample])
+    batch, head = batch_of(objective, [sample]), objective.draft.lm_head
+    ids = objective.draft.draft_vocab
+    assert ids is not None and head is not None and len(ids) == 40
+    assert set(sample.input_ids[sample.loss_mask].tolist()) <= set(ids.tolist())
+    assert torch.equal(head.weight, objective.head[ids])
+    objective.config = replace(objective.config, head_chunk=7)
+    (_, predicted), *_ = objective.predict(batch, batch.features, 1)
+    losses = objective.loss(predicted, batch.hidden[:, 1:], batch.loss_mask)
+    logits = (batch.hidden[:, 1:][batch.loss_mask] @ objective.head.T)[:, ids]
+    own = head(objective.draft.norm(predicted[batch.loss_mask]))
+    expected = torch.nn.functional.cross_entropy(own, logits.softmax(-1))
+    torch.testing.assert_close(losses.total, expected)
+    weights = [head.weight, objective.draft.fc.weight]
+    for got, wanted in zip(
+        torch.autograd.grad(losses.total, weights, retain_graph=True),
+        torch.autograd.grad(expected, weights),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize(
+    ("image_rows", "changes"),
+    [("token", {}), pytest.param("feature", {"draft_vocab_size": 60}, marks=pytest.mark.slow)],
+    ids=["placeholders", "features, trimmed vocabulary"],
+)
+def test_a_head_trained_on_one_answer_is_accepted(
+    base: Path, target: Target, tmp_path: Path, image_rows: str, changes: dict[str, Any]
+) -> None:
+    """Simulated and served acceptance are the same when half trained; in the end all drafted tokens are accepted."""
+    objective = new_objective(base, target, {"image_rows": image_rows}, **changes)
+    inputs, sample = answered(target, objective)
+    assert sample.input_ids[-NEW:].unique().numel() > NEW / 8, "an answer in a loop would prove little"
+    objective.begin([sample])
+    batch = batch_of(objective, [sample])
+    taus = []
+    for steps in (15, 300):
+        train(objective, batch, steps)
+        simulated = summary(batch_sums(objective.eval(), batch), depth=6)["tau"]
+        head = as_served(objective, tmp_path / f"after-{steps}")
+        assert head.config.image_rows == image_rows
+        output = MSDModel(target, head, CHAIN).generate(**inputs, max_new_tokens=NEW, temperature=0)
+        assert torch.equal(output.sequences[0], sample.input_ids)
+        assert simulated == pytest.approx(output.stats.tau)
+        taus.append(output.stats.tau)
+        objective.train()
+    assert 1 < taus[0] < taus[1]
+    assert output.stats.cycles <= -(-(NEW - 1) // 7) + 1, output.stats.accept_lengths
+
+
+def test_streams_are_read_beside_the_states(target: Target, tmp_path: Path) -> None:
+    """Only if asked for, each sample's own part of a padded batch."""
+    template = template_of(target)
+    items = [
+        template.prepare(Conversation(text, (("Name two rivers.", text),), ()), tmp_path, 500)
+        for text in ("The Nile.", "The Nile and the Rhine, and the Elbe.")
+    ]
+    read = partial(Reader, target, template, source_of(target, "tiny"), 1000)
+    assert all(sample.streams is None for sample in read().read(items))
+    for item, sample in zip(items, read(layers=(1, 3)).read(items), strict=True):
+        alone = target.prefill({"input_ids": item.input_ids[None]}, (1, 3)).streams
+        assert alone is not None and sample.streams is not None
+        torch.testing.assert_close(sample.streams, alone[0], atol=1e-4, rtol=1e-4)
+
+
+def test_the_most_frequent_tokens_are_kept_and_the_number_is_that_of_the_config(base: Path, target: Target) -> None:
+    config = new_objective(base, target, draft_vocab_size=4).draft.config
+    ids, spoken = torch.tensor([9, 9, 7, 5, 5, 8]), torch.tensor([1, 1, 0, 1, 1, 1]).bool()
+    sample = Sample("a", ids, spoken, ~spoken, torch.zeros(6, 1), torch.zeros(0, 1))
+    assert trimmed_vocabulary([sample], config).tolist() == [0, 5, 8, 9]
+
+
+class Eagle3Case(Case):
+    """Training of an EAGLE-3 head by the command."""
+
+    def _write_configs(self) -> None:
+        super()._write_configs()
+        config = json.loads((self.folder / "draft.json").read_text())
+        head = {**eagle3_config_of(self.base).published, "draft_vocab_size": 50, "msd": {"image_rows": "feature"}}
+        train = {"epochs": 2, "learning_rate": 1e-3, "log_every": 1, "rollout_steps": 2, "simulated_depth": 2}
+        train |= {key: config["train"][key] for key in ("validation_share", "max_length")}
+        (self.folder / "draft.json").write_text(json.dumps({**head, "train": train}))
+
+
+def test_the_command_trains_resumes_and_writes_the_flat_layout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = Eagle3Case("qwen2_vl", tmp_path)
+
+    def run(cpdir: str, *flags: str) -> int:
+        monkeypatch.setattr(sys, "argv", case.command(cpdir, *case.online, *flags))
+        return run_cli(main_deepspeed.main)
+
+    assert run("whole") == 0
+    assert run("parts", "--max-steps", "3") == 0 and run("parts", "--resume") == 0
+    assert case.curve("parts") == pytest.approx(case.curve("whole"), abs=1e-5) and len(case.curve("whole")) > 3
+    final = case.folder / "whole" / "final"
+    config, tensors = json.loads((final / "config.json").read_text()), load_file(final / "model.safetensors")
+    assert config["architectures"] == ["LlamaForCausalLMEagle3"] and config["draft_vocab_size"] == 50
+    assert config["eagle_aux_hidden_state_layer_ids"] == [0, 1, 2], "two layers have no default ones"
+    assert config["msd"] == {"image_rows": "feature", "positions": "mrope"} and "train" not in config
+    assert tensors["d2t"].dtype == torch.int64 and tensors["t2d"].sum() == 50
+    assert not any(name.startswith("embed_tokens") for name in tensors)
+    head = load_draft(final)
+    assert head.draft_vocab is not None and torch.equal(head.draft_vocab, tensors["t2d"].nonzero().flatten())
+    assert json.loads((final / "provenance.json").read_text())["data"]["image"]["online"] is True
+    assert case.history("whole")["validations"][-1]["results"]["image"]["tau"] >= 1
+    capsys.readouterr()
+    assert run("other", "--init", str(final)) == 0, capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", case.command("stored", "--tmpdir_t", str(case.folder)))
+    assert run_cli(main_deepspeed.main) == 2
+    assert "train with --online" in capsys.readouterr().err
+
+
+def test_settings_without_effect_and_unknown_keys_are_refused(base: Path, target: Target, tmp_path: Path) -> None:
+    draft, tensors = new_objective(base, target).draft, load_base_tensors(base)
+    for settings in ({"hidden_weight": 1.0}, {"token_weight": 0.0}, {"draft_image_tokens": 4}):
+        with pytest.raises(UserError, match=f"{next(iter(settings))}=.* for an EAGLE-3 head .leave it out"):
+            Eagle3Objective(draft, tensors, TrainConfig(**{**RECIPE, **settings}))
+    path = tmp_path / "draft.json"
+    for section, key in (("train", "epoch"), ("msd", "image_row")):
+        path.write_text(json.dumps({**draft.config.published, section: {key: 1}}))
+        with pytest.raises(UserError, match=f"unknown key '{key}'.*did you mean '{key}s'"):
+            read_config(path)
+    path.write_text(json.dumps({**draft.config.published, "train": {"epochs": 3}}))
+    config, train_config = read_config(path)
+    assert isinstance(config, Eagle3Config) and train_config == TrainConfig(epochs=3, **EAGLE3_RECIPE)
+    made, recipe = read_config("auto", str(base), "eagle3")
+    assert isinstance(made, Eagle3Config) and made.target_layers == (1, 2, 3) and recipe.rollout_steps == 7
+    with pytest.raises(UserError, match="--draft-kind eagle3 with a config file"):
+        read_config(path, str(base), "eagle3")
