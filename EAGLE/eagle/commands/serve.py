@@ -10,6 +10,7 @@ import argparse
 import os
 import shlex
 import sys
+from contextlib import redirect_stdout
 from functools import partial
 
 from eagle.arguments import port, positive
@@ -39,7 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
     vllm = require_vllm(arguments.vllm_python)
     if vllm.note:
         print(f"warning: {vllm.note}", file=sys.stderr)
-    base, draft = exported_pair(arguments.base_model, arguments.msd_model)
+    with redirect_stdout(sys.stderr):  # the command alone is on stdout: deepspeed logs there when a model is saved
+        base, draft = exported_pair(arguments.base_model, arguments.msd_model)
     command = server_command(
         vllm, base, draft, arguments.num_speculative_tokens, arguments.base_model, arguments.port, arguments.vllm
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -118,7 +119,7 @@ def require_vllm(python: str) -> Vllm:
 def check_arguments(port: int | None, more: Sequence[str]) -> None:
     """Raises `UserError` if vLLM's arguments ``more`` set what `msd serve` sets."""
     options = option_names(more)
-    for own, ours in (("--model", "--base-model"), ("--speculative-config", "--msd-model")):
+    for own, ours in (("--model", "--base-model"), ("--speculative-config", "--msd-model"), ("-sc", "--msd-model")):
         if own in options:
             raise UserError(f"vLLM's {own} is set by msd serve", fix=f"use {ours}")
     if port is not None and "--port" in options:
@@ -126,8 +127,8 @@ def check_arguments(port: int | None, more: Sequence[str]) -> None:
 
 
 def option_names(arguments: Sequence[str]) -> set[str]:
-    """Names of options, as vLLM's parser takes them: with dashes or underscores."""
-    return {argument.split("=")[0].replace("_", "-") for argument in arguments if argument.startswith("--")}
+    """Names of options, as vLLM's parser takes them: with dashes or underscores, and ``--option.key value``."""
+    return {re.split("[=.]", argument)[0].replace("_", "-") for argument in arguments if argument.startswith("-")}
 
 
 def server_command(

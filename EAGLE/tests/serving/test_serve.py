@@ -108,6 +108,8 @@ def test_the_process_becomes_vllm(pair: list[str], tmp_path: Path, monkeypatch: 
         (("vllm-0.32.0",), (), "the plugin msd-vllm is not installed beside vLLM"),
         (("vllm-0.32.0", "msd-vllm-0.1.0"), ("--", "--model", "x"), "--model is set by msd serve"),
         (("vllm-0.32.0", "msd-vllm-0.1.0"), ("--", "--speculative_config={}"), "use --msd-model"),
+        (("vllm-0.32.0", "msd-vllm-0.1.0"), ("--", "-sc", "{}"), "-sc is set by msd serve"),
+        (("vllm-0.32.0", "msd-vllm-0.1.0"), ("--", "--speculative-config.model", "x"), "use --msd-model"),
         (("vllm-0.32.0", "msd-vllm-0.1.0"), ("--port", "1", "--", "--port=2"), "--port is given twice"),
         (("vllm-0.32.0", "msd-vllm-0.1.0"), ("--vllm-python", "no/python"), "not a Python that can be run"),
         (("vllm-0.32.0", "msd-vllm-0.1.0"), ("--msd-model", str(REPO / "pocket/qwen2vl-msd")), "does not fit the base"),
