@@ -106,7 +106,7 @@ def require_vllm(python: str) -> Vllm:
     """
     vllm = find_vllm(python)
     if vllm.version is None:
-        fix = "pip install 'msd-eagle[serve]', or name the Python of vLLM's environment with --vllm-python"
+        fix = "pip install ./serving './EAGLE[serve]', or name the Python of vLLM's environment with --vllm-python"
         raise UserError("vLLM is not installed", python, fix)
     if vllm.plugin is None:
         raise UserError("the plugin msd-vllm is not installed beside vLLM", python, INSTALL_PLUGIN)
