@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -66,7 +67,7 @@ def self_check(target: Target) -> bool:
     described = describe(target)
     text = json.dumps(described, sort_keys=True, default=str)
     path = cache_folder("self-checks") / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
-    if path.is_file():
+    if os.path.isfile(path):  # False where the folder may not be read, unlike `Path.is_file`
         return True
     if within_memory(lambda: [compare(target)]) is None:
         log.warning("%s: no memory for the self-check, so it was left out", target.config.name_or_path)

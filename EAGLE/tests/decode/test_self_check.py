@@ -218,10 +218,15 @@ def test_it_can_be_switched_off(bases: Callable[[str], Path], cache: Path, forwa
     assert parser.parse_args(given).self_check and not parser.parse_args([*given, "--no-self-check"]).self_check
 
 
+@pytest.mark.parametrize("how", ["a file", "a name that the system does not take"])
 def test_a_folder_that_cannot_be_written(
-    bases: Callable[[str], Path], cache: Path, forwards: list[Target], caplog: pytest.LogCaptureFixture
-) -> None:
-    cache.parent.write_text("a file")
+    how: str, bases: Callable[[str], Path], cache: Path, forwards: list[Target], caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if how == "a file":
+        cache.parent.write_text("a file")
+    else:
+        monkeypatch.setenv("MSD_CACHE", str(cache.parent / ("x" * 300)))
     for _ in range(2):
         self_check(load_target(bases("llava-hf")))
     assert len(forwards) == 2 and "not kept for next time" in caplog.text
