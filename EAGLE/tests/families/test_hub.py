@@ -86,6 +86,21 @@ def test_hub_names_work_like_folders(repositories: Path, hub: HubServer, tmp_pat
     assert "the hub did not give it" in read.stderr
 
 
+@pytest.mark.slow
+def test_a_draft_is_exported_by_its_hub_name(repositories: Path, hub: HubServer, tmp_path: Path) -> None:
+    environment, base, written = {**os.environ, **hub.environment(tmp_path / "home")}, "tiny/llava-hf", []
+    for number, root in enumerate(("", f"{repositories}/")):
+        out = tmp_path / str(number)
+        line = [sys.executable, "-m", "eagle.cli", "export", "--to", "vllm", "--out", str(out)]
+        line += ["--msd-model", f"{root}{base}-msd", "--base-model", f"{root}{base}"]
+        done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=600, check=False)
+        assert done.returncode == 0, done.stderr
+        written.append(load_file(out / "model.safetensors"))
+    assert written[0].keys() == written[1].keys() and len(written[0]) > 5
+    assert all(torch.equal(each, written[1][name]) for name, each in written[0].items())
+    assert any(f"/{base}-msd/resolve/" in path for _, path in hub.requests)
+
+
 @pytest.mark.parametrize(
     "load",
     [
