@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ import transformers
 from corpus_support import turns
 from packaging.version import Version
 from tiny_draft import make_draft
-from tiny_families import FAMILY_MAKERS
-from tiny_llava import make_image, make_llava_hf
-from tiny_stock import make_llava_next, make_qwen
+from tiny_families import ALL_MAKERS, FAMILY_MAKERS
+from tiny_llava import make_image
 from torch._dynamo.utils import counters
 from transformers.video_utils import VideoMetadata
 
@@ -28,13 +26,6 @@ from eagle.families.template import join_images
 from llava.errors import UserError
 
 MAKERS = {name: make for name, make in FAMILY_MAKERS.items() if not name.startswith("qwen3_5")}
-ALL_MAKERS = {
-    "llava": make_llava_hf,
-    "llava_next": make_llava_next,
-    "qwen2_vl": make_qwen,
-    "qwen2_5_vl": partial(make_qwen, version="2.5"),
-    **FAMILY_MAKERS,
-}
 TREES = [TreeConfig(5, 10, 60), TreeConfig(2, 2, 6)]
 SIZES = [(50, 34), (112, 30), (64, 100)]
 WORDS = [
