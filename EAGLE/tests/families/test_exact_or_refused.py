@@ -34,7 +34,11 @@ OTHERS = sorted({*text_types()} - {*KNOWN})
 LENGTH = 12
 RIGHT = 3
 """Right tokens in each drafted tree; each has a wrong sibling. The last token of a chain is wrong."""
-QUESTIONS = [("Hi",), ("Which of these can you count? " * 2,), ("Name two.", "<image>\nAnd?", "Hm.", "<image> <image>?")]
+QUESTIONS = [
+    ("Hi",),
+    ("Which of these can you count? " * 2,),
+    ("Name two.", "<image>\nAnd?", "Hm.", "<image> <image>?"),
+]
 SIZES = [(50, 34), (112, 30), (64, 100)]
 FAMILY_OF = {kind: family for family in FAMILIES for kind in family.model_types}
 MAKERS = {**ALL_MAKERS, "llava_llama": make_liuhaotian}
@@ -59,7 +63,8 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[int]]]:
             sequence.number = number  # type: ignore[attr-defined]
 
     def with_sequences(decoder: Decoder) -> Any:
-        decoder.drafter.sequences = decoder.active  # type: ignore[union-attr]
+        if decoder.drafter is not None:
+            decoder.drafter.sequences = decoder.active  # type: ignore[attr-defined]
         return draft(decoder)
 
     def expand(drafter: Any, tree: TreeConfig, should_deepen: Any = None) -> Candidates:
@@ -96,7 +101,7 @@ def asked(target: Target, *questions: str) -> str:
 
 def check(target: Target, answers: list[list[int]]) -> None:
     """Answers with a tree, or a chain, equal `generate`: before and past the window, with pictures of several sizes in
-    later turns, and in a batch."""
+    later turns, and in a batch. Sampled ones equal plain decoding with the same seed."""
     model = target.model
     model.generation_config.eos_token_id = None
     table = model.get_input_embeddings().weight
@@ -120,6 +125,10 @@ def check(target: Target, answers: list[list[int]]) -> None:
     answers[:] = expected
     batch = target.prepare(texts, images)
     assert msd.generate(**batch, max_new_tokens=LENGTH, temperature=0.0).tokens == expected
+    settings = {"max_new_tokens": LENGTH, "temperature": 1.0, "seed": 3}
+    sampled = MSDModel(target, None).generate(**batch, **settings).tokens
+    answers[:] = sampled
+    assert msd.generate(**batch, **settings).tokens == sampled != expected
 
 
 @pytest.mark.parametrize("kind", sorted({*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *FAMILY_OF}))

@@ -146,20 +146,20 @@ OWN = (*OWN_WINDOWS, *OWN_STATES, "qwen3_vl_text", "glm4v_text", "paddleocr_vl_t
         (layers("gemma3_text", use_bidirectional_attention="vision"), "attention to later tokens"),
         (layers("other"), "'other' is not known"),
         # the model does not read layer_types, and the cache of generate does
-        (layers("mistral", "full_attention", sliding_window=8), "type full_attention in 'mistral' with sliding_window 8"),
-        (layers("phi3", "sliding_attention", sliding_window=None), "type sliding_attention in 'phi3' with sliding_win"),
+        (layers("mistral", "full_attention", sliding_window=8), "full_attention in 'mistral' with sliding_window 8"),
+        (layers("phi3", "sliding_attention", sliding_window=None), "sliding_attention in 'phi3' with sliding_window"),
         (layers("mistral", sliding_window=0), "sliding windows of 'mistral'"),
         # the model cannot run such layers, or runs them as full ones
-        (layers("qwen2", "sliding_attention", sliding_window=None), "type sliding_attention in 'qwen2' with sliding_w"),
-        (layers("qwen3_5_text", "sliding_attention", sliding_window=8), "type sliding_attention in 'qwen3_5_text'"),
-        (layers("qwen3_5_moe_text", "sliding_attention", sliding_window=8), "type sliding_attention in 'qwen3_5_moe"),
-        (layers("qwen3_vl_text", "sliding_attention", sliding_window=8), "type sliding_attention in 'qwen3_vl_text'"),
+        (layers("qwen2", "sliding_attention", sliding_window=None), "sliding_attention in 'qwen2' with sliding_wi"),
+        (layers("qwen3_5_text", "sliding_attention", sliding_window=8), "sliding_attention in 'qwen3_5_text'"),
+        (layers("qwen3_5_moe_text", "sliding_attention", sliding_window=8), "in 'qwen3_5_moe_text'"),
+        (layers("qwen3_vl_text", "sliding_attention", sliding_window=8), "sliding_attention in 'qwen3_vl_text'"),
         (layers("qwen3_vl_text", "linear_attention"), "layers of type linear_attention in 'qwen3_vl_text'"),
         (layers("glm4v_text", sliding_window=8), "sliding windows of 'glm4v_text'"),
-        (layers("paddleocr_vl_text", "sliding_attention", sliding_window=8), "type sliding_attention in 'paddleocr_v"),
-        (layers("gemma4_text", "linear_attention", sliding_window=8), "layers of type linear_attention in 'gemma4_"),
+        (layers("paddleocr_vl_text", "sliding_attention", sliding_window=8), "in 'paddleocr_vl_text'"),
+        (layers("gemma4_text", "linear_attention", sliding_window=8), "linear_attention in 'gemma4_text'"),
     ],
-    ids=lambda value: "" if isinstance(value, str) else f"{value.model_type}",
+    ids=lambda value: value if isinstance(value, str) else value.model_type,
 )  # fmt: skip
 def test_what_cannot_be_exact_is_refused(config: Any, said: str) -> None:
     with pytest.raises(UserError, match=said):
