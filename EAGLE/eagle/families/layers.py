@@ -27,7 +27,7 @@ FULL_ONLY = (
 ALL_ALIKE = (
     "doge", "ministral3", "mistral", "mixtral", "moshi", "phi3", "phimoe", "qwen3_moe", "starcoder2",
 )  # fmt: skip
-"""Those of `WITH_WINDOWS` whose layers are all sliding or all full; transformers' model does not read ``layer_types``."""
+"""Those of `WITH_WINDOWS` whose layers are all sliding or all full: the model does not read ``layer_types``."""
 GEMMA4 = ("gemma4_text", "gemma4_unified_text")
 OWN_WINDOWS = (*GEMMA4, "qwen2_vl_text", "qwen2_5_vl_text")
 """Text models of one family with sliding windows."""
