@@ -128,7 +128,7 @@ def check(target: Target, answers: list[list[int]]) -> None:
     settings = {"max_new_tokens": LENGTH, "temperature": 1.0, "seed": 3}
     sampled = MSDModel(target, None).generate(**batch, **settings).tokens
     answers[:] = sampled
-    assert msd.generate(**batch, **settings).tokens == sampled != expected
+    assert msd.generate(**batch, **settings).tokens == sampled
 
 
 @pytest.mark.parametrize("kind", sorted({*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *FAMILY_OF}))
