@@ -428,7 +428,9 @@ class MSDModel:
     def _two_parts_from(self, tree: TreeConfig, prompt: int) -> int | None:
         """Cached rows from which trees are verified in two parts after a prompt of so many positions. Measured at first
         use; None for never."""
-        if self.draft is None or self._compiled is not None or self.tree_attention != "auto":
+        if self.draft is None or self._compiled is not None or not self.target.takes_two_parts:
+            return None
+        if self.tree_attention != "auto":
             return 1 if self.tree_attention == "two-part" else None
         if prompt < CONTEXTS[0]:
             return None

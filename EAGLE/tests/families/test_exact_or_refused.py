@@ -93,6 +93,10 @@ def check(model: LlavaForConditionalGeneration, base: LlavaTarget, answers: list
         assert found.tokens == expected[-1:]
         accepted += sum(found.stats.accept_lengths)
     assert accepted > LENGTH
+    parts = MSDModel(target, draft, TreeConfig(RIGHT, 2, 2 * RIGHT), tree_attention="two-part")
+    inputs = target.prepare(texts[-1], prompts[-1][1])
+    answers[:] = expected[-1:]
+    assert parts.generate(**inputs, max_new_tokens=LENGTH, temperature=0.0).tokens == expected[-1:]
     answers[:] = expected
     batch = target.prepare(texts, [picture for _, pictures in prompts for picture in pictures])
     assert msd.generate(**batch, max_new_tokens=LENGTH, temperature=0.0).tokens == expected
