@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -67,15 +68,16 @@ def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
 
         given = {"attention_mask": mask, "position_ids": places, "use_cache": True, cache_argument: cache}
 
-        def masked(given: dict[str, Any] = given, context: int = context) -> torch.Tensor:
-            given[cache_argument].truncate([context])
+        def masked(given: dict[str, Any] = given, cache: KVCache = cache, context: int = context) -> torch.Tensor:
+            cache.truncate([context])
             return model(ids, **given).last_hidden_state.cpu()
 
-        def two_part(given: dict[str, Any] = given, parts: Any = TwoParts(mask, context)) -> torch.Tensor:
+        def two_part(given: dict[str, Any], forward: Callable[..., torch.Tensor] = masked) -> torch.Tensor:
             with with_tree_attention(config):
-                return masked({**given, "two_parts": parts}, parts.prefix)
+                return forward(given)
 
-        ways: dict[str, Callable[[], torch.Tensor]] = {"masked": masked, "two_part": two_part}
+        asked = {**given, "two_parts": TwoParts(mask, context)}
+        ways: dict[str, Callable[[], torch.Tensor]] = {"masked": masked, "two_part": partial(two_part, asked)}
         with torch.inference_mode():
             whole, parts = (way() for way in ways.values())
             times: dict[str, list[float]] = {name: [] for name in ways}

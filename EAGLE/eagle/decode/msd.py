@@ -399,9 +399,9 @@ class MSDModel:
 
     def tree_for(self, batch: int) -> TreeConfig:
         """The default tree of each sequence of a batch. Adaptive trees are for a single sequence only."""
-        if batch > 1 and self.tree.adaptive:
-            return TreeConfig.for_device(self.target.device).for_batch(batch)
-        return self.tree.for_batch(batch)
+        device = self.target.device
+        tree = TreeConfig.for_device(device) if batch > 1 and self.tree.adaptive else self.tree
+        return tree.for_batch(batch, device)
 
     def _planner_for(self, tree: TreeConfig, batch: int) -> Planner | None:
         """The planner of a single sequence. None if trees are fixed."""
