@@ -9,7 +9,7 @@ import torch
 from accelerate import dispatch_model
 from pretended_gpu import PretendedGPU
 
-from eagle import MSDModel
+from eagle import MSDModel, TreeConfig
 from eagle.decode.adaptive.planner import Acceptance
 from eagle.drafts.compression import Compression
 
