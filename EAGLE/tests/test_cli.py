@@ -94,6 +94,13 @@ def test_verify_counts_mismatches(pair, capsys):
     assert capsys.readouterr().out.startswith("0/3 mismatches")
 
 
+def test_verify_in_float32_needs_whole_products(pair, capsys, monkeypatch):
+    """With TF32, differences would say nothing."""
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert main(["verify", *models(pair), "--data", str(pair / "questions.jsonl"), "--max-new-tokens", "2"]) == 2
+    assert "float32_matmul_precision is high" in capsys.readouterr().err
+
+
 def test_verify_compares_sampled_answers(pair, capsys):
     check = ["verify", *models(pair), "--data", str(pair / "questions.jsonl"), "--max-new-tokens", "20"]
     assert main([*check, "--temperature", "0.8", "--seed", "3"]) == 0

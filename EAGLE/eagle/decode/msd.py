@@ -399,9 +399,9 @@ class MSDModel:
 
     def tree_for(self, batch: int) -> TreeConfig:
         """The default tree of each sequence of a batch. Adaptive trees are for a single sequence only."""
-        if batch > 1 and self.tree.adaptive:
-            return TreeConfig.for_device(self.target.device).for_batch(batch)
-        return self.tree.for_batch(batch)
+        device = self.target.device
+        tree = TreeConfig.for_device(device) if batch > 1 and self.tree.adaptive else self.tree
+        return tree.for_batch(batch, device)
 
     def _planner_for(self, tree: TreeConfig, batch: int) -> Planner | None:
         """The planner of a single sequence. None if trees are fixed."""
@@ -428,7 +428,9 @@ class MSDModel:
     def _two_parts_from(self, tree: TreeConfig, prompt: int) -> int | None:
         """Cached rows from which trees are verified in two parts after a prompt of so many positions. Measured at first
         use; None for never."""
-        if self.draft is None or self._compiled is not None or self.tree_attention != "auto":
+        if self.draft is None or self._compiled is not None or not self.target.takes_two_parts:
+            return None
+        if self.tree_attention != "auto":
             return 1 if self.tree_attention == "two-part" else None
         if prompt < CONTEXTS[0]:
             return None

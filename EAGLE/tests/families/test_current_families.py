@@ -18,7 +18,7 @@ from tiny_llava import make_image
 from torch._dynamo.utils import counters
 from transformers.video_utils import VideoMetadata
 
-from eagle import MSDModel, TreeConfig
+from eagle import MSDModel, TreeConfig, attention
 from eagle.conversations import read_conversation
 from eagle.drafts.checkpoint import load_draft
 from eagle.families import family_named, load_target, template_of
@@ -125,6 +125,16 @@ def test_the_picture_matters(model: MSDModel) -> None:
     """Otherwise equality above would say nothing about pictures."""
     first, second = (model.target.prefill(asked(model, "What?", 1, index)).hidden[0, -1] for index in (0, 2))
     assert (first - second).norm() > 1e-3 * first.norm()
+
+
+def test_attention_in_two_parts_gives_the_same(model: MSDModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers of each family are handed what it needs."""
+    real, calls = attention.two_part_attention, []
+    monkeypatch.setattr(attention, "two_part_attention", lambda *given: (calls.append(given[4]), real(*given))[1])
+    parts = MSDModel(model.target, model.draft, TREES[1], tree_attention="two-part")
+    inputs = asked(model, "Which of these can you count?", 2)
+    check(parts, inputs, length=12)
+    assert calls and min(calls) >= inputs["input_ids"].shape[1]
 
 
 @pytest.mark.slow
