@@ -28,6 +28,7 @@ SPARE, SMALL = 2, 2**24
 loaded."""
 CHECK_SIZES = "check the sizes in config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _READ_ERRORS = (
     SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, OSError, AttributeError,
     TypeError,
@@ -118,6 +119,14 @@ def read_tensors(paths: Iterable[Path], names: Collection[str] | None = None) ->
                 wanted = [name for name in file.keys() if names is None or name in names]  # noqa: SIM118 (no mapping)
                 tensors |= {name: file.get_tensor(name) for name in wanted}
     return tensors
+
+
+def check_floats(tensors: Mapping[str, torch.Tensor], where: str | Path) -> None:
+    """Raises `UserError` for a tensor that does not hold floats of 16, 32 or 64 bit, such as one that is quantised."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"{name} has values of {kind}", where, "use a checkpoint in 16 or 32 bit")
 
 
 def read_first(source: Source, names: Collection[str]) -> torch.Tensor | None:
