@@ -109,7 +109,7 @@ def test_a_template_that_leaves_out_a_system_prompt_is_refused(tmp_path: Path, m
     (folder / "chat_template.jinja").write_text(WITHOUT_SYSTEM if make is make_llava_hf else template)
     target = load_target(folder, dtype="float32")
     assert "What?" in target.chat_prompt("What?")
-    with pytest.raises(UserError, match="chat template leaves out 'Be brief.'"):
+    with pytest.raises(UserError, match=r"chat template leaves out 'Be brief\.'"):
         target.chat_prompt("What?", system="Be brief.")
     row: dict[str, Any] = {"conversations": turns("q", "a"), "system": "Be brief."}
     with pytest.raises(Unusable, match="template"):

@@ -93,7 +93,9 @@ def test_a_base_that_the_engine_does_not_read_exactly_is_refused(
     monkeypatch.setattr(Target, "prompt_positions", lambda *given: (right(*given)[0] * 2, right(*given)[1] * 2))
     data = annotations(mixed_rows())
     assert allocate(base, data, tmp_path / "out", "t", "--dtype", "float32") == 2
-    assert "logits of the engine differ" in capsys.readouterr().err and not list((tmp_path / "out").glob("*.safetensors"))
+    assert "logits of the engine differ" in capsys.readouterr().err and not list(
+        (tmp_path / "out").glob("*.safetensors")
+    )
     assert allocate(base, data, tmp_path / "out", "t", "--dtype", "float32", "--no-self-check") == 0
     assert not (tmp_path / "cache" / "self-checks").exists()
 
