@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from dataclasses import replace
 from typing import Any
@@ -27,8 +26,6 @@ def load_model(arguments: argparse.Namespace, need_draft: bool = True, dtype: st
     """
     if need_draft and not arguments.msd_model:
         raise UserError("no draft head", where="--msd-model", fix="name a folder or hub repository, or use --no-msd")
-    if arguments.revision and os.path.isdir(arguments.base_model):
-        raise UserError("a folder has no revisions", "--revision", "leave it out, or name a repository of the hub")
     dtype = dtype or arguments.dtype
     extra = {"revision": arguments.revision} if arguments.revision else {}
     model = MSDModel.from_pretrained(

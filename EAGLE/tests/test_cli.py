@@ -251,7 +251,7 @@ def bad_inputs(pair):
         "surrogate stop": ([*ask, "--stop", "\ud83d"], "half of a character"),
         "Latin-1 picture": ([*ask, "--image", "caf\udce9.png"], "picture not found"),
         "Latin-1 base": (["generate", "--base-model", "caf\udce9", "--prompt", "x", "--no-msd"], "not found"),
-        "revision of a folder": ([*ask, "--revision", "v9"], "a folder has no revisions: --revision"),
+        "revision of a folder": ([*ask, "--revision", "v9"], "of revision 'v9', but this is a folder"),
         "Latin-1 file": ([*check, "--data", str(pair / "latin.jsonl")], "latin.jsonl:1:18"),
     }
 
