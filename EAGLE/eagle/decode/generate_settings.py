@@ -95,14 +95,11 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
     "output_hidden_states": (None, False),
 }
 """Settings with the values that switch them off."""
-ARGUMENTS = frozenset(
-    ["generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer"]
-)
-"""Arguments of transformers' `generate` itself that are served."""
 REFUSED_ARGUMENTS = (
     "inputs", "synced_gpus", "assistant_model", "negative_prompt_ids", "negative_prompt_attention_mask",
     "custom_generate",
 )  # fmt: skip
+"""Arguments of transformers' `generate` itself."""
 REASONS = {
     "inputs": "MSD needs the ids of the prompt as input_ids",
     "assistant_model": "MSD has its own draft",

@@ -19,6 +19,7 @@ from eagle.drafts.eagle3_config import Eagle3Config
 from eagle.drafts.head import TrainedHead
 from eagle.extras import require
 from eagle.families.base_weights import BaseTensors, load_base_tensors
+from eagle.ge_data.extract import fingerprint
 from eagle.questions import Question, read_questions
 from eagle.train.checkpoint import CheckpointStore, Progress, describe_run
 from eagle.train.dataset import TrainingData, load_stored
@@ -245,7 +246,8 @@ def restore(
     """Progress of the interrupted run with ``--resume``, else a new one. ``asked``: by `precision`."""
     draft = engine.objective.draft.config.training_choices()
     sizes = {**asdict(schedule.sizes), "text": schedule.text, "image": schedule.image}
-    run = {**sizes, **draft, **config.fingerprint(), **data.run, **asked}
+    init = fingerprint(engine.objective.draft.fc.weight) if args.init else "none"
+    run = {**sizes, **draft, **config.fingerprint(), **data.run, **asked, "init": init}
     folder = store.latest() if args.resume else None
     if folder is None:
         if args.resume and engine.is_main:
