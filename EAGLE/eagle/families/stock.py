@@ -24,7 +24,7 @@ from llava.loading import load_errors
 from llava.messages import check_written
 from llava.processor import flat_pictures
 from llava.processor_config import check_processor_files
-from llava.weights import check_size, find_weights, read_shapes
+from llava.weights import check_size, check_unquantised, find_weights, read_shapes
 
 Part = dict[str, Any]
 """A part of a message, as transformers' chat templates read it."""
@@ -48,7 +48,9 @@ class StockTarget(Target):
         processor = load_processor(path, **hub)
         source = Source.of(path, hub, "base model")
         config = load_config(path, **hub)
-        check_size(cls.model_class, config, read_shapes(find_weights(source)), path)
+        weights = find_weights(source)
+        check_size(cls.model_class, config, read_shapes(weights), path)
+        check_unquantised(config, weights)
         with quiet_transformers():
             check_generation_config(source, config.get_text_config().vocab_size)
             model, info = cls.model_class.from_pretrained(
