@@ -84,6 +84,32 @@ def test_resumed_with_another_number_of_processes(arguments, tmp_path, stage, fi
         torch.testing.assert_close(drafts[1][name], weight, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow  # imports DeepSpeed
+def test_it_says_once_that_deepspeed_compiles_and_with_what(tmp_path, monkeypatch, capsys):
+    """Only the main process, and only where the operation is not compiled yet."""
+    engine = pytest.importorskip("eagle.train.engine_deepspeed")
+    if engine.get_accelerator().device_name() != "cpu":
+        pytest.skip("compiles nothing with this accelerator")
+    folder = tmp_path / "extensions"
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
+    monkeypatch.setenv("CXX", "g++")
+    capsys.readouterr()  # what DeepSpeed says when it is imported
+    engine.check_compiler(main=False)
+    assert not capsys.readouterr().out
+    engine.check_compiler(main=True)
+    (line,) = capsys.readouterr().out.splitlines()
+    operation = re.fullmatch(
+        rf"DeepSpeed compiles (\w+) with g\+\+, once on a machine, into {re.escape(str(folder))}: "
+        "this takes one to three minutes without further output", line,
+    )  # fmt: skip
+    assert operation is not None, line
+    compiled = folder / "py3_cpu" / operation[1] / f"{operation[1]}.so"
+    compiled.parent.mkdir(parents=True)
+    compiled.touch()
+    engine.check_compiler(main=True)
+    assert not capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("tool", "told"), [("c++", "finds no C++ compiler: c++"), ("ninja", "finds no ninja")])
 def test_without_a_compiler_there_is_one_line(command, tmp_path, tool, told):
