@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 
-from eagle.families.registry import FAMILIES
+from eagle.families.registry import family_of
 from llava.errors import UserError
 from llava.files import read_object
 from llava.hub import Source
-from llava.weights import read_first
+from llava.weights import check_floats, read_first
 
 EMBED_NAMES = (
     "model.embed_tokens.weight",  # liuhaotian, Qwen2-VL
@@ -52,10 +52,12 @@ def load_base_tensors(path: str | Path, **hub: Any) -> BaseTensors:
         if not is_tied(config):
             raise UserError("no lm_head", where=path, fix=f"expected {' or '.join(HEAD_NAMES)}, or tie_word_embeddings")
         head = embed
+    check_floats({"the token embedding": embed, "lm_head": head}, path)
     if embed.shape != head.shape:
         raise UserError(f"embedding {list(embed.shape)} and lm_head {list(head.shape)} differ in shape", where=path)
-    caps = any(family.caps_logits and config.get("model_type") in family.model_types for family in FAMILIES)
-    return BaseTensors(embed, head, (config.get("text_config") or {}).get("final_logit_softcapping") if caps else None)
+    cap = (config.get("text_config") or {}).get("final_logit_softcapping")
+    caps = cap is not None and family_of(path, **hub).target_class().caps_logits
+    return BaseTensors(embed, head, cap if caps else None)
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:
