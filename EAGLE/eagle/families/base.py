@@ -383,11 +383,14 @@ class Target(ABC):
             keep = slice(None) if attention_mask is None else attention_mask[index].bool()
             prompt = prompts.sequence(index, keep)
             own_positions = positions[..., index : index + 1, :][..., keep]
+            own_next = next_position[index : index + 1]
+            if own_positions.dim() > 2 and (own_positions[..., -1] + 1 != own_next).any():
+                # transformers goes on from the three numbers of the last token
+                raise UserError("a prompt ends with a picture or video", fix="write some text behind it")
             part = cache.sequence(index)
             with self.streams(layers) as streams:
                 hidden = self.read_prompt(prompt, own_positions, use_cache=True, **{self.cache_argument: part})
             lengths.append(part.length)
-            own_next = next_position[index : index + 1]
             yield Prefill(hidden, prompt.embeds, prompt.image_mask, own_positions, own_next, streams.joined())
         cache.truncate(lengths)
 

@@ -124,7 +124,7 @@ def test_allocation_and_online_training_read_the_same_states(
         assert allocation.main(argv) == 0
     args = Namespace(
         basepath=str(base), dtype="float32", model_type="llava_next", limit=None, image_folder=photos,
-        cpdir=str(tmp_path / "ckpt"), resume=False, batch_tokens=None,
+        cpdir=str(tmp_path / "ckpt"), resume=False, batch_tokens=None, self_check=True,
     )  # fmt: skip
     files = {"text": annotations, "image": annotations}
     corpus = load_corpus(args, files, TrainConfig(max_length=400), Processes())
