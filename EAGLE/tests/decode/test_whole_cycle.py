@@ -21,6 +21,7 @@ from transformers import MaxTimeCriteria
 
 from eagle import MSDModel, TreeConfig
 from eagle.decode import decoder as decoder_module
+from eagle.decode import sampling
 from eagle.decode.adaptive.guard import Guard
 from eagle.decode.compiled.cycle import CycleRun, Result
 from eagle.decode.compiled.static_cache import STEP
@@ -305,6 +306,7 @@ def test_operations_and_waits_of_a_cycle(
     if not temperature:
         del settings["top_p"]
     monkeypatch.setattr(whole._compiled.cycle(tree), "ahead", 1)
+    monkeypatch.setattr(sampling, "BEST", 10**6)  # top-p of an accelerator
     follow, counts = Decoder._follow, []
 
     def counted(self: Decoder, *given: Any) -> bool:
