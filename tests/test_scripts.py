@@ -83,6 +83,9 @@ def test_training_stored_and_online(commands) -> None:
     _, online = commands("4_train.sh", ONLINE="1", PICTURES="p", COUNT="9")
     files = "--online --annotations_v w/image.json --annotations_t w/text.json --image-folder p --limit 9"
     assert files in online and "--tmpdir" not in online
+    assert "--config pocket_llava_config.json" in stored and "--draft-kind" not in stored
+    _, head = commands("4_train.sh", DRAFT_KIND="eagle3")
+    assert "--config auto" in head and head.endswith("--resume --draft-kind eagle3")
 
 
 def test_training_without_deepspeed_is_one_line(

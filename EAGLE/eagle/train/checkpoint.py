@@ -56,6 +56,7 @@ SHARED = ("step", "best", "history", "run")  # parts of the progress that are th
 COMPARED = ("micro", "accumulation", "world", "epochs")
 """Settings of a run that `check_same_run` does not only compare for equality."""
 STATES = "states_"  # prefix of the names that describe a run's stored states
+KIND = "draft_kind"
 
 DEEPSPEED_CLASSES = {
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
@@ -230,7 +231,7 @@ def check_same_run(progress: Progress, run: Mapping[str, Any], steps_per_epoch: 
         )
     for key in {**new, **old}:
         before, current = old.get(key), new.get(key)
-        unknown = key.startswith(STATES) and None in (before, current)  # as in older runs
+        unknown = (key == KIND or key.startswith(STATES)) and None in (before, current)  # as in older runs
         if before == current or unknown or key in ("accumulation", "world"):
             continue
         if key == "epochs" and new["epochs"] > old["epochs"]:

@@ -19,7 +19,7 @@ from eagle.drafts.head import TrainedHead
 from eagle.extras import require
 from eagle.families.base_weights import BaseTensors, load_base_tensors
 from eagle.questions import Question, read_questions
-from eagle.train.checkpoint import CheckpointStore, Progress, describe_run
+from eagle.train.checkpoint import KIND, CheckpointStore, Progress, describe_run
 from eagle.train.dataset import TrainingData, load_stored
 from eagle.train.engine import Engine, PlainEngine, read_deepspeed_config, suit_device
 from eagle.train.kinds import KINDS
@@ -238,9 +238,9 @@ def restore(
     config: TrainConfig,
 ) -> Progress:
     """Progress of the interrupted run with ``--resume``, else a new one."""
-    draft = engine.objective.draft.config.training_choices()
+    draft = engine.objective.draft
     sizes = {**asdict(schedule.sizes), "text": schedule.text, "image": schedule.image}
-    run = {**sizes, **draft, **config.fingerprint(), **data.run}
+    run = {KIND: draft.kind, **sizes, **draft.config.training_choices(), **config.fingerprint(), **data.run}
     folder = store.latest() if args.resume else None
     if folder is None:
         if args.resume and engine.is_main:

@@ -67,6 +67,7 @@ RUN = {"micro": 2, "accumulation": 4, "world": 1, "text": 10, "image": 8, "epoch
         ({"epochs": 6}, 7, "had epochs=4, this one has 6.*finish the 4 epochs first"),
         ({"epochs": 3}, 8, "had epochs=4, this one has 3"),
         ({"noise": 0.1}, 8, "had noise=0.2, this one has 0.1"),
+        ({"draft_kind": "MSD"}, 8, None),
     ],
 )
 def test_what_a_resumed_run_may_change(change: dict[str, Any], step: int, told: str | None, tmp_path: Path) -> None:

@@ -234,6 +234,9 @@ def test_the_command_trains_resumes_and_writes_the_flat_layout(
     assert run("whole") == 0
     assert run("parts", "--max-steps", "3") == 0 and run("parts", "--resume") == 0
     assert case.curve("parts") == pytest.approx(case.curve("whole"), abs=1e-5) and len(case.curve("whole")) > 3
+    capsys.readouterr()
+    assert run("parts", "--resume", "--config", "auto") == 2
+    assert "had draft_kind=EAGLE-3, this one has MSD" in capsys.readouterr().err
     final = case.folder / "whole" / "final"
     config, tensors = json.loads((final / "config.json").read_text()), load_file(final / "model.safetensors")
     assert config["architectures"] == ["LlamaForCausalLMEagle3"] and config["draft_vocab_size"] == 50
