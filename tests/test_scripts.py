@@ -48,7 +48,7 @@ def test_allocation_by_default(commands) -> None:
 @pytest.mark.parametrize(
     ("settings", "flags"),
     [
-        ({"HIDDEN_DTYPE": "int8"}, "--hidden-dtype int8"),
+        ({"HIDDEN_DTYPE": "int8", "FEATURE_LAYERS": "2,18"}, "--hidden-dtype int8 --feature-layers 2,18"),
         (
             {"MAX_LENGTH": "4096", "SHARD": "1/8", "SHARD_SIZE": "32"},
             "--max-length 4096 --shard 1/8 --shard-size 32",

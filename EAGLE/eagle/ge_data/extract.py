@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from eagle.ge_data.regenerate import Regenerator
 from eagle.ge_data.selection import Range, Selection
 from eagle.hidden_states.shards import DTYPES, Sample, ShardInfo, Skipped, Source, write_shard
 from eagle.hidden_states.source import Regeneration, commit_of, model_name
+from llava.errors import UserError
 
 THREADS = 4
 WRITERS = 3
@@ -53,7 +54,7 @@ class Extractor(Reader):
         batch_tokens: int | None,
         regenerator: Regenerator | None = None,
     ) -> None:
-        super().__init__(target, template, source, batch_tokens)
+        super().__init__(target, template, source, batch_tokens, source.feature_layers or ())
         self.selection, self.folder, self.regenerator = selection, folder, regenerator
 
     def run(self, ranges: Iterable[Range], report: Report) -> Iterator[ShardInfo]:
@@ -133,7 +134,11 @@ class Extractor(Reader):
 
 
 def source_of(
-    target: Target, name: str, hidden_dtype: Literal["int8"] | None = None, regeneration: Regeneration | None = None
+    target: Target,
+    name: str,
+    hidden_dtype: Literal["int8"] | None = None,
+    regeneration: Regeneration | None = None,
+    feature_layers: tuple[int, ...] | None = None,
 ) -> Source:
     """The source of shards made by ``target``. States of a 32-bit model are stored as bfloat16.
 
@@ -141,6 +146,7 @@ def source_of(
         name: folder or hub name of the model.
         hidden_dtype: "int8", or None for 16 bit.
         regeneration: how the target answers itself; None for the answers of the data set.
+        feature_layers: whose input streams are stored too.
     """
     stored = target.dtype if target.dtype in DTYPES.values() else torch.bfloat16
     return Source(
@@ -155,7 +161,21 @@ def source_of(
         hidden_dtype=hidden_dtype,
         regeneration=regeneration,
         layer_fingerprint=layer_fingerprint(target.text_model),
+        feature_layers=feature_layers,
     )
+
+
+def check_embedding_scale(target: Target, layers: Sequence[int]) -> None:
+    """Raises `UserError` if a draft that reads streams would see other embeddings in training than in decoding, since
+    the base scales its own."""
+    embedding = target.model.get_input_embeddings()
+    weight = cast(Tensor, embedding.weight)
+    ids = torch.arange(2, device=weight.device)
+    if layers and not torch.equal(embedding(ids), weight[ids]):
+        raise UserError(
+            f"EAGLE-3 heads of {target.family}, which scales its embeddings, cannot be trained",
+            fix="train an MSD draft",
+        )
 
 
 def fingerprint(weight: Tensor) -> str:

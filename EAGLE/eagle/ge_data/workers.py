@@ -44,7 +44,8 @@ class Answers:
 @dataclass(frozen=True)
 class Job:
     """The task of all workers. ``family``: given by --model_type; ``source``: of the existing shards; ``hidden_dtype``:
-    None for 16 bit; ``answers``: None for the answers of the data set."""
+    None for 16 bit; ``answers``: None for the answers of the data set; ``feature_layers``: whose input streams are
+    stored."""
 
     model: str
     family: str
@@ -55,6 +56,7 @@ class Job:
     source: Source | None
     hidden_dtype: Literal["int8"] | None = None
     answers: Answers | None = None
+    feature_layers: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,7 @@ def _extractor(job: Job, device: str) -> Extractor:
     from eagle.decode.msd import MSDModel
     from eagle.drafts.checkpoint import load_draft
     from eagle.families import load_target, template_of
-    from eagle.ge_data.extract import Extractor, fingerprint, source_of
+    from eagle.ge_data.extract import Extractor, check_embedding_scale, fingerprint, source_of
     from eagle.ge_data.regenerate import Regenerator
 
     if device != "cpu":
@@ -222,6 +224,7 @@ def _extractor(job: Job, device: str) -> Extractor:
     target = load_target(job.model, dtype=job.dtype, device_map={"": device})
     if target.family != job.family:
         raise UserError(f"--model_type means a model of family {job.family}, this is {target.family}", job.model)
+    check_embedding_scale(target, job.feature_layers or ())
     answers, draft, regeneration = job.answers, None, None
     if answers is not None:
         if answers.msd_model is not None:
@@ -233,7 +236,7 @@ def _extractor(job: Job, device: str) -> Extractor:
             seed=answers.seed if answers.temperature else None,
             max_new_tokens=answers.max_new_tokens,
         )
-    source = source_of(target, job.model, job.hidden_dtype, regeneration)
+    source = source_of(target, job.model, job.hidden_dtype, regeneration, job.feature_layers)
     if job.source is not None and (differences := job.source.differences(source)):
         message = f"the folder's shards are of another model or draft, with {differences}"
         raise UserError(message, job.folder, "take another --outdir")

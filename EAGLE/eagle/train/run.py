@@ -30,7 +30,6 @@ from eagle.train.served import ServedEvaluation
 from eagle.train.settings import (
     TrainConfig,
     check_sources,
-    check_stored,
     override,
     read_config,
     with_draft_settings,
@@ -54,7 +53,6 @@ def run(args: argparse.Namespace, stack: ExitStack) -> None:
     config = override(config, args)
     deepspeed_config = read_deepspeed_config(args.deepspeed_config)
     check_sources(args)
-    check_stored(isinstance(draft_config, Eagle3Config), args.online)
     questions = evaluation_questions(args, config)
     base = load_base_tensors(args.basepath)
     rank, world = join_processes()
@@ -62,7 +60,8 @@ def run(args: argparse.Namespace, stack: ExitStack) -> None:
         data = load_online(args, draft_config, base, config, Processes(rank, world, own_device()))
     else:
         folders = {TEXT: args.tmpdir_t, IMAGE: args.tmpdir_v}
-        data = load_stored(folders, draft_config.hidden_size, base, config)
+        layers = read_layers(draft_config, args.basepath)
+        data = load_stored(folders, draft_config.hidden_size, base, config, layers)
     deepspeed_config = suit_device(deepspeed_config, main=rank == 0)
     sizes = BatchSizes.from_deepspeed(deepspeed_config, world, where=args.deepspeed_config)
     schedule = data.schedule(sizes, config)
@@ -141,6 +140,15 @@ def load_online(
         CheckpointStore(args.cpdir, config.keep_last, {}).refuse_to_overwrite()
     files = {name: path for name, path in ((TEXT, args.annotations_t), (IMAGE, args.annotations_v)) if path is not None}
     return load_corpus(args, files, config, processes, draft_config.layers_of)
+
+
+def read_layers(draft: DraftConfig | Eagle3Config, base: str) -> tuple[int, ...]:
+    """The layers of the base whose input streams a draft reads. Only an EAGLE-3 head needs the base's config."""
+    if isinstance(draft, DraftConfig):
+        return ()
+    from eagle.families.draft_config import text_config_of
+
+    return draft.layers_of(text_config_of(base)[1].num_hidden_layers)
 
 
 def own_device() -> torch.device:
