@@ -232,4 +232,3 @@ def _tensors(draft: Eagle3Draft, served: Served) -> Check:
 
 def _names_qwen3(config: Mapping[str, Any]) -> bool:
     return any("Eagle3Qwen3ForCausalLM" in str(name) for name in config.get("architectures") or ())
-

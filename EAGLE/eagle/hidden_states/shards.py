@@ -135,7 +135,8 @@ class Sample:
 @dataclass(frozen=True)
 class DiskSample:
     """A `Sample` whose states are still on disk, to be read straight into a batch. ``width``, ``dtype``: of the states
-    when they are read. ``hidden_scale``: None for 16-bit states. ``images``: number of image features. ``streams``: of each layer."""
+    when they are read. ``hidden_scale``: None for 16-bit states. ``images``: number of image features. ``streams``: of
+    each layer."""
 
     id: str
     input_ids: Tensor
@@ -265,9 +266,11 @@ class ShardDataset:
         self.meta = load_index(self.folder)
         self._source = self.meta.source
         if not set(self.layers) <= set(self._source.feature_layers or ()):
-            stored = ", ".join(map(str, self._source.feature_layers or ())) or "no layer"
+            wanted, stored = (
+                ", ".join(map(str, each or ["no layer"])) for each in (self.layers, self._source.feature_layers)
+            )
             raise UserError(
-                f"the draft reads the inputs of layers {', '.join(map(str, self.layers))}, stored are those of {stored}",
+                f"the draft reads the inputs of layers {wanted}, stored are those of {stored}",
                 self.folder,
                 "make the hidden states with --feature-layers, or train with --online",
             )

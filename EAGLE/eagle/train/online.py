@@ -15,12 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from eagle.families import TRAINING_NAMES, Target, load_target, template_of
+from eagle.families import TRAINING_NAMES, load_target, template_of
 from eagle.families.template import Prepared, Template
 from eagle.ge_data.extract import check_embedding_scale, source_of
 from eagle.ge_data.reader import Reader

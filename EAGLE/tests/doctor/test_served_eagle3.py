@@ -62,11 +62,11 @@ TOP = [0, 1, 2]
     ("family", "runner", "config", "topic", "found"),
     [
         ("llava", "V1", {IDS: [0, 1]}, "layers", "2 streams, vLLM has 3"),
-        ("llava", "V1", {"msd": {"target_layers": [1, 2]}, "num_aux_hidden_states": 2, IDS: TOP}, "layers", "1, 2, vLLM"),
+        ("llava", "V1", {"msd": {"target_layers": [1, 2]}, "num_aux_hidden_states": 2, IDS: TOP}, "layers", "1, 2, vL"),
         ("llava", "V1", {IDS: [0, 1], "num_aux_hidden_states": 2, "msd": {"layer_ids": "output"}},
          "layers", "layers 1, 2, vLLM has the inputs of layers 0, 1"),
         ("llava", "V1", {"eagle_config": {IDS: [-1, 0, 1]}, IDS: None}, "layers", "0, 1, 2, vLLM has .* -1, 0, 1$"),
-        ("llava", "V1", {"msd": {"image_rows": "feature"}}, "image rows", "projected image features, vLLM has the place"),
+        ("llava", "V1", {"msd": {"image_rows": "feature"}}, "image rows", "projected image features, vLLM has the"),
         ("llava", "V1", {"msd": {"norm_before_residual": True}}, "norms", "norm_before_residual true.*residual false"),
         ("llava", "V1", {"norm_output": True}, "norms", "norm_output false.*norm_output true"),
         ("llava", "V1", {"msd": {"feedback": "after"}}, "norms", "norm_output true.*norm_output false"),
@@ -120,7 +120,10 @@ def test_the_command_fails_for_what_vllm_runs_otherwise(
     monkeypatch.setenv("COLUMNS", "300")
     base = make_qwen3_vl(tmp_path / "base")
     target = load_target(base, dtype="float32")
-    made = {"eagle3": make_eagle3(tmp_path / "eagle3", target), "msd": make_draft(tmp_path / "msd", target, msd={"image_tokens": 2})}
+    made = {
+        "eagle3": make_eagle3(tmp_path / "eagle3", target),
+        "msd": make_draft(tmp_path / "msd", target, msd={"image_tokens": 2}),
+    }
     told = {}
     for kind, folder in made.items():
         assert main(["doctor", "--base-model", str(base), "--msd-model", str(folder), "--served-by", "vllm"]) == 1

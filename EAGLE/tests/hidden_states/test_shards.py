@@ -87,13 +87,13 @@ def test_streams_are_read_by_layer(tmp_path: Path) -> None:
         out = torch.empty(3, 2 * H).bfloat16()
         data.stored(place).streams_into(out)
         assert torch.equal(out, found[:3])
-    with pytest.raises(UserError, match="the inputs of layers 2, 3, stored are those of 2, 5, 9: .*--feature-layers"):
+    with pytest.raises(UserError, match=r"the inputs of layers 2, 3, stored are those of 2, 5, 9: .*--feature-layers"):
         ShardDataset(tmp_path, (2, 3))
     with pytest.raises(ValueError, match="streams is"):
         write_shard(tmp_path, 2, 3, [(2, plain[0])], [], source)
     (tmp_path / "plain").mkdir()
     write_shard(tmp_path / "plain", 0, 1, [(0, plain[0])], [], SOURCE)
-    with pytest.raises(UserError, match="stored are those of no layer: .*--online"):
+    with pytest.raises(UserError, match=r"stored are those of no layer: .*--online"):
         ShardDataset(tmp_path / "plain", (2,))
 
 

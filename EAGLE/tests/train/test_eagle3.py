@@ -28,6 +28,7 @@ from eagle.families.draft_config import eagle3_config_of
 from eagle.ge_data.extract import source_of
 from eagle.ge_data.reader import Reader
 from eagle.hidden_states.shards import Sample
+from eagle.serving.eagle3_export import export_eagle3
 from eagle.train import main_deepspeed
 from eagle.train.collate import Batch, collate
 from eagle.train.eagle3 import Eagle3Objective, trimmed_vocabulary
@@ -134,7 +135,10 @@ def test_each_root_drafts_as_plain_forwards_do(base: Path, target: Target, chang
             hidden = torch.cat([hidden, output])
 
 
-def test_loss_is_cross_entropy_over_the_kept_tokens(base: Path, target: Target) -> None:
+@pytest.mark.parametrize("hidden_weight", [0.0, 0.5])
+def test_loss_is_cross_entropy_over_the_kept_tokens_and_regression(
+    base: Path, target: Target, hidden_weight: float
+) -> None:
     objective = new_objective(base, target, draft_vocab_size=40)
     _, sample = answered(target, objective)
     objective.begin([sample])
@@ -143,12 +147,17 @@ def test_loss_is_cross_entropy_over_the_kept_tokens(base: Path, target: Target) 
     assert ids is not None and head is not None and len(ids) == 40
     assert set(sample.input_ids[sample.loss_mask].tolist()) <= set(ids.tolist())
     assert torch.equal(head.weight, objective.head[ids])
-    objective.config = replace(objective.config, head_chunk=7)
+    objective.config = replace(objective.config, head_chunk=7, hidden_weight=hidden_weight)
     (_, predicted), *_ = objective.predict(batch, batch.features, 1)
     losses = objective.loss(predicted, batch.hidden[:, 1:], batch.loss_mask)
     logits = (batch.hidden[:, 1:][batch.loss_mask] @ objective.head.T)[:, ids]
     own = head(objective.draft.norm(predicted[batch.loss_mask]))
     expected = torch.nn.functional.cross_entropy(own, logits.softmax(-1))
+    torch.testing.assert_close(losses.token, expected)
+    read, wanted = objective.draft.norm(predicted[batch.loss_mask]), batch.hidden[:, 1:][batch.loss_mask]
+    regression = torch.nn.functional.smooth_l1_loss(read, wanted.float())
+    torch.testing.assert_close(losses.hidden, regression if hidden_weight else torch.tensor(0.0))
+    expected = expected + hidden_weight * regression
     torch.testing.assert_close(losses.total, expected)
     weights = [head.weight, objective.draft.fc.weight]
     for got, wanted in zip(
@@ -279,7 +288,7 @@ def test_stored_streams_give_the_losses_of_online_training(
 
 def test_settings_without_effect_and_unknown_keys_are_refused(base: Path, target: Target, tmp_path: Path) -> None:
     draft, tensors = new_objective(base, target).draft, load_base_tensors(base)
-    for settings in ({"hidden_weight": 1.0}, {"token_weight": 0.0}, {"draft_image_tokens": 4}):
+    for settings in ({"token_weight": 0.0}, {"draft_image_tokens": 4}):
         with pytest.raises(UserError, match=f"{next(iter(settings))}=.* for an EAGLE-3 head .leave it out"):
             Eagle3Objective(draft, tensors, TrainConfig(**{**RECIPE, **settings}))
     path = tmp_path / "draft.json"
@@ -294,3 +303,32 @@ def test_settings_without_effect_and_unknown_keys_are_refused(base: Path, target
     assert isinstance(made, Eagle3Config) and made.target_layers == (1, 2, 3) and recipe.rollout_steps == 7
     with pytest.raises(UserError, match="--draft-kind eagle3 with a config file"):
         read_config(path, str(base), "eagle3")
+
+
+@pytest.mark.by_hand
+@torch.no_grad()
+def test_the_library_speculators_gives_the_same_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a head that was trained here and exported in its layout; needs the package ``speculators``."""
+    library = pytest.importorskip("speculators.models.eagle3")
+    case = Eagle3Case("qwen2_vl", tmp_path)
+    monkeypatch.setattr(sys, "argv", case.command("run", *case.online))
+    assert run_cli(main_deepspeed.main) == 0
+    base = load_target(case.base, dtype="float32")
+    trained = load_draft(case.folder / "run" / "final", dtype=torch.float32)
+    assert isinstance(trained, Eagle3Draft)
+    out = export_eagle3(trained, "head", tmp_path / "out", "speculators", case.base)
+    config = library.Eagle3SpeculatorConfig.from_pretrained(out)
+    config.transformer_layer_config._attn_implementation = "eager"
+    theirs = library.Eagle3DraftModel.from_pretrained(out, config=config).float().eval()
+    trained.use_embedding(base.model.get_input_embeddings())
+    size, rows = base.hidden_size, 12
+    features, ids = torch.randn(1, rows, 3 * size), torch.randint(3, 300, (1, rows))
+    logits: list[torch.Tensor] = []
+    theirs.lm_head.register_forward_hook(lambda module, inputs, output: logits.append(output))
+    theirs(features, ids, torch.zeros(1, rows, dtype=torch.long), ttt_steps=1)
+    hidden = trained(trained.text_rows(trained.condense(features), ids), torch.arange(rows)[None])
+    assert trained.lm_head is not None
+    own = trained.lm_head(trained.head_input(hidden))
+    print("largest difference", float((own - logits[0]).abs().max()), "of", float(own.abs().max()))
+    torch.testing.assert_close(logits[0], own, atol=1e-5, rtol=0)
+    assert theirs.d2t.tolist() == (trained.draft_vocab - torch.arange(len(trained.draft_vocab))).tolist()
