@@ -128,9 +128,9 @@ def _layers(draft: Eagle3Draft, target: Target | None, served: Served, runner: s
             place = '"transformer_layer_config" of ' if served.speculators else ""
             fix = f'write "num_aux_hidden_states": {config.features} into {place}config.json'
             return _compared(topic, f"{config.features} streams", f"{served.features}", fix)
-        names = [f"the inputs of layers {', '.join(map(str, sorted(each)))}" for each in (own, theirs)]
+        trained, read = (f"the inputs of layers {', '.join(map(str, sorted(each)))}" for each in (own, theirs))
         fix = f'write "{IDS}": {sorted(own)} at the top of config.json'
-        return _compared(topic, *names, fix)
+        return _compared(topic, trained, read, fix)
     return found[0]
 
 

@@ -27,7 +27,6 @@ from llava.files import atomic_folder, read_object, write_json
 from llava.hub import Source
 
 Layout = Literal["flat", "speculators"]
-LAYOUTS: tuple[Layout, ...] = ("flat", "speculators")
 TOKENS = 5
 """Tokens that vLLM drafts in a cycle if nothing else is said."""
 

@@ -306,7 +306,6 @@ def test_settings_without_effect_and_unknown_keys_are_refused(base: Path, target
 
 
 @pytest.mark.by_hand
-@torch.no_grad()
 def test_the_library_speculators_gives_the_same_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a head that was trained here and exported in its layout; needs the package ``speculators``."""
     library = pytest.importorskip("speculators.models.eagle3")
@@ -325,10 +324,11 @@ def test_the_library_speculators_gives_the_same_logits(tmp_path: Path, monkeypat
     features, ids = torch.randn(1, rows, 3 * size), torch.randint(3, 300, (1, rows))
     logits: list[torch.Tensor] = []
     theirs.lm_head.register_forward_hook(lambda module, inputs, output: logits.append(output))
-    theirs(features, ids, torch.zeros(1, rows, dtype=torch.long), ttt_steps=1)
-    hidden = trained(trained.text_rows(trained.condense(features), ids), torch.arange(rows)[None])
     assert trained.lm_head is not None
-    own = trained.lm_head(trained.head_input(hidden))
+    with torch.no_grad():
+        theirs(features, ids, torch.zeros(1, rows, dtype=torch.long), ttt_steps=1)
+        hidden = trained(trained.text_rows(trained.condense(features), ids), torch.arange(rows)[None])
+        own = trained.lm_head(trained.head_input(hidden))
     print("largest difference", float((own - logits[0]).abs().max()), "of", float(own.abs().max()))
     torch.testing.assert_close(logits[0], own, atol=1e-5, rtol=0)
     assert theirs.d2t.tolist() == (trained.draft_vocab - torch.arange(len(trained.draft_vocab))).tolist()
