@@ -6,12 +6,8 @@ import argparse
 import json
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from llava.errors import UserError
-
-if TYPE_CHECKING:
-    from eagle.drafts.eagle3 import Eagle3Draft
 
 NOT_SGLANG = (
     "SGLang's format cannot carry an MSD draft: its EAGLE class sends every row through fc, so there are no decoupled "
@@ -55,9 +51,9 @@ def run(arguments: argparse.Namespace) -> int:
     from eagle.serving.draft import export_draft
     from eagle.serving.engine import Vllm, server_command
 
-    draft = load_draft(arguments.msd_model)
+    draft = load_draft(arguments.msd_model, device="meta")
     if isinstance(draft, Eagle3Draft):
-        return export_head(draft, arguments)
+        return export_head(arguments)
     if arguments.layout:
         raise UserError(f"--layout is for EAGLE-3 heads, this is one of the {draft.kind} heads", arguments.msd_model)
     folder = export_draft(arguments.msd_model, arguments.out, arguments.base_model)
@@ -69,12 +65,12 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def export_head(draft: Eagle3Draft, arguments: argparse.Namespace) -> int:
+def export_head(arguments: argparse.Namespace) -> int:
     """Writes an EAGLE-3 head and prints how vLLM serves it."""
     from eagle.serving.eagle3_export import TOKENS, export_eagle3
 
     base = arguments.base_model
-    folder = export_eagle3(draft, arguments.msd_model, arguments.out, arguments.layout or "flat", base)
+    folder = export_eagle3(arguments.msd_model, arguments.out, arguments.layout or "flat", base)
     settings = json.dumps({"method": "eagle3", "model": str(folder), "num_speculative_tokens": TOKENS})
     print(
         f"wrote {folder}; with vLLM:\n{shlex.join(['vllm', 'serve', base or 'BASE', '--speculative-config', settings])}"

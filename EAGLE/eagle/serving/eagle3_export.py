@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from eagle.decode.compatibility import misfit
-from eagle.drafts.checkpoint import save_draft
+from eagle.drafts.checkpoint import load_draft, save_draft
 from eagle.drafts.eagle3 import Eagle3Draft, vocabulary_tensors
 from eagle.drafts.eagle3_config import FEATURES, IDS, Eagle3Config
 from eagle.families.base_weights import BaseTensors, load_base_tensors
@@ -31,19 +31,21 @@ TOKENS = 5
 """Tokens that vLLM drafts in a cycle if nothing else is said."""
 
 
-def export_eagle3(
-    draft: Eagle3Draft, name: str | Path, out: str | Path, layout: Layout = "flat", base: str | Path | None = None
-) -> Path:
+def export_eagle3(name: str | Path, out: str | Path, layout: Layout = "flat", base: str | Path | None = None) -> Path:
     """Writes a head into the folder ``out``.
 
     Args:
-        name: of the draft, for messages and the record.
+        name: head: folder or hub name.
         out: must not exist, or be empty.
         base: base model: folder or hub name. Its config and two of its tensors are read.
 
     Raises:
-        UserError: the layout cannot carry the head; the head does not fit the base; or a base is needed and not given.
+        UserError: it is of another kind; the layout cannot carry it; it does not fit the base; or a base is needed and
+            not given.
     """
+    draft = load_draft(name)
+    if not isinstance(draft, Eagle3Draft):
+        raise UserError(f"this is one of the {draft.kind} heads, not an EAGLE-3 head", name)
     config, layers, tensors, verifier = draft.config, draft.config.target_layers, None, None
     if base is not None:
         tensors = load_base_tensors(base)

@@ -31,7 +31,7 @@ HEADS: dict[str, tuple[str, dict[str, Any]]] = {
         {"fc_norm": True, "layer_types": ["sliding_attention"], "sliding_window": 4,
          "shapes": {f"fc_norm.{index}.weight": (32,) for index in range(3)}},
     ),
-    "whole vocabulary of the base's head": ("flat", {"drop": ("lm_head.weight",), "msd": {"feedback": "after"}}),
+    "without lm_head": ("flat", {"drop": ("lm_head.weight",), "msd": {"feedback": "after"}}),
 }  # fmt: skip
 
 

@@ -315,7 +315,8 @@ def test_the_library_speculators_gives_the_same_logits(tmp_path: Path, monkeypat
     base = load_target(case.base, dtype="float32")
     trained = load_draft(case.folder / "run" / "final", dtype=torch.float32)
     assert isinstance(trained, Eagle3Draft)
-    out = export_eagle3(trained, "head", tmp_path / "out", "speculators", case.base)
+    head = save_draft(trained, tmp_path / "head", dtype=torch.float32)
+    out = export_eagle3(head, tmp_path / "out", "speculators", case.base)
     config = library.Eagle3SpeculatorConfig.from_pretrained(out)
     config.transformer_layer_config._attn_implementation = "eager"
     theirs = library.Eagle3DraftModel.from_pretrained(out, config=config).float().eval()
