@@ -45,7 +45,7 @@ class Answers:
 class Job:
     """The task of all workers. ``family``: given by --model_type; ``source``: of the existing shards; ``hidden_dtype``:
     None for 16 bit; ``answers``: None for the answers of the data set; ``feature_layers``: whose input streams are
-    stored."""
+    stored; ``self_check``: test the base when it is loaded for the first time."""
 
     model: str
     family: str
@@ -57,6 +57,7 @@ class Job:
     hidden_dtype: Literal["int8"] | None = None
     answers: Answers | None = None
     feature_layers: tuple[int, ...] | None = None
+    self_check: bool = True
 
 
 @dataclass(frozen=True)
@@ -215,15 +216,13 @@ def _extractor(job: Job, device: str) -> Extractor:
 
     from eagle.decode.msd import MSDModel
     from eagle.drafts.checkpoint import load_draft
-    from eagle.families import load_target, template_of
-    from eagle.ge_data.extract import Extractor, check_embedding_scale, fingerprint, source_of
+    from eagle.families import template_of
+    from eagle.ge_data.extract import Extractor, check_embedding_scale, fingerprint, load_base, source_of
     from eagle.ge_data.regenerate import Regenerator
 
     if device != "cpu":
         torch.cuda.set_device(device)
-    target = load_target(job.model, dtype=job.dtype, device_map={"": device})
-    if target.family != job.family:
-        raise UserError(f"--model_type means a model of family {job.family}, this is {target.family}", job.model)
+    target = load_base(job.model, job.family, job.dtype, device, job.self_check)
     check_embedding_scale(target, job.feature_layers or ())
     answers, draft, regeneration = job.answers, None, None
     if answers is not None:
