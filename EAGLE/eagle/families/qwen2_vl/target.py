@@ -43,10 +43,10 @@ class Qwen2VLTarget(StockTarget):
 
     def prompt_positions(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         attention_mask = inputs.get("attention_mask")
+        seen = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         types = self.token_types(input_ids)
         grids = {name: inputs.get(name) for name in GRIDS}
         if not types.any():
-            seen = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             positions = (seen.cumsum(dim=-1) - 1).clamp(min=0).expand(3, -1, -1)  # [3, B, S]
         elif any(grid is not None for grid in grids.values()):
             rest = {"second_per_grid_ts": inputs.get("second_per_grid_ts"), "attention_mask": attention_mask}
@@ -57,7 +57,9 @@ class Qwen2VLTarget(StockTarget):
         if attention_mask is not None:
             positions = positions.masked_fill(attention_mask == 0, 0)
         following = positions.amax(dim=(0, 2)) + 1
-        if (positions[..., -1] + 1 != following).any():  # transformers goes on from the three numbers of the last token
+        last = seen.cumsum(dim=-1).argmax(dim=-1)  # [B] place of each prompt's last token
+        ends = positions[:, torch.arange(len(last), device=last.device), last]  # [3, B]
+        if (ends + 1 != following).any():  # transformers goes on from the three numbers of the last token
             raise UserError("a prompt ends with a picture or video", fix="write some text behind it")
         return positions, following
 
