@@ -48,7 +48,7 @@ def test_allocation_by_default(commands) -> None:
 @pytest.mark.parametrize(
     ("settings", "flags"),
     [
-        ({"HIDDEN_DTYPE": "int8"}, "--hidden-dtype int8"),
+        ({"HIDDEN_DTYPE": "int8", "FEATURE_LAYERS": "2,18"}, "--hidden-dtype int8 --feature-layers 2,18"),
         (
             {"MAX_LENGTH": "4096", "SHARD": "1/8", "SHARD_SIZE": "32"},
             "--max-length 4096 --shard 1/8 --shard-size 32",
@@ -83,6 +83,9 @@ def test_training_stored_and_online(commands) -> None:
     _, online = commands("4_train.sh", ONLINE="1", PICTURES="p", COUNT="9")
     files = "--online --annotations_v w/image.json --annotations_t w/text.json --image-folder p --limit 9"
     assert files in online and "--tmpdir" not in online
+    assert "--config pocket_llava_config.json" in stored and "--draft-kind" not in stored
+    _, head = commands("4_train.sh", DRAFT_KIND="eagle3")
+    assert "--config auto" in head and head.endswith("--resume --draft-kind eagle3")
 
 
 def test_training_without_deepspeed_is_one_line(

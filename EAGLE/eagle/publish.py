@@ -18,8 +18,8 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
-from eagle.drafts.checkpoint import load_msd_draft, save_draft
-from eagle.drafts.msd import DraftModel
+from eagle.drafts.checkpoint import load_draft, save_draft
+from eagle.drafts.head import TrainedHead
 from llava.errors import UserError
 from llava.files import read_json
 from llava.hub import is_repository_name
@@ -28,8 +28,8 @@ TAGS = ["multimodal", "speculative-decoding", "msd"]
 BENCH_KEYS = ("speedup", "tau", "tokens_per_second", "baseline_name", "questions", "hardware", "versions", "settings")
 CARD = """# {name}
 
-Draft head for multimodal speculative decoding (MSD) of {base}. It proposes the next tokens; the base model verifies all
-of them in one forward pass, so that the output is that of the base model.
+Draft head for multimodal speculative decoding ({kind}) of {base}. It proposes the next tokens; the base model
+verifies all of them in one forward pass, so that the output is that of the base model.
 
 ## Use
 
@@ -115,30 +115,33 @@ class About:
         return cls(_public_name(base_model or next(iter(named), "")), license or "", provenance, training, report)
 
 
-def model_card(repo: str, about: About) -> ModelCard:
-    """The card of the draft that users load as ``repo``."""
+def model_card(repo: str, about: About, kind: str = "MSD") -> ModelCard:
+    """The card of the draft that users load as ``repo``. ``kind``: of the head."""
     data = ModelCardData(
         base_model=about.base_model if is_repository_name(about.base_model) else None,
         license=about.license or "other",
         license_name=None if about.license else "as-the-base-model",
         pipeline_tag="image-text-to-text",
-        tags=TAGS,
+        tags=TAGS if kind == "MSD" else [*TAGS, kind.lower()],
     )
     text = CARD.format(
         name=PurePath(repo).name,
         repo=repo,
+        kind=kind,
         base=about.base_model or "a base model that is not recorded",
         base_model=about.base_model or "BASE",
         measured=_measured(about.bench),
         training=_training(about),
         license=about.license
-        or "The draft contains a copy of the base model's token embedding, so the base model's licence applies. The "
-        "code that trained it is Apache-2.0.",
+        or "The draft contains weights of the base model, or was trained from some, so the base model's licence "
+        "applies. The code that trained it is Apache-2.0.",
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
-def save_pretrained(draft: DraftModel, folder: str | Path, about: About | None = None, name: str | None = None) -> Path:
+def save_pretrained(
+    draft: TrainedHead, folder: str | Path, about: About | None = None, name: str | None = None
+) -> Path:
     """Writes config, weights in their own dtype, and the model card. `load_draft` and `MSDModel.from_pretrained` read
     the folder.
 
@@ -147,12 +150,12 @@ def save_pretrained(draft: DraftModel, folder: str | Path, about: About | None =
         name: the name under which users load the draft; by default the folder's name.
     """
     folder = save_draft(draft, folder, dtype=draft.dtype)
-    model_card(name or folder.name, about or About()).save(folder / "README.md")
+    model_card(name or folder.name, about or About(), draft.kind).save(folder / "README.md")
     return folder
 
 
 def write_release(
-    draft: DraftModel | str | Path,
+    draft: TrainedHead | str | Path,
     folder: str | Path,
     repo: str,
     *,
@@ -163,18 +166,21 @@ def write_release(
     """Writes the files that `push_to_hub` uploads; arguments and errors as there."""
     if not is_repository_name(repo):
         raise UserError("not the name of a hub repository", where=repo, fix="give owner/name")
-    if isinstance(draft, DraftModel):
+    if isinstance(draft, TrainedHead):
         return save_pretrained(draft, folder, About.of(None, base_model, license, bench), repo)
     about = About.of(draft, base_model, license, bench)
     if bench is not None:
         measured = str(about.bench["settings"].get("msd_model"))
         if PurePath(measured).name not in (Path(draft).resolve().name, PurePath(repo).name):
             raise UserError(f"the report measured another draft, {measured}", bench, "run msd bench on this one")
-    return save_pretrained(load_msd_draft(draft, "msd push"), folder, about, repo)
+    loaded = load_draft(draft)
+    if not isinstance(loaded, TrainedHead):
+        raise UserError(f"msd push takes heads that are trained here, not {loaded.kind} heads", where=draft)
+    return save_pretrained(loaded, folder, about, repo)
 
 
 def push_to_hub(
-    draft: DraftModel | str | Path,
+    draft: TrainedHead | str | Path,
     repo: str,
     *,
     private: bool = False,

@@ -30,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Python of the environment with vLLM, for msd serve (default: this one)",
     )  # fmt: skip
     parser.add_argument(
+        "--served-by", choices=("vllm",),
+        help="also compare what --msd-model was trained with and what this engine does: layers, positions, norms, "
+        "image rows, vocabulary (with --base-model more of it)",
+    )  # fmt: skip
+    parser.add_argument(
         "--self-check", action="store_true",
         help="also load the base model and compare the engine with transformers' generate on one short prompt",
     )  # fmt: skip
@@ -42,6 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints one table; exit status 1 if anything in it is a problem."""
     if arguments.self_check and not arguments.base_model:
         raise UserError("--self-check without a base model", fix="name one with --base-model")
+    if arguments.served_by and not arguments.msd_model:
+        raise UserError("--served-by without a draft", fix="name one with --msd-model")
     checks = check_packages()
     try:
         checks += machine_checks(arguments)
@@ -66,14 +73,15 @@ def machine_checks(arguments: argparse.Namespace) -> list[Check]:
 
     from eagle.doctor import models
     from eagle.doctor.memory import check_fit
-    from eagle.doctor.serving import check_served_draft, check_vllm
+    from eagle.doctor.serving import check_served_by_vllm, check_served_draft, look_for_vllm
     from eagle.loading import device_map_for
 
     machine, checks = check_devices()
     if machine.device == "cpu":
         checks.append(check_memory(machine.free))
     checks.append(check_disk(Path(constants.HF_HUB_CACHE)))
-    checks.append(check_vllm(arguments.vllm_python))
+    vllm, runner = look_for_vllm(arguments.vllm_python)
+    checks.append(vllm)
     ask_hub, base, draft = False, None, None
     if arguments.hub:
         checks.append(check_hub())
@@ -84,7 +92,10 @@ def machine_checks(arguments: argparse.Namespace) -> list[Check]:
     if arguments.msd_model:
         draft, found = models.check_draft(arguments.msd_model, ask_hub)
         checks += found
-        checks += [check_served_draft(draft, arguments.msd_model)] if draft is not None else []
+        if draft is not None and arguments.served_by:
+            checks += check_served_by_vllm(draft, arguments.msd_model, base, runner)
+        elif draft is not None:
+            checks.append(check_served_draft(draft, arguments.msd_model))
     if base is not None and draft is not None:
         checks += models.check_pair(base, draft)
     if base is not None and arguments.self_check:

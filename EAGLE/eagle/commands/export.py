@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 from pathlib import Path
 
@@ -24,13 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base-model",
         help="with --to: base model that the draft is compared with, and that gives missing rows of the vocabulary",
     )
+    parser.add_argument(
+        "--layout", choices=("flat", "speculators"),
+        help="of an EAGLE-3 head: one of the two that vLLM reads (default flat; speculators needs --base-model)",
+    )  # fmt: skip
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write; new or empty")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Writes the folder and prints how it is used."""
     if arguments.base is not None:
-        for name in ("msd_model", "base_model"):
+        for name in ("msd_model", "base_model", "layout"):
             if getattr(arguments, name):
                 raise UserError(f"--base does not go with --{name.replace('_', '-')}", fix="export one at a time")
         from llava.export import export_pretrained
@@ -41,13 +46,34 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(NOT_SGLANG, fix="serve it with vLLM: --to vllm")
     if not arguments.msd_model:
         raise UserError("no draft head", where="--msd-model", fix="name a folder or hub repository")
+    from eagle.drafts.checkpoint import load_draft
+    from eagle.drafts.eagle3 import Eagle3Draft
     from eagle.serving.draft import export_draft
     from eagle.serving.engine import Vllm, server_command
 
+    draft = load_draft(arguments.msd_model, device="meta")
+    if isinstance(draft, Eagle3Draft):
+        return export_head(arguments)
+    if arguments.layout:
+        raise UserError(f"--layout is for EAGLE-3 heads, this is one of the {draft.kind} heads", arguments.msd_model)
     folder = export_draft(arguments.msd_model, arguments.out, arguments.base_model)
     base = arguments.base_model or "BASE"
     command = server_command(Vllm("python", has_command=True), base, str(folder), 5, base)
     print(f"wrote {folder}; with vLLM and msd-vllm installed:\n{shlex.join(command)}")
     if arguments.base_model is None:
         print("the draft was not compared with its base model: --base-model does that")
+    return 0
+
+
+def export_head(arguments: argparse.Namespace) -> int:
+    """Writes an EAGLE-3 head and prints how vLLM serves it."""
+    from eagle.serving.eagle3_export import TOKENS, export_eagle3
+
+    base = arguments.base_model
+    folder = export_eagle3(arguments.msd_model, arguments.out, arguments.layout or "flat", base)
+    settings = json.dumps({"method": "eagle3", "model": str(folder), "num_speculative_tokens": TOKENS})
+    print(
+        f"wrote {folder}; with vLLM:\n{shlex.join(['vllm', 'serve', base or 'BASE', '--speculative-config', settings])}"
+    )
+    print("msd doctor --served-by vllm compares what it was trained with and what vLLM does")
     return 0

@@ -25,6 +25,7 @@ Positive = Annotated[float, Field(gt=0)]
 Shapes = Mapping[str, tuple[int, ...]]
 FEATURES = 3
 """Streams that a head reads if neither its tensors nor its config say."""
+IDS = "eagle_aux_hidden_state_layer_ids"
 OWN_ROPE_BASE = 10000.0
 """Of AngelSlim's rotary positions without M-RoPE, whatever the config says."""
 
@@ -146,12 +147,17 @@ class Eagle3Config:
         chosen = self.target_layers
         if chosen is None and self.features != FEATURES:
             raise UserError(f"config.json does not name the {self.features} layers of the target", fix=_NAME_THEM)
-        if chosen is None:  # the default of all publishers
-            chosen = (2, count // 2, count - 3)
+        if chosen is None:
+            chosen = default_layers(count)
         if len(set(chosen)) < len(chosen) or min(chosen) < 0 or max(chosen) > count:
             fix = "use the head that was trained for this base model" if self.target_layers else _NAME_THEM
             raise UserError(f"layers {', '.join(map(str, chosen))} of a target of {count} layers", fix=fix)
         return tuple(sorted(chosen))
+
+
+def default_layers(count: int) -> tuple[int, ...]:
+    """The layers whose inputs all publishers take if nothing else is said, of so many."""
+    return 2, count // 2, count - 3
 
 
 _NAME_THEM = 'give their inputs as "target_layers" in section "msd" of its config.json'
@@ -269,7 +275,7 @@ def _flag(config: Mapping[str, Any], key: str) -> bool | None:
 
 def _layer_ids(config: Mapping[str, Any], speculators: bool) -> tuple[Any, Literal["input", "output"]]:
     """The ids of the target's layers, as written, and what they mean to the publisher."""
-    names, inner = ("eagle_aux_hidden_state_layer_ids", "aux_hidden_states_layer_ids"), config.get("eagle_config") or {}
+    names, inner = (IDS, "aux_hidden_states_layer_ids"), config.get("eagle_config") or {}
     if not speculators:
         for ids in (inner.get(names[0]), inner.get(names[1]), config.get(names[1])):
             if ids is not None:

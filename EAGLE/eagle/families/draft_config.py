@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from eagle.drafts.config import DraftConfig
-from eagle.drafts.eagle3_config import Eagle3Config
+from eagle.drafts.eagle3_config import Eagle3Config, default_layers
 from eagle.families.layers import FULL
 from eagle.families.registry import family_of
 from llava.hub import Source
@@ -42,6 +42,11 @@ def eagle3_config_of(base: str | Path, **hub: Any) -> Eagle3Config:
     if layers is not None:
         fields["eagle_aux_hidden_state_layer_ids"] = layers
     return Eagle3Config.from_dict(fields, where=f"draft for {base}")
+
+
+def eagle3_layers(count: int) -> tuple[int, ...]:
+    """The layers whose inputs a new EAGLE-3 head of a base with so many layers reads."""
+    return tuple(few_layers(count) or default_layers(count))
 
 
 def few_layers(count: int) -> list[int] | None:

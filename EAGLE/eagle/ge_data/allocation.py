@@ -2,7 +2,7 @@
 
     python -m eagle.ge_data.allocation --outdir D --model_type llava_v15_t|llava_v15_v|qwen2_vl_t|... \\
         --model BASE --image_data_path image_data --json_data_path FILE [--start A --end B] [--shard I/N] \\
-        [--gpus 0,1,...] [--hidden-dtype int8] [--again] \\
+        [--gpus 0,1,...] [--hidden-dtype int8] [--feature-layers auto|2,18,33] [--again] \\
         [--regenerate [--msd-model DRAFT] [--temperature T] [--max-new-tokens N] [--at-once B]]
 
 `_t` selects the records without a picture, `_v` those with one. They are shuffled; [A, B) is a range of the shuffled
@@ -10,13 +10,15 @@ order (default: all). The command can be killed at any moment; started again, it
 shards. Ranges of one corpus may be made one after the other in one folder. With `--shard I/N`, N machines make one part
 each in a folder of their own; the shards of all parts, moved into one folder, are the corpus. `--again` also replaces
 the shards that skipped records whose pictures can be read by now. `--hidden-dtype int8` halves the disk space of hidden
-states. With `--regenerate` the model's own answers replace those of the file.
+states. `--feature-layers` also stores what enters some layers, for EAGLE-3 heads. With `--regenerate` the model's own
+answers replace those of the file.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +27,7 @@ from pathlib import Path
 from eagle.arguments import DTYPES, NO_SELF_CHECK, count, positive
 from eagle.families import TRAINING_NAMES
 from eagle.ge_data.folder import AUTO, Settings, finished, locked, missing, write_skipped
-from eagle.ge_data.progress import AllocationProgress, summary
+from eagle.ge_data.progress import AllocationProgress, format_bytes, summary
 from eagle.ge_data.selection import (
     IMAGE,
     PICTURE_REASONS,
@@ -61,6 +63,16 @@ def part(text: str) -> tuple[int, int]:
     return number, parts
 
 
+def layer_ids(text: str) -> str | tuple[int, ...]:
+    """An argparse type: ``auto``, or different layers as ``2,18,33``."""
+    parts = text.split(",")
+    if text == AUTO:
+        return text
+    if not all(each.strip().isdecimal() for each in parts) or len(set(map(int, parts))) < len(parts):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of layers: give different ones as 2,18,33, or {AUTO}")
+    return tuple(sorted(map(int, parts)))
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     about = (__doc__ or "").splitlines()[0]
@@ -78,6 +90,8 @@ def parser() -> argparse.ArgumentParser:
     add("--gpus", help="one worker on each: 0,1,..., cpu or cpu,cpu (default: all GPUs, else this process's CPU)")
     add("--dtype", choices=DTYPES, default="auto", help="dtype of the base model (default: the checkpoint's)")
     add("--hidden-dtype", choices=HIDDEN_DTYPES, default=AUTO, help=f"stored hidden states (default: {AUTO}, 16 bit)")
+    add("--feature-layers", type=layer_ids, metavar="auto|2,18,33", help="layers whose input streams are stored too, "
+        "for EAGLE-3 heads; auto: those of a new head (default: none)")  # fmt: skip
     add(
         "--max-length",
         type=positive,
@@ -137,6 +151,41 @@ def select(options: argparse.Namespace) -> tuple[Selection, Range]:
     return selection, part_of((options.start, end), options.shard, options.shard_size)
 
 
+def features_wanted(options: argparse.Namespace, records: int) -> tuple[tuple[int, ...] | None, str | None]:
+    """The layers whose input streams are stored, and a line about the size of all states; None without such layers.
+
+    Args:
+        records: that are asked for.
+
+    Raises:
+        UserError: the model has no such layers, or cannot be read.
+    """
+    if options.feature_layers is None:
+        return None, None
+    from eagle.families.draft_config import eagle3_layers, text_config_of
+
+    _, text = text_config_of(options.model)
+    count, size = text.num_hidden_layers, text.hidden_size
+    layers = eagle3_layers(count) if options.feature_layers == AUTO else options.feature_layers
+    if max(layers) > count:
+        fix = f"give numbers up to {count}, which means the input of the final norm"
+        raise UserError(f"--feature-layers {max(layers)}: the model has {count} layers", options.model, fix)
+    states = size + 4 if options.hidden_dtype == INT8 else 2 * size
+    streams = 2 * size * len(layers)
+    free = shutil.disk_usage(existing_parent(options.outdir)).free
+    return layers, (
+        f"streams of layers {', '.join(map(str, layers))}: each token takes {format_bytes(streams)} beside the "
+        f"{format_bytes(states)} of its hidden state; {records:,} records are at most "
+        f"{format_bytes((states + streams) * records * options.max_length)} ({options.max_length:,} tokens each), and "
+        f"{format_bytes(free)} are free"
+    )
+
+
+def existing_parent(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
 def part_of(span: Range, shard: tuple[int, int] | None, shard_size: int) -> Range:
     """Part I of N of a range, cut at multiples of ``shard_size``, as shards are. The parts cover the range.
 
@@ -191,6 +240,9 @@ def run(options: argparse.Namespace, notify: Notify) -> int:
     selection, (start, end) = select(options)
     if (line := ignored_keys(selection)) is not None:
         notify(line)
+    layers, line = features_wanted(options, end - start)
+    if line is not None:
+        notify(line)
     with locked(options.outdir):
         settings = Settings(
             model_type=options.model_type,
@@ -205,6 +257,7 @@ def run(options: argparse.Namespace, notify: Notify) -> int:
             msd_model=None if answers is None or answers.msd_model is None else model_name(answers.msd_model),
             temperature=0.0 if answers is None else answers.temperature,
             max_new_tokens=None if answers is None else answers.max_new_tokens,
+            feature_layers=None if layers is None else ",".join(map(str, layers)),
         )
         settings.claim(options.outdir)
         done = finished(options.outdir, notify)
@@ -219,7 +272,7 @@ def run(options: argparse.Namespace, notify: Notify) -> int:
             if (line := check_pictures(selection, ranges, bool(done))) is not None:
                 notify(line)
             try:
-                failures = work(job_of(options, selection, answers), done, ranges, end - start, workers, notify)
+                failures = work(job_of(options, selection, answers, layers), done, ranges, end - start, workers, notify)
             except UserError as error:
                 stopped = error
         for failure in failures:
@@ -281,7 +334,9 @@ def with_repairable(
     return sorted([*ranges, *((shard.start, shard.end) for shard in repairable)]), kept
 
 
-def job_of(options: argparse.Namespace, selection: Selection, answers: Answers | None) -> Job:
+def job_of(
+    options: argparse.Namespace, selection: Selection, answers: Answers | None, layers: tuple[int, ...] | None
+) -> Job:
     """The task of the workers."""
     return Job(
         model=options.model,
@@ -293,6 +348,7 @@ def job_of(options: argparse.Namespace, selection: Selection, answers: Answers |
         source=load_index(options.outdir, strict=False).source if any(options.outdir.glob(PATTERN)) else None,
         hidden_dtype=None if options.hidden_dtype == AUTO else options.hidden_dtype,
         answers=answers,
+        feature_layers=layers,
         self_check=options.self_check,
     )
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class Extractor(Reader):
         batch_tokens: int | None,
         regenerator: Regenerator | None = None,
     ) -> None:
-        super().__init__(target, template, source, batch_tokens)
+        super().__init__(target, template, source, batch_tokens, source.feature_layers or ())
         self.selection, self.folder, self.regenerator = selection, folder, regenerator
 
     def run(self, ranges: Iterable[Range], report: Report) -> Iterator[ShardInfo]:
@@ -153,7 +153,11 @@ def load_base(name: str, family: str | None, dtype: Any, device: torch.device | 
 
 
 def source_of(
-    target: Target, name: str, hidden_dtype: Literal["int8"] | None = None, regeneration: Regeneration | None = None
+    target: Target,
+    name: str,
+    hidden_dtype: Literal["int8"] | None = None,
+    regeneration: Regeneration | None = None,
+    feature_layers: tuple[int, ...] | None = None,
 ) -> Source:
     """The source of shards made by ``target``. States of a 32-bit model are stored as bfloat16.
 
@@ -161,6 +165,7 @@ def source_of(
         name: folder or hub name of the model.
         hidden_dtype: "int8", or None for 16 bit.
         regeneration: how the target answers itself; None for the answers of the data set.
+        feature_layers: whose input streams are stored too.
     """
     stored = target.dtype if target.dtype in DTYPES.values() else torch.bfloat16
     return Source(
@@ -175,7 +180,21 @@ def source_of(
         hidden_dtype=hidden_dtype,
         regeneration=regeneration,
         layer_fingerprint=layer_fingerprint(target.text_model),
+        feature_layers=feature_layers,
     )
+
+
+def check_embedding_scale(target: Target, layers: Sequence[int]) -> None:
+    """Raises `UserError` if a draft that reads streams would see other embeddings in training than in decoding, since
+    the base scales its own."""
+    embedding = target.model.get_input_embeddings()
+    weight = cast(Tensor, embedding.weight)
+    ids = torch.arange(2, device=weight.device)
+    if layers and not torch.equal(embedding(ids), weight[ids]):
+        raise UserError(
+            f"EAGLE-3 heads of {target.family}, which scales its embeddings, cannot be trained",
+            fix="train an MSD draft",
+        )
 
 
 def fingerprint(weight: Tensor) -> str:

@@ -25,7 +25,8 @@ class Settings:
 
     ``data_sha256``: of the annotation file; ``rows``: number of selected records; ``hidden_dtype``: "int8", or "auto"
     for 16 bit; ``regenerate``: the target answers itself, with the draft ``msd_model``, ``temperature`` and
-    ``max_new_tokens``. Older folders do not have the settings with a default.
+    ``max_new_tokens``; ``feature_layers``: whose streams are stored, as "2,18,33". Older folders lack the settings
+    with a default.
     """
 
     model_type: str
@@ -40,6 +41,7 @@ class Settings:
     msd_model: str | None = None
     temperature: float = 0.0
     max_new_tokens: int | None = None
+    feature_layers: str | None = None
 
     def claim(self, folder: Path) -> None:
         """Writes ``settings.json``, or compares with it once there is a shard.

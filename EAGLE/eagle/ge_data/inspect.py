@@ -74,6 +74,8 @@ def table(data: ShardDataset, without: int) -> Table:
     commit = f" at {meta.commit}" if meta.commit else ""
     shown.add_row("model", f"{meta.model}{commit} ({meta.family}), hidden size {meta.hidden_size}, {meta.dtype}")
     shown.add_row("hidden states", f"stored as {meta.hidden_dtype or meta.dtype}")
+    if meta.feature_layers:
+        shown.add_row("streams", f"inputs of layers {', '.join(map(str, meta.feature_layers))}, {meta.dtype}")
     shown.add_row("answers", f"the model's own: {meta.regeneration}" if meta.regeneration else "of the data set")
     shown.add_row("samples", f"{meta.samples:,}, {float((images > 0).float().mean()):.0%} with a picture")
     shown.add_row("tokens", f"{meta.tokens:,}, {meta.image_tokens / meta.tokens:.0%} of them image tokens")

@@ -32,7 +32,7 @@ class Reader:
     Args:
         target: the base model.
         template: of the target's family.
-        source: states are rounded to its dtype, or quantised on the target's device.
+        source: states and streams are rounded to its dtype, or states are quantised, on the target's device.
         layers: whose input streams are read too.
         batch_tokens: maximal number of tokens in one forward, with padding; a longer conversation is read alone. None:
             the default for the target's device.
@@ -88,10 +88,11 @@ class Reader:
         features = prefill.embeds[(images & kept).to(prefill.embeds.device)].to(states)  # [I, H]
         rows = [images[kept], features]
         rows += quantise(hidden) if self.source.hidden_dtype == INT8 else [hidden.to(states)]
-        image_mask, features, hidden, *scales = to_host(rows)
-        streams = (
-            None if prefill.streams is None else prefill.streams[kept.to(prefill.streams.device)].cpu()
-        )  # [T, n H]
+        if prefill.streams is not None:
+            rows.append(prefill.streams[kept.to(prefill.streams.device)].to(states))  # [T, n H]
+        image_mask, features, hidden, *more = to_host(rows)
+        streams = None if prefill.streams is None else more.pop()
+        scales = more
         samples, start, first_image = [], 0, 0
         for item in items:
             end = start + len(item.input_ids)

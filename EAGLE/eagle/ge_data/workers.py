@@ -44,8 +44,8 @@ class Answers:
 @dataclass(frozen=True)
 class Job:
     """The task of all workers. ``family``: given by --model_type; ``source``: of the existing shards; ``hidden_dtype``:
-    None for 16 bit; ``answers``: None for the answers of the data set; ``self_check``: test the base when it is loaded
-    for the first time."""
+    None for 16 bit; ``answers``: None for the answers of the data set; ``feature_layers``: whose input streams are
+    stored; ``self_check``: test the base when it is loaded for the first time."""
 
     model: str
     family: str
@@ -56,6 +56,7 @@ class Job:
     source: Source | None
     hidden_dtype: Literal["int8"] | None = None
     answers: Answers | None = None
+    feature_layers: tuple[int, ...] | None = None
     self_check: bool = True
 
 
@@ -216,12 +217,13 @@ def _extractor(job: Job, device: str) -> Extractor:
     from eagle.decode.msd import MSDModel
     from eagle.drafts.checkpoint import load_draft
     from eagle.families import template_of
-    from eagle.ge_data.extract import Extractor, fingerprint, load_base, source_of
+    from eagle.ge_data.extract import Extractor, check_embedding_scale, fingerprint, load_base, source_of
     from eagle.ge_data.regenerate import Regenerator
 
     if device != "cpu":
         torch.cuda.set_device(device)
     target = load_base(job.model, job.family, job.dtype, device, job.self_check)
+    check_embedding_scale(target, job.feature_layers or ())
     answers, draft, regeneration = job.answers, None, None
     if answers is not None:
         if answers.msd_model is not None:
@@ -233,7 +235,7 @@ def _extractor(job: Job, device: str) -> Extractor:
             seed=answers.seed if answers.temperature else None,
             max_new_tokens=answers.max_new_tokens,
         )
-    source = source_of(target, job.model, job.hidden_dtype, regeneration)
+    source = source_of(target, job.model, job.hidden_dtype, regeneration, job.feature_layers)
     if job.source is not None and (differences := job.source.differences(source)):
         message = f"the folder's shards are of another model or draft, with {differences}"
         raise UserError(message, job.folder, "take another --outdir")

@@ -12,12 +12,14 @@ Tensors of a shard, with its samples concatenated (N samples, T tokens, I image 
     image_mask      [T]    uint8   1 for image tokens
     hidden          [T, H] 16 bit  the target's hidden states after its final norm; or int8
     hidden_scale    [T]    float32 the scale of each row, only with int8 states
+    stream_{i}      [T, H] 16 bit  the stream that enters layer i of the target, for each of the source's feature_layers
     image_features  [I, H] 16 bit  projected features, as the target's language model reads them
     grid_lengths    [N]    int32   number of stored grids of each sample
     image_grids     [P, 3] int32   frames, rows and columns of a picture's features, for M-RoPE positions
 
 Embeddings of text tokens are not stored: the draft has the embedding table. Image features stay 16 bit, since the draft
-reads the exact ones when it decodes, while noise is added to hidden states in training anyway.
+reads the exact ones when it decodes, while noise is added to hidden states in training anyway. Streams stay 16 bit too:
+a few of their values are so large that one scale for a row would round the others away.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import json
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -77,7 +79,7 @@ class Sample:
     the order of the image tokens, I = image_mask.sum(). ``image_grids`` [P, 3] frames, rows and columns of each
     picture's features, whose products add up to I; [0, 3] for families without M-RoPE and in shards before schema 3.
     ``hidden_scale`` [S] float32 if the states are quantised already, None otherwise. ``streams`` [S, n * H] those that
-    enter chosen layers; shards do not have them.
+    enter chosen layers, None if there are none.
     """
 
     id: str
@@ -98,9 +100,19 @@ class Sample:
     def dtype(self) -> torch.dtype:
         return self.hidden.dtype
 
+    @property
+    def streams_shape(self) -> tuple[int, torch.dtype] | None:
+        """Values of a row of the streams, and their dtype. None without streams."""
+        return None if self.streams is None else (self.streams.shape[1], self.streams.dtype)
+
     def hidden_into(self, out: Tensor) -> None:
         """Writes the states of the first tokens to ``out`` [<= S, H]."""
         out.copy_(self.hidden[: len(out)])
+
+    def streams_into(self, out: Tensor) -> None:
+        """Writes the streams of the first tokens to ``out`` [<= S, n * H]."""
+        assert self.streams is not None
+        out.copy_(self.streams[: len(out)])
 
     def features_into(self, out: Tensor) -> None:
         """Writes the first image features to ``out`` [<= I, H]."""
@@ -123,7 +135,8 @@ class Sample:
 @dataclass(frozen=True)
 class DiskSample:
     """A `Sample` whose states are still on disk, to be read straight into a batch. ``width``, ``dtype``: of the states
-    when they are read. ``hidden_scale``: None for 16-bit states. ``images``: number of image features."""
+    when they are read. ``hidden_scale``: None for 16-bit states. ``images``: number of image features. ``streams``: of
+    each layer."""
 
     id: str
     input_ids: Tensor
@@ -136,7 +149,12 @@ class DiskSample:
     hidden_scale: Rows | None
     features: Rows
     images: int
-    streams: None = None
+    streams: tuple[Rows, ...]
+
+    @property
+    def streams_shape(self) -> tuple[int, torch.dtype] | None:
+        """As of `Sample`."""
+        return (len(self.streams) * self.width, self.dtype) if self.streams else None
 
     def hidden_into(self, out: Tensor) -> None:
         """Reads the states of the first tokens into ``out`` [<= S, H]."""
@@ -145,6 +163,11 @@ class DiskSample:
         else:
             scales = self.hidden_scale.into(torch.empty(len(out)))
             out.copy_(dequantise(self.hidden.into(torch.empty(out.shape, dtype=torch.int8)), scales, self.dtype))
+
+    def streams_into(self, out: Tensor) -> None:
+        """Reads the streams of the first tokens into ``out`` [<= S, n * H]."""
+        for rows, part in zip(self.streams, out.split(self.width, dim=-1), strict=True):
+            part.copy_(rows.into(torch.empty(part.shape, dtype=self.dtype)))
 
     def features_into(self, out: Tensor) -> None:
         """Reads the first image features into ``out`` [<= I, H]."""
@@ -155,7 +178,12 @@ class DiskSample:
         features = torch.empty(self.images, self.width, dtype=self.dtype)
         self.hidden_into(hidden)
         self.features_into(features)
-        return Sample(self.id, self.input_ids, self.loss_mask, self.image_mask, hidden, features, self.image_grids)
+        sample = Sample(self.id, self.input_ids, self.loss_mask, self.image_mask, hidden, features, self.image_grids)
+        if self.streams_shape is None:
+            return sample
+        streams = torch.empty(len(hidden), self.streams_shape[0], dtype=self.dtype)
+        self.streams_into(streams)
+        return replace(sample, streams=streams)
 
 
 def shard_name(start: int, end: int) -> str:
@@ -196,6 +224,7 @@ def write_shard(
         "loss_mask": _parts([s.loss_mask for s in items], torch.uint8),
         "image_mask": _parts([s.image_mask for s in items], torch.uint8),
         **_stored_hidden(items, source),
+        **_stored_streams(items, source),
         "image_features": _parts([s.image_features for s in items], states, width),
         "grid_lengths": [torch.tensor([len(s.image_grids) for s in items], dtype=torch.int32)],
         "image_grids": _parts([s.image_grids for s in items], torch.int32, 3),
@@ -225,14 +254,26 @@ class ShardDataset:
     The places of all samples are kept once their shard has been opened; states are read by offset, so no file stays
     open. May be used by several threads and processes. ``meta`` is the `Index` (``meta.hidden_size``, ...).
 
+    Args:
+        layers: whose input streams are read too, in this order.
+
     Raises:
-        UserError: see `load_index`; also if the corpus has no samples.
+        UserError: see `load_index`; also if the corpus has no samples, or lacks a layer.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, layers: Sequence[int] = ()) -> None:
+        self.folder, self.layers = Path(folder), tuple(layers)
         self.meta = load_index(self.folder)
         self._source = self.meta.source
+        if not set(self.layers) <= set(self._source.feature_layers or ()):
+            wanted, stored = (
+                ", ".join(map(str, each or ["no layer"])) for each in (self.layers, self._source.feature_layers)
+            )
+            raise UserError(
+                f"the draft reads the inputs of layers {wanted}, stored are those of {stored}",
+                self.folder,
+                "make the hidden states with --feature-layers, or train with --online",
+            )
         if not self.meta.samples:
             raise UserError("no samples in this folder, every record was skipped", self.folder, "see skipped.jsonl")
         self._shards = [shard for shard in self.meta.shards if shard.samples]
@@ -276,19 +317,22 @@ class ShardDataset:
     def _reader(self, number: int) -> ShardReader:
         if number not in self._readers:
             shard = self._shards[number]
-            self._readers[number] = ShardReader(self.folder / shard.file, shard, self._source)
+            self._readers[number] = ShardReader(self.folder / shard.file, shard, self._source, self.layers)
         return self._readers[number]
 
 
 class ShardReader:
     """A shard whose samples are read by offset. The file is open only while something is read.
 
+    Args:
+        layers: whose streams its samples have.
+
     Raises:
         UserError: it is not the shard that the index lists, or its tensors do not fit together.
     """
 
-    def __init__(self, path: Path, listed: ShardInfo, source: Source) -> None:
-        self._path, self._source = path, source
+    def __init__(self, path: Path, listed: ShardInfo, source: Source, layers: Sequence[int] = ()) -> None:
+        self._path, self._source, self._layers = path, source, layers
         header = read_header(path)
         if header.source.differences(source) or header.info(path, listed.sha256) != listed:
             raise UserError("the index contradicts the shard", path, f"delete {INDEX}, the shards suffice")
@@ -331,6 +375,7 @@ class ShardReader:
             hidden_scale=scale,
             features=self._rows("image_features", first_image, states),
             images=images,
+            streams=tuple(self._rows(stream_name(layer), start, states) for layer in self._layers),
         )
 
     def _read_grids(self) -> list[Tensor]:
@@ -376,8 +421,14 @@ def _layout(source: Source, samples: int, tokens: int, images: int) -> dict[str,
         "image_mask": ("U8", [tokens]),
         "hidden": ("I8" if narrow else states, [tokens, width]),
         **({"hidden_scale": ("F32", [tokens])} if narrow else {}),
+        **{stream_name(layer): (states, [tokens, width]) for layer in source.feature_layers or ()},
         "image_features": (states, [images, width]),
     }
+
+
+def stream_name(layer: int) -> str:
+    """The tensor of a layer's input stream in a shard."""
+    return f"stream_{layer}"
 
 
 def _starts(lengths: Tensor) -> list[int]:
@@ -400,6 +451,16 @@ def _stored_hidden(samples: Sequence[Sample], source: Source) -> dict[str, list[
     }
 
 
+def _stored_streams(samples: Sequence[Sample], source: Source) -> dict[str, list[Tensor]]:
+    """The streams of all samples, a tensor for each layer."""
+    width, dtype = source.hidden_size, DTYPES[source.dtype]
+    joined = [sample.streams for sample in samples if sample.streams is not None]
+    return {
+        stream_name(layer): _parts([each[:, place * width : (place + 1) * width] for each in joined], dtype, width)
+        for place, layer in enumerate(source.feature_layers or ())
+    }
+
+
 def _check_sample(sample: Sample, source: Source) -> None:
     """Raises ValueError for a sample of wrong shape, which is a bug."""
     tokens, width = len(sample.input_ids), source.hidden_size
@@ -409,9 +470,11 @@ def _check_sample(sample: Sample, source: Source) -> None:
         "hidden": (tokens, width),
         "image_features": (int(sample.image_mask.sum()), width),
     }
+    wanted |= {"streams": (tokens, len(source.feature_layers) * width)} if source.feature_layers else {}
     for name, shape in wanted.items():
-        if tuple(getattr(sample, name).shape) != shape:
-            raise ValueError(f"sample {sample.id}: {name} is {tuple(getattr(sample, name).shape)}, expected {shape}")
+        found = tuple(getattr(getattr(sample, name), "shape", ()))
+        if found != shape:
+            raise ValueError(f"sample {sample.id}: {name} is {found}, expected {shape}")
     tokens_of_grids = int(sample.image_grids.prod(dim=-1).sum())
     if len(sample.image_grids) and tokens_of_grids != len(sample.image_features):
         raise ValueError(f"sample {sample.id}: grids of {tokens_of_grids} of {len(sample.image_features)} image tokens")

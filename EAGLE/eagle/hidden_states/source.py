@@ -14,11 +14,11 @@ from pydantic import ConfigDict, StrictInt
 from eagle.hidden_states.validation import STRICT, Count, Number, Text, parse
 from llava.errors import UserError
 
-SCHEMA = 4
-READABLE = (1, 2, 3, 4)
+SCHEMA = 5
+READABLE = (1, 2, 3, 4, 5)
 """Schema versions that can be read. Shards have the grids of their pictures since version `GRIDS_SINCE`."""
 GRIDS_SINCE = 3
-NEW_FIELDS = {2: ("hidden_dtype", "regeneration"), 4: ("layer_fingerprint",)}
+NEW_FIELDS = {2: ("hidden_dtype", "regeneration"), 4: ("layer_fingerprint",), 5: ("feature_layers",)}
 """Fields of `Source` by the schema version that introduced them; None in older files."""
 SOMETIMES_UNKNOWN = ("commit", "layer_fingerprint")
 """Fields that are None for models outside of the hub's cache and in old shards."""
@@ -54,7 +54,8 @@ class Source:
     when they are read. ``fingerprint``: of the token embedding, see `eagle.ge_data.extract.fingerprint`.
     ``hidden_dtype``: "int8" for states stored in 8 bit (`eagle.hidden_states.quantise`), None for ``dtype``.
     ``regeneration``: None for the answers of the data set. ``layer_fingerprint``: of the language model's last layer,
-    which differs in a fine-tune with a frozen embedding.
+    which differs in a fine-tune with a frozen embedding. ``feature_layers``: the layers whose input streams are stored
+    too, ascending; None for none.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -70,6 +71,7 @@ class Source:
     hidden_dtype: Literal["int8"] | None = None
     regeneration: Regeneration | None = None
     layer_fingerprint: Text | None = None
+    feature_layers: tuple[Count, ...] | None = None
 
     def differences(self, other: Source) -> str:
         """Fields that differ from ``other``, for a message; "" if both may share a corpus. A field of

@@ -55,7 +55,8 @@ MACHINE = (
 SHARED = ("step", "best", "history", "run")  # parts of the progress that are the same in all processes
 COMPARED = ("micro", "accumulation", "world", "epochs")
 """Settings of a run that `check_same_run` does not only compare for equality."""
-NOT_IN_OLDER_RUNS = ("bf16", "fp16", "gradient_clipping", "init")
+KIND = "draft_kind"
+NOT_IN_OLDER_RUNS = ("bf16", "fp16", "gradient_clipping", "init", KIND)
 STATES = "states_"  # prefix of the names that describe a run's stored states
 
 DEEPSPEED_CLASSES = {

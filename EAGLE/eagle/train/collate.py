@@ -194,9 +194,8 @@ def collate(
     hidden, features = (buffer(each, dtype, pin_memory) for each in ((*size, width), (sum(images), width)))
     kind = torch.long if compression.tokens is None else torch.float32  # merged rows stand at means
     position_ids = torch.zeros(3, *size, dtype=kind) if positions != "plain" else None
-    streams = None
-    if samples[0].streams is not None:
-        streams = torch.zeros(*size, samples[0].streams.shape[-1], dtype=samples[0].streams.dtype)
+    shape = samples[0].streams_shape
+    streams = None if shape is None else buffer((*size, shape[0]), shape[1], pin_memory)
     parts = features.split(images)
     for row, ((sample, own), length) in enumerate(zip(pairs, lengths, strict=True)):
         mask = sample.image_mask[:length]
@@ -207,8 +206,9 @@ def collate(
             loss_mask[row, : length - 1] = draft_loss_mask(sample.loss_mask[:length].bool())
         sample.hidden_into(hidden[row, :length])
         hidden[row, length:] = 0
-        if streams is not None and sample.streams is not None:
-            streams[row, :length] = sample.streams[:length]
+        if streams is not None:
+            sample.streams_into(streams[row, :length])
+            streams[row, length:] = 0
         sample.features_into(parts[row])
         if position_ids is not None and own is not None:
             position_ids[:, row, :length] = own[:, :length]

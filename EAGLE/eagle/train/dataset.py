@@ -85,9 +85,9 @@ class TrainingData:
 
     def answers(self) -> Iterator[Any]:
         """The training items of all sets, one after the other."""
-        for data, train, _ in self.sources.values():
-            for index in train:
-                yield data[index]
+        for name, (_, train, _) in self.sources.items():
+            for row in range(len(train)):
+                yield self.training[Item(name, row, 0)][0]
 
     @property
     def training(self) -> Samples:
@@ -99,18 +99,23 @@ class TrainingData:
 
 
 def load_stored(
-    folders: Mapping[str, str | None], hidden_size: int, base: BaseTensors, config: TrainConfig
+    folders: Mapping[str, str | None],
+    hidden_size: int,
+    base: BaseTensors,
+    config: TrainConfig,
+    layers: Sequence[int] = (),
 ) -> TrainingData:
     """Loads the given corpora and splits them into training and validation.
 
     Args:
         folders: of each set, "text" or "image"; None if it is not given.
         hidden_size: of the draft.
+        layers: whose input streams the draft reads.
 
     Raises:
         UserError: a corpus is broken, of another base or size, or both are not of one family.
     """
-    sets = {name: ShardDataset(folder) for name, folder in folders.items() if folder is not None}
+    sets = {name: ShardDataset(folder, layers) for name, folder in folders.items() if folder is not None}
     for data in sets.values():
         if data.meta.hidden_size != hidden_size:
             raise UserError(

@@ -1,8 +1,9 @@
-"""Training of EAGLE-3 heads: what they read, and their loss on tokens alone.
+"""Training of EAGLE-3 heads: what they read, and their loss, on tokens alone or with feature regression.
 
 The head's own ``lm_head`` is trained against the target's distribution over the same tokens: of a trimmed vocabulary,
 the part of it inside, normalised again. Rows go through the heads in chunks that the backward pass computes again, so
-full logits are never kept.
+full logits are never kept. With a ``hidden_weight``, what the ``lm_head`` reads is also regressed on the target's
+hidden states after its final norm.
 """
 
 from __future__ import annotations
@@ -71,8 +72,12 @@ class Eagle3Objective(Objective[Eagle3Draft]):
             total, hits = total + loss, hits + part_hits
         number = loss_mask.sum()
         token = total / number.clamp(min=1) + 0.0 * predicted.sum()  # with a gradient also where no row counts
-        none = torch.zeros((), device=rows.device)
-        return Losses(self.config.token_weight * token, none, token.detach(), hits, number)
+        total, hidden = self.config.token_weight * token, torch.zeros((), device=rows.device)
+        if self.config.hidden_weight > 0:
+            each = F.smooth_l1_loss(rows.float(), wanted.float(), reduction="none").mean(dim=-1)  # [N]
+            hidden = each.sum() / number.clamp(min=1)
+            total = total + self.config.hidden_weight * hidden
+        return Losses(total, hidden.detach(), token.detach(), hits, number)
 
     def _chunk(self, rows: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of cross-entropies, and the hits [3]. ``rows``, ``wanted`` [n, H]."""
@@ -117,10 +122,9 @@ def check_trainable(config: Eagle3Config, base: BaseTensors, settings: TrainConf
             f"positions 'mrope' with mrope_section {list(sections)} for heads of {config.head_dim}",
             fix="give rope_scaling an mrope_section that adds up to half a head, as the base model's",
         )
-    for name, unused in (("hidden_weight", settings.hidden_weight > 0), ("token_weight", settings.token_weight == 0)):
-        if unused:
-            fix = "leave it out: these heads have a loss on tokens alone"
-            raise UserError(f"{name}={getattr(settings, name)} for an EAGLE-3 head", fix=fix)
+    if settings.token_weight == 0:
+        fix = "leave it out: the head's own lm_head has no other loss"
+        raise UserError(f"token_weight={settings.token_weight} for an EAGLE-3 head", fix=fix)
     if settings.draft_image_tokens >= 0:
         raise UserError(
             f"draft_image_tokens={settings.draft_image_tokens} for an EAGLE-3 head",

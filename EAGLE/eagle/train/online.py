@@ -15,14 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from eagle.families import TRAINING_NAMES, Target, template_of
+from eagle.families import TRAINING_NAMES, template_of
 from eagle.families.template import Prepared, Template
-from eagle.ge_data.extract import load_base, source_of
+from eagle.ge_data.extract import check_embedding_scale, load_base, source_of
 from eagle.ge_data.reader import Reader
 from eagle.ge_data.selection import Selection, ignored_keys, shortened
 from eagle.hidden_states.index import Skipped, sha256
@@ -157,18 +157,6 @@ def load_corpus(
         run[f"annotations_{kind}"] = f"{settings['data']} {settings['data_sha256']}"
     reader = OnlineReader(Reader(target, template, source, args.batch_tokens, layers))
     return TrainingData.split(sets, config, read=reader, run=run)
-
-
-def check_embedding_scale(target: Target, layers: Sequence[int]) -> None:
-    """Raises `UserError` if a draft that reads streams would see other embeddings in training than in decoding, since
-    the base scales its own."""
-    embedding = target.model.get_input_embeddings()
-    ids = torch.arange(2, device=cast(torch.Tensor, embedding.weight).device)
-    if layers and not torch.equal(embedding(ids), cast(torch.Tensor, embedding.weight)[ids]):
-        raise UserError(
-            f"EAGLE-3 heads of {target.family}, which scales its embeddings, cannot be trained",
-            fix="train an MSD draft",
-        )
 
 
 def limited(selection: Selection, limit: int | None) -> Selection:

@@ -21,7 +21,7 @@ from eagle.extras import require
 from eagle.families.base_weights import BaseTensors, load_base_tensors
 from eagle.ge_data.extract import fingerprint
 from eagle.questions import Question, read_questions
-from eagle.train.checkpoint import CheckpointStore, Progress, describe_run
+from eagle.train.checkpoint import KIND, CheckpointStore, Progress, describe_run
 from eagle.train.dataset import TrainingData, load_stored
 from eagle.train.engine import Engine, PlainEngine, precision, read_deepspeed_config, suit_device, without_effect
 from eagle.train.kinds import KINDS
@@ -32,7 +32,6 @@ from eagle.train.served import ServedEvaluation
 from eagle.train.settings import (
     TrainConfig,
     check_sources,
-    check_stored,
     override,
     read_config,
     with_draft_settings,
@@ -56,7 +55,6 @@ def run(args: argparse.Namespace, stack: ExitStack) -> None:
     config = override(config, args)
     deepspeed_config = read_deepspeed_config(args.deepspeed_config)
     check_sources(args)
-    check_stored(isinstance(draft_config, Eagle3Config), args.online)
     questions = evaluation_questions(args, config)
     base = load_base_tensors(args.basepath)
     rank, world = join_processes()
@@ -64,7 +62,8 @@ def run(args: argparse.Namespace, stack: ExitStack) -> None:
         data = load_online(args, draft_config, base, config, Processes(rank, world, own_device()))
     else:
         folders = {TEXT: args.tmpdir_t, IMAGE: args.tmpdir_v}
-        data = load_stored(folders, draft_config.hidden_size, base, config)
+        layers = read_layers(draft_config, args.basepath)
+        data = load_stored(folders, draft_config.hidden_size, base, config, layers)
     asked = precision(deepspeed_config)
     deepspeed_config = suit_device(deepspeed_config, main=rank == 0)
     sizes = BatchSizes.from_deepspeed(deepspeed_config, world, where=args.deepspeed_config)
@@ -144,6 +143,15 @@ def load_online(
         CheckpointStore(args.cpdir, config.keep_last, {}).refuse_to_overwrite()
     files = {name: path for name, path in ((TEXT, args.annotations_t), (IMAGE, args.annotations_v)) if path is not None}
     return load_corpus(args, files, config, processes, draft_config.layers_of)
+
+
+def read_layers(draft: DraftConfig | Eagle3Config, base: str) -> tuple[int, ...]:
+    """The layers of the base whose input streams a draft reads. Only an EAGLE-3 head needs the base's config."""
+    if isinstance(draft, DraftConfig):
+        return ()
+    from eagle.families.draft_config import text_config_of
+
+    return draft.layers_of(text_config_of(base)[1].num_hidden_layers)
 
 
 def own_device() -> torch.device:
@@ -244,10 +252,11 @@ def restore(
     asked: Mapping[str, Any],
 ) -> Progress:
     """Progress of the interrupted run with ``--resume``, else a new one. ``asked``: by `precision`."""
-    draft = engine.objective.draft.config.training_choices()
+    draft = engine.objective.draft
     sizes = {**asdict(schedule.sizes), "text": schedule.text, "image": schedule.image}
-    init = fingerprint(engine.objective.draft.fc.weight) if args.init else "none"
-    run = {**sizes, **draft, **config.fingerprint(), **data.run, **asked, "init": init}
+    init = fingerprint(draft.fc.weight) if args.init else "none"
+    chosen = {**draft.config.training_choices(), **config.fingerprint()}
+    run = {KIND: draft.kind, **sizes, **chosen, **data.run, **asked, "init": init}
     folder = store.latest() if args.resume else None
     if folder is None:
         if args.resume and engine.is_main:

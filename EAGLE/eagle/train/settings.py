@@ -187,16 +187,9 @@ def check_settings(args: argparse.Namespace) -> None:
     Raises:
         UserError: one of them is wrong.
     """
-    draft, config = (None, TrainConfig()) if args.config == AUTO else read_config(args.config, kind=args.draft_kind)
+    config = TrainConfig() if args.config == AUTO else read_config(args.config, kind=args.draft_kind)[1]
     override(config, args)
     check_sources(args)
-    check_stored(args.draft_kind == "eagle3" or isinstance(draft, Eagle3Config), args.online)
-
-
-def check_stored(eagle3: bool, online: bool) -> None:
-    """Raises `UserError` for an EAGLE-3 head on stored hidden states, which lack the streams that it reads."""
-    if eagle3 and not online:
-        raise UserError("stored hidden states do not have what EAGLE-3 heads read", fix="train with --online")
 
 
 def add_source_flags(parser: argparse.ArgumentParser) -> None:

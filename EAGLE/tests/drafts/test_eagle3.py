@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_draft import make_draft
 from tiny_eagle3 import make_eagle3
 from tiny_families import make_qwen3_vl
+from tiny_vispec import make_vispec
 
 from eagle.doctor.models import check_base, check_draft, check_pair
 from eagle.drafts.checkpoint import load_draft, load_msd_draft
@@ -165,12 +166,19 @@ def test_other_kinds_of_speculators_are_refused(tmp_path, target, form):
         load_draft(folder)
 
 
-def test_export_and_push_take_msd_drafts_only(tmp_path, target):
-    folder = make_eagle3(tmp_path / "head", target)
-    with pytest.raises(UserError, match="msd export takes MSD drafts, not EAGLE-3 heads"):
-        load_msd_draft(folder, "msd export")
-    with pytest.raises(UserError, match="msd push takes MSD drafts"):
-        write_release(folder, tmp_path / "out", "owner/name")
+@pytest.mark.parametrize("layout", ["flat", "speculators"])
+def test_what_push_writes_is_the_head_and_its_card(tmp_path, target, layout):
+    folder = make_eagle3(tmp_path / "head", target, layout, msd={"feedback": "after"})
+    with pytest.raises(UserError, match="the study takes MSD drafts, not EAGLE-3 heads"):
+        load_msd_draft(folder, "the study")
+    out = write_release(folder, tmp_path / "out", "owner/name", base_model="owner/base")
+    read, written = load_draft(folder), load_draft(out)
+    assert written.config == read.config and torch.equal(written.draft_vocab, read.draft_vocab)
+    assert all(torch.equal(tensor, read.state_dict()[name]) for name, tensor in written.state_dict().items())
+    card = (out / "README.md").read_text()
+    assert "speculative decoding (EAGLE-3) of owner/base" in card and "- eagle-3" in card
+    with pytest.raises(UserError, match="not ViSpec heads"):
+        write_release(make_vispec(tmp_path / "vispec", target), tmp_path / "other", "owner/name")
 
 
 @pytest.mark.parametrize("layout", ["flat", "speculators"])

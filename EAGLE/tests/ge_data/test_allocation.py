@@ -58,6 +58,30 @@ def test_text_rows(base: Path, target: Target, annotations: Write, tmp_path: Pat
         torch.testing.assert_close(sample.hidden.float(), stock_hidden(target, sample), **ROUNDING)
 
 
+def test_streams_of_chosen_layers(
+    base: Path, target: Target, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that the stock model computes, in 16 bit also beside int8 states; sizes are said first."""
+    data, out, count = annotations(mixed_rows(3)), tmp_path / "out", len(target.text_model.layers)
+    flags = ("--hidden-dtype", "int8", "--max-length", "100")
+    assert allocate(base, data, out, "t", *flags, "--feature-layers", "1,0") == 0
+    width = target.hidden_size
+    told = capsys.readouterr().err
+    assert f"streams of layers 0, 1: each token takes {4 * width / 1e3:.2f} kB beside the" in told
+    assert f"3 records are at most {300 * (5 * width + 4) / 1e3:.2f} kB (100 tokens each), and" in told
+    for sample in ShardDataset(out, (0, 1)):
+        states = target.model.model(input_ids=sample.input_ids[None], output_hidden_states=True).hidden_states
+        assert sample.streams is not None and sample.streams.dtype == torch.bfloat16
+        torch.testing.assert_close(sample.streams.float(), torch.cat(states[:2], dim=-1)[0], **ROUNDING)
+    assert allocate(base, data, out, "t", *flags, "--feature-layers", "0") == 2
+    assert "begun with feature_layers '0,1' instead of '0'" in capsys.readouterr().err
+    assert allocate(base, data, tmp_path / "other", "t", "--feature-layers", f"1,{count + 1}") == 2
+    assert f"--feature-layers {count + 1}: the model has {count} layers" in capsys.readouterr().err
+    for wrong in ("1,1", "first", "-1", ""):
+        assert allocate(base, data, tmp_path / "other", "t", f"--feature-layers={wrong}") == 2
+    assert not (tmp_path / "other").exists()
+
+
 def test_image_rows(base: Path, target: Target, annotations: Write, pictures: Path, tmp_path: Path) -> None:
     data = annotations(mixed_rows())
     assert allocate(base, data, tmp_path / "out", "v", pictures=pictures) == 0

@@ -167,12 +167,13 @@ def test_a_shard_of_another_kind_is_refused(tmp_path: Path) -> None:
         ShardDataset(tmp_path)
 
 
-NEW = {1: ("hidden_dtype", "regeneration", "layer_fingerprint"), 2: ("layer_fingerprint",), 3: ("layer_fingerprint",)}
+LATEST = ("layer_fingerprint", "feature_layers")
+NEW = {1: ("hidden_dtype", "regeneration", *LATEST), 2: LATEST, 3: LATEST, 4: ("feature_layers",)}
 OLD_SETTINGS = ("model_type", "dtype", "max_length", "seed", "data", "data_sha256", "rows")
 
 
 def make_old(folder: Path, schema: int) -> None:
-    """Turns a folder into one of schema 1, 2 or 3, as earlier releases wrote it."""
+    """Turns a folder into one of schema 1 to 4, as earlier releases wrote it."""
     new = NEW[schema]
     shards = []
     for shard in load_index(folder).shards:
@@ -182,7 +183,7 @@ def make_old(folder: Path, schema: int) -> None:
         about["schema"] = schema
         for name in new:
             del about["source"][name]
-        tensors = {name: tensor for name, tensor in load_file(path).items() if schema == 3 or "grid" not in name}
+        tensors = {name: tensor for name, tensor in load_file(path).items() if schema >= 3 or "grid" not in name}
         save_file(tensors, path, metadata={"msd": json.dumps(about)})
         shards.append({**asdict(shard), "bytes": path.stat().st_size, "sha256": None})
     index = json.loads((folder / INDEX).read_text())
@@ -193,7 +194,7 @@ def make_old(folder: Path, schema: int) -> None:
     (folder / SETTINGS).write_text(json.dumps({name: settings[name] for name in OLD_SETTINGS}))
 
 
-@pytest.mark.parametrize("schema", [1, 2, 3])
+@pytest.mark.parametrize("schema", [1, 2, 3, 4])
 def test_an_old_folder_is_read_and_completed(
     base: Path, annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], schema: int
 ) -> None:
@@ -208,4 +209,4 @@ def test_an_old_folder_is_read_and_completed(
     assert allocate(base, data, out) == 0
     completed = ShardDataset(out)
     assert len(completed) == 7 and torch.equal(completed[0].hidden, sample.hidden)
-    assert isinstance(load_index(out), Index) and json.loads((out / INDEX).read_text())["schema"] == 4
+    assert isinstance(load_index(out), Index) and json.loads((out / INDEX).read_text())["schema"] == 5

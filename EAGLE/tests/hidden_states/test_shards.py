@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,33 @@ def test_round_trip(corpus: tuple[Path, list[Sample]]) -> None:
         data[5]
 
 
+def test_streams_are_read_by_layer(tmp_path: Path) -> None:
+    """Any of the stored layers, in the order that is asked for; others are refused, and none is read by default."""
+    plain = [make_sample(name, 4 + place, place) for place, name in enumerate("ab")]
+    samples = [replace(each, streams=torch.randn(len(each.input_ids), 3 * H).bfloat16()) for each in plain]
+    source = replace(SOURCE, feature_layers=(2, 5, 9))
+    write_shard(tmp_path, 0, 2, list(enumerate(samples)), [], source)
+    assert ShardDataset(tmp_path).meta.feature_layers == (2, 5, 9)
+    data = ShardDataset(tmp_path, (9, 2))
+    for place, sample in enumerate(samples):
+        streams = sample.streams
+        assert streams is not None
+        assert ShardDataset(tmp_path)[place].streams is None
+        found = data[place].streams
+        assert found is not None and torch.equal(found, torch.cat([streams[:, 2 * H :], streams[:, :H]], dim=1))
+        out = torch.empty(3, 2 * H).bfloat16()
+        data.stored(place).streams_into(out)
+        assert torch.equal(out, found[:3])
+    with pytest.raises(UserError, match=r"the inputs of layers 2, 3, stored are those of 2, 5, 9: .*--feature-layers"):
+        ShardDataset(tmp_path, (2, 3))
+    with pytest.raises(ValueError, match="streams is"):
+        write_shard(tmp_path, 2, 3, [(2, plain[0])], [], source)
+    (tmp_path / "plain").mkdir()
+    write_shard(tmp_path / "plain", 0, 1, [(0, plain[0])], [], SOURCE)
+    with pytest.raises(UserError, match=r"stored are those of no layer: .*--online"):
+        ShardDataset(tmp_path / "plain", (2,))
+
+
 def test_meta(corpus: tuple[Path, list[Sample]]) -> None:
     folder, samples = corpus
     meta = ShardDataset(folder).meta
@@ -77,7 +105,7 @@ def test_meta(corpus: tuple[Path, list[Sample]]) -> None:
     assert meta.image_tokens == sum(len(s.image_features) for s in samples)
     assert meta.skipped == {"too_long": 1, "empty": 3}
     written = json.loads((folder / INDEX).read_text())
-    assert written["schema"] == 4 and written["counts"]["skipped"] == meta.skipped
+    assert written["schema"] == 5 and written["counts"]["skipped"] == meta.skipped
     assert all(len(shard["sha256"]) == 64 for shard in written["shards"])
 
 
@@ -176,7 +204,7 @@ def break_missing(folder: Path) -> None:
 
 def break_schema(folder: Path) -> None:
     index = folder / INDEX
-    index.write_text(index.read_text().replace('"schema": 4', '"schema": 7'))
+    index.write_text(index.read_text().replace('"schema": 5', '"schema": 7'))
 
 
 def break_index(folder: Path) -> None:
@@ -223,7 +251,7 @@ def test_damaged_folder_is_named(corpus: tuple[Path, list[Sample]], damage) -> N
         ShardDataset(folder)
 
 
-@pytest.mark.parametrize("text", ["", '{"schema": 4,', "[]", "null", "7", "{}", '{"schema": 4}', "\x00", "[" * 99_999])
+@pytest.mark.parametrize("text", ["", '{"schema": 5,', "[]", "null", "7", "{}", '{"schema": 5}', "\x00", "[" * 99_999])
 def test_a_damaged_index_can_be_deleted(corpus: tuple[Path, list[Sample]], text: str) -> None:
     """And its message says so."""
     folder, _ = corpus

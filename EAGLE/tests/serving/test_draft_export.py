@@ -10,7 +10,6 @@ import torch
 from repository import REPO
 from safetensors.torch import load_file, save_file
 from tiny_draft import make_draft
-from tiny_eagle3 import make_eagle3
 from tiny_llava import make_liuhaotian, make_llava_hf
 from tiny_vispec import make_vispec
 
@@ -89,7 +88,7 @@ def test_a_trimmed_vocabulary_brings_its_ids_and_rows_of_the_head(bases: Path, t
     [
         ("image_tokens", "cannot merge picture rows"),
         ("positions", "gives a draft plain positions"),
-        ("eagle3", "give it this head as published"),
+        ("layout", "--layout is for EAGLE-3 heads"),
         ("vispec", "ViSpec heads are not exported to vLLM"),
         ("trimmed", "name the base model with --base-model"),
         ("no positions", "name the base model with --base-model"),
@@ -111,9 +110,8 @@ def test_refusals_are_one_line_and_write_nothing(
         draft = changed(draft, tmp_path / "draft", image_tokens=4)
     elif case == "positions":
         draft = changed(draft, tmp_path / "draft", positions="mrope")
-    elif case in ("eagle3", "vispec"):
-        make = make_eagle3 if case == "eagle3" else make_vispec
-        draft = make(tmp_path / "draft", load_target(bases / "base", dtype=torch.float32))
+    elif case == "vispec":
+        draft = make_vispec(tmp_path / "draft", load_target(bases / "base", dtype=torch.float32))
     elif case == "trimmed":
         draft = changed(draft, tmp_path / "draft")
         write_draft_vocab(draft, torch.tensor([1, 2]))
@@ -131,6 +129,7 @@ def test_refusals_are_one_line_and_write_nothing(
     base = bases_of.get(case, bases / "larger" if case == "full folder" else None)
     arguments = ["export", "--to", "sglang" if case == "sglang" else to, "--out", str(out)]
     arguments += ["--msd-model", str(draft)] if case != "no draft" else []
+    arguments += ["--layout", "flat"] if case == "layout" else []
     before = sorted(bases.rglob("*"))
     assert main([*arguments, *(["--base-model", str(base)] if base else [])]) == 2
     shown = capsys.readouterr()

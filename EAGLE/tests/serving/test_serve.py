@@ -17,7 +17,7 @@ from tiny_llava import make_liuhaotian
 
 from eagle.cli import main
 from eagle.doctor import State
-from eagle.doctor.serving import check_vllm
+from eagle.doctor.serving import look_for_vllm
 from eagle.families import load_target
 from eagle.serving.engine import find_vllm, server_command
 
@@ -143,14 +143,14 @@ def test_an_untested_version_is_said_in_one_line(
     shown = capsys.readouterr()
     assert shown.err.count("\n") == 1 and "was tested with vLLM 0.32" in shown.err and "0.99.1" in shown.err
     assert shown.out.startswith("vllm serve ")
-    check = check_vllm(sys.executable)
+    check, _ = look_for_vllm(sys.executable)
     assert check.state is State.WARNING and "0.99.1" in check.found
 
 
 def test_doctor_names_version_and_runner(
     ready: Path, pair: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    check = check_vllm(sys.executable)
+    check, _ = look_for_vllm(sys.executable)
     assert check.state is State.OK and "0.32.0, V1 model runner" in check.found
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     assert find_vllm(sys.executable, ask_runner=True).runner == "V2"
@@ -160,7 +160,7 @@ def test_doctor_names_version_and_runner(
 
 def test_doctor_without_vllm_has_no_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     environment(tmp_path / "site", monkeypatch)
-    check = check_vllm(sys.executable)
+    check, _ = look_for_vllm(sys.executable)
     assert check.state is State.OK and "not installed" in check.found
 
 

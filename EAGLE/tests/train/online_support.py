@@ -60,7 +60,7 @@ class Case:
         sizes = {"train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 1, "gradient_clipping": 0.5}
         (self.folder / "ds.json").write_text(json.dumps(sizes))
 
-    def allocate(self) -> None:
+    def allocate(self, *flags: str) -> None:
         for kind in "tv":
             command = ["--outdir", str(self.folder / kind), "--model_type", f"{MODEL_TYPES[self.family]}_{kind}"]
             command += [
@@ -73,7 +73,7 @@ class Case:
                 "--dtype",
                 "float32",
             ]
-            command += ["--image_data_path", str(self.folder / "pictures"), "--max-length", str(LENGTH)]
+            command += ["--image_data_path", str(self.folder / "pictures"), "--max-length", str(LENGTH), *flags]
             assert run_cli(lambda argv=command: allocation.main(argv)) == 0
 
     @property

@@ -1,0 +1,100 @@
+"""EAGLE-3 heads in the layouts that servers read: equal outputs and conventions after loading, whatever they were."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_eagle3 import make_eagle3
+from tiny_families import make_qwen3_vl
+
+from eagle.cli import main
+from eagle.decode.compatibility import check_compatible
+from eagle.doctor import State
+from eagle.doctor.served_eagle3 import check_served_eagle3
+from eagle.drafts.checkpoint import load_draft
+from eagle.drafts.eagle3 import Eagle3Draft
+from eagle.families import Target, load_target
+
+MROPE = {"rope_scaling": {"mrope_section": [1, 1, 2], "mrope_interleaved": True}}
+HEADS: dict[str, tuple[str, dict[str, Any]]] = {
+    "flat": ("flat", MROPE),
+    "AngelSlim's": ("flat", {"architectures": ["Eagle3LlamaForCausalLM"], "rope_theta": 5e6}),
+    "3.1": ("speculators", {"norm_output": True, "norm_before_residual": True}),
+    "fc_norm, window": (
+        "flat",
+        {"fc_norm": True, "layer_types": ["sliding_attention"], "sliding_window": 4,
+         "shapes": {f"fc_norm.{index}.weight": (32,) for index in range(3)}},
+    ),
+    "without lm_head": ("flat", {"drop": ("lm_head.weight",), "msd": {"feedback": "after"}}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Target]:
+    folder = make_qwen3_vl(tmp_path_factory.mktemp("base") / "base")
+    return folder, load_target(folder, dtype=torch.float32)
+
+
+def loaded(folder: Path, target: Target) -> Eagle3Draft:
+    draft = load_draft(folder, dtype=torch.float32)
+    assert isinstance(draft, Eagle3Draft)
+    check_compatible(target, draft)
+    return draft.prepare_for_decoding(target.model.get_output_embeddings())
+
+
+@pytest.mark.parametrize("layout", ["flat", "speculators"])
+@pytest.mark.parametrize("kind", HEADS)
+@torch.no_grad()
+def test_an_exported_head_gives_equal_outputs(
+    base: tuple[Path, Target], tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, layout: str
+) -> None:
+    folder, target = base
+    published, changes = HEADS[kind]
+    head = make_eagle3(tmp_path / "head", target, published, **changes)  # type: ignore[arg-type]
+    out = tmp_path / "out"
+    command = ["export", "--to", "vllm", "--msd-model", str(head), "--base-model", str(folder), "--out", str(out)]
+    assert main([*command, "--layout", layout]) == 0
+    assert '"method": "eagle3"' in capsys.readouterr().out
+    before, after = loaded(head, target), loaded(out, target)
+    assert after.config.layout == layout and after.target_layers == before.target_layers
+    kept = {each.name for each in fields(before.config) if each.compare}
+    kept -= {"layout", "mrope_section", "mrope_interleaved", "own_embedding", "own_head"}
+    assert {name: getattr(after.config, name) for name in kept} == {name: getattr(before.config, name) for name in kept}
+    features, ids = torch.randn(1, 7, 3 * target.hidden_size), torch.randint(0, 50, (1, 7))
+    positions = torch.arange(7).expand(3, 1, -1) + torch.tensor([0, 2, 5])[:, None, None]
+    positions = positions if before.positions == "mrope" else positions[0]
+    outputs = []
+    for draft in (before, after):
+        hidden = draft(draft.text_rows(draft.condense(features), ids), positions)
+        again = draft(draft.text_rows(hidden, ids), positions)
+        outputs.append((again, *draft.likely_next(again, 4, target.model.get_output_embeddings())))
+    for one, other in zip(*outputs, strict=True):
+        torch.testing.assert_close(one, other)
+    wrong = [each for each in check_served_eagle3(after, target, "V1") if each.state is not State.OK]
+    assert {each.topic for each in wrong} <= {"vLLM: positions"}, wrong
+
+
+def test_the_layout_of_speculators_is_what_that_library_and_vllm_ask_for(
+    base: tuple[Path, Target], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, target = base
+    head = make_eagle3(tmp_path / "head", target)
+    command = ["export", "--to", "vllm", "--msd-model", str(head), "--layout", "speculators"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 2
+    assert "name it with --base-model" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert main([*command, "--base-model", str(folder), "--out", str(tmp_path / "out")]) == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert config["speculators_config"]["verifier"]["architectures"] == ["Qwen3VLForConditionalGeneration"]
+    assert config["norm_before_residual"] is False and config["transformer_layer_config"]["model_type"] == "llama"
+    assert torch.equal(tensors["embed_tokens.weight"], target.model.get_input_embeddings().weight)
+    assert len(tensors["d2t"]) == config["draft_vocab_size"] == int(tensors["t2d"].sum())
+    biased = make_eagle3(tmp_path / "biased", target, shapes={"fc.bias": (32,)})
+    assert main([*command, "--msd-model", str(biased), "--base-model", str(folder), "--out", str(tmp_path / "b")]) == 2
+    assert "no heads with a bias of fc" in capsys.readouterr().err
