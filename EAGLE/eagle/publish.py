@@ -18,7 +18,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
-from eagle.drafts.checkpoint import load_msd_draft, save_draft
+from eagle.drafts.checkpoint import load_msd_draft, require_msd, save_draft
 from eagle.drafts.msd import DraftModel
 from llava.errors import UserError
 from llava.files import read_json
@@ -164,6 +164,7 @@ def write_release(
     if not is_repository_name(repo):
         raise UserError("not the name of a hub repository", where=repo, fix="give owner/name")
     if isinstance(draft, DraftModel):
+        require_msd(draft, "msd push", repo)
         return save_pretrained(draft, folder, About.of(None, base_model, license, bench), repo)
     about = About.of(draft, base_model, license, bench)
     if bench is not None:

@@ -72,7 +72,7 @@ def portable(draft: DraftHead, name: str | Path) -> DraftModel:
     Raises:
         UserError: it is of another kind, or has settings that need MSD's own loop.
     """
-    if not isinstance(draft, DraftModel):
+    if not isinstance(draft, DraftModel) or draft.block_size > 1:
         own = 'vLLM has its own EAGLE-3: give it this head as published, with "method": "eagle3"'
         fix = own if isinstance(draft, Eagle3Draft) else "serve an MSD draft"
         raise UserError(f"{draft.kind} heads are not exported to vLLM, only MSD drafts are", name, fix)
