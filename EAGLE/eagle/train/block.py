@@ -1,7 +1,7 @@
 """Training of block heads: cross-entropy of each depth.
 
-One forward reads all certain rows of a sample, and the mask rows behind some of them, the anchors. Three rows, anchors 0
-and 2, and two mask rows of each (columns: certain rows | mask rows 1 | mask rows 2)::
+One forward reads all certain rows of a sample, and the mask rows behind some of them, the anchors. Three rows, anchors
+0 and 2, and two mask rows of each (columns: certain rows | mask rows 1 | mask rows 2)::
 
     1 . . | . . | . .        certain rows
     1 1 . | . . | . .
@@ -11,8 +11,8 @@ and 2, and two mask rows of each (columns: certain rows | mask rows 1 | mask row
     1 . . | 1 . | 1 .        mask rows 2
     1 1 1 | . 1 | . 1
 
-A training step has one of `STRIDE` rows as anchors, others in each epoch (a batch without seeds has all rows), so that a
-block of eight costs less than three steps of a rollout. P-EAGLE samples chains for the same reason.
+In a training step one of `STRIDE` rows is an anchor, others in each epoch (a batch without seeds has all rows), so that
+a block of eight costs less than three steps of a rollout. P-EAGLE samples chains for the same reason.
 """
 
 from __future__ import annotations

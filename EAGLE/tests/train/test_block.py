@@ -184,10 +184,10 @@ def test_settings(case: tuple[Target, str], tmp_path: Path) -> None:
     assert (settings.rollout_steps, settings.simulated_depth, settings.hidden_weight) == (4, 4, 0)
     assert BlockConfig.from_dict(config.to_dict()) == config
     path.write_text(json.dumps({**shape, "block": {"length": 4}}))
-    with pytest.raises(UserError, match="unknown key 'length'.*section 'block'"):
+    with pytest.raises(UserError, match=r"unknown key 'length'.*section 'block'"):
         read_config(path)
     path.write_text(json.dumps({**{key: shape[key] for key in shape if key != "block"}, "blocks": {}}))
-    with pytest.raises(UserError, match="unknown key 'blocks'.*did you mean 'block'"):
+    with pytest.raises(UserError, match=r"unknown key 'blocks'.*did you mean 'block'"):
         read_config(path)
 
 
