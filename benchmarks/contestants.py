@@ -9,6 +9,7 @@ from benchmarks.assistant import assistant_for
 from benchmarks.spec import Cell, Suite
 from eagle.arguments import tree_limits
 from eagle.benchmark import Answer, Contestant, Work, with_engine, with_prompt_lookup, with_transformers
+from eagle.decode.compiled.engine import obstacle
 from eagle.decode.msd import MSDModel
 from eagle.decode.sampling import SamplingSettings
 from eagle.decode.tree_config import TreeConfig
@@ -50,6 +51,7 @@ PLAIN: dict[str, Builder] = {
 }
 SINGLE: dict[str, Builder] = {"prompt lookup": lookup, "assistant": assisted}
 """What transformers supports for one sequence only."""
+COMPILED, BACKEND = " compiled", "inductor"
 
 
 def build(
@@ -68,7 +70,15 @@ def build(
     settings: dict[str, Any] = {"max_new_tokens": cell.new_tokens, **sampling}
     runners, left_out = [], {}
     for name in cell.contestants:
-        if name in PLAIN:
+        if name.endswith(COMPILED):
+            if reason := "batches are not compiled" if cell.batch > 1 else obstacle(model.target):
+                left_out[name] = reason
+                continue
+            way = name.removesuffix(COMPILED)
+            use_msd = way != "autoregressive"
+            compiled = compiled_copy(model, way)
+            runners.append(Contestant(name, with_engine(compiled, use_msd, settings), plain=not use_msd))
+        elif name in PLAIN:
             runners.append(Contestant(name, PLAIN[name](model, settings, suite), plain=True))
             for other in others:
                 dtype = str(other.dtype).removeprefix("torch.")
@@ -86,11 +96,21 @@ def build(
     return runners, left_out
 
 
+def compiled_copy(model: MSDModel, way: str) -> MSDModel:
+    """The same pair, sharing its weights, compiled for "autoregressive" or the tree of a name as in `tree_of`, and
+    warmed up."""
+    made = MSDModel(model.target, model.draft, compile=BACKEND)
+    if way != "autoregressive":
+        made.tree = tree_of(way, made, 1)
+    made.warm_up()
+    return made
+
+
 def tree_of(name: str, model: MSDModel, batch: int) -> TreeConfig:
     """The tree of ``msd`` (the default one), ``msd fixed`` or ``msd D/K/N``; a large batch has smaller ones."""
     kind, _, bounds = name.partition(" ")
     if kind != "msd" or (bounds not in ("", "fixed") and bounds.count("/") != 2):
-        known = [*PLAIN, *SINGLE, "msd", "msd fixed", "msd D/K/N"]
+        known = [*PLAIN, *SINGLE, "msd", "msd fixed", "msd D/K/N", "autoregressive compiled", "msd [...] compiled"]
         raise UserError(f"no contestant '{name}'", fix=f"there are {', '.join(known)}")
     if not bounds:
         return model.tree_for(batch)

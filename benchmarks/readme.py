@@ -79,11 +79,11 @@ def how(temperature: float) -> str:
 def label(contestant: str) -> str:
     """A contestant of the suite in words.
 
-    >>> label("transformers dynamic bfloat16"), label("msd 4/3/8")
-    ('transformers `generate`, bfloat16', 'MSD, tree 4/3/8')
+    >>> label("transformers dynamic bfloat16"), label("msd 4/3/8"), label("msd compiled")
+    ('transformers `generate`, bfloat16', 'MSD, tree 4/3/8', '**MSD**, compiled')
     """
     words, _, dtype = contestant.rpartition(" ")
-    if dtype in DTYPES:
+    if dtype in (*DTYPES, "compiled"):
         return f"{label(words)}, {dtype}"
     if contestant.startswith("msd ") and contestant not in NAMES:
         return f"MSD, tree {dtype}"

@@ -44,7 +44,8 @@ class Cell:
 
     ``model``: key of the suite's models. ``questions``: how many of the data file's. ``new_tokens``: the longest
     answer. ``context``: positions that a prompt has at least, filled up with pictures of other questions (a random
-    pair: with random ids); 0 leaves it as it is. ``contestants``: names as in `CONTESTANTS`, any tree as ``msd D/K/N``.
+    pair: with random ids); 0 leaves it as it is. ``contestants``: names as in `CONTESTANTS`, any tree as ``msd D/K/N``,
+    and "autoregressive" and all of MSD with " compiled" behind.
     """
 
     name: str

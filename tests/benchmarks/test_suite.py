@@ -13,7 +13,7 @@ from benchmarks import suite
 from benchmarks.assistant import first_layers
 from benchmarks.contestants import build
 from benchmarks.random_pair import RandomPrompt, Shape, random_pair
-from benchmarks.spec import Cell, Suite, read_suite
+from benchmarks.spec import CONTESTANTS, Cell, Suite, read_suite
 from benchmarks.work import positions_of, work_of
 from eagle import MSDModel
 from eagle.families import load_target
@@ -81,11 +81,15 @@ def test_first_layers_share_weights_and_are_the_same_function() -> None:
         first_layers(model, "4")
 
 
-def test_contestants_answer_alike() -> None:
+def test_contestants_answer_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """Greedy, in float32, on a random pair: nobody's speculation changes an answer."""
     model = random_pair(TINY, torch.float32, torch.device("cpu"))
     made = Suite("x", {}, (), assistant="layers:1")
-    names = ("autoregressive", "transformers static", "prompt lookup", "assistant", "msd", "msd 2/2/6")
+    names = (
+        "autoregressive", "transformers static", "prompt lookup", "assistant", "msd", "msd 2/2/6",
+        "autoregressive compiled", "msd 2/2/6 compiled",
+    )  # fmt: skip
+    monkeypatch.setattr("benchmarks.contestants.BACKEND", "eager")  # torch.compile without its code generator
     runners, left_out = build(Cell("c", "m", new_tokens=8, contestants=names), made, model)
     answers = {runner.name: runner.answer(RandomPrompt(40)) for runner in runners}
     assert set(answers) == set(names) and not left_out
@@ -96,8 +100,10 @@ def test_contestants_answer_alike() -> None:
 
 def test_a_batch_leaves_out_what_cannot_take_one() -> None:
     model = random_pair(TINY, torch.float32, torch.device("cpu"))
-    runners, left_out = build(Cell("c", "m", batch=2, new_tokens=4), Suite("x", {}, ()), model)
-    assert set(left_out) == {"prompt lookup", "assistant", "msd fixed"}
+    runners, left_out = build(
+        Cell("c", "m", batch=2, new_tokens=4, contestants=(*CONTESTANTS, "msd compiled")), Suite("x", {}, ()), model
+    )
+    assert set(left_out) == {"prompt lookup", "assistant", "msd fixed", "msd compiled"}
     dynamic = next(runner for runner in runners if runner.name == "transformers dynamic")
     answer = dynamic.answer(RandomPrompt(20, batch=2))
     assert (answer.stats.requests, answer.stats.new_tokens) == (2, 8)

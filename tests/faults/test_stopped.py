@@ -99,6 +99,7 @@ def ends(group: int) -> bool:
     return not group_size(group)
 
 
+@pytest.mark.slow
 def test_training_stopped_by_ctrl_c(
     start: Start, training: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
