@@ -113,10 +113,10 @@ def test_a_head_trained_on_one_answer_is_accepted(case: tuple[Target, str], pict
     target, positions = case
     inputs = prompt(target, pictures)
     sample = own_answer(target, inputs)
-    objective = new_objective(target, positions)
+    objective = new_objective(target, positions, layers=2)
     batch = collate([sample], target.vocab_size, 2048, positions=positions)
     taus = []
-    for steps in (40, 500):
+    for steps in (40, 600):
         train(objective.train(), sample, steps)
         simulated = summary(batch_sums(objective.eval(), batch), depth=6)["tau"]
         head = load_draft(save_draft(objective.draft, tmp_path / f"after-{steps}", torch.float32), torch.float32)
