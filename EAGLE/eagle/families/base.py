@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from eagle.attention import in_two_parts
+from eagle.attention import TwoParts, takes_two_parts, with_tree_attention
 from eagle.drafts.modules import capped
 from eagle.families.layers import FULL, LINEAR, SLIDING, attention_layers, position_limit
 from eagle.families.streams import StreamReader, Streams
@@ -25,6 +25,7 @@ from llava.generation import checked_settings
 from llava.strict import shown
 
 MASKED_ATTENTION = ("sdpa", "eager")
+TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 LayerMasks = Tensor | dict[str, Tensor | None]
 """A mask for all layers, or one for each type of layer."""
 
@@ -376,6 +377,7 @@ class Target(ABC):
         positions, next_position = self.prompt_positions(input_ids, inputs)
         attention_mask = inputs.get("attention_mask")
         check_position_ids(inputs.get("position_ids"), positions, attention_mask)
+        check_token_types(self, input_ids, inputs)
         lengths = []
         for index in range(input_ids.shape[0]):
             keep = slice(None) if attention_mask is None else attention_mask[index].bool()
@@ -404,12 +406,19 @@ class Target(ABC):
         sliding = within_window(mask, past, depths, self.layers.window)
         return {FULL: mask, SLIDING: sliding} if self.layers.by_type else sliding
 
-    def in_two_parts(self, mask: Tensor, past: Sequence[int]) -> AbstractContextManager[None]:
-        """Within it, `verify` attends to the cached rows without the mask where a layer sees all of them, see
-        `eagle.attention`. Arguments as for `masks_by_layer`."""
-        return in_two_parts(self.text_model.config, mask, min(past))
+    @property
+    def takes_two_parts(self) -> bool:
+        """Whether `verify` can attend to the cached rows without the mask (`eagle.attention`)."""
+        return takes_two_parts(self.text_model)
 
-    def verify(self, tokens: Tensor, positions: Tensor, mask: LayerMasks | None, cache: KVCache) -> Tensor:
+    def verify(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        mask: LayerMasks | None,
+        cache: KVCache,
+        two_parts: TwoParts | None = None,
+    ) -> Tensor:
         """One forward over the nodes of a tree, appended to the cache.
 
         Args:
@@ -417,18 +426,18 @@ class Target(ABC):
             positions: [B, N] position id of each node.
             mask: [B, 1, N, longest past + N] additive, by type of layer if the model has several (`masks_by_layer`).
                 None for a single node of a single sequence, which sees everything.
+            two_parts: for attention in two parts, if the model `takes_two_parts`.
 
         Returns:
             [B, N, H] hidden states after the final norm.
         """
-        output = self.text_model(
-            **self.token_reader()(tokens),
-            attention_mask=mask,
-            position_ids=self.text_positions(positions),
-            use_cache=True,
-            **{self.cache_argument: cache},
-        )
-        return output.last_hidden_state
+        text_model = self.text_model
+        given = {**self.token_reader()(tokens), self.cache_argument: cache, "use_cache": True}
+        given.update(attention_mask=mask, position_ids=self.text_positions(positions))
+        if two_parts is None:
+            return text_model(**given).last_hidden_state
+        with with_tree_attention(text_model.config):
+            return text_model(**given, two_parts=two_parts).last_hidden_state
 
     def head(self, hidden: Tensor) -> Tensor:
         """[..., H] → logits [..., V], as the stock model gives them."""
@@ -517,6 +526,16 @@ def check_position_ids(given: Tensor | None, own: Tensor, attention_mask: Tensor
             "position_ids of your own",
             fix="leave them out; with pictures or videos give the processor's mm_token_type_ids",
         )
+
+
+def check_token_types(target: Target, input_ids: Tensor, inputs: Mapping[str, Any]) -> None:
+    """Raises `UserError` if the caller's token types say otherwise than ``input_ids`` [B, S] which tokens are text. The
+    engine goes by the ids."""
+    rest = {name: value for name, value in inputs.items() if name not in TOKEN_TYPES}
+    for name, own in target.complete_inputs(input_ids, rest).items():
+        given = inputs.get(name)  # [B, S]
+        if given is not None and (given.shape != own.shape or bool(((given != 0) != (own != 0)).any())):
+            raise UserError(f"{name} of your own", fix="leave them out, or give those of the processor")
 
 
 def encode_media(model: PreTrainedModel, inputs: Mapping[str, Any], name: str, **given: Any) -> Any:

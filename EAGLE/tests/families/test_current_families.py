@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -14,27 +13,20 @@ import transformers
 from corpus_support import turns
 from packaging.version import Version
 from tiny_draft import make_draft
-from tiny_families import FAMILY_MAKERS
-from tiny_llava import make_image, make_llava_hf
-from tiny_stock import make_llava_next, make_qwen
+from tiny_families import ALL_MAKERS, FAMILY_MAKERS
+from tiny_llava import make_image
 from torch._dynamo.utils import counters
 from transformers.video_utils import VideoMetadata
 
-from eagle import MSDModel, TreeConfig
+from eagle import MSDModel, TreeConfig, attention
 from eagle.conversations import read_conversation
 from eagle.drafts.checkpoint import load_draft
 from eagle.families import family_named, load_target, template_of
+from eagle.families.base import TOKEN_TYPES
 from eagle.families.template import join_images
 from llava.errors import UserError
 
 MAKERS = {name: make for name, make in FAMILY_MAKERS.items() if not name.startswith("qwen3_5")}
-ALL_MAKERS = {
-    "llava": make_llava_hf,
-    "llava_next": make_llava_next,
-    "qwen2_vl": make_qwen,
-    "qwen2_5_vl": partial(make_qwen, version="2.5"),
-    **FAMILY_MAKERS,
-}
 TREES = [TreeConfig(5, 10, 60), TreeConfig(2, 2, 6)]
 SIZES = [(50, 34), (112, 30), (64, 100)]
 WORDS = [
@@ -134,6 +126,16 @@ def test_the_picture_matters(model: MSDModel) -> None:
     """Otherwise equality above would say nothing about pictures."""
     first, second = (model.target.prefill(asked(model, "What?", 1, index)).hidden[0, -1] for index in (0, 2))
     assert (first - second).norm() > 1e-3 * first.norm()
+
+
+def test_attention_in_two_parts_gives_the_same(model: MSDModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers of each family are handed what it needs."""
+    real, calls = attention.two_part_attention, []
+    monkeypatch.setattr(attention, "two_part_attention", lambda *given: (calls.append(given[4]), real(*given))[1])
+    parts = MSDModel(model.target, model.draft, TREES[1], tree_attention="two-part")
+    inputs = asked(model, "Which of these can you count?", 2)
+    check(parts, inputs, length=12)
+    assert calls and min(calls) >= inputs["input_ids"].shape[1]
 
 
 @pytest.mark.slow
@@ -313,6 +315,21 @@ def test_the_token_of_a_picture_in_an_answer(model: MSDModel) -> None:
     hidden = target.verify(token, torch.tensor([[count]]), None, cache)
     expected = target.model.model(input_ids=torch.cat([inputs["input_ids"], token], dim=1), use_cache=False)
     assert torch.allclose(hidden[:, 0], expected.last_hidden_state[:, -1], atol=1e-4)
+
+
+@pytest.mark.parametrize("through", ["engine", "custom_generate"])
+def test_token_types_that_call_a_picture_text(model: MSDModel, through: str) -> None:
+    """transformers' own `generate` then reads its tokens as text, and the engine does not."""
+    inputs = asked(model, "Which?", 1)
+    types = {name: torch.zeros_like(inputs[name]) for name in TOKEN_TYPES if name in inputs}
+    if not types:
+        pytest.skip("the family has none")
+    settings = {"max_new_tokens": 2, "do_sample": False}
+    with pytest.raises(UserError, match=r"of your own|as text"):
+        if through == "engine":
+            model.generate(**inputs | types, **settings)
+        else:
+            model.target.model.generate(**inputs | types, **settings, custom_generate=model)
 
 
 def test_too_many_or_too_few_pictures(model: MSDModel) -> None:
