@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
+from eagle.drafts.block import BlockDraft
 from eagle.drafts.checkpoint import save_draft
-from eagle.drafts.config import DraftConfig
+from eagle.drafts.config import BLOCK, BlockConfig, DraftConfig
 from eagle.drafts.msd import DraftModel
 from eagle.families import Target
 
@@ -18,7 +19,7 @@ def make_draft(folder: str | Path, target: Target, seed: int = 0, agree: float =
     Args:
         agree: how much of the target's hidden state ``fc`` passes on, 0 to 1; with 1 and the target's own token
             embedding the draft agrees now and then though nobody trained it.
-        changes: fields of the draft's ``config.json`` to set otherwise.
+        changes: fields of the draft's ``config.json`` to set otherwise; with ``block`` it is a block head.
     """
     torch.manual_seed(seed)
     text = target.config.get_text_config()
@@ -32,7 +33,12 @@ def make_draft(folder: str | Path, target: Target, seed: int = 0, agree: float =
         "rms_norm_eps": text.rms_norm_eps,
         **changes,
     }
-    draft = DraftModel(DraftConfig.from_dict(config))
+    draft: DraftModel
+    if BLOCK in config:
+        draft = BlockDraft(BlockConfig.from_dict(config))
+        torch.nn.init.normal_(draft.mask_rows, std=0.5)
+    else:
+        draft = DraftModel(DraftConfig.from_dict(config))
     if config["hidden_size"] == text.hidden_size:
         size = text.hidden_size
         with torch.no_grad():

@@ -22,6 +22,7 @@ from eagle.attention import TwoParts
 from eagle.decode.accept import NO_TOKEN, Accepted, accept_all_at_once, accept_step_by_step
 from eagle.decode.adaptive.guard import Guard, Pace, Work
 from eagle.decode.adaptive.planner import Floats, Planner
+from eagle.decode.block import drafter_of
 from eagle.decode.compiled.cycle import CycleRun
 from eagle.decode.compiled.engine import StaticDrafter, StaticEngine
 from eagle.decode.compiled.static_cache import StaticCache
@@ -152,7 +153,7 @@ class Decoder:
         if self.compiled is None:
             self.cache = target.new_cache(batch, rows)
             if draft is not None:
-                self.drafter = Drafter(draft, target.head, length, self.tree, batch, settings.compression)
+                self.drafter = drafter_of(draft, target.head, length, self.tree, batch, settings.compression)
         self.target_layers = () if draft is None else draft.target_layers
         self.stats = Stats(requests=batch, wait=settings.wait)
 

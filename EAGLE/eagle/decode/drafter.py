@@ -1,4 +1,7 @@
-"""Grows draft trees: one forward of the draft head per level, on its own KV cache, for all sequences of a batch."""
+"""Grows draft trees: one forward of the draft head per level, on its own KV cache, for all sequences of a batch.
+
+`eagle.decode.block` has the drafter of heads that draft all levels in one forward.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,7 @@ class Drafter:
         self._beyond = max(tree.depth, 1) * tree.top_k + extended  # rows that are not accepted
         rows = capacity + self._beyond
         self.cache = self._new_cache(batch, rows)
-        self._mask_rows = max(tree.top_k, extended)
+        self._mask_rows = max(tree.top_k, extended + draft.block_size - 1)
         self._masks = MaskBuffer(self._mask_rows, rows, draft.dtype, device)
         self._causal = torch.ones(1, extended, extended, dtype=torch.bool, device=device).tril()
         self._rows, self._rope_length = rows, 0
@@ -96,7 +99,7 @@ class Drafter:
                 self._context = context.new_zeros(len(self._lengths), context.shape[-1])
             self._context[row] = context[0]
         mask = None if self.draft.window is None else window_mask(count, self.draft.window, device)
-        self._last[row] = self.draft(x, None, mask, self.cache.sequence(row), rope, last_only=True)[0, 0]
+        self._last[row] = self._read_prompt(row, x, mask, rope)
         self._lengths[row] = count
         self.cache.truncate(self._lengths)
 
@@ -121,13 +124,7 @@ class Drafter:
             return
         following = pad_sequence(list(tokens), batch_first=True).to(device)  # [B, n]
         true_rows = pad_sequence(list(hidden), batch_first=True).to(device)  # [B, n, F]
-        batch = len(counts)
-        output = self._read(following, true_rows)  # [B, n, H]
-        if batch > 1:
-            ends = torch.tensor(counts, device=device) - 1
-            self._last = output[torch.arange(batch, device=device), ends]
-        else:
-            self._last = output[:, -1]
+        self._last = self._read_accepted(following, true_rows, counts)
         self._lengths = [length + count for length, count in zip(self._lengths, counts, strict=True)]
         self.cache.truncate(self._lengths)
 
@@ -135,6 +132,14 @@ class Drafter:
         config, draft = self.draft.config, self.draft
         shapes = [(config.num_key_value_heads, config.head_dim)] * len(draft.layers)
         return KVCache.allocate([draft.device] * len(shapes), batch, shapes, rows, draft.dtype)
+
+    def _read_prompt(self, row: int, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """The draft's output [H] of the last of the prompt's rows [1, S, X] of sequence ``row``."""
+        return self.draft(x, None, mask, self.cache.sequence(row), rope, last_only=True)[0, 0]
+
+    def _read_accepted(self, tokens: Tensor, hidden: Tensor, counts: Sequence[int]) -> Tensor:
+        """The draft's output [B, H] of each sequence's last row; of the rows [B, n] it has ``counts``."""
+        return at_ends(self._read(tokens, hidden), counts)
 
     def _read(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """One draft forward over accepted rows: tokens [B, n], hidden [B, n, F] → outputs [B, n, H]."""
@@ -191,8 +196,11 @@ class Drafter:
         if len(starts) == 1:
             return self._slice(starts[0], count)
         device = self._cos.device
-        index = torch.tensor(starts, device=device).unsqueeze(1) + torch.arange(count, device=device)  # [B, count]
-        return self._cos[0, 0, index].unsqueeze(1), self._sin[0, 0, index].unsqueeze(1)
+        return self._angles(torch.tensor(starts, device=device).unsqueeze(1) + torch.arange(count, device=device))
+
+    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary angles of ``positions`` [B, n], [B, 1, n, D]."""
+        return self._cos[0, 0, positions].unsqueeze(1), self._sin[0, 0, positions].unsqueeze(1)
 
     def _extend_rope(self, count: int) -> None:
         """Angles of the positions below ``count``. M-RoPE positions can be larger than the row index (long videos)."""
@@ -245,6 +253,14 @@ def draft_levels(
         own = identity[: flat.shape[1], : flat.shape[1]].expand(batch, -1, -1)
         tree_mask = torch.cat([_take(tree_mask, rows), own], dim=2)
     return levels
+
+
+def at_ends(values: Tensor, counts: Sequence[int]) -> Tensor:
+    """Of ``values`` [B, n, X] the last of each sequence's ``counts`` rows, [B, X]."""
+    if len(counts) == 1:
+        return values[:, counts[0] - 1]
+    index = torch.tensor(counts, device=values.device) - 1
+    return values[torch.arange(len(counts), device=values.device), index]
 
 
 def depths_of(widths: Sequence[int], device: torch.device) -> Tensor:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from eagle.drafts.config import DRAFT_VOCAB_FILE, DraftConfig
+from eagle.drafts.block import BlockDraft
+from eagle.drafts.config import BLOCK, DRAFT_VOCAB_FILE, BlockConfig, DraftConfig
 from eagle.drafts.draft_vocab import read_draft_vocab, write_draft_vocab
 from eagle.drafts.eagle3 import Eagle3Draft, draft_vocabulary, vocabulary_tensors
 from eagle.drafts.eagle3_config import Eagle3Config, Shapes, is_eagle3_config
@@ -85,9 +86,13 @@ def load_msd_draft(name: str | Path, purpose: str, **settings: Any) -> DraftMode
     Raises:
         UserError: it is a head of another kind, or cannot be loaded.
     """
-    draft = load_draft(name, **settings)
-    if not isinstance(draft, DraftModel):
-        raise UserError(f"{purpose} takes MSD drafts, not {draft.kind} heads", where=name)
+    return require_msd(load_draft(name, **settings), purpose, name)
+
+
+def require_msd(draft: DraftHead, purpose: str, where: str | Path) -> DraftModel:
+    """The draft itself if it is of MSD's own kind; errors as of `load_msd_draft`."""
+    if not isinstance(draft, DraftModel) or draft.block_size > 1:
+        raise UserError(f"{purpose} takes MSD drafts, not {draft.kind} heads", where)
     return draft
 
 
@@ -107,6 +112,8 @@ def build_draft(config: Mapping[str, Any], shapes: Shapes | None, where: str | P
             return Eagle3Draft(Eagle3Config.from_dict(config, where, shapes))
         if kind is ViSpecDraft:
             return ViSpecDraft.from_dict(config, where, shapes or {})
+        if kind is BlockDraft:
+            return BlockDraft(BlockConfig.from_dict(config, where, shapes))
         return DraftModel(DraftConfig.from_dict(config, where, shapes))
 
 
@@ -125,7 +132,9 @@ def kind_of(config: Mapping[str, Any], names: Collection[str] | None, where: str
     }
     for name, found in other.items():
         if found:
-            raise UserError(f"{name} heads are not supported", where, "use an MSD, EAGLE-3 or ViSpec head")
+            raise UserError(f"{name} heads are not supported", where, "use an MSD, EAGLE-3, ViSpec or block head")
+    if BLOCK in config:
+        return BlockDraft
     by_tensors = "layers.0.hidden_norm.weight" in names or "d2t" in names
     if QUERIES in names or "img_fc.weight" in names:
         return ViSpecDraft

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
+from typing_extensions import Self
 
 from llava.errors import UserError
 from llava.files import read_object
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 DRAFT_VOCAB_FILE = "head_tokens.safetensors"
 """The file beside a draft with its trimmed vocabulary."""
+BLOCK = "block"
+"""The section of ``config.json`` that only block heads have."""
 Size = Annotated[int, Field(ge=1)]
 
 
@@ -91,7 +94,7 @@ class DraftConfig:
     @classmethod
     def from_dict(
         cls, config: Mapping[str, Any], where: str | Path = "draft config", tensors: Iterable[str] | None = None
-    ) -> DraftConfig:
+    ) -> Self:
         """Reads a published ``config.json``.
 
         Args:
@@ -147,7 +150,7 @@ class DraftConfig:
         except UserError as error:
             raise UserError(error.what, where=where, fix=error.fix) from None
 
-    def for_vocabulary(self, size: int) -> DraftConfig:
+    def for_vocabulary(self, size: int) -> Self:
         """The same draft for a vocabulary of ``size`` tokens."""
         return replace(self, vocab_size=size)
 
@@ -189,6 +192,39 @@ class DraftConfig:
         if self.options != DraftOptions():
             out["msd"] = asdict(self.options)
         return out
+
+
+@strict_dataclass
+class BlockOptions:
+    """The ``"block"`` section of a block head's ``config.json`` (`eagle.drafts.block`).
+
+    Attributes:
+        size: tokens that one forward drafts.
+        layers: decoder layers.
+    """
+
+    size: int = Field(8, ge=2, le=16)
+    layers: int = Field(1, ge=1, le=8)
+
+
+@strict_dataclass
+class BlockConfig(DraftConfig):
+    """Shape of a block head: that of an MSD draft, and section ``"block"``."""
+
+    block: BlockOptions = field(default_factory=BlockOptions)
+
+    @classmethod
+    def from_dict(
+        cls, config: Mapping[str, Any], where: str | Path = "draft config", tensors: Iterable[str] | None = None
+    ) -> Self:
+        own = super().from_dict(config, where, tensors)
+        return replace(own, block=read_strict(BlockOptions, config.get(BLOCK, {}), f"{where}, section '{BLOCK}'"))
+
+    def training_choices(self) -> dict[str, Any]:
+        return {**super().training_choices(), BLOCK: asdict(self.block)}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "num_hidden_layers": self.block.layers, BLOCK: asdict(self.block)}
 
 
 def check_objects(config: Mapping[str, Any], keys: Iterable[str], where: str | Path) -> None:

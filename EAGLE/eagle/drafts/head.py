@@ -9,6 +9,7 @@ kind        module
 MSD         `eagle.drafts.msd`
 EAGLE-3     `eagle.drafts.eagle3`
 ViSpec      `eagle.drafts.vispec`
+block       `eagle.drafts.block`
 ==========  =====================================================================================
 """
 
@@ -66,6 +67,7 @@ class DraftHead(nn.Module, ABC):
         target_layers: the target's layers whose input streams are the head's features, ascending. Empty: the features
             are the hidden states after the final norm.
         window: rows that a row sees, itself included. None sees all.
+        block_size: tokens that one forward drafts behind the newest row.
         draft_vocab: [K] ids of a trimmed vocabulary. None is all of it.
     """
 
@@ -82,6 +84,7 @@ class DraftHead(nn.Module, ABC):
         self.target_layers: tuple[int, ...] = ()
         self.lm_head = None
         self.window: int | None = None
+        self.block_size = 1
         self.draft_vocab: Tensor | None = None
         self._draft_vocab_head: Tensor | None = None  # [K, H] the rows of the target's lm_head of these tokens
         self._cap: float | None = None  # of the target's logits

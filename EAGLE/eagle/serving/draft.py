@@ -71,7 +71,7 @@ def portable(draft: DraftHead, name: str | Path) -> DraftModel:
     Raises:
         UserError: it is of another kind, or has settings that need MSD's own loop.
     """
-    if not isinstance(draft, DraftModel):
+    if not isinstance(draft, DraftModel) or draft.block_size > 1:
         message = f"{draft.kind} heads are not exported to vLLM, only MSD drafts and EAGLE-3 heads are"
         raise UserError(message, name, "serve one of these")
     for family in FAMILIES:

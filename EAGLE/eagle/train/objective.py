@@ -87,14 +87,20 @@ class Objective(nn.Module, ABC, Generic[Head]):
             self.draft, inputs.to(self.dtype), self.embeds(batch), batch.image_mask, steps, positions
         )
 
+    def trained_steps(self, batch: Batch) -> Iterator[tuple[int, Tensor, slice]]:
+        """What a training step predicts: (k, predicted [B, r, H], which of the rows 0..S-2 these are)."""
+        for step, predicted in self.predict(batch, batch.inputs, self.config.rollout_steps):
+            yield step, predicted, slice(None)
+
     def forward(self, batch: Batch) -> Losses:
         """Loss of the batch: the mean of the rollout steps' losses, weighted by ``rollout_decay^(k-1)``; the values
         reported beside it are those of step 1."""
         config = self.config
         parts: list[tuple[float, Losses]] = []
-        for step, predicted in self.predict(batch, batch.inputs, config.rollout_steps):
-            target = shift_left(batch.hidden, step, predicted.shape[1])
-            losses = self.loss(predicted, target, rollout_loss_mask(batch.loss_mask, step))
+        count = batch.inputs.shape[1] - 1
+        for step, predicted, rows in self.trained_steps(batch):
+            target = shift_left(batch.hidden, step, count)[:, rows]
+            losses = self.loss(predicted, target, rollout_loss_mask(batch.loss_mask, step)[:, rows])
             parts.append((config.rollout_decay ** (step - 1), losses))
         total = torch.stack([weight * losses.total for weight, losses in parts]).sum()
         return parts[0][1]._replace(total=total / sum(weight for weight, _ in parts))

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from eagle.attention import leave_out_cudnn_attention
+from eagle.drafts.block import BlockDraft
 from eagle.drafts.checkpoint import load_draft
-from eagle.drafts.config import DraftConfig
+from eagle.drafts.config import BlockConfig, DraftConfig
 from eagle.drafts.eagle3_config import Eagle3Config
 from eagle.drafts.head import TrainedHead
+from eagle.drafts.msd import DraftModel
 from eagle.extras import require
 from eagle.families.base_weights import BaseTensors, load_base_tensors
 from eagle.ge_data.extract import fingerprint
@@ -194,15 +196,17 @@ def build_objective(
     vocab = base.embed.shape[0]
     if vocab != draft_config.vocab_size and main:
         print(f"vocabulary: {vocab} as in the base model (the config says {draft_config.vocab_size})", flush=True)
+    torch.manual_seed(config.seed)
     if args.init:
         draft = load_draft(args.init, dtype=torch.float32)
-        if not isinstance(draft, kind.head):
+        if isinstance(draft_config, BlockConfig) and type(draft) is DraftModel:
+            draft = BlockDraft.begun_from(draft, draft_config.block)
+        if type(draft) is not kind.head:
             raise UserError(f"--init is one of the {draft.kind} heads, --config one of {kind.head.kind}", args.init)
         wanted = with_draft_settings(draft_config.for_vocabulary(draft.config.vocab_size), config)
         draft.config = with_draft_settings(draft.config, config)
         check_init(draft.config, wanted, args.init)
         return kind.objective(draft.train(), base, config)
-    torch.manual_seed(config.seed)
     draft = kind.head(with_draft_settings(draft_config.for_vocabulary(vocab), config))
     objective = kind.objective(draft.train(), base, config)
     objective.begin(data.answers())

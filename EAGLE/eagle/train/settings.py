@@ -18,7 +18,7 @@ from pydantic import Field
 from pydantic.fields import FieldInfo
 
 from eagle.arguments import DTYPES, NO_SELF_CHECK, positive
-from eagle.drafts.config import DraftConfig
+from eagle.drafts.config import BLOCK, BlockConfig, DraftConfig
 from eagle.drafts.eagle3_config import Eagle3Config, is_eagle3_config
 from eagle.families import TRAINING_NAMES
 from llava.errors import UserError
@@ -26,10 +26,10 @@ from llava.files import read_json
 from llava.strict import read_strict, strict_dataclass
 
 SECTION = "train"
-SECTIONS = (SECTION, "msd")
+SECTIONS = (SECTION, "msd", BLOCK)
 AUTO = "auto"
-DRAFT_KINDS = ("msd", "eagle3")
-EAGLE3_RECIPE = {"rollout_steps": 7, "hidden_weight": 0.0, "token_weight": 1.0, "noise": 0.0}
+DRAFT_KINDS = ("msd", "eagle3", "block")
+EAGLE3_RECIPE: dict[str, Any] = {"rollout_steps": 7, "hidden_weight": 0.0, "token_weight": 1.0, "noise": 0.0}
 """Defaults of a run that trains an EAGLE-3 head (arXiv 2503.01840), where they differ."""
 AnyDraft = TypeVar("AnyDraft", bound=DraftConfig | Eagle3Config)
 TRACKERS = ("tensorboard", "wandb", "none")
@@ -126,9 +126,10 @@ def read_config(
     if str(path) == AUTO and base is not None:
         from eagle.families.draft_config import draft_config_of, eagle3_config_of  # imports torch
 
-        if kind == "eagle3":
-            return eagle3_config_of(base), TrainConfig(**cast(Any, EAGLE3_RECIPE))
-        return draft_config_of(base), TrainConfig()
+        made: DraftConfig | Eagle3Config = eagle3_config_of(base) if kind == "eagle3" else draft_config_of(base)
+        if kind == "block":
+            made = BlockConfig.from_dict(made.published)
+        return made, TrainConfig(**recipe_of(made))
     if kind is not None:
         raise UserError(f"--draft-kind {kind} with a config file", path, f"leave it out, or give --config {AUTO}")
     path = find_config(path)
@@ -138,9 +139,21 @@ def read_config(
     reject_misplaced(content, path)
     draft = {key: value for key, value in content.items() if key != SECTION}
     eagle3 = is_eagle3_config(draft)
-    section = {**(EAGLE3_RECIPE if eagle3 else {}), **content.get(SECTION, {})}
-    config = read_strict(TrainConfig, section, f"{path}, section '{SECTION}'")
-    return (Eagle3Config if eagle3 else DraftConfig).from_dict(draft, where=path), config
+    kind_of_config = Eagle3Config if eagle3 else BlockConfig if BLOCK in draft else DraftConfig
+    read = kind_of_config.from_dict(draft, where=path)
+    section = {**recipe_of(read), **content.get(SECTION, {})}
+    return read, read_strict(TrainConfig, section, f"{path}, section '{SECTION}'")
+
+
+def recipe_of(draft: DraftConfig | Eagle3Config) -> dict[str, Any]:
+    """The defaults of a kind of drafts, where they differ."""
+    if isinstance(draft, Eagle3Config):
+        return EAGLE3_RECIPE
+    if not isinstance(draft, BlockConfig):
+        return {}
+    size = draft.block.size
+    depth = min(size, TrainConfig().simulated_depth)
+    return {**EAGLE3_RECIPE, "rollout_steps": size, "simulated_depth": depth}
 
 
 def reject_misplaced(content: Mapping[str, Any], where: str | Path) -> None:

@@ -32,7 +32,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from eagle.attention import two_part_attention
 from eagle.cache import cache_folder
 from eagle.decode.adaptive.planner import CostCurve
-from eagle.decode.drafter import Drafter
+from eagle.decode.block import drafter_of
 from eagle.decode.masks import MaskBuffer
 from eagle.decode.tree_config import TreeConfig
 from eagle.drafts.head import DraftHead
@@ -99,6 +99,7 @@ def describe(target: Target, draft: DraftHead, tree: TreeConfig) -> dict[str, An
             "intermediate_size": draft.config.intermediate_size,
             "head_tokens": None if draft.draft_vocab is None else len(draft.draft_vocab),
             **({} if draft.kind == "MSD" else {"kind": draft.kind, "layers": len(draft.layers)}),
+            **({} if draft.block_size == 1 else {"block_size": draft.block_size}),
         },
         "tree": {"depth": tree.depth, "top_k": tree.top_k, "total_tokens": tree.total_tokens},
         "quantisation": str(getattr(target.config, "quantization_config", None)),
@@ -163,7 +164,7 @@ def measure(
 
         return once
 
-    drafter = Drafter(draft, target.head, context + 8 * (rounds + WARM_UP), tree)
+    drafter = drafter_of(draft, target.head, context + 8 * (rounds + WARM_UP), tree)
     drafter.start(0, prefill, ids, ids[0, :1])
     rows = (prefill.features[0, :4].to(draft.device), ids[0, :4].to(draft.device))
 
