@@ -9,6 +9,7 @@ kind        module
 MSD         `eagle.drafts.msd`
 EAGLE-3     `eagle.drafts.eagle3`
 ViSpec      `eagle.drafts.vispec`
+MTP         `eagle.drafts.mtp`
 ==========  =====================================================================================
 """
 

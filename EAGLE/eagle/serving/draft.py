@@ -17,7 +17,6 @@ from torch import Tensor
 
 from eagle.decode.compatibility import FIX, check_family, check_tensors, same_rows
 from eagle.drafts.checkpoint import load_draft
-from eagle.drafts.eagle3 import Eagle3Draft
 from eagle.drafts.head import DraftHead
 from eagle.drafts.msd import DraftModel
 from eagle.families import FAMILIES, Family, family_of
@@ -73,8 +72,11 @@ def portable(draft: DraftHead, name: str | Path) -> DraftModel:
         UserError: it is of another kind, or has settings that need MSD's own loop.
     """
     if not isinstance(draft, DraftModel):
-        own = 'vLLM has its own EAGLE-3: give it this head as published, with "method": "eagle3"'
-        fix = own if isinstance(draft, Eagle3Draft) else "serve an MSD draft"
+        own = {
+            "EAGLE-3": 'vLLM has its own EAGLE-3: give it this head as published, with "method": "eagle3"',
+            "MTP": 'vLLM reads it from the base itself, with "method": "mtp"',
+        }
+        fix = own.get(draft.kind, "serve an MSD draft")
         raise UserError(f"{draft.kind} heads are not exported to vLLM, only MSD drafts are", name, fix)
     for family in FAMILIES:
         if family.name == draft.config.model_type and not family.vllm:
