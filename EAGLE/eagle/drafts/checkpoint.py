@@ -128,6 +128,7 @@ def kind_of(config: Mapping[str, Any], names: Collection[str] | None, where: str
     other = {
         "P-EAGLE": form == "peagle" or "mask_hidden" in names,
         "DFlash": form == "dflash" or "dflash_config" in config or "hidden_norm.weight" in names,
+        "Gemma 4 assistant": str(config.get("model_type")).endswith("_assistant"),
         f"'{form}' speculators": form not in (None, "eagle3"),
     }
     for name, found in other.items():

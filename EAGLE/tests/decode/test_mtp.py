@@ -16,7 +16,7 @@ from torch import Tensor
 from eagle import MSDModel, TreeConfig
 from eagle.decode.drafter import Drafter
 from eagle.doctor.models import check_draft, check_pair
-from eagle.drafts.checkpoint import load_draft
+from eagle.drafts.checkpoint import kind_of, load_draft
 from eagle.families import family_named, load_target
 from eagle.serving.draft import portable
 from llava.errors import UserError
@@ -81,9 +81,7 @@ class Plain:
         return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
     def attention(self, x: Tensor, positions: Tensor) -> Tensor:
-        heads, groups, width = (
-            self.text[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim")
-        )
+        heads, groups, width = (self.text[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
         count, own = len(x), "layers.0.self_attn"
         both = self.linear(x, f"{own}.q_proj").view(count, heads, 2 * width)  # a head's queries, then its gates
         query, gate = both[..., :width], both[..., width:].sigmoid()
@@ -248,3 +246,9 @@ def test_positions_are_an_option(tmp_path):
     (base / "config.json").write_text(json.dumps(config | {"msd": {"position": "plain"}}))
     with pytest.raises(UserError, match=r"unknown key 'position'"):
         load_draft(base)
+
+
+def test_assistants_of_gemma_4_are_refused():
+    """They read the keys and values of the base, not its hidden states."""
+    with pytest.raises(UserError, match=r"Gemma 4 assistant heads are not supported"):
+        kind_of({"model_type": "gemma4_assistant"}, ["pre_projection.weight"], "config.json")
