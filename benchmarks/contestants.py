@@ -69,17 +69,15 @@ def build(
     sampling = SamplingSettings(cell.temperature, seed=suite.seed).for_engine()
     settings: dict[str, Any] = {"max_new_tokens": cell.new_tokens, **sampling}
     runners, left_out = [], {}
-    compiled: MSDModel | None = None
     for name in cell.contestants:
         if name.endswith(COMPILED):
             if reason := "batches are not compiled" if cell.batch > 1 else obstacle(model.target):
                 left_out[name] = reason
                 continue
-            compiled = compiled or compiled_copy(model)
             way = name.removesuffix(COMPILED)
             use_msd = way != "autoregressive"
-            answer = with_engine(compiled, use_msd, settings, tree_of(way, compiled, cell.batch) if use_msd else None)
-            runners.append(Contestant(name, answer, plain=not use_msd))
+            compiled = compiled_copy(model, way)
+            runners.append(Contestant(name, with_engine(compiled, use_msd, settings), plain=not use_msd))
         elif name in PLAIN:
             runners.append(Contestant(name, PLAIN[name](model, settings, suite), plain=True))
             for other in others:
@@ -98,9 +96,12 @@ def build(
     return runners, left_out
 
 
-def compiled_copy(model: MSDModel) -> MSDModel:
-    """The same pair, sharing its weights, compiled and warmed up."""
+def compiled_copy(model: MSDModel, way: str) -> MSDModel:
+    """The same pair, sharing its weights, compiled for "autoregressive" or the tree of a name as in `tree_of`, and
+    warmed up."""
     made = MSDModel(model.target, model.draft, compile=BACKEND)
+    if way != "autoregressive":
+        made.tree = tree_of(way, made, 1)
     made.warm_up()
     return made
 

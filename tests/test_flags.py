@@ -22,7 +22,7 @@ MODULES = {
     "eagle.ge_data.vocabulary": ("--szie", "--size"),
     "eagle.ge_data.inspect": ("--smaple", "--sample"),
     "eagle.ge_data.download.__main__": ("--chek", "--check"),
-    "eagle.suites.fetch": ("--copeis", "--copies"),
+    "eagle.questions.fetch": ("--copeis", "--copies"),
     "lmms_eval_msd.compare": ("--require_equals", "--require-equal"),
     "lmms_eval_msd.offline": ("--josnl", "--jsonl"),
 }

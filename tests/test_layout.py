@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ LAYERS = (  # modules and folders of eagle, lowest first; the package itself re-
     "hidden_states",
     "decode",
     "ge_data",
-    "questions suites",
+    "questions",
     "train",
     "loading benchmark bench_report exactness publish serving",
     "doctor web",
@@ -107,6 +108,39 @@ def test_imports_run_one_way(package: str) -> None:
         if name in MAY_NOT_IMPORT[package]
     ]
     assert wrong == []
+
+
+def module_name(path: Path, package: str) -> str:
+    below = path.relative_to(REPO / PACKAGES[package]).with_suffix("")
+    return ".".join(below.parts).removesuffix(".__init__")
+
+
+def imported_files(path: Path, package: str, known: dict[str, Path]) -> Iterator[Path]:
+    """The files of ``package`` that a file imports, also inside functions. Packages that only hand names on
+    (``eagle/__init__.py``) are none: what they import has no way back."""
+    own = module_name(path, package)
+    parent = own if path.name == "__init__.py" else own.rpartition(".")[0]
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            up = parent.split(".")[: len(parent.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*up, *([node.module] if node.module else [])])
+            names = [f"{base}.{alias.name}" for alias in node.names] + [base]
+        else:
+            continue
+        yield from (known[name] for name in names if name in known and known[name] != path)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_files_import_each_other_in_a_circle(package: str) -> None:
+    known = {module_name(path, package): path for path in source_files(package)}
+    known.pop(package)
+    graph = {path: set(imported_files(path, package, known)) for path in known.values()}
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" imports ".join(where(path, 1) for path in reversed(error.args[1])))
 
 
 def test_imports_inside_eagle_run_down() -> None:

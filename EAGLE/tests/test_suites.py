@@ -23,10 +23,10 @@ from eagle.benchmark import with_engine, with_transformers
 from eagle.cli import main as msd
 from eagle.decode.msd import MSDModel
 from eagle.families import load_target
+from eagle.questions import fetch as fetching
 from eagle.questions import read_questions
-from eagle.suites import fetch as fetching
-from eagle.suites.fetch import fetch, main
-from eagle.suites.table import DESCRIBE, EXPLAIN, MMSPEC, MMSPEC_FOLDER, MMSPEC_REVISION, SUITES
+from eagle.questions.fetch import fetch, main
+from eagle.questions.suites import DESCRIBE, EXPLAIN, MMSPEC, MMSPEC_FOLDER, MMSPEC_REVISION, SUITES
 from llava import UserError
 
 REPO = Path(__file__).resolve().parents[2]
@@ -201,7 +201,7 @@ def test_sets_come_from_the_hub_at_their_commit(tmp_path: Path) -> None:
 from dataclasses import replace
 from pathlib import Path
 import sys
-from eagle.suites import fetch, table
+from eagle.questions import fetch, suites as table
 sets = tuple(replace(each, revision="{COMMIT}", rows=int(sys.argv[1])) for each in table.SUITES["seed"].sets)
 table.SUITES["seed"] = replace(table.SUITES["seed"], sets=sets)
 table.SUBSETS["testmini"] = 3

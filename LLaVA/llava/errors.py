@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import select
 import sys
 import traceback
@@ -25,6 +26,8 @@ PIPE_STATUS = 141
 """Of a program whose reader has left, as in ``msd bench | head``: what a shell gives for SIGPIPE."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_TEXTS = ("No space left", "File too large", "quota exceeded", "PytorchStreamWriter failed", "unexpected pos")
+_MEMORY_TEXTS = ("DefaultCPUAllocator", "CUDA error: out of memory", "ALLOC_FAILED")
+"""In messages of errors that have no class in torch: of the CPU, of CUDA outside its allocator, of cuBLAS and cuDNN."""
 MAKE_ROOM = "free some space and start again; what was finished is kept"
 LESS_MEMORY = "use 16 bit, a shorter prompt, a smaller batch or model; `msd doctor --base-model B` says what fits"
 
@@ -81,6 +84,20 @@ def is_full_disk(error: BaseException) -> bool:
     return any(text in str(error) for text in _FULL_TEXTS)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an accelerator or the CPU had no memory left for a tensor."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and (type(error).__name__ == "OutOfMemoryError" or any(part in str(error) for part in _MEMORY_TEXTS))
+    )
+
+
+def memory_message(error: BaseException) -> str | None:
+    """The first sentences of the error, which say how much memory there is, without advice on environment variables."""
+    sentences = re.split(r"(?<=\.)\s", str(error).strip())
+    return " ".join(sentences[:3]) or None
+
+
 @contextmanager
 def cli_errors(resume: str | None = None) -> Iterator[None]:
     """Turns a `UserError`, a full disk or too little memory into one line on stderr and exit status 2, Ctrl-C into one
@@ -98,11 +115,6 @@ def cli_errors(resume: str | None = None) -> Iterator[None]:
             raise
         _give_up(UserError(f"no room left to write ({error.strerror})", error.filename, MAKE_ROOM))
     except (RuntimeError, MemoryError) as error:
-        from llava.memory import (  # torch is loaded by now, or memory was too small for it
-            is_out_of_memory,
-            memory_message,
-        )
-
         if not is_out_of_memory(error):
             raise
         _give_up(UserError("out of memory", memory_message(error), LESS_MEMORY))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import UserError, is_full_disk, reason_of
+from .errors import UserError, is_full_disk, is_out_of_memory, reason_of
 from .files import check_not_pointer, read_object
 from .hub import Source
 
@@ -39,8 +39,6 @@ def load_errors(what: str, name: str | Path, weights: bool = False) -> Iterator[
     except UserError:
         raise
     except Exception as error:
-        from .memory import is_out_of_memory  # imports torch
-
         if is_full_disk(error) or is_out_of_memory(error):
             raise
         if os.path.isdir(name):

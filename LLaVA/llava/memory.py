@@ -1,34 +1,16 @@
-"""Out-of-memory errors of every kind of device: how to recognise them, and how to retry with less."""
+"""How to retry with less after an out-of-memory error of any device."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 
-from .errors import OutOfMemory
+from .errors import OutOfMemory, is_out_of_memory
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-MESSAGES = ("DefaultCPUAllocator", "CUDA error: out of memory", "ALLOC_FAILED")
-"""Parts of the messages of errors that have no class in torch: of the CPU, of CUDA outside torch's allocator, of cuBLAS
-and of cuDNN."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an accelerator or the CPU had no memory left for a tensor."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(part in str(error) for part in MESSAGES)
-    )
-
-
-def memory_message(error: BaseException) -> str | None:
-    """The first sentences of the error, which say how much memory there is, without advice on environment variables."""
-    sentences = re.split(r"(?<=\.)\s", str(error).strip())
-    return " ".join(sentences[:3]) or None
 
 
 def within_memory(work: Callable[[], R]) -> R | None:

@@ -24,6 +24,7 @@ from .image import MAX_SQUARE_SIDE, ImageInput, is_of_floats, load_image, pad_to
 from .inputs import check_text
 from .messages import IMAGE_TOKEN, WRITTEN_MARK, as_text, parts_of, read_message
 from .options import CALL_OPTIONS, PictureOptions, read_options
+from .processor_files import read_processor
 
 Aspect = Literal["pad", "crop"]
 
@@ -75,9 +76,7 @@ class LlavaProcessor(ProcessorMixin):
     def from_pretrained(cls, path: Any, **hub: Any) -> LlavaProcessor:
         """The processor of a checkpoint of either layout, or of a folder that `save_pretrained` wrote; as
         `llava.load_processor`."""
-        from .checkpoint import load_processor  # which imports this module
-
-        return load_processor(path, **hub)
+        return cls(**read_processor(path, **hub))
 
     def to_dict(self) -> dict[str, Any]:
         """What `save_pretrained` writes, with the numbers by which transformers' own class counts image tokens."""

@@ -20,10 +20,11 @@ from transformers import (
 
 from eagle import MSDModel
 from eagle.provenance import record
-from llava.checkpoint import ImageProcessor, quiet_transformers
+from llava.checkpoint import quiet_transformers
 from llava.files import atomic_folder, write_json
 from llava.layout import count_image_tokens
 from llava.loading import load_errors
+from llava.processor_files import ImageProcessor
 
 UNUSED = "<empty_output>"
 """A special token of the vocabulary that stands for a picture, so that no row is added to ``lm_head``."""

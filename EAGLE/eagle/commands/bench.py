@@ -23,7 +23,7 @@ from eagle.arguments import (
 )
 from eagle.commands.output import console
 from eagle.questions import read_questions
-from eagle.suites.table import SUBSETS, SUITES
+from eagle.questions.suites import SUBSETS, SUITES
 from llava.errors import UserError
 from llava.files import check_writable, write_json
 
@@ -155,7 +155,7 @@ def run(arguments: argparse.Namespace) -> int:
         what = "no questions" if arguments.data is None else "both --data and --suite"
         raise UserError(what, fix="give --data FILE.jsonl or --suite NAME")
     if arguments.suite is not None:
-        from eagle.suites.fetch import fetch
+        from eagle.questions.fetch import fetch
 
         arguments.data = fetch(arguments.suite, arguments.subset or "test")
     elif arguments.subset is not None:

@@ -33,9 +33,9 @@ from eagle.decode.tree import ancestor_mask
 from eagle.families import Target
 from eagle.provenance import now, versions
 from llava.checkpoint import quiet_transformers
-from llava.errors import UserError, reason_of
+from llava.errors import UserError, is_out_of_memory, reason_of
 from llava.files import atomic_write
-from llava.memory import is_out_of_memory, within_memory
+from llava.memory import within_memory
 
 QUESTIONS = ("What is in this picture?", "Please describe it in a few words.")
 PACKAGES = ("msd-llava", "msd-eagle", "torch", "transformers")

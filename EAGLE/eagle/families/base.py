@@ -17,7 +17,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 from eagle.attention import in_two_parts
 from eagle.drafts.modules import capped
 from eagle.families.layers import FULL, LINEAR, SLIDING, attention_layers, position_limit
-from eagle.families.registry import family_named
 from eagle.families.streams import StreamReader, Streams
 from eagle.kv_cache import KVCache
 from eagle.weight_layout import to_input_major_layout
@@ -94,7 +93,8 @@ class Target(ABC):
 
     ``family``: name of the family in `eagle.families.registry`. ``media``: the kinds of media that its prompts may
     have. ``text_types``: text models of this family alone, beside those of `eagle.families.layers`. Positions are 0, 1,
-    2, … unless the family's class says otherwise. ``stop_strings``: those of the checkpoint's
+    2, … unless the family's class says otherwise. ``caps_logits``: the stock model applies its text config's
+    ``final_logit_softcapping``. ``stop_strings``: those of the checkpoint's
     generation config, from which they are removed: transformers makes no criterion of them for ``custom_generate``.
     ``placement``: says on which device it was loaded and why, if the caller left that open.
     """
@@ -102,6 +102,7 @@ class Target(ABC):
     family: ClassVar[str]
     media: ClassVar[tuple[Media, ...]] = (Media("image", "image_token_id", ("pixel_values",)),)
     text_types: ClassVar[tuple[str, ...]] = ()
+    caps_logits: ClassVar[bool] = False
     placement: str = ""
 
     def __init__(self, model: PreTrainedModel, processor: Any) -> None:
@@ -437,7 +438,7 @@ class Target(ABC):
     def logit_cap(self) -> float | None:
         """The stock model's logits l are ``cap * tanh(l / cap)``; None if they are those of ``lm_head``."""
         text = self.config.get_text_config()
-        return text.final_logit_softcapping if family_named(self.family).caps_logits else None
+        return text.final_logit_softcapping if self.caps_logits else None
 
     def head_function(self) -> Callable[[Tensor], Tensor]:
         """`head` for hidden states on `head_device`."""

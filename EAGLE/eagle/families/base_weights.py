@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 
-from eagle.families.registry import FAMILIES
+from eagle.families.registry import family_of
 from llava.errors import UserError
 from llava.files import read_object
 from llava.hub import Source
@@ -54,8 +54,9 @@ def load_base_tensors(path: str | Path, **hub: Any) -> BaseTensors:
         head = embed
     if embed.shape != head.shape:
         raise UserError(f"embedding {list(embed.shape)} and lm_head {list(head.shape)} differ in shape", where=path)
-    caps = any(family.caps_logits and config.get("model_type") in family.model_types for family in FAMILIES)
-    return BaseTensors(embed, head, (config.get("text_config") or {}).get("final_logit_softcapping") if caps else None)
+    cap = (config.get("text_config") or {}).get("final_logit_softcapping")
+    caps = cap is not None and family_of(path, **hub).target_class().caps_logits
+    return BaseTensors(embed, head, cap if caps else None)
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:

@@ -34,7 +34,6 @@ class Family:
         template: training template, ``module:class``.
         training_name: ``--model_type`` of training; with ``_t`` or ``_v`` that of the allocation.
         eval_model: ``--model`` of lmms-eval.
-        caps_logits: the stock model applies ``final_logit_softcapping`` of its text config.
         vllm: MSD drafts of it are exported to vLLM. Only families whose drafts were compared there with our loop.
     """
 
@@ -46,7 +45,6 @@ class Family:
     template: str
     training_name: str
     eval_model: str
-    caps_logits: bool = False
     vllm: bool = False
 
     def target_class(self) -> type[Target]:
@@ -161,7 +159,6 @@ FAMILIES: tuple[Family, ...] = (
         template="eagle.families.gemma4.template:Gemma4Template",
         training_name="gemma4",
         eval_model="gemma4_msd",
-        caps_logits=True,
     ),
     Family(
         "gemma4_unified",
@@ -172,7 +169,6 @@ FAMILIES: tuple[Family, ...] = (
         template="eagle.families.gemma4.template:Gemma4Template",
         training_name="gemma4_unified",
         eval_model="gemma4_unified_msd",
-        caps_logits=True,
     ),
     Family(
         "internvl",

@@ -17,8 +17,7 @@ from eagle.decode.detokenizer import Detokenizer
 from eagle.decode.msd import MSDModel
 from eagle.decode.sampling import SamplingSettings
 from eagle.web.request import AnswerRequest
-from llava.errors import UserError
-from llava.memory import is_out_of_memory
+from llava.errors import UserError, is_out_of_memory
 
 Event = dict[str, Any]
 LAST = ("end", "error", "gone")

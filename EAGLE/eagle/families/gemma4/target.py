@@ -20,6 +20,7 @@ class Gemma4Target(StockTarget):
     family = "gemma4"
     model_class = Gemma4ForConditionalGeneration
     text_types = ("gemma4_text",)
+    caps_logits = True
     media = (
         Media("image", "image_token_id", ("pixel_values", "image_position_ids")),
         Media("video", "video_token_id", ("pixel_values_videos", "video_position_ids", "num_frames_per_video")),

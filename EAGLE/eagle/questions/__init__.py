@@ -214,9 +214,3 @@ def pick_questions(questions: Sequence[Question], count: int) -> list[Question]:
     order = sorted(longest, key=questions.index)
     step = max(len(order) // count, 1)
     return order[::step][:count]
-
-
-if __name__ == "__main__":
-    from eagle.suites.fetch import main
-
-    raise SystemExit(main())

@@ -25,7 +25,7 @@ from eagle.extras import require
 from eagle.ge_data.download.transfer import fetch_bytes
 from eagle.locks import lock_folder
 from eagle.questions import read_questions
-from eagle.suites.table import (
+from eagle.questions.suites import (
     MMSPEC,
     MMSPEC_FOLDER,
     MMSPEC_LICENCE,

@@ -1,1 +1,0 @@
-"""Published sets of questions on which speculative decoding is measured, read from where they are published."""
