@@ -47,8 +47,8 @@ class MTPOptions:
     """The ``"msd"`` section of the ``config.json``.
 
     Attributes:
-        positions: ``mrope`` the target's three rows, as in vLLM's first model runner and SGLang; ``plain`` 0, 1, 2, ...,
-            as in vLLM's second. They differ only in prompts with pictures.
+        positions: ``mrope`` the target's three rows, as in vLLM's first model runner; ``plain`` 0, 1, 2, ..., as in its
+            second. They differ only in prompts with pictures.
     """
 
     positions: Literal["mrope", "plain"] = "mrope"
