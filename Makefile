@@ -18,6 +18,8 @@ BENCH_FLAGS ?=
 # the tests that depend most on the version of transformers; LOWEST_TESTS="LLaVA/tests EAGLE/tests" runs all
 LOWEST_TESTS ?= LLaVA/tests EAGLE/tests/decode EAGLE/tests/drafts EAGLE/tests/families EAGLE/tests/ge_data/test_qwen.py EAGLE/tests/train/test_overfit.py \
     EAGLE/tests/train/test_positions.py
+# whose tests marked slow are run too: every known language model and rotary kind
+LOWEST_SLOW ?= EAGLE/tests/families/test_exact_or_refused.py
 
 # the oldest transformers that the packages allow
 LOWEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' LLaVA/pyproject.toml)
@@ -42,6 +44,7 @@ test-all: test test-slow  ## run all tests but those for hand use
 
 test-lowest: $(LOWEST_STAMP)  ## run the tests of models with the oldest supported transformers
 	OMP_NUM_THREADS=1 $(LOWEST_VENV)/bin/python -m pytest $(PYTEST) $(LOWEST_TESTS)
+	OMP_NUM_THREADS=1 $(LOWEST_VENV)/bin/python -m pytest $(PYTEST) -m "slow and not by_hand" $(LOWEST_SLOW)
 
 test-serving: $(STAMP) $(VLLM_STAMP)  ## run the tests of vLLM with an MSD draft, in an environment of their own
 	MSD_VLLM_PYTHON=$(VLLM_VENV)/bin/python CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -m by_hand tests/serving

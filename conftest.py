@@ -53,9 +53,11 @@ def no_self_check() -> Iterator[None]:
     """Tests break the engine on purpose, which the check at load would refuse. It has its own tests, and runs in
     commands that are started as processes."""
     from eagle.decode import msd
+    from eagle.ge_data import extract
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(msd, "check_target", lambda _: True)
+        patch.setattr(extract, "self_check", lambda _: True)
         yield
 
 

@@ -115,4 +115,4 @@ def tree_of(name: str, model: MSDModel, batch: int) -> TreeConfig:
     if not bounds:
         return model.tree_for(batch)
     tree = TreeConfig.named("fixed", model.device) if bounds == "fixed" else TreeConfig(*tree_limits(bounds))
-    return tree.for_batch(batch)
+    return tree.for_batch(batch, model.device)

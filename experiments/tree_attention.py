@@ -13,7 +13,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -43,7 +42,7 @@ def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
     import torch
     from transformers import Qwen2Config, Qwen2Model
 
-    from eagle.attention import in_two_parts
+    from eagle.attention import TwoParts, with_tree_attention
     from eagle.decode.masks import MaskBuffer
     from eagle.kv_cache import KVCache
 
@@ -67,23 +66,25 @@ def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
         mask = MaskBuffer(nodes, context + nodes, dtype, device).window([context], block[None])
         places = torch.full_like(ids, context + 1)
 
-        def forward(parts: Any, cache: KVCache = cache, mask: Any = mask, places: Any = places) -> torch.Tensor:
-            cache.truncate([places[0, 0].item() - 1])
-            with parts:
-                found = model(ids, attention_mask=mask, position_ids=places, use_cache=True, **{cache_argument: cache})
-            return found.last_hidden_state.cpu()
+        given = {"attention_mask": mask, "position_ids": places, "use_cache": True, cache_argument: cache}
 
-        ways: dict[str, Callable[[], Any]] = {
-            "masked": nullcontext,
-            "two_part": partial(in_two_parts, config, mask, context),
-        }
+        def masked(given: dict[str, Any] = given, cache: KVCache = cache, context: int = context) -> torch.Tensor:
+            cache.truncate([context])
+            return model(ids, **given).last_hidden_state.cpu()
+
+        def two_part(given: dict[str, Any], forward: Callable[..., torch.Tensor] = masked) -> torch.Tensor:
+            with with_tree_attention(config):
+                return forward(given)
+
+        asked = {**given, "two_parts": TwoParts(mask, context)}
+        ways: dict[str, Callable[[], torch.Tensor]] = {"masked": masked, "two_part": partial(two_part, asked)}
         with torch.inference_mode():
-            whole, parts = (forward(way()) for way in ways.values())
+            whole, parts = (way() for way in ways.values())
             times: dict[str, list[float]] = {name: [] for name in ways}
             for _ in range(options.rounds):
                 for name, way in ways.items():
                     start = time.perf_counter()
-                    forward(way())
+                    way()
                     times[name].append(1e3 * (time.perf_counter() - start))
         row = {"context": context, **{name: round(statistics.median(each), 1) for name, each in times.items()}}
         rows.append({**row, "largest_difference": float((whole - parts).abs().max())})

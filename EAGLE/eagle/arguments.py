@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from llava.arguments import count as count
 from llava.arguments import port as port
@@ -12,6 +13,12 @@ from llava.arguments import temperature
 from llava.errors import UserError
 from llava.inputs import seed_option
 
+NO_SELF_CHECK: dict[str, Any] = {
+    "dest": "self_check",
+    "action": "store_false",
+    "help": "do not compare the engine with transformers' generate when a base model is loaded for the first time",
+}
+"""The flag ``--no-self-check``, as `argparse.ArgumentParser.add_argument` takes it."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 POCKET = Path(__file__).resolve().parents[2] / "pocket"
 """Folder of the embedded models and their data, in a clone of the repository."""
@@ -47,10 +54,7 @@ def add_model_options(parser: argparse.ArgumentParser, dtype: str = "auto", requ
     parser.add_argument(
         "--no-compile", dest="compile", action="store_const", const=False, help="never compile, also on CUDA"
     )
-    parser.add_argument(
-        "--no-self-check", dest="self_check", action="store_false",
-        help="do not compare the engine with transformers' generate when a base model is loaded for the first time",
-    )  # fmt: skip
+    parser.add_argument("--no-self-check", **NO_SELF_CHECK)
 
 
 def add_length_option(parser: argparse.ArgumentParser, default: int = 256) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ TREE_ATTENTION = "msd_tree"
 HALF = (torch.float16, torch.bfloat16)
 OTHER_SETTINGS = ("softcap", "s_aux", "position_bias")
 """Arguments of attention that change its scores. Two parts do not know them."""
+MASKS_OF_THEIR_OWN = ("minimax_m3_vl_text",)
+"""Text models whose layers close more of the mask, only with "sdpa" or "eager"."""
 
 
 def leave_out_cudnn_attention() -> None:
@@ -30,35 +33,44 @@ def leave_out_cudnn_attention() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-class _TreeForward(threading.local):
-    """The tree forward of this thread, if one is running: its mask, and the cached rows that every node sees."""
+@dataclass(frozen=True)
+class TwoParts:
+    """Argument ``two_parts`` of a text model's forward over a tree: asks its layers for attention in two parts.
 
-    mask: Tensor | None = None
-    prefix: int = 0
+    ``mask``: [B, 1, N, T] additive, of layers that see everything; a layer with another one is masked as usual.
+    ``prefix``: number of columns, at least one, that are open in every row.
+    """
+
+    mask: Tensor
+    prefix: int
+
+    def fits(self, mask: Tensor, settings: Mapping[str, Any]) -> bool:
+        """Whether a layer with this mask and these arguments of attention can use two parts."""
+        if any(settings.get(name) is not None for name in OTHER_SETTINGS):
+            return False
+        return mask is self.mask or (mask.data_ptr() == self.mask.data_ptr() and mask.shape == self.mask.shape)
 
 
-_running = _TreeForward()
+def takes_two_parts(text_model: nn.Module) -> bool:
+    """Whether a text model has "sdpa" and hands arguments that it does not know to its layers' attention."""
+    config: Any = text_model.config
+    arguments = signature(type(text_model).forward).parameters.values()
+    return (
+        config._attn_implementation in ("sdpa", TREE_ATTENTION)
+        and config.model_type not in MASKS_OF_THEIR_OWN
+        and any(each.kind is each.VAR_KEYWORD for each in arguments)
+    )
 
 
 @contextmanager
-def in_two_parts(config: Any, mask: Tensor, prefix: int) -> Iterator[None]:
-    """Within it, layers that are given this mask attend to the first ``prefix`` columns without it.
-
-    Args:
-        config: of the text model. It has "sdpa"; with another attention nothing changes. Another thread that uses the
-            model meanwhile has "sdpa" all the same.
-        mask: [B, 1, N, T] additive, of layers that see everything.
-        prefix: number of columns, at least one, that are open in every row.
-    """
-    if config._attn_implementation == "sdpa":
-        config._attn_implementation = TREE_ATTENTION
-    _running.mask, _running.prefix = mask, prefix
+def with_tree_attention(config: Any) -> Iterator[None]:
+    """Within it, the layers of a text model call `tree_attention` instead of "sdpa". Other threads that use the model
+    meanwhile get the same results from either."""
+    config._attn_implementation = TREE_ATTENTION
     try:
         yield
     finally:
-        _running.mask = None
-        if config._attn_implementation == TREE_ATTENTION:
-            config._attn_implementation = "sdpa"
+        config._attn_implementation = "sdpa"
 
 
 def tree_attention(
@@ -69,26 +81,16 @@ def tree_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    two_parts: TwoParts | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of tree nodes in two parts within `in_two_parts`; otherwise transformers' "sdpa".
-
-    A layer with another mask (sliding windows) or with a setting that "sdpa" alone knows has "sdpa" too.
-    """
-    if torch.compiler.is_compiling() or not _applies(attention_mask, kwargs):
+    """Attention of tree nodes in two parts if they are asked for and fit; otherwise transformers' "sdpa"."""
+    if two_parts is None or attention_mask is None or not two_parts.fits(attention_mask, kwargs):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    assert attention_mask is not None
-    found = two_part_attention(query, key, value, attention_mask, _running.prefix, scaling)
+    found = two_part_attention(query, key, value, attention_mask, two_parts.prefix, scaling)
     return found.transpose(1, 2).contiguous(), None
-
-
-def _applies(mask: Tensor | None, kwargs: Mapping[str, Any]) -> bool:
-    own = _running.mask
-    if own is None or mask is None or any(kwargs.get(name) is not None for name in OTHER_SETTINGS):
-        return False
-    return mask is own or (mask.data_ptr() == own.data_ptr() and mask.shape == own.shape)
 
 
 def two_part_attention(

@@ -94,6 +94,13 @@ def test_verify_counts_mismatches(pair, capsys):
     assert capsys.readouterr().out.startswith("0/3 mismatches")
 
 
+def test_verify_in_float32_needs_whole_products(pair, capsys, monkeypatch):
+    """With TF32, differences would say nothing."""
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert main(["verify", *models(pair), "--data", str(pair / "questions.jsonl"), "--max-new-tokens", "2"]) == 2
+    assert "float32_matmul_precision is high" in capsys.readouterr().err
+
+
 def test_verify_compares_sampled_answers(pair, capsys):
     check = ["verify", *models(pair), "--data", str(pair / "questions.jsonl"), "--max-new-tokens", "20"]
     assert main([*check, "--temperature", "0.8", "--seed", "3"]) == 0
@@ -251,6 +258,7 @@ def bad_inputs(pair):
         "surrogate stop": ([*ask, "--stop", "\ud83d"], "half of a character"),
         "Latin-1 picture": ([*ask, "--image", "caf\udce9.png"], "picture not found"),
         "Latin-1 base": (["generate", "--base-model", "caf\udce9", "--prompt", "x", "--no-msd"], "not found"),
+        "revision of a folder": ([*ask, "--revision", "v9"], "of revision 'v9', but this is a folder"),
         "Latin-1 file": ([*check, "--data", str(pair / "latin.jsonl")], "latin.jsonl:1:18"),
     }
 
@@ -279,6 +287,7 @@ def test_an_answer_that_may_be_too_long_is_warned_of_once(pair, capsys, caplog):
     "missing picture", "broken picture", "picture not mentioned", "mentioned, not given", "no draft", "absent base",
     "base as draft", "empty data", "bad row", "lost picture", "negative temperature", "negative top-k",
     "Latin-1 prompt", "surrogate system", "surrogate stop", "Latin-1 picture", "Latin-1 base", "Latin-1 file",
+    "revision of a folder",
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_status_2(pair, capsys, name):
     arguments, named = bad_inputs(pair)[name]

@@ -27,6 +27,7 @@ from .loading import load_errors
 from .processor import LlavaProcessor
 from .weights import (
     check_size,
+    check_unquantised,
     find_weights,
     from_clip,
     from_liuhaotian,
@@ -107,6 +108,7 @@ def load_model(
         rest |= {"state_dict": state, "dtype": _checkpoint_dtype(config, state) if dtype == "auto" else dtype}
     with load_errors("model cannot be loaded", checkpoint.source.name, weights=True):
         check_size(LlavaForConditionalGeneration, config, shapes, checkpoint.source.name)
+        check_unquantised(config, find_weights(checkpoint.source))
         with quiet_transformers():
             check_generation_config(checkpoint.source, config.get_text_config().vocab_size)
             model, info = LlavaForConditionalGeneration.from_pretrained(

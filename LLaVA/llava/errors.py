@@ -7,6 +7,7 @@ bug of the program. It is one line too, and with the environment variable `MSD_T
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import select
@@ -135,12 +136,23 @@ def run_cli(main: Callable[[], int | None], resume: str | None = None) -> int:
     `cli_errors` for ``resume``).
 
     Any other exception is a bug of the program: one line and status 1, or raised if `TRACEBACK` is set.
-    If the reader of a pipe has left, the command ends quietly with `PIPE_STATUS`.
+    If the reader of a pipe has left, the command ends quietly with `PIPE_STATUS`. A character that the terminal's
+    encoding lacks is written as its number.
 
     Use as `sys.exit(run_cli(main))`.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it
     status = _run(main, resume)
     return PIPE_STATUS if _reader_has_left() else status
+
+
+def check_current_folder() -> None:
+    """Raises `UserError` if the current folder was removed: libraries fail then when they are imported."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the current folder was removed", fix="change to another folder") from None
 
 
 def _reader_has_left() -> bool:
@@ -170,6 +182,7 @@ def _is_of_stdout(error: BaseException) -> bool:
 def _run(main: Callable[[], int | None], resume: str | None) -> int:
     try:
         with cli_errors(resume):
+            check_current_folder()
             status = main() or 0
             if sys.stdout is not None:
                 sys.stdout.flush()  # a full disk is reported here

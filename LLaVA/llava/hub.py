@@ -83,11 +83,15 @@ class Source:
         """The source of this path or name.
 
         Raises:
-            UserError: it is neither a folder nor a possible name of a repository, or a folder with only an adapter.
+            UserError: it is neither a folder nor a possible name of a repository, a folder with only an adapter, or a
+                folder with a revision.
         """
         source = cls(str(path), dict(hub or {}), what)
         if source.folder is None:
             _check_name(what, path)
+        elif (revision := source.hub.get("revision")) not in (None, "main"):
+            fix = "leave it out, or name a repository of the hub"
+            raise UserError(f"{what} of revision '{revision}', but this is a folder", path, fix)
         elif not any(next(source.folder.glob(pattern), None) for pattern in _WHOLE):
             source.refuse_adapter()
         return source

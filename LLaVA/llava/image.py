@@ -18,7 +18,7 @@ from urllib.request import Request, url2pathname, urlopen
 
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
-from .errors import UserError
+from .errors import UserError, reason_of
 
 MAX_SQUARE_SIDE = 16384
 """Longest side in pixels of a picture that is made square: 0.8 GB of RGB. A 1 x 60000 picture is a bomb once padded."""
@@ -78,10 +78,10 @@ def load_image(
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             if isinstance(source, Image.Image):
                 return _as_rgb(source)
+            if isinstance(source, bytearray | memoryview):  # a memoryview has a shape too
+                source = bytes(source)
             if hasattr(source, "shape"):
                 return _as_rgb(_from_array(source, name, channels))
-            if isinstance(source, bytearray | memoryview):
-                source = bytes(source)
             if not isinstance(source, str | bytes | os.PathLike) and not hasattr(source, "read"):
                 raise UserError("not a picture", name, "give a path, a URL, bytes, a PIL picture or an array")
             if isinstance(source, str) and (content := _from_url(source)) is not None:
@@ -105,7 +105,7 @@ def load_image(
     except Exception as error:  # Pillow's readers raise anything on broken files
         if isinstance(error, OSError) and error.errno is not None:
             raise PictureUnreachable(f"picture cannot be read ({error.strerror})", name) from None
-        raise UserError(f"picture cannot be read ({error})", name) from None
+        raise UserError(f"picture cannot be read ({reason_of(error)})", name) from None
 
 
 @contextmanager
@@ -145,17 +145,22 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _scaled(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bit → mode L: the lowest value is black, the highest white."""
+    """Grey of more than 8 bit → mode L: the lowest value is black, the highest white, and so is the value that the file
+    says is transparent."""
     import numpy as np
 
     values = np.asarray(image, dtype=np.float64)
     if not np.isfinite(values).all():
         raise ValueError("it has values that are not numbers")
-    low, high = float(values.min()), float(values.max())
+    key = image.info.get("transparency")
+    clear = values == key if isinstance(key, int) else np.zeros(values.shape, bool)
+    seen = values if clear.all() else values[~clear]
+    low, high = float(seen.min()), float(seen.max())
     if low == high:  # one colour: its place in 8 bit, or in 16 bit if it is larger
         scaled = np.full(values.shape, min(max(low if low <= 255 else low / 257, 0.0), 255.0))
     else:
         scaled = (values - low) * (255.0 / (high - low))
+    scaled[clear] = 255
     return Image.fromarray(scaled.round().astype(np.uint8))
 
 

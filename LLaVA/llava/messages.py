@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .errors import UserError
+from .strict import shown
 
 IMAGE_TOKEN = "<image>"
 """Marks a picture in a prompt."""
@@ -15,6 +16,8 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 IMAGE_PARTS = ("image", "image_url", "input_image")
 PICTURE_KEYS = ("image", "image_url", "url", "path", "base64")
 ROLES = ("system", "user", "assistant")
+AS_CODE = "{'type':'text','text':"
+"""A part of a message as Python writes it, without white space."""
 
 
 def as_text(text: str) -> str:
@@ -68,6 +71,22 @@ def _picture_of(part: Mapping[str, Any]) -> Any:
     if isinstance(value, Mapping):  # OpenAI's {"url": ...}
         value = value.get("url")
     return f"data:;base64,{value}" if key == "base64" else value
+
+
+def check_written(written: str, texts: Iterable[str]) -> None:
+    """Checks that a chat template has written the texts that it was given, but for white space.
+
+    Raises:
+        UserError: it leaves one out, such as a system prompt, or writes a list of parts as Python does.
+    """
+    found, as_code = "".join(written.split()), False
+    for text in texts:
+        given = "".join(text.split())
+        if given not in found:
+            raise UserError(f"chat template leaves out {shown(text)}", fix="leave it out too, or use another template")
+        as_code |= AS_CODE in found and AS_CODE not in given
+    if as_code:
+        raise UserError("chat template is for texts, not for pictures", fix="use that of the model's release")
 
 
 def parts_of(text: str, marks: bool) -> list[dict[str, str]]:

@@ -22,7 +22,7 @@ from .conversation import DEFAULT_TEMPLATE, get_template, write_turns
 from .errors import UserError, reason_of
 from .image import MAX_SQUARE_SIDE, ImageInput, is_of_floats, load_image, pad_to_square
 from .inputs import check_text
-from .messages import IMAGE_TOKEN, WRITTEN_MARK, as_text, parts_of, read_message
+from .messages import IMAGE_TOKEN, WRITTEN_MARK, as_text, check_written, parts_of, read_message
 from .options import CALL_OPTIONS, PictureOptions, read_options
 from .processor_files import read_processor
 
@@ -186,18 +186,20 @@ class LlavaProcessor(ProcessorMixin):
             messages = [
                 {"role": role, "content": parts_of(text, role == "user") if in_parts else text} for role, text in turns
             ]
-            return self._render(messages, is_open, template, **options)
+            written = self._render(messages, is_open, template, **options)
+            check_written(written, [text for role, text in turns if role == "system"])
+            return written
         if options:
             raise UserError(f"unknown option '{next(iter(options))}'", fix="this processor has no Jinja template")
         system = [text for role, text in turns if role == "system"]
-        written = get_template(self.template or DEFAULT_TEMPLATE, "\n".join(system) if system else None)
-        written.sep2 = self.end_of_answer or written.sep2
+        conversation = get_template(self.template or DEFAULT_TEMPLATE, "\n".join(system) if system else None)
+        conversation.sep2 = self.end_of_answer or conversation.sep2
         for role, text in turns:
             if role != "system":
-                written.append(role == "assistant", text)
+                conversation.append(role == "assistant", text)
         if is_open:
-            written.append(1, None)
-        return written.prompt()
+            conversation.append(1, None)
+        return conversation.prompt()
 
     def encode(self, prompt: str) -> list[int]:
         """Ids of one prompt; each `<image>` becomes `image_token_count` image ids.

@@ -28,6 +28,11 @@ SPARE, SMALL = 2, 2**24
 loaded."""
 CHECK_SIZES = "check the sizes in config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOAT_NAMES = {"F16", "BF16", "F32", "F64"} | {str(dtype) for dtype in FLOATS}
+"""In headers of safetensors, and torch's."""
+WEIGHT_ENDINGS = (".weight", ".bias", "_proj")
+"""Endings of names of tensors that are not buffers; the last one is that of experts."""
 _READ_ERRORS = (
     SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, OSError, AttributeError,
     TypeError,
@@ -124,6 +129,36 @@ def read_tensors(paths: Iterable[Path], names: Collection[str] | None = None) ->
                 wanted = [name for name in file.keys() if names is None or name in names]  # noqa: SIM118 (no mapping)
                 tensors |= {name: file.get_tensor(name) for name in wanted}
     return tensors
+
+
+def check_floats(tensors: Mapping[str, torch.Tensor], where: str | Path) -> None:
+    """Raises `UserError` for a tensor that does not hold floats of 16, 32 or 64 bit, such as one that is quantised."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"{name} has values of {kind}", where, "use a checkpoint in 16 or 32 bit")
+
+
+def check_unquantised(config: Any, paths: Iterable[Path]) -> None:
+    """Refuses weights that are not floats although the config names no quantisation: transformers would take their
+    numbers as they are. Only headers are read.
+
+    Raises:
+        UserError: there is such a weight.
+    """
+    if any(getattr(config, key, None) is not None for key in ("quantization_config", "compression_config")):
+        return
+    for path in paths:
+        with _read_errors(path):
+            if path.suffix != ".safetensors":
+                kinds = {name: str(tensor.dtype) for name, tensor in _load_bin(path, "meta").items()}
+            else:
+                with safe_open(path, framework="pt") as file:
+                    kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        for name, kind in kinds.items():
+            if name.endswith(WEIGHT_ENDINGS) and kind not in FLOAT_NAMES:
+                what = f"{name} has values of {kind.removeprefix('torch.')}, and the config names no quantisation"
+                raise UserError(what, path, "use a checkpoint in 16 or 32 bit, or one with its quantization_config")
 
 
 def read_first(source: Source, names: Collection[str]) -> torch.Tensor | None:

@@ -79,6 +79,25 @@ def test_a_reader_that_has_left(main: str) -> None:
     assert (done.returncode, done.stderr) == (PIPE_STATUS, b"")
 
 
+@pytest.mark.parametrize(("encoding", "written"), [("ascii", b"\\u03c4 \\xe9"), ("latin-1", b"\\u03c4 \xe9")])
+def test_a_character_that_the_terminal_lacks_is_written_as_its_number(encoding: str, written: bytes) -> None:
+    """A table of results would be lost at its first Greek letter."""
+    code = "import sys; from llava.errors import run_cli; sys.exit(run_cli(lambda: print('\u03c4 \xe9')))"
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, timeout=60)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, written, b"")
+
+
+def test_a_current_folder_that_was_removed_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert run_cli(lambda: 0) == 2
+    assert capsys.readouterr().err == "error: the current folder was removed (change to another folder)\n"
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_full_disk_behind_stdout_is_one_line() -> None:
     code = "import sys; from llava.errors import run_cli; sys.exit(run_cli(lambda: print('x')))"

@@ -75,6 +75,18 @@ def test_a_transparent_value_in_memory_is_white(mode: str) -> None:
     assert loaded.getpixel((0, 0)) == loaded.getpixel((16, 16)) == (255, 255, 255)
 
 
+@pytest.mark.parametrize("ground", [0, 65535])
+def test_a_transparent_value_of_16_bit_is_white(ground: int) -> None:
+    """It has no part in the range of values either."""
+    deep = Image.new("I;16", (32, 32), ground)
+    deep.paste(20000, (8, 8, 16, 24))
+    deep.paste(30000, (16, 8, 24, 24))
+    buffer = io.BytesIO()
+    deep.save(buffer, "PNG", transparency=ground)
+    loaded = load_image(buffer.getvalue())
+    assert [loaded.getpixel((place, 12)) for place in (0, 10, 20)] == [(255,) * 3, (0,) * 3, (255,) * 3]
+
+
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "PNG", "WEBP", "MPO"])
 def test_of_several_frames_the_first_is_read(kind: str) -> None:
     buffer = io.BytesIO()

@@ -140,7 +140,7 @@ def test_pictures_in_every_form(processor: LlavaProcessor, tmp_path: Path) -> No
     channels = torch.from_numpy(array.copy()).permute(2, 0, 1)
     forms = [
         [SQUARE], (SQUARE,), [[SQUARE]], tmp_path / "a.png", str(tmp_path / "a.png"), (tmp_path / "a.png").as_uri(),
-        url, data, bytearray(data), io.BytesIO(data), array, array[None],
+        url, data, bytearray(data), memoryview(data), io.BytesIO(data), array, array[None],
         channels, channels[None] / 255, [None, SQUARE],
     ]  # fmt: skip
     for form in forms:

@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 import transformers
-from tiny_stock import QWEN_SPECIAL, QWEN_TEMPLATE, TEXT, silence_specials
+from tiny_llava import make_llava_hf
+from tiny_stock import QWEN_SPECIAL, QWEN_TEMPLATE, TEXT, make_llava_next, make_qwen, silence_specials
 from tiny_tokenizer import CORPUS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -696,3 +697,11 @@ FAMILY_MAKERS: dict[str, Callable[[str | Path], Path]] = {
     "llava_onevision": make_onevision,
 }
 """Makers of every checkpoint here, by family, and variant of it after a dash."""
+ALL_MAKERS: dict[str, Callable[[str | Path], Path]] = {
+    "llava": make_llava_hf,
+    "llava_next": make_llava_next,
+    "qwen2_vl": make_qwen,
+    "qwen2_5_vl": partial(make_qwen, version="2.5"),
+    **FAMILY_MAKERS,
+}
+"""The same with the older families."""

@@ -15,6 +15,7 @@ from typing import Any
 from eagle.arguments import add_data_options, add_length_option, add_model_options
 from eagle.questions import Conversations, read_questions
 from llava.arguments import temperature
+from llava.errors import UserError
 from llava.inputs import seed_option
 
 
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints ``mismatches/N``; exit status 1 if there is any."""
+    import torch
     from tqdm import tqdm
 
     from eagle.benchmark import with_stop_strings
@@ -48,6 +50,9 @@ def run(arguments: argparse.Namespace) -> int:
     sampling = SamplingSettings(arguments.temperature, seed=arguments.seed)
     temperature, sampled = sampling.temperature, not sampling.greedy
     model = load_model(arguments)
+    if model.dtype == torch.float32 and (precision := torch.get_float32_matmul_precision()) != "highest":
+        what = f"float32 products are rounded here (float32_matmul_precision is {precision})"
+        raise UserError(what, fix="set it to highest, and unset TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
     stop = with_stop_strings(model)
     mismatches, far, conversations = 0, 0, Conversations(model)
     for question in tqdm(questions, desc="verify", unit="question", file=sys.stderr):

@@ -49,14 +49,13 @@ def check_eagle3(target: Target, draft: Eagle3Draft) -> None:
         UserError: sizes, vocabulary or layers differ.
     """
     check_eagle3_sizes(target, draft)
-    config, table = draft.config, cast(Tensor, target.model.get_input_embeddings().weight)  # [V, H]
+    table = cast(Tensor, target.model.get_input_embeddings().weight)  # [V, H]
     if draft.embed_tokens is None:
         draft.use_embedding(target.model.get_input_embeddings())
     elif draft.embed_tokens.weight.shape[1] == table.shape[1]:
-        alike = same_rows(table, draft.embed_tokens.weight)
-        if alike and config.vocab_size < len(table):
-            extend(draft, table[config.vocab_size :])
-        elif not alike:
+        if same_rows(table, draft.embed_tokens.weight):
+            complete(draft, table)
+        else:
             log.warning("the draft's token embedding is not the base's: %s, unless it was trained", FIX)
     if draft.config.vocab_size != len(table):
         raise misfit("vocabulary", draft.config.vocab_size, len(table))
@@ -129,8 +128,8 @@ def check_embedding(table: Tensor, draft: DraftHead) -> None:
     if size != draft.config.hidden_size:
         raise misfit("hidden size", draft.config.hidden_size, size)
     alike = same_rows(table, draft.embed_tokens.weight)
-    if own < base and alike:
-        extend(draft, table[own:])
+    if own <= base and alike:
+        complete(draft, table)
     elif own != base:
         raise misfit("vocabulary", own, base)
     elif not alike:
@@ -166,10 +165,18 @@ def same_rows(table: Tensor, own: Tensor) -> bool:
     return bool((found - wanted).norm() <= TOLERANCE * wanted.norm())
 
 
-def extend(draft: DraftHead, rows: Tensor) -> None:
-    """Appends ``rows`` [n, H] to the draft's token embedding."""
+def complete(draft: DraftHead, table: Tensor) -> None:
+    """Gives the draft all rows of the base's token embedding [V, H], of which its own has the first ones. If these are
+    equal to the last bit, both use one tensor: a copy would take 0.26 GB for LLaVA-1.5-7B, 1.09 GB for Qwen2-VL-7B.
+    """
     assert draft.embed_tokens is not None
-    own = draft.embed_tokens.weight
-    joined = torch.cat([own.detach(), rows.detach().to(own)])  # [V, H]
+    own, base = draft.embed_tokens.weight, table.detach()
+    like = (own.dtype, own.device) == (base.dtype, base.device) and not (own.is_meta or own.requires_grad)
+    if like and torch.equal(own, base[: len(own)]):
+        joined = base
+    elif len(own) < len(base):
+        joined = torch.cat([own.detach(), base[len(own) :].to(own)])
+    else:
+        return
     draft.embed_tokens = nn.Embedding.from_pretrained(joined, freeze=not own.requires_grad)
     draft.config = replace(draft.config, vocab_size=len(joined))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from eagle.attention import TwoParts
 from eagle.decode.accept import NO_TOKEN, Accepted, accept_all_at_once, accept_step_by_step
 from eagle.decode.adaptive.guard import Guard, Pace, Work
 from eagle.decode.adaptive.planner import Floats, Planner
@@ -388,20 +388,20 @@ class Decoder:
             blocks = torch.eye(self._padded, dtype=torch.bool, device=tokens.device).expand(len(past), -1, -1)
         position_ids = torch.stack([s.next_position for s in self.active]).to(depths.device) + depths  # [B, N]
         masks: LayerMasks | None = None
-        parts: AbstractContextManager[None] = nullcontext()
+        two_parts: TwoParts | None = None
         if self.compiled is not None or tokens.numel() > 1:
             mask = self.masks.window(past, blocks)
             masks = self.target.masks_by_layer(mask, past, depths)
             if (first := self.settings.two_part_from) is not None and min(past) >= first:
-                parts = self.target.in_two_parts(mask, past)
+                two_parts = TwoParts(mask, min(past))
         if self.compiled is not None and masks is not None and isinstance(self.cache, StaticCache):
             return Verified(
                 drafted,
                 past,
                 *self.compiled.verify(tokens, position_ids, masks, self.cache, self.tree.total_tokens),
             )
-        with self.target.streams(self.target_layers) as streams, parts:
-            hidden = self.target.verify(tokens, position_ids, masks, self.cache)
+        with self.target.streams(self.target_layers) as streams:
+            hidden = self.target.verify(tokens, position_ids, masks, self.cache, two_parts)
         features, logits = streams.joined(), self.target.head(hidden)
         features = hidden if features is None else features
         if self._padded > 1:

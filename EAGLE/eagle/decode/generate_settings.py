@@ -9,6 +9,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from llava.errors import UserError
+from llava.strict import shown
 
 SERVED = frozenset(
     [
@@ -94,7 +95,14 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
     "output_hidden_states": (None, False),
 }
 """Settings with the values that switch them off."""
+REFUSED_ARGUMENTS = (
+    "inputs", "synced_gpus", "assistant_model", "negative_prompt_ids", "negative_prompt_attention_mask",
+    "custom_generate",
+)  # fmt: skip
+"""Arguments of transformers' `generate` itself."""
 REASONS = {
+    "inputs": "MSD needs the ids of the prompt as input_ids",
+    "assistant_model": "MSD has its own draft",
     "num_beams": "MSD verifies one continuation, beam search keeps several",
     "output_scores": "MSD does not return scores",
     "output_logits": "MSD does not return logits",
@@ -109,13 +117,29 @@ log = logging.getLogger(__name__)
 
 def check_settings(settings: GenerationConfig) -> None:
     """Raises `UserError` for a setting that the engine does not serve."""
-    for name, value, reason in unsupported(settings):
+    for name, value, reason in unsupported(vars(settings)):
+        raise UserError(f"{name}={value!r}: {reason}", fix=FIX)
+
+
+def check_call(given: Mapping[str, Any]) -> None:
+    """Checks the arguments of a call that transformers' `generate` would ignore beside ``custom_generate``, and those
+    for which it would fail before it calls the engine.
+
+    Raises:
+        UserError: one of them is not served.
+    """
+    for name in REFUSED_ARGUMENTS:
+        if given.get(name) is not None and given[name] is not False:
+            raise UserError(f"{name}: {REASONS.get(name, 'MSD does not support it')}", fix=FIX)
+    if not isinstance(given.get("generation_config"), GenerationConfig | None):
+        raise UserError(f"generation_config={shown(given['generation_config'])}", fix="give a GenerationConfig")
+    for name, value, reason in unsupported({name: given[name] for name in REFUSED if name in given}):
         raise UserError(f"{name}={value!r}: {reason}", fix=FIX)
 
 
 def leave_out_unsupported(settings: GenerationConfig, model: str) -> None:
     """Removes from a checkpoint's own generation config what the engine does not serve, with a warning for each."""
-    for name, value, reason in list(unsupported(settings)):
+    for name, value, reason in list(unsupported(vars(settings))):
         log.warning("generation config of %s: %s=%r is not used: %s", model, name, value, reason)
         if name in REFUSED:
             setattr(settings, name, REFUSED[name][0])
@@ -123,9 +147,9 @@ def leave_out_unsupported(settings: GenerationConfig, model: str) -> None:
             delattr(settings, name)
 
 
-def unsupported(settings: GenerationConfig) -> Iterator[tuple[str, Any, str]]:
+def unsupported(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
     """Name, value and reason of each setting that the engine does not serve."""
-    for name, value in vars(settings).items():
+    for name, value in settings.items():
         if name.startswith("_") or name in SERVED or name in NO_EFFECT:
             continue
         off = REFUSED.get(name)

@@ -22,7 +22,7 @@ from eagle.decode.adaptive.planner import Acceptance, CostCurve, Planner
 from eagle.decode.compatibility import check_compatible
 from eagle.decode.compiled.engine import StaticEngine, obstacle_by_default, skipped_graphs
 from eagle.decode.decoder import Decoder, DecodingSettings
-from eagle.decode.generate_settings import leave_out_unsupported
+from eagle.decode.generate_settings import check_call, leave_out_unsupported
 from eagle.decode.noise import seeds_of
 from eagle.decode.request import check_inputs, check_request
 from eagle.decode.sampling import Sampler, SamplingSettings
@@ -260,12 +260,16 @@ class MSDModel:
                 answers round as those of trees with so many nodes.
             one_row_ties: in greedy decoding of a single prompt, decides between two logits that are at most two steps
                 of the dtype apart with a forward of one row, as plain decoding does.
-            kwargs: model inputs, and any setting of transformers' `generate` for greedy search or sampling.
+            kwargs: model inputs, and any setting of transformers' `generate` for greedy search or sampling. As there,
+                None switches off a setting of the checkpoint's generation config.
 
         Raises:
             UserError: an input has a wrong type or shape, or a setting a value that is wrong or not served.
         """
         check_inputs(self.target, input_ids, kwargs.get("attention_mask"))
+        check_call(kwargs)
+        known = self.target.model.generation_config
+        off = [name for name, value in kwargs.items() if value is None and hasattr(known, name)]
         named = {"temperature": temperature, "do_sample": do_sample, "stop_strings": stop_strings}
         kwargs.update(checked_settings({**kwargs, **named}))
         temperature, do_sample, stop_strings = (kwargs.pop(name, None) for name in named)
@@ -286,7 +290,7 @@ class MSDModel:
         self._check_rows(input_ids.shape[0], use_msd, plain_rows, one_row_ties)
         decode = partial(self._decode, use_msd=use_msd, tree=tree, seed=seed, bound_streamer=streamer, **rows)
         kwargs.update(self.target.complete_inputs(input_ids, kwargs), do_sample=do_sample)
-        settings = {key: value for key, value in kwargs.items() if value is not None}
+        settings = {key: value for key, value in kwargs.items() if value is not None or key in off}
         if use_msd:  # measured at first use, before the clock starts
             bounds = self._bounds(tree, input_ids.shape[0])
             self._costs_of(bounds, input_ids.shape[0])
@@ -399,9 +403,9 @@ class MSDModel:
 
     def tree_for(self, batch: int) -> TreeConfig:
         """The default tree of each sequence of a batch. Adaptive trees are for a single sequence only."""
-        if batch > 1 and self.tree.adaptive:
-            return TreeConfig.for_device(self.target.device).for_batch(batch)
-        return self.tree.for_batch(batch)
+        device = self.target.device
+        tree = TreeConfig.for_device(device) if batch > 1 and self.tree.adaptive else self.tree
+        return tree.for_batch(batch, device)
 
     def _planner_for(self, tree: TreeConfig, batch: int) -> Planner | None:
         """The planner of a single sequence. None if trees are fixed."""
@@ -428,7 +432,9 @@ class MSDModel:
     def _two_parts_from(self, tree: TreeConfig, prompt: int) -> int | None:
         """Cached rows from which trees are verified in two parts after a prompt of so many positions. Measured at first
         use; None for never."""
-        if self.draft is None or self._compiled is not None or self.tree_attention != "auto":
+        if self.draft is None or self._compiled is not None or not self.target.takes_two_parts:
+            return None
+        if self.tree_attention != "auto":
             return 1 if self.tree_attention == "two-part" else None
         if prompt < CONTEXTS[0]:
             return None

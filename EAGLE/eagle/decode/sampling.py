@@ -19,6 +19,9 @@ from transformers.generation import logits_process as hf
 from llava.arguments import temperature as check_temperature
 from llava.errors import UserError
 
+BEST = 1024
+"""Tokens of a row that top-p looks at first."""
+
 
 @dataclass(frozen=True)
 class SamplingSettings:
@@ -62,21 +65,45 @@ class SamplingSettings:
         return {"temperature": self.temperature, **self.limits, "seed": self.seed}
 
 
+class NucleusWarper(hf.TopPLogitsWarper):
+    """transformers' top-p. On a CPU it sorts only the `BEST` tokens of a row if these hold the mass; on an accelerator
+    the host would have to wait to know that."""
+
+    def __init__(self, given: hf.TopPLogitsWarper) -> None:
+        super().__init__(given.top_p, given.filter_value, given.min_tokens_to_keep)
+
+    def __call__(self, input_ids: Any, scores: Tensor) -> Tensor:
+        if scores.device.type == "cpu" and scores.shape[-1] > 4 * BEST:
+            best, ids = scores.topk(BEST, dim=-1)  # [N, BEST]
+            shares = (best - scores.logsumexp(dim=-1, keepdim=True)).exp()
+            kept = shares.cumsum(dim=-1) - shares < self.top_p  # the better tokens do not hold the mass yet
+            kept[:, : self.min_tokens_to_keep] = True
+            limited = best.masked_fill(~kept, self.filter_value)
+            limited = torch.full_like(scores, self.filter_value).scatter(-1, ids, limited)
+            if (flat := kept[:, -1]).any():
+                limited[flat] = super().__call__(input_ids, scores[flat])
+            return limited
+        return super().__call__(input_ids, scores)
+
+
 # Processors that read one row of logits only. All others may read the tokens before it.
-ROW_WISE = tuple(
-    getattr(hf, name)
-    for name in (
-        "TemperatureLogitsWarper",
-        "TopKLogitsWarper",
-        "TopPLogitsWarper",
-        "MinPLogitsWarper",
-        "TypicalLogitsWarper",
-        "EpsilonLogitsWarper",
-        "EtaLogitsWarper",
-        "LogitNormalization",
-        "InfNanRemoveLogitsProcessor",
-    )
-    if hasattr(hf, name)
+ROW_WISE = (
+    NucleusWarper,
+    *(
+        getattr(hf, name)
+        for name in (
+            "TemperatureLogitsWarper",
+            "TopKLogitsWarper",
+            "TopPLogitsWarper",
+            "MinPLogitsWarper",
+            "TypicalLogitsWarper",
+            "EpsilonLogitsWarper",
+            "EtaLogitsWarper",
+            "LogitNormalization",
+            "InfNanRemoveLogitsProcessor",
+        )
+        if hasattr(hf, name)
+    ),
 )
 
 
@@ -128,7 +155,8 @@ class Sampler:
     """
 
     def __init__(self, processors: LogitsProcessorList, do_sample: bool) -> None:
-        self.processors, self.do_sample = processors, do_sample
+        chosen = [NucleusWarper(each) if type(each) is hf.TopPLogitsWarper else each for each in processors]
+        self.processors, self.do_sample = LogitsProcessorList(chosen), do_sample
         self.row_wise = all(type(processor) in ROW_WISE for processor in processors)
         self.order_free = all(type(processor) in ROW_WISE or is_order_free(processor) for processor in processors)
 

@@ -13,8 +13,9 @@ from pydantic import Field
 from llava.errors import UserError
 from llava.strict import read_strict, strict_dataclass
 
-BATCH_NODES = 60
-"""Nodes of all trees of a batch that one forward verifies fast, also on a CPU (`msd throughput`, docs/decoding.md)."""
+BATCH_NODES = {"cpu": 60, "accelerator": 128}
+"""Nodes of all trees of a batch that one forward verifies fast. On a CPU measured (`msd throughput`, docs/decoding.md);
+for an accelerator estimated: a forward of so many rows still mostly waits for the weights on an A100 or RTX 4090."""
 
 
 @strict_dataclass
@@ -68,10 +69,11 @@ class TreeConfig:
         """The same depth, with one node at each level."""
         return replace(self, top_k=1, total_tokens=min(self.total_tokens, self.depth + 2))
 
-    def for_batch(self, batch: int) -> TreeConfig:
+    def for_batch(self, batch: int, device: torch.device | str) -> TreeConfig:
         """The tree of each sequence if ``batch`` of them are verified in one forward. Unchanged until all trees
         together have more nodes than this tree or `BATCH_NODES`, then a share of these."""
-        nodes = max(1, min(self.total_tokens, max(self.total_tokens, BATCH_NODES) // batch))
+        most = BATCH_NODES["cpu" if torch.device(device).type == "cpu" else "accelerator"]
+        nodes = max(1, min(self.total_tokens, max(self.total_tokens, most) // batch))
         return TreeConfig(self.depth, -(-self.top_k * nodes // self.total_tokens), nodes) if batch > 1 else self
 
     def nodes_within(self, tokens_left: int) -> int:

@@ -22,7 +22,7 @@ from llava.errors import UserError
 from llava.files import atomic_write, read_object, write_json
 from llava.hub import Source
 from llava.loading import load_errors
-from llava.weights import find_weights, is_old_buffer, read_tensors
+from llava.weights import check_floats, find_weights, is_old_buffer, read_tensors
 
 HEAD, MAPPING = "lm_head.weight", ("d2t", "t2d")
 BASE = ("model.", "language_model.")
@@ -46,7 +46,7 @@ def load_draft(
         hub: see `llava.hub.HUB_KEYS`.
 
     Raises:
-        UserError: a file is missing or broken, or a tensor is missing, unexpected or of another shape.
+        UserError: a file is missing or broken, or a tensor is missing, unexpected, of another shape or not of floats.
     """
     source = Source.of(name, hub, "draft")
     config_file = source.require("config.json", "draft config")
@@ -63,6 +63,7 @@ def load_draft(
         named = "; ".join(problems[:SHOWN]) + (f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else "")
         raise UserError(f"draft does not fit its config: {named}", paths[0], fix)
     spare = {name: tensors.pop(name) for name in list(tensors) if is_spare(name, draft)}
+    check_floats(tensors, paths[0])
     if not meta and (broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]):
         raise UserError(f"draft has NaN or infinite values in {', '.join(broken)}", paths[0], "use another checkpoint")
     draft.load_state_dict(tensors, assign=True)

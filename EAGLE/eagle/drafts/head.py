@@ -27,6 +27,7 @@ from eagle.drafts.compression import Compression
 from eagle.drafts.modules import MLP, Attention, Rotary, capped, top_children
 from eagle.kv_cache import KVCache
 from eagle.weight_layout import input_major, to_input_major_layout
+from llava.errors import UserError
 
 
 class Prompt(NamedTuple):
@@ -183,6 +184,9 @@ class DraftHead(nn.Module, ABC):
             self.draft_vocab = self.draft_vocab.to(self.device)
             if self.lm_head is None:
                 weight = cast(Tensor, head.weight)
+                if weight.ndim != 2 or not weight.is_floating_point():
+                    fix = "load a base whose lm_head is not quantized, or a draft without head_tokens"
+                    raise UserError("the draft copies rows of the base's lm_head, which is packed", fix=fix)
                 rows = weight[self.draft_vocab.to(weight.device)]  # [K, H]
                 self._draft_vocab_head = input_major(rows.to(self.device, self.dtype))
         to_input_major_layout(self)

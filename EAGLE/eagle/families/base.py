@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from eagle.attention import in_two_parts
+from eagle.attention import TwoParts, takes_two_parts, with_tree_attention
 from eagle.drafts.modules import capped
 from eagle.families.layers import FULL, LINEAR, SLIDING, attention_layers, position_limit
 from eagle.families.streams import StreamReader, Streams
@@ -404,12 +404,19 @@ class Target(ABC):
         sliding = within_window(mask, past, depths, self.layers.window)
         return {FULL: mask, SLIDING: sliding} if self.layers.by_type else sliding
 
-    def in_two_parts(self, mask: Tensor, past: Sequence[int]) -> AbstractContextManager[None]:
-        """Within it, `verify` attends to the cached rows without the mask where a layer sees all of them, see
-        `eagle.attention`. Arguments as for `masks_by_layer`."""
-        return in_two_parts(self.text_model.config, mask, min(past))
+    @property
+    def takes_two_parts(self) -> bool:
+        """Whether `verify` can attend to the cached rows without the mask (`eagle.attention`)."""
+        return takes_two_parts(self.text_model)
 
-    def verify(self, tokens: Tensor, positions: Tensor, mask: LayerMasks | None, cache: KVCache) -> Tensor:
+    def verify(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        mask: LayerMasks | None,
+        cache: KVCache,
+        two_parts: TwoParts | None = None,
+    ) -> Tensor:
         """One forward over the nodes of a tree, appended to the cache.
 
         Args:
@@ -417,18 +424,18 @@ class Target(ABC):
             positions: [B, N] position id of each node.
             mask: [B, 1, N, longest past + N] additive, by type of layer if the model has several (`masks_by_layer`).
                 None for a single node of a single sequence, which sees everything.
+            two_parts: for attention in two parts, if the model `takes_two_parts`.
 
         Returns:
             [B, N, H] hidden states after the final norm.
         """
-        output = self.text_model(
-            **self.token_reader()(tokens),
-            attention_mask=mask,
-            position_ids=self.text_positions(positions),
-            use_cache=True,
-            **{self.cache_argument: cache},
-        )
-        return output.last_hidden_state
+        text_model = self.text_model
+        given = {**self.token_reader()(tokens), self.cache_argument: cache, "use_cache": True}
+        given.update(attention_mask=mask, position_ids=self.text_positions(positions))
+        if two_parts is None:
+            return text_model(**given).last_hidden_state
+        with with_tree_attention(text_model.config):
+            return text_model(**given, two_parts=two_parts).last_hidden_state
 
     def head(self, hidden: Tensor) -> Tensor:
         """[..., H] → logits [..., V], as the stock model gives them."""

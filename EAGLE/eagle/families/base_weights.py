@@ -13,7 +13,7 @@ from eagle.families.registry import family_of
 from llava.errors import UserError
 from llava.files import read_object
 from llava.hub import Source
-from llava.weights import read_first
+from llava.weights import check_floats, read_first
 
 EMBED_NAMES = (
     "model.embed_tokens.weight",  # liuhaotian, Qwen2-VL
@@ -52,6 +52,7 @@ def load_base_tensors(path: str | Path, **hub: Any) -> BaseTensors:
         if not is_tied(config):
             raise UserError("no lm_head", where=path, fix=f"expected {' or '.join(HEAD_NAMES)}, or tie_word_embeddings")
         head = embed
+    check_floats({"the token embedding": embed, "lm_head": head}, path)
     if embed.shape != head.shape:
         raise UserError(f"embedding {list(embed.shape)} and lm_head {list(head.shape)} differ in shape", where=path)
     cap = (config.get("text_config") or {}).get("final_logit_softcapping")

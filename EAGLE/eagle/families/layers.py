@@ -24,6 +24,15 @@ FULL_ONLY = (
     "solar_open", "stablelm", "xglm",
 )  # fmt: skip
 """The same without sliding windows. A test compares every name of both lists with transformers' `generate`."""
+ALL_ALIKE = (
+    "doge", "ministral3", "mistral", "mixtral", "moshi", "phi3", "phimoe", "qwen3_moe", "starcoder2",
+)  # fmt: skip
+"""Those of `WITH_WINDOWS` whose layers are all sliding or all full: the model does not read ``layer_types``."""
+GEMMA4 = ("gemma4_text", "gemma4_unified_text")
+OWN_WINDOWS = (*GEMMA4, "qwen2_vl_text", "qwen2_5_vl_text")
+"""Text models of one family with sliding windows."""
+OWN_STATES = ("qwen3_5_text", "qwen3_5_moe_text")
+"""Text models of one family with linear attention."""
 STATIC_ROPE = ("default", "linear", "llama3", "yarn", "mrope", "proportional")
 """Kinds of rotary positions whose angles depend on the position alone."""
 TREE_FIX = "decode it with transformers' own generate"
@@ -53,23 +62,40 @@ def attention_layers(config: Any, own: Collection[str] = ()) -> AttentionLayers:
     Raises:
         UserError: its layers or rotary positions are not known to verify a draft tree exactly.
     """
-    check_text_type(config.model_type, own)
+    kind = config.model_type
+    check_text_type(kind, own)
+    if getattr(config, "is_heterogeneous", False) and kind not in GEMMA4:
+        raise UserError(f"layers of different sizes (per_layer_config) are not supported in '{kind}'", fix=TREE_FIX)
     check_rope(config)
-    layers = tuple(getattr(config, "layer_types", None) or ())
+    layers, window = tuple(getattr(config, "layer_types", None) or ()), getattr(config, "sliding_window", None)
     types = set(layers)
-    unknown = sorted(types - {FULL, LINEAR if config.model_type in own else SLIDING, SLIDING})
+    unknown = sorted(types - known_types(kind, window))
     if unknown:
-        raise UserError(f"layers of type {', '.join(unknown)} cannot verify a draft tree exactly", fix=TREE_FIX)
-    if getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision"):
+        what = f"layers of type {', '.join(unknown)} in '{kind}' with sliding_window {window}"
+        raise UserError(f"{what} cannot verify a draft tree exactly", fix=TREE_FIX)
+    seen_later = (None, False, "vision") if kind in GEMMA4 else (None, False)
+    is_causal = getattr(config, "is_causal", True)
+    if getattr(config, "use_bidirectional_attention", None) not in seen_later or not is_causal:
         raise UserError("attention to later tokens cannot verify a draft tree exactly", fix=TREE_FIX)
+    if not types and getattr(config, "attention_chunk_size", None) is not None:
+        raise UserError(f"attention in chunks of '{kind}' cannot verify a draft tree exactly", fix=TREE_FIX)
     if LINEAR in types:
-        return AttentionLayers(None, True, tuple(index for index, kind in enumerate(layers) if kind == LINEAR))
-    window = getattr(config, "sliding_window", None)
-    if SLIDING not in types if types else getattr(config, "use_sliding_window", True) is False:
+        return AttentionLayers(None, True, tuple(index for index, layer in enumerate(layers) if layer == LINEAR))
+    if types and SLIDING not in types:
         window = None
-    if window is not None and config.model_type in FULL_ONLY:
-        raise UserError(f"sliding windows of '{config.model_type}' cannot verify a draft tree exactly", fix=TREE_FIX)
-    return AttentionLayers(window, bool(types) and window is not None)
+    if window is not None and SLIDING not in known_types(kind, window):
+        raise UserError(f"sliding windows of '{kind}' cannot verify a draft tree exactly", fix=TREE_FIX)
+    return AttentionLayers(window, bool(types) and window is not None and kind not in ALL_ALIKE)
+
+
+def known_types(kind: str, window: int | None) -> set[str]:
+    """The types of layers of a text model that are verified as transformers runs them. ``window``: its
+    ``sliding_window``, without which no layer can be a sliding one."""
+    if kind in OWN_STATES:
+        return {FULL, LINEAR}
+    if not window or kind not in (*WITH_WINDOWS, *OWN_WINDOWS):
+        return {FULL}
+    return {SLIDING} if kind in ALL_ALIKE else {FULL, SLIDING}
 
 
 def rope_parts(config: Any) -> list[Mapping[str, Any]]:

@@ -8,17 +8,19 @@ from eagle.families.registry import FAMILIES, Family
 
 HEAD = """# Families of base models
 
-Written by `python -m eagle.families > docs/families.md` from `eagle.families.registry`.
+Written by `python -m eagle.families > docs/families.md` from `eagle.families.registry`. `FAMILY` and `MODEL` are
+settings of `scripts/3_allocate.sh` and `scripts/5_evaluate.sh`: the conversation template and lmms-eval's model.
 
-| models | checkpoints | `model_type` | media | drafts | compiled |
-|---|---|---|---|---|---|
+| models | checkpoints | `model_type` | `FAMILY`, `MODEL` | media | drafts | compiled |
+|---|---|---|---|---|---|---|
 """
 TAIL = """
 **Language model.** LLaVA, InternVL, LLaVA-OneVision and Mistral 3 may be built around any of {known} language models
 of transformers, {windows} of them with sliding windows (`eagle.families.layers`). The other families have their own.
 
 **Refused in one line when the model is loaded**: another `model_type` or language model; layers that are not full,
-sliding or (Qwen3.5) linear attention; attention kernels other than {attention}; models that the installed
+sliding or (Qwen3.5) linear attention; sliding windows, or `layer_types`, that the language model in transformers does
+not read; attention to later tokens; attention kernels other than {attention}; models that the installed
 transformers does not have; rotary positions other than {rope}.
 **Refused in one line with the prompt**: audio (Gemma 4), videos where the table has pictures only, and a video beside
 a picture (GLM, as in transformers). InternVL's processor gives videos as pictures.
@@ -42,7 +44,8 @@ def row(family: Family) -> str:
     checkpoints = ", ".join(f"`{name}`" for name in family.published)
     types = ", ".join(f"`{name}`" for name in family.model_types)
     drafts, compiled = ("chains", "no") if has_states else ("trees", "yes")
-    return f"| {family.title} | {checkpoints} | {types} | {media} | {drafts} | {compiled} |"
+    names = f"`{family.training_name}`, `{family.eval_model}`"
+    return f"| {family.title} | {checkpoints} | {types} | {names} | {media} | {drafts} | {compiled} |"
 
 
 def page() -> str:

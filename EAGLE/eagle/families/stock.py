@@ -21,9 +21,10 @@ from llava.hub import HUB_KEYS, Source
 from llava.image import load_image
 from llava.inputs import check_text
 from llava.loading import load_errors
+from llava.messages import check_written
 from llava.processor import flat_pictures
 from llava.processor_config import check_processor_files
-from llava.weights import check_size, find_weights, read_shapes
+from llava.weights import check_size, check_unquantised, find_weights, read_shapes
 
 Part = dict[str, Any]
 """A part of a message, as transformers' chat templates read it."""
@@ -47,7 +48,9 @@ class StockTarget(Target):
         processor = load_processor(path, **hub)
         source = Source.of(path, hub, "base model")
         config = load_config(path, **hub)
-        check_size(cls.model_class, config, read_shapes(find_weights(source)), path)
+        weights = find_weights(source)
+        check_size(cls.model_class, config, read_shapes(weights), path)
+        check_unquantised(config, weights)
         with quiet_transformers():
             check_generation_config(source, config.get_text_config().vocab_size)
             model, info = cls.model_class.from_pretrained(
@@ -163,7 +166,7 @@ def write_chat(
         settings: variables of the template, such as ``enable_thinking``.
 
     Raises:
-        UserError: the template refuses the conversation, such as its system prompt.
+        UserError: the template refuses the conversation, or leaves out a part of it, such as its system prompt.
     """
     messages = [] if system is None else [{"role": "system", "content": [text_part(system)]}]
     for question, answer in turns:
@@ -174,9 +177,12 @@ def write_chat(
     if not processor.chat_template:
         raise UserError("the base model has no chat template", fix="add the chat_template.jinja of its release")
     try:
-        return processor.apply_chat_template(messages, add_generation_prompt=is_open, tokenize=False, **settings)
+        text = processor.apply_chat_template(messages, add_generation_prompt=is_open, tokenize=False, **settings)
     except Exception as error:  # a template is a program: it may divide by zero
         raise UserError(f"chat template cannot write this conversation ({reason_of(error)})") from error
+    asked = [part["text"] for question, _ in turns for part in question if "text" in part]
+    check_written(text, asked if system is None else [system, *asked])
+    return text
 
 
 def without_marks(processor: Any, text: str) -> str:

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from eagle.arguments import DTYPES, count, positive
+from eagle.arguments import DTYPES, NO_SELF_CHECK, count, positive
 from eagle.families import TRAINING_NAMES
 from eagle.ge_data.folder import AUTO, Settings, finished, locked, missing, write_skipped
 from eagle.ge_data.progress import AllocationProgress, summary
@@ -88,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
     add("--shard-size", type=positive, default=64, help="records of a shard (default: 64)")
     add("--again", action="store_true", help="replace shards that skipped records whose pictures can be read by now")
     add("--batch-tokens", type=positive, help="maximal tokens of a forward, with padding (default: 8192, CPU 1024)")
+    add("--no-self-check", **NO_SELF_CHECK)
     own = made.add_argument_group("the model's own answers")
     own.add_argument("--regenerate", action="store_true", help="they replace the answers of the annotation file")
     own.add_argument("--msd-model", help="draft that speeds them up: folder or hub name (default: plain decoding)")
@@ -292,6 +293,7 @@ def job_of(options: argparse.Namespace, selection: Selection, answers: Answers |
         source=load_index(options.outdir, strict=False).source if any(options.outdir.glob(PATTERN)) else None,
         hidden_dtype=None if options.hidden_dtype == AUTO else options.hidden_dtype,
         answers=answers,
+        self_check=options.self_check,
     )
 
 

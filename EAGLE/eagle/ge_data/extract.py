@@ -18,13 +18,15 @@ import torch
 from torch import Tensor
 
 from eagle.conversations import Unusable
-from eagle.families import Target
+from eagle.decode.self_check import self_check
+from eagle.families import Target, load_target
 from eagle.families.template import Prepared, PromptOutline, Template
 from eagle.ge_data.reader import Reader, batches
 from eagle.ge_data.regenerate import Regenerator
 from eagle.ge_data.selection import Range, Selection
 from eagle.hidden_states.shards import DTYPES, Sample, ShardInfo, Skipped, Source, write_shard
 from eagle.hidden_states.source import Regeneration, commit_of, model_name
+from llava.errors import UserError
 
 THREADS = 4
 WRITERS = 3
@@ -130,6 +132,24 @@ class Extractor(Reader):
             elif isinstance(result, Sample):
                 samples.append((number, result))
         return write_shard(self.folder, *span, samples, skipped, self.source)
+
+
+def load_base(name: str, family: str | None, dtype: Any, device: torch.device | str, check: bool) -> Target:
+    """Loads the base model whose hidden states are read.
+
+    Args:
+        family: that of --model_type; None for any.
+        check: whether to do the self-check of `eagle.decode.self_check`: a draft would learn wrong states in silence.
+
+    Raises:
+        UserError: it cannot be loaded, is of another family, or fails the self-check.
+    """
+    target = load_target(name, dtype=dtype, device_map={"": device})
+    if family not in (None, target.family):
+        raise UserError(f"--model_type means a model of family {family}, this is {target.family}", name)
+    if check:
+        self_check(target)
+    return target
 
 
 def source_of(

@@ -44,7 +44,8 @@ class Answers:
 @dataclass(frozen=True)
 class Job:
     """The task of all workers. ``family``: given by --model_type; ``source``: of the existing shards; ``hidden_dtype``:
-    None for 16 bit; ``answers``: None for the answers of the data set."""
+    None for 16 bit; ``answers``: None for the answers of the data set; ``self_check``: test the base when it is loaded
+    for the first time."""
 
     model: str
     family: str
@@ -55,6 +56,7 @@ class Job:
     source: Source | None
     hidden_dtype: Literal["int8"] | None = None
     answers: Answers | None = None
+    self_check: bool = True
 
 
 @dataclass(frozen=True)
@@ -213,15 +215,13 @@ def _extractor(job: Job, device: str) -> Extractor:
 
     from eagle.decode.msd import MSDModel
     from eagle.drafts.checkpoint import load_draft
-    from eagle.families import load_target, template_of
-    from eagle.ge_data.extract import Extractor, fingerprint, source_of
+    from eagle.families import template_of
+    from eagle.ge_data.extract import Extractor, fingerprint, load_base, source_of
     from eagle.ge_data.regenerate import Regenerator
 
     if device != "cpu":
         torch.cuda.set_device(device)
-    target = load_target(job.model, dtype=job.dtype, device_map={"": device})
-    if target.family != job.family:
-        raise UserError(f"--model_type means a model of family {job.family}, this is {target.family}", job.model)
+    target = load_base(job.model, job.family, job.dtype, device, job.self_check)
     answers, draft, regeneration = job.answers, None, None
     if answers is not None:
         if answers.msd_model is not None:

@@ -55,6 +55,7 @@ MACHINE = (
 SHARED = ("step", "best", "history", "run")  # parts of the progress that are the same in all processes
 COMPARED = ("micro", "accumulation", "world", "epochs")
 """Settings of a run that `check_same_run` does not only compare for equality."""
+NOT_IN_OLDER_RUNS = ("bf16", "fp16", "gradient_clipping", "init")
 STATES = "states_"  # prefix of the names that describe a run's stored states
 
 DEEPSPEED_CLASSES = {
@@ -230,7 +231,7 @@ def check_same_run(progress: Progress, run: Mapping[str, Any], steps_per_epoch: 
         )
     for key in {**new, **old}:
         before, current = old.get(key), new.get(key)
-        unknown = key.startswith(STATES) and None in (before, current)  # as in older runs
+        unknown = (key.startswith(STATES) or key in NOT_IN_OLDER_RUNS) and None in (before, current)
         if before == current or unknown or key in ("accumulation", "world"):
             continue
         if key == "epochs" and new["epochs"] > old["epochs"]:

@@ -83,7 +83,6 @@ DEEPSPEED_KEYS = [
     "amp",
     "autotuning",
     "bf16",
-    "bfloat16",
     "checkpoint",
     "comet",
     "comms_logger",
@@ -165,6 +164,19 @@ PRECISION_KEYS = {
 """Keys of the sections that a run without DeepSpeed reads too."""
 
 
+PLAIN_KEYS = (
+    "bf16",
+    "fp16",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "steps_per_print",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "zero_optimization",
+)
+"""Keys that a run without DeepSpeed serves, or that change nothing in one process."""
+
+
 def read_deepspeed_config(path: str | Path) -> dict[str, Any]:
     """Reads DeepSpeed's config. Values "auto", which only Hugging Face's trainers fill in, count as not set.
 
@@ -176,6 +188,8 @@ def read_deepspeed_config(path: str | Path) -> dict[str, Any]:
     config = read_json(path, "DeepSpeed config")
     if not isinstance(config, dict):
         raise UserError("DeepSpeed config is not a JSON object", where=path)
+    if "bfloat16" in config:
+        raise UserError("'bfloat16' is an old name", where=path, fix='write "bf16": {"enabled": true}')
     reject_unknown(config, DEEPSPEED_KEYS, path)
     for key in ("optimizer", "scheduler"):
         if key in config:
@@ -228,6 +242,18 @@ def check_deepspeed_config(config: Mapping[str, Any], where: str | Path) -> None
                 where=where,
                 fix="leave it out",
             )
+
+
+def without_effect(config: Mapping[str, Any]) -> str | None:
+    """A line that names the settings which a run without DeepSpeed does not serve; None if there are none."""
+    names = [key for key in config if key not in PLAIN_KEYS]
+    return f"without DeepSpeed's launcher these settings have no effect: {', '.join(names)}" if names else None
+
+
+def precision(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of DeepSpeed's config, beside the batch sizes, that decide the losses."""
+    parts = {key: bool(config.get(key, {}).get("enabled")) for key in PRECISION_KEYS}
+    return {**parts, "gradient_clipping": float(config.get("gradient_clipping", 0.0))}
 
 
 def suit_device(config: dict[str, Any], main: bool) -> dict[str, Any]:

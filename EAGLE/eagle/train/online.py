@@ -20,9 +20,9 @@ from typing import Any, cast
 import torch
 from tqdm import tqdm
 
-from eagle.families import TRAINING_NAMES, Target, load_target, template_of
+from eagle.families import TRAINING_NAMES, Target, template_of
 from eagle.families.template import Prepared, Template
-from eagle.ge_data.extract import source_of
+from eagle.ge_data.extract import load_base, source_of
 from eagle.ge_data.reader import Reader
 from eagle.ge_data.selection import Selection, ignored_keys, shortened
 from eagle.hidden_states.index import Skipped, sha256
@@ -129,17 +129,15 @@ def load_corpus(
         layers_of: the layers whose input streams the draft reads, of so many.
 
     Raises:
-        UserError: a file or the base model cannot be read, it is of another family than --model_type, or no record can
-        be used.
+        UserError: a file or the base model cannot be read, it is of another family than --model_type or fails the
+        self-check, or no record can be used.
     """
     selections = {
         kind: Selection.of(path, kind, args.image_folder, config.max_length, config.seed)
         for kind, path in files.items()
     }
-    target = load_target(args.basepath, dtype=args.dtype, device_map={"": processes.device})
     wanted = None if args.model_type is None else TRAINING_NAMES[args.model_type]
-    if wanted not in (None, target.family):
-        raise UserError(f"--model_type means a model of family {wanted}, this is {target.family}", args.basepath)
+    target = load_base(args.basepath, wanted, args.dtype, processes.device, args.self_check)
     layers = layers_of(len(target.text_model.layers))
     check_embedding_scale(target, layers)
     template, source = template_of(target), source_of(target, args.basepath)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -18,10 +19,11 @@ from eagle.drafts.eagle3_config import Eagle3Config
 from eagle.drafts.head import TrainedHead
 from eagle.extras import require
 from eagle.families.base_weights import BaseTensors, load_base_tensors
+from eagle.ge_data.extract import fingerprint
 from eagle.questions import Question, read_questions
 from eagle.train.checkpoint import CheckpointStore, Progress, describe_run
 from eagle.train.dataset import TrainingData, load_stored
-from eagle.train.engine import Engine, PlainEngine, read_deepspeed_config, suit_device
+from eagle.train.engine import Engine, PlainEngine, precision, read_deepspeed_config, suit_device, without_effect
 from eagle.train.kinds import KINDS
 from eagle.train.objective import Objective
 from eagle.train.online import Processes, load_corpus
@@ -63,6 +65,7 @@ def run(args: argparse.Namespace, stack: ExitStack) -> None:
     else:
         folders = {TEXT: args.tmpdir_t, IMAGE: args.tmpdir_v}
         data = load_stored(folders, draft_config.hidden_size, base, config)
+    asked = precision(deepspeed_config)
     deepspeed_config = suit_device(deepspeed_config, main=rank == 0)
     sizes = BatchSizes.from_deepspeed(deepspeed_config, world, where=args.deepspeed_config)
     schedule = data.schedule(sizes, config)
@@ -70,7 +73,7 @@ def run(args: argparse.Namespace, stack: ExitStack) -> None:
     stack.callback(store.close)
     objective = build_objective(args, draft_config, base, config, data, main=rank == 0)
     engine = build_engine(objective, config, deepspeed_config, sizes)
-    progress = restore(args, store, engine, data, schedule, config)
+    progress = restore(args, store, engine, data, schedule, config, asked)
     if engine.is_main:
         print(schedule.describe(), flush=True)
         print(left_to_do(progress, schedule, config), flush=True)
@@ -223,6 +226,8 @@ def build_engine(
     objective: Objective[TrainedHead], config: TrainConfig, deepspeed_config: dict[str, Any], sizes: BatchSizes
 ) -> Engine:
     if not launched():
+        if (line := without_effect(deepspeed_config)) is not None:
+            print(line, flush=True)
         return PlainEngine(objective, config, deepspeed_config, sizes)
     from eagle.train.engine_deepspeed import DeepSpeedEngine
 
@@ -236,11 +241,13 @@ def restore(
     data: TrainingData,
     schedule: Schedule,
     config: TrainConfig,
+    asked: Mapping[str, Any],
 ) -> Progress:
-    """Progress of the interrupted run with ``--resume``, else a new one."""
+    """Progress of the interrupted run with ``--resume``, else a new one. ``asked``: by `precision`."""
     draft = engine.objective.draft.config.training_choices()
     sizes = {**asdict(schedule.sizes), "text": schedule.text, "image": schedule.image}
-    run = {**sizes, **draft, **config.fingerprint(), **data.run}
+    init = fingerprint(engine.objective.draft.fc.weight) if args.init else "none"
+    run = {**sizes, **draft, **config.fingerprint(), **data.run, **asked, "init": init}
     folder = store.latest() if args.resume else None
     if folder is None:
         if args.resume and engine.is_main:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
-from eagle.arguments import DTYPES, positive
+from eagle.arguments import DTYPES, NO_SELF_CHECK, positive
 from eagle.drafts.config import DraftConfig
 from eagle.drafts.eagle3_config import Eagle3Config, is_eagle3_config
 from eagle.families import TRAINING_NAMES
@@ -218,6 +218,7 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
     add("--model_type", choices=TRAINING_NAMES, help="the family that the base model must be of (default: any)")
     add("--dtype", choices=DTYPES, help="dtype of the base model (default auto, the checkpoint's)")
     add("--batch-tokens", type=positive, metavar="N", help="most tokens of its forward (default 8192, on a CPU 1024)")
+    add("--no-self-check", **NO_SELF_CHECK)
 
 
 def check_sources(args: argparse.Namespace) -> None:
@@ -230,6 +231,7 @@ def check_sources(args: argparse.Namespace) -> None:
     files = {"--annotations_t": args.annotations_t, "--annotations_v": args.annotations_v}
     others = {"--image-folder": args.image_folder, "--limit": args.limit, "--model_type": args.model_type}
     others.update({"--dtype": args.dtype, "--batch-tokens": args.batch_tokens})
+    others["--no-self-check"] = None if args.self_check else False
     wanted = files if args.online else stored
     fix = f"give {' or '.join(wanted)}, or both"
     for flag, value in (stored if args.online else {**files, **others}).items():

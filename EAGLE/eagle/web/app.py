@@ -23,7 +23,7 @@ from eagle.questions import Question
 from eagle.web.request import MAX_PICTURE, MAX_QUESTION, MAX_SIDE, AnswerRequest
 from eagle.web.stream import LAST, Answerer, Event
 from llava.errors import UserError
-from llava.files import unique_keys
+from llava.files import DuplicateKey, unique_keys
 
 FOLDER = Path(__file__).parent
 MAX_BODY = 32 * 2**20  # bytes of a request: a picture in base64 and a question
@@ -216,10 +216,12 @@ def parse(body: bytes, longest: int) -> AnswerRequest:
     """`AnswerRequest.from_json` of a body.
 
     Raises:
-        UserError: it is not JSON, or not such a request.
+        UserError: it is not JSON, has a key with two values, or is not such a request.
     """
     try:
         given = json.loads(body, object_pairs_hook=unique_keys)
+    except DuplicateKey as error:
+        raise UserError(str(error), fix="keep one of its values") from None
     except (ValueError, RecursionError):
         raise UserError("the request is not JSON") from None
     return AnswerRequest.from_json(given, longest)

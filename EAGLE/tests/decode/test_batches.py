@@ -122,10 +122,22 @@ def test_a_batch_cannot_be_streamed(model):
         model.generate(**prepare(model), max_new_tokens=4, streamer=TextStreamer(model.tokenizer))
 
 
-def test_the_batch_shares_the_nodes_of_one_tree():
-    assert TreeConfig(5, 10, 60).for_batch(1) == TreeConfig(5, 10, 60)
-    assert TreeConfig(5, 10, 60).for_batch(4) == TreeConfig(5, 3, 15)
-    assert TreeConfig(5, 10, 60).for_batch(100).total_tokens == 1
-    assert [TreeConfig(6, 3, 12).for_batch(batch).total_tokens for batch in (2, 5, 8, 30, 60)] == [12, 12, 7, 2, 1]
-    assert TreeConfig(6, 3, 12).for_batch(2) == TreeConfig(6, 3, 12)
-    assert TreeConfig(6, 3, 12).for_batch(8).top_k == 2
+@pytest.mark.parametrize(
+    ("tree", "device", "nodes"),
+    [
+        ((5, 10, 60), "cpu", {1: 60, 4: 15, 100: 1}),
+        ((6, 3, 12), "cpu", {2: 12, 5: 12, 8: 7, 30: 2, 60: 1}),
+        ((5, 10, 60), "cuda", {1: 60, 2: 60, 4: 32, 8: 16, 200: 1}),
+        ((10, 10, 200), "cuda", {1: 200, 8: 25}),
+    ],
+)
+def test_a_batch_shares_the_nodes_of_a_device(tree, device, nodes):
+    tree = TreeConfig(*tree)
+    assert {batch: tree.for_batch(batch, device).total_tokens for batch in nodes} == nodes
+    assert tree.for_batch(1, device) == tree
+
+
+def test_smaller_trees_are_narrower_too():
+    assert TreeConfig(5, 10, 60).for_batch(4, "cpu") == TreeConfig(5, 3, 15)
+    assert TreeConfig(6, 3, 12).for_batch(2, "cpu") == TreeConfig(6, 3, 12)
+    assert TreeConfig(6, 3, 12).for_batch(8, "cpu").top_k == 2

@@ -51,6 +51,25 @@ def test_rows_added_behind_the_drafts_come_from_the_base(target: Target, tmp_pat
     assert torch.equal(answers[1].sequences, wanted)
 
 
+@pytest.mark.parametrize(
+    ("how", "shared"),
+    [("equal", True), ("fewer rows", True), ("16 bit", False), ("one value differs", False), ("trained", False)],
+)
+def test_an_equal_embedding_is_stored_once(target: Target, tmp_path: Path, how: str, shared: bool) -> None:
+    draft = draft_of(target, tmp_path, -3 if how == "fewer rows" else 0)
+    if how == "16 bit":
+        draft.to(torch.bfloat16)
+    elif how == "one value differs":
+        draft.embed_tokens.weight.data[-1, -1] += 1e-3
+    elif how == "trained":
+        draft.embed_tokens.requires_grad_(True)
+    before, table = draft.embed_tokens.weight.clone(), target.model.get_input_embeddings().weight
+    check_compatible(target, draft)
+    own = draft.embed_tokens.weight
+    assert (own.data_ptr() == table.data_ptr()) is shared
+    assert torch.equal(own[: len(before)], before) and own.shape == table.shape
+
+
 @pytest.mark.parametrize("how", ["equal", "16 bit", "fewer rows", "other", "other width"])
 def test_an_lm_head_of_the_draft_is_compared_with_the_bases(
     target: Target, tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture

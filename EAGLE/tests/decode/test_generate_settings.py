@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,10 @@ import pytest
 import torch
 from tiny_draft import make_draft
 from tiny_llava import make_llava_hf
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin
 
 from eagle import MSDModel, TreeConfig
-from eagle.decode.generate_settings import NO_EFFECT, REFUSED, SERVED
+from eagle.decode.generate_settings import NO_EFFECT, REFUSED, REFUSED_ARGUMENTS, SERVED
 from eagle.decode.sampling import SamplingSettings
 from eagle.drafts.checkpoint import load_draft
 from eagle.families import load_target
@@ -35,6 +36,43 @@ def test_every_setting_of_transformers_is_in_one_list() -> None:
     assert sum(map(len, lists)) == len(set.union(*lists))
     known = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
     assert known - set.union(*lists) == set()
+    arguments = set(signature(GenerationMixin.generate).parameters) - {"self", "kwargs", "use_model_defaults"}
+    served = {"generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer"}
+    assert arguments == served | set(REFUSED_ARGUMENTS)
+
+
+def test_none_switches_off_a_setting_of_the_checkpoint(model: MSDModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in transformers, where a None of the call wins."""
+    inputs = model.target.prepare(PROMPTS[0])
+    own, generate = model.target.model.generation_config, model.target.model.generate
+    first = generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
+    for name, value in (("repetition_penalty", 1.8), ("suppress_tokens", first[:1]), ("eos_token_id", first[1])):
+        with monkeypatch.context() as patch:
+            patch.setattr(own, name, value)
+            outputs = []
+            for settings in ({}, {name: None}):
+                settings |= {"max_new_tokens": 8, "do_sample": False}
+                outputs.append(model.generate(**inputs, **settings).sequences)
+                assert torch.equal(outputs[-1], generate(**inputs, **settings)), (name, settings)
+            assert outputs[1][0, inputs["input_ids"].shape[1] :].tolist() == first
+            assert not torch.equal(outputs[0], outputs[1]), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"assistant_model": torch.nn.Linear(1, 1)}, "assistant_model: MSD has its own draft"),
+        ({"negative_prompt_ids": torch.ones(1, 2).long()}, "negative_prompt_ids: "),
+        ({"synced_gpus": True}, "synced_gpus: "),
+        ({"custom_generate": "owner/name"}, "custom_generate: "),
+        ({"generation_config": {"max_new_tokens": 4}}, "give a GenerationConfig"),
+        ({"num_beams": "2"}, "num_beams='2': "),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_arguments_that_would_be_ignored_are_refused(model: MSDModel, arguments: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        model.generate(**model.target.prepare(PROMPTS[1]), max_new_tokens=4, do_sample=False, **arguments)
 
 
 @pytest.mark.parametrize(

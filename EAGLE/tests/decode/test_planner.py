@@ -123,7 +123,7 @@ def test_which_tree_a_model_takes(base: Path) -> None:
     assert MSDModel(target).tree == MSDModel(target, tree="auto").tree == auto
     assert MSDModel(target, tree="fixed").tree == MSDModel(target, compile="eager").tree == fixed
     assert MSDModel(target, tree=TreeConfig(2, 2, 5)).tree == TreeConfig(2, 2, 5)
-    assert MSDModel(target).tree_for(2) == fixed.for_batch(2)
+    assert MSDModel(target).tree_for(2) == fixed.for_batch(2, "cpu")
     with pytest.raises(UserError, match='give "auto", "fixed"'):
         MSDModel(target, tree="fast")  # type: ignore[arg-type]
 

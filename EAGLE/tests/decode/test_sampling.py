@@ -230,3 +230,23 @@ def test_scores_on_another_device_than_the_prompt(do_sample: bool) -> None:
         sampler = Sampler(processors, do_sample)
         chosen = sampler.sample(torch.zeros(3, 20, dtype=torch.bfloat16, device="cuda:1"), prefix, noise)
         assert chosen.shape == (3,)
+
+
+@pytest.mark.parametrize(
+    ("sharpness", "top_k", "sorts"), [(4.0, None, False), (4.0, 50, False), (0.1, None, True)], ids=str
+)
+@pytest.mark.parametrize("top_p", [0.0, 0.5, 0.95])
+def test_top_p_is_that_of_transformers_without_a_full_sort(
+    monkeypatch: pytest.MonkeyPatch, sharpness: float, top_k: int | None, sorts: bool, top_p: float
+) -> None:
+    """A flat distribution, whose best tokens do not hold the mass, is sorted."""
+    logits = sharpness * torch.randn(6, 20_000, generator=torch.Generator().manual_seed(1))
+    processors = LogitsProcessorList([hf.TopPLogitsWarper(top_p)])
+    if top_k is not None:
+        processors.insert(0, hf.TopKLogitsWarper(top_k))
+    prefix, real, sorted_rows = torch.zeros(1, 1, dtype=torch.long), torch.sort, []
+    wanted = processors(prefix.expand(6, -1), logits.clone())
+    monkeypatch.setattr(torch, "sort", lambda *given, **how: (sorted_rows.append(1), real(*given, **how))[1])
+    sampler = Sampler(processors, do_sample=True)
+    assert sampler.row_wise and torch.equal(sampler.scores(logits, prefix), wanted)
+    assert bool(sorted_rows) is (sorts and top_p > 0)

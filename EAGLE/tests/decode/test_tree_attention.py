@@ -16,7 +16,14 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from eagle import MSDModel, TreeConfig, attention
-from eagle.attention import TREE_ATTENTION, in_two_parts, plain_attention, tree_attention, two_part_attention
+from eagle.attention import (
+    TREE_ATTENTION,
+    TwoParts,
+    plain_attention,
+    tree_attention,
+    two_part_attention,
+    with_tree_attention,
+)
 from eagle.decode.adaptive import cost
 from eagle.decode.masks import MaskBuffer
 from eagle.drafts.checkpoint import load_draft
@@ -110,15 +117,21 @@ def test_what_two_parts_do_not_know_is_left_to_sdpa(
 ) -> None:
     """A setting, or another mask than that of the forward, as of a sliding window."""
     *given, mask = parts([30], chain(5), 4, 2, torch.float32)
-    config, seen = SimpleNamespace(_attn_implementation="sdpa"), []
-    monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *args, **kwargs: seen.append(args[4]))
+    seen: list[Any] = []
+    monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *args, **kwargs: seen.append((args[4], kwargs)))
     own = mask if other else mask.clone()
-    with in_two_parts(config, mask, 30):
-        assert config._attn_implementation == TREE_ATTENTION
-        tree_attention(torch.nn.Identity(), *given, own, **other)
-    assert config._attn_implementation == "sdpa" and len(seen) == 1 and seen[0] is own and not counted
+    tree_attention(torch.nn.Identity(), *given, own, two_parts=TwoParts(mask, 30), **other)
+    assert len(seen) == 1 and seen[0][0] is own and seen[0][1].items() >= other.items() and not counted
     tree_attention(torch.nn.Identity(), *given, mask)
-    assert len(seen) == 2, "outside of a tree forward"
+    assert len(seen) == 2, "a forward that does not ask for two parts, as of another thread"
+
+
+def test_the_attention_of_the_model_is_restored() -> None:
+    config = SimpleNamespace(_attn_implementation="sdpa")
+    with pytest.raises(RuntimeError), with_tree_attention(config):
+        assert config._attn_implementation == TREE_ATTENTION
+        raise RuntimeError
+    assert config._attn_implementation == "sdpa"
 
 
 @pytest.fixture(scope="module", params=[make_llava_hf, make_qwen, make_gemma3], ids=["llava", "qwen2_vl", "gemma3"])

@@ -9,7 +9,7 @@ import torch
 from accelerate import dispatch_model
 from pretended_gpu import PretendedGPU
 
-from eagle import MSDModel
+from eagle import MSDModel, TreeConfig
 from eagle.decode.adaptive.planner import Acceptance
 from eagle.drafts.compression import Compression
 
@@ -30,10 +30,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "no image rows": {"temperature": 0.0, "compression": Compression(0)},
     "pooled": {"temperature": 0.0, "compression": Compression(2)},
 }  # fmt: skip
+TREE = TreeConfig(5, 4, 15)  # by default those of a batch are larger on a GPU
 BATCHES: dict[str, dict[str, Any]] = {
-    "greedy": {"temperature": 0.0},
-    "seeds": {"temperature": 1.0, "seed": [3, 5]},
-    "penalty": {"temperature": 1.0, "repetition_penalty": 1.2, "seed": [3, 5]},
+    "greedy": {"temperature": 0.0, "tree": TREE},
+    "seeds": {"temperature": 1.0, "seed": [3, 5], "tree": TREE},
+    "penalty": {"temperature": 1.0, "repetition_penalty": 1.2, "seed": [3, 5], "tree": TREE},
 }
 ONE = [("llava", name) for name in SETTINGS]
 ONE += [("qwen2_vl", name) for name in ("greedy", "seed", "penalty, sampled", "pooled")]

@@ -94,6 +94,13 @@ def test_every_tensor_that_does_not_fit_is_named(tmp_path, change, message):
         load_draft(write(tmp_path, change=change))
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_a_tensor_without_floats_is_refused(tmp_path, dtype):
+    folder = write(tmp_path, kind="safetensors", change=lambda t: t.update({"fc.weight": t["fc.weight"].to(dtype)}))
+    with pytest.raises(UserError, match=f"fc.weight has values of {str(dtype)[6:]}: .*model.safetensors"):
+        load_draft(folder)
+
+
 @pytest.mark.parametrize("name", ["layers.0.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq", "lm_head.weight"])
 @pytest.mark.parametrize("kind", ["bin", "safetensors"])
 def test_a_tensor_that_a_draft_does_not_need_is_left_out(tmp_path, kind, name, caplog):

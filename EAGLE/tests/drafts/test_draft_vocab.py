@@ -60,6 +60,15 @@ def test_the_most_frequent_tokens_that_occur() -> None:
     assert most_frequent(counts, 6)[0].tolist() == [1, 4, 2, 5]
 
 
+def test_a_packed_head_has_no_rows_to_copy(draft: Path) -> None:
+    """As that of a base in 4 bit."""
+    write_draft_vocab(draft, torch.tensor([3, 4]))
+    packed = torch.nn.Module()
+    packed.weight = torch.zeros(64, 1, dtype=torch.uint8)  # type: ignore[assignment]
+    with pytest.raises(UserError, match="lm_head, which is packed"):
+        load_draft(draft).prepare_for_decoding(packed)
+
+
 @pytest.mark.parametrize("broken", ["missing", "no safetensors", "outside", "empty"])
 def test_a_broken_part_is_one_clear_line(draft: Path, broken: str) -> None:
     write_draft_vocab(draft, torch.tensor([3, 4]))

@@ -80,6 +80,10 @@ def test_errors_say_what_is_wrong(tmp_path):
     write(tmp_path, NAMES[0], "safetensors", True, head=False)
     with pytest.raises(UserError, match="no lm_head"):
         load_base_tensors(tmp_path)
+    write(tmp_path, NAMES[0], "safetensors", True)
+    save_file({"lm_head.weight": HEAD.to(torch.int8)}, tmp_path / "model-2.safetensors")
+    with pytest.raises(UserError, match="lm_head has values of int8"):
+        load_base_tensors(tmp_path)
     (tmp_path / "model-0.safetensors").write_bytes(b"broken")
     with pytest.raises(UserError, match="damaged or truncated"):
         load_base_tensors(tmp_path)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from corpus_support import turns
 from tiny_llava import make_image, make_liuhaotian, make_llava_hf
+from tiny_stock import make_qwen
 
 from eagle.conversations import Unusable, read_conversation
 from eagle.decode.msd import MSDModel
 from eagle.families import Target, load_target, template_of
 from eagle.ge_data.regenerate import ConversationState
+from llava.errors import UserError
 
 LLAVA_HF = (  # as published with llava-hf's checkpoints: no end token after an answer
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
@@ -86,8 +89,6 @@ def test_training_learns_what_is_asked_and_the_end_token(tmp_path: Path, templat
 
 
 def test_a_template_that_refuses_a_system_prompt_is_named(tmp_path: Path) -> None:
-    from llava import UserError
-
     target = with_template(tmp_path / "base", NO_SYSTEM)
     assert target.chat_prompt("What?") == "<|user|>What?</s>\n<|assistant|>"
     with pytest.raises(UserError, match="no system role"):
@@ -95,6 +96,33 @@ def test_a_template_that_refuses_a_system_prompt_is_named(tmp_path: Path) -> Non
     row: dict[str, Any] = {"conversations": turns("q", "a"), "system": "Be brief."}
     with pytest.raises(Unusable, match="template"):
         template_of(target).prepare(read_conversation(row, 0), tmp_path, 500)
+
+
+WITHOUT_SYSTEM = "{% for message in messages if message['role'] != 'system' %}" + TEXT_ONLY.split("%}", 1)[1]
+
+
+@pytest.mark.parametrize("make", [make_llava_hf, make_qwen])
+def test_a_template_that_leaves_out_a_system_prompt_is_refused(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    folder = make(tmp_path / "base")
+    parts = LLAVA_HF.replace("<image>\\n", "<|vision_start|><|image_pad|><|vision_end|>")
+    template = parts.replace("for message in messages", "for message in messages if message['role'] != 'system'")
+    (folder / "chat_template.jinja").write_text(WITHOUT_SYSTEM if make is make_llava_hf else template)
+    target = load_target(folder, dtype="float32")
+    assert "What?" in target.chat_prompt("What?")
+    with pytest.raises(UserError, match=r"chat template leaves out 'Be brief\.'"):
+        target.chat_prompt("What?", system="Be brief.")
+    row: dict[str, Any] = {"conversations": turns("q", "a"), "system": "Be brief."}
+    with pytest.raises(Unusable, match="template"):
+        template_of(target).prepare(read_conversation(row, 0), tmp_path, 500)
+
+
+def test_a_template_of_texts_where_parts_are_needed_is_refused(tmp_path: Path) -> None:
+    """It would write the list of parts as Python does."""
+    folder = make_qwen(tmp_path / "base")
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    (folder / "chat_template.jinja").write_text(TEXT_ONLY.replace("{{ bos_token }}", "").replace(" + '</s>'", ""))
+    with pytest.raises(UserError, match="chat template is for texts"):
+        load_target(folder, dtype="float32").chat_prompt("What?")
 
 
 def test_generation_uses_it(tmp_path: Path) -> None:

@@ -50,6 +50,27 @@ def test_a_broken_tensor_is_named(family: str, part: str, how: str, tmp_path: Pa
     assert name.split(".")[-2] in str(raised.value) and "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("family", ["llava_hf", "llava, original", "qwen2_vl"])
+def test_a_quantised_weight_without_a_word_in_the_config_is_refused(
+    family: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """transformers would take its numbers as they are."""
+    folder = MAKERS[family](tmp_path / "base")
+    done = False
+    for path in (*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("pytorch_model*.bin"))):
+        tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+        for name in [each for each in tensors if each.endswith("layers.1.mlp.up_proj.weight") and "vis" not in each]:
+            tensors[name], done = tensors[name].to(dtype), True
+        if path.suffix == ".safetensors":
+            save_file(tensors, path, metadata={"format": "pt"})
+        else:
+            torch.save(tensors, path)
+    assert done
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight has values of .*names no quantisation"):
+        load_target(folder, dtype=torch.float32)
+
+
 @pytest.mark.parametrize("family", MAKERS)
 def test_a_whole_checkpoint_loads(family: str, tmp_path: Path) -> None:
     load_target(MAKERS[family](tmp_path / "base"), dtype=torch.float32)

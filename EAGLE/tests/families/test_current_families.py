@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,12 @@ import transformers
 from corpus_support import turns
 from packaging.version import Version
 from tiny_draft import make_draft
-from tiny_families import FAMILY_MAKERS
-from tiny_llava import make_image, make_llava_hf
-from tiny_stock import make_llava_next, make_qwen
+from tiny_families import ALL_MAKERS, FAMILY_MAKERS
+from tiny_llava import make_image
 from torch._dynamo.utils import counters
 from transformers.video_utils import VideoMetadata
 
-from eagle import MSDModel, TreeConfig
+from eagle import MSDModel, TreeConfig, attention
 from eagle.conversations import read_conversation
 from eagle.drafts.checkpoint import load_draft
 from eagle.families import family_named, load_target, template_of
@@ -28,13 +26,6 @@ from eagle.families.template import join_images
 from llava.errors import UserError
 
 MAKERS = {name: make for name, make in FAMILY_MAKERS.items() if not name.startswith("qwen3_5")}
-ALL_MAKERS = {
-    "llava": make_llava_hf,
-    "llava_next": make_llava_next,
-    "qwen2_vl": make_qwen,
-    "qwen2_5_vl": partial(make_qwen, version="2.5"),
-    **FAMILY_MAKERS,
-}
 TREES = [TreeConfig(5, 10, 60), TreeConfig(2, 2, 6)]
 SIZES = [(50, 34), (112, 30), (64, 100)]
 WORDS = [
@@ -134,6 +125,16 @@ def test_the_picture_matters(model: MSDModel) -> None:
     """Otherwise equality above would say nothing about pictures."""
     first, second = (model.target.prefill(asked(model, "What?", 1, index)).hidden[0, -1] for index in (0, 2))
     assert (first - second).norm() > 1e-3 * first.norm()
+
+
+def test_attention_in_two_parts_gives_the_same(model: MSDModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers of each family are handed what it needs."""
+    real, calls = attention.two_part_attention, []
+    monkeypatch.setattr(attention, "two_part_attention", lambda *given: (calls.append(given[4]), real(*given))[1])
+    parts = MSDModel(model.target, model.draft, TREES[1], tree_attention="two-part")
+    inputs = asked(model, "Which of these can you count?", 2)
+    check(parts, inputs, length=12)
+    assert calls and min(calls) >= inputs["input_ids"].shape[1]
 
 
 @pytest.mark.slow

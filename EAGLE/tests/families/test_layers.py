@@ -25,7 +25,14 @@ from transformers import (
 from eagle import MSDModel, TreeConfig
 from eagle.drafts.checkpoint import load_draft
 from eagle.families import load_target
-from eagle.families.layers import attention_layers, position_limit
+from eagle.families.layers import (
+    ALL_ALIKE,
+    OWN_STATES,
+    OWN_WINDOWS,
+    AttentionLayers,
+    attention_layers,
+    position_limit,
+)
 from eagle.families.llava.target import LlavaTarget
 from llava import UserError
 
@@ -36,7 +43,7 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 TREES = [TreeConfig(5, 10, 60), TreeConfig(2, 2, 6)]
 LANGUAGE_MODELS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
-    "mistral": (MistralConfig, {}),
+    "mistral": (MistralConfig, {"use_sliding_window": False}),  # which transformers does not read
     "phi3": (Phi3Config, {"pad_token_id": 0}),
     "qwen2": (Qwen2Config, {"use_sliding_window": True, "max_window_layers": 2}),
     "qwen2, all layers": (Qwen2Config, {"use_sliding_window": True, "max_window_layers": 0}),
@@ -109,6 +116,13 @@ def test_a_batch_past_the_window(model: MSDModel) -> None:
         assert tokens == expected[0, alone["input_ids"].shape[1] :].tolist()
 
 
+def layers(kind: str, *types: str, **settings: Any) -> SimpleNamespace:
+    return SimpleNamespace(model_type=kind, layer_types=list(types) or None, **settings)
+
+
+OWN = (*OWN_WINDOWS, *OWN_STATES, "qwen3_vl_text", "glm4v_text", "paddleocr_vl_text")
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [
@@ -121,16 +135,43 @@ def test_a_batch_past_the_window(model: MSDModel) -> None:
             ),
             "type 'longrope'",
         ),
-        (SimpleNamespace(layer_types=["linear_attention"], model_type="llama"), "layers of type linear_attention"),
-        (SimpleNamespace(sliding_window=8, model_type="llama"), "sliding windows of 'llama'"),
-        (SimpleNamespace(model_type="other"), "'other' is not known"),
-        (SimpleNamespace(model_type="gemma2", use_bidirectional_attention=True), "attention to later tokens"),
+        (layers("llama", "linear_attention"), "layers of type linear_attention"),
+        (layers("llama", "chunked_attention"), "layers of type chunked_attention"),
+        (layers("llama", "sliding_attention", sliding_window=8), "layers of type sliding_attention in 'llama'"),
+        (layers("llama", sliding_window=8), "sliding windows of 'llama'"),
+        (layers("llama", attention_chunk_size=8), "attention in chunks of 'llama'"),
+        (layers("llama", is_heterogeneous=True), "layers of different sizes"),
+        (layers("llama", is_causal=False), "attention to later tokens"),
+        (layers("gemma2", use_bidirectional_attention=True), "attention to later tokens"),
+        (layers("gemma3_text", use_bidirectional_attention="vision"), "attention to later tokens"),
+        (layers("other"), "'other' is not known"),
+        # the model does not read layer_types, and the cache of generate does
+        (layers("mistral", "full_attention", sliding_window=8), "full_attention in 'mistral' with sliding_window 8"),
+        (layers("phi3", "sliding_attention", sliding_window=None), "sliding_attention in 'phi3' with sliding_window"),
+        (layers("mistral", sliding_window=0), "sliding windows of 'mistral'"),
+        # the model cannot run such layers, or runs them as full ones
+        (layers("qwen2", "sliding_attention", sliding_window=None), "sliding_attention in 'qwen2' with sliding_wi"),
+        (layers("qwen3_5_text", "sliding_attention", sliding_window=8), "sliding_attention in 'qwen3_5_text'"),
+        (layers("qwen3_5_moe_text", "sliding_attention", sliding_window=8), "in 'qwen3_5_moe_text'"),
+        (layers("qwen3_vl_text", "sliding_attention", sliding_window=8), "sliding_attention in 'qwen3_vl_text'"),
+        (layers("qwen3_vl_text", "linear_attention"), "layers of type linear_attention in 'qwen3_vl_text'"),
+        (layers("glm4v_text", sliding_window=8), "sliding windows of 'glm4v_text'"),
+        (layers("paddleocr_vl_text", "sliding_attention", sliding_window=8), "in 'paddleocr_vl_text'"),
+        (layers("gemma4_text", "linear_attention", sliding_window=8), "linear_attention in 'gemma4_text'"),
     ],
-    ids=["dynamic", "longrope", "linear attention", "unknown window", "unknown model", "later tokens"],
+    ids=lambda value: value if isinstance(value, str) else value.model_type,
 )  # fmt: skip
 def test_what_cannot_be_exact_is_refused(config: Any, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        attention_layers(config)
+        attention_layers(config, OWN)
+
+
+@pytest.mark.parametrize("kind", ALL_ALIKE)
+def test_layers_that_are_all_alike(kind: str) -> None:
+    """`generate` keeps the rows of a cache by layer_types, where a config has them."""
+    for types, window in (((), 8), ((), None), (["sliding_attention"] * 2, 8), (["full_attention"] * 2, None)):
+        found = attention_layers(layers(kind, *types, sliding_window=window, use_sliding_window=False))
+        assert found == AttentionLayers(window, by_type=False)
 
 
 @pytest.mark.parametrize("kind", ["linear", "yarn", "llama3", "default"])

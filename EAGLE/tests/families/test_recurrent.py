@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_draft import make_draft
 from tiny_families import make_qwen3_5
 from tiny_llava import make_image
+from transformers.video_utils import VideoMetadata
 
 from eagle import MSDModel, TreeConfig
 from eagle.decode.decoder import Decoder
@@ -106,6 +108,18 @@ def test_sequences_of_a_batch_keep_their_own_states(model: MSDModel, know: Any) 
     know(answers, [5, 0, 2, 1, 5, 3, 4])
     output = model.generate(**model.target.prepare(prompts), max_new_tokens=LENGTH, temperature=0.0)
     assert output.tokens == answers and sum(output.stats.accept_lengths) > LENGTH
+
+
+def test_a_video(model: MSDModel, know: Any) -> None:
+    frames = np.random.default_rng(0).integers(0, 255, (4, 56, 84, 3), dtype=np.uint8)
+    known = VideoMetadata(total_num_frames=4, fps=2.0, frames_indices=[0, 1, 2, 3])
+    text = "user <|vision_start|><|video_pad|><|vision_end|> What happens? assistant"
+    inputs = model.target.prepare(text, [], videos=[frames], video_metadata=[known], do_sample_frames=False)
+    answer = plain(model, inputs)
+    know([answer], [1, 3, 0])
+    assert model.generate(**inputs, max_new_tokens=LENGTH, temperature=0.0).tokens[0] == answer
+    inputs["pixel_values_videos"] = -inputs["pixel_values_videos"]
+    assert plain(model, inputs) != answer
 
 
 def test_a_tree_becomes_a_chain(model: MSDModel) -> None:

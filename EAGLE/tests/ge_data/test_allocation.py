@@ -17,8 +17,9 @@ from corpus_support import Write, allocate, command, image_record, rows_of, text
 from tiny_llava import make_llava_hf
 
 from eagle.conversations import read_conversation
+from eagle.decode.self_check import self_check
 from eagle.families import Target, template_of
-from eagle.ge_data import allocation, inspect, reader
+from eagle.ge_data import allocation, extract, inspect, reader
 from eagle.ge_data.extract import Extractor, source_of
 from eagle.ge_data.folder import locked, missing
 from eagle.ge_data.reader import Reader, batches, collate
@@ -80,6 +81,23 @@ def test_fewer_records_than_are_stored(
         errors = capsys.readouterr().err
         assert ("5 records are stored here and 2 were asked for: all stay" in errors) == told, errors
     assert len(ShardDataset(tmp_path / "out")) == 7
+
+
+def test_a_base_that_the_engine_does_not_read_exactly_is_refused(
+    base: Path, annotations: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its states would be stored in silence. Here the positions are wrong."""
+    monkeypatch.setenv("MSD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(extract, "self_check", self_check)
+    right = Target.prompt_positions
+    monkeypatch.setattr(Target, "prompt_positions", lambda *given: (right(*given)[0] * 2, right(*given)[1] * 2))
+    data = annotations(mixed_rows())
+    assert allocate(base, data, tmp_path / "out", "t", "--dtype", "float32") == 2
+    assert "logits of the engine differ" in capsys.readouterr().err and not list(
+        (tmp_path / "out").glob("*.safetensors")
+    )
+    assert allocate(base, data, tmp_path / "out", "t", "--dtype", "float32", "--no-self-check") == 0
+    assert not (tmp_path / "cache" / "self-checks").exists()
 
 
 def test_another_picture_gives_other_states(base: Path, annotations: Write, pictures: Path, tmp_path: Path) -> None:

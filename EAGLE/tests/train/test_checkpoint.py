@@ -47,7 +47,8 @@ def test_code_is_refused_and_does_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-RUN = {"micro": 2, "accumulation": 4, "world": 1, "text": 10, "image": 8, "epochs": 4, "noise": 0.2}
+RUN = {"micro": 2, "accumulation": 4, "world": 1, "text": 10, "image": 8, "epochs": 4, "noise": 0.2,
+       "bf16": True, "gradient_clipping": 0.5}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -67,6 +68,9 @@ RUN = {"micro": 2, "accumulation": 4, "world": 1, "text": 10, "image": 8, "epoch
         ({"epochs": 6}, 7, "had epochs=4, this one has 6.*finish the 4 epochs first"),
         ({"epochs": 3}, 8, "had epochs=4, this one has 3"),
         ({"noise": 0.1}, 8, "had noise=0.2, this one has 0.1"),
+        ({"bf16": False}, 3, "had bf16=True, this one has False"),
+        ({"gradient_clipping": 1.0}, 3, "had gradient_clipping=0.5, this one has 1.0"),
+        ({"fp16": False}, 3, None),  # not known of older runs
     ],
 )
 def test_what_a_resumed_run_may_change(change: dict[str, Any], step: int, told: str | None, tmp_path: Path) -> None:

@@ -52,9 +52,12 @@ def command(arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.by_hand)])
 def test_deepspeed_command_and_resume(command, tmp_path, processes):
-    """Stopped and resumed, between two logs."""
+    """Stopped and resumed, between two logs. The state does not have the frozen embedding, which is the base's."""
     assert f"x {processes} processes" in launch(command(processes, "whole", log_every=3))
     launch(command(processes, "parts", "--max-steps", "2", log_every=3))
+    file, *_ = (tmp_path / "parts").glob("step-*/state/state/mp_rank_*_model_states.pt")
+    saved = torch.load(file, weights_only=False)["module"]
+    assert "draft.fc.weight" in saved and "draft.embed_tokens.weight" not in saved
     assert "resumed after step 2" in launch(command(processes, "parts", "--resume", log_every=3))
     assert load_draft(tmp_path / "whole" / "final").fc.weight.dtype == torch.bfloat16
     assert_same_curve(tmp_path / "whole", tmp_path / "parts")
@@ -79,6 +82,32 @@ def test_resumed_with_another_number_of_processes(arguments, tmp_path, stage, fi
     drafts = [load_draft(tmp_path / name / "final").state_dict() for name in ("whole", "parts")]
     for name, weight in drafts[0].items():
         torch.testing.assert_close(drafts[1][name], weight, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow  # imports DeepSpeed
+def test_it_says_once_that_deepspeed_compiles_and_with_what(tmp_path, monkeypatch, capsys):
+    """Only the main process, and only where the operation is not compiled yet."""
+    engine = pytest.importorskip("eagle.train.engine_deepspeed")
+    if engine.get_accelerator().device_name() != "cpu":
+        pytest.skip("compiles nothing with this accelerator")
+    folder = tmp_path / "extensions"
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
+    monkeypatch.setenv("CXX", "g++")
+    capsys.readouterr()  # what DeepSpeed says when it is imported
+    engine.check_compiler(main=False)
+    assert not capsys.readouterr().out
+    engine.check_compiler(main=True)
+    (line,) = capsys.readouterr().out.splitlines()
+    operation = re.fullmatch(
+        rf"DeepSpeed compiles (\w+) with g\+\+, once on a machine, into {re.escape(str(folder))}: "
+        "this takes one to three minutes without further output", line,
+    )  # fmt: skip
+    assert operation is not None, line
+    compiled = folder / "py3_cpu" / operation[1] / f"{operation[1]}.so"
+    compiled.parent.mkdir(parents=True)
+    compiled.touch()
+    engine.check_compiler(main=True)
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ def test_auto_is_not_set(tmp_path: Path) -> None:
         ({"bf16": {"enable": True}}, "did you mean 'enabled'"),
         ({"fp16": {"enabled": False, "loss_scal": 0}}, "did you mean 'loss_scale'"),
         ({"gradient_clipping": "0.5"}, "give a number"),
+        ({"bfloat16": {"enabled": True}}, 'write "bf16": {"enabled": true}'),
         ({"gradient_clippin": 0.5}, "did you mean 'gradient_clipping'"),
         ({"optimizer": {"type": "AdamW"}}, "'train' section"),
     ],
@@ -64,6 +65,35 @@ def test_what_cannot_work_is_one_line(tmp_path: Path, change: dict[str, Any], sa
     with pytest.raises(UserError) as raised:
         read(tmp_path, GOOD | change)
     assert said in str(raised.value) and "ds.json" in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_without_deepspeed_the_settings_without_effect_are_named(
+    arguments: Callable[..., list[str]], run: Callable[[list[str]], int], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    for more, said in (({"wandb": {"enabled": True}, "torch_autocast": {"enabled": True}}, True), ({}, False)):
+        (tmp_path / "own.json").write_text(json.dumps({**GOOD, "bf16": {"enabled": False}, **more}))
+        argv = arguments(f"ck{said}", "--tracker", "none", "--max-steps", "1", deepspeed=tmp_path / "own.json")
+        assert run(argv) == 0
+        assert ("these settings have no effect: wandb, torch_autocast\n" in capsys.readouterr().out) == said
+
+
+def test_another_precision_or_clipping_is_not_resumed(
+    arguments: Callable[..., list[str]], run: Callable[[list[str]], int], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    config = tmp_path / "own.json"
+
+    def call(change: dict[str, Any], *extra: str) -> int:
+        config.write_text(json.dumps({**GOOD, "bf16": {"enabled": False}, **change}))
+        return run(arguments("ck", "--tracker", "none", *extra, deepspeed=config))
+
+    assert call({}, "--max-steps", "1") == 0
+    assert call({"gradient_clipping": 1.0}, "--resume") == 2
+    assert "the interrupted run had gradient_clipping=0.5, this one has 1.0" in capsys.readouterr().err
+    assert call({"bf16": {"enabled": True}}, "--resume") == 2
+    assert "the interrupted run had bf16=False, this one has True" in capsys.readouterr().err
+    assert call({}, "--resume", "--max-steps", "2") == 0
 
 
 VALUES: list[Any] = [

@@ -15,6 +15,9 @@ import torch
 from online_support import FAMILIES, LENGTH, Case, annotations
 from train_support import make_sample
 
+from eagle.decode.self_check import self_check
+from eagle.families.registry import family_named
+from eagle.ge_data import extract
 from eagle.hidden_states.shards import ShardDataset
 from eagle.train import main_deepspeed, online
 from eagle.train.collate import collate
@@ -54,6 +57,23 @@ def test_losses_are_those_of_stored_states(case: Case, run: Callable[[list[str]]
             assert other["results"][kind]["loss"] == pytest.approx(one["results"][kind]["loss"], abs=1e-4)
     about = json.loads((case.folder / "online" / "final" / "provenance.json").read_text())["data"]
     assert about["image"]["online"] is True and about["image"]["samples"] == len(ShardDataset(case.folder / "v"))
+
+
+def test_a_base_that_the_engine_does_not_read_exactly_is_refused(
+    case: Case, run: Callable[[list[str]], int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The draft would learn wrong states in silence. Here the positions are wrong."""
+    monkeypatch.setenv("MSD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(extract, "self_check", self_check)
+    kind = family_named(case.family).target_class()
+    right = kind.prompt_positions
+    monkeypatch.setattr(kind, "prompt_positions", lambda *given: (right(*given)[0] * 2, right(*given)[1] * 2))
+    assert run(case.command("wrong", *case.online)) == 2
+    assert "logits of the engine differ" in capsys.readouterr().err and not (case.folder / "wrong").exists()
+    assert run(case.command("wrong", *case.online, "--no-self-check", "--max-steps", "1")) == 0
+    assert run(case.command("stored", *case.stored, "--no-self-check")) == 2
+    assert "--no-self-check is for training with --online" in capsys.readouterr().err
 
 
 def test_killed_and_resumed_gives_the_same_losses(
@@ -179,7 +199,7 @@ def test_no_usable_row(llava: Case, run: Callable[[list[str]], int], capsys: Any
 def test_a_set_on_another_hidden_size_is_refused_before_anything_is_loaded(
     llava: Case, run: Callable[[list[str]], int], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(online, "load_target", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(online, "load_base", lambda *_, **__: pytest.fail("loaded"))
     config = json.loads((llava.folder / "draft.json").read_text())
     (llava.folder / "narrow.json").write_text(json.dumps({**config, "hidden_size": 16}))
     assert run([*llava.command("narrow", *llava.online), "--config", str(llava.folder / "narrow.json")]) == 2

@@ -210,6 +210,19 @@ def test_resume_without_a_checkpoint_starts_anew_and_init_takes_a_draft(argument
     assert torch.equal(load_draft(tmp_path / "second" / "final").fc.weight, load_draft(draft).fc.weight)
 
 
+def test_a_run_is_resumed_with_its_own_init_only(arguments, run, tmp_path, capsys):
+    """The weights of the checkpoint would replace those of another one in silence."""
+    for name, seed in (("one", "1"), ("two", "2")):
+        assert run(arguments(name, "--tracker", "none", "--epochs", "1", "--seed", seed)) == 0
+    one, two = (("--init", str(tmp_path / name / "final")) for name in ("one", "two"))
+    assert run(arguments("begun", "--tracker", "none", "--max-steps", "1", *one)) == 0
+    capsys.readouterr()
+    for other in ((), two):
+        assert run(arguments("begun", "--tracker", "none", "--resume", *other)) == 2
+        assert "the interrupted run had init=" in capsys.readouterr().err
+    assert run(arguments("begun", "--tracker", "none", "--resume", *one)) == 0
+
+
 def test_init_of_another_kind_is_refused(arguments, run, tmp_path, capsys):
     """What the config asks for is not silently that of the draft."""
     assert run(arguments("first", "--tracker", "none", "--epochs", "1")) == 0

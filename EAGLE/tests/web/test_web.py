@@ -146,6 +146,7 @@ def test_plain_decoding_has_no_drafted_token_and_the_same_answer(port: int) -> N
         (b'{"question": "x\\ud800"}', "half of a character"),
         (b'\xff{"question": "x"}', "not JSON"),
         (b"{", "not JSON"),
+        (b'{"question": "x", "question": "y"}', "key 'question' is there twice"),
         (b"[" * 100_000, "not JSON"),
         (b'{"question": "x", "temperature": NaN}', "give a finite number"),
     ],

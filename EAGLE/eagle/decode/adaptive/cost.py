@@ -187,10 +187,7 @@ def measure(
 def two_part_from(target: Target, nodes: int) -> int | None:
     """Cached rows from which one layer's attention of ``nodes`` tree nodes is faster in two parts (`eagle.attention`)
     than masked, measured at two lengths; None if it is not faster at the longer one either."""
-    text = target.config.get_text_config()
-    if text._attn_implementation != "sdpa":
-        return None
-    heads = text.num_attention_heads
+    heads = target.config.get_text_config().num_attention_heads
     key_heads, width = Counter(shape for shape in target.cache_shapes if shape[0]).most_common(1)[0][0]
     layer = SimpleNamespace(num_key_value_groups=heads // key_heads, is_causal=False)
     new = partial(torch.randn, dtype=target.dtype, device=target.device)
