@@ -25,6 +25,7 @@ from llava.generation import checked_settings
 from llava.strict import shown
 
 MASKED_ATTENTION = ("sdpa", "eager")
+TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 LayerMasks = Tensor | dict[str, Tensor | None]
 """A mask for all layers, or one for each type of layer."""
 
@@ -376,6 +377,7 @@ class Target(ABC):
         positions, next_position = self.prompt_positions(input_ids, inputs)
         attention_mask = inputs.get("attention_mask")
         check_position_ids(inputs.get("position_ids"), positions, attention_mask)
+        check_token_types(self, input_ids, inputs)
         lengths = []
         for index in range(input_ids.shape[0]):
             keep = slice(None) if attention_mask is None else attention_mask[index].bool()
@@ -524,6 +526,16 @@ def check_position_ids(given: Tensor | None, own: Tensor, attention_mask: Tensor
             "position_ids of your own",
             fix="leave them out; with pictures or videos give the processor's mm_token_type_ids",
         )
+
+
+def check_token_types(target: Target, input_ids: Tensor, inputs: Mapping[str, Any]) -> None:
+    """Raises `UserError` if the caller's token types say otherwise than ``input_ids`` [B, S] which tokens are text. The
+    engine goes by the ids."""
+    rest = {name: value for name, value in inputs.items() if name not in TOKEN_TYPES}
+    for name, own in target.complete_inputs(input_ids, rest).items():
+        given = inputs.get(name)  # [B, S]
+        if given is not None and (given.shape != own.shape or bool(((given != 0) != (own != 0)).any())):
+            raise UserError(f"{name} of your own", fix="leave them out, or give those of the processor")
 
 
 def encode_media(model: PreTrainedModel, inputs: Mapping[str, Any], name: str, **given: Any) -> Any:

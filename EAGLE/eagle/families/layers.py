@@ -83,6 +83,8 @@ def attention_layers(config: Any, own: Collection[str] = ()) -> AttentionLayers:
         return AttentionLayers(None, True, tuple(index for index, layer in enumerate(layers) if layer == LINEAR))
     if types and SLIDING not in types:
         window = None
+    if window == 1:  # transformers' cache keeps all rows then
+        raise UserError("sliding_window 1 cannot verify a draft tree exactly", fix="take a window of at least 2")
     if window is not None and SLIDING not in known_types(kind, window):
         raise UserError(f"sliding windows of '{kind}' cannot verify a draft tree exactly", fix=TREE_FIX)
     return AttentionLayers(window, bool(types) and window is not None and kind not in ALL_ALIKE)

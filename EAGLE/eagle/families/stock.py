@@ -175,7 +175,10 @@ def write_chat(
             messages.append({"role": "assistant", "content": [text_part(answer)]})
     is_open = bool(turns) and turns[-1][1] is None
     if not processor.chat_template:
-        raise UserError("the base model has no chat template", fix="add the chat_template.jinja of its release")
+        fix = "add the chat_template.jinja of its release"
+        if getattr(processor.tokenizer, "chat_template", None):
+            fix = "its tokenizer has one, which transformers' processor does not read: write it to chat_template.jinja"
+        raise UserError("the base model has no chat template", fix=fix)
     try:
         text = processor.apply_chat_template(messages, add_generation_prompt=is_open, tokenize=False, **settings)
     except Exception as error:  # a template is a program: it may divide by zero

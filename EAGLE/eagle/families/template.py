@@ -25,6 +25,8 @@ from llava.errors import UserError
 PLACEHOLDER = "OK"
 """Stands for an answer that is not known yet. Any short word will do: its ids are dropped, and the ids before and after
 it do not depend on it, since an end token separates them."""
+EARLIER = "\ue000answer\ue000"
+"""Stands for the answers of earlier turns, to find where the last of them ends."""
 Span = tuple[int, int]
 """Characters (start, end) of the prompt."""
 
@@ -138,28 +140,54 @@ class Template:
         where an answer ends.
 
         Raises:
-            Unusable: the template cannot write the conversation, or changes earlier text when a turn is added.
+            Unusable: the template cannot write the conversation turn after turn.
         """
-        turns: list[tuple[str, str | None]] = []
+        turns: list[tuple[str, str]] = []
         segments, before = [], ""
         for question, answer in conversation.turns:
             question = mark_first(question)
-            try:
-                asked = self.write([*turns, (question, None)], conversation.system)
-                turns.append((question, answer))
-                answered = self.write(turns, conversation.system)
-            except UserError:
-                raise Unusable("template") from None
-            if not answered.startswith(asked):  # some templates write another white space before a given answer
-                stem = asked.rstrip()
-                following = answered.removeprefix(stem)
-                asked = stem + following[: len(following) - len(following.lstrip())]
-            if not (asked.startswith(before) and answered.startswith(asked)):
-                raise Unusable("template")
-            spoken, added = self._with_end(answered[len(asked) :], answer)
-            segments += [Segment(asked[len(before) :], False), Segment(spoken + added, True)]
+            asked, written = self._turn(turns, question, answer, conversation.system)
+            spoken, added = self._with_end(written, answer)
+            own = (
+                asked[len(before) :]
+                if asked.startswith(before)
+                else self._later_question(turns, question, conversation)
+            )
+            segments += [Segment(own, False), Segment(spoken + added, True)]
             before = asked + spoken
+            turns.append((question, answer))
         return segments
+
+    def _turn(
+        self, turns: Sequence[tuple[str, str]], question: str, answer: str, system: str | None
+    ) -> tuple[str, str]:
+        """The prompt to where the answer to the last question begins, and what the template writes after it."""
+        try:
+            asked = self.write([*turns, (question, None)], system)
+            answered = self.write([*turns, (question, answer)], system)
+        except UserError:
+            raise Unusable("template") from None
+        if not answered.startswith(asked):  # some templates write another white space before a given answer
+            stem = asked.rstrip()
+            following = answered.removeprefix(stem)
+            asked = stem + following[: len(following) - len(following.lstrip())]
+        if not answered.startswith(asked):
+            raise Unusable("template")
+        return asked, answered[len(asked) :]
+
+    def _later_question(self, turns: Sequence[tuple[str, str]], question: str, conversation: Conversation) -> str:
+        """What stands between the last answer of ``turns`` and the next one.
+
+        For templates that write the last answer in another way than earlier ones, such as with an empty thought. Each
+        answer is learnt as the last one is written, since it must follow what it follows at inference.
+        """
+        (*blank, last) = [(asked, EARLIER) for asked, _ in turns]
+        end = self._turn(blank, *last, conversation.system)[1].rpartition(EARLIER)[2].rstrip("\n")
+        asked = self._turn([*blank, last], question, EARLIER, conversation.system)[0]
+        _, found, own = asked.rpartition(EARLIER)
+        if not (found and own.startswith(end)):
+            raise Unusable("template")
+        return own.removeprefix(end)
 
     def _with_end(self, written: str, answer: str) -> tuple[str, str]:
         """What the assistant says of the text ``written`` for an answer, and the end token to add to it."""

@@ -29,6 +29,12 @@ TEXT_ONLY = (  # as those of language models' tokenizers
     "{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+THINKING = (  # as Qwen3.5's: a thought before the last answer, none before earlier ones
+    "{% for message in messages %}<|{{ message['role'] }}|>"
+    "{% if message['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{% for part in message['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] | trim }}"
+    "{% endfor %}</s>\n{% endfor %}{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+)
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEXT_ONLY
 FILES = {
     "chat_template.jinja": lambda template: template,
@@ -86,6 +92,26 @@ def test_training_learns_what_is_asked_and_the_end_token(tmp_path: Path, templat
     state.add_question(0, 500)
     state.add_answer(outline.turns[0], [7, *target.eos_token_ids], set(target.eos_token_ids))
     assert state.ids[-2:] == [7, *target.eos_token_ids] and state.loss_mask[-2:] == [True, True]
+
+
+def test_a_thought_before_the_last_answer_only(tmp_path: Path) -> None:
+    """Each answer is learnt as the last one is written, whatever stands in the questions."""
+    target = with_template(tmp_path / "base", THINKING)
+    own = template_of(target)
+    make_image(tmp_path / "a.png")
+    row = {"image": "a.png", "conversations": turns("<image>\nOK?", " OK ", "Not OK?", "OK", "Why?", "So")}
+    conversation = read_conversation(row, 0)
+    found = [segment.text for segment in own.segments(conversation)]
+    asked = ["<|user|><image>OK?", "<|user|>Not OK?", "<|user|>Why?"]
+    assert found[::2] == [
+        f"{begin}{question}</s>\n<|assistant|><think>\n"
+        for begin, question in zip(["", "\n", "\n"], asked, strict=True)
+    ]
+    assert found[1::2] == [f"\n</think>\n\n{answer}</s>" for answer in ("OK", "OK", "So")]
+    prepared = own.prepare(conversation, tmp_path, 500)
+    learnt = target.tokenizer.decode(prepared.input_ids[prepared.loss_mask]).replace(" ", "")
+    assert learnt == "".join(found[1::2])
+    assert [turn.end for turn in own.outline(conversation, tmp_path, 500).turns] == [[target.eos_token_ids[0]]] * 3
 
 
 def test_a_template_that_refuses_a_system_prompt_is_named(tmp_path: Path) -> None:

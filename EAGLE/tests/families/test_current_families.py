@@ -22,6 +22,7 @@ from eagle import MSDModel, TreeConfig, attention
 from eagle.conversations import read_conversation
 from eagle.drafts.checkpoint import load_draft
 from eagle.families import family_named, load_target, template_of
+from eagle.families.base import TOKEN_TYPES
 from eagle.families.template import join_images
 from llava.errors import UserError
 
@@ -314,6 +315,21 @@ def test_the_token_of_a_picture_in_an_answer(model: MSDModel) -> None:
     hidden = target.verify(token, torch.tensor([[count]]), None, cache)
     expected = target.model.model(input_ids=torch.cat([inputs["input_ids"], token], dim=1), use_cache=False)
     assert torch.allclose(hidden[:, 0], expected.last_hidden_state[:, -1], atol=1e-4)
+
+
+@pytest.mark.parametrize("through", ["engine", "custom_generate"])
+def test_token_types_that_call_a_picture_text(model: MSDModel, through: str) -> None:
+    """transformers' own `generate` then reads its tokens as text, and the engine does not."""
+    inputs = asked(model, "Which?", 1)
+    types = {name: torch.zeros_like(inputs[name]) for name in TOKEN_TYPES if name in inputs}
+    if not types:
+        pytest.skip("the family has none")
+    settings = {"max_new_tokens": 2, "do_sample": False}
+    with pytest.raises(UserError, match=r"of your own|as text"):
+        if through == "engine":
+            model.generate(**inputs | types, **settings)
+        else:
+            model.target.model.generate(**inputs | types, **settings, custom_generate=model)
 
 
 def test_too_many_or_too_few_pictures(model: MSDModel) -> None:

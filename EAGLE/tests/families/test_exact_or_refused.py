@@ -122,8 +122,8 @@ def check(target: Target, answers: list[list[int]]) -> None:
         assert found.tokens == expected[-1:]
         accepted += sum(found.stats.accept_lengths)
     assert accepted > LENGTH
-    parts = MSDModel(target, draft, TreeConfig(RIGHT, 2, 2 * RIGHT), tree_attention="two-part")
-    inputs = target.prepare(texts[-1], prompts[-1][1])
+    parts = MSDModel(target, draft, msd.tree, tree_attention="two-part")
+    inputs = target.prepare(texts[-1], images)
     answers[:] = expected[-1:]
     assert parts.generate(**inputs, max_new_tokens=LENGTH, temperature=0.0).tokens == expected[-1:]
     answers[:] = expected

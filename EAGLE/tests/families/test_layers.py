@@ -148,6 +148,7 @@ OWN = (*OWN_WINDOWS, *OWN_STATES, "qwen3_vl_text", "glm4v_text", "paddleocr_vl_t
         # the model does not read layer_types, and the cache of generate does
         (layers("mistral", "full_attention", sliding_window=8), "full_attention in 'mistral' with sliding_window 8"),
         (layers("phi3", "sliding_attention", sliding_window=None), "sliding_attention in 'phi3' with sliding_window"),
+        (layers("mistral", sliding_window=1), "sliding_window 1 cannot"),
         (layers("mistral", sliding_window=0), "sliding windows of 'mistral'"),
         # the model cannot run such layers, or runs them as full ones
         (layers("qwen2", "sliding_attention", sliding_window=None), "sliding_attention in 'qwen2' with sliding_wi"),

@@ -56,7 +56,10 @@ class Qwen2VLTarget(StockTarget):
             self._refuse_text_positions(types, positions)
         if attention_mask is not None:
             positions = positions.masked_fill(attention_mask == 0, 0)
-        return positions, positions.amax(dim=(0, 2)) + 1
+        following = positions.amax(dim=(0, 2)) + 1
+        if (positions[..., -1] + 1 != following).any():  # transformers goes on from the three numbers of the last token
+            raise UserError("a prompt ends with a picture or video", fix="write some text behind it")
+        return positions, following
 
     @staticmethod
     def _refuse_text_positions(types: Tensor, positions: Tensor) -> None:
