@@ -137,7 +137,7 @@ def kind_of(config: Mapping[str, Any], names: Collection[str] | None, where: str
             raise UserError(f"{name} heads are not supported", where, "use an MSD, EAGLE-3, ViSpec or MTP head")
     if any(name in names for name in MARKS):
         return MTPDraft
-    if any(name.startswith(BASE) for name in names):
+    if any(name.startswith(BASE) for name in names) and not any(name.endswith("fc.weight") for name in names):
         fix = "give a draft, or a Qwen3.5 whose checkpoint has its MTP layer"
         raise UserError("a base model without an MTP layer (tensors mtp.*) is not a draft", where, fix)
     by_tensors = "layers.0.hidden_norm.weight" in names or "d2t" in names
