@@ -89,14 +89,20 @@ def read_index(path: Path) -> dict[str, str]:
     return files
 
 
-def find_weights(source: Source) -> list[Path]:
+def find_weights(source: Source, prefix: str = "") -> list[Path]:
     """All weight files of a model, downloaded if needed: one file, or the shards of its index.
+
+    Args:
+        prefix: of names of tensors. If the index has such tensors, only the shards that hold them.
 
     Raises:
         UserError: as `weight_map`; or shards are missing (named).
     """
     files = weight_map(source)
-    return _find_all(source, [files] if isinstance(files, str) else sorted(set(files.values())))
+    if isinstance(files, str):
+        return _find_all(source, [files])
+    chosen = {file for name, file in files.items() if name.startswith(prefix)} or set(files.values())
+    return _find_all(source, sorted(chosen))
 
 
 def _find_all(source: Source, names: Iterable[str]) -> list[Path]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from eagle.drafts.eagle3 import Eagle3Draft
 from eagle.drafts.head import DraftHead
 from eagle.drafts.msd import DraftModel
+from eagle.drafts.mtp import MTPDraft
 from eagle.drafts.vispec import ViSpecDraft
 from eagle.families import Target
 from llava.errors import UserError
@@ -30,6 +31,9 @@ def check_compatible(target: Target, draft: DraftHead) -> None:
     """
     if isinstance(draft, Eagle3Draft):
         check_eagle3(target, draft)
+    elif isinstance(draft, MTPDraft):
+        check_mtp(target, draft)
+        draft.use_embedding(target.model.get_input_embeddings())
     elif isinstance(draft, DraftModel):
         model = target.model
         check_tensors(target.family, model.get_input_embeddings().weight, model.get_output_embeddings().weight, draft)
@@ -75,6 +79,16 @@ def check_eagle3_sizes(target: Target, draft: Eagle3Draft) -> None:
         raise misfit("vocabulary", config.vocab_size, vocabulary)
     draft.use_target(len(target.text_model.layers))
     check_image_ids(target, draft)
+
+
+def check_mtp(target: Target, draft: MTPDraft) -> None:
+    """Raises `UserError` if an MTP layer is that of another base. One of the same sizes cannot be told apart."""
+    text = target.config.get_text_config()
+    names = {"model_type": "text model", "num_hidden_layers": "number of layers", "hidden_size": "hidden size"}
+    for name, what in {**names, "vocab_size": "vocabulary"}.items():
+        own, base = getattr(draft.base, name), getattr(text, name)
+        if own != base:
+            raise misfit(what, own, base)
 
 
 def check_image_ids(target: Target, draft: DraftHead) -> None:

@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from eagle.decode.compatibility import check_eagle3_sizes, check_family, check_image_ids, misfit
+from eagle.decode.compatibility import check_eagle3_sizes, check_family, check_image_ids, check_mtp, misfit
 from eagle.decode.self_check import self_check
 from eagle.doctor import Check, State, problems
 from eagle.doctor.memory import Footprint
@@ -22,6 +22,7 @@ from eagle.drafts.checkpoint import build_draft, canonical, load_draft
 from eagle.drafts.eagle3 import Eagle3Draft
 from eagle.drafts.head import DraftHead
 from eagle.drafts.msd import DraftModel
+from eagle.drafts.mtp import MTPDraft
 from eagle.families import Target, family_of, load_target
 from llava import load_config
 from llava.errors import UserError
@@ -116,8 +117,10 @@ def check_pair(target: Target, draft: DraftHead) -> list[Check]:
             read = ", ".join(map(str, draft.target_layers))
             more_found = f", inputs of layers {read} of {len(target.text_model.layers)}"
         else:
-            if isinstance(draft, DraftModel):  # the others do not name their family
+            if isinstance(draft, DraftModel):  # most others do not name their family
                 check_family(target.family, draft.config.model_type)
+            if isinstance(draft, MTPDraft):
+                check_mtp(target, draft)
             if draft.config.hidden_size != hidden:
                 raise misfit("hidden size", draft.config.hidden_size, hidden)
             if more < 0:
@@ -162,7 +165,7 @@ def _shapes_on_hub(source: Source) -> dict[str, tuple[int, ...]] | None:
             return None
         except SafetensorsParsingError as error:
             raise UserError("weight file is damaged", source.name, str(error).splitlines()[0]) from error
-    return {canonical(name): tuple(tensor.shape) for header in headers for name, tensor in header.tensors.items()}
+    return canonical({name: tuple(tensor.shape) for header in headers for name, tensor in header.tensors.items()})
 
 
 def _not_cached(topic: str, name: str) -> Check:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -17,6 +17,7 @@ from eagle.drafts.eagle3 import Eagle3Draft, draft_vocabulary, vocabulary_tensor
 from eagle.drafts.eagle3_config import Eagle3Config, Shapes, is_eagle3_config
 from eagle.drafts.head import DraftHead, TrainedHead
 from eagle.drafts.msd import DraftModel
+from eagle.drafts.mtp import MARKS, PREFIX, MTPDraft, stack_experts
 from eagle.drafts.vispec import QUERIES, ViSpecDraft
 from llava.errors import UserError
 from llava.files import atomic_write, read_object, write_json
@@ -25,6 +26,9 @@ from llava.loading import load_errors
 from llava.weights import check_floats, find_weights, is_old_buffer, read_tensors
 
 HEAD, MAPPING = "lm_head.weight", ("d2t", "t2d")
+BASE = ("model.", "language_model.")
+"""How names of tensors of a base model begin."""
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 SHOWN = 12
@@ -47,18 +51,20 @@ def load_draft(
     """
     source = Source.of(name, hub, "draft")
     config_file = source.require("config.json", "draft config")
-    paths = find_weights(source)
-    tensors = {canonical(name): tensor for name, tensor in read_tensors(paths).items()}
+    paths = find_weights(source, PREFIX)
+    tensors = canonical(read_tensors(paths))
     with load_errors("draft config is not valid", config_file):
         config = read_object(config_file, "draft config")
         draft = build_draft(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, config_file)
+    meta = torch.device(device).type == "meta"
+    if isinstance(draft, MTPDraft):
+        tensors = stack_experts({name: tensor.to("meta") if meta else tensor for name, tensor in tensors.items()})
     if problems := misfits({name: tuple(tensor.shape) for name, tensor in tensors.items()}, draft):
         fix = f"use a complete {draft.kind} draft"
         named = "; ".join(problems[:SHOWN]) + (f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else "")
         raise UserError(f"draft does not fit its config: {named}", paths[0], fix)
     spare = {name: tensors.pop(name) for name in list(tensors) if is_spare(name, draft)}
     check_floats(tensors, paths[0])
-    meta = torch.device(device).type == "meta"
     if not meta and (broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]):
         raise UserError(f"draft has NaN or infinite values in {', '.join(broken)}", paths[0], "use another checkpoint")
     draft.load_state_dict(tensors, assign=True)
@@ -114,6 +120,8 @@ def build_draft(config: Mapping[str, Any], shapes: Shapes | None, where: str | P
             return ViSpecDraft.from_dict(config, where, shapes or {})
         if kind is BlockDraft:
             return BlockDraft(BlockConfig.from_dict(config, where, shapes))
+        if kind is MTPDraft:
+            return MTPDraft.from_dict(config, where)
         return DraftModel(DraftConfig.from_dict(config, where, shapes))
 
 
@@ -121,29 +129,39 @@ def kind_of(config: Mapping[str, Any], names: Collection[str] | None, where: str
     """The kind of a head, from its config and the names of its tensors.
 
     Raises:
-        UserError: it is of a known kind that is not supported.
+        UserError: it is of a known kind that is not supported, or a base model without MTP layers.
     """
     names = names or ()
     form = config.get("speculators_model_type")
     other = {
         "P-EAGLE": form == "peagle" or "mask_hidden" in names,
         "DFlash": form == "dflash" or "dflash_config" in config or "hidden_norm.weight" in names,
+        "Gemma 4 assistant": str(config.get("model_type")).endswith("_assistant"),
         f"'{form}' speculators": form not in (None, "eagle3"),
     }
     for name, found in other.items():
         if found:
-            raise UserError(f"{name} heads are not supported", where, "use an MSD, EAGLE-3, ViSpec or block head")
+            raise UserError(f"{name} heads are not supported", where, "use an MSD, EAGLE-3, ViSpec, block or MTP head")
     if BLOCK in config:
         return BlockDraft
+    if any(name in names for name in MARKS):
+        return MTPDraft
+    if any(name.startswith(BASE) for name in names) and not any(name.endswith("fc.weight") for name in names):
+        fix = "give a draft, or a Qwen3.5 whose checkpoint has its MTP layer"
+        raise UserError("a base model without an MTP layer (tensors mtp.*) is not a draft", where, fix)
     by_tensors = "layers.0.hidden_norm.weight" in names or "d2t" in names
     if QUERIES in names or "img_fc.weight" in names:
         return ViSpecDraft
     return Eagle3Draft if is_eagle3_config(config) or by_tensors else DraftModel
 
 
-def canonical(name: str) -> str:
-    """The name of a tensor in all layouts: the first layer of an EAGLE-3 head is called ``midlayer`` in some."""
-    return f"layers.0.{name.removeprefix('midlayer.')}" if name.startswith("midlayer.") else name
+def canonical(found: Mapping[str, T]) -> dict[str, T]:
+    """Tensors, or what is known of them, by their names in all layouts. The first layer of an EAGLE-3 head is called
+    ``midlayer`` in some. MTP layers are a part of a base model, whose other tensors are left out."""
+    mtp = {name.removeprefix(PREFIX): value for name, value in found.items() if name.startswith(PREFIX)}
+    first = "midlayer."
+    renamed = {f"layers.0.{n.removeprefix(first)}" if n.startswith(first) else n: found[n] for n in found}
+    return mtp or renamed
 
 
 def is_spare(name: str, draft: DraftHead) -> bool:

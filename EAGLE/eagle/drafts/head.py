@@ -10,6 +10,7 @@ MSD         `eagle.drafts.msd`
 EAGLE-3     `eagle.drafts.eagle3`
 ViSpec      `eagle.drafts.vispec`
 block       `eagle.drafts.block`
+MTP         `eagle.drafts.mtp`
 ==========  =====================================================================================
 """
 

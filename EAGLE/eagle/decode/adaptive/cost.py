@@ -96,7 +96,7 @@ def describe(target: Target, draft: DraftHead, tree: TreeConfig) -> dict[str, An
         "attention": [text._attn_implementation, torch.backends.cuda.cudnn_sdp_enabled()],
         "draft": {
             "hidden_size": getattr(draft.config, "layer_size", draft.config.hidden_size),
-            "intermediate_size": draft.config.intermediate_size,
+            "intermediate_size": getattr(draft.config, "intermediate_size", None),  # experts have another
             "head_tokens": None if draft.draft_vocab is None else len(draft.draft_vocab),
             **({} if draft.kind == "MSD" else {"kind": draft.kind, "layers": len(draft.layers)}),
             **({} if draft.block_size == 1 else {"block_size": draft.block_size}),
