@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 
-from eagle.families.registry import family_of
+from eagle.families.registry import target_class_of
 from llava.errors import UserError
 from llava.files import read_object
 from llava.hub import Source
@@ -56,7 +56,7 @@ def load_base_tensors(path: str | Path, **hub: Any) -> BaseTensors:
     if embed.shape != head.shape:
         raise UserError(f"embedding {list(embed.shape)} and lm_head {list(head.shape)} differ in shape", where=path)
     cap = (config.get("text_config") or {}).get("final_logit_softcapping")
-    caps = cap is not None and family_of(path, **hub).target_class().caps_logits
+    caps = cap is not None and target_class_of(path, **hub).caps_logits
     return BaseTensors(embed, head, cap if caps else None)
 
 

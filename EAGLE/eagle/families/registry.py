@@ -303,7 +303,7 @@ def load_target(path: str | Path, dtype: Any = "auto", device_map: Any = None, *
         check_attention(kwargs["attn_implementation"])
     leave_out_cudnn_attention()
     hub = {key: kwargs[key] for key in HUB_KEYS if key in kwargs}
-    target_class = _target_class(path, **hub)
+    target_class = target_class_of(path, **hub)
     with load_errors("base model cannot be loaded", path, weights=True):
         quantized = kwargs.get("quantization_config") is not None
         placement = place(Source.of(path, hub, "base model"), dtype, device_map, quantized)
@@ -318,8 +318,8 @@ def load_target(path: str | Path, dtype: Any = "auto", device_map: Any = None, *
     return target
 
 
-def _target_class(path: str | Path, **hub: Any) -> type[Target]:
-    """The family's class, if the installed transformers has its models and the text model is known."""
+def target_class_of(path: str | Path, **hub: Any) -> type[Target]:
+    """The adapter of a base model, if the installed transformers has its models and the text model is known."""
     from transformers import __version__
 
     from eagle.families.layers import check_text_type

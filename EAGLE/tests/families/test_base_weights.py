@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from eagle.families import family_named
 from eagle.families.base_weights import load_base_tensors
 from llava.errors import UserError
 
@@ -107,4 +108,8 @@ def test_a_config_without_a_word_on_ties_has_the_default_of_its_class(tmp_path, 
 @pytest.mark.parametrize(("kind", "cap"), [("gemma4", 30.0), ("gemma3", None)])
 def test_only_some_families_cap_their_logits(tmp_path, kind, cap):
     config = {"model_type": kind, "text_config": {"final_logit_softcapping": 30.0}}
+    try:
+        family_named(kind).target_class()
+    except ImportError:
+        pytest.skip(f"this transformers does not have {kind}")
     assert load_base_tensors(write(tmp_path, NAMES[0], "safetensors", False, config=config)).cap == cap

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from tiny_families import ALL_MAKERS
 from tiny_llava import make_image, make_liuhaotian, make_llava_hf
 from tiny_text_models import llava_model, text_types, tiny_text_config
@@ -150,6 +152,8 @@ def test_models_of_pictures_and_text(kind: str, tmp_path: Path, answers: list[li
         with pytest.raises(UserError, match=f"does not have the model '{FAMILY_OF[kind].name}'"):
             load_target(tmp_path)
         return
+    if kind == "paddleocr_vl" and Version(transformers.__version__) < Version("5.19"):
+        pytest.skip("its config class refuses its own tie_word_embeddings")
     target = load_target(MAKERS[kind](tmp_path / "base"), dtype=torch.float32)
     assert target.family == FAMILY_OF[kind].name and target.config.model_type in FAMILY_OF[kind].model_types
     check(target, answers)
