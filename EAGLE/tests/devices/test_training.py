@@ -12,7 +12,8 @@ from pretended_gpu import PretendedGPU
 
 from eagle.drafts.checkpoint import load_draft
 from eagle.families import Target, load_target
-from eagle.train import collate, main_deepspeed, online
+from eagle.ge_data import extract
+from eagle.train import collate, main_deepspeed
 from eagle.train.engine import PlainEngine
 from eagle.train.trainer import Trainer
 from llava.errors import run_cli
@@ -55,7 +56,7 @@ def test_one_step(case: Case, monkeypatch: pytest.MonkeyPatch, how: str) -> None
     monkeypatch.setattr(collate, "buffer", lambda size, dtype, pin_memory: torch.empty(size, dtype=dtype))
     monkeypatch.setattr(collate.Batch, "pin_memory", lambda batch: batch)
     monkeypatch.setattr(PlainEngine, "choose_device", staticmethod(lambda: GPU))
-    monkeypatch.setattr(online, "load_target", load_on_gpu)
+    monkeypatch.setattr(extract, "load_target", load_on_gpu)
     monkeypatch.setattr(sys, "argv", case.command(f"{how}-gpu", *flags))
     with PretendedGPU():
         assert run_cli(main_deepspeed.main) == 0
