@@ -83,6 +83,7 @@ def test_lines_of_stdin(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     sys.stdin.close()
 
 
+@pytest.mark.slow
 def test_a_bad_line_does_not_end_it(folder: Path) -> None:
     done = command(folder, "--max-new-tokens", "2", "--seed", "1", stdin="what is <image>?\nand now?\n")
     assert done.returncode == 0

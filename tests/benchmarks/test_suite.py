@@ -81,14 +81,18 @@ def test_first_layers_share_weights_and_are_the_same_function() -> None:
         first_layers(model, "4")
 
 
-def test_contestants_answer_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("autoregressive", "transformers static", "prompt lookup", "assistant", "msd", "msd 2/2/6"),
+        pytest.param(("autoregressive", "autoregressive compiled", "msd 2/2/6 compiled"), marks=pytest.mark.slow),
+    ],
+    ids=["eager", "compiled"],
+)
+def test_contestants_answer_alike(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Greedy, in float32, on a random pair: nobody's speculation changes an answer."""
     model = random_pair(TINY, torch.float32, torch.device("cpu"))
     made = Suite("x", {}, (), assistant="layers:1")
-    names = (
-        "autoregressive", "transformers static", "prompt lookup", "assistant", "msd", "msd 2/2/6",
-        "autoregressive compiled", "msd 2/2/6 compiled",
-    )  # fmt: skip
     monkeypatch.setattr("benchmarks.contestants.BACKEND", "eager")  # torch.compile without its code generator
     runners, left_out = build(Cell("c", "m", new_tokens=8, contestants=names), made, model)
     answers = {runner.name: runner.answer(RandomPrompt(40)) for runner in runners}

@@ -113,7 +113,7 @@ def check(model: MSDModel, inputs: dict[str, Any], length: int = 30, **settings:
     return output.stats.accept_lengths
 
 
-@pytest.mark.parametrize("tree", TREES, ids=str)
+@pytest.mark.parametrize("tree", [TREES[0], pytest.param(TREES[1], marks=pytest.mark.slow)], ids=str)
 def test_any_number_of_pictures(model: MSDModel, tree: TreeConfig) -> None:
     accepted = []
     for count in (0, 1, 2, 3):

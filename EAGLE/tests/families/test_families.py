@@ -63,7 +63,7 @@ def check(model: MSDModel, inputs: dict[str, torch.Tensor], tree: TreeConfig) ->
     return output.stats.accept_lengths
 
 
-@pytest.mark.parametrize("tree", TREES, ids=str)
+@pytest.mark.parametrize("tree", [TREES[0], pytest.param(TREES[1], marks=pytest.mark.slow)], ids=str)
 def test_any_number_of_pictures_of_any_size(model: MSDModel, tree: TreeConfig) -> None:
     accepted = []
     for sizes in ([], SIZES[:1], SIZES[1:2], SIZES):

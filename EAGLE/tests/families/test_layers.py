@@ -88,7 +88,11 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize(
     ("tree", "compiled"),
-    [(TREES[0], False), (TREES[1], False), pytest.param(TREES[1], True, marks=pytest.mark.slow)],
+    [
+        (TREES[0], False),
+        pytest.param(TREES[1], False, marks=pytest.mark.slow),
+        pytest.param(TREES[1], True, marks=pytest.mark.slow),
+    ],
     ids=["large tree", "small tree", "small tree, compiled"],
 )
 def test_answers_past_the_window_are_those_of_transformers(model: MSDModel, tree: TreeConfig, compiled: bool) -> None:

@@ -170,9 +170,10 @@ def test_loss_is_cross_entropy_over_the_kept_tokens_and_regression(
 
 @pytest.mark.parametrize(
     ("image_rows", "changes"),
-    [("token", {}), pytest.param("feature", {"draft_vocab_size": 60}, marks=pytest.mark.slow)],
+    [("token", {}), ("feature", {"draft_vocab_size": 60})],
     ids=["placeholders", "features, trimmed vocabulary"],
 )
+@pytest.mark.slow
 def test_a_head_trained_on_one_answer_is_accepted(
     base: Path, target: Target, tmp_path: Path, image_rows: str, changes: dict[str, Any]
 ) -> None:

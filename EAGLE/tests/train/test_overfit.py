@@ -107,7 +107,7 @@ def decode(target: Target, objective: DraftObjective, inputs: dict[str, torch.Te
     return output.stats
 
 
-@pytest.mark.parametrize("pictures", [0, pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("pictures", [*(pytest.param(count, marks=pytest.mark.slow) for count in (0, 1)), 2])
 def test_a_draft_trained_on_one_sample_is_accepted_when_decoding_it(case, pictures):
     target, positions = case
     inputs = prompt(target, pictures)
