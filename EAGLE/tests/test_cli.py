@@ -276,6 +276,7 @@ def test_a_prompt_longer_than_the_model_is_refused_before_any_forward(pair, caps
     assert command == "generate" or "question long" in error
 
 
+@pytest.mark.slow
 def test_an_answer_that_may_be_too_long_is_warned_of_once(pair, capsys, caplog):
     options = ["--data", str(pair / "questions.jsonl"), "--max-new-tokens", "475", "--limit", "2"]
     assert main(["verify", *models(pair), *options]) == 0

@@ -13,7 +13,7 @@ from eagle.decode.masks import MaskBuffer
 from eagle.decode.tree import Candidates, DraftTree, select_nodes
 from eagle.kv_cache import KVCache
 
-TREES = 600
+TREES = 200
 CPU = torch.device("cpu")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from packaging.version import Version
 from tiny_families import ALL_MAKERS
 from tiny_llava import make_image, make_liuhaotian, make_llava_hf
@@ -162,7 +163,10 @@ def test_models_of_pictures_and_text(kind: str, tmp_path: Path, answers: list[li
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KNOWN)
 def test_a_known_language_model_is_exact(kind: str, base: LlavaTarget, answers: list[list[int]]) -> None:
-    text = tiny_text_config(kind, base.vocab_size)
+    try:
+        text = tiny_text_config(kind, base.vocab_size)
+    except StrictDataclassError as error:  # an old transformers with a new huggingface_hub
+        pytest.skip(f"its config class refuses its own defaults: {error}")
     layers = attention_layers(text)
     assert (layers.window is not None) == (kind in WITH_WINDOWS)
     assert layers.by_type == (kind in WITH_WINDOWS and kind not in ALL_ALIKE)

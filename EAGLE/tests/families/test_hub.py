@@ -101,11 +101,12 @@ def test_a_draft_is_exported_by_its_hub_name(repositories: Path, hub: HubServer,
     assert any(f"/{base}-msd/resolve/" in path for _, path in hub.requests)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "load",
     [
         "from eagle.drafts.checkpoint import load_draft as load",
-        pytest.param("from eagle.families.base_weights import load_base_tensors as load", marks=pytest.mark.slow),
+        "from eagle.families.base_weights import load_base_tensors as load",
     ],
 )
 def test_only_one_kind_of_weights_is_downloaded(repositories: Path, hub: HubServer, tmp_path: Path, load: str) -> None:
