@@ -24,7 +24,7 @@ from PIL import Image
 from eagle.hidden_states.index import sha256
 from llava.arguments import OneLineParser
 from llava.errors import UserError, run_cli
-from llava.files import atomic_write, read_json
+from llava.files import read_json, write_text
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(<!-- figures: )(\S+)( -->\n)(.*?)(<!-- end of figures -->)", re.DOTALL)
@@ -223,8 +223,7 @@ def run(argv: Sequence[str]) -> int:
         return int(not same or drawn_from(plot) != source)
     draw_plot(read_json(options.repository / where, "bench report"), plot, source)
     for page, (text, _) in pages.items():
-        with atomic_write(options.repository / page) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(options.repository / page, text)
     return 0
 
 

@@ -23,7 +23,7 @@ from pydantic import AliasPath, BaseModel, ConfigDict, Field, TypeAdapter, Valid
 from eagle.published import published_rows
 from llava.arguments import OneLineParser
 from llava.errors import UserError, run_cli
-from llava.files import atomic_write, read_json, read_object, write_json
+from llava.files import read_json, read_object, write_json, write_text
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE, ROWS, POCKET = "docs/results.md", "benchmarks/results.json", "benchmarks/pocket.json"
@@ -257,8 +257,7 @@ def page_of(root: Path, text: str) -> str:
 
 def write_page(root: Path) -> None:
     text = page_of(root, (root / PAGE).read_text(encoding="utf-8"))
-    with atomic_write(root / PAGE) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(root / PAGE, text)
 
 
 def run(argv: Sequence[str], root: Path = REPOSITORY) -> int:

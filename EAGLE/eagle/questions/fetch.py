@@ -37,7 +37,7 @@ from eagle.questions.suites import (
 )  # fmt: skip
 from llava.arguments import OneLineParser
 from llava.errors import UserError, reason_of, run_cli
-from llava.files import atomic_write, read_object, unique_keys, write_json
+from llava.files import atomic_write, read_object, unique_keys, write_json, write_text
 from llava.hub import hub_errors
 from llava.image import MAX_DOWNLOAD, load_image
 from llava.strict import read_strict, strict_dataclass
@@ -89,8 +89,7 @@ def fetch(name: str, subset: str = "test", out: Path | None = None, copies: Path
             lines = [json.dumps(record, ensure_ascii=False) for record in records]
             counts = count_sources(map(json.loads, lines))
             check_counts(counts, suite, SUBSETS[subset], path if copies is None else None)
-            with atomic_write(path) as temporary:
-                temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            write_text(path, "".join(f"{line}\n" for line in lines))
             write_json(folder / RECORD, {**about, "copies": copies is not None, "questions": counts}, indent=1)
     found = read_object(folder / RECORD, "record of a suite")
     for source, (place, licence) in about["sources"].items():

@@ -9,7 +9,7 @@ from textwrap import shorten
 from typing import Any
 
 from eagle.report import charts, page
-from llava.files import atomic_write
+from llava.files import atomic_write, write_text
 
 Report = Mapping[str, Any]
 CSV_COLUMNS = (
@@ -101,8 +101,7 @@ def markdown(report: Report) -> str:
 
 
 def write_markdown(report: Report, path: Path) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(markdown(report), encoding="utf-8")
+    write_text(path, markdown(report))
 
 
 def write_csv(report: Report, path: Path) -> None:

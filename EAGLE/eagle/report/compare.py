@@ -11,7 +11,7 @@ from eagle.published import Published
 from eagle.report import charts, page
 from eagle.report.intervals import Interval
 from eagle.report.runs import Row, Run, pairs_of
-from llava.files import atomic_write
+from llava.files import write_text
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 HIGHER, LOWER, WITHIN, UNKNOWN, EQUAL = "higher", "lower", "within the spread", "spread unknown", "equal"
@@ -198,8 +198,7 @@ def write_markdown(runs: Sequence[Run], path: Path, published: Sequence[Publishe
         parts += [f"## {title}", markdown_table(header, rows)]
     if published:
         parts += [f"## {PUBLISHED}", markdown_table(*published_table(published, runs)), *published_notes(published)]
-    with atomic_write(path) as temporary:
-        temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_text(path, "\n\n".join(parts) + "\n")
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

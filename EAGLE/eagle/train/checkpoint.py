@@ -36,7 +36,7 @@ from eagle.provenance import now, record
 from eagle.train.engine import Engine
 from eagle.train.tracking import Meter
 from llava.errors import UserError
-from llava.files import atomic_write, read_json, write_json
+from llava.files import atomic_write, read_json, write_json, write_text
 from llava.memory import is_out_of_memory
 
 TEMPORARY, REPLACED = ".tmp-", ".old-"
@@ -147,8 +147,7 @@ class CheckpointStore:
         if engine.is_main:
             write_json(temporary / "progress.json", {name: getattr(progress, name) for name in SHARED})
             self._finish(engine, temporary, name, progress.step)
-            with atomic_write(self.folder / "latest") as pointer:
-                pointer.write_text(name + "\n", encoding="utf-8")
+            write_text(self.folder / "latest", name + "\n")
             for old in self.step_folders()[: -self.keep_last]:
                 shutil.rmtree(old)
         engine.barrier()

@@ -39,7 +39,7 @@ from eagle.drafts.head import DraftHead
 from eagle.families.base import Target
 from eagle.provenance import hardware
 from llava.errors import OutOfMemory, UserError
-from llava.files import atomic_write
+from llava.files import write_json
 from llava.memory import within_memory
 
 NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -72,8 +72,7 @@ def cost_of(target: Target, draft: DraftHead, tree: TreeConfig) -> CostCurve:
         "context": CONTEXT, "rounds": ROUNDS, "described": described, "seconds": asdict(cost),
     }  # fmt: skip
     try:
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_json(path, record, indent=1)
     except (UserError, OSError) as error:
         log.warning("costs are not kept for next time: %s", error)
     return cost
