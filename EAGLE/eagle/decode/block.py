@@ -59,10 +59,10 @@ class BlockDrafter(Drafter):
         own = torch.tensor(counts, device=device).unsqueeze(1)  # [B, 1]
         place = torch.arange(x.shape[1], device=device)
         exists = (place < own) | (place >= count)  # [B, n + m]; the others are padding
-        sight = (place.unsqueeze(1) >= place) & exists.unsqueeze(1)  # [B, n + m, n + m]
+        visible = (place.unsqueeze(1) >= place) & exists.unsqueeze(1)  # [B, n + m, n + m]
         starts = torch.tensor([self._lengths, self._shift], device=device).sum(dim=0)
         positions = starts.unsqueeze(1) + torch.where(place < count, place, place - count + own)
-        mask = self._mask(sight, [1] * len(place)) if positions.numel() > 1 else None
+        mask = self._mask(visible, [1] * len(place)) if positions.numel() > 1 else None
         return self.draft(x, None, mask, self.cache, self._angles(positions))
 
     def expand(self, tree: TreeConfig, should_deepen: Callable[[Tensor], bool] | None = None) -> Candidates:

@@ -184,7 +184,7 @@ def test_the_cache_changes_nothing(pair, head):
     drafter = Drafter(draft, pair.target.head, count + 20, tree)
     drafter.start(0, prefill, inputs["input_ids"], first)
     accepted = [prefill.features[0, :3], first.repeat(3)]
-    drafter.extend([accepted[0]], [accepted[1]])  # any rows: three more certain ones
+    drafter.extend([accepted[0]], [accepted[1]])  # any rows: three more accepted ones
     found = drafter.expand(tree).of(0).tokens
 
     hidden = torch.cat([draft.condense(prefill.features), draft.condense(accepted[0][None])], dim=1)

@@ -174,5 +174,5 @@ def test_a_batch(pair: Pair, model: MSDModel, gpu: PretendedGPU, monkeypatch: py
     """Still one copy to the host; more lists of numbers go to the GPU, some for each forward of the draft."""
     cycles = Cycles(gpu, monkeypatch, model, {**moved(pair.several), "temperature": 0.0})
     assert cycles.by_kind("to host", "number", "size") == (cycles.count, 0, 0), cycles.show()
-    forwards = 2 + model.tree.depth  # verification, the certain rows, and the levels
+    forwards = 2 + model.tree.depth  # verification, the accepted rows, and the levels
     assert cycles.waits["to GPU"] <= (8 + 3 * forwards) * cycles.count, cycles.show()
