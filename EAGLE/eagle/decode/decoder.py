@@ -310,7 +310,7 @@ class Decoder:
             self.drafter.grow(self._room)
 
     def draft(self, root_alone: bool = False) -> Drafted:
-        """A tree below each newest token, no deeper than the number of tokens that are still wanted, or its root alone."""
+        """A tree below each newest token, no deeper than the tokens that are still wanted. ``root_alone``: its root."""
         self._make_room()
         roots = torch.tensor([[s.tokens[-1]] for s in self.active], device=self.target.device)  # [B, 1]
         bounds = [self.tree.shortened(self._left(sequence)) for sequence in self.active]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from functools import cache
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_eagle3 import make_eagle3
 from tiny_families import make_qwen3_vl
-from tiny_llava import make_image, make_llava_hf
+from tiny_llava import make_llava_hf
+from tiny_questions import QUESTIONS, answer_alone, prepared
 from tiny_stock import make_qwen
 from torch._dynamo.utils import counters
 
@@ -26,7 +26,6 @@ BASES = {
     "llava": make_llava_hf,
 }
 TREE, CHAIN = TreeConfig(3, 4, 16), TreeConfig(3, 1, 5)
-QUESTIONS = [("Which is larger?", 2), ("Name two rivers.", 0), ("How many shapes are there?", 1)]
 TOKENS = 20
 
 
@@ -45,19 +44,8 @@ def model_of(pair, tree=TREE, **changes) -> MSDModel:
     return MSDModel(pair.target, load_draft(folder, dtype=torch.float32), tree)
 
 
-def prepared(target, questions):
-    prompts = [target.chat_prompt(text, num_images=count) for text, count in questions]
-    images = [make_image(seed=seed) for _, count in questions for seed in range(count)]
-    return target.prepare(prompts if len(prompts) > 1 else prompts[0], images)
-
-
-@cache
-def alone(target, question) -> list[int]:
-    """The answer of transformers' `generate`."""
-    inputs = prepared(target, [question])
-    inputs |= target.complete_inputs(inputs["input_ids"], inputs)
-    output = target.model.generate(**inputs, do_sample=False, max_new_tokens=TOKENS)
-    return output[0, inputs["input_ids"].shape[1] :].tolist()
+def alone(target, question):
+    return answer_alone(target, question, TOKENS)
 
 
 SECTION = {"rope_type": "default", "mrope_section": [2, 1, 1]}

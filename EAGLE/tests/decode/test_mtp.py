@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_families import make_qwen3_5, make_qwen3_vl
-from tiny_llava import make_image
 from tiny_mtp import add_mtp, extract_mtp
+from tiny_questions import QUESTIONS, prepared
 from torch import Tensor
 
 from eagle import MSDModel, TreeConfig
@@ -22,7 +22,6 @@ from eagle.serving.draft import portable
 from llava.errors import UserError
 
 CHAIN, LENGTH = TreeConfig(4, 1, 6), 24
-QUESTIONS = [("Which is larger?", 2), ("Name two rivers.", 0), ("How many shapes are there?", 1)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,12 +40,6 @@ def pair(request, tmp_path_factory, needs_the_model):
     target = load_target(base, dtype=torch.float32)
     target.model.generation_config.eos_token_id = None
     return SimpleNamespace(base=base, target=target, draft=load_draft(base, dtype=torch.float32), kind=kind)
-
-
-def prepared(target, questions):
-    prompts = [target.chat_prompt(text, num_images=count) for text, count in questions]
-    images = [make_image(seed=seed) for _, count in questions for seed in range(count)]
-    return target.prepare(prompts if len(prompts) > 1 else prompts[0], images)
 
 
 class Plain:

@@ -40,9 +40,9 @@ class Cycles:
             prefill(decoder)
             gpu.forget()
 
-        def counted_draft(decoder: Decoder) -> Any:
+        def counted_draft(decoder: Decoder, *given: Any) -> Any:
             self.count += 1
-            drafted = draft(decoder)
+            drafted = draft(decoder, *given)
             self.drafted += max(tree.size for tree in drafted.trees) > 1
             return drafted
 
