@@ -22,7 +22,7 @@ from typing import Any
 from PIL import Image
 
 from eagle.hidden_states.index import sha256
-from llava.arguments import OneLineParser
+from llava.arguments import OneLineParser, is_greedy
 from llava.errors import UserError, run_cli
 from llava.files import read_json, write_text
 
@@ -73,7 +73,7 @@ def name_of(cell: Cell) -> str:
 
 def how(temperature: float) -> str:
     """Greedy, or the temperature of sampling."""
-    return "greedy" if temperature == 0 else f"sampled at T = {temperature:g}"
+    return "greedy" if is_greedy(temperature) else f"sampled at T = {temperature:g}"
 
 
 def label(contestant: str) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
+from llava.arguments import is_greedy
 from llava.arguments import temperature as check_temperature
 from llava.errors import UserError
 
@@ -51,7 +52,7 @@ class SamplingSettings:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        return is_greedy(self.temperature)
 
     @property
     def limits(self) -> dict[str, Any]:
