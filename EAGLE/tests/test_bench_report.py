@@ -145,7 +145,7 @@ def test_a_difference_is_a_near_tie_or_not(monkeypatch: pytest.MonkeyPatch) -> N
     }  # fmt: skip
     monkeypatch.setattr(bench_report, "logit_gap", lambda *_: Gap(1, 2, (0.0, 0.0), 1.0))
     close = bench_of([[1, 9], [1]], [[1, 2], [1, 2]], model)
-    assert close.figures([0, 1])["identical"]["near_ties"] == 1, "an answer that ends earlier is no near tie"
+    assert close.figures([0, 1])["identical"]["near_ties"] == 1, "an answer that ends earlier is not a near tie"
     assert close.figures([1])["identical"]["near_ties"] == 0
 
 

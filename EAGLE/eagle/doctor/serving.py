@@ -18,7 +18,7 @@ VLLM, SERVED = "vLLM", "draft in vLLM"
 
 def look_for_vllm(python: str) -> tuple[Check, str | None]:
     """vLLM and the plugin in the environment of an interpreter, and its model runner if that is known. Nothing else
-    needs them, so that they are missing is no problem."""
+    needs them, so it is not a problem if they are missing."""
     failed: list[Check] = []
     with problems(failed, VLLM):
         vllm = find_vllm(python, ask_runner=True)

@@ -385,7 +385,7 @@ class Target(ABC):
             own_positions = positions[..., index : index + 1, :][..., keep]
             own_next = next_position[index : index + 1]
             if prompt.image_mask[0, -1] and (own_positions[..., -1] + 1 != own_next).any():
-                # transformers goes on from the three numbers of the last token
+                # transformers continues from the three numbers of the last token
                 raise UserError("a prompt ends with a picture or video", fix="write some text behind it")
             part = cache.sequence(index)
             with self.streams(layers) as streams:

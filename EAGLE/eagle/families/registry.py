@@ -286,7 +286,7 @@ def load_target(path: str | Path, dtype: Any = "auto", device_map: Any = None, *
 
     Args:
         dtype: a torch dtype or its name, or "auto" for the checkpoint's own (float32 on a CPU that is slow in 16 bit).
-        device_map: as in transformers. With None and "auto" the model goes on one accelerator if it fits there
+        device_map: as in transformers. With None and "auto" the model is loaded to one accelerator if it fits
             (`eagle.families.placement`); "auto" spreads it otherwise. `Target.placement` says what was chosen. "meta"
             opens the weight files and does not read their data.
         kwargs: hub settings (``revision``, ``cache_dir``, ``local_files_only``, ``token``) and other arguments of

@@ -77,7 +77,7 @@ def fetch(name: str, subset: str = "test", out: Path | None = None, copies: Path
             may have fewer rows.
 
     Raises:
-        UserError: the folder has another suite, a set cannot be had, or has other rows or columns than published.
+        UserError: the folder has another suite, a set cannot be fetched, or has other rows or columns than published.
     """
     suite, folder = SUITES[name], out or default_folder(name, subset)
     path = folder / QUESTIONS

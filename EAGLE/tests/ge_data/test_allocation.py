@@ -110,7 +110,7 @@ def test_fewer_records_than_are_stored(
 def test_a_base_that_the_engine_does_not_read_exactly_is_refused(
     base: Path, annotations: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its states would be stored in silence. Here the positions are wrong."""
+    """Its states would be stored without an error. Here the positions are wrong."""
     monkeypatch.setenv("MSD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(extract, "self_check", self_check)
     right = Target.prompt_positions

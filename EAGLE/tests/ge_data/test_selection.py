@@ -139,7 +139,7 @@ def test_again_makes_only_shards_whose_pictures_are_back(
 
     (own / f"p{first}.png").write_bytes(kept[first])
     assert allocate(base, data, out, "v", pictures=own) == 0
-    assert snapshot(out) == begun, "without --again nothing is made anew"
+    assert snapshot(out) == begun, "without --again nothing is made again"
     assert allocate(base, data, out, "v", "--again", "--shard-size", "5", pictures=own) == 0
     assert "--again: 1 shards have records" in capsys.readouterr().err
     then = snapshot(out)
