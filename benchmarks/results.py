@@ -13,7 +13,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +21,7 @@ from typing import Annotated, Any
 from pydantic import AliasPath, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from eagle.published import published_rows
+from eagle.report import markdown_table
 from llava.arguments import OneLineParser
 from llava.errors import UserError, run_cli
 from llava.files import read_json, read_object, write_json, write_text
@@ -190,11 +191,6 @@ def read_rows(root: Path) -> list[Row]:
     return TypeAdapter(list[Row]).validate_json(json.dumps(read_json(root / ROWS, "rows")))
 
 
-def table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in each)} |\n" for each in lines)
-
-
 def pocket_table(root: Path) -> str:
     from benchmarks.readme import chosen, how, name_of
     from benchmarks.report import NOISY
@@ -213,7 +209,7 @@ def pocket_table(root: Path) -> str:
             ])  # fmt: skip
     head = ("pair", "", "tokens/s", "strongest plain", "speed-up of medians", "τ with bonus", "identical")
     made = f"{report['date'][:10]}, {report['hardware']['cpu']}, {report['hardware']['cores']} cores, float32, commit"
-    return f"{table(head, iter(rows))}\n{made} {report['commit'][:12]}, `{report['command']}`. {NOISY}: noisy rounds.\n"
+    return f"{markdown_table(head, rows)}\n\n{made} {report['commit'][:12]}, `{report['command']}`. {NOISY}: noisy rounds.\n"
 
 
 def sent_table(root: Path) -> str:
@@ -231,7 +227,7 @@ def sent_table(root: Path) -> str:
         ]
         for each in rows
     )  # fmt: skip
-    return table(head, cells)
+    return markdown_table(head, cells) + "\n"
 
 
 def published_table(root: Path) -> str:
@@ -244,7 +240,7 @@ def published_table(root: Path) -> str:
         ]
         for each in published_rows(root / "benchmarks" / "published.json")
     )  # fmt: skip
-    return table(head, cells)
+    return markdown_table(head, cells) + "\n"
 
 
 def page_of(root: Path, text: str) -> str:

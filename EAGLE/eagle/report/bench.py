@@ -8,7 +8,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from eagle.report import charts, page
+from eagle.report import charts, markdown_table, page
 from llava.files import atomic_write, write_text
 
 Report = Mapping[str, Any]
@@ -96,8 +96,7 @@ def markdown(report: Report) -> str:
         "commit": (report["commit"] or "unknown")[:12],
         "date": report["date"][:10],
     }
-    lines = [cells.keys(), ["---"] * len(cells), cells.values()]
-    return "".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in each) + " |\n" for each in lines)
+    return markdown_table(list(cells), [list(cells.values())]) + "\n"
 
 
 def write_markdown(report: Report, path: Path) -> None:

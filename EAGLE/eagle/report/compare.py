@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eagle.published import Published
-from eagle.report import charts, page
+from eagle.report import charts, markdown_table, page
 from eagle.report.intervals import Interval
 from eagle.report.runs import Row, Run, pairs_of
 from llava.files import write_text
@@ -199,11 +199,6 @@ def write_markdown(runs: Sequence[Run], path: Path, published: Sequence[Publishe
     if published:
         parts += [f"## {PUBLISHED}", markdown_table(*published_table(published, runs)), *published_notes(published)]
     write_text(path, "\n\n".join(parts) + "\n")
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
 
 
 def write_html(runs: Sequence[Run], path: Path, published: Sequence[Published] = ()) -> None:
