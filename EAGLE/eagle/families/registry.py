@@ -28,7 +28,7 @@ class Family:
 
     Args:
         name: what shards, drafts and `Target.family` call it.
-        title, published: the models' name and checkpoints, for `eagle.families.page`.
+        title, published: the models' name and checkpoints, for `python -m eagle.families`.
         model_types: values of ``model_type`` in a base model's config.json.
         target: adapter, ``module:class``.
         template: training template, ``module:class``.
