@@ -209,7 +209,8 @@ def pocket_table(root: Path) -> str:
             ])  # fmt: skip
     head = ("pair", "", "tokens/s", "strongest plain", "speed-up of medians", "τ with bonus", "identical")
     made = f"{report['date'][:10]}, {report['hardware']['cpu']}, {report['hardware']['cores']} cores, float32, commit"
-    return f"{markdown_table(head, rows)}\n\n{made} {report['commit'][:12]}, `{report['command']}`. {NOISY}: noisy rounds.\n"
+    made += f" {report['commit'][:12]}, `{report['command']}`. {NOISY}: noisy rounds.\n"
+    return f"{markdown_table(head, rows)}\n\n{made}"
 
 
 def sent_table(root: Path) -> str:

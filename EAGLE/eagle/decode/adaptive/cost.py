@@ -18,7 +18,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,7 +36,7 @@ from eagle.decode.masks import MaskBuffer
 from eagle.decode.tree_config import TreeConfig
 from eagle.drafts.head import DraftHead
 from eagle.families.base import Target
-from eagle.provenance import hardware
+from eagle.provenance import hardware, now
 from llava.errors import OutOfMemory, UserError
 from llava.files import write_json
 from llava.memory import within_memory
@@ -68,7 +67,7 @@ def cost_of(target: Target, draft: DraftHead, tree: TreeConfig) -> CostCurve:
     if cost.nodes[-1] < tree.total_tokens:
         return cost  # memory ran out; it may be sufficient next time
     record = {
-        "schema": SCHEMA, "measured": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "schema": SCHEMA, "measured": now(),
         "context": CONTEXT, "rounds": ROUNDS, "described": described, "seconds": asdict(cost),
     }  # fmt: skip
     try:
