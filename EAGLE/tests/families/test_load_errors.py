@@ -261,6 +261,8 @@ def places(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
 def check_any_value(folder: Path, file: str, count: int) -> None:
     """``count`` times another value at some key: a model, or one line; the doctor never fails."""
     path, draw = folder / file, random.Random(0)
+    if not path.is_file():
+        pytest.skip("this layout has no such file")
     whole = path.read_text()
     choices = [(place, odd) for place in places(json.loads(whole)) for odd in ODD]
     for place, odd in draw.sample(choices, min(count, len(choices))):
@@ -285,15 +287,13 @@ CONFIGS = ("config.json", "processor_config.json", "tokenizer_config.json", "gen
 
 @pytest.mark.parametrize("file", CONFIGS)
 def test_any_value_at_any_key_is_a_line_or_a_model(folder: Path, file: str) -> None:
-    if (folder / file).is_file():
-        check_any_value(folder, file, 4)
+    check_any_value(folder, file, 4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", CONFIGS)
 def test_any_value_at_any_key_many_times(folder: Path, file: str) -> None:
-    if (folder / file).is_file():
-        check_any_value(folder, file, 40)
+    check_any_value(folder, file, 40)
 
 
 def with_template(folder: Path, template: str | None) -> None:
