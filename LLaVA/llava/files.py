@@ -94,7 +94,7 @@ def check_not_pointer(path: Path) -> None:
 
 
 def read_object(path: str | Path, what: str = "JSON file") -> dict[str, Any]:
-    """As `read_json`, for a file that must be a JSON object."""
+    """As `read_json`, for a file that must be a JSON object; anything else is a `UserError` too."""
     content = read_json(path, what)
     if not isinstance(content, dict):
         raise UserError(f"{what} is not a JSON object", path)

@@ -519,7 +519,7 @@ def steps_between(first: Tensor, second: Tensor) -> Tensor:
 
 
 def check_not_nan(values: Tensor) -> None:
-    """Raises `UserError` if the target gives NaN: every later token would be the same one."""
+    """Raises `UserError` if hidden states or logits [..., X] have NaN: every later token would be the same one."""
     if bool(values.isnan().any()):
         raise nan_error()
 

@@ -162,7 +162,7 @@ class Sampler:
         self.order_free = all(type(processor) in ROW_WISE or is_order_free(processor) for processor in processors)
 
     def for_sequence(self, index: int, batch: int, prompt: Tensor, padding: int) -> Sampler:
-        """The sampler of one sequence of a batch (`processor_of`)."""
+        """The sampler of one sequence of a batch (`processor_of`). ``prompt``: [1, S], without its ``padding``."""
         if batch == 1 or self.row_wise:
             return self
         processors = [processor_of(each, index, batch, prompt, padding) for each in self.processors]
@@ -197,7 +197,11 @@ class Sampler:
         return (scores + noise).argmax(dim=-1)
 
     def scores(self, logits: Tensor, prefix: Tensor) -> Tensor:
-        """Processed logits [N, V], float32, on the device of ``prefix``, where the processors' own tensors are."""
+        """Processed logits [N, V], float32, on the device of ``prefix``, where the processors' own tensors are.
+
+        Raises:
+            UserError: a length penalty overflows.
+        """
         raw = logits.to(prefix.device, torch.float32, copy=True)
         try:
             scores: Tensor = self.processors(prefix.expand(raw.shape[0], -1), raw)

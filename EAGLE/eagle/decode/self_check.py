@@ -119,7 +119,11 @@ def compare(target: Target) -> None:
 
 @contextmanager
 def failures(target: Target) -> Iterator[None]:
-    """Names the base in every error of the prompt, and says what failed. Errors of memory pass."""
+    """Names the base in every error of the prompt, and says what failed.
+
+    Raises:
+        UserError: in place of any exception but that memory ran out.
+    """
     name, what = target.config.name_or_path, "base model cannot answer a short prompt with a picture"
     try:
         with quiet_transformers():

@@ -319,7 +319,11 @@ def load_target(path: str | Path, dtype: Any = "auto", device_map: Any = None, *
 
 
 def target_class_of(path: str | Path, **hub: Any) -> type[Target]:
-    """The adapter of a base model, if the installed transformers has its models and the text model is known."""
+    """The adapter of a base model. Reads only its config.json.
+
+    Raises:
+        UserError: the family or the text model is not supported, or not in the installed transformers.
+    """
     from transformers import __version__
 
     from eagle.families.layers import check_text_type

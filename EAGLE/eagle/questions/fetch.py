@@ -107,7 +107,11 @@ def origins(suite: Suite) -> dict[str, list[str]]:
 
 
 def is_complete(folder: Path, about: Record) -> bool:
-    """Whether a folder has this suite already, with all its questions and pictures."""
+    """Whether a folder has this suite already, with all its questions and pictures.
+
+    Raises:
+        UserError: it has another suite.
+    """
     path = folder / RECORD
     if not path.exists() or not (folder / QUESTIONS).exists():
         return False
@@ -137,7 +141,11 @@ def check_counts(counts: dict[str, int], suite: Suite, expected: int, where: Pat
 
 
 def read_mmspec(subset: str, copies: Path | None, folder: Path) -> Iterator[Record]:
-    """The samples of MMSpec, whose pictures are written into ``folder``."""
+    """The samples of MMSpec, whose pictures are written into ``folder``.
+
+    Raises:
+        UserError: a file cannot be read, or a sample is damaged.
+    """
     place = f"{MMSPEC_FOLDER}/{subset}"
 
     def get(name: str) -> bytes:
@@ -175,6 +183,15 @@ def read_sets(suite: Suite, subset: str, copies: Path | None, folder: Path) -> I
 
 
 def read_set(each: HubSet, count: int, copies: Path | None, folder: Path, cache: str) -> Iterator[Record]:
+    """The questions of one set of the hub.
+
+    Args:
+        count: at most so many.
+        cache: folder for what `datasets` writes.
+
+    Raises:
+        UserError: the set cannot be read, or has other rows than published.
+    """
     rows = load_rows(each, each.files, copies, cache)
     if copies is None and len(rows) != each.rows:
         raise UserError(f"{each.name} has {len(rows)} rows, not {each.rows}", f"{each.repository}@{each.revision}")
@@ -208,7 +225,11 @@ def suffix_of(data: bytes) -> str:
 
 
 def load_rows(each: HubSet, pattern: str, copies: Path | None, cache: str) -> Any:
-    """The rows of the files of a set, as `datasets.Dataset`."""
+    """The rows of the files of a set, as `datasets.Dataset`.
+
+    Raises:
+        UserError: the package is not installed, or the files cannot be fetched or read.
+    """
     require("datasets", extra="suites")
     from datasets import load_dataset
 

@@ -193,6 +193,7 @@ def as_json(runs: Sequence[Run], published: Sequence[Published] = ()) -> dict[st
 
 
 def write_markdown(runs: Sequence[Run], path: Path, published: Sequence[Published] = ()) -> None:
+    """The notes and all tables."""
     parts = ["# Comparison", "\n".join(f"- {line}" for line in notes(runs))]
     for title, (header, rows) in tables(runs).items():
         parts += [f"## {title}", markdown_table(header, rows)]

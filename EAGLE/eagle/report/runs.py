@@ -129,6 +129,7 @@ Read = tuple[dict[str, Any], list[Row]]
 
 
 def read_bench(content: Content) -> Read:
+    """Settings and rows of a file of `msd bench`."""
     settings, setting = content["settings"], content.get("setting", {})
     names = ("max_new_tokens", "data", "limit", "top_p", "top_k", "seed", "tree", "draft_image_tokens")
     found = {
@@ -172,6 +173,7 @@ def tau_of(answers: Sequence[Content]) -> Interval | None:
 
 
 def read_server(content: Content) -> Read:
+    """Settings and rows of a file of `msd bench --server`."""
     settings = content["settings"]
     found = {
         "engine": "server", "base": content["model"], "draft": "of the server", **made(content),
@@ -193,6 +195,7 @@ def read_server(content: Content) -> Read:
 
 
 def read_suite(content: Content) -> Read:
+    """Settings and rows of a file of `benchmarks.suite`."""
     settings = content["settings"]
     models = {name: [pair.get("base"), pair.get("draft")] for name, pair in settings["models"].items()}
     found = {
@@ -217,6 +220,7 @@ def read_suite(content: Content) -> Read:
 
 
 def read_lmms(content: Content) -> Read:
+    """Settings and rows of a file of lmms-eval."""
     decoding = content["msd"] if "results" in content else content
     found = {
         "engine": "lmms-eval", "base": decoding["base"], "draft": decoding.get("draft"), **made(decoding),
@@ -248,6 +252,7 @@ def scores_of(values: Content) -> dict[str, Interval]:
 
 
 def read_gpu_check(content: Content) -> Read:
+    """Settings and rows of a file of `benchmarks.gpu_check`."""
     settings = content["settings"]
     found = {
         "engine": "benchmarks.gpu_check", "base": settings.get("base"), "draft": settings.get("draft"),
@@ -272,6 +277,7 @@ def read_gpu_check(content: Content) -> Read:
 
 
 def read_training(content: Content) -> Read:
+    """Settings and rows of ``training.json``."""
     losses = {row["step"]: row["loss"] for row in content["steps"]}
     simulated = {
         row["step"]: fmean(values["tau"] for values in row["results"].values()) for row in content["validations"]

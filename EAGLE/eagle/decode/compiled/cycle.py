@@ -75,7 +75,7 @@ class PlacedRows:
         self.cache, self.places = cache, places
 
     def update(self, keys: Tensor, values: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """As `KVCache.update`."""
+        """Writes rows [1, heads, n, head_dim]; returns the columns that are seen."""
         return self.cache.layers[index].write(self.places, keys, values)
 
 
@@ -318,7 +318,7 @@ def draft_tree(
 def verification_masks(
     target: Target, nodes: Tensor, tree_mask: Tensor, counters: Tensor, cache: StaticCache
 ) -> LayerMasks:
-    """The masks of `StaticEngine.verify_nodes`."""
+    """The masks of `StaticEngine.verify_nodes`, for ``nodes`` [5, N] and ``tree_mask`` [N, N] of `draft_tree`."""
     past = Counters(*counters.unbind()).past[None]
     mask = mask_behind(past, tree_mask[None], cache.window.columns.shape[0], target.dtype)
     return target.masks_by_layer(mask, past, nodes[4:])
