@@ -52,11 +52,8 @@ def report() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def window(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    programs = chromium.installed()
-    assert programs is not None
-    opened = chromium.open_browser(programs, tmp_path_factory.mktemp("profile"))
-    yield opened
-    opened.quit()
+    with chromium.window(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")

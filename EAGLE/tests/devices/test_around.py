@@ -27,13 +27,6 @@ TREE = TreeConfig(2, 3, 8)
 LONGEST = 400
 
 
-@pytest.fixture(scope="module")
-def model(pair: Pair) -> MSDModel:
-    """The pair on one pretended GPU."""
-    with PretendedGPU():
-        return pair.on_gpu()
-
-
 def test_exactness(pair: Pair, model: MSDModel, gpu: PretendedGPU) -> None:
     """The same counts as on the CPU, of every setting."""
     settings = {name: SETTINGS[name] for name in ("T 1.0", "T 0.7, top-k 20, top-p 0.9")}

@@ -21,13 +21,6 @@ TOKENS = 10
 pytestmark = pytest.mark.parametrize("pair", ["llava"], indirect=True)  # the families share these parts
 
 
-@pytest.fixture(scope="module")
-def model(pair: Pair) -> MSDModel:
-    """The pair on one pretended GPU."""
-    with PretendedGPU():
-        return pair.on_gpu()
-
-
 class Cycles:
     """What the cycles of an answer did. ``waits``: by kind; ``places``: for messages; ``count``: cycles, of all
     sequences together one; ``levels``: of the draft tree that an adapting tree was asked about; ``new``: tokens."""

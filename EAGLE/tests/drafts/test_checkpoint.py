@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from fault_support import MakesFolder
 from safetensors.torch import load_file, save_file
 
 from eagle.decode.tree_config import TreeConfig
@@ -150,12 +151,8 @@ def test_a_file_of_an_old_torch_loads(tmp_path):
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return (os.mkdir, (str(tmp_path / "ran"),))
-
     folder = write(tmp_path / "draft")
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"fc.weight": Evil()}))
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"fc.weight": MakesFolder(tmp_path / "ran")}))
     with pytest.raises(UserError, match="damaged"):
         load_draft(folder)
     assert not (tmp_path / "ran").exists()

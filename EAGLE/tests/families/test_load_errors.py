@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tiny_families
 import transformers
+from json_paths import key_paths
 from packaging.version import Version
 from PIL import Image
 from tiny_llava import make_liuhaotian, make_llava_hf
@@ -251,20 +252,13 @@ def test_ids_and_sections_of_the_other_families(other_folder: Path, monkeypatch:
         assert "config" in line_of(other_folder)
 
 
-def places(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Paths of all keys inside a JSON object."""
-    for key, inner in value.items() if isinstance(value, dict) else ():
-        yield (*path, key)
-        yield from places(inner, (*path, key))
-
-
 def check_any_value(folder: Path, file: str, count: int) -> None:
     """``count`` times another value at some key: a model, or one line; the doctor never fails."""
     path, draw = folder / file, random.Random(0)
     if not path.is_file():
         pytest.skip("this layout has no such file")
     whole = path.read_text()
-    choices = [(place, odd) for place in places(json.loads(whole)) for odd in ODD]
+    choices = [(place, odd) for place in key_paths(json.loads(whole)) for odd in ODD]
     for place, odd in draw.sample(choices, min(count, len(choices))):
         content = json.loads(whole)
         inner = content

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from corpus_support import Write, allocate, command, image_record, rows_of, text_record, turns
+from corpus_support import Write, allocate, command, image_record, rows_of, snapshot, text_record, turns
 from tiny_llava import make_llava_hf
 
 from eagle.conversations import read_conversation
@@ -310,10 +310,6 @@ def test_missing_ranges() -> None:
     assert missing(2, 6, 4, [info(0, 4), info(4, 8)]) == []
     assert missing(0, 6, 4, [info(9, 12)]) == [(0, 4), (4, 6)]
     assert missing(8, 10, 4, [info(0, 4)]) == [(8, 10)]
-
-
-def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
-    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("rows-*")}
 
 
 def test_finished_shards_are_not_touched(base: Path, annotations: Write, tmp_path: Path) -> None:

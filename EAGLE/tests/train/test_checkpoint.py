@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections import OrderedDict
 from pathlib import Path
@@ -10,20 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from fault_support import MakesFolder
 from torch import Tensor
 
 from eagle.train.checkpoint import Progress, check_pickles, check_same_run, mean_state
 from llava.errors import UserError
-
-
-class Evil:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (os.mkdir, (str(self.folder),))
 
 
 def test_tensors_and_deepspeeds_own_classes_pass(tmp_path: Path) -> None:
@@ -37,10 +27,10 @@ def test_tensors_and_deepspeeds_own_classes_pass(tmp_path: Path) -> None:
 def test_code_is_refused_and_does_not_run(tmp_path: Path) -> None:
     (tmp_path / "state").mkdir()
     file = tmp_path / "state" / "optim_states.pt"
-    torch.save({"weights": torch.ones(2), "more": Evil(tmp_path / "ran")}, file)
+    torch.save({"weights": torch.ones(2), "more": MakesFolder(tmp_path / "ran")}, file)
     with pytest.raises(pickle.UnpicklingError, match=r"optim_states\.pt names posix\.mkdir"):
         check_pickles(tmp_path)
-    for content in (pickle.dumps(Evil(tmp_path / "ran")), b"", b"PK\x03\x04 cut off"):
+    for content in (pickle.dumps(MakesFolder(tmp_path / "ran")), b"", b"PK\x03\x04 cut off"):
         file.write_bytes(content)
         with pytest.raises(pickle.UnpicklingError, match="not in torch's format"):
             check_pickles(tmp_path)
