@@ -34,11 +34,11 @@ class BlockDrafter(Drafter):
         self._newest: Tensor | None = None  # [B, X] input of each prompt's last row
         self._drafted: Tensor | None = None  # [B, levels, H] outputs of the newest rows and the mask rows behind them
 
-    def _read_prompt(self, row: int, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def _read_prompt(self, index: int, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor]) -> Tensor:
         if self._newest is None:
             self._newest = x.new_zeros(len(self._lengths), x.shape[-1])
-        self._newest[row], self._drafted = x[0, -1], None
-        return super()._read_prompt(row, x, mask, rope)
+        self._newest[index], self._drafted = x[0, -1], None
+        return super()._read_prompt(index, x, mask, rope)
 
     def _read_accepted(self, tokens: Tensor, hidden: Tensor, counts: Sequence[int]) -> Tensor:
         rows = self.draft.text_rows(hidden, tokens)  # [B, n, X]
@@ -87,10 +87,10 @@ class BlockDrafter(Drafter):
         levels = draft_levels((ids[:, :1], logprobs[:, :1]), drafted[:, :1], bounds, step, should_deepen)
         return Candidates(*(torch.cat(parts, dim=1) for parts in zip(*levels, strict=True)))
 
-    def select(self, rows: Sequence[int]) -> None:
-        super().select(rows)
-        self._newest = None if self._newest is None else self._newest[list(rows)]
-        self._drafted = None if self._drafted is None else self._drafted[list(rows)]
+    def select(self, kept: Sequence[int]) -> None:
+        super().select(kept)
+        self._newest = None if self._newest is None else self._newest[list(kept)]
+        self._drafted = None if self._drafted is None else self._drafted[list(kept)]
 
 
 def drafter_of(
