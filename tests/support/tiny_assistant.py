@@ -19,8 +19,8 @@ def make_assistant(base: str | Path, folder: str | Path, *, seed: int = 0, **set
     """
     torch.manual_seed(seed)
     text = AutoConfig.from_pretrained(base).get_text_config()
-    full = text.per_layer_config["full_attention"]
-    sizes = {name: getattr(text, name) for name in ("hidden_size", "head_dim", "num_attention_heads", "vocab_size")}
+    full, sliding = (text.per_layer_config[f"{kind}_attention"] for kind in ("full", "sliding"))
+    sizes = {name: getattr(text, name) for name in ("hidden_size", "num_attention_heads", "vocab_size")}
     unified = text.model_type == "gemma4_unified_text"
     plain = {} if unified else {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
     config = getattr(transformers, f"Gemma4{'Unified' if unified else ''}AssistantConfig")(
@@ -31,10 +31,11 @@ def make_assistant(base: str | Path, folder: str | Path, *, seed: int = 0, **set
             "intermediate_size": 48,
             "num_hidden_layers": 3,
             "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
-            "num_key_value_heads": text.per_layer_config["sliding_attention"].num_key_value_heads,
+            "head_dim": sliding.head_dim,
+            "num_key_value_heads": sliding.num_key_value_heads,
             "global_head_dim": full.head_dim,
             "num_global_key_value_heads": full.num_key_value_heads,
-            "attention_k_eq_v": full.num_key_value_heads != text.num_key_value_heads,
+            "attention_k_eq_v": full.num_key_value_heads != sliding.num_key_value_heads,
             "sliding_window": text.sliding_window,
             "rope_parameters": text.rope_parameters,
             "final_logit_softcapping": 3.0,

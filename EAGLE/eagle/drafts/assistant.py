@@ -218,6 +218,7 @@ class AssistantDraft(DraftHead):
             attention_mask=masks,
             shared_kv_states=states,
             use_cache=False,
+            logits_to_keep=torch.arange(x.shape[1], device=x.device),  # all; the default, 0, needs inputs by layer
         ).last_hidden_state  # [B, S, D]
         return torch.cat([output, self.post_projection(output)], dim=-1)
 
