@@ -153,7 +153,7 @@ def test_nodes_of_a_tree_do_not_see_each_other(pair):
 
 
 def test_candidates_are_those_of_assisted_generation(pair, monkeypatch):
-    """The first draft of transformers' own loop. Later ones see the row of a rejected token there."""
+    """The first draft of transformers' own loop. Later ones see rows of rejected tokens there."""
     generator, seen = candidate_generator.SinglePositionMultiTokenCandidateGenerator, []
     get_candidates = generator.get_candidates
 
