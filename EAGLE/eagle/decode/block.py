@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eagle.decode.assistant import AssistantDrafter
 from eagle.decode.drafter import Drafter, at_ends, draft_levels
 from eagle.decode.tree import Candidates
 from eagle.decode.tree_config import TreeConfig
+from eagle.drafts.assistant import AssistantDraft
 from eagle.drafts.block import BlockDraft
 from eagle.drafts.head import DraftHead
+from eagle.kv_cache import KVCache
 
 
 class BlockDrafter(Drafter):
@@ -94,9 +97,16 @@ class BlockDrafter(Drafter):
 
 
 def drafter_of(
-    draft: DraftHead, head: Callable[[Tensor], Tensor], capacity: int, tree: TreeConfig, *more: Any
+    draft: DraftHead,
+    head: Callable[[Tensor], Tensor],
+    capacity: int,
+    tree: TreeConfig,
+    *more: Any,
+    target_cache: Callable[[], KVCache],
 ) -> Drafter:
-    """A drafter for the kind of the head; arguments as of `Drafter`."""
+    """A drafter for the kind of the head; arguments as of `Drafter`. ``target_cache``: as of `AssistantDrafter`."""
+    if isinstance(draft, AssistantDraft):
+        return AssistantDrafter(draft, head, capacity, tree, *more, target_cache=target_cache)
     if isinstance(draft, BlockDraft):
         return BlockDrafter(draft, head, capacity, tree, *more)
     return Drafter(draft, head, capacity, tree, *more)

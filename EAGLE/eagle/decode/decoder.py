@@ -152,7 +152,8 @@ class Decoder:
         if self.compiled is None:
             self.cache = target.new_cache(batch, rows)
             if draft is not None:
-                self.drafter = drafter_of(draft, target.head, length, self.tree, batch, settings.compression)
+                more = (batch, settings.compression)
+                self.drafter = drafter_of(draft, target.head, length, self.tree, *more, target_cache=lambda: self.cache)
         self.target_layers = () if draft is None else draft.target_layers
         self.stats = Stats(requests=batch, wait=settings.wait)
 

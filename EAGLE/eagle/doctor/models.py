@@ -14,10 +14,18 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from eagle.decode.compatibility import check_eagle3_sizes, check_family, check_image_ids, check_mtp, misfit
+from eagle.decode.compatibility import (
+    check_assistant,
+    check_eagle3_sizes,
+    check_family,
+    check_image_ids,
+    check_mtp,
+    misfit,
+)
 from eagle.decode.self_check import self_check
 from eagle.doctor import Check, State, problems
 from eagle.doctor.memory import Footprint
+from eagle.drafts.assistant import AssistantDraft
 from eagle.drafts.checkpoint import build_draft, canonical, load_draft
 from eagle.drafts.eagle3 import Eagle3Draft
 from eagle.drafts.head import DraftHead
@@ -116,6 +124,10 @@ def check_pair(target: Target, draft: DraftHead) -> list[Check]:
             check_eagle3_sizes(target, draft)
             read = ", ".join(map(str, draft.target_layers))
             more_found = f", inputs of layers {read} of {len(target.text_model.layers)}"
+        elif isinstance(draft, AssistantDraft):
+            check_assistant(target, draft)
+            read = " and ".join(f"{index} ({kind})" for kind, index in draft.sources.items())
+            more_found = f", keys and values of layers {read}"
         else:
             if isinstance(draft, DraftModel):  # most others do not name their family
                 check_family(target.family, draft.config.model_type)

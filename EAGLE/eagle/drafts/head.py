@@ -11,6 +11,7 @@ EAGLE-3     `eagle.drafts.eagle3`
 ViSpec      `eagle.drafts.vispec`
 block       `eagle.drafts.block`
 MTP         `eagle.drafts.mtp`
+assistant   `eagle.drafts.assistant`, which reads the target's keys and values instead of rows of its own
 ==========  =====================================================================================
 """
 
@@ -65,6 +66,7 @@ class DraftHead(nn.Module, ABC):
 
     Attributes:
         kind: its name, for messages.
+        compilable: it has compiled parts (`eagle.decode.compiled`).
         target_layers: the target's layers whose input streams are the head's features, ascending. Empty: the features
             are the hidden states after the final norm.
         window: rows that a row sees, itself included. None sees all.
@@ -73,6 +75,7 @@ class DraftHead(nn.Module, ABC):
     """
 
     kind: ClassVar[str]
+    compilable: ClassVar[bool] = True
     config: Any
     layers: nn.ModuleList
     rotary: Rotary
@@ -107,6 +110,10 @@ class DraftHead(nn.Module, ABC):
     @abstractmethod
     def new_rotary(self) -> Rotary:
         """The rotary positions of the config."""
+
+    def renew_rotary(self) -> None:
+        """Computes what rotary positions need and checkpoints do not have."""
+        self.rotary = self.new_rotary()
 
     @abstractmethod
     def conventions(self) -> str:

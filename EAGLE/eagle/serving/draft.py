@@ -73,8 +73,11 @@ def portable(draft: DraftHead, name: str | Path) -> DraftModel:
     """
     if not isinstance(draft, DraftModel) or draft.block_size > 1:
         message = f"{draft.kind} heads are not exported to vLLM, only MSD drafts and EAGLE-3 heads are"
-        mtp = 'vLLM reads it from the base itself, with "method": "mtp"'
-        raise UserError(message, name, mtp if draft.kind == "MTP" else "serve one of these")
+        itself = {
+            "MTP": 'vLLM reads it from the base itself, with "method": "mtp"',
+            "Gemma 4 assistant": "vLLM reads its checkpoint as it is",
+        }
+        raise UserError(message, name, itself.get(draft.kind, "serve one of these"))
     for family in FAMILIES:
         if family.name == draft.config.model_type and not family.vllm:
             raise not_served(family, name)

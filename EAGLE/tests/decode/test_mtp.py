@@ -16,7 +16,7 @@ from torch import Tensor
 from eagle import MSDModel, TreeConfig
 from eagle.decode.drafter import Drafter
 from eagle.doctor.models import check_draft, check_pair
-from eagle.drafts.checkpoint import kind_of, load_draft
+from eagle.drafts.checkpoint import load_draft
 from eagle.families import family_named, load_target
 from eagle.serving.draft import portable
 from llava.errors import UserError
@@ -239,9 +239,3 @@ def test_positions_are_an_option(tmp_path):
     (base / "config.json").write_text(json.dumps(config | {"msd": {"position": "plain"}}))
     with pytest.raises(UserError, match=r"unknown key 'position'"):
         load_draft(base)
-
-
-def test_assistants_of_gemma_4_are_refused():
-    """They read the keys and values of the base, not its hidden states."""
-    with pytest.raises(UserError, match=r"Gemma 4 assistant heads are not supported"):
-        kind_of({"model_type": "gemma4_assistant"}, ["pre_projection.weight"], "config.json")

@@ -162,7 +162,8 @@ def measure(
 
         return once
 
-    drafter = drafter_of(draft, target.head, context + 8 * (rounds + WARM_UP), tree)
+    room = context + 8 * (rounds + WARM_UP)
+    drafter = drafter_of(draft, target.head, room, tree, target_cache=lambda: cache)
     drafter.start(0, prefill, ids, ids[0, :1])
     rows = (prefill.features[0, :4].to(draft.device), ids[0, :4].to(draft.device))
 
