@@ -86,6 +86,7 @@ class GenerationFields:
     prefill_chunk_size: AtLeastOne | None = None
 
 
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 INDICES = ("bad_words_ids", "sequence_bias", "forced_bos_token_id", "forced_eos_token_id")
 """Settings whose ids are looked up in the logits; ids of the others may lie outside of the vocabulary."""
 
@@ -187,3 +188,23 @@ def check_generation_config(source: Source, vocabulary: int) -> None:
         GenerationConfig.from_dict(fields)
     except ValueError as error:  # values that exclude each other
         raise UserError("generation config is not valid", path, reason_of(error)) from None
+
+
+def check_special_tokens(source: Source, vocabulary: int) -> None:
+    """Checks the special tokens of a checkpoint's config.json and generation_config.json. With a wrong id an answer
+    does not end, or its padding cannot be decoded.
+
+    Raises:
+        UserError: one of them is not an id of the model's ``vocabulary`` tokens.
+    """
+    for name in ("config.json", "generation_config.json"):
+        if (path := source.find(name)) is None:
+            continue
+        fields = read_object(path, name)
+        for section in (fields, fields.get("text_config")):
+            for key in SPECIAL_TOKENS if isinstance(section, Mapping) else ():
+                value = section.get(key)
+                ids = value if isinstance(value, list) and key == "eos_token_id" and value else [value]
+                if value is not None and not all(type(each) is int and 0 <= each < vocabulary for each in ids):
+                    fix = f"give an id from 0 to {vocabulary - 1}, or null"
+                    raise UserError(f"{key}={shown(value)}", path, fix)

@@ -139,6 +139,12 @@ def check_floats(tensors: Mapping[str, torch.Tensor], where: str | Path) -> None
             raise UserError(f"{name} has values of {kind}", where, "use a checkpoint in 16 or 32 bit")
 
 
+def quantisation_of(config: Any) -> Any:
+    """The quantisation that a config of transformers names, at the top or of its text model. None without."""
+    sections = (config, config.get_text_config())
+    return next((found for each in sections if (found := getattr(each, "quantization_config", None)) is not None), None)
+
+
 def check_unquantised(config: Any, paths: Iterable[Path]) -> None:
     """Refuses weights that are not floats although the config names no quantisation: transformers would take their
     numbers as they are. Only headers are read.
@@ -146,7 +152,7 @@ def check_unquantised(config: Any, paths: Iterable[Path]) -> None:
     Raises:
         UserError: there is such a weight.
     """
-    if any(getattr(config, key, None) is not None for key in ("quantization_config", "compression_config")):
+    if quantisation_of(config) is not None:
         return
     for path in paths:
         with _read_errors(path):
@@ -255,7 +261,7 @@ def check_size(model_class: Any, config: Any, shapes: Mapping[str, tuple[int, ..
     Raises:
         UserError: the model would have more than `SPARE` times the checkpoint's weights, and `SMALL` more.
     """
-    if getattr(config, "quantization_config", None) is not None:  # several weights are packed into one
+    if quantisation_of(config) is not None:  # several weights are packed into one
         return
     found = sum(map(math.prod, shapes.values()))
     sections = (config.get_text_config(), getattr(config, "vision_config", None))
