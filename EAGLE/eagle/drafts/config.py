@@ -9,7 +9,7 @@ Options of this package are in the section ``"msd"``, and rotary positions in ``
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -141,6 +141,9 @@ class DraftConfig:
             return default if names is None else name in names
 
         options = read_strict(DraftOptions, config.get("msd", {}), f"{where}, section 'msd'")
+        head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+        if options.positions == "mrope":
+            check_sections(section, head_dim, where)
         try:
             return cls(
                 model_type=family,
@@ -149,7 +152,7 @@ class DraftConfig:
                 num_attention_heads=text["num_attention_heads"],
                 num_key_value_heads=text.get("num_key_value_heads") or text["num_attention_heads"],
                 vocab_size=text["vocab_size"],
-                head_dim=text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
+                head_dim=head_dim,
                 rms_norm_eps=text.get("rms_norm_eps", 1e-6),
                 rope_theta=text.get("rope_theta") or rope.get("rope_theta") or 10000.0,
                 mrope_section=tuple(section) if section else None,
@@ -306,6 +309,14 @@ def rope_settings(text: Mapping[str, Any], where: str | Path) -> dict[str, Any]:
     if section is not None and not (isinstance(section, list) and all(type(part) is int for part in section)):
         raise UserError(f"mrope_section={section!r}", where=where, fix="give a list of whole numbers")
     return rope
+
+
+def check_sections(sections: Sequence[int] | None, head_dim: Any, where: str | Path) -> None:
+    """Raises `UserError` for sections that do not share out the frequencies of a head, for positions ``mrope``."""
+    given = list(sections or ())
+    if 2 * sum(given) != head_dim or min(given) < 0:
+        fix = "give rope_scaling an mrope_section that adds up to half a head, as the base model's"
+        raise UserError(f"positions 'mrope' with mrope_section {given} for heads of {head_dim}", where=where, fix=fix)
 
 
 def activation(text: Mapping[str, Any], where: str | Path) -> Any:

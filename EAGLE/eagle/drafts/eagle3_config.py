@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from eagle.drafts.config import KNOWN_KEYS, activation, check_keys, check_objects, rope_settings
+from eagle.drafts.config import KNOWN_KEYS, activation, check_keys, check_objects, check_sections, rope_settings
 from llava.errors import UserError
 from llava.strict import read_strict, strict_dataclass
 
@@ -200,8 +200,9 @@ def _read(config: Mapping[str, Any], where: str, shapes: Shapes | None) -> Eagle
     positions = options.positions
     if positions is None:
         positions = "mrope" if section and (interleaved or not speculators) else "plain"
-    if positions == "mrope" and not section:
-        raise UserError('"positions": "mrope" without mrope_section in the rope settings', fix="take another")
+    head_dim = _size(layer, "head_dim", hidden // heads)
+    if positions == "mrope":
+        check_sections(section, head_dim, where)
     theta = options.rope_theta or layer.get("rope_theta") or rope.get("rope_theta") or OWN_ROPE_BASE
     if angelslim and not section and options.rope_theta is None:
         theta = OWN_ROPE_BASE
@@ -218,7 +219,7 @@ def _read(config: Mapping[str, Any], where: str, shapes: Shapes | None) -> Eagle
         intermediate_size=_size(layer, "intermediate_size"),
         num_attention_heads=heads,
         num_key_value_heads=_size(layer, "num_key_value_heads", heads),
-        head_dim=_size(layer, "head_dim", hidden // heads),
+        head_dim=head_dim,
         num_hidden_layers=_size(layer, "num_hidden_layers", 1),
         vocab_size=vocabulary,
         draft_vocab_size=_size(config, "draft_vocab_size", vocabulary),

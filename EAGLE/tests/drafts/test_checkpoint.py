@@ -135,6 +135,11 @@ def test_a_tensor_that_a_draft_does_not_need_is_left_out(tmp_path, kind, name, c
         ({"hiden_act": "gelu"}, "did you mean 'hidden_act'"), ({"rms_norm_ep": 1e-5}, "did you mean 'rms_norm_eps'"),
         ({"decoupled": False}, "'decoupled' is outside of section 'msd'"),
         ({"positions": "mrope"}, "'positions' is outside of section 'msd'"),
+        ({"msd": {"positions": "mrope"}}, r"with mrope_section \[\] for heads of 8"),
+        (
+            {"msd": {"positions": "mrope"}, "rope_scaling": {"mrope_section": [-4, 4, 4]}},
+            r"with mrope_section \[-4, 4, 4\] for heads of 8",
+        ),
     ],
     ids=str,
 )  # fmt: skip

@@ -129,7 +129,8 @@ def test_conventions_by_layout(found, expected):
     [
         ("flat", {"msd": {"positionz": "plain"}}, "unknown key 'positionz'.*did you mean 'positions'"),
         ("flat", {"msd": {"image_rows": "both"}}, "image_rows='both'"),
-        ("flat", {"msd": {"positions": "mrope"}}, "without mrope_section"),
+        ("flat", {"msd": {"positions": "mrope"}}, r"with mrope_section \[\] for heads of"),
+        ("flat", {"rope_scaling": {"mrope_section": [1, 1, 9]}}, r"with mrope_section \[1, 1, 9\] for heads of"),
         ("flat", {"rope_scaling": {"rope_type": "yarn"}}, "rotary positions of type 'yarn'"),
         ("speculators", {"layer": {"rope_parameters": {"mrope_sections": [2, 1, 1]}}}, "did you mean 'mrope_section'"),
         ("flat", {"MSD": {}}, "unknown key 'MSD'.*did you mean 'msd'"),
