@@ -26,6 +26,8 @@ from .hub import Source
 SPARE, SMALL = 2, 2**24
 """A smaller excess of a config over its checkpoint, as a factor or in weights, is found by name when the tensors are
 loaded."""
+PACKED = 32
+"""Weights that one number of a quantised checkpoint may hold."""
 CHECK_SIZES = "check the sizes in config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -259,11 +261,11 @@ def check_size(model_class: Any, config: Any, shapes: Mapping[str, tuple[int, ..
         name: of the checkpoint, for the message.
 
     Raises:
-        UserError: the model would have more than `SPARE` times the checkpoint's weights, and `SMALL` more.
+        UserError: the model would have more than `SPARE` times the checkpoint's weights, and `SMALL` more. If it is
+            quantised, each of its numbers counts as `PACKED` weights.
     """
-    if quantisation_of(config) is not None:  # several weights are packed into one
-        return
-    found = sum(map(math.prod, shapes.values()))
+    held = sum(map(math.prod, shapes.values()))
+    found = held if quantisation_of(config) is None else held * PACKED
     sections = (config.get_text_config(), getattr(config, "vision_config", None))
     layers = [getattr(section, key, 0) for section in sections for key in ("num_hidden_layers", "depth")]
     if max(layer for layer in layers if isinstance(layer, int)) > len(shapes):
@@ -272,5 +274,5 @@ def check_size(model_class: Any, config: Any, shapes: Mapping[str, tuple[int, ..
         model = model_class(deepcopy(config))
     wanted = sum(parameter.numel() for parameter in model.parameters())
     if wanted > max(SPARE * found, found + SMALL):
-        sizes = f"{wanted:,} weights, the checkpoint has {found:,}"
+        sizes = f"{wanted:,} weights, the checkpoint has {held:,}"
         raise UserError(f"config describes a model of {sizes}", name, CHECK_SIZES)
