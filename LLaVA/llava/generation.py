@@ -12,7 +12,7 @@ from pydantic import Field
 from .errors import UserError, reason_of
 from .files import read_object
 from .hub import Source
-from .strict import read_strict, shown, strict_dataclass
+from .strict import read_strict, reject_similar, shown, strict_dataclass
 
 LONGEST_NGRAM = 2**16
 """transformers makes as many lists in each step."""
@@ -170,13 +170,16 @@ def check_generation_config(source: Source, vocabulary: int) -> None:
     so that answers do not end where they should.
 
     Raises:
-        UserError: the file is damaged or has values that cannot be used.
+        UserError: the file is damaged, has values that cannot be used, or a misspelt key.
     """
     from transformers import GenerationConfig
 
     if (path := source.find("generation_config.json")) is None:
         return
     fields = read_object(path, "generation config")
+    # the names of many models' own tokens, such as boi_token_id, differ by one letter
+    known = [name for name in GenerationConfig().to_dict() if not name.endswith("_token_id")]
+    reject_similar(fields, known, path)
     checked_settings(fields, path, vocabulary)
     for part in ({name: value} for name, value in fields.items()):
         ((name, value),) = part.items()

@@ -8,8 +8,7 @@ Options of this package are in the section ``"msd"``, and rotary positions in ``
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,7 +18,7 @@ from typing_extensions import Self
 
 from llava.errors import UserError
 from llava.files import read_object
-from llava.strict import read_strict, reject_unknown, strict_dataclass
+from llava.strict import read_strict, reject_similar, reject_unknown, strict_dataclass
 
 if TYPE_CHECKING:
     from eagle.drafts.compression import Compression
@@ -42,8 +41,6 @@ UNUSED_ROPE_KEYS = (
     "long_factor", "low_freq_factor", "high_freq_factor", "mscale", "mscale_all_dim", "truncate",
 )  # fmt: skip
 """Keys of other types of rotary positions, which transformers ignores where a type that does not read them is named."""
-SIMILAR = 0.9
-"""From this similarity on a key is a misspelt one. transformers' own keys are below it, apart from `similar_key`."""
 
 
 @strict_dataclass
@@ -252,37 +249,18 @@ def check_objects(config: Mapping[str, Any], keys: Iterable[str], where: str | P
 
 
 def check_keys(config: Mapping[str, Any], known: Iterable[str], where: str | Path, options: Any) -> None:
-    """Raises `UserError` for a key that looks like a known one but differs from it (`similar_key`), and for an option
-    of section ``"msd"`` outside of it. Other keys of the base model are accepted.
+    """Raises `UserError` for a key that is another spelling of a known one (`llava.strict`), and for an option of
+    section ``"msd"`` outside of it. Other keys of the base model are accepted.
 
     Args:
         known: keys that are read.
         options: the dataclass of the section.
     """
     known = list(known)
-    misplaced = {each.name for each in fields(options)} - set(known)
-    for key in config:
-        if key in misplaced:
+    for key in {each.name for each in fields(options)} - set(known):
+        if key in config:
             raise UserError(f"'{key}' is outside of section 'msd'", where=where, fix="move it into the section")
-        if (near := similar_key(key, known)) is not None:
-            raise UserError(f"unknown key '{key}'", where=where, fix=f"did you mean '{near}'?")
-
-
-def similar_key(key: str, known: Collection[str]) -> str | None:
-    """The key of ``known`` for which ``key`` is another spelling: upper case, a hyphen, or a wrong letter. A known key
-    with a word before or behind it is another key of a base model.
-
-    >>> similar_key("MSD", KNOWN_KEYS), similar_key("rope-teta", KNOWN_KEYS), similar_key("mm_hidden_size", KNOWN_KEYS)
-    ('msd', 'rope_theta', None)
-    """
-    if key in known:
-        return None
-    plain = key.lower().replace("-", "_").strip("_ ")
-    if plain in known:
-        return plain
-    near = next(iter(difflib.get_close_matches(plain, known, n=1, cutoff=SIMILAR)), None)
-    part = near is not None and (plain.startswith(f"{near}_") or plain.endswith(f"_{near}"))
-    return None if part else near
+    reject_similar(config, known, where)
 
 
 def rope_settings(text: Mapping[str, Any], where: str | Path) -> dict[str, Any]:

@@ -13,10 +13,11 @@ from eagle.decode.tree_config import TreeConfig
 from eagle.doctor import State
 from eagle.doctor.models import check_draft
 from eagle.drafts.checkpoint import load_draft, save_draft
-from eagle.drafts.config import KNOWN_KEYS, DraftConfig, similar_key
+from eagle.drafts.config import KNOWN_KEYS, DraftConfig
 from eagle.drafts.msd import DraftModel
 from eagle.families import FAMILIES
 from llava import UserError
+from llava.strict import similar_key
 
 LLAVA = {"model_type": "llava", "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 40}
 QWEN = {
