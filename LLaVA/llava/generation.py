@@ -86,7 +86,6 @@ class GenerationFields:
     prefill_chunk_size: AtLeastOne | None = None
 
 
-SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 INDICES = ("bad_words_ids", "sequence_bias", "forced_bos_token_id", "forced_eos_token_id")
 """Settings whose ids are looked up in the logits; ids of the others may lie outside of the vocabulary."""
 
@@ -194,20 +193,22 @@ def check_generation_config(source: Source, vocabulary: int) -> None:
 
 
 def check_special_tokens(source: Source, vocabulary: int) -> None:
-    """Checks the special tokens of a checkpoint's config.json and generation_config.json. With a wrong id an answer
-    does not end, or its padding cannot be decoded.
+    """Checks the pad and end tokens of a checkpoint's generation_config.json and config.json. With a wrong id padding
+    cannot be decoded, or answers do not end. An end token of config.json is not used if the other file names one.
 
     Raises:
         UserError: one of them is not an id of the model's ``vocabulary`` tokens.
     """
-    for name in ("config.json", "generation_config.json"):
+    keys = ("pad_token_id", "eos_token_id")
+    for name in ("generation_config.json", "config.json"):
         if (path := source.find(name)) is None:
             continue
         fields = read_object(path, name)
         for section in (fields, fields.get("text_config")):
-            for key in SPECIAL_TOKENS if isinstance(section, Mapping) else ():
+            for key in keys if isinstance(section, Mapping) else ():
                 value = section.get(key)
                 ids = value if isinstance(value, list) and key == "eos_token_id" and value else [value]
                 if value is not None and not all(type(each) is int and 0 <= each < vocabulary for each in ids):
                     fix = f"give an id from 0 to {vocabulary - 1}, or null"
                     raise UserError(f"{key}={shown(value)}", path, fix)
+        keys = keys if fields.get("eos_token_id") is None else keys[:1]
