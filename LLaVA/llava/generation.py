@@ -199,16 +199,18 @@ def check_special_tokens(source: Source, vocabulary: int) -> None:
     Raises:
         UserError: one of them is not an id of the model's ``vocabulary`` tokens.
     """
-    keys = ("pad_token_id", "eos_token_id")
+    keys = ["pad_token_id", "eos_token_id"]
     for name in ("generation_config.json", "config.json"):
         if (path := source.find(name)) is None:
             continue
         fields = read_object(path, name)
-        for section in (fields, fields.get("text_config")):
-            for key in keys if isinstance(section, Mapping) else ():
+        text = fields.get("text_config")
+        for section in (fields, text if isinstance(text, dict) else {}):
+            for key in keys:
                 value = section.get(key)
                 ids = value if isinstance(value, list) and key == "eos_token_id" and value else [value]
                 if value is not None and not all(type(each) is int and 0 <= each < vocabulary for each in ids):
                     fix = f"give an id from 0 to {vocabulary - 1}, or null"
                     raise UserError(f"{key}={shown(value)}", path, fix)
-        keys = keys if fields.get("eos_token_id") is None else keys[:1]
+        if fields.get("eos_token_id") is not None:
+            keys = ["pad_token_id"]
