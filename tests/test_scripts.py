@@ -84,6 +84,9 @@ def test_training_stored_and_online(commands) -> None:
     files = "--online --annotations_v w/image.json --annotations_t w/text.json --image-folder p --limit 9"
     assert files in online and "--tmpdir" not in online
     assert "--config pocket_llava_config.json" in stored and "--draft-kind" not in stored
+    for base in ("Qwen/Qwen3-VL-4B-Instruct", "pocket/qwen2vl"):
+        assert f"--basepath {base} --cpdir w/checkpoints --config auto" in commands("4_train.sh", BASE=base)[1]
+    assert "--config c.json" in commands("4_train.sh", BASE="owner/base", CONFIG="c.json")[1]
     _, head = commands("4_train.sh", DRAFT_KIND="eagle3")
     assert "--config auto" in head and head.endswith("--resume --draft-kind eagle3")
 

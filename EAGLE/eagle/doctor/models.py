@@ -33,8 +33,10 @@ from eagle.drafts.msd import DraftModel
 from eagle.drafts.mtp import MTPDraft
 from eagle.families import Target, family_of, load_target
 from llava import load_config
+from llava.checkpoint import check_quantisation
 from llava.errors import UserError
 from llava.files import read_object
+from llava.generation import check_generation_config, check_special_tokens
 from llava.hub import Source, cached_folder, hub_errors
 from llava.layout import open_checkpoint
 from llava.loading import load_errors
@@ -68,6 +70,9 @@ def check_base(name: str, hub: bool) -> tuple[Target | None, list[Check]]:
         else:
             _check_weights_on_hub(source)
             config = load_config(name) if family.name == "llava" else AutoConfig.from_pretrained(name)
+            check_quantisation(config, name)
+            check_special_tokens(source, config.get_text_config().vocab_size)
+            check_generation_config(source, config.get_text_config().vocab_size)
             with torch.device("meta"):
                 model = AutoModelForImageTextToText.from_config(config)
             target = family.target_class()(model, family.template_class().load_processor(name))

@@ -135,7 +135,7 @@ class Extractor(Reader):
 
 
 def load_base(name: str, family: str | None, dtype: Any, device: torch.device | str, check: bool) -> Target:
-    """Loads the base model whose hidden states are read.
+    """Loads the base model of data generation or training.
 
     Args:
         family: that of --model_type; None for any.

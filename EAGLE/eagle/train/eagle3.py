@@ -116,12 +116,6 @@ def check_trainable(config: Eagle3Config, base: BaseTensors, settings: TrainConf
         raise UserError("EAGLE-3 heads without their own lm_head cannot be trained", fix="give a head that has one")
     if config.draft_vocab_size > vocabulary:
         raise UserError(f"draft_vocab_size {config.draft_vocab_size} of a vocabulary of {vocabulary}")
-    sections = config.mrope_section or ()
-    if config.positions == "mrope" and 2 * sum(sections) != config.head_dim:
-        raise UserError(
-            f"positions 'mrope' with mrope_section {list(sections)} for heads of {config.head_dim}",
-            fix="give rope_scaling an mrope_section that adds up to half a head, as the base model's",
-        )
     if settings.token_weight == 0:
         fix = "leave it out: the head's own lm_head has no other loss"
         raise UserError(f"token_weight={settings.token_weight} for an EAGLE-3 head", fix=fix)

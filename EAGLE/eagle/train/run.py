@@ -82,7 +82,13 @@ def run(args: argparse.Namespace, stack: ExitStack) -> None:
     served = None
     if questions:
         served = ServedEvaluation(
-            args.basepath, questions, Path(args.cpdir), config.eval_length, engine.device, engine.is_main
+            args.basepath,
+            questions,
+            Path(args.cpdir),
+            config.eval_length,
+            engine.device,
+            engine.is_main,
+            args.self_check,
         )
     settings = {"base": args.basepath, "eval_data": args.eval_data and str(args.eval_data), **asdict(config)}
     tracker = Tracker(Path(args.cpdir), args.tracker, total, progress.step, settings, engine.is_main)

@@ -141,6 +141,8 @@ def read_config(
     eagle3 = is_eagle3_config(draft)
     kind_of_config = Eagle3Config if eagle3 else BlockConfig if BLOCK in draft else DraftConfig
     read = kind_of_config.from_dict(draft, where=path)
+    if kind_of_config is DraftConfig and (layers := draft.get("num_hidden_layers")) not in (None, 1):
+        raise UserError(f"num_hidden_layers={layers!r}", path, "give 1: an MSD draft has one layer")
     section = {**recipe_of(read), **content.get(SECTION, {})}
     return read, read_strict(TrainConfig, section, f"{path}, section '{SECTION}'")
 
@@ -237,7 +239,7 @@ def check_sources(args: argparse.Namespace) -> None:
     files = {"--annotations_t": args.annotations_t, "--annotations_v": args.annotations_v}
     others = {"--image-folder": args.image_folder, "--limit": args.limit, "--model_type": args.model_type}
     others.update({"--dtype": args.dtype, "--batch-tokens": args.batch_tokens})
-    others["--no-self-check"] = None if args.self_check else False
+    others["--no-self-check"] = None if args.self_check or args.eval_data else False
     wanted = files if args.online else stored
     fix = f"give {' or '.join(wanted)}, or both"
     for flag, value in (stored if args.online else {**files, **others}).items():

@@ -205,6 +205,12 @@ def test_refusals(tmp_path):
         portable(load_draft(complete), complete)
     with pytest.raises(UserError, match=r"mtp_num_hidden_layers=2"):
         load_draft(config_of(complete, mtp_num_hidden_layers=2))
+    fields = (complete / "config.json").read_text()
+    for changes, said in (({"MSD": {}}, "did you mean 'msd'"), ({"positions": "plain"}, "outside of section 'msd'")):
+        (complete / "config.json").write_text(json.dumps({**json.loads(fields), **changes}))
+        with pytest.raises(UserError, match=said):
+            load_draft(complete)
+    (complete / "config.json").write_text(fields)
     config_of(complete, mtp_num_hidden_layers=1, model_type="qwen3_next")
     with pytest.raises(UserError, match=r"MTP layers of 'qwen3_next' are not supported"):
         load_draft(complete)
