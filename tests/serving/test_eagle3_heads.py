@@ -37,7 +37,7 @@ def train(base: Path, folder: Path, data: dict[str, Path | str], settings: dict[
         settings: of section "train".
         config: fields of the head's config.json.
     """
-    section = {"text_share": 0.3, "validation_share": 0.1, "log_every": 20, "simulated_depth": 5, **settings}
+    section = {"text_share": 0, "image_start": 1, "validation_share": 0.1, "log_every": 20, **settings}
     (folder / "draft.json").write_text(json.dumps({**eagle3_config_of(base).published, **config, "train": section}))
     sizes = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 1, "gradient_clipping": 0.5}
     (folder / "ds.json").write_text(json.dumps(sizes))
@@ -64,7 +64,7 @@ def pocket(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder, base = tmp_path_factory.mktemp("pocket"), POCKET / "llava"
     data: dict[str, Path | str] = {f"annotations_{kind}": POCKET / "data" / f"train_{kind}.json" for kind in "tv"}
     data |= {"image-folder": POCKET / "data", "limit": "120"}
-    settings = {"epochs": 3, "learning_rate": 2e-3, "rollout_steps": 5}
+    settings = {"epochs": 3, "learning_rate": 2e-3, "rollout_steps": 4}
     return train(base, folder, data, settings, draft_vocab_size=1000), export_pretrained(base, folder / "base")
 
 
@@ -148,7 +148,8 @@ def test_other_layers_are_seen_by_the_counters_and_by_doctor(
     base = POCKET / "llava"
     out = export_eagle3(head, tmp_path / "out", "flat", base)
     config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps({**config, IDS: [layer + 1 for layer in config[IDS]]}))
+    assert config[IDS] == [2, 8, 13]
+    (out / "config.json").write_text(json.dumps({**config, IDS: [0, 1, 2]}))
     pair = Pair(base, out, model, out, load_msd(base, out))  # ours reads section "msd", where they are right
     ours = pair.answers(questions[:4])
     found = run_engine(pair, [pair.request(each) for each in questions[:4]], method="eagle3")
