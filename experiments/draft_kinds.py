@@ -56,8 +56,8 @@ class Kind:
 
 KINDS = (
     Kind("msd", "features of one layer, two rollout steps (the shipped recipe)", "msd"),
-    Kind("eagle3-decoupled", "image rows are projected features", "eagle3", {"msd": {"image_rows": "feature"}}),
     Kind("block", "8 tokens in one forward", "block", {"block": {"size": 8}}),
+    Kind("eagle3-decoupled", "image rows are projected features", "eagle3", {"msd": {"image_rows": "feature"}}),
     Kind("eagle3-placeholder", "image rows are the placeholder", "eagle3", {"msd": {"image_rows": "token"}}),
 )
 
