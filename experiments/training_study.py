@@ -335,17 +335,17 @@ def by_cell(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return cells
 
 
-def spread(values: Sequence[float | None]) -> str:
-    """Mean, and the range where there are several.
+def spread(values: Sequence[float | None], digits: int = 2) -> str:
+    """Mean, and the range where values differ.
 
-    >>> spread([2.0, 2.5]), spread([3.0]), spread([None])
-    ('2.25 (2.00 to 2.50)', '3.00', '')
+    >>> spread([2.0, 2.5]), spread([3.0]), spread([None]), spread([245, 245], 0)
+    ('2.25 (2.00 to 2.50)', '3.00', '', '245')
     """
     known = [value for value in values if value is not None]
     if not known:
         return ""
-    wide = f" ({min(known):.2f} to {max(known):.2f})" if len(known) > 1 else ""
-    return f"{mean(known):.2f}{wide}"
+    wide = f" ({min(known):.{digits}f} to {max(known):.{digits}f})" if min(known) < max(known) else ""
+    return f"{mean(known):.{digits}f}{wide}"
 
 
 def table(rows: Sequence[Row], made: Mapping[str, Any]) -> str:

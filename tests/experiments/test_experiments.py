@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from experiments.common import REPO, environment
+from experiments.training_study import launch
 
 pytestmark = pytest.mark.slow
 
@@ -115,3 +116,37 @@ def test_windows_beside_a_busy_process(tmp_path: Path) -> None:
     run("neighbour", "--loads", "0,1", "--questions", "8", "--out", str(tmp_path / "n.json"))
     rows = json.loads((tmp_path / "n.json").read_text())["rows"]
     assert [row["load"] for row in rows] == [0, 1] and all(row["windows"] for row in rows)
+
+
+def test_kinds_of_drafts_are_trained_once_and_compared(tmp_path: Path) -> None:
+    states, out, data = tmp_path / "states", tmp_path / "out", REPO / "pocket" / "data"
+    for kind in "tv":
+        argv = ["--outdir", str(states / f"hidden_{kind}"), "--model_type", f"llava_v15_{kind}", "--limit", "12"]
+        argv += ["--model", str(REPO / "pocket" / "llava"), "--image_data_path", str(data), "--feature-layers", "auto"]
+        launch(
+            "eagle.ge_data.allocation", [*argv, "--json_data_path", str(data / f"train_{kind}.json")], tmp_path / "log"
+        )
+    words = ["--hidden", str(states), "--out", str(out), "--steps", "2", "--seeds", "0", "--questions", "1"]
+    words += ["--max-new-tokens", "8", "--kinds", *(kinds := ["msd", "eagle3-decoupled", "block"])]
+    printed = run("draft_kinds", *words)
+    for equal in ("steps", "seconds"):
+        assert f"llava, equal {equal}" in printed
+    rows = json.loads((out / "llava" / "evaluation-seed0.json").read_text())["rows"]
+    seconds = json.loads((out / "llava" / "cost.json").read_text())["seconds"]
+    whole = {row["kind"]: row for row in rows if "steps" in row["equal"]}
+    same_time = {row["kind"]: row for row in rows if "seconds" in row["equal"]}
+    assert list(whole) == kinds and same_time.keys() == whole.keys() == seconds.keys()
+    assert all(row["step"] == 2 and row["tau"] >= 1 and row["tau_chain"] >= 1 for row in whole.values())
+    assert all(row["identical"] == row["answers"] == 1 and row["after_first_token"] > 0 for row in rows)
+    cheapest = min(seconds, key=lambda name: seconds[name])
+    assert same_time[cheapest]["step"] == 2 and all(row["step"] <= 2 for row in same_time.values())
+    for name, row in same_time.items():
+        other = 3 - row["step"]  # of two checkpoints
+        gap, wanted = abs(row["seconds"] - 2 * seconds[cheapest]), 2 * seconds[cheapest]
+        assert gap <= abs(other * seconds[name] - wanted)
+    files = sorted(out.glob("llava/**/*.json"))
+    before = [file.stat().st_mtime_ns for file in files if file.name in ("cell.json", "cost.json")]
+    (out / "llava" / "evaluation-seed0.json").unlink()
+    assert "| block |" in run("draft_kinds", "table", "--out", str(out)), "also without an evaluation"
+    run("draft_kinds", "cost", "train", *words)
+    assert before == [file.stat().st_mtime_ns for file in files if file.name in ("cell.json", "cost.json")]
