@@ -141,14 +141,14 @@ def test_the_command_trains_resumes_and_records_the_rows(
     case: Case = Eagle3Case("qwen2_vl", tmp_path)
 
     def run(cpdir: str, *flags: str, rows: int = 2) -> int:
-        chosen = ("--draft-image-tokens", str(rows), "--save-every", "3")
+        chosen = ("--draft-image-tokens", str(rows), "--epochs", "3", "--save-every", "2")
         monkeypatch.setattr(sys, "argv", case.command(cpdir, *chosen, *flags))
         return run_cli(main_deepspeed.main)
 
     step = Trainer._step
 
     def killed(trainer: Trainer, batches: Any, epoch: int) -> None:
-        if trainer.progress.step == 4:
+        if trainer.progress.step == 5:
             raise Killed
         step(trainer, batches, epoch)
 
