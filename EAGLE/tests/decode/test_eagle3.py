@@ -283,6 +283,7 @@ def test_an_image_id_without_an_embedding_is_refused(pair):
 
 
 SIZES = [(60, 50), (112, 60), (56, 100)]
+MERGED_SLOW = [("llava", "feature"), ("qwen2_5_vl", "token")]
 
 
 @torch.inference_mode()
@@ -295,7 +296,15 @@ def cached_rows(model, inputs) -> int:
     return drafter.cache.length
 
 
-@pytest.mark.parametrize("rows", ["token", "feature"])
+@pytest.mark.parametrize(
+    ("pair", "rows"),
+    [
+        pytest.param(base, rows, marks=[pytest.mark.slow] if (base, rows) in MERGED_SLOW else [])
+        for base in BASES
+        for rows in ("token", "feature")
+    ],
+    indirect=["pair"],
+)
 def test_merged_image_rows(pair, rows):
     """With no, one and three pictures of different sizes: trees, chains, samples and a batch."""
     options = {"image_rows": rows, "image_tokens": 3}
