@@ -215,9 +215,12 @@ def _flags(values: Mapping[str, bool]) -> str:
 
 def _image_rows(draft: Eagle3Draft) -> Check:
     rows = {"token": "the placeholder's embedding", "feature": "projected image features"}
-    own = draft.config.image_rows
-    fix = 'train with "image_rows": "token", the default'
-    return _compared("vLLM: image rows", rows.get(own, own), rows["token"], fix)
+    config, fix = draft.config, 'train with "image_rows": "token", the default'
+    own = rows[config.image_rows]
+    if config.image_tokens is not None:
+        own += f", merged to at most {config.image_tokens} rows of a picture"
+        fix += ', and without "image_tokens"'
+    return _compared("vLLM: image rows", own, rows["token"], fix)
 
 
 def _vocabulary(draft: Eagle3Draft, target: Target | None) -> Check:

@@ -49,6 +49,7 @@ class Eagle3Options:
         rope_theta: base of the rotary positions. Own: the config's, and 10000 for AngelSlim's class without M-RoPE.
         image_rows: what stands for the next token where it is an image token: the embedding of its id, ``token``, or
             the projected image ``feature``. Own: ``token``.
+        image_tokens: rows that the head keeps of a picture (`eagle.drafts.compression`). Own: all.
         layer_ids: whether id i of the config is the ``input`` or the ``output`` of layer i. Own: ``input`` in the
             speculators layout and for a list at the top of a flat config, ``output`` in its ``eagle_config``.
         target_layers: the layers whose inputs are the features, in place of the config's ids.
@@ -64,6 +65,7 @@ class Eagle3Options:
     mrope: Literal["interleaved", "sectioned"] | None = None
     rope_theta: float | None = Field(None, gt=0)
     image_rows: Literal["token", "feature"] | None = None
+    image_tokens: int | None = Field(None, ge=0)
     layer_ids: Literal["input", "output"] | None = None
     target_layers: tuple[int, ...] | None = None
     norm_before_residual: bool | None = None
@@ -97,6 +99,7 @@ class Eagle3Config:
     mrope_interleaved: bool
     rope_theta: Positive
     image_rows: Literal["token", "feature"]
+    image_tokens: int | None
     norm_before_residual: bool
     norm_before_fc: bool
     fc_norm: bool
@@ -131,7 +134,9 @@ class Eagle3Config:
 
     def to_dict(self) -> dict[str, Any]:
         """The published form: what was read, with all choices of image rows and positions by name."""
-        chosen = {"image_rows": self.image_rows, "positions": self.positions}
+        chosen: dict[str, Any] = {"image_rows": self.image_rows, "positions": self.positions}
+        if self.image_tokens is not None:
+            chosen["image_tokens"] = self.image_tokens
         return {**self.published, "msd": {**self.published.get("msd", {}), **chosen}}
 
     def for_vocabulary(self, size: int) -> Eagle3Config:
@@ -231,6 +236,7 @@ def _read(config: Mapping[str, Any], where: str, shapes: Shapes | None) -> Eagle
         mrope_interleaved=interleaved if options.mrope is None else options.mrope == "interleaved",
         rope_theta=theta,
         image_rows=options.image_rows or "token",
+        image_tokens=options.image_tokens,
         norm_before_residual=_chosen(options.norm_before_residual, bool(_flag(config, "norm_before_residual"))),
         norm_before_fc=bool(_flag(config, "norm_before_fc")),
         fc_norm=bool(_flag(config, "fc_norm")),

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from eagle.drafts.compression import Compression
+from eagle.drafts.compression import Compression, Merging
 from eagle.drafts.modules import MLP, Attention, Rotary, capped, top_children
 from eagle.kv_cache import KVCache
 from eagle.weight_layout import input_major, to_input_major_layout
@@ -46,6 +46,18 @@ class Prompt(NamedTuple):
     next_embeds: Tensor
     positions: Tensor
     next_position: Tensor
+
+    def merged(self, plan: Merging) -> Prompt:
+        """With S' merged rows: embeddings and positions are means, the rest is that of the last row."""
+        positions = plan.mean(self.positions.flatten(0, -2).T).T  # [1 or 3, S']
+        return Prompt(
+            features=plan.pick(self.features, 1),
+            next_ids=plan.pick(self.next_ids, 1),
+            next_is_image=plan.pick(self.next_is_image, 1),
+            next_embeds=plan.mean(self.next_embeds[0])[None].to(self.next_embeds.dtype),
+            positions=positions.reshape(*self.positions.shape[:-1], -1),
+            next_position=self.next_position,
+        )
 
 
 class PromptRows(NamedTuple):

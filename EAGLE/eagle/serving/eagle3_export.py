@@ -23,6 +23,7 @@ from eagle.drafts.eagle3_config import FEATURES, IDS, Eagle3Config
 from eagle.families.base_weights import BaseTensors, load_base_tensors
 from eagle.families.draft_config import text_config_of
 from eagle.provenance import record
+from eagle.serving.draft import check_rows
 from eagle.serving.sglang import check_sglang, sglang_fields
 from llava.errors import UserError
 from llava.files import atomic_folder, read_object, write_json
@@ -50,12 +51,13 @@ def export_eagle3(
         server: SGLang needs the base and the flat layout.
 
     Raises:
-        UserError: it is of another kind; the layout cannot carry it; it does not fit the base; or a base is needed and
-            not given.
+        UserError: it is of another kind; servers cannot run it; the layout cannot carry it; it does not fit the base;
+            or a base is needed and not given.
     """
     draft = load_draft(name)
     if not isinstance(draft, Eagle3Draft):
         raise UserError(f"this is one of the {draft.kind} heads, not an EAGLE-3 head", name)
+    check_rows(draft.config.image_tokens, "vLLM and SGLang", name)
     config, layers, tensors, verifier = draft.config, draft.config.target_layers, None, None
     if server == "sglang" and layout != "flat":
         raise UserError("SGLang reads heads in the flat layout only", where="--layout", fix="leave it out")

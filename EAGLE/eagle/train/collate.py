@@ -121,7 +121,8 @@ def compressed(
     """The sample with the rows that the draft reads when it decodes with this compression; S becomes S'.
 
     Row t of the draft's input is ``h_t`` with token t+1, and rows are what is merged: row r of the result has the state
-    of its own row t(r) at place r, and the token, or the mean of the image features, at place r+1.
+    of its own row t(r) and the mean of its rows' streams at place r, and the token, or the mean of the image features,
+    at place r+1.
 
     Args:
         position_ids: [3, S] M-RoPE positions, or None; a merged row gets the mean of its rows'.
@@ -143,6 +144,9 @@ def compressed(
     merged = plan.mean(features)[image_mask[1:]].to(sample.image_features.dtype)
     if position_ids is not None:
         position_ids = torch.cat([plan.mean(position_ids[:, :-1].T).T, position_ids[:, -1:]], dim=1)  # [3, S']
+    streams = sample.streams
+    if streams is not None:
+        streams = torch.cat([plan.mean(streams[:-1]).to(streams.dtype), streams[-1:]])
     shorter = replace(
         sample,
         input_ids=tokens(sample.input_ids),
@@ -150,6 +154,7 @@ def compressed(
         image_mask=image_mask,
         hidden=torch.cat([plan.pick(sample.hidden[:-1]), sample.hidden[-1:]]),
         image_features=torch.cat([sample.image_features[:before], merged]),
+        streams=streams,
     )
     return shorter, position_ids
 

@@ -119,11 +119,6 @@ def check_trainable(config: Eagle3Config, base: BaseTensors, settings: TrainConf
     if settings.token_weight == 0:
         fix = "leave it out: the head's own lm_head has no other loss"
         raise UserError(f"token_weight={settings.token_weight} for an EAGLE-3 head", fix=fix)
-    if settings.draft_image_tokens >= 0:
-        raise UserError(
-            f"draft_image_tokens={settings.draft_image_tokens} for an EAGLE-3 head",
-            fix="leave it out: it keeps all rows",
-        )
 
 
 def trimmed_vocabulary(conversations: Iterable[Any], config: Eagle3Config) -> Tensor:

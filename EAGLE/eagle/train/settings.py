@@ -98,8 +98,10 @@ class TrainConfig:
 
 def with_draft_settings(draft: AnyDraft, config: TrainConfig) -> AnyDraft:
     """The draft's config with the training settings that decoding needs too."""
-    if config.draft_image_tokens < 0 or isinstance(draft, Eagle3Config):
+    if config.draft_image_tokens < 0:
         return draft
+    if isinstance(draft, Eagle3Config):
+        return cast(AnyDraft, replace(draft, image_tokens=config.draft_image_tokens))
     options = replace(draft.options, image_tokens=config.draft_image_tokens)
     return cast(AnyDraft, replace(draft, options=options))
 

@@ -128,6 +128,12 @@ def target(request, tmp_path_factory):
     return load_target(BASES[request.param](folder), dtype=torch.float32)
 
 
+def test_rows_cannot_be_chosen(target, tmp_path):
+    draft = load_draft(make_vispec(tmp_path, target), dtype=torch.float32)
+    with pytest.raises(UserError, match="draft image tokens 4: ViSpec heads"):
+        MSDModel(target, draft, draft_image_tokens=4)
+
+
 @pytest.mark.parametrize(
     "changes",
     [{}, *(pytest.param(each, marks=pytest.mark.slow) for each in ({"queries": 1}, {"msd": {"image_rows": "token"}}))],

@@ -71,6 +71,7 @@ TOP = [0, 1, 2]
          "layers", "layers 1, 2, vLLM has the inputs of layers 0, 1"),
         ("llava", "V1", {"eagle_config": {IDS: [-1, 0, 1]}, IDS: None}, "layers", "0, 1, 2, vLLM has .* -1, 0, 1$"),
         ("llava", "V1", {"msd": {"image_rows": "feature"}}, "image rows", "projected image features, vLLM has the"),
+        ("llava", "V1", {"msd": {"image_tokens": 4}}, "image rows", "at most 4 rows of a picture, vLLM has the place"),
         ("llava", "V1", {"msd": {"norm_before_residual": True}}, "norms", "norm_before_residual true.*residual false"),
         ("llava", "V1", {"norm_output": True}, "norms", "norm_output false.*norm_output true"),
         ("llava", "V1", {"msd": {"feedback": "after"}}, "norms", "norm_output true.*norm_output false"),

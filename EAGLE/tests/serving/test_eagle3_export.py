@@ -18,6 +18,7 @@ from eagle.cli import main
 from eagle.decode.compatibility import check_compatible
 from eagle.doctor import State
 from eagle.doctor.served_eagle3 import check_served_eagle3
+from eagle.doctor.serving import check_served_draft
 from eagle.drafts.checkpoint import load_draft
 from eagle.drafts.eagle3 import Eagle3Draft
 from eagle.families import Target, load_target
@@ -79,6 +80,20 @@ def test_an_exported_head_gives_equal_outputs(
         torch.testing.assert_close(one, other)
     wrong = [each for each in check_served_eagle3(after, target, "V1") if each.state is not State.OK]
     assert {each.topic for each in wrong} <= {"vLLM: positions", "vLLM: cached rows"}, wrong
+
+
+@pytest.mark.parametrize("layout", ["flat", "speculators"])
+def test_merged_image_rows_are_not_exported(
+    base: tuple[Path, Target], tmp_path: Path, capsys: pytest.CaptureFixture[str], layout: str
+) -> None:
+    """Servers would read the head without a word, and with all rows."""
+    folder, target = base
+    head, out = make_eagle3(tmp_path / "head", target, msd={"image_tokens": 4}), tmp_path / "out"
+    command = ["export", "--to", "vllm", "--msd-model", str(head), "--base-model", str(folder), "--out", str(out)]
+    assert main([*command, "--layout", layout]) == 2 and not out.exists()
+    assert "vLLM and SGLang cannot merge picture rows (image_tokens 4)" in capsys.readouterr().err
+    check = check_served_draft(load_draft(head), str(head))
+    assert check.state is State.WARNING and "cannot merge picture rows" in check.found
 
 
 def test_the_layout_of_speculators_is_what_that_library_and_vllm_ask_for(

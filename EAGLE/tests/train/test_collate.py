@@ -83,6 +83,16 @@ def test_merged_rows_keep_states_tokens_and_targets_aligned():
         assert [batch.hidden[0, row + 1, 0].item() for row in counted] == [5, 6]
 
 
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [(1, [5, 20, 30, 40, 50, 60, 70, 80]), (0, [20, 40, 50, 60, 70, 80]), (2, [0, 10, 20, 30, 40, 50, 60, 70, 80])],
+)
+def test_a_merged_row_has_the_mean_of_its_streams(tokens, expected):
+    sample = replace(hand_made(), streams=10 * torch.arange(9.0)[:, None])
+    batch = collate([sample], vocab_size=50, max_length=64, compression=Compression(tokens))
+    assert batch.inputs[0, :, 0].tolist() == expected
+
+
 def test_a_sample_that_begins_with_a_picture():
     """The first token is in no row of the draft, so its feature is in no mean."""
     sample = hand_made()
