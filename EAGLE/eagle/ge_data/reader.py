@@ -6,6 +6,7 @@ padding does not change hidden states.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -55,24 +56,32 @@ class Reader:
         self._padding_checked = False
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
-    def read(self, items: Sequence[Prepared]) -> list[Sample]:
-        """The samples of all items, in their order.
+    def read(self, pieces: Iterable[Sequence[Prepared]]) -> Iterator[list[Sample]]:
+        """The samples of each piece, in the order of its items. The next piece is begun before those of one are there.
 
         Raises:
             UserError: a conversation does not fit into the GPU's memory, even alone.
         """
-        groups = list(batches({place: len(item.input_ids) for place, item in enumerate(items)}, self.batch_tokens))
+        asked: deque[tuple[Sequence[Prepared], list[list[int]]]] = deque()
+
+        def groups() -> Iterator[list[Prepared]]:
+            for items in pieces:
+                lengths = {place: len(item.input_ids) for place, item in enumerate(items)}
+                asked.append((items, list(batches(lengths, self.batch_tokens))))
+                for places in asked[-1][1]:
+                    yield [items[place] for place in places]
+
         found: dict[int, Sample] = {}
-        made = self.stream([items[place] for place in places] for places in groups)
-        for places, samples in zip(groups, made, strict=True):
-            for place, sample in zip(places, samples, strict=True):
+        for samples in self.stream(groups()):
+            items, parts = asked[0]
+            for place, sample in zip(parts.pop(0), samples, strict=True):
                 if sample is None:
-                    length = len(items[place].input_ids)
-                    raise UserError(
-                        f"a conversation of {length} tokens does not fit into the GPU's memory", items[place].id
-                    )
+                    what = f"a conversation of {len(items[place].input_ids)} tokens does not fit into the GPU's memory"
+                    raise UserError(what, items[place].id)
                 found[place] = sample
-        return [found[place] for place in range(len(items))]
+            if not parts:
+                yield [found.pop(place) for place in range(len(items))]
+                asked.popleft()
 
     def stream(self, groups: Iterable[Sequence[Prepared]]) -> Iterator[list[Sample | None]]:
         """The samples of each batch: one forward, or those of its halves if it does not fit into memory. None for a

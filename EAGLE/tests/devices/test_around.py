@@ -126,7 +126,7 @@ def test_samples_for_training(pair: Pair, model: MSDModel, gpu: PretendedGPU, pi
     items, read = [template.prepare(talk, pictures, LONGEST) for talk in talks], []
     for each in (model, pair.host):
         reader = Reader(each.target, template_of(each.target), source_of(each.target, str(pair.base)), 2000)
-        read.append(reader.read(items))
+        read.extend(reader.read([items]))
         assert reader._padding_checked
     for one, other in zip(*read, strict=True):
         for name in ("hidden", "image_features", "image_mask", "input_ids"):

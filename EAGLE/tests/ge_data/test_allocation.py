@@ -218,8 +218,8 @@ def test_the_next_forward_begins_before_the_copies_of_one_are_waited_for(
     monkeypatch.setattr(Extractor, "_forward", lambda own, batch: order.append("forward") or forward(own, batch))
     monkeypatch.setattr(HostCopies, "wait", lambda own: order.append("wait") or wait(own))
     extractor = Extractor(target, template, None, tmp_path, source_of(target, "x"), 1)  # type: ignore[arg-type]
-    samples = extractor.read(items)
-    assert [sample.id for sample in samples] == [item.id for item in items]
+    samples = list(extractor.read([items[:2], items[2:]]))
+    assert [[sample.id for sample in each] for each in samples] == [[items[0].id, items[1].id], [items[2].id]]
     assert order == ["forward", "forward", "wait", "forward", "wait", "wait"]
 
 
