@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,10 +100,19 @@ def test_greedy_output_is_that_of_generate(base: Path, tmp_path: Path, agree: fl
         assert max(sizes) > 1
 
 
-def test_a_draft_that_never_agrees_ends_in_plain_decoding(base: Path, tmp_path: Path) -> None:
+def test_a_draft_that_never_agrees_ends_in_plain_decoding(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each cycle takes 10 seconds to verify, one that drafts 5 more."""
+    learn = Planner.learn
+
+    def at_these_costs(self: Planner, scores: Any, accepted: Any, tokens: int, real: Work, drafted: bool) -> None:
+        learn(self, scores, accepted, tokens, Work(5.0 * drafted, 10.0), drafted)
+
+    monkeypatch.setattr(Planner, "learn", at_these_costs)
     draft = make_draft(tmp_path / "draft", load_target(base, dtype=torch.float32), agree=0.0)
     msd = MSDModel.from_pretrained(base, draft, dtype=torch.float32, tree="auto")
-    msd._costs = {(msd.tree.depth, msd.tree.top_k, msd.tree.total_tokens): CostCurve((1, 32), (10.0, 40.0), 2.0, 3.0)}
+    msd._costs = {(msd.tree.depth, msd.tree.top_k, msd.tree.total_tokens): CostCurve((1, 32), (10.0, 10.0), 2.0, 3.0)}
     inputs = msd.target.prepare(msd.target.chat_prompt("How many?"), [])
     stats = msd.generate(**inputs, max_new_tokens=64, temperature=0.0, eos_token_id=None).stats
     assert stats.tree_sizes.count(1) > 40

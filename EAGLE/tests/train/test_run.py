@@ -85,6 +85,7 @@ def test_stopped_at_any_step_and_resumed_gives_the_same_losses(arguments, run, t
     assert_same_curve(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_gives_the_same_losses(arguments, run, tmp_path, capsys):
     """SIGKILL in the middle of a longer run, at whatever step it happens to be."""
     settings = {"epochs": 100, "save_every": 3, "validate_every": 50, "log_every": 4}  # of two steps each
