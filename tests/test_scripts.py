@@ -91,6 +91,20 @@ def test_training_stored_and_online(commands) -> None:
     assert "--config auto" in head and head.endswith("--resume --draft-kind eagle3")
 
 
+def test_training_on_several_machines(commands, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The host file replaces the one machine; without it DeepSpeed would train on this one in silence."""
+    hosts = tmp_path / "hosts"
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        commands("4_train.sh", HOSTFILE=str(hosts))
+    assert failed.value.returncode == 2 and capfd.readouterr().err == f"error: no such file: HOSTFILE={hosts}\n"
+    hosts.write_text("a slots=8\nb slots=8\n")
+    for devices, flags in ((None, ""), ("a:0,1@b", " --include a:0,1@b")):
+        *_, line = commands("4_train.sh", HOSTFILE=str(hosts), **({"DEVICES": devices} if devices else {}))
+        assert f"--master_port 29504 --hostfile {hosts}{flags} EAGLE/eagle" in line
+    *_, line = commands("4_train.sh")
+    assert "--master_port 29504 --include localhost:0 EAGLE/eagle" in line and "--hostfile" not in line
+
+
 def test_training_without_deepspeed_is_one_line(
     commands, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

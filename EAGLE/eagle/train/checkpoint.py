@@ -98,6 +98,23 @@ class CheckpointStore:
             stack.enter_context(lock_folder(self.folder))
             self._lock = stack
 
+    def check_shared(self, engine: Engine) -> None:
+        """All processes write parts of a checkpoint into a folder that the main one makes.
+
+        Raises:
+            UserError: some process does not see what the main one writes here.
+        """
+        mark = self.folder / f"{TEMPORARY}shared"
+        if engine.is_main:
+            mark.mkdir(parents=True, exist_ok=True)
+        engine.barrier()
+        blind = int(engine.sum(torch.tensor(float(not mark.is_dir()))))
+        if engine.is_main:
+            mark.rmdir()
+        if blind:
+            what = f"{blind} of {engine.sizes.world} processes do not see the main one's folder of checkpoints"
+            raise UserError(what, self.folder, "put --cpdir on a file system that all machines share")
+
     def close(self) -> None:
         """Unlocks the folder."""
         if self._lock is not None:

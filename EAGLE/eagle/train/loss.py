@@ -20,7 +20,7 @@ from eagle.drafts.modules import capped
 from eagle.drafts.msd import DraftModel
 from eagle.families.base_weights import BaseTensors
 from eagle.train.collate import Batch
-from eagle.train.objective import TOP, Losses, Objective, best_tokens
+from eagle.train.objective import TOP, Losses, Objective, best_tokens, cast_once
 from eagle.train.settings import TrainConfig
 from llava.errors import UserError
 
@@ -82,7 +82,7 @@ def soft_cross_entropy(
     Returns:
         the sum (scalar, float32) and hits [3], see `Losses`.
     """
-    return _SoftCrossEntropy.apply(predicted, target, head, chunk, cap)
+    return _SoftCrossEntropy.apply(predicted, target, cast_once(head), chunk, cap)
 
 
 def draft_loss(

@@ -74,6 +74,7 @@ def run(args: argparse.Namespace, stack: ExitStack) -> None:
     stack.callback(store.close)
     objective = build_objective(args, draft_config, base, config, data, main=rank == 0)
     engine = build_engine(objective, config, deepspeed_config, sizes)
+    store.check_shared(engine)
     progress = restore(args, store, engine, data, schedule, config, asked)
     if engine.is_main:
         print(schedule.describe(), flush=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_eagle3 import make_eagle3
 from tiny_families import make_qwen3_vl
-from tiny_llava import make_llava_hf
+from tiny_llava import make_image, make_llava_hf
 from tiny_questions import QUESTIONS, answer_alone, prepared
 from tiny_stock import make_qwen
 from torch._dynamo.utils import counters

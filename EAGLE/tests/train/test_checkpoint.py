@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import threading
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import torch
 from fault_support import MakesFolder
 from torch import Tensor
 
-from eagle.train.checkpoint import Progress, check_pickles, check_same_run, mean_state
+from eagle.train.checkpoint import CheckpointStore, Progress, check_pickles, check_same_run, mean_state
+from eagle.train.schedule import BatchSizes
 from llava.errors import UserError
 
 
@@ -72,6 +75,40 @@ def test_what_a_resumed_run_may_change(change: dict[str, Any], step: int, told: 
         return
     with pytest.raises(UserError, match=told):
         check_same_run(progress, {**RUN, **change}, 2, tmp_path)
+
+
+class Together:
+    """The engine of one of two processes, which are threads here."""
+
+    def __init__(self, rank: int, meeting: threading.Barrier, values: dict[int, Tensor]) -> None:
+        self.rank, self.is_main, self.sizes = rank, rank == 0, BatchSizes(1, 1, 2)
+        self.barrier, self.values = meeting.wait, values
+
+    def sum(self, value: Tensor) -> Tensor:
+        self.values[self.rank] = value
+        self.barrier()
+        return self.values[0] + self.values[1]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_all_processes_must_see_the_folder(tmp_path: Path, shared: bool) -> None:
+    meeting, values = threading.Barrier(2, timeout=30), dict[int, Tensor]()
+    folders = [tmp_path / "one", tmp_path / ("one" if shared else "other")]
+
+    def check(rank: int) -> str | None:
+        try:
+            CheckpointStore(folders[rank], 1, {}).check_shared(Together(rank, meeting, values))  # type: ignore[arg-type]
+        except UserError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(2) as pool:
+        said = list(pool.map(check, range(2)))
+    if shared:
+        assert said == [None, None]
+    else:
+        assert all("1 of 2 processes do not see" in (line or "") for line in said)
+    assert list(folders[0].iterdir()) == []
 
 
 def test_sums_since_the_last_log_of_another_number_of_processes() -> None:

@@ -8,6 +8,7 @@ from train_support import make_objective, make_sample
 
 from eagle.drafts.compression import Compression
 from eagle.hidden_states.shards import Sample
+from eagle.train import collate as collating
 from eagle.train.collate import add_noise, collate, draft_loss_mask
 from eagle.train.rollout import predict_steps, rollout_loss_mask, rollout_mask, shift_left
 from llava.errors import UserError
@@ -125,6 +126,14 @@ def test_noise_is_on_the_inputs_only_bounded_and_repeatable():
     change = (noisy.inputs - noisy.hidden).abs()
     assert 0.7 < change.max() / (0.5 * 0.2 * 512 / 64) <= 1
     assert not torch.equal(add_noise(sample.hidden, 0.2, 5), add_noise(sample.hidden, 0.2, 6))
+
+
+def test_noise_is_made_once_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(collating, "add_noise", lambda *given: made.append(given) or add_noise(*given))
+    batch = collate([make_sample(), make_sample()], 40, 64, noise=0.2, seeds=[5, 6])
+    make_objective(rollout_steps=2)(batch).total.backward()
+    assert len(made) == 2
 
 
 def test_token_ids_outside_the_vocabulary_are_refused():

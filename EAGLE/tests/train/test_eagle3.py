@@ -215,8 +215,10 @@ def test_streams_are_read_beside_the_states(target: Target, tmp_path: Path) -> N
         for text in ("The Nile.", "The Nile and the Rhine, and the Elbe.")
     ]
     read = partial(Reader, target, template, source_of(target, "tiny"), 1000)
-    assert all(sample.streams is None for sample in read().read(items))
-    for item, sample in zip(items, read(layers=(1, 3)).read(items), strict=True):
+    (without,) = read().read([items])
+    assert all(sample.streams is None for sample in without)
+    (samples,) = read(layers=(1, 3)).read([items])
+    for item, sample in zip(items, samples, strict=True):
         alone = target.prefill({"input_ids": item.input_ids[None]}, (1, 3)).streams
         assert alone is not None and sample.streams is not None
         torch.testing.assert_close(sample.streams.float(), alone[0], atol=1e-4, rtol=2**-7)
