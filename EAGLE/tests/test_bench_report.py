@@ -111,6 +111,7 @@ def test_csv_and_markdown_have_the_same_figures(files: dict[str, Path], report: 
     cells = dict(zip(header.split(" | "), row.split(" | "), strict=True))
     assert cells["τ"] == f"{report['tau']:.2f}" and cells["attention"] == "sdpa"
     assert cells["identical answers"] == "4 of 4"
+    assert (cells["tree"], cells["max_new_tokens"], cells["data"]) == ("6/3/12", "24", "q.jsonl")
 
 
 def test_the_page_needs_nothing_from_elsewhere(files: dict[str, Path], report: dict[str, Any]) -> None:

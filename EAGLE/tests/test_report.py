@@ -69,7 +69,7 @@ GPU = {
 }  # fmt: skip
 TRAINING = {
     "settings": {"base": "b"}, "steps": [{"step": 2, "loss": 3.0}, {"step": 4, "loss": 2.0}],
-    "validations": [{"step": 4, "results": {"text": {"tau": 2.0}, "image": {"tau": 3.0}}}],
+    "validations": [{"step": 3, "results": {"text": {"tau": 2.0}, "image": {"tau": 3.0}}}],
     "served": [{"step": step, "answers": [{"cycles": [[1], [2] * length]}] * 3} for step, length in ((2, 1), (4, 2))],
 }  # fmt: skip
 
@@ -144,6 +144,7 @@ def test_every_kind_is_read(tmp_path: Path) -> None:
     assert read_run(Path(*write(tmp_path, g=GPU))).rows[0].identical == "19/20"
     training = figures(tmp_path, TRAINING)
     assert list(training) == ["step 4, MSD", "step 2, MSD"] and training["step 4, MSD"]["simulated τ"].value == 2.5
+    assert "simulated τ" not in training["step 2, MSD"], "the first validation came later"
     assert training["step 4, MSD"]["training loss"].value == 2.0
 
 

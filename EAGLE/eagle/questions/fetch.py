@@ -65,7 +65,7 @@ def default_folder(suite: str, subset: str) -> Path:
     return Path(constants.HF_HOME) / "msd-suites" / f"{suite}-{subset}"
 
 
-COPIES = "or clone it, and run python -m eagle.questions fetch with --copies"
+COPIES = "or clone the repository, and run python -m eagle.questions fetch with --copies"
 
 
 def fetch(name: str, subset: str = "test", out: Path | None = None, copies: Path | None = None) -> Path:
@@ -146,7 +146,11 @@ def read_mmspec(subset: str, copies: Path | None, folder: Path) -> Iterator[Reco
     Raises:
         UserError: a file cannot be read, or a sample is damaged.
     """
+    from huggingface_hub import constants
+
     place = f"{MMSPEC_FOLDER}/{subset}"
+    if copies is None and constants.HF_HUB_OFFLINE:
+        raise UserError("not here, and HF_HUB_OFFLINE is set", f"github.com/{MMSPEC}", f"unset it, {COPIES}")
 
     def get(name: str) -> bytes:
         if copies is None:

@@ -284,8 +284,9 @@ def read_training(content: Content) -> Read:
     }
     rows = []
     for each in content.get("served", []):
+        validated = max((step for step in simulated if step <= each["step"]), default=None)  # the newest before it
         figures = {
-            TAU: tau_of(each["answers"]), SIMULATED: plain(simulated.get(each["step"])),
+            TAU: tau_of(each["answers"]), SIMULATED: plain(simulated.get(validated)),
             "training loss": plain(losses.get(each["step"])),
         }  # fmt: skip
         rows.append(Row(f"step {each['step']}", "MSD", known(figures)))
