@@ -183,10 +183,10 @@ class Forward:
         for item, grids, mask in zip(self.items, self.grids, self.image_mask, strict=True):
             own = mask[: len(item.input_ids)]
             end, last_image = start + len(own), first_image + int(own.sum())
-            by_token = {name: copy[start:end] for name, copy in copies.items() if name != "image_features"}
+            rows = {name: copy[start:end] for name, copy in copies.items() if name != "image_features"}
             features = copies["image_features"][first_image:last_image]
-            about = (item.id, item.input_ids, item.loss_mask, own)
-            samples.append(Sample(*about, image_features=features, image_grids=grids, **by_token))
+            about = (item.id, item.input_ids, item.loss_mask, own, rows.pop("hidden"), features, grids)
+            samples.append(Sample(*about, rows.get("hidden_scale"), rows.get("streams")))
             start, first_image = end, last_image
         return samples
 
