@@ -121,6 +121,13 @@ def test_the_page_needs_nothing_from_elsewhere(files: dict[str, Path], report: d
     assert 'class="d2"' in page and report["answers"][0]["question"].split("'")[0] in page
 
 
+def test_each_report_needs_a_file_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["--out", str(tmp_path / "a"), "--csv", str(tmp_path / "b" / ".." / "a")]
+    (tmp_path / "b").mkdir()
+    assert main(["bench", *PAIR, "--data", "q.jsonl", *files]) == 2
+    assert "the same file for two of --out, --html" in capsys.readouterr().err
+
+
 def bench_of(own: list[list[int]], plain: list[list[int]], model: MSDModel, **settings: bool) -> Bench:
     """Contestants that have answered so."""
     questions = [Question(str(number), "Name a river.") for number in range(len(own))]

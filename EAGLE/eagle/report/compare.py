@@ -10,11 +10,12 @@ from typing import Any
 from eagle.published import Published
 from eagle.report import charts, markdown_table, page
 from eagle.report.intervals import Interval
-from eagle.report.runs import Row, Run, pairs_of
+from eagle.report.runs import FIRST, PLAIN, SPEED, Row, Run, pairs_of
 from llava.files import write_text
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 HIGHER, LOWER, WITHIN, UNKNOWN, EQUAL = "higher", "lower", "within the spread", "spread unknown", "equal"
+REAL = (HIGHER, LOWER)
 NOT_COMPARED = ("commit", "date")
 """Settings that two runs need not share: they are listed, but explain no difference."""
 NOTE = (
@@ -169,6 +170,10 @@ def notes(runs: Sequence[Run]) -> list[str]:
     lines.append("In common: " + (", ".join(f"{name} {value}" for name, value in shared(runs).items()) or "no setting"))
     if apart := [name for name in differing(runs) if name not in NOT_COMPARED]:
         lines.append(f"The runs differ in {', '.join(apart)}: a difference may come from any of these.")
+    moved = dict.fromkeys(each.runs for each in comparisons(runs) if each.measure == PLAIN and each.verdict in REAL)
+    for first, other in moved:
+        lines.append(f"Plain decoding was not equally fast in {first} and {other}: {SPEED} and {FIRST} may differ for "
+                     "that reason alone. Compare the speed-ups, which are ratios within a run.")  # fmt: skip
     return [*lines, NOTE]
 
 

@@ -26,7 +26,7 @@ from llava.files import read_json
 
 Content = Mapping[str, Any]
 SPEEDUP, PAIRED, SPEED, FIRST, TAU = "speed-up of totals", "paired speed-up", "tokens/s", "first token ms", "τ"
-SIMULATED = "simulated τ"
+PLAIN, SIMULATED = "plain tokens/s", "simulated τ"
 KINDS = "msd bench, benchmarks.suite, lmms-eval, benchmarks.gpu_check or a training run"
 LMMS_RESULTS = "*_results.json"
 DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
@@ -153,6 +153,7 @@ def bench_row(part: str, figures: Content, answers: Sequence[Content]) -> Row:
         SPEEDUP: plain(figures["speedup"]),
         PAIRED: Interval(paired["mean"], paired["low"], paired["high"]) if paired else None,
         SPEED: plain(figures["tokens_per_second"]["msd"]),
+        PLAIN: plain(figures["tokens_per_second"].get("baseline")),
         TAU: plain(figures["tau"]),
         FIRST: plain(next(iter(first.values()), None)),
     }
@@ -160,7 +161,7 @@ def bench_row(part: str, figures: Content, answers: Sequence[Content]) -> Row:
         tokens = [sum(map(len, each["cycles"])) for each in answers]
         own = [(count, each["seconds"]["msd"]) for count, each in zip(tokens, answers, strict=True)]
         other = [(each["baseline_tokens"], each["seconds"]["baseline"]) for each in answers]
-        texts[SPEEDUP], texts[SPEED] = of_speedup(own, other), of_ratio(own)
+        texts[SPEEDUP], texts[SPEED], texts[PLAIN] = of_speedup(own, other), of_ratio(own), of_ratio(other)
         texts[TAU] = tau_of(answers)
         texts[FIRST] = of_mean([1000 * each["first_token_seconds"]["msd"] for each in answers])
     near = f" ({same['near_ties']} differ at a near tie)" if same and same.get("near_ties") else ""
