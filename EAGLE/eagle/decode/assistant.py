@@ -54,8 +54,8 @@ class AssistantDrafter(Drafter):
     def grow(self, capacity: int) -> None:
         """Nothing to do: the target's cache grows."""
 
-    def start(self, row: int, prefill: Prefill, input_ids: Tensor, first_token: Tensor) -> None:
-        self._features[row], self._newest[row] = prefill.features[0, -1], first_token[0]
+    def start(self, index: int, prefill: Prefill, input_ids: Tensor, first_token: Tensor) -> None:
+        self._features[index], self._newest[index] = prefill.features[0, -1], first_token[0]
 
     def extend(self, hidden: Sequence[Tensor], tokens: Sequence[Tensor]) -> None:
         self._features = torch.stack([rows[-1] for rows in hidden]).to(self._features)
@@ -79,5 +79,5 @@ class AssistantDrafter(Drafter):
         levels = draft_levels(self._children(hidden, tree.top_k), hidden, tree, step, should_deepen)
         return Candidates(*(torch.cat(parts, dim=1) for parts in zip(*levels, strict=True)))
 
-    def select(self, rows: Sequence[int]) -> None:
-        self._features, self._newest = self._features[list(rows)], self._newest[list(rows)]
+    def select(self, kept: Sequence[int]) -> None:
+        self._features, self._newest = self._features[list(kept)], self._newest[list(kept)]

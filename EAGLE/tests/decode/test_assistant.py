@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tiny_assistant import make_assistant
 from tiny_families import make_gemma3, make_gemma4
-from tiny_llava import make_image
+from tiny_questions import prepared
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.generation import candidate_generator
@@ -55,12 +55,6 @@ def pair(request, tmp_path_factory, needs_the_model):
     draft = load_draft(own, dtype=torch.float32)
     model = MSDModel(target, draft, CHAIN)
     return SimpleNamespace(base=base, own=own, target=target, draft=draft, stock=stock, model=model)
-
-
-def prepared(target, questions):
-    prompts = [target.chat_prompt(text, num_images=count) for text, count in questions]
-    images = [make_image(seed=seed) for _, count in questions for seed in range(count)]
-    return target.prepare(prompts if len(prompts) > 1 else prompts[0], images)
 
 
 def drafted(pair, inputs, first, tree):
