@@ -29,7 +29,7 @@ from eagle.decode.tree_config import TreeConfig
 from eagle.exactness import MANY_STEPS, first_difference, logit_gap
 from eagle.provenance import record
 from eagle.questions import Question, read_questions
-from llava.files import atomic_write, write_json
+from llava.files import write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIRS = {"pocket LLaVA": "llava", "pocket Qwen2-VL": "qwen2vl"}
@@ -427,8 +427,7 @@ def save(arguments: argparse.Namespace, device: torch.device, parts: Sequence[Pa
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
     made = {**record(device), "settings": settings, "parts": [asdict(part) for part in parts]}
     write_json(arguments.out / "gpu_check.json", made)
-    with atomic_write(arguments.out / "gpu_check.html") as path:
-        path.write_text(page(made), encoding="utf-8")
+    write_text(arguments.out / "gpu_check.html", page(made))
 
 
 def page(made: dict[str, Any]) -> str:

@@ -22,9 +22,9 @@ from typing import Any
 from PIL import Image
 
 from eagle.hidden_states.index import sha256
-from llava.arguments import OneLineParser
+from llava.arguments import OneLineParser, is_greedy
 from llava.errors import UserError, run_cli
-from llava.files import atomic_write, read_json
+from llava.files import read_json, write_text
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(<!-- figures: )(\S+)( -->\n)(.*?)(<!-- end of figures -->)", re.DOTALL)
@@ -73,7 +73,7 @@ def name_of(cell: Cell) -> str:
 
 def how(temperature: float) -> str:
     """Greedy, or the temperature of sampling."""
-    return "greedy" if temperature == 0 else f"sampled at T = {temperature:g}"
+    return "greedy" if is_greedy(temperature) else f"sampled at T = {temperature:g}"
 
 
 def label(contestant: str) -> str:
@@ -223,8 +223,7 @@ def run(argv: Sequence[str]) -> int:
         return int(not same or drawn_from(plot) != source)
     draw_plot(read_json(options.repository / where, "bench report"), plot, source)
     for page, (text, _) in pages.items():
-        with atomic_write(options.repository / page) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(options.repository / page, text)
     return 0
 
 

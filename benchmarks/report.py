@@ -17,6 +17,7 @@ from benchmarks.spec import Cell, Suite
 from eagle.benchmark import Contestant, Quiet, find_quiet, speed
 from eagle.decode.stats import Stats
 from eagle.provenance import record
+from llava.arguments import is_greedy
 
 SCHEMA = 1
 NOISY = "≈"
@@ -53,7 +54,7 @@ def row_of_cell(
         key=lambda runner: runner.median(lambda stats: stats.tokens_per_second, quiet.rounds),
     )
     ours = next((runner for runner in runners if runner.name == "autoregressive"), runners[0])
-    reference = ours.tokens if cell.temperature == 0 else None
+    reference = ours.tokens if is_greedy(cell.temperature) else None
     return {
         **asdict(cell),
         "title": cell.title,

@@ -13,7 +13,8 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,9 +22,12 @@ from typing import Annotated, Any
 from pydantic import AliasPath, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from eagle.published import published_rows
+from eagle.report import markdown_table
+from eagle.report.bench import identical_text, questions_of, tree_text
+from eagle.report.runs import kind_of
 from llava.arguments import OneLineParser
 from llava.errors import UserError, run_cli
-from llava.files import atomic_write, read_json, read_object, write_json
+from llava.files import read_json, read_object, write_json, write_text
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE, ROWS, POCKET = "docs/results.md", "benchmarks/results.json", "benchmarks/pocket.json"
@@ -52,6 +56,29 @@ class Interval(Part):
 class Identical(Part):
     answers: Annotated[int, Field(ge=0)]
     of: Count
+    near_ties: Annotated[int, Field(ge=0)]
+
+
+class Logged(Part):
+    """An answer: its new tokens by cycle, the drafted tokens that each cycle accepted, the plain answer, the times."""
+
+    cycles: Annotated[list[list[int]], Field(min_length=1)]
+    accepted: list[Annotated[int, Field(ge=0)]]
+    plain: list[int] | None = None
+    baseline_tokens: Count
+    seconds: Annotated[Positive, at("seconds", "msd")]
+    plain_seconds: Annotated[Positive, at("seconds", "baseline")]
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token for cycle in self.cycles for token in cycle]
+
+
+class Tree(Part):
+    depth: int
+    top_k: int
+    total_tokens: int
+    adaptive: bool
 
 
 class Report(Part):
@@ -84,8 +111,10 @@ class Report(Part):
     subset: Annotated[str | None, at("settings", "subset")] = None
     limit: Annotated[int | None, at("settings", "limit")] = None
     attention: Annotated[str, at("settings", "attn_implementation")]
+    tree: Annotated[Tree, at("settings", "tree")]
     max_new_tokens: Annotated[Count, at("settings", "max_new_tokens")]
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False), at("settings", "temperature")]
+    answers: Annotated[list[Logged], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -109,8 +138,8 @@ class Row:
 
 def faults_of(given: Mapping[str, Any]) -> list[str]:
     """What is wrong with a report, one line each; none if it can be a row."""
-    if "parts" in given:
-        return ["a report of benchmarks.gpu_check: attach it to the issue, the row comes from a report of msd bench"]
+    if (kind := kind_of(given)) != "bench":
+        return [f"not a report of msd bench --out{f', but of {kind}' if kind else ''}: a row comes only from one"]
     try:
         report = Report.model_validate_json(json.dumps(given))
     except ValidationError as error:
@@ -127,12 +156,45 @@ def faults_of(given: Mapping[str, Any]) -> list[str]:
         "tau is larger than accepted_per_cycle and a bonus token": report.tau <= report.accepted_per_cycle + 1 + 1e-9,
         "identical: more answers than there are": same is None or same.answers <= same.of,
         "identical.of is not the number of questions": same is None or same.of == report.questions,
-        "histogram does not count the cycles": sum(report.histogram.values()) == report.cycles,
         "first_token_ms has no MSD": any(name.startswith("MSD ") for name in report.first_token_ms),
         "commit: the source had changes, or is not from a clone": re.fullmatch("[0-9a-f]{40}", report.commit or "")
         is not None,
     }
-    return [what for what, holds in checks.items() if not holds]
+    return [what for what, holds in checks.items() if not holds] + faults_of_log(report)
+
+
+def faults_of_log(report: Report) -> list[str]:
+    """The figures of a report that its logged answers do not give, counted again from them alone."""
+    answers = report.answers
+    if any(len(each.accepted) != len(each.cycles) - 1 for each in answers):
+        return ["answers: not one number of accepted tokens for each cycle"]
+    pairs = [pair for each in answers for pair in zip(each.cycles[1:], each.accepted, strict=True)]
+    ratios = [len(each.tokens) / each.seconds / (each.baseline_tokens / each.plain_seconds) for each in answers]
+    counted = {
+        "questions": (report.questions, len(answers)),
+        "new_tokens": (report.new_tokens, sum(len(each.tokens) for each in answers)),
+        "cycles": (report.cycles, len(pairs)),
+        "accepted_per_cycle": (report.accepted_per_cycle, sum(number for _, number in pairs) / max(len(pairs), 1)),
+        "tokens_per_second.msd": (
+            report.own_speed, sum(len(each.tokens) for each in answers) / sum(each.seconds for each in answers)
+        ),
+        "tokens_per_second.baseline": (
+            report.plain_speed,
+            sum(each.baseline_tokens for each in answers) / sum(each.plain_seconds for each in answers),
+        ),
+        "paired_speedup.mean": (report.paired_speedup.mean, sum(ratios) / len(ratios)),
+    }  # fmt: skip
+    if report.identical is not None:
+        counted["identical.answers"] = report.identical.answers, sum(each.tokens == each.plain for each in answers)
+    faults = [
+        f"{name} is {said:.6g}, but the logged answers give {found:.6g}"
+        for name, (said, found) in counted.items() if not math.isclose(said, found, rel_tol=1e-6)
+    ]  # fmt: skip
+    if {str(accepted): count for accepted, count in Counter(number for _, number in pairs).items()} != report.histogram:
+        faults.append("histogram does not count the accepted tokens of the logged cycles")
+    if any(len(cycle) > number + 1 for cycle, number in pairs):
+        faults.append("answers: a cycle with more tokens than were accepted, and a bonus token")
+    return faults
 
 
 def row_of(given: Mapping[str, Any]) -> Row:
@@ -140,23 +202,23 @@ def row_of(given: Mapping[str, Any]) -> Row:
     report = Report.model_validate_json(json.dumps(given))
     paired, same = report.paired_speedup, report.identical
     dtype = next(name for name in report.first_token_ms if name.startswith("MSD ")).removeprefix("MSD ")
-    name = f"{report.suite} {report.subset or 'test'}" if report.suite else Path(report.data).name
-    first = f", first {report.limit}" if report.limit else ""
     compiled = ", compiled" if report.compiled else ""
+    asked = {"suite": report.suite, "subset": report.subset, "data": report.data, "limit": report.limit}
     versions = f"torch {report.torch}, transformers {report.transformers}"
     return Row(
         pair=f"{short(report.base)} + {short(report.draft)}",
-        questions=f"{name}{first}: {report.questions}",
+        questions=f"{questions_of(asked)}: {report.questions}",
         temperature=report.temperature,
         machine=report.gpu or report.cpu,
-        decoding=f"{dtype}, {report.attention}{compiled}, up to {report.max_new_tokens} tokens",
+        decoding=f"{dtype}, {report.attention}{compiled}, tree {tree_text(vars(report.tree))}, "
+        f"up to {report.max_new_tokens} tokens",
         tokens_per_second=report.own_speed,
         plain=f"{report.plain_speed:.1f} ({report.baseline_name})",
         speedup=report.speedup,
         paired=(paired.mean, paired.low, paired.high),
         tau=report.tau,
         accepted=report.accepted_per_cycle,
-        identical="" if same is None else f"{same.answers} of {same.of}",
+        identical="" if same is None else identical_text(same.model_dump()),
         made=f"{report.date[:10]}, {str(report.commit)[:12]}, {versions}",
     )
 
@@ -190,11 +252,6 @@ def read_rows(root: Path) -> list[Row]:
     return TypeAdapter(list[Row]).validate_json(json.dumps(read_json(root / ROWS, "rows")))
 
 
-def table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in each)} |\n" for each in lines)
-
-
 def pocket_table(root: Path) -> str:
     from benchmarks.readme import chosen, how, name_of
     from benchmarks.report import NOISY
@@ -213,7 +270,8 @@ def pocket_table(root: Path) -> str:
             ])  # fmt: skip
     head = ("pair", "", "tokens/s", "strongest plain", "speed-up of medians", "τ with bonus", "identical")
     made = f"{report['date'][:10]}, {report['hardware']['cpu']}, {report['hardware']['cores']} cores, float32, commit"
-    return f"{table(head, iter(rows))}\n{made} {report['commit'][:12]}, `{report['command']}`. {NOISY}: noisy rounds.\n"
+    made += f" {report['commit'][:12]}, `{report['command']}`. {NOISY}: noisy rounds.\n"
+    return f"{markdown_table(head, rows)}\n\n{made}"
 
 
 def sent_table(root: Path) -> str:
@@ -231,7 +289,7 @@ def sent_table(root: Path) -> str:
         ]
         for each in rows
     )  # fmt: skip
-    return table(head, cells)
+    return markdown_table(head, cells) + "\n"
 
 
 def published_table(root: Path) -> str:
@@ -244,7 +302,7 @@ def published_table(root: Path) -> str:
         ]
         for each in published_rows(root / "benchmarks" / "published.json")
     )  # fmt: skip
-    return table(head, cells)
+    return markdown_table(head, cells) + "\n"
 
 
 def page_of(root: Path, text: str) -> str:
@@ -257,8 +315,7 @@ def page_of(root: Path, text: str) -> str:
 
 def write_page(root: Path) -> None:
     text = page_of(root, (root / PAGE).read_text(encoding="utf-8"))
-    with atomic_write(root / PAGE) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(root / PAGE, text)
 
 
 def run(argv: Sequence[str], root: Path = REPOSITORY) -> int:

@@ -9,9 +9,8 @@ in bfloat16. Both heads are timed in turn, round by round, on the same draft.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from experiments.common import parser, run_record
@@ -55,17 +54,19 @@ def seconds_of_step(draft: DraftModel, head: nn.Linear) -> tuple[float, float]:
     """Median time from `WIDTH` frontier nodes to their likely children, with the whole head and the trimmed one."""
     import torch
 
+    from eagle.decode.adaptive.cost import seconds_of
+
     hidden = torch.randn(1, WIDTH, draft.config.hidden_size, dtype=draft.dtype, device=draft.device)
     tokens = torch.zeros(1, WIDTH, dtype=torch.long, device=draft.device)
     kept = draft.draft_vocab
-    taken: tuple[list[float], list[float]] = ([], [])
-    for _ in range(ROUNDS + 1):
-        for draft.draft_vocab, times in zip((None, kept), taken, strict=True):
-            start = time.perf_counter()
-            rows = draft.fuse(hidden, draft.embed_tokens(tokens))
-            draft.likely_next(draft(rows, torch.zeros_like(tokens)), WIDTH, head)[0].cpu()
-            times.append(time.perf_counter() - start)
-    return statistics.median(taken[0][1:]), statistics.median(taken[1][1:])
+
+    def step(vocabulary: torch.Tensor | None) -> None:
+        draft.draft_vocab = vocabulary
+        rows = draft.fuse(hidden, draft.embed_tokens(tokens))
+        draft.likely_next(draft(rows, torch.zeros_like(tokens)), WIDTH, head)[0].cpu()
+
+    whole, trimmed = seconds_of([partial(step, None), partial(step, kept)], ROUNDS)
+    return whole, trimmed
 
 
 def main() -> None:

@@ -205,7 +205,7 @@ def rows_of(folder: Path, cells: Sequence[Row], equal: str) -> list[Row]:
     for file in folder.glob("evaluation-seed*.json"):
         record = read_json(file, "an evaluation")
         found |= {(row["kind"], row["seed"]): row for row in record["rows"] if equal in row["equal"]}
-    rows = []
+    rows: list[Mapping[str, Any]] = []
     for kind, cell in ((kind, cell) for kind in KINDS for cell in cells if cell["kind"] == kind.name):
         row = {**cell, "megabytes": cell["bytes"] / 1e6, **found.get((kind.name, cell["seed"]), {})}
         rows.append(row | {"simulated": cell["simulated_tau"].get("image") if equal == "steps" else None})

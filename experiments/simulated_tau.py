@@ -24,7 +24,7 @@ from experiments.common import caption, run_record
 from experiments.training_study import bench, chain_tau
 from llava.arguments import OneLineParser
 from llava.errors import UserError, run_cli
-from llava.files import atomic_write, read_json, write_json
+from llava.files import atomic_write, read_json, write_json, write_text
 
 SERVED = {"chain": "tau_chain", "tree": "tau_tree"}
 
@@ -40,8 +40,7 @@ def main() -> None:
     record = {**run_record(), "base": study["base"], "correlation": correlations(found), "points": found}
     write_json(options.study / "simulated_tau.json", record)
     text = table(record)
-    with atomic_write(options.study / "simulated_tau.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(options.study / "simulated_tau.md", text)
     plot(record, options.study / "simulated_tau.png")
     print(text)
 

@@ -32,7 +32,7 @@ from eagle.train.settings import TrainConfig, find_config
 from experiments.common import REPO, caption, environment, run_record
 from llava.arguments import OneLineParser
 from llava.errors import UserError, run_cli
-from llava.files import atomic_write, read_json, write_json
+from llava.files import atomic_write, read_json, write_json, write_text
 from llava.strict import read_strict
 
 DEEPSPEED = "pocket_ds_config.json"  # batch sizes, precision
@@ -199,8 +199,7 @@ def write_questions(count: int, file: Path) -> Path:
     asked = [question for question in read_questions(HELDOUT) if question.images][:count]
     rows = [{"id": each.id, "question": each.question, "answer": each.answer,
              "images": [os.path.relpath(image, file.parent) for image in each.images]} for each in asked]  # fmt: skip
-    with atomic_write(file) as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
     return file
 
 
@@ -324,8 +323,7 @@ PLOTTED = ("τ (tree)", "speed-up")
 def write_report(folder: Path, rows: Sequence[Row], made: Mapping[str, Any]) -> None:
     """Writes results.json, results.md and results.png. ``rows``: the records so far."""
     write_json(folder / "results.json", {**made, "cells": list(rows)})
-    with atomic_write(folder / "results.md") as temporary:
-        temporary.write_text(table(rows, made), encoding="utf-8")
+    write_text(folder / "results.md", table(rows, made))
     plot(rows, folder / "results.png")
 
 

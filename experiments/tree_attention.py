@@ -9,9 +9,7 @@ in one run, so a busy moment of the machine slows both. Times are medians of one
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
@@ -43,6 +41,7 @@ def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
     from transformers import Qwen2Config, Qwen2Model
 
     from eagle.attention import TwoParts, with_tree_attention
+    from eagle.decode.adaptive.cost import seconds_of
     from eagle.decode.masks import MaskBuffer
     from eagle.kv_cache import KVCache
 
@@ -80,13 +79,8 @@ def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
         ways: dict[str, Callable[[], torch.Tensor]] = {"masked": masked, "two_part": partial(two_part, asked)}
         with torch.inference_mode():
             whole, parts = (way() for way in ways.values())
-            times: dict[str, list[float]] = {name: [] for name in ways}
-            for _ in range(options.rounds):
-                for name, way in ways.items():
-                    start = time.perf_counter()
-                    way()
-                    times[name].append(1e3 * (time.perf_counter() - start))
-        row = {"context": context, **{name: round(statistics.median(each), 1) for name, each in times.items()}}
+            times = seconds_of(list(ways.values()), options.rounds)
+        row = {"context": context, **{name: round(1e3 * each, 1) for name, each in zip(ways, times, strict=True)}}
         rows.append({**row, "largest_difference": float((whole - parts).abs().max())})
     return rows
 

@@ -5,10 +5,10 @@
 #   HIDDEN_DTYPE=int8 REGENERATE=1 DRAFT=owner/draft scripts/3_allocate.sh   half of the disk; the base's own answers
 #   scripts/3_allocate.sh --batch-tokens 16384                    further flags go to eagle.ge_data.allocation
 # Environment: BASE, FAMILY (conversation template of BASE: llava_v15 by default, others in docs/families.md), PICTURES
-# (folder of the pictures), COUNT (rows of each file, all by default; fewer than are stored removes nothing), GPUS
+# (folder of the pictures), COUNT (records of each file, all by default; fewer than are stored removes nothing), GPUS
 # (0,1,...; all by default), HIDDEN_DTYPE (auto or int8), FEATURE_LAYERS (auto or 2,18,33: also what enters these layers,
 # for EAGLE-3 heads), MAX_LENGTH (tokens of a conversation), SHARD (I/N: part I of N, from 0, one for each machine; each
-# needs its own WORK with the files of step 2; docs/data.md joins them), SHARD_SIZE (rows of a shard), WORK as in step 2.
+# needs its own WORK with the files of step 2; docs/data.md joins them), SHARD_SIZE (records of a shard), WORK as in step 2.
 # REGENERATE (1: the base answers itself) with DRAFT (which speeds it up), TEMPERATURE and MAX_NEW_TOKENS. Results:
 # WORK/hidden_t, WORK/hidden_v.
 set -euo pipefail

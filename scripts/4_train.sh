@@ -4,10 +4,12 @@
 #   scripts/4_train.sh                                            the embedded model
 #   BASE=liuhaotian/llava-v1.5-7b CONFIG=llava_v15_7B_config.json DEVICES=localhost:0,1,2,3 scripts/4_train.sh
 #   DRAFT_KIND=eagle3 BASE=Qwen/Qwen3-VL-4B-Instruct scripts/4_train.sh   an EAGLE-3 head (docs/eagle3.md)
+#   HOSTFILE=hosts scripts/4_train.sh                             on several machines (docs/training.md)
 #   scripts/4_train.sh --epochs 2                                 further flags go to main_deepspeed.py
-# Environment: BASE, CONFIG and DS_CONFIG (a path, or the name of one shipped in EAGLE/eagle/train), DRAFT_KIND (msd or
-# eagle3, with the sizes of the base: CONFIG is auto then), DEVICES, PORT, WORK as in step 2, CKPT (where checkpoints go; the
-# draft is CKPT/final). With ONLINE also PICTURES and COUNT as in step 3.
+# Environment: BASE, CONFIG and DS_CONFIG (a path, or the name of one shipped in EAGLE/eagle/train; CONFIG is auto by default,
+# a draft with the sizes of BASE, except for the embedded model), DRAFT_KIND (msd, eagle3 or block: the kind of CONFIG=auto),
+# DEVICES, HOSTFILE, PORT, WORK as in step 2, CKPT (where checkpoints go; the draft is CKPT/final). With ONLINE also PICTURES and COUNT
+# as in step 3.
 set -euo pipefail
 if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then # the comment above
     sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
@@ -29,11 +31,16 @@ if [ -n "${ONLINE:-}" ] && [ "$ONLINE" != 0 ]; then
         --image-folder "${PICTURES:-pocket/data}" ${COUNT:+--limit "$COUNT"})
 fi
 
-config=pocket_llava_config.json
-[ -z "${DRAFT_KIND:-}" ] || config=auto
+config=auto
+[ "${BASE:-pocket/llava}" != pocket/llava ] || [ -n "${DRAFT_KIND:-}" ] || config=pocket_llava_config.json
 flags=(--deepspeed_config "${DS_CONFIG:-ds_config.json}" "${data[@]}" --basepath "${BASE:-pocket/llava}"
     --cpdir "${CKPT:-$work/checkpoints}" --config "${CONFIG:-$config}" --resume
     ${DRAFT_KIND:+--draft-kind "$DRAFT_KIND"} "$@")
+where=(--include "${DEVICES:-localhost:0}")
+if [ -n "${HOSTFILE:-}" ]; then # DeepSpeed would use this machine alone if there is no such file
+    [ -f "$HOSTFILE" ] || { echo "error: no such file: HOSTFILE=$HOSTFILE" >&2; exit 2; }
+    where=(--hostfile "$HOSTFILE" ${DEVICES:+--include "$DEVICES"})
+fi
 # before the launcher, whose own lines would be around the error
 checkpoints="$("$python" -m eagle.train.main_deepspeed "${flags[@]}" --check)"
 stopped=
@@ -42,7 +49,7 @@ trap 'stopped=1' INT
 # DeepSpeed's runner would answer Ctrl-C with a traceback. It ignores the signal; the launcher that it starts handles it.
 (
     trap '' INT
-    exec deepspeed --master_port "${PORT:-29504}" --include "${DEVICES:-localhost:0}" EAGLE/eagle/train/main_deepspeed.py \
+    exec deepspeed --master_port "${PORT:-29504}" "${where[@]}" EAGLE/eagle/train/main_deepspeed.py \
         "${flags[@]}"
 ) || status=$?
 if [ -n "$stopped" ]; then

@@ -84,8 +84,25 @@ def test_training_stored_and_online(commands) -> None:
     files = "--online --annotations_v w/image.json --annotations_t w/text.json --image-folder p --limit 9"
     assert files in online and "--tmpdir" not in online
     assert "--config pocket_llava_config.json" in stored and "--draft-kind" not in stored
+    for base in ("Qwen/Qwen3-VL-4B-Instruct", "pocket/qwen2vl"):
+        assert f"--basepath {base} --cpdir w/checkpoints --config auto" in commands("4_train.sh", BASE=base)[1]
+    assert "--config c.json" in commands("4_train.sh", BASE="owner/base", CONFIG="c.json")[1]
     _, head = commands("4_train.sh", DRAFT_KIND="eagle3")
     assert "--config auto" in head and head.endswith("--resume --draft-kind eagle3")
+
+
+def test_training_on_several_machines(commands, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The host file replaces the one machine; without it DeepSpeed would train on this one in silence."""
+    hosts = tmp_path / "hosts"
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        commands("4_train.sh", HOSTFILE=str(hosts))
+    assert failed.value.returncode == 2 and capfd.readouterr().err == f"error: no such file: HOSTFILE={hosts}\n"
+    hosts.write_text("a slots=8\nb slots=8\n")
+    for devices, flags in ((None, ""), ("a:0,1@b", " --include a:0,1@b")):
+        *_, line = commands("4_train.sh", HOSTFILE=str(hosts), **({"DEVICES": devices} if devices else {}))
+        assert f"--master_port 29504 --hostfile {hosts}{flags} EAGLE/eagle" in line
+    *_, line = commands("4_train.sh")
+    assert "--master_port 29504 --include localhost:0 EAGLE/eagle" in line and "--hostfile" not in line
 
 
 def test_training_without_deepspeed_is_one_line(

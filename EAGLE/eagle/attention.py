@@ -120,8 +120,8 @@ def two_part_attention(
 
 
 def open_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention without a mask, and the log-sum-exp of each row's scores in float32. With a fused kernel if there is
-    one that gives both."""
+    """Attention of query rows [B, h, n, D] over keys and values [B, h, m, D] without a mask: outputs [B, h, n, D], and
+    the log-sum-exp of each row's scores, [B, h, n] in float32. With a fused kernel if there is one that gives both."""
     if query.shape[-1] == value.shape[-1]:
         if query.device.type == "cpu":
             return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)

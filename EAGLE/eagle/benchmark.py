@@ -24,6 +24,7 @@ from eagle.decode.tree_config import TreeConfig
 from eagle.families import Target
 from eagle.questions import Conversations, Question
 from eagle.report.intervals import Interval, of_mean
+from llava.arguments import is_greedy
 
 
 class Work(Protocol):
@@ -174,10 +175,10 @@ def with_transformers(model: MSDModel, settings: Mapping[str, Any], **more: Any)
     state, which its sampling uses."""
     given = {key: value for key, value in settings.items() if key not in ("temperature", "seed")} | more
     given |= with_stop_strings(model)
-    if settings.get("temperature"):
-        given.update(do_sample=True, temperature=settings["temperature"])
-    else:
-        given.update(do_sample=False)
+    temperature = settings.get("temperature") or 0.0
+    given["do_sample"] = not is_greedy(temperature)
+    if given["do_sample"]:
+        given["temperature"] = temperature
 
     def answer(work: Work) -> Answer:
         inputs = work.inputs(model.target)

@@ -19,6 +19,7 @@ from PIL import Image
 
 from llava.errors import UserError
 from llava.image import PictureUnreachable, load_image
+from llava.inputs import is_unicode
 
 USER, ASSISTANT, SYSTEM = "human", "gpt", "system"
 ROLES = {
@@ -242,7 +243,7 @@ def record_id(record: Mapping[str, Any], number: int) -> str:
     value = record.get("id")
     if value is None:
         return str(number)
-    if type(value) not in (str, int) or len(str(value)) > MAX_ID or not _is_unicode(str(value)):
+    if type(value) not in (str, int) or len(str(value)) > MAX_ID or not is_unicode(str(value)):
         raise Unusable("id")
     return str(value)
 
@@ -284,7 +285,7 @@ def read_conversation(record: Mapping[str, Any], number: int, keep_answers: bool
     no_answer = keep_answers and not any(answer.strip() for _, answer in pairs)
     if not pairs or no_answer or not all(question.strip() for question, _ in pairs):
         raise Unusable("empty")
-    if not all(map(_is_unicode, [*texts, system or ""])):
+    if not all(map(is_unicode, [*texts, system or ""])):
         raise Unusable("text")
     images = image_names(record)
     _check_marks(texts, len(images))
@@ -318,15 +319,6 @@ def _one_system(key: Any, turn: str | None) -> str | None:
     if not isinstance(key, str) or turn not in (None, key):
         raise Unusable("system")
     return key
-
-
-def _is_unicode(text: str) -> bool:
-    """False for half of a surrogate pair, which JSON can express and no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _check_marks(texts: Sequence[str], images: int) -> None:

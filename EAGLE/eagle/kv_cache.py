@@ -39,8 +39,8 @@ class RowIndices:
         key = (*lengths, count, device)
         if key != self._key:
             start = torch.tensor(lengths, device=device).unsqueeze(1)  # [B, 1]
-            rows = torch.arange(len(lengths), device=device).unsqueeze(1)
-            self._key, self._places = key, (rows, start + torch.arange(count, device=device))
+            sequences = torch.arange(len(lengths), device=device).unsqueeze(1)
+            self._key, self._places = key, (sequences, start + torch.arange(count, device=device))
         return self._places
 
 
@@ -70,9 +70,9 @@ class CacheLayer(CacheLayerMixin):
             self.store_k[:, :, first:end].copy_(key_states)
             self.store_v[:, :, first:end].copy_(value_states)
         else:
-            rows, columns = self._indices.places(self.lengths, count, self.device)
-            self.store_k[rows, :, columns] = key_states.transpose(1, 2)
-            self.store_v[rows, :, columns] = value_states.transpose(1, 2)
+            sequences, columns = self._indices.places(self.lengths, count, self.device)
+            self.store_k[sequences, :, columns] = key_states.transpose(1, 2)
+            self.store_v[sequences, :, columns] = value_states.transpose(1, 2)
         self.lengths = [length + count for length in self.lengths]
         return self.store_k[:, :, :end], self.store_v[:, :, :end]
 
@@ -189,36 +189,38 @@ class KVCache(Cache):
         """
         for state in self._states.values():
             state.keep([len(path) for path in paths])
-        for row, (base, path) in enumerate(zip(bases, paths, strict=True)):
+        for number, (base, path) in enumerate(zip(bases, paths, strict=True)):
             first = next((i for i, node in enumerate(path) if node != i), len(path))
             if first == len(path):
                 continue
             for stores in self._stores.values():
                 index = torch.tensor([base + node for node in path[first:]], device=stores.keys.device)
                 for store in stores:
-                    store[:, row, :, base + first : base + len(path)] = store[:, row].index_select(2, index)
+                    store[:, number, :, base + first : base + len(path)] = store[:, number].index_select(2, index)
         self.truncate([base + len(path) for base, path in zip(bases, paths, strict=True)])
 
-    def sequence(self, row: int) -> KVCache:
+    def sequence(self, number: int) -> KVCache:
         """One sequence as a cache of its own, on the same storage. Its lengths are not written back to this cache."""
         stores = {
-            group: CacheStorage(*(part[:, row : row + 1] for part in store)) for group, store in self._stores.items()
+            group: CacheStorage(*(part[:, number : number + 1] for part in store))
+            for group, store in self._stores.items()
         }
-        states = {index: state.sequence(row) for index, state in self._states.items()}
-        return KVCache(stores, self._groups, self.lengths[row : row + 1], states)
+        states = {index: state.sequence(number) for index, state in self._states.items()}
+        return KVCache(stores, self._groups, self.lengths[number : number + 1], states)
 
-    def select(self, rows: Sequence[int]) -> KVCache:
+    def select(self, numbers: Sequence[int]) -> KVCache:
         """A cache of the given sequences, in ascending order, on the same storage. Only the rows in use of sequences
         that move are copied. This cache must not be used any more."""
-        kept = list(rows)
+        kept = list(numbers)
         if kept != sorted(set(kept)):
             raise ValueError(f"sequences {kept} are not in ascending order")
         for store in (part for stores in self._stores.values() for part in stores):
-            for place, row in enumerate(kept):
-                if place != row:
-                    store[:, place, :, : self.lengths[row]] = store[:, row, :, : self.lengths[row]]
+            for place, number in enumerate(kept):
+                if place != number:
+                    length = self.lengths[number]
+                    store[:, place, :, :length] = store[:, number, :, :length]
         stores = {
             group: CacheStorage(*(part[:, : len(kept)] for part in store)) for group, store in self._stores.items()
         }
         states = {index: state.select(kept) for index, state in self._states.items()}
-        return KVCache(stores, self._groups, [self.lengths[row] for row in kept], states)
+        return KVCache(stores, self._groups, [self.lengths[number] for number in kept], states)

@@ -93,15 +93,15 @@ class StateLayer(LinearAttentionCacheLayerMixin):
         assert self._verified is not None
         self._verified = (self._verified[0], recurrent_states)
         if self.states[0].conv is None:
-            for row, state in enumerate(self.states):
-                self._commit(row, state)
+            for index, state in enumerate(self.states):
+                self._commit(index, state)
         return recurrent_states
 
-    def _commit(self, row: int, state: State) -> None:
+    def _commit(self, index: int, state: State) -> None:
         assert self._verified is not None
         conv, recurrent = self._verified
-        state.conv = conv[row : row + 1].clone()  # not a view of all inputs
-        state.recurrent = None if recurrent is None else recurrent[row : row + 1]
+        state.conv = conv[index : index + 1].clone()  # not a view of all inputs
+        state.recurrent = None if recurrent is None else recurrent[index : index + 1]
 
     def discard(self) -> None:
         """Forgets the tokens since the last accepted one."""
@@ -110,24 +110,24 @@ class StateLayer(LinearAttentionCacheLayerMixin):
     def keep(self, counts: Sequence[int]) -> None:
         """Accepts the first ``counts[b]`` tokens of the last forward for each sequence b, and forgets the others."""
         assert self._inputs is not None and self._module is not None
-        for row, (count, state) in enumerate(zip(counts, self.states, strict=True)):
+        for index, (count, state) in enumerate(zip(counts, self.states, strict=True)):
             if count == self._inputs.shape[1]:
-                self._commit(row, state)
+                self._commit(index, state)
                 continue
             replay = StateLayer([State(state.conv, state.recurrent)])
             number: Any = self._module.layer_idx
             cache = Cache(layers=[replay] * (number + 1))
-            self._module(self._inputs[row : row + 1, :count], **{cache_name(self._module): cache})
+            self._module(self._inputs[index : index + 1, :count], **{cache_name(self._module): cache})
             replay._commit(0, state)
         self.discard()
 
-    def sequence(self, row: int) -> StateLayer:
+    def sequence(self, index: int) -> StateLayer:
         """One sequence, whose changes are this layer's too."""
-        return StateLayer([self.states[row]])
+        return StateLayer([self.states[index]])
 
-    def select(self, rows: Sequence[int]) -> StateLayer:
+    def select(self, kept: Sequence[int]) -> StateLayer:
         """The given sequences."""
-        return StateLayer([self.states[row] for row in rows])
+        return StateLayer([self.states[index] for index in kept])
 
 
 def joined(parts: Sequence[Tensor | None]) -> Tensor | None:

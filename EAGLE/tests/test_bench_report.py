@@ -111,6 +111,7 @@ def test_csv_and_markdown_have_the_same_figures(files: dict[str, Path], report: 
     cells = dict(zip(header.split(" | "), row.split(" | "), strict=True))
     assert cells["τ"] == f"{report['tau']:.2f}" and cells["attention"] == "sdpa"
     assert cells["identical answers"] == "4 of 4"
+    assert (cells["tree"], cells["max_new_tokens"], cells["data"]) == ("6/3/12", "24", "q.jsonl")
 
 
 def test_the_page_needs_nothing_from_elsewhere(files: dict[str, Path], report: dict[str, Any]) -> None:
@@ -118,6 +119,13 @@ def test_the_page_needs_nothing_from_elsewhere(files: dict[str, Path], report: d
     assert "<script" not in page and "http" not in page.replace("http://www.w3.org", "")
     assert page.count("<details") == 4 and page.count("<svg") == 4 and page.count("data:image/jpeg;base64,") == 4
     assert 'class="d2"' in page and report["answers"][0]["question"].split("'")[0] in page
+
+
+def test_each_report_needs_a_file_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["--out", str(tmp_path / "a"), "--csv", str(tmp_path / "b" / ".." / "a")]
+    (tmp_path / "b").mkdir()
+    assert main(["bench", *PAIR, "--data", "q.jsonl", *files]) == 2
+    assert "the same file for two of --out, --html" in capsys.readouterr().err
 
 
 def bench_of(own: list[list[int]], plain: list[list[int]], model: MSDModel, **settings: bool) -> Bench:
@@ -145,7 +153,7 @@ def test_a_difference_is_a_near_tie_or_not(monkeypatch: pytest.MonkeyPatch) -> N
     }  # fmt: skip
     monkeypatch.setattr(bench_report, "logit_gap", lambda *_: Gap(1, 2, (0.0, 0.0), 1.0))
     close = bench_of([[1, 9], [1]], [[1, 2], [1, 2]], model)
-    assert close.figures([0, 1])["identical"]["near_ties"] == 1, "an answer that ends earlier is no near tie"
+    assert close.figures([0, 1])["identical"]["near_ties"] == 1, "an answer that ends earlier is not a near tie"
     assert close.figures([1])["identical"]["near_ties"] == 0
 
 

@@ -69,7 +69,7 @@ GPU = {
 }  # fmt: skip
 TRAINING = {
     "settings": {"base": "b"}, "steps": [{"step": 2, "loss": 3.0}, {"step": 4, "loss": 2.0}],
-    "validations": [{"step": 4, "results": {"text": {"tau": 2.0}, "image": {"tau": 3.0}}}],
+    "validations": [{"step": 3, "results": {"text": {"tau": 2.0}, "image": {"tau": 3.0}}}],
     "served": [{"step": step, "answers": [{"cycles": [[1], [2] * length]}] * 3} for step, length in ((2, 1), (4, 2))],
 }  # fmt: skip
 
@@ -111,6 +111,20 @@ def test_a_difference_within_the_spread_is_not_called_real(tmp_path: Path) -> No
     assert compared(tmp_path, paths[2], paths[0])["verdicts"]["tokens/s"] == "lower"
 
 
+def test_a_busier_machine_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same answers, but every request took three times as long."""
+    quiet, busy = bench([1.9, 2.0, 2.1] * 4), bench([1.9, 2.0, 2.1] * 4)
+    for answer in busy["answers"]:
+        answer["seconds"] = {name: 3 * seconds for name, seconds in answer["seconds"].items()}
+    paths, said = write(tmp_path, a=quiet, b=busy), "Plain decoding was not equally fast in A and B"
+    found = compared(tmp_path, *paths)["verdicts"]
+    assert found["tokens/s"] == found["plain tokens/s"] == "lower"
+    assert found["speed-up of totals"] not in ("higher", "lower")
+    assert said in " ".join(capsys.readouterr().out.split())
+    compared(tmp_path, paths[0], paths[0])
+    assert said not in " ".join(capsys.readouterr().out.split())
+
+
 def test_nothing_is_said_without_a_recorded_spread(tmp_path: Path) -> None:
     old = {key: value for key, value in bench([9.0] * 9).items() if key not in ("answers", "paired_speedup")}
     assert compared(tmp_path, *write(tmp_path, a=bench([1.0, 3.0]), b=old))["verdicts"]["tokens/s"] == "spread unknown"
@@ -144,6 +158,7 @@ def test_every_kind_is_read(tmp_path: Path) -> None:
     assert read_run(Path(*write(tmp_path, g=GPU))).rows[0].identical == "19/20"
     training = figures(tmp_path, TRAINING)
     assert list(training) == ["step 4, MSD", "step 2, MSD"] and training["step 4, MSD"]["simulated τ"].value == 2.5
+    assert "simulated τ" not in training["step 2, MSD"], "the first validation came later"
     assert training["step 4, MSD"]["training loss"].value == 2.0
 
 

@@ -45,18 +45,18 @@ def report() -> dict[str, Any]:
     return {
         **figures, "answers": answers, "baseline_name": "plain float32", "setting": setting, "date": "2026-01-01",
         "sources": {f"a source with a long name {number}": figures for number in range(2)}, "commit": "c" * 40,
-        "settings": {"base_model": "owner/a-base-model-of-a-long-name", "msd_model": "owner/its-draft"},
+        "settings": {
+            "base_model": "owner/a-base-model-of-a-long-name", "msd_model": "owner/its-draft", "data": "q.jsonl",
+            "tree": {"depth": 6, "top_k": 3, "total_tokens": 12, "adaptive": False}, "max_new_tokens": 128,
+        },
         "hardware": {"cpu": "a processor", "threads": 2}, "versions": {"torch": "2"}, "command": ["msd", "bench"],
     }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def window(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    programs = chromium.installed()
-    assert programs is not None
-    opened = chromium.open_browser(programs, tmp_path_factory.mktemp("profile"))
-    yield opened
-    opened.quit()
+    with chromium.window(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")

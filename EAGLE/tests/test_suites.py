@@ -186,12 +186,20 @@ def test_mmspec_over_http_has_its_published_numbers(tmp_path: Path, monkeypatch:
             name = path.relative_to(folder)
             server.put(f"{MMSPEC}/{MMSPEC_REVISION}/{MMSPEC_FOLDER}/{name}", path.read_bytes())
         monkeypatch.setattr(fetching, "GITHUB", server.url("").rstrip("/"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         with pytest.raises(UserError, match=r"general vqa has 2, .* not 10"):
             fetch("mmspec", "testmini", tmp_path / "out")
         monkeypatch.setitem(fetching.SUBSETS, "testmini", 2)
         assert len(read_questions(fetch("mmspec", "testmini", tmp_path / "out"), turns=True)) == 16
         with pytest.raises(UserError, match="--copies"):
             fetch("mmspec", "test", tmp_path / "other")
+
+
+def test_mmspec_is_not_asked_for_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(fetching, "fetch_bytes", lambda *_: pytest.fail("the network was asked"))
+    with pytest.raises(UserError, match=r"HF_HUB_OFFLINE is set.*--copies"):
+        fetch("mmspec", "testmini", tmp_path / "out")
 
 
 @pytest.mark.slow

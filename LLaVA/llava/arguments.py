@@ -56,9 +56,14 @@ def temperature(value: str | float) -> float:
         ValueError: it is not a number.
     """
     number = float(value)
-    if number == 0 or LOWEST_TEMPERATURE <= number < math.inf:
+    if is_greedy(number) or LOWEST_TEMPERATURE <= number < math.inf:
         return number
     raise UserError(f"temperature {number}", fix=f"give 0 for greedy decoding, or at least {LOWEST_TEMPERATURE}")
+
+
+def is_greedy(temperature: float) -> bool:
+    """Whether a temperature asks for greedy decoding."""
+    return temperature == 0
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .arguments import OneLineParser, positive, temperature
+from .arguments import OneLineParser, is_greedy, positive, temperature
 from .conversation import DEFAULT_TEMPLATE, get_template
 from .errors import UserError, run_cli
 from .image import load_image
@@ -87,8 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # straight to the device: loaded by way of the CPU, "auto" would be the CPU's dtype
     device_map = None if device.type == "cpu" else {"": device}
     model, processor = load_pretrained(options.model_path, dtype=options.dtype, device_map=device_map)
-    generation: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "do_sample": options.temperature > 0}
-    if options.temperature > 0:
+    sampled = not is_greedy(options.temperature)
+    generation: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "do_sample": sampled}
+    if sampled:
         generation |= {"temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
     chat = Chat(model, processor, images, options.conv_mode, options.system, generation)
     if options.prompt is not None:

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
 
 from .device import dtype_for
 from .errors import UserError
 from .files import read_object
-from .generation import check_generation_config
+from .generation import check_generation_config, check_special_tokens
 from .hub import Source, split_hub_options
 from .layout import Checkpoint, build_config, open_checkpoint
 from .loading import load_errors
@@ -33,6 +34,7 @@ from .weights import (
     from_liuhaotian,
     has_tower,
     is_old_buffer,
+    quantisation_of,
     read_shapes,
     read_tensors,
 )
@@ -95,6 +97,7 @@ def load_model(
     dtype = dtype_for(dtype, device_map)
     checkpoint = open_checkpoint(Source.of(path, hub))
     config = build_config(checkpoint)
+    check_quantisation(config, checkpoint.source.name)
     rest |= {"config": config, "device_map": device_map, "attn_implementation": attn_implementation}
     rest = {name: value for name, value in rest.items() if value is not None}
     if checkpoint.layout == "llava-hf":
@@ -107,6 +110,7 @@ def load_model(
         shapes = {key: tuple(value.shape) for key, value in state.items()}
         rest |= {"state_dict": state, "dtype": _checkpoint_dtype(config, state) if dtype == "auto" else dtype}
     with load_errors("model cannot be loaded", checkpoint.source.name, weights=True):
+        check_special_tokens(checkpoint.source, config.get_text_config().vocab_size)
         check_size(LlavaForConditionalGeneration, config, shapes, checkpoint.source.name)
         check_unquantised(config, find_weights(checkpoint.source))
         with quiet_transformers():
@@ -118,6 +122,25 @@ def load_model(
         if checkpoint.layout == "liuhaotian":
             _finish_liuhaotian(model, checkpoint)
     return model
+
+
+def check_quantisation(config: Any, name: str) -> None:
+    """Checks the quantisation that a config names, before weights are downloaded.
+
+    Args:
+        name: of the checkpoint, for the message.
+
+    Raises:
+        UserError: transformers does not know it, and would read the packed weights as they are; or this machine lacks
+            its package or a device for it.
+    """
+    if (found := quantisation_of(config)) is None:
+        return
+    with load_errors("quantised model cannot be loaded", name), quiet_transformers():
+        if not AutoHfQuantizer.supports_quant_method(found):
+            fix = "install a release of transformers that has it, or use a checkpoint in 16 or 32 bit"
+            raise UserError(f"unknown quantisation {found['quant_method']!r}", name, fix)
+        AutoHfQuantizer.from_config(found).validate_environment(device_map=None, weights_only=True)
 
 
 def _liuhaotian_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:

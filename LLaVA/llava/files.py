@@ -94,7 +94,7 @@ def check_not_pointer(path: Path) -> None:
 
 
 def read_object(path: str | Path, what: str = "JSON file") -> dict[str, Any]:
-    """As `read_json`, for a file that must be a JSON object."""
+    """As `read_json`, for a file that must be a JSON object; anything else is a `UserError` too."""
     content = read_json(path, what)
     if not isinstance(content, dict):
         raise UserError(f"{what} is not a JSON object", path)
@@ -159,8 +159,17 @@ def write_json(path: str | Path, data: Any, indent: int | None = 2) -> None:
     Raises:
         UserError: the folder cannot be written, or the disk is full.
     """
+    write_text(path, json.dumps(data, indent=indent) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a text file in UTF-8, atomically.
+
+    Raises:
+        UserError: as `write_json`.
+    """
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(data, indent=indent) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _reason(error: OSError | ValueError) -> str:

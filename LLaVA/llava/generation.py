@@ -12,7 +12,7 @@ from pydantic import Field
 from .errors import UserError, reason_of
 from .files import read_object
 from .hub import Source
-from .strict import read_strict, shown, strict_dataclass
+from .strict import read_strict, reject_similar, shown, strict_dataclass
 
 LONGEST_NGRAM = 2**16
 """transformers makes as many lists in each step."""
@@ -169,13 +169,16 @@ def check_generation_config(source: Source, vocabulary: int) -> None:
     so that answers do not end where they should.
 
     Raises:
-        UserError: the file is damaged or has values that cannot be used.
+        UserError: the file is damaged, has values that cannot be used, or a misspelt key.
     """
     from transformers import GenerationConfig
 
     if (path := source.find("generation_config.json")) is None:
         return
     fields = read_object(path, "generation config")
+    # the names of many models' own tokens, such as boi_token_id, differ by one letter
+    known = [name for name in GenerationConfig().to_dict() if not name.endswith("_token_id")]
+    reject_similar(fields, known, path)
     checked_settings(fields, path, vocabulary)
     for part in ({name: value} for name, value in fields.items()):
         ((name, value),) = part.items()
@@ -187,3 +190,27 @@ def check_generation_config(source: Source, vocabulary: int) -> None:
         GenerationConfig.from_dict(fields)
     except ValueError as error:  # values that exclude each other
         raise UserError("generation config is not valid", path, reason_of(error)) from None
+
+
+def check_special_tokens(source: Source, vocabulary: int) -> None:
+    """Checks the pad and end tokens of a checkpoint's generation_config.json and config.json. With a wrong id padding
+    cannot be decoded, or answers do not end. An end token of config.json is not used if the other file names one.
+
+    Raises:
+        UserError: one of them is not an id of the model's ``vocabulary`` tokens.
+    """
+    keys = ["pad_token_id", "eos_token_id"]
+    for name in ("generation_config.json", "config.json"):
+        if (path := source.find(name)) is None:
+            continue
+        fields = read_object(path, name)
+        text = fields.get("text_config")
+        for section in (fields, text if isinstance(text, dict) else {}):
+            for key in keys:
+                value = section.get(key)
+                ids = value if isinstance(value, list) and key == "eos_token_id" and value else [value]
+                if value is not None and not all(type(each) is int and 0 <= each < vocabulary for each in ids):
+                    fix = f"give an id from 0 to {vocabulary - 1}, or null"
+                    raise UserError(f"{key}={shown(value)}", path, fix)
+        if fields.get("eos_token_id") is not None:
+            keys = ["pad_token_id"]

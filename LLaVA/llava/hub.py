@@ -63,7 +63,7 @@ def cached_folder(name: str) -> Path | None:
     """The folder of a repository in the hub's cache; None if the cache has no config.json of it."""
     from huggingface_hub import try_to_load_from_cache
 
-    config = try_to_load_from_cache(name, "config.json")
+    config = try_to_load_from_cache(name, "config.json") if is_repository_name(name) else None
     return Path(config).parent if isinstance(config, str) else None
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import os
+import struct
 import time
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.client import HTTPException
@@ -16,7 +18,7 @@ from urllib.error import HTTPError
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import Request, url2pathname, urlopen
 
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
 from .errors import UserError, reason_of
 
@@ -44,6 +46,12 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """What brings a picture upright, by its EXIF orientation."""
+ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+"""First column and row of each pass of an interlaced PNG, and the distance of its columns and rows."""
+PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+"""Values of a pixel, by the colour type of a PNG."""
+PART = 2**20
+"""Bytes of a PNG that are unpacked at a time."""
 
 
 class PictureUnreachable(UserError):
@@ -119,6 +127,7 @@ def _whole_pictures() -> Iterator[None]:
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
+    _check_png(image)
     image.load()
     if 0 in image.size:
         raise ValueError("it has no pixels")
@@ -132,6 +141,37 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", layered.size, "white")
         return Image.alpha_composite(white, layered).convert("RGB")
     return upright.convert("RGB")
+
+
+def _check_png(image: Image.Image) -> None:
+    """Raises `ValueError` for a PNG whose compressed data ends before its last row: Pillow leaves the rest black.
+
+    An image that has been loaded is not checked. Other formats with a valid end after too little data, such as JPEG and
+    GIF, cannot be told from whole ones. A file that is simply cut fails when it is loaded, in any format.
+    """
+    if not isinstance(image, PngImagePlugin.PngImageFile) or not image.tile or image.fp is None:
+        return
+    file, start = image.fp, image.fp.tell()
+    file.seek(16)  # behind the signature and the head of the first chunk
+    width, height, bits, colour, interlaced = struct.unpack(">IIBBxxB", file.read(13))
+    missing = sum(
+        rows * (1 + (columns * bits * PNG_CHANNELS[colour] + 7) // 8)  # one byte of a row is its filter
+        for x, y, across, down in (ADAM7 if interlaced else ((0, 0, 1, 1),))
+        if (columns := -((x - width) // across)) > 0 and (rows := -((y - height) // down)) > 0
+    )
+    file.seek(image.tile[0][2] - 8)  # the head of the first chunk of data
+    head, unpack = file.read(8), zlib.decompressobj()
+    checked = head[4:] == b"IDAT"  # not a later frame
+    while head[4:] == b"IDAT" and missing > 0:
+        chunk = file.read(int.from_bytes(head[:4], "big"))
+        while chunk and missing > 0:
+            missing -= len(unpack.decompress(chunk, PART))
+            chunk = unpack.unconsumed_tail
+        file.seek(4, os.SEEK_CUR)  # the check sum
+        head = file.read(8)
+    file.seek(start)
+    if checked and missing > 0:
+        raise ValueError("its data ends before its last row")
 
 
 def _upright(image: Image.Image) -> Image.Image:

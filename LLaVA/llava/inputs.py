@@ -10,10 +10,14 @@ from typing import Any
 from .errors import UserError
 
 
+def is_unicode(text: str) -> bool:
+    """False for a text with half of a character (a lone surrogate), which no tokenizer can read."""
+    return text.isascii() or text.encode("utf-8", "ignore").decode() == text
+
+
 def check_text(text: str, what: str, where: str | Path | None = None) -> None:
-    """Raises `UserError` for a text with half of a character (a lone surrogate), which no tokenizer can read: broken
-    JSON, or an argument that is not UTF-8."""
-    if not text.isascii() and text.encode("utf-8", "ignore").decode() != text:
+    """Raises `UserError` for a text with half of a character: broken JSON, or an argument that is not UTF-8."""
+    if not is_unicode(text):
         raise UserError(f"{what} has half of a character (a lone surrogate)", where, "write it in UTF-8")
 
 

@@ -11,7 +11,7 @@ import functools
 import json
 import re
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,8 @@ from typing_extensions import dataclass_transform
 from .errors import UserError
 
 T = TypeVar("T")
+SIMILAR = 0.9
+"""From this similarity on a key is a misspelt one. Keys of different meaning in transformers' configs are below it."""
 _CONFIG = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 _WANTED = {
     "int_type": "give a whole number",
@@ -95,6 +97,31 @@ def reject_unknown(given: Iterable[str], known: Iterable[str], where: str | Path
     for key in given:
         if key not in known:
             raise UserError(f"unknown key '{key}'", where=where, fix=_nearest(key, known))
+
+
+def reject_similar(given: Iterable[str], known: Iterable[str], where: str | Path | None) -> None:
+    """Raises `UserError` for the first key of ``given`` that is another spelling of one of ``known`` (`similar_key`).
+    Other keys are accepted: for files that have keys of other programs too."""
+    known = list(known)
+    for key in given:
+        if (near := similar_key(key, known)) is not None:
+            raise UserError(f"unknown key '{key}'", where=where, fix=f"did you mean '{near}'?")
+
+
+def similar_key(key: str, known: Collection[str]) -> str | None:
+    """The key of ``known`` of which ``key`` is another spelling: with capitals, hyphens, or a wrong letter. A known key
+    with a word before or behind it is a key of its own.
+
+    >>> [similar_key(key, ["msd", "hidden_size"]) for key in ("MSD", "hiden-size", "mm_hidden_size", "msd")]
+    ['msd', 'hidden_size', None, None]
+    """
+    if key in known:
+        return None
+    plain = key.lower().replace("-", "_").strip("_ ")
+    if plain in known:
+        return plain
+    near = next(iter(difflib.get_close_matches(plain, known, n=1, cutoff=SIMILAR)), None)
+    return None if near is None or plain.startswith(f"{near}_") or plain.endswith(f"_{near}") else near
 
 
 def one_line(error: ValidationError, kind: Any) -> UserError:

@@ -26,6 +26,8 @@ from .hub import Source
 SPARE, SMALL = 2, 2**24
 """A smaller excess of a config over its checkpoint, as a factor or in weights, is found by name when the tensors are
 loaded."""
+PACKED = 32
+"""Weights that one number of a quantised checkpoint may hold."""
 CHECK_SIZES = "check the sizes in config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -139,6 +141,12 @@ def check_floats(tensors: Mapping[str, torch.Tensor], where: str | Path) -> None
             raise UserError(f"{name} has values of {kind}", where, "use a checkpoint in 16 or 32 bit")
 
 
+def quantisation_of(config: Any) -> Any:
+    """The quantisation that a config of transformers names, at the top or of its text model. None without."""
+    sections = (config, config.get_text_config())
+    return next((found for each in sections if (found := getattr(each, "quantization_config", None)) is not None), None)
+
+
 def check_unquantised(config: Any, paths: Iterable[Path]) -> None:
     """Refuses weights that are not floats although the config names no quantisation: transformers would take their
     numbers as they are. Only headers are read.
@@ -146,7 +154,7 @@ def check_unquantised(config: Any, paths: Iterable[Path]) -> None:
     Raises:
         UserError: there is such a weight.
     """
-    if any(getattr(config, key, None) is not None for key in ("quantization_config", "compression_config")):
+    if quantisation_of(config) is not None:
         return
     for path in paths:
         with _read_errors(path):
@@ -253,11 +261,11 @@ def check_size(model_class: Any, config: Any, shapes: Mapping[str, tuple[int, ..
         name: of the checkpoint, for the message.
 
     Raises:
-        UserError: the model would have more than `SPARE` times the checkpoint's weights, and `SMALL` more.
+        UserError: the model would have more than `SPARE` times the checkpoint's weights, and `SMALL` more. If it is
+            quantised, each of its numbers counts as `PACKED` weights.
     """
-    if getattr(config, "quantization_config", None) is not None:  # several weights are packed into one
-        return
-    found = sum(map(math.prod, shapes.values()))
+    held = sum(map(math.prod, shapes.values()))
+    found = held if quantisation_of(config) is None else held * PACKED
     sections = (config.get_text_config(), getattr(config, "vision_config", None))
     layers = [getattr(section, key, 0) for section in sections for key in ("num_hidden_layers", "depth")]
     if max(layer for layer in layers if isinstance(layer, int)) > len(shapes):
@@ -266,5 +274,5 @@ def check_size(model_class: Any, config: Any, shapes: Mapping[str, tuple[int, ..
         model = model_class(deepcopy(config))
     wanted = sum(parameter.numel() for parameter in model.parameters())
     if wanted > max(SPARE * found, found + SMALL):
-        sizes = f"{wanted:,} weights, the checkpoint has {found:,}"
+        sizes = f"{wanted:,} weights, the checkpoint has {held:,}"
         raise UserError(f"config describes a model of {sizes}", name, CHECK_SIZES)

@@ -14,6 +14,7 @@ from tiny_tokenizer import tokenizer_size
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from llava import UserError, load_config, load_model, load_pretrained, load_processor
+from llava.weights import check_size
 
 PROMPT = "USER: <image>\nHow many shapes can you count here? ASSISTANT:"
 
@@ -328,3 +329,12 @@ def test_settings_of_pictures_that_cannot_be_used(tmp_path: Path, make: Any, set
     change(next(p / "preprocessor_config.json" for p in places if p.is_dir()), **{setting: value})
     with pytest.raises(UserError, match="image processor"):
         load_processor(folder)(text="<image>\nWhat?", images=make_image(), return_tensors="pt")
+
+
+@pytest.mark.parametrize("quantisation", [None, {"quant_method": "gptq", "bits": 4}])
+def test_a_config_without_sizes_is_refused_also_if_it_is_quantised(quantisation: dict[str, Any] | None) -> None:
+    """transformers' default is a 7B model."""
+    config = LlavaConfig(text_config={}, quantization_config=quantisation)
+    shapes = {f"layers.{number}.qweight": (64, 64) for number in range(100)}
+    with pytest.raises(UserError, match=r"the checkpoint has 409,600: base \(check the sizes"):
+        check_size(LlavaForConditionalGeneration, config, shapes, "base")

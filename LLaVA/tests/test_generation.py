@@ -104,6 +104,7 @@ def test_watermarks() -> None:
     ("fields", "said"),
     [
         ({"early_stopping": 5}, "early_stopping=5: "), ({"early_stopping": []}, "early_stopping=[]: "),
+        ({"temprature": 0.5}, "did you mean 'temperature'?"), ({"Top_P": 0.5}, "did you mean 'top_p'?"),
         ({"cache_implementation": "no"}, "cache_implementation='no': "), ({"num_return_sequences": 3}, "3"),
     ],
     ids=str,
@@ -114,3 +115,11 @@ def test_a_file_that_transformers_would_leave_out_is_named(tmp_path: Path, field
     with pytest.raises(UserError) as raised:
         check_generation_config(Source(str(tmp_path)), 10)
     assert said in str(raised.value) and str(path) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_keys_of_other_programs_are_accepted(tmp_path: Path) -> None:
+    """Those of published files that transformers does not know, too."""
+    fields = {"chat_format": "chatml", "max_window_size": 6144, "boi_token_id": 1, "_from_model_config": True,
+              "transformers_version": "4.41.0", "attn_implementation": "sdpa", "eos_token_id": 2}  # fmt: skip
+    (tmp_path / "generation_config.json").write_text(json.dumps(fields))
+    check_generation_config(Source(str(tmp_path)), 10)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import struct
 import time
+import zlib
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 from PIL import Image, ImageColor
 
 from llava.errors import UserError
-from llava.image import MAX_SQUARE_SIDE, load_image, pad_to_square
+from llava.image import ADAM7, MAX_SQUARE_SIDE, load_image, pad_to_square
 
 
 def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
@@ -96,6 +98,72 @@ def test_a_cut_picture_is_refused_whatever_pillow_was_told(monkeypatch: pytest.M
     whole = encoded(Image.effect_noise((64, 64), 50))
     with pytest.raises(UserError, match="picture cannot be read"):
         load_image(whole[: len(whole) // 2])
+
+
+def shortened(data: bytes, rows: float, chunk: int = 50) -> bytes:
+    """A PNG of 8 rows with data of the first ``rows`` alone, in chunks of its own and with a valid end."""
+    head, rest = data[: data.index(b"IDAT") - 4], b""
+    while data.find(b"IDAT") >= 0:
+        place = data.index(b"IDAT")
+        length = int.from_bytes(data[place - 4 : place], "big")
+        rest, data = rest + data[place + 4 : place + 4 + length], data[place + 8 + length :]
+    whole = zlib.decompress(rest)
+    packed = zlib.compress(whole[: int(len(whole) * rows / 8)])
+    parts = [b"IDAT" + packed[start : start + chunk] for start in range(0, len(packed), chunk)]
+    for part in [*parts, b"IEND"]:
+        head += (len(part) - 4).to_bytes(4, "big") + part + zlib.crc32(part).to_bytes(4, "big")
+    return head
+
+
+PNG_MODES = ("1", "P", "L", "LA", "RGB", "RGBA", "I;16")
+
+
+@pytest.mark.parametrize("mode", PNG_MODES)
+def test_a_png_with_too_few_rows_is_refused(mode: str, tmp_path: Path) -> None:
+    """Pillow shows the missing rows black."""
+    noise = Image.effect_noise((11, 8), 90)
+    made = noise.convert("I").convert(mode) if mode == "I;16" else noise.convert(mode)
+    data = encoded(made)
+    wanted = load_image(made).tobytes()
+    assert load_image(data).tobytes() == load_image(shortened(data, 8)).tobytes() == wanted
+    for rows in (0, 0.5, 7, 7.9):
+        with pytest.raises(UserError, match="its data ends before its last row"):
+            load_image(shortened(data, rows))
+    path = tmp_path / "short.png"
+    path.write_bytes(shortened(data, 7))
+    with pytest.raises(UserError, match=r"ends before its last row\): .*short\.png"):
+        load_image(path)
+    with Image.open(path) as opened, pytest.raises(UserError, match="ends before its last row"):
+        load_image(opened)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (9, 7), (16, 16)])
+def test_an_interlaced_png_is_read_whole(size: tuple[int, int]) -> None:
+    """Pillow does not write them, so the passes are laid out here; grey of 8 bit, without filters."""
+    width, height = size
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width), dtype=np.uint8)
+    passes = [pixels[y::down, x::across] for x, y, across, down in ADAM7]
+    rows = b"".join(b"\0" + row.tobytes() for part in passes if part.size for row in part)
+    for data, whole in ((rows, True), (rows[:-1], False)):
+        header = struct.pack(">II5B", width, height, 8, 0, 0, 0, 1)
+        chunks = (b"IHDR" + header, b"IDAT" + zlib.compress(data), b"IEND")
+        png = b"\x89PNG\r\n\x1a\n" + b"".join(
+            struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in chunks
+        )
+        if whole:
+            assert (np.asarray(load_image(png))[..., 0] == pixels).all()
+        else:
+            with pytest.raises(UserError, match="ends before its last row"):
+                load_image(png)
+
+
+def test_a_later_frame_of_an_animated_png() -> None:
+    frames = [Image.effect_noise((8, 8), each).convert("RGB") for each in (20, 90)]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "PNG", save_all=True, append_images=frames[1:])
+    with Image.open(buffer) as opened:
+        opened.seek(1)
+        assert load_image(opened).tobytes() == frames[1].tobytes()
 
 
 def picture() -> Image.Image:

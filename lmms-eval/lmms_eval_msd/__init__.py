@@ -8,23 +8,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from eagle.families import FAMILIES
+from lmms_eval_msd import hook
+from lmms_eval_msd.hook import MODELS
 
 __version__ = "0.1.0"
 __all__ = ["MODELS", "__version__", "manifests"]
-
-MODELS = {
-    family.eval_model: f"lmms_eval_msd.model.{family.target.rpartition(':')[2].removesuffix('Target')}MSD"
-    for family in FAMILIES
-}
-"""``--model`` -> class, which has the name of the family's target: `LlavaMSD` for `LlavaTarget`."""
 
 
 def manifests() -> list[Any]:
     """The models, as lmms-eval's entry point expects them. Also adds our flags and tasks to lmms-eval."""
     from lmms_eval.models.registry_v2 import ModelManifest
-
-    from lmms_eval_msd import hook
 
     hook.install()
     return [ModelManifest(model_id=name, simple_class_path=path) for name, path in MODELS.items()]

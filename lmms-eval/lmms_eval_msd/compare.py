@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava.arguments import OneLineParser
 from llava.errors import UserError, run_cli
-from llava.files import atomic_write, write_json
+from llava.files import atomic_write, write_json, write_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -240,8 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     comparisons = [compare(base, load_run(folder, use_msd=True)) for folder in args.msd]
     write_json(args.out / "compare.json", {**comparisons[0], "others": comparisons[1:]})
     draw(comparisons, args.out / "compare.png")
-    with atomic_write(args.out / "compare.md") as temporary:
-        temporary.write_text(page(comparisons), encoding="utf-8")
+    write_text(args.out / "compare.md", page(comparisons))
     console = Console()
     show(comparisons, console)
     console.print(f"page     {args.out / 'compare.md'}", soft_wrap=True, highlight=False, markup=False)

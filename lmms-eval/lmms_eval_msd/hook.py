@@ -23,10 +23,15 @@ from typing import Any
 import yaml
 from loguru import logger
 
+from eagle.families import FAMILIES
 from llava.arguments import reject_unknown_flags
 from llava.errors import UserError, cli_errors
-from lmms_eval_msd import MODELS
 
+MODELS = {
+    family.eval_model: f"lmms_eval_msd.model.{family.target.rpartition(':')[2].removesuffix('Target')}MSD"
+    for family in FAMILIES
+}
+"""``--model`` -> class, which has the name of the family's target: `LlavaMSD` for `LlavaTarget`."""
 TASKS = Path(__file__).parent / "tasks"
 EVAL_OPTIONS = {"--model", "--model_args", "--tasks", "--gen_kwargs", "--include_path"}
 FLAGS = ("use_msd", "msd_model_path", "msd_baseline")

@@ -22,7 +22,7 @@ from rich.table import Table
 from eagle import Stats
 from eagle.provenance import record
 from llava.errors import UserError
-from llava.files import atomic_write, read_json
+from llava.files import read_json, write_text
 from lmms_eval_msd import MODELS
 
 RESULTS = "_results.json"
@@ -187,8 +187,7 @@ def _save_results(original: Any, tracker: Any, *args: Any, **kwargs: Any) -> Non
 
 def save(report: Mapping[str, Any], path: Path) -> None:
     """Writes the report as JSON."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     logger.info(f"MSD report in {path}")
 
 

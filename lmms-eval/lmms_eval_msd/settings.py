@@ -72,7 +72,7 @@ class ModelArgs:
 
 
 def as_bool(name: str, value: Any) -> bool:
-    """A switch from `--model_args`, where lmms-eval leaves anything but True and False as text."""
+    """A switch from `--model_args`, where lmms-eval leaves anything but True and False as text; else a `UserError`."""
     if isinstance(value, bool):
         return value
     texts = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -82,7 +82,7 @@ def as_bool(name: str, value: Any) -> bool:
 
 
 def as_count(name: str, value: Any) -> int:
-    """A whole number of at least 1."""
+    """A whole number of at least 1, else a `UserError`."""
     try:
         return positive(str(value))
     except ArgumentTypeError as error:

@@ -52,7 +52,7 @@ def check_batches(name, speculative, tmp_path, family_bases):
 
 
 def test_an_end_token_is_counted_once(base):
-    """Short answers of a batch are filled up; what fills them is no token of theirs."""
+    """The padding of short answers in a batch is not part of them."""
     model = load(models.LlavaMSD, base, batch_size=2)
     inputs = model.prompts.inputs([model.prompts.write("How many?", IMAGES[:1])])
     last = int(model.msd.generate(**inputs, max_new_tokens=6, temperature=0).sequences[0, -1])

@@ -8,7 +8,7 @@ from lmms_eval.api.instance import unwrap_generation_output
 
 from lmms_eval_msd import model as models
 
-SETTINGS = {"max_new_tokens": 8, "until": ["e"]}  # what lmms-eval's own models pay no heed to in several rounds
+SETTINGS = {"max_new_tokens": 8, "until": ["e"]}  # lmms-eval's own models ignore `until` in several rounds
 
 
 def asking(rounds, log=None):

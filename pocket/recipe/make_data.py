@@ -18,7 +18,7 @@ from PIL import Image
 
 from llava.arguments import OneLineParser
 from llava.errors import run_cli
-from llava.files import atomic_write, write_json
+from llava.files import write_json, write_text
 
 from .draw import draw
 from .english import ask_text
@@ -167,8 +167,7 @@ def write_heldout(out: Path, number: int, seed: int) -> None:
         rng = Random(f"heldout-{seed}-{i}")
         is_text = i % TEXT_EVERY == TEXT_EVERY - 1
         lines.append(json.dumps(heldout_text(rng, i) if is_text else heldout_picture(rng, out, i)))
-    with atomic_write(out / "heldout.jsonl") as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(out / "heldout.jsonl", "\n".join(lines) + "\n")
 
 
 def main() -> None:

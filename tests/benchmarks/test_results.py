@@ -15,9 +15,21 @@ from benchmarks.results import PAGE, POCKET, ROWS, read_rows, run
 from eagle.published import published_rows
 from llava import UserError
 
+
+def logged(number: int) -> dict[str, Any]:
+    """An answer of 31 tokens in ten cycles, the last of which is cut. One of the ten differs from the plain one; half
+    of them are 1.6 times, half 2.2 times as fast as plain decoding."""
+    lengths, seconds = [1, *[2] * 4, *[4] * 5, 2], (0.31 / 1.2, 0.62 / 1.2)[number % 2]
+    return {
+        "cycles": [[7] * length for length in lengths], "accepted": [1] * 4 + [3] * 6, "baseline_tokens": 31,
+        "plain": [7] * 30 + [7 if number else 8],
+        "seconds": {"msd": seconds, "baseline": seconds * (1.6, 2.2)[number % 2]},
+    }  # fmt: skip
+
+
 REPORT: dict[str, Any] = {
-    "speedup": 2.0, "paired_speedup": {"mean": 1.9, "low": 1.8, "high": 2.1}, "tau": 3.0, "accepted_per_cycle": 2.05,
-    "identical": {"answers": 9, "of": 10, "to": "transformers generate float16"},
+    "speedup": 2.0, "paired_speedup": {"mean": 1.9, "low": 1.8, "high": 2.1}, "tau": 3.0, "accepted_per_cycle": 2.2,
+    "identical": {"answers": 9, "of": 10, "near_ties": 1, "to": "transformers generate float16"},
     "tokens_per_second": {"msd": 80.0, "baseline": 40.0}, "baseline_name": "autoregressive float16",
     "first_token_ms": {"MSD float16": 60.0, "autoregressive float16": 59.0}, "new_tokens": 310, "cycles": 100,
     "questions": 10, "histogram": {"1": 40, "3": 60}, "date": "2026-11-28T01:00:00+00:00", "commit": "a" * 40,
@@ -27,10 +39,11 @@ REPORT: dict[str, Any] = {
     "settings": {
         "base_model": "llava-hf/llava-1.5-7b-hf", "msd_model": "/data/drafts/MSD-LLaVA1.5-7B",
         "data": "x/questions.jsonl", "suite": "mmspec", "subset": "testmini", "limit": None,
-        "attn_implementation": "sdpa",
+        "attn_implementation": "sdpa", "tree": {"depth": 5, "top_k": 10, "total_tokens": 60, "adaptive": False},
         "max_new_tokens": 1024, "temperature": 0.0, "dtype": "auto",
     },
-    "others": {},
+    "others": {}, "baselines": {"autoregressive float16": 40.0}, "phases_ms": {},
+    "answers": [logged(number) for number in range(10)],
 }  # fmt: skip
 """The keys of a report of `msd bench` that a row needs, and some more."""
 
@@ -71,7 +84,8 @@ def test_a_report_becomes_one_row_once(root: Path, capsys: pytest.CaptureFixture
     assert "added: llava-hf/llava-1.5-7b-hf + MSD-LLaVA1.5-7B" in capsys.readouterr().out
     page = (root / PAGE).read_text()
     (line,) = [line for line in page.splitlines() if "MSD-LLaVA1.5-7B" in line and "| mmspec testmini: 10 |" in line]
-    for cell in ("NVIDIA H100", "2.00x", "1.90x [1.80, 2.10]", "3.00", "2.05", "9 of 10", "float16, sdpa, up to 1024"):
+    identical = "9 of 10 (1 of 1 differ at a near tie)"
+    for cell in ("NVIDIA H100", "2.00x", "1.90x [1.80, 2.10]", "3.00", "2.20", identical, "sdpa, tree 5/10/60, up to"):
         assert cell in line
     assert "/data/drafts" not in page
     assert run(["add", str(path)], root) == 0
@@ -84,15 +98,26 @@ def test_a_report_becomes_one_row_once(root: Path, capsys: pytest.CaptureFixture
     ("changes", "said"),
     [
         ({"tau": 3.5}, ["tau is not (new_tokens - questions) / cycles", "tau is larger than accepted_per_cycle"]),
-        ({"tau": "3"}, ["tau: Input should be a valid number"]),
         ({"speedup": 2.5}, ["speedup is not the ratio"]),
         ({"identical__answers": 11}, ["more answers than there are"]),
-        ({"identical__of": 9, "histogram": {"1": 1}}, ["not the number of questions", "does not count the cycles"]),
+        ({"identical__of": 9, "histogram": {"1": 1}}, ["not the number of questions", "does not count the accepted"]),
         ({"paired_speedup__low": 2.0}, ["outside its interval"]),
         ({"commit": "a" * 40 + "-dirty"}, ["the source had changes"]),
         ({"commit": None}, ["the source had changes"]),
         ({"versions": {}, "cycles": 0}, ["versions.torch: Field required", "cycles: Input should be greater than 0"]),
-        ({"parts": []}, ["a report of benchmarks.gpu_check"]),
+        (
+            {"tokens_per_second": {"msd": 160.0, "baseline": 80.0}, "paired_speedup__mean": 2.0},
+            ["msd is 160, but the logged answers give 80", "baseline is 80, but", "paired_speedup.mean is 2, but"],
+        ),
+        (
+            {"accepted_per_cycle": 3.0, "identical__answers": 10},
+            ["accepted_per_cycle is 3, but", "identical.answers is 10, but the logged answers give 9"],
+        ),
+        ({"questions": 20, "new_tokens": 320, "identical__of": 20}, ["questions is 20, but", "new_tokens is 320, but"]),
+        ({"answers": []}, ["answers: List should have at least 1 item"]),
+        ({"answers": [logged(0) | {"accepted": [1]}] * 10}, ["not one number of accepted tokens for each cycle"]),
+        ({"answers": [logged(0) | {"accepted": [0] * 10}] * 10}, ["a cycle with more tokens than were accepted"]),
+        ({"tau": "3"}, ["tau: Input should be a valid number"]),
     ],
     ids=str,
 )
@@ -108,6 +133,14 @@ def test_each_fault_is_a_line(
         assert any(text in line for line in lines), lines
     assert all(line.startswith(f"error: {path}: ") for line in lines)
     assert ((root / PAGE).read_bytes(), (root / ROWS).read_bytes()) == before
+
+
+def test_another_kind_of_file_is_one_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "gpu_check.json").write_text(json.dumps({"parts": [], "hardware": {}}))
+    for path, said in (root / "gpu_check.json", "but of gpu_check"), (root / POCKET, "but of suite"):
+        with pytest.raises(UserError, match="1 fault, nothing was added"):
+            run(["add", str(path)], root)
+        assert said in capsys.readouterr().err
 
 
 def test_a_report_of_msd_bench_has_what_a_row_needs(root: Path, tmp_path: Path) -> None:

@@ -99,7 +99,19 @@ def test_a_training_study_is_measured_once(tmp_path: Path) -> None:
 def test_the_loader_reads_every_sample(tmp_path: Path) -> None:
     sizes = ["--shards", "3", "--size", "2", "--hidden", "64", "--tokens", "90", "--images", "8", "--epochs", "2"]
     folder, out = tmp_path / "shards", tmp_path / "l.json"
-    run("loader", "--folder", str(folder), *sizes, "--hidden-dtype", "int8", "--workers", "2", "--out", str(out))
+    run(
+        "loader",
+        "--folder",
+        str(folder),
+        *sizes,
+        "--hidden-dtype",
+        "int8",
+        "--workers",
+        "2",
+        "--reused",
+        "--out",
+        str(out),
+    )
     found = json.loads(out.read_text())
     assert found["samples"] == 6 and len(found["samples_per_second"]) == 2 and len(list(folder.glob("rows-*"))) == 3
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from fault_support import damaged
+from fault_support import MakesFolder, damaged
 
 from eagle.drafts.checkpoint import load_draft
 from eagle.families import load_target
@@ -114,16 +114,6 @@ def test_a_failing_device_is_not_a_damaged_checkpoint(
         main_deepspeed.main()
 
 
-class Evil:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (os.mkdir, (str(self.folder),))
-
-
 def test_no_pickle_of_a_checkpoint_runs_code(
     training: Callable[..., list[str]], run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,7 +125,7 @@ def test_no_pickle_of_a_checkpoint_runs_code(
             lambda value, file: torch.save(value, file),
             lambda value, file: file.write_bytes(pickle.dumps(value)),
         ):
-            save({"cpu": Evil(tmp_path / "ran"), "objective": Evil(tmp_path / "ran")}, state / name)
+            save({"cpu": MakesFolder(tmp_path / "ran"), "objective": MakesFolder(tmp_path / "ran")}, state / name)
             assert run(training("--resume", save_every=2)) == 2
             assert "checkpoint is damaged" in capsys.readouterr().err
             assert not (tmp_path / "ran").exists()
@@ -147,10 +137,10 @@ def test_no_pickle_of_a_base_or_draft_runs_code(own_pair: Path, tmp_path: Path) 
     (draft / "model.safetensors").unlink()
     shard = next(base.glob("pytorch_model*.bin"))
     for load, file in ((lambda: load_target(base), shard), (lambda: load_draft(draft), draft / "pytorch_model.bin")):
-        torch.save({"fc.weight": Evil(tmp_path / "ran")}, file)
+        torch.save({"fc.weight": MakesFolder(tmp_path / "ran")}, file)
         with pytest.raises(UserError):
             load()
-        file.write_bytes(pickle.dumps({"fc.weight": Evil(tmp_path / "ran")}))
+        file.write_bytes(pickle.dumps({"fc.weight": MakesFolder(tmp_path / "ran")}))
         with pytest.raises(UserError):
             load()
         assert not (tmp_path / "ran").exists()

@@ -1,4 +1,4 @@
-"""A full disk: one line, the old file as it was, nothing half written, and the run goes on when there is room."""
+"""A full disk: one line, the old file as it was, no partial file, and the run resumes when there is room."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_training(
     full_at: Limit, training: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """The disk fills up between two checkpoints: the first stays, and the run goes on from it."""
+    """The disk fills up between two checkpoints: the first stays, and the run resumes from it."""
     monkeypatch.setattr("sys.argv", ["main_deepspeed.py", *training(save_every=2, max_steps=2)])
     assert run_cli(main_deepspeed.main) == 0
     monkeypatch.setattr("sys.argv", ["main_deepspeed.py", *training("--resume", save_every=2)])

@@ -1,4 +1,4 @@
-"""Weights and losses that are no numbers: said in one line, and not looped on."""
+"""Weights and losses that are NaN: reported in one line, without looping."""
 
 from __future__ import annotations
 

@@ -61,15 +61,17 @@ def run_engine(vllm_python: str, vllm_environment: dict[str, str], tmp_path: Pat
     """Runs requests in an engine of its own process; see `run_engine.py`. Answers that fail raise its messages."""
 
     def run(pair: Pair, requests: list[dict[str, Any]], together: bool = False, **engine: Any) -> dict[str, Any]:
-        draft = engine.pop("draft", pair.draft)
+        draft, method = engine.pop("draft", pair.draft), engine.pop("method", "eagle")
+        own_places = engine.pop("own_places", False)
         sampling = engine.pop("sampling", [{"temperature": 0.0, "max_tokens": TOKENS}])
         settings = {
             "model": str(pair.model), "dtype": "float32", "enforce_eager": True, "max_model_len": 1024,
             "kv_cache_memory_bytes": 400 * 2**20, "disable_log_stats": False, **engine,
         }  # fmt: skip
         if draft is not None:
-            settings["speculative_config"] = {"method": "eagle", "model": str(draft), "num_speculative_tokens": 5}
+            settings["speculative_config"] = {"method": method, "model": str(draft), "num_speculative_tokens": 5}
         job = {"engine": settings, "sampling": sampling, "together": together, "requests": requests}
+        job["own_places"] = own_places
         job_file, out_file = tmp_path / "job.json", tmp_path / "out.json"
         job_file.write_text(json.dumps(job))
         command = [vllm_python, str(RUN_ENGINE), str(job_file), str(out_file)]

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from repository import REPO
+from safetensors.torch import load_file, save_file
+from tiny_families import make_qwen3_vl
+from tiny_llava import make_image
+from tiny_stock import make_llava_next, make_qwen
 
 from eagle import MSDModel, TreeConfig
 from eagle.questions import Question
@@ -19,6 +25,41 @@ CHAIN = TreeConfig(4, 1, 6)
 """A chain of five tokens: what vLLM drafts."""
 TOKENS = 128
 Run = Callable[..., dict[str, Any]]
+HEAD = {"num_attention_heads": 1, "num_key_value_heads": 1}  # of 32: the smallest that vLLM has on a CPU
+ROPE = {"rope_type": "default", "mrope_section": [6, 5, 5], "rope_theta": 1e6}
+MAKERS: dict[str, Callable[..., Path]] = {
+    "llava_next": partial(make_llava_next, **HEAD),
+    "qwen2_5_vl": partial(make_qwen, version="2.5", **HEAD, rope_parameters=ROPE),
+    "qwen3_vl": partial(make_qwen3_vl, **HEAD, head_dim=32, rope_parameters={**ROPE, "mrope_interleaved": True}),
+}
+"""Tiny bases with random weights that vLLM runs."""
+
+
+def calm(base: Path, scale: float = 0.5) -> None:
+    """Smaller weights in the layers of the text model, so that an untrained draft can guess a token now and then; and
+    the published names of CLIP's tensors, where transformers leaves a part out that vLLM wants."""
+    tensors = {}
+    for name, tensor in load_file(base / "model.safetensors").items():
+        name = name.replace("vision_tower.embeddings", "vision_tower.vision_model.embeddings")
+        name = re.sub(r"vision_tower\.(encoder|pre_layrnorm|post_layernorm)", r"vision_tower.vision_model.\1", name)
+        in_text = "layers" in name and "vision" not in name and "visual" not in name and tensor.ndim == 2
+        tensors[name] = scale * tensor if in_text else tensor
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+
+
+def make_questions(folder: Path) -> list[Question]:
+    """Three questions about one and two pictures, and one without, the third."""
+    pictures = []
+    for number, (width, height) in enumerate([(50, 34), (30, 90), (64, 64)]):
+        path = folder / f"{number}.png"
+        make_image(path, width, height, seed=number)
+        pictures.append(path)
+    return [
+        Question("one", "And this?", (pictures[0],)),
+        Question("two", "Which of these can you count?", (pictures[1], pictures[2])),
+        Question("none", "Hello there"),
+        Question("again", "What is in this picture?", (pictures[1],)),
+    ]
 
 
 def load_msd(base: Path, draft: Path) -> MSDModel:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,13 @@ def installed() -> tuple[str, str] | None:
     return (found[0], found[1]) if found[0] and found[1] else None
 
 
-def open_browser(programs: tuple[str, str], profile: Path) -> Any:
+@contextmanager
+def window(profile: Path) -> Iterator[Any]:
     """A selenium driver with an empty profile and a window of 1280 x 900 pixels. Nothing is downloaded for it."""
     from selenium import webdriver
+
+    programs = installed()
+    assert programs is not None
 
     options = webdriver.ChromeOptions()
     options.binary_location = programs[0]
@@ -27,4 +33,8 @@ def open_browser(programs: tuple[str, str], profile: Path) -> Any:
     for switch in switches:
         options.add_argument(f"--{switch}")
     service = webdriver.ChromeService(executable_path=programs[1])
-    return webdriver.Chrome(options=options, service=service)
+    opened = webdriver.Chrome(options=options, service=service)
+    try:
+        yield opened
+    finally:
+        opened.quit()

@@ -112,6 +112,11 @@ def allocate(*args: Any, **kwargs: Any) -> int:
     return run_cli(lambda: allocation.main(command(*args, **kwargs)))
 
 
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Time and content of each shard, by name."""
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("rows-*")}
+
+
 def rows_of(folder: Path) -> tuple[list[int], list[int]]:
     """Numbers in the annotation file of the samples and of the skipped records, in shard order."""
     headers = [read_header(folder / shard.file) for shard in load_index(folder).shards]

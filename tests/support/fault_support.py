@@ -1,10 +1,12 @@
-"""Annotation rows, damage and signals for the fault tests. No pytest in here."""
+"""Annotation rows, damage, malicious pickles and signals for tests. No pytest in here."""
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 
@@ -38,3 +40,13 @@ def damaged(data: bytes, count: int, seed: int) -> Iterator[bytes]:
 def hear_ctrl_c() -> None:
     """For a process that is about to start: what a background shell starts is deaf to SIGINT, its children too."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+class MakesFolder:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.folder),))

@@ -117,7 +117,7 @@ class HubServer:
         return repo in self.uploads.private and not self.uploads.may_write(authorization)
 
     def _commit_of(self, repo: str, revision: str | None) -> str | None:
-        """What a revision means; None where there is no such one. What was not uploaded has one commit."""
+        """What a revision means; None if there is none. What was not uploaded has one commit."""
         head = self.uploads.head(repo) or COMMIT
         if revision in (None, "main", head):
             return head

@@ -10,16 +10,16 @@ an ordinary tensor of the host, so results are those of the CPU. What CUDA would
 What makes the host wait for a device is counted in ``gpu.waits``, by kind and by the function of ours that asked:
 
 ``to host``   a copy of a tensor, `.cpu()`, `.to("cpu")`, `.tolist()`
-``stream``    all copies that were sent are waited for
+``stream``    copies that were sent are waited for
 ``number``    one value is read: `.item()`, `int()`, `bool()`, `if tensor`
 ``size``      a result whose size depends on values: `nonzero`, a boolean index, `unique`, ...
 ``to GPU``    a copy from the host's ordinary memory: `torch.tensor(list, device=gpu)`, `.to(gpu)`, an index of the host
 
 Copies from one GPU to another are counted in ``gpu.transfers``: the host does not wait for them.
 
-Not pretended: streams and time, memory that ends, kernels (their rounding, bfloat16), CUDA graphs, compiled code,
-`torch.load` onto a GPU, other threads, and `torch.cuda.is_available()`, which stays false. A tensor that C++ code makes
-without an input to go by belongs to no device, and is taken everywhere. No pytest in here.
+Not pretended: work beside the host's, time, memory that ends, kernels (their rounding, bfloat16), CUDA graphs, compiled
+code, `torch.load` onto a GPU, other threads, and `torch.cuda.is_available()`, which stays false. A tensor that C++ code
+makes without an input to go by belongs to no device, and is taken everywhere. No pytest in here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -105,7 +105,9 @@ class PretendedGPU(TorchDispatchMode):
             (OnGPU, "on_read", staticmethod(self._read)),
             (torch.cuda, "_lazy_init", lambda: None),
             (torch.cuda, "empty_cache", lambda: None),
-            (torch.cuda, "current_stream", lambda device=None: SimpleNamespace(synchronize=self._wait)),
+            (torch.cuda, "current_stream", self._stream),
+            (torch.cuda, "Stream", self._stream),
+            (torch.cuda, "stream", nullcontext),
             (grad_mode, "__enter__", enter_no_grad),
             (grad_mode, "__exit__", exit_no_grad),
         ):
@@ -141,6 +143,10 @@ class PretendedGPU(TorchDispatchMode):
         if func._schema.is_mutable and args and is_on_gpu(args[0]):  # in place: the same tensor comes back
             return args[0]
         return changed(lambda tensor: OnGPU(tensor, place), out)
+
+    def _stream(self, device: Any = None) -> SimpleNamespace:
+        event = SimpleNamespace(synchronize=self._wait)
+        return SimpleNamespace(synchronize=self._wait, wait_stream=lambda other: None, record_event=lambda: event)
 
     def _wait(self) -> None:
         self.waits["stream: " + asker()] += 1

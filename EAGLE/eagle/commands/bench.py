@@ -148,9 +148,11 @@ def run_on_servers(arguments: argparse.Namespace) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints a table; writes the JSON report if ``--out`` is given."""
-    for name in FILES:
-        if getattr(arguments, name):
-            check_writable(getattr(arguments, name))
+    paths = [path for name in FILES if (path := getattr(arguments, name))]
+    for path in paths:
+        check_writable(path)
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise UserError(f"the same file for two of --{', --'.join(FILES)}", fix="give each a file of its own")
     if (arguments.data is None) == (arguments.suite is None):
         what = "no questions" if arguments.data is None else "both --data and --suite"
         raise UserError(what, fix="give --data FILE.jsonl or --suite NAME")

@@ -42,18 +42,21 @@ def run(arguments: argparse.Namespace) -> int:
 
         print(f"wrote {export_pretrained(arguments.base, arguments.out)}: the base in transformers' layout")
         return 0
-    if arguments.to == "sglang":
-        raise UserError(NOT_SGLANG, fix="serve it with vLLM: --to vllm")
     if not arguments.msd_model:
         raise UserError("no draft head", where="--msd-model", fix="name a folder or hub repository")
     from eagle.drafts.checkpoint import load_draft
     from eagle.drafts.eagle3 import Eagle3Draft
+    from eagle.drafts.msd import DraftModel
     from eagle.serving.draft import export_draft
     from eagle.serving.engine import Vllm, server_command
 
     draft = load_draft(arguments.msd_model, device="meta")
     if isinstance(draft, Eagle3Draft):
         return export_head(arguments)
+    if arguments.to == "sglang":
+        if isinstance(draft, DraftModel):
+            raise UserError(NOT_SGLANG, fix="serve it with vLLM: --to vllm")
+        raise UserError(f"{draft.kind} heads are not exported to SGLang, only EAGLE-3 heads are", arguments.msd_model)
     if arguments.layout:
         raise UserError(f"--layout is for EAGLE-3 heads, this is one of the {draft.kind} heads", arguments.msd_model)
     folder = export_draft(arguments.msd_model, arguments.out, arguments.base_model)
@@ -66,11 +69,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def export_head(arguments: argparse.Namespace) -> int:
-    """Writes an EAGLE-3 head and prints how vLLM serves it."""
+    """Writes an EAGLE-3 head and prints how it is served."""
     from eagle.serving.eagle3_export import TOKENS, export_eagle3
 
     base = arguments.base_model
-    folder = export_eagle3(arguments.msd_model, arguments.out, arguments.layout or "flat", base)
+    folder = export_eagle3(arguments.msd_model, arguments.out, arguments.layout or "flat", base, arguments.to)
+    if arguments.to == "sglang":
+        command = ["python", "-m", "sglang.launch_server", "--model-path", base, "--speculative-algorithm", "EAGLE3"]
+        command += ["--speculative-draft-model-path", str(folder), "--speculative-num-steps", "3"]
+        command += ["--speculative-eagle-topk", "4", "--speculative-num-draft-tokens", "16"]
+        print(f"wrote {folder}; with SGLang (not run by the tests of this package):\n{shlex.join(command)}")
+        return 0
     settings = json.dumps({"method": "eagle3", "model": str(folder), "num_speculative_tokens": TOKENS})
     print(
         f"wrote {folder}; with vLLM:\n{shlex.join(['vllm', 'serve', base or 'BASE', '--speculative-config', settings])}"

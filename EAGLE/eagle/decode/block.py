@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eagle.decode.assistant import AssistantDrafter
 from eagle.decode.drafter import Drafter, at_ends, draft_levels
 from eagle.decode.tree import Candidates
 from eagle.decode.tree_config import TreeConfig
+from eagle.drafts.assistant import AssistantDraft
 from eagle.drafts.block import BlockDraft
 from eagle.drafts.head import DraftHead
+from eagle.kv_cache import KVCache
 
 
 class BlockDrafter(Drafter):
@@ -34,11 +37,11 @@ class BlockDrafter(Drafter):
         self._newest: Tensor | None = None  # [B, X] input of each prompt's last row
         self._drafted: Tensor | None = None  # [B, levels, H] outputs of the newest rows and the mask rows behind them
 
-    def _read_prompt(self, row: int, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def _read_prompt(self, index: int, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor]) -> Tensor:
         if self._newest is None:
             self._newest = x.new_zeros(len(self._lengths), x.shape[-1])
-        self._newest[row], self._drafted = x[0, -1], None
-        return super()._read_prompt(row, x, mask, rope)
+        self._newest[index], self._drafted = x[0, -1], None
+        return super()._read_prompt(index, x, mask, rope)
 
     def _read_accepted(self, tokens: Tensor, hidden: Tensor, counts: Sequence[int]) -> Tensor:
         rows = self.draft.text_rows(hidden, tokens)  # [B, n, X]
@@ -59,10 +62,10 @@ class BlockDrafter(Drafter):
         own = torch.tensor(counts, device=device).unsqueeze(1)  # [B, 1]
         place = torch.arange(x.shape[1], device=device)
         exists = (place < own) | (place >= count)  # [B, n + m]; the others are padding
-        sight = (place.unsqueeze(1) >= place) & exists.unsqueeze(1)  # [B, n + m, n + m]
+        visible = (place.unsqueeze(1) >= place) & exists.unsqueeze(1)  # [B, n + m, n + m]
         starts = torch.tensor([self._lengths, self._shift], device=device).sum(dim=0)
         positions = starts.unsqueeze(1) + torch.where(place < count, place, place - count + own)
-        mask = self._mask(sight, [1] * len(place)) if positions.numel() > 1 else None
+        mask = self._mask(visible, [1] * len(place)) if positions.numel() > 1 else None
         return self.draft(x, None, mask, self.cache, self._angles(positions))
 
     def expand(self, tree: TreeConfig, should_deepen: Callable[[Tensor], bool] | None = None) -> Candidates:
@@ -87,16 +90,23 @@ class BlockDrafter(Drafter):
         levels = draft_levels((ids[:, :1], logprobs[:, :1]), drafted[:, :1], bounds, step, should_deepen)
         return Candidates(*(torch.cat(parts, dim=1) for parts in zip(*levels, strict=True)))
 
-    def select(self, rows: Sequence[int]) -> None:
-        super().select(rows)
-        self._newest = None if self._newest is None else self._newest[list(rows)]
-        self._drafted = None if self._drafted is None else self._drafted[list(rows)]
+    def select(self, kept: Sequence[int]) -> None:
+        super().select(kept)
+        self._newest = None if self._newest is None else self._newest[list(kept)]
+        self._drafted = None if self._drafted is None else self._drafted[list(kept)]
 
 
 def drafter_of(
-    draft: DraftHead, head: Callable[[Tensor], Tensor], capacity: int, tree: TreeConfig, *more: Any
+    draft: DraftHead,
+    head: Callable[[Tensor], Tensor],
+    capacity: int,
+    tree: TreeConfig,
+    *more: Any,
+    target_cache: Callable[[], KVCache],
 ) -> Drafter:
-    """A drafter for the kind of the head; arguments as of `Drafter`."""
+    """A drafter for the kind of the head; arguments as of `Drafter`. ``target_cache``: as of `AssistantDrafter`."""
+    if isinstance(draft, AssistantDraft):
+        return AssistantDrafter(draft, head, capacity, tree, *more, target_cache=target_cache)
     if isinstance(draft, BlockDraft):
         return BlockDrafter(draft, head, capacity, tree, *more)
     return Drafter(draft, head, capacity, tree, *more)

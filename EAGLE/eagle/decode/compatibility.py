@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from eagle.drafts.assistant import AssistantDraft
 from eagle.drafts.eagle3 import Eagle3Draft
 from eagle.drafts.head import DraftHead
 from eagle.drafts.msd import DraftModel
@@ -33,6 +34,9 @@ def check_compatible(target: Target, draft: DraftHead) -> None:
         check_eagle3(target, draft)
     elif isinstance(draft, MTPDraft):
         check_mtp(target, draft)
+        draft.use_embedding(target.model.get_input_embeddings())
+    elif isinstance(draft, AssistantDraft):
+        check_assistant(target, draft)
         draft.use_embedding(target.model.get_input_embeddings())
     elif isinstance(draft, DraftModel):
         model = target.model
@@ -89,6 +93,32 @@ def check_mtp(target: Target, draft: MTPDraft) -> None:
         own, base = getattr(draft.base, name), getattr(text, name)
         if own != base:
             raise misfit(what, own, base)
+
+
+def check_assistant(target: Target, draft: AssistantDraft) -> None:
+    """Raises `UserError` if an assistant is that of another base. Chooses the layers whose keys and values it reads."""
+    text, own = target.config.get_text_config(), draft.config
+    for what, mine, theirs in (
+        ("text model", own.model_type, text.model_type),
+        ("hidden size", draft.assistant.backbone_hidden_size, text.hidden_size),
+        ("vocabulary", own.vocab_size, text.vocab_size),
+    ):
+        if mine != theirs:
+            raise misfit(what, mine, theirs)
+    stored = {
+        kind: index
+        for index, (kind, mode) in enumerate(zip(text.layer_types, text.kv_sharing_modes, strict=True))
+        if mode != "reuse"
+    }  # the last one of each type
+    for kind in dict.fromkeys(own.layer_types):
+        if kind not in stored:
+            raise misfit("layers", kind, "none")
+        sizes = (own.per_layer_config[kind].num_key_value_heads, own.per_layer_config[kind].head_dim)
+        if sizes != target.cache_shapes[stored[kind]]:
+            raise misfit(f"key heads and their size in {kind}", sizes, target.cache_shapes[stored[kind]])
+        if own.rope_parameters[kind] != text.rope_parameters[kind]:
+            log.warning("the draft's rotary positions in %s are not the base's: %s", kind, FIX)
+    draft.sources = {kind: stored[kind] for kind in dict.fromkeys(own.layer_types)}
 
 
 def check_image_ids(target: Target, draft: DraftHead) -> None:

@@ -135,7 +135,6 @@ class Decoder:
         prompt = max(sequence.length for sequence in self.active)
         self._longest = prompt + self.stopper.max_new_tokens
         self._padded = 1 if draft is not None else settings.plain_rows
-        self._one_row = False  # the next forward is one of the root alone, to decide a tie
         self._room = length = min(self._longest, prompt + NEW_TOKENS)  # accepted rows that there is room for
         largest = max(self.tree.total_tokens, self._padded)
         rows = length + largest
@@ -153,7 +152,8 @@ class Decoder:
         if self.compiled is None:
             self.cache = target.new_cache(batch, rows)
             if draft is not None:
-                self.drafter = drafter_of(draft, target.head, length, self.tree, batch, settings.compression)
+                more = (batch, settings.compression)
+                self.drafter = drafter_of(draft, target.head, length, self.tree, *more, target_cache=lambda: self.cache)
         self.target_layers = () if draft is None else draft.target_layers
         self.stats = Stats(requests=batch, wait=settings.wait)
 
@@ -189,29 +189,37 @@ class Decoder:
             self.prefill()
         start = time.perf_counter()
         self._drop_finished()
+        at_tie = False
         while self.active:
             if not self._whole_cycles():
-                self._cycle()
+                at_tie = self._cycle(at_tie)
             self._drop_finished()
         self.stats.loop = time.perf_counter() - start
         if self.settings.streamer is not None:
             self.settings.streamer.end()
         return [sequence.tokens for sequence in self.sequences]
 
-    def _cycle(self) -> None:
-        """One cycle of all sequences."""
+    def _cycle(self, at_tie: bool) -> bool:
+        """One cycle of all sequences.
+
+        Args:
+            at_tie: only the root is verified, whose two best logits are nearly equal.
+
+        Returns:
+            Whether the next root has two such logits.
+        """
         began = time.perf_counter()
-        drafted = self.draft()
+        drafted = self.draft(at_tie)
         between = time.perf_counter()
         with self.stats.phase("verify"):
             verified = self.verify_within_memory(drafted)
         with self.stats.phase("accept"):
             accepted = self.accept(verified)
         self._learn(verified, accepted, between - began, time.perf_counter() - between)
-        if self.settings.one_row_ties:
-            accepted = self._before_tie(verified, accepted)
+        before_tie = self._before_tie(verified, accepted) if self.settings.one_row_ties else None
         with self.stats.phase("commit"):
-            self.commit(verified, accepted)
+            self.commit(verified, before_tie or accepted)
+        return before_tie is not None
 
     def _whole_cycles(self) -> bool:
         """Decodes in whole cycles on the device (`eagle.decode.compiled.cycle`) until the answer ends or drafting
@@ -302,14 +310,13 @@ class Decoder:
         if self.drafter is not None:
             self.drafter.grow(self._room)
 
-    def draft(self) -> Drafted:
-        """A tree below each newest token, no deeper than the number of tokens that are still wanted."""
+    def draft(self, root_alone: bool = False) -> Drafted:
+        """A tree below each newest token, no deeper than the tokens that are still wanted. ``root_alone``: its root."""
         self._make_room()
         roots = torch.tensor([[s.tokens[-1]] for s in self.active], device=self.target.device)  # [B, 1]
         bounds = [self.tree.shortened(self._left(sequence)) for sequence in self.active]
         deepest = max(bounds, key=lambda tree: tree.depth)
-        if self._one_row:
-            self._one_row = False
+        if root_alone:
             return Drafted([root_only(root) for root in roots], np.zeros(1))
         possible = self.drafter is not None and max(tree.total_tokens for tree in bounds) > 1
         decision = self._should_draft() if possible else None
@@ -430,17 +437,16 @@ class Decoder:
             for tree, sequence, node_logits in zip(trees, self.active, logits, strict=True)
         ]
 
-    def _before_tie(self, verified: Verified, accepted: list[Accepted]) -> list[Accepted]:
-        """Ends the accepted path before the first node whose two best logits are nearly equal. That node becomes the
-        root of the next forward, alone. Nothing is accepted if it is the root already."""
+    def _before_tie(self, verified: Verified, accepted: list[Accepted]) -> list[Accepted] | None:
+        """The accepted path up to the first node whose two best logits are nearly equal, None without such a node. That
+        node becomes the root of the next forward, alone. Nothing is accepted if it is the root already."""
         (found,) = accepted
         if verified.logits.shape[1] == 1:
-            return accepted
+            return None
         best, second = verified.logits[0, found.path].topk(2).values.T  # [path]
         tied = (steps_between(best, second) <= TIE_STEPS).cpu().nonzero()[:, 0].tolist()
         if not tied:
-            return accepted
-        self._one_row = True
+            return None
         return [Accepted(found.path[: tied[0]], found.tokens[: tied[0]])]
 
     def _choices(self, trees: list[DraftTree], logits: Tensor) -> Tensor:
@@ -514,7 +520,7 @@ def steps_between(first: Tensor, second: Tensor) -> Tensor:
 
 
 def check_not_nan(values: Tensor) -> None:
-    """Raises `UserError` if the target gives NaN: every later token would be the same one."""
+    """Raises `UserError` if hidden states or logits [..., X] have NaN: every later token would be the same one."""
     if bool(values.isnan().any()):
         raise nan_error()
 

@@ -74,8 +74,8 @@ class Drafter:
         self._masks = MaskBuffer(self._mask_rows, self._rows, self.draft.dtype, self.draft.device)
         self._extend_rope(self._rows + max(0, *self._shift))
 
-    def start(self, row: int, prefill: Prefill, input_ids: Tensor, first_token: Tensor) -> None:
-        """Reads the prompt of sequence ``row``: row t pairs ``h_t`` with ``x_{t+1}``, the last row with the first new
+    def start(self, index: int, prefill: Prefill, input_ids: Tensor, first_token: Tensor) -> None:
+        """Reads the prompt of sequence ``index``: row t pairs ``h_t`` with ``x_{t+1}``, the last row with the first new
         token.
 
         Args:
@@ -92,15 +92,15 @@ class Drafter:
         count = x.shape[1]
         rope = self._slice(0, count) if own_positions is None else self.draft.rotary(own_positions, x.dtype)
         if next_position is not None:
-            self._shift[row] = next_position - count
-            self._extend_rope(self._rows + self._shift[row])
+            self._shift[index] = next_position - count
+            self._extend_rope(self._rows + self._shift[index])
         if context is not None:
             if self._context is None:
                 self._context = context.new_zeros(len(self._lengths), context.shape[-1])
-            self._context[row] = context[0]
+            self._context[index] = context[0]
         mask = None if self.draft.window is None else window_mask(count, self.draft.window, device)
-        self._last[row] = self._read_prompt(row, x, mask, rope)
-        self._lengths[row] = count
+        self._last[index] = self._read_prompt(index, x, mask, rope)
+        self._lengths[index] = count
         self.cache.truncate(self._lengths)
 
     def extend(self, hidden: Sequence[Tensor], tokens: Sequence[Tensor]) -> None:
@@ -133,9 +133,9 @@ class Drafter:
         shapes = [(config.num_key_value_heads, config.head_dim)] * len(draft.layers)
         return KVCache.allocate([draft.device] * len(shapes), batch, shapes, rows, draft.dtype)
 
-    def _read_prompt(self, row: int, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """The draft's output [H] of the last of the prompt's rows [1, S, X] of sequence ``row``."""
-        return self.draft(x, None, mask, self.cache.sequence(row), rope, last_only=True)[0, 0]
+    def _read_prompt(self, index: int, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """The draft's output [H] of the last of the prompt's rows [1, S, X] of sequence ``index``."""
+        return self.draft(x, None, mask, self.cache.sequence(index), rope, last_only=True)[0, 0]
 
     def _read_accepted(self, tokens: Tensor, hidden: Tensor, counts: Sequence[int]) -> Tensor:
         """The draft's output [B, H] of each sequence's last row; of the rows [B, n] it has ``counts``."""
@@ -161,12 +161,12 @@ class Drafter:
         levels = draft_levels(first, hidden, tree, partial(self._step, tree.top_k), should_deepen)
         return Candidates(*(torch.cat(parts, dim=1) for parts in zip(*levels, strict=True)))
 
-    def select(self, rows: Sequence[int]) -> None:
+    def select(self, kept: Sequence[int]) -> None:
         """Keeps only the given sequences."""
-        self.cache = self.cache.select(rows)
-        self._lengths, self._shift = ([values[row] for row in rows] for values in (self._lengths, self._shift))
-        self._last = self._last[list(rows)]
-        self._context = None if self._context is None else self._context[list(rows)]
+        self.cache = self.cache.select(kept)
+        self._lengths, self._shift = ([values[index] for index in kept] for values in (self._lengths, self._shift))
+        self._last = self._last[list(kept)]
+        self._context = None if self._context is None else self._context[list(kept)]
 
     def _children(self, hidden: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """Drafted tokens after predicted hidden states [B, F, H], [B, F, k] each."""

@@ -1,4 +1,4 @@
-"""Which settings of transformers' `generate` the engine serves. All others are refused, none is ignored in silence."""
+"""Which settings of transformers' `generate` the engine serves. All others are refused; none is silently ignored."""
 
 from __future__ import annotations
 

@@ -100,13 +100,13 @@ class MSDModel:
         self.target, self.draft = target, draft
         self.compile_note, self._warmed_up = "", False
         backend = "inductor" if compile is True else compile or None
-        block = draft is not None and draft.block_size > 1
-        if backend and block:
-            raise UserError("block heads are not compiled", fix="leave out compile")
+        apart = None if draft is None or draft.compilable else draft.kind
+        if backend and apart:
+            raise UserError(f"{apart} heads are not compiled", fix="leave out compile")
         if compile is None and target.device.type == "cuda":
             adaptive = isinstance(tree, TreeConfig) and tree.adaptive
             reason = "the tree is adaptive" if adaptive else None
-            reason = reason or ("the draft is a block head" if block else obstacle_by_default(target))
+            reason = reason or (f"the draft is a {apart} head" if apart else obstacle_by_default(target))
             backend = None if reason else "inductor"
             self.compile_note = f"decoding is not compiled: {reason}" if reason else COMPILED_NOTE
         self.backend = backend

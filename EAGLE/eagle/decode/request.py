@@ -20,7 +20,7 @@ ID_TYPES = (torch.int64, torch.int32)
 def check_request(
     target: Target, input_ids: Tensor, settings: GenerationConfig, streamer: Any, model_inputs: Mapping[str, Any]
 ) -> None:
-    """Refuses settings and inputs that speculative decoding does not support."""
+    """Raises `UserError` for settings and inputs (``input_ids`` [B, P]) that speculative decoding does not support."""
     if model_inputs.get("inputs_embeds") is not None:
         raise UserError("inputs_embeds: MSD needs the ids of the prompt", fix="give input_ids and the pictures instead")
     check_settings(settings)

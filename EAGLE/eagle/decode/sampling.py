@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
+from llava.arguments import is_greedy
 from llava.arguments import temperature as check_temperature
 from llava.errors import UserError
 
@@ -51,7 +52,7 @@ class SamplingSettings:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        return is_greedy(self.temperature)
 
     @property
     def limits(self) -> dict[str, Any]:
@@ -161,7 +162,7 @@ class Sampler:
         self.order_free = all(type(processor) in ROW_WISE or is_order_free(processor) for processor in processors)
 
     def for_sequence(self, index: int, batch: int, prompt: Tensor, padding: int) -> Sampler:
-        """The sampler of one sequence of a batch (`processor_of`)."""
+        """The sampler of one sequence of a batch (`processor_of`). ``prompt``: [1, S], without its ``padding``."""
         if batch == 1 or self.row_wise:
             return self
         processors = [processor_of(each, index, batch, prompt, padding) for each in self.processors]
@@ -196,7 +197,11 @@ class Sampler:
         return (scores + noise).argmax(dim=-1)
 
     def scores(self, logits: Tensor, prefix: Tensor) -> Tensor:
-        """Processed logits [N, V], float32, on the device of ``prefix``, where the processors' own tensors are."""
+        """Processed logits [N, V], float32, on the device of ``prefix``, where the processors' own tensors are.
+
+        Raises:
+            UserError: a length penalty overflows.
+        """
         raw = logits.to(prefix.device, torch.float32, copy=True)
         try:
             scores: Tensor = self.processors(prefix.expand(raw.shape[0], -1), raw)

@@ -34,7 +34,7 @@ from eagle.families import Target
 from eagle.provenance import now, versions
 from llava.checkpoint import quiet_transformers
 from llava.errors import UserError, is_out_of_memory, reason_of
-from llava.files import atomic_write
+from llava.files import write_text
 from llava.memory import within_memory
 
 QUESTIONS = ("What is in this picture?", "Please describe it in a few words.")
@@ -73,8 +73,7 @@ def self_check(target: Target) -> bool:
         log.warning("%s: no memory for the self-check, so it was left out", target.config.name_or_path)
         return False
     try:
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps({"passed": now()} | described, indent=1, default=str) + "\n", "utf-8")
+        write_text(path, json.dumps({"passed": now()} | described, indent=1, default=str) + "\n")
     except (UserError, OSError) as error:
         log.warning("the result of the self-check is not kept for next time: %s", error)
     return True
@@ -120,7 +119,11 @@ def compare(target: Target) -> None:
 
 @contextmanager
 def failures(target: Target) -> Iterator[None]:
-    """Names the base in every error of the prompt, and says what failed. Errors of memory pass."""
+    """Names the base in every error of the prompt, and says what failed.
+
+    Raises:
+        UserError: in place of any exception but that memory ran out.
+    """
     name, what = target.config.name_or_path, "base model cannot answer a short prompt with a picture"
     try:
         with quiet_transformers():

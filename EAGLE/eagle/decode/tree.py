@@ -93,7 +93,7 @@ def prune(tree: DraftTree, total_tokens: int) -> DraftTree:
 
 
 def root_only(root: Tensor) -> DraftTree:
-    """A tree of the root alone: verifying it is one step of plain decoding."""
+    """A tree of the root [1] alone: verifying it is one step of plain decoding."""
     zero = torch.zeros(1, dtype=torch.long, device=root.device)
     return DraftTree(root.reshape(1), zero - 1, zero, zero.reshape(1, 1) == 0, zero.float())
 

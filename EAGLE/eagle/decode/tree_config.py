@@ -50,7 +50,11 @@ class TreeConfig:
 
     @classmethod
     def named(cls, tree: TreeConfig | str, device: torch.device | str) -> TreeConfig:
-        """The tree that "auto" or "fixed" means on a device. A `TreeConfig` is returned unchanged."""
+        """The tree that "auto" or "fixed" means on a device. A `TreeConfig` is returned unchanged.
+
+        Raises:
+            UserError: another name.
+        """
         if isinstance(tree, TreeConfig):
             return tree
         kinds = {"auto": cls.auto, "fixed": cls.for_device}

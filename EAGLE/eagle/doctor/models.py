@@ -14,10 +14,18 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from eagle.decode.compatibility import check_eagle3_sizes, check_family, check_image_ids, check_mtp, misfit
+from eagle.decode.compatibility import (
+    check_assistant,
+    check_eagle3_sizes,
+    check_family,
+    check_image_ids,
+    check_mtp,
+    misfit,
+)
 from eagle.decode.self_check import self_check
 from eagle.doctor import Check, State, problems
 from eagle.doctor.memory import Footprint
+from eagle.drafts.assistant import AssistantDraft
 from eagle.drafts.checkpoint import build_draft, canonical, load_draft
 from eagle.drafts.eagle3 import Eagle3Draft
 from eagle.drafts.head import DraftHead
@@ -25,8 +33,10 @@ from eagle.drafts.msd import DraftModel
 from eagle.drafts.mtp import MTPDraft
 from eagle.families import Target, family_of, load_target
 from llava import load_config
+from llava.checkpoint import check_quantisation
 from llava.errors import UserError
 from llava.files import read_object
+from llava.generation import check_generation_config, check_special_tokens
 from llava.hub import Source, cached_folder, hub_errors
 from llava.layout import open_checkpoint
 from llava.loading import load_errors
@@ -60,6 +70,9 @@ def check_base(name: str, hub: bool) -> tuple[Target | None, list[Check]]:
         else:
             _check_weights_on_hub(source)
             config = load_config(name) if family.name == "llava" else AutoConfig.from_pretrained(name)
+            check_quantisation(config, name)
+            check_special_tokens(source, config.get_text_config().vocab_size)
+            check_generation_config(source, config.get_text_config().vocab_size)
             with torch.device("meta"):
                 model = AutoModelForImageTextToText.from_config(config)
             target = family.target_class()(model, family.template_class().load_processor(name))
@@ -116,6 +129,10 @@ def check_pair(target: Target, draft: DraftHead) -> list[Check]:
             check_eagle3_sizes(target, draft)
             read = ", ".join(map(str, draft.target_layers))
             more_found = f", inputs of layers {read} of {len(target.text_model.layers)}"
+        elif isinstance(draft, AssistantDraft):
+            check_assistant(target, draft)
+            read = " and ".join(f"{index} ({kind})" for kind, index in draft.sources.items())
+            more_found = f", keys and values of layers {read}"
         else:
             if isinstance(draft, DraftModel):  # most others do not name their family
                 check_family(target.family, draft.config.model_type)

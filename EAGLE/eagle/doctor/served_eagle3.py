@@ -80,6 +80,7 @@ def check_served_eagle3(draft: Eagle3Draft, target: Target | None, runner: str |
         _target(target),
         *_by_runner(lambda each: _layers(draft, target, served, each), runner),
         *_by_runner(lambda each: _positions(draft, target, served, each), runner),
+        *_by_runner(lambda each: _cache(draft, target, each), runner),
         _rope(draft, served),
         _norms(draft, served),
         _image_rows(draft),
@@ -136,8 +137,7 @@ def _layers(draft: Eagle3Draft, target: Target | None, served: Served, runner: s
 
 def _positions(draft: Eagle3Draft, target: Target | None, served: Served, runner: str) -> Check:
     topic, config = "vLLM: positions", draft.config
-    sections = config.mrope_section is not None
-    mrope_base = has_mrope(target) if target is not None else sections or config.positions != "plain"
+    mrope_base = _mrope_base(draft, target)
     theirs = served.positions(runner, mrope_base)
     own: str = config.positions
     if own == "mrope":
@@ -149,12 +149,30 @@ def _positions(draft: Eagle3Draft, target: Target | None, served: Served, runner
         own = "plain"  # all kinds are the same
     fix = 'set "mrope_section" and "mrope_interleaved" of its rope settings as in training'
     if runner == "V2" and own != "plain":
-        fix = "serve with VLLM_USE_V2_MODEL_RUNNER=0"
+        fix = 'train with "positions": "plain"; prompts without pictures are equal'
     elif own in ("plain", "temporal") and served.rope.get("mrope_section"):
         fix = 'leave "mrope_section" out of its rope settings'
     elif own == "plain":
         fix = 'serve with VLLM_USE_V2_MODEL_RUNNER=1, or train with "positions": "temporal" or "mrope"'
     return _compared(topic, own, theirs, fix)
+
+
+def _cache(draft: Eagle3Draft, target: Target | None, runner: str) -> Check:
+    """Where the rows of drafted tokens are kept. V1 takes the first row of their M-RoPE positions for their places,
+    which is smaller than these behind a picture."""
+    topic = "vLLM: cached rows"
+    if runner == "V2" or not _mrope_base(draft, target):
+        return Check(topic, State.OK, "those of drafted tokens stand behind the prompt's")
+    found = "behind a picture, drafted tokens after the first overwrite rows of the prompt (vLLM issue 54498)"
+    fix = 'train with "positions": "plain" and serve with VLLM_USE_V2_MODEL_RUNNER=1; text alone is not affected'
+    return Check(topic, State.PROBLEM, found, fix)
+
+
+def _mrope_base(draft: Eagle3Draft, target: Target | None) -> bool:
+    """Whether the base has M-RoPE positions; what the head's config says if the base is not known."""
+    if target is not None:
+        return has_mrope(target)
+    return draft.config.mrope_section is not None or draft.config.positions != "plain"
 
 
 def has_mrope(target: Target) -> bool:
@@ -197,9 +215,12 @@ def _flags(values: Mapping[str, bool]) -> str:
 
 def _image_rows(draft: Eagle3Draft) -> Check:
     rows = {"token": "the placeholder's embedding", "feature": "projected image features"}
-    own = draft.config.image_rows
-    fix = 'train with "image_rows": "token", the default'
-    return _compared("vLLM: image rows", rows.get(own, own), rows["token"], fix)
+    config, fix = draft.config, 'train with "image_rows": "token", the default'
+    own = rows[config.image_rows]
+    if config.image_tokens is not None:
+        own += f", merged to at most {config.image_tokens} rows of a picture"
+        fix += ', and without "image_tokens"'
+    return _compared("vLLM: image rows", own, rows["token"], fix)
 
 
 def _vocabulary(draft: Eagle3Draft, target: Target | None) -> Check:

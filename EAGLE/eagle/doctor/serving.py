@@ -9,7 +9,7 @@ from eagle.doctor.served_eagle3 import check_served_eagle3
 from eagle.drafts.eagle3 import Eagle3Draft
 from eagle.drafts.head import DraftHead
 from eagle.families import Target
-from eagle.serving.draft import portable
+from eagle.serving.draft import check_rows, portable
 from eagle.serving.engine import INSTALL_PLUGIN, Vllm, find_vllm
 from llava.errors import UserError
 
@@ -18,7 +18,7 @@ VLLM, SERVED = "vLLM", "draft in vLLM"
 
 def look_for_vllm(python: str) -> tuple[Check, str | None]:
     """vLLM and the plugin in the environment of an interpreter, and its model runner if that is known. Nothing else
-    needs them, so that they are missing is no problem."""
+    needs them, so it is not a problem if they are missing."""
     failed: list[Check] = []
     with problems(failed, VLLM):
         vllm = find_vllm(python, ask_runner=True)
@@ -52,9 +52,10 @@ def check_served_by_vllm(draft: DraftHead, name: str, target: Target | None, run
 
 def check_served_draft(draft: DraftHead, name: str) -> Check:
     """Whether vLLM can run a draft of its kind and settings."""
-    if isinstance(draft, Eagle3Draft):
-        return Check(SERVED, State.OK, "vLLM has its own EAGLE-3", "--served-by vllm compares the conventions")
     try:
+        if isinstance(draft, Eagle3Draft):
+            check_rows(draft.config.image_tokens, "vLLM", name)
+            return Check(SERVED, State.OK, "vLLM has its own EAGLE-3", "--served-by vllm compares the conventions")
         portable(draft, name)
     except UserError as error:
         return Check(SERVED, State.WARNING, error.what, error.fix or "")

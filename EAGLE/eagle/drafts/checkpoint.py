@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors.torch import save_file
 
+from eagle.drafts.assistant import EMBEDDING, MODELS, ORDERING, AssistantDraft
 from eagle.drafts.block import BlockDraft
 from eagle.drafts.config import BLOCK, DRAFT_VOCAB_FILE, BlockConfig, DraftConfig
 from eagle.drafts.draft_vocab import read_draft_vocab, write_draft_vocab
@@ -59,19 +60,23 @@ def load_draft(
     meta = torch.device(device).type == "meta"
     if isinstance(draft, MTPDraft):
         tensors = stack_experts({name: tensor.to("meta") if meta else tensor for name, tensor in tensors.items()})
+    elif isinstance(draft, AssistantDraft):
+        tensors = draft.with_head(tensors)
     if problems := misfits({name: tuple(tensor.shape) for name, tensor in tensors.items()}, draft):
         fix = f"use a complete {draft.kind} draft"
         named = "; ".join(problems[:SHOWN]) + (f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else "")
         raise UserError(f"draft does not fit its config: {named}", paths[0], fix)
     spare = {name: tensors.pop(name) for name in list(tensors) if is_spare(name, draft)}
-    check_floats(tensors, paths[0])
+    check_floats({name: tensor for name, tensor in tensors.items() if name != ORDERING}, paths[0])
     if not meta and (broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]):
         raise UserError(f"draft has NaN or infinite values in {', '.join(broken)}", paths[0], "use another checkpoint")
     draft.load_state_dict(tensors, assign=True)
+    if isinstance(draft, AssistantDraft):
+        draft.check_ordering(paths[0])
     if isinstance(draft, Eagle3Draft):
         with load_errors("draft vocabulary is not valid", paths[0]):
             draft.draft_vocab = draft_vocabulary(spare.pop("d2t", None), spare.pop("t2d", None), draft.config)
-    draft.rotary = draft.new_rotary()
+    draft.renew_rotary()
     if spare:
         log.warning("%s: a draft does not need %s, left out", name, ", ".join(spare))
     if isinstance(draft, DraftModel):
@@ -79,8 +84,8 @@ def load_draft(
         if draft.config.options.head_tokens is not None:
             source.find(DRAFT_VOCAB_FILE)  # downloads it beside the config
             draft.draft_vocab = read_draft_vocab(config_file.parent, draft.config)
-    own = tensors["fc.weight"].dtype
-    return draft.to(device=device, dtype=dtype if isinstance(dtype, torch.dtype) else own).eval().requires_grad_(False)
+    own = dtype if isinstance(dtype, torch.dtype) else draft.dtype
+    return draft.to(device=device, dtype=own).eval().requires_grad_(False)
 
 
 def load_msd_draft(name: str | Path, purpose: str, **settings: Any) -> DraftModel:
@@ -120,6 +125,8 @@ def build_draft(config: Mapping[str, Any], shapes: Shapes | None, where: str | P
             return ViSpecDraft.from_dict(config, where, shapes or {})
         if kind is BlockDraft:
             return BlockDraft(BlockConfig.from_dict(config, where, shapes))
+        if kind is AssistantDraft:
+            return AssistantDraft.from_dict(config, where)
         if kind is MTPDraft:
             return MTPDraft.from_dict(config, where)
         return DraftModel(DraftConfig.from_dict(config, where, shapes))
@@ -132,16 +139,19 @@ def kind_of(config: Mapping[str, Any], names: Collection[str] | None, where: str
         UserError: it is of a known kind that is not supported, or a base model without MTP layers.
     """
     names = names or ()
-    form = config.get("speculators_model_type")
+    form, model = config.get("speculators_model_type"), str(config.get("model_type"))
     other = {
         "P-EAGLE": form == "peagle" or "mask_hidden" in names,
         "DFlash": form == "dflash" or "dflash_config" in config or "hidden_norm.weight" in names,
-        "Gemma 4 assistant": str(config.get("model_type")).endswith("_assistant"),
+        f"'{model}'": model.endswith("_assistant") and model not in MODELS,
         f"'{form}' speculators": form not in (None, "eagle3"),
     }
     for name, found in other.items():
         if found:
-            raise UserError(f"{name} heads are not supported", where, "use an MSD, EAGLE-3, ViSpec, block or MTP head")
+            fix = "use an MSD, EAGLE-3, ViSpec, block or MTP head, or a Gemma 4 assistant"
+            raise UserError(f"{name} heads are not supported", where, fix)
+    if model in MODELS:
+        return AssistantDraft
     if BLOCK in config:
         return BlockDraft
     if any(name in names for name in MARKS):
@@ -166,7 +176,10 @@ def canonical(found: Mapping[str, T]) -> dict[str, T]:
 
 def is_spare(name: str, draft: DraftHead) -> bool:
     """Whether a checkpoint may have a tensor of this name though it is not part of the head: a buffer of old releases,
-    the mapping of a trimmed vocabulary, or, for an MSD draft, the base model's ``lm_head``."""
+    the mapping of a trimmed vocabulary, for an MSD draft the base model's ``lm_head``, or for an assistant its
+    embedding, which its ``lm_head`` is too."""
+    if isinstance(draft, AssistantDraft):
+        return name == EMBEDDING or is_old_buffer(name)
     known = name == HEAD if isinstance(draft, DraftModel) else name in MAPPING and isinstance(draft, Eagle3Draft)
     return known or is_old_buffer(name)
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from llava.arguments import count
 from llava.errors import UserError
@@ -32,13 +33,14 @@ from llava.strict import shown
 
 @dataclass(frozen=True)
 class Merging:
-    """Which merged row each of R input rows goes into.
+    """Which of R input rows each of R' merged rows stands for.
 
-    ``group``: [R] index of the merged row, -1 if it is left out. ``source``: [R'] the last input row of each merged
-    row; for text that row itself.
+    ``rows``: [K] the input rows that are not left out, ascending. ``first``: [R'] where those of each merged row begin
+    in ``rows``; they end where those of the next one begin. ``source``: [R'] the last of them; for text the row itself.
     """
 
-    group: Tensor
+    rows: Tensor
+    first: Tensor
     source: Tensor
 
     def pick(self, values: Tensor, dim: int = 0) -> Tensor:
@@ -47,11 +49,8 @@ class Merging:
 
     def mean(self, values: Tensor) -> Tensor:
         """[R, X] → [R', X] float32, the mean of the input rows of each merged row."""
-        group = self.group.to(values.device)
-        kept = group >= 0
-        sums = torch.zeros(len(self.source), values.shape[1], device=values.device)
-        sums.index_add_(0, group[kept], values[kept].float())
-        return sums / group[kept].bincount(minlength=len(self.source)).unsqueeze(1)
+        rows, first = self.rows.to(values.device), self.first.to(values.device)
+        return F.embedding_bag(rows, values.float(), first, mode="mean")  # the same sums each time, also on CUDA
 
 
 @dataclass(frozen=True)
@@ -98,9 +97,9 @@ class Compression:
                 pieces.append(rows + torch.arange(end - start, device=device) * self.tokens // (end - start))
                 rows += self.tokens
         group = torch.cat(pieces)  # [R]
-        kept = (group >= 0).nonzero().squeeze(1)
-        source = torch.zeros(rows, dtype=torch.long, device=device).scatter_reduce(0, group[kept], kept, "amax")
-        return Merging(group, source)
+        kept = (group >= 0).nonzero().squeeze(1)  # [K]
+        ends = torch.searchsorted(group[kept], torch.arange(rows, device=device), right=True)  # [R'] in ``kept``
+        return Merging(kept, torch.cat([ends.new_zeros(1), ends[:-1]]), kept[ends - 1])
 
 
 def image_runs(is_image: Tensor) -> list[tuple[int, int]]:

@@ -1,14 +1,15 @@
 """Configuration of the draft head.
 
 A draft's ``config.json`` is the published one: the base model's text configuration with one layer, plus keys of the
-base that a draft does not need. So unknown keys are normal there. Options of this package are in the section ``"msd"``,
-where an unknown key is an error that names the nearest known one.
+base that a draft does not need. So unknown keys are normal there, unless they look like a known one (`check_keys`).
+Options of this package are in the section ``"msd"``, and rotary positions in ``"rope_scaling"`` or
+``"rope_parameters"``. In these an unknown key is an error that names the nearest known one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,7 +18,7 @@ from typing_extensions import Self
 
 from llava.errors import UserError
 from llava.files import read_object
-from llava.strict import read_strict, strict_dataclass
+from llava.strict import read_strict, reject_similar, reject_unknown, strict_dataclass
 
 if TYPE_CHECKING:
     from eagle.drafts.compression import Compression
@@ -27,6 +28,19 @@ DRAFT_VOCAB_FILE = "head_tokens.safetensors"
 BLOCK = "block"
 """The section of ``config.json`` that only block heads have."""
 Size = Annotated[int, Field(ge=1)]
+SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+"""Keys that every draft's config has."""
+KNOWN_KEYS = (
+    *SIZES, "model_type", "num_key_value_heads", "head_dim", "num_hidden_layers", "rms_norm_eps", "rope_theta",
+    "rope_scaling", "rope_parameters", "partial_rotary_factor", "hidden_act", "hidden_activation", "bias",
+    "text_config", "msd", BLOCK,
+)  # fmt: skip
+ROPE_KEYS = ("type", "rope_type", "rope_theta", "mrope_section", "mrope_interleaved", "partial_rotary_factor")
+UNUSED_ROPE_KEYS = (
+    "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "short_factor",
+    "long_factor", "low_freq_factor", "high_freq_factor", "mscale", "mscale_all_dim", "truncate",
+)  # fmt: skip
+"""Keys of other types of rotary positions, which transformers ignores where a type that does not read them is named."""
 
 
 @strict_dataclass
@@ -107,18 +121,15 @@ class DraftConfig:
         """
         check_objects(config, ("text_config",), where)
         text = {**config, **(config.get("text_config") or {})}
-        check_objects(text, ("rope_scaling", "rope_parameters"), where)
-        required = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-        missing = [key for key in required if key not in text]
+        check_keys(text, KNOWN_KEYS, where, DraftOptions)
+        missing = [key for key in SIZES if key not in text]
         if missing:
             raise UserError(f"lacks {', '.join(missing)}", where=where, fix="is this the config.json of a draft?")
-        for key in required:
+        for key in SIZES:
             if type(text[key]) is not int or text[key] < 1:
                 raise UserError(f"{key}={text[key]!r}", where=where, fix="give a whole number of at least 1")
-        rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+        rope = rope_settings(text, where)
         section = rope.get("mrope_section")
-        if section is not None and not (isinstance(section, list) and all(type(part) is int for part in section)):
-            raise UserError(f"mrope_section={section!r}", where=where, fix="give a list of whole numbers")
         family = str(config.get("model_type", "llava"))
         like_qwen = "qwen" in family
         names = None if tensors is None else set(tensors)
@@ -127,6 +138,9 @@ class DraftConfig:
             return default if names is None else name in names
 
         options = read_strict(DraftOptions, config.get("msd", {}), f"{where}, section 'msd'")
+        head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+        if options.positions == "mrope":
+            check_sections(section, head_dim, where)
         try:
             return cls(
                 model_type=family,
@@ -135,12 +149,12 @@ class DraftConfig:
                 num_attention_heads=text["num_attention_heads"],
                 num_key_value_heads=text.get("num_key_value_heads") or text["num_attention_heads"],
                 vocab_size=text["vocab_size"],
-                head_dim=text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
+                head_dim=head_dim,
                 rms_norm_eps=text.get("rms_norm_eps", 1e-6),
                 rope_theta=text.get("rope_theta") or rope.get("rope_theta") or 10000.0,
                 mrope_section=tuple(section) if section else None,
                 mrope_interleaved=bool(rope.get("mrope_interleaved", False)),
-                hidden_act=text.get("hidden_act", "silu"),
+                hidden_act=activation(text, where),
                 input_layernorm=present("layers.0.input_layernorm.weight", like_qwen),
                 attention_bias=present("layers.0.self_attn.q_proj.bias", like_qwen),
                 fc_bias=present("fc.bias", bool(config.get("bias", True))),
@@ -232,3 +246,66 @@ def check_objects(config: Mapping[str, Any], keys: Iterable[str], where: str | P
     for key in keys:
         if not isinstance(config.get(key) or {}, Mapping):
             raise UserError(f"{key}={config[key]!r}", where=where, fix="give an object")
+
+
+def check_keys(config: Mapping[str, Any], known: Iterable[str], where: str | Path, options: Any) -> None:
+    """Raises `UserError` for a key that is another spelling of a known one (`llava.strict`), and for an option of
+    section ``"msd"`` outside of it. Other keys of the base model are accepted.
+
+    Args:
+        known: keys that are read.
+        options: the dataclass of the section.
+    """
+    known = list(known)
+    for key in {each.name for each in fields(options)} - set(known):
+        if key in config:
+            raise UserError(f"'{key}' is outside of section 'msd'", where=where, fix="move it into the section")
+    reject_similar(config, known, where)
+
+
+def rope_settings(text: Mapping[str, Any], where: str | Path) -> dict[str, Any]:
+    """The rotary settings of a head, which have several places.
+
+    Raises:
+        UserError: a key is unknown or a value wrong, or the positions are of a type that heads do not have.
+    """
+    places = ("rope_scaling", "rope_parameters")
+    check_objects(text, places, where)
+    rope: dict[str, Any] = {}
+    for place in places:
+        given = {key: value for key, value in (text.get(place) or {}).items() if value is not None}
+        typed = "type" in given or "rope_type" in given
+        reject_unknown(given, (*ROPE_KEYS, *UNUSED_ROPE_KEYS) if typed else ROPE_KEYS, f"{where}, section '{place}'")
+        rope |= given
+    for kind in (rope.get("type", "default"), rope.get("rope_type", "default")):
+        if kind not in ("default", "mrope"):
+            fix = "only default and M-RoPE are supported"
+            raise UserError(f"rotary positions of type {kind!r} in the head", where=where, fix=fix)
+    if rope.get("partial_rotary_factor", text.get("partial_rotary_factor", 1)) not in (1, None):
+        raise UserError("partial rotary positions in the head", where=where, fix="only full ones are supported")
+    section = rope.get("mrope_section")
+    if section is not None and not (isinstance(section, list) and all(type(part) is int for part in section)):
+        raise UserError(f"mrope_section={section!r}", where=where, fix="give a list of whole numbers")
+    return rope
+
+
+def check_sections(sections: Sequence[int] | None, head_dim: Any, where: str | Path) -> None:
+    """Raises `UserError` for sections that do not share out the frequencies of a head, for positions ``mrope``."""
+    given = list(sections or ())
+    if 2 * sum(given) != head_dim or min(given) < 0:
+        fix = "give rope_scaling an mrope_section that adds up to half a head, as the base model's"
+        raise UserError(f"positions 'mrope' with mrope_section {given} for heads of {head_dim}", where=where, fix=fix)
+
+
+def activation(text: Mapping[str, Any], where: str | Path) -> Any:
+    """The activation of the feed-forward, which Gemma's configs call ``hidden_activation``.
+
+    Raises:
+        UserError: it has two names with different values.
+    """
+    other = text.get("hidden_activation")
+    act = text.get("hidden_act", "silu" if other is None else other)
+    if other not in (None, act):
+        fix = "give the one that the draft was trained with"
+        raise UserError(f"hidden_act={act!r} and hidden_activation={other!r}", where=where, fix=fix)
+    return act

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from eagle.drafts.config import DRAFT_VOCAB_FILE, DraftConfig
 from llava.errors import UserError
 from llava.files import atomic_write, read_json, write_json
+from llava.weights import read_tensors
 
 
 def read_draft_vocab(folder: Path, config: DraftConfig) -> Tensor:
@@ -23,9 +23,9 @@ def read_draft_vocab(folder: Path, config: DraftConfig) -> Tensor:
     path = folder / DRAFT_VOCAB_FILE
     fix = "make it again: python -m eagle.ge_data.vocabulary"
     try:
-        tokens = load_file(path)["tokens"]
-    except (SafetensorError, OSError, KeyError) as error:
-        raise UserError(f"trimmed vocabulary cannot be read ({type(error).__name__})", path, fix) from None
+        tokens = read_tensors([path])["tokens"]
+    except (UserError, OSError, KeyError):
+        raise UserError("trimmed vocabulary cannot be read", path, fix) from None
     usable = tokens.ndim == 1 and tokens.numel() > 0 and tokens.dtype in (torch.int32, torch.int64)
     if not usable or int(tokens.min()) < 0 or int(tokens.max()) >= config.vocab_size:
         raise UserError(f"trimmed vocabulary does not fit a vocabulary of {config.vocab_size}", path, fix)

@@ -8,6 +8,9 @@ Row ``t``, with the streams ``r_a, r_b, r_c`` that enter three layers of the tar
 4. logits over the head's own vocabulary: ``lm_head(norm(z))``;
 5. ``z`` takes the place of ``f`` in the row of the drafted token.
 
+With ``image_tokens`` the rows of a picture are merged first (`eagle.drafts.compression`): a merged row has the mean of
+their streams, and what stands for the next token is the mean of their image features, or the image token's embedding.
+
 Further layers are ordinary ones. Where implementations differ, `eagle.drafts.eagle3_config` has the choice.
 """
 
@@ -87,6 +90,10 @@ class Eagle3Draft(TrainedHead):
         return Rotary(config.head_dim, config.rope_theta, config.mrope_section, config.mrope_interleaved)
 
     @property
+    def compression(self) -> Compression:
+        return Compression(self.config.image_tokens)
+
+    @property
     def positions(self) -> Literal["plain", "temporal", "mrope"]:
         return self.config.positions
 
@@ -98,6 +105,7 @@ class Eagle3Draft(TrainedHead):
         config = self.config
         layers = config.target_layers
         read = "default layers of the target" if layers is None else f"layers {', '.join(map(str, layers))}"
+        kept = "all" if config.image_tokens is None else f"at most {config.image_tokens} of a picture, merged"
         positions: str = config.positions
         if positions == "mrope":
             positions += " interleaved" if config.mrope_interleaved else " sectioned"
@@ -106,7 +114,7 @@ class Eagle3Draft(TrainedHead):
                 f"{config.layout} layout",
                 f"reads the inputs of {read}",
                 f"positions {positions}, rope base {config.rope_theta:g}",
-                f"image rows: {config.image_rows}",
+                f"image rows: {config.image_rows}, {kept}",
                 f"residual {'after' if config.norm_before_residual else 'before'} hidden_norm",
                 f"output fed back {config.feedback} the final norm",
                 f"{'final norm' if config.head_norm else 'no norm'} before lm_head",
@@ -126,6 +134,10 @@ class Eagle3Draft(TrainedHead):
         self.target_layers = self.config.layers_of(layers)
 
     def read_prompt(self, prompt: Prompt, compression: Compression) -> PromptRows:
+        plan = compression.plan(prompt.next_is_image[0])
+        if plan is not None:
+            streams = plan.mean(prompt.features[0])[None].to(prompt.features.dtype)
+            prompt = prompt.merged(plan)._replace(features=streams)
         hidden, embeds = self.condense(prompt.features), self.embed(prompt.next_ids)
         if self.config.image_rows == "feature":
             embeds = torch.where(prompt.next_is_image.unsqueeze(-1), prompt.next_embeds.to(embeds.dtype), embeds)

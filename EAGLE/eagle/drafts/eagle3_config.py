@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from eagle.drafts.config import check_objects
+from eagle.drafts.config import KNOWN_KEYS, activation, check_keys, check_objects, check_sections, rope_settings
 from llava.errors import UserError
 from llava.strict import read_strict, strict_dataclass
 
@@ -25,7 +25,13 @@ Positive = Annotated[float, Field(gt=0)]
 Shapes = Mapping[str, tuple[int, ...]]
 FEATURES = 3
 """Streams that a head reads if neither its tensors nor its config say."""
-IDS = "eagle_aux_hidden_state_layer_ids"
+IDS, OTHER_IDS = "eagle_aux_hidden_state_layer_ids", "aux_hidden_states_layer_ids"
+EAGLE3_KEYS = (
+    IDS, OTHER_IDS, "eagle_config", "num_aux_hidden_states", "draft_vocab_size", "target_hidden_size",
+    "norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "layer_types", "sliding_window",
+    "use_sliding_window", "transformer_layer_config", "speculators_model_type", "architectures",
+)  # fmt: skip
+"""Keys that are read beside those of every draft."""
 OWN_ROPE_BASE = 10000.0
 """Of AngelSlim's rotary positions without M-RoPE, whatever the config says."""
 
@@ -43,6 +49,7 @@ class Eagle3Options:
         rope_theta: base of the rotary positions. Own: the config's, and 10000 for AngelSlim's class without M-RoPE.
         image_rows: what stands for the next token where it is an image token: the embedding of its id, ``token``, or
             the projected image ``feature``. Own: ``token``.
+        image_tokens: rows that the head keeps of a picture (`eagle.drafts.compression`). Own: all.
         layer_ids: whether id i of the config is the ``input`` or the ``output`` of layer i. Own: ``input`` in the
             speculators layout and for a list at the top of a flat config, ``output`` in its ``eagle_config``.
         target_layers: the layers whose inputs are the features, in place of the config's ids.
@@ -58,6 +65,7 @@ class Eagle3Options:
     mrope: Literal["interleaved", "sectioned"] | None = None
     rope_theta: float | None = Field(None, gt=0)
     image_rows: Literal["token", "feature"] | None = None
+    image_tokens: int | None = Field(None, ge=0)
     layer_ids: Literal["input", "output"] | None = None
     target_layers: tuple[int, ...] | None = None
     norm_before_residual: bool | None = None
@@ -91,6 +99,7 @@ class Eagle3Config:
     mrope_interleaved: bool
     rope_theta: Positive
     image_rows: Literal["token", "feature"]
+    image_tokens: int | None
     norm_before_residual: bool
     norm_before_fc: bool
     fc_norm: bool
@@ -125,7 +134,9 @@ class Eagle3Config:
 
     def to_dict(self) -> dict[str, Any]:
         """The published form: what was read, with all choices of image rows and positions by name."""
-        chosen = {"image_rows": self.image_rows, "positions": self.positions}
+        chosen: dict[str, Any] = {"image_rows": self.image_rows, "positions": self.positions}
+        if self.image_tokens is not None:
+            chosen["image_tokens"] = self.image_tokens
         return {**self.published, "msd": {**self.published.get("msd", {}), **chosen}}
 
     def for_vocabulary(self, size: int) -> Eagle3Config:
@@ -177,7 +188,7 @@ def _read(config: Mapping[str, Any], where: str, shapes: Shapes | None) -> Eagle
     if not isinstance(layer, Mapping):
         raise UserError("lacks 'transformer_layer_config'", fix="is this the config.json of a draft head?")
     check_objects(config, ("eagle_config",), where)
-    check_objects(layer, ("rope_scaling", "rope_parameters"), where)
+    check_keys({**config, **layer}, (*KNOWN_KEYS, *EAGLE3_KEYS), where, Eagle3Options)
     options = read_strict(Eagle3Options, config.get("msd", {}), f"{where}, section 'msd'")
     hidden, vocabulary = _size(layer, "hidden_size"), _size(layer, "vocab_size")
     heads = _size(layer, "num_attention_heads")
@@ -187,17 +198,16 @@ def _read(config: Mapping[str, Any], where: str, shapes: Shapes | None) -> Eagle
     features = _features(shapes, target_hidden, len(layers) if layers else config.get("num_aux_hidden_states"))
     if layers is not None and len(layers) != features:
         raise UserError(f"{len(layers)} layers of the target, but fc reads {features}", fix=_NAME_THEM)
-    rope = _rope(layer)
+    rope = rope_settings(layer, where)
     angelslim = "Eagle3LlamaForCausalLM" in (config.get("architectures") or ()) and not speculators
     section = rope.get("mrope_section")
-    if section is not None and not (isinstance(section, list) and all(type(part) is int for part in section)):
-        raise UserError(f"mrope_section={section!r}", fix="give a list of whole numbers")
     interleaved = bool(rope.get("mrope_interleaved")) or angelslim
     positions = options.positions
     if positions is None:
         positions = "mrope" if section and (interleaved or not speculators) else "plain"
-    if positions == "mrope" and not section:
-        raise UserError('"positions": "mrope" without mrope_section in the rope settings', fix="take another")
+    head_dim = _size(layer, "head_dim", hidden // heads)
+    if positions == "mrope":
+        check_sections(section, head_dim, where)
     theta = options.rope_theta or layer.get("rope_theta") or rope.get("rope_theta") or OWN_ROPE_BASE
     if angelslim and not section and options.rope_theta is None:
         theta = OWN_ROPE_BASE
@@ -214,7 +224,7 @@ def _read(config: Mapping[str, Any], where: str, shapes: Shapes | None) -> Eagle
         intermediate_size=_size(layer, "intermediate_size"),
         num_attention_heads=heads,
         num_key_value_heads=_size(layer, "num_key_value_heads", heads),
-        head_dim=_size(layer, "head_dim", hidden // heads),
+        head_dim=head_dim,
         num_hidden_layers=_size(layer, "num_hidden_layers", 1),
         vocab_size=vocabulary,
         draft_vocab_size=_size(config, "draft_vocab_size", vocabulary),
@@ -226,6 +236,7 @@ def _read(config: Mapping[str, Any], where: str, shapes: Shapes | None) -> Eagle
         mrope_interleaved=interleaved if options.mrope is None else options.mrope == "interleaved",
         rope_theta=theta,
         image_rows=options.image_rows or "token",
+        image_tokens=options.image_tokens,
         norm_before_residual=_chosen(options.norm_before_residual, bool(_flag(config, "norm_before_residual"))),
         norm_before_fc=bool(_flag(config, "norm_before_fc")),
         fc_norm=bool(_flag(config, "fc_norm")),
@@ -233,7 +244,7 @@ def _read(config: Mapping[str, Any], where: str, shapes: Shapes | None) -> Eagle
         head_norm=head_norm,
         window=_window(layer),
         rms_norm_eps=layer.get("rms_norm_eps", 1e-6),
-        hidden_act=layer.get("hidden_act", "silu"),
+        hidden_act=activation(layer, where),
         attention_bias=has("layers.0.self_attn.q_proj.bias"),
         output_bias=has("layers.0.self_attn.o_proj.bias"),
         fc_bias=has("fc.bias"),
@@ -275,7 +286,7 @@ def _flag(config: Mapping[str, Any], key: str) -> bool | None:
 
 def _layer_ids(config: Mapping[str, Any], speculators: bool) -> tuple[Any, Literal["input", "output"]]:
     """The ids of the target's layers, as written, and what they mean to the publisher."""
-    names, inner = (IDS, "aux_hidden_states_layer_ids"), config.get("eagle_config") or {}
+    names, inner = (IDS, OTHER_IDS), config.get("eagle_config") or {}
     if not speculators:
         for ids in (inner.get(names[0]), inner.get(names[1]), config.get(names[1])):
             if ids is not None:
@@ -305,17 +316,6 @@ def _features(shapes: Shapes | None, target_hidden: int, named: Any) -> int:
             fix="is target_hidden_size right?",
         )
     return width[1] // target_hidden
-
-
-def _rope(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary settings, which have several places."""
-    rope = {**(layer.get("rope_scaling") or {}), **(layer.get("rope_parameters") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "mrope") or any(isinstance(value, Mapping) for value in rope.values()):
-        raise UserError(f"rotary positions of type {kind!r} in the head", fix="only default and M-RoPE are supported")
-    if rope.get("partial_rotary_factor", layer.get("partial_rotary_factor", 1.0)) not in (1, None):
-        raise UserError("partial rotary positions in the head", fix="only full ones are supported")
-    return rope
 
 
 def _window(layer: Mapping[str, Any]) -> int | None:

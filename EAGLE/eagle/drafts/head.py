@@ -11,6 +11,7 @@ EAGLE-3     `eagle.drafts.eagle3`
 ViSpec      `eagle.drafts.vispec`
 block       `eagle.drafts.block`
 MTP         `eagle.drafts.mtp`
+assistant   `eagle.drafts.assistant`, which reads the target's keys and values instead of rows of its own
 ==========  =====================================================================================
 """
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from eagle.drafts.compression import Compression
+from eagle.drafts.compression import Compression, Merging
 from eagle.drafts.modules import MLP, Attention, Rotary, capped, top_children
 from eagle.kv_cache import KVCache
 from eagle.weight_layout import input_major, to_input_major_layout
@@ -46,6 +47,18 @@ class Prompt(NamedTuple):
     positions: Tensor
     next_position: Tensor
 
+    def merged(self, plan: Merging) -> Prompt:
+        """With S' merged rows: embeddings and positions are means, the rest is that of the last row."""
+        positions = plan.mean(self.positions.flatten(0, -2).T).T  # [1 or 3, S']
+        return Prompt(
+            features=plan.pick(self.features, 1),
+            next_ids=plan.pick(self.next_ids, 1),
+            next_is_image=plan.pick(self.next_is_image, 1),
+            next_embeds=plan.mean(self.next_embeds[0])[None].to(self.next_embeds.dtype),
+            positions=positions.reshape(*self.positions.shape[:-1], -1),
+            next_position=self.next_position,
+        )
+
 
 class PromptRows(NamedTuple):
     """The input rows of a prompt.
@@ -65,6 +78,7 @@ class DraftHead(nn.Module, ABC):
 
     Attributes:
         kind: its name, for messages.
+        compilable: it has compiled parts (`eagle.decode.compiled`).
         target_layers: the target's layers whose input streams are the head's features, ascending. Empty: the features
             are the hidden states after the final norm.
         window: rows that a row sees, itself included. None sees all.
@@ -73,6 +87,7 @@ class DraftHead(nn.Module, ABC):
     """
 
     kind: ClassVar[str]
+    compilable: ClassVar[bool] = True
     config: Any
     layers: nn.ModuleList
     rotary: Rotary
@@ -107,6 +122,10 @@ class DraftHead(nn.Module, ABC):
     @abstractmethod
     def new_rotary(self) -> Rotary:
         """The rotary positions of the config."""
+
+    def renew_rotary(self) -> None:
+        """Computes what rotary positions need and checkpoints do not have."""
+        self.rotary = self.new_rotary()
 
     @abstractmethod
     def conventions(self) -> str:

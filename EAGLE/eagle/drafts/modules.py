@@ -36,7 +36,7 @@ class LayerSizes(Protocol):
 
 
 def capped(logits: Tensor, cap: float) -> Tensor:
-    """Logits between ``-cap`` and ``cap``, in the operations and their order of transformers."""
+    """Logits [..., V] between ``-cap`` and ``cap``, in the operations and their order of transformers."""
     return torch.tanh(logits / cap) * cap
 
 

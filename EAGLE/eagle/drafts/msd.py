@@ -88,12 +88,10 @@ class DraftModel(TrainedHead):
         return torch.where(next_is_image.unsqueeze(-1), image, text)
 
     def read_prompt(self, prompt: Prompt, compression: Compression) -> PromptRows:
-        hidden, next_ids, next_is_image, features, positions, next_position = prompt
-        plan = compression.plan(next_is_image[0])
-        if plan is not None:  # S is now the number of merged rows
-            hidden, next_ids, next_is_image = (plan.pick(part, 1) for part in (hidden, next_ids, next_is_image))
-            features = plan.mean(features[0])[None].to(features.dtype)
-            positions = plan.mean(positions.flatten(0, -2).T).T.unsqueeze(-2)  # [1 or 3, 1, S]
+        plan = compression.plan(prompt.next_is_image[0])
+        hidden, next_ids, next_is_image, features, positions, next_position = (
+            prompt if plan is None else prompt.merged(plan)
+        )
         embeds = torch.where(next_is_image.unsqueeze(-1), features, self.embed_tokens(next_ids))
         x = self.fuse(hidden, embeds, next_is_image)
         if self.config.options.positions == "plain":

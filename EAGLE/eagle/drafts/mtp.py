@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from eagle.drafts.compression import Compression
-from eagle.drafts.config import check_objects
+from eagle.drafts.config import check_keys, check_objects
 from eagle.drafts.head import DraftHead, Prompt, PromptRows
 from eagle.drafts.modules import Rotary
 from eagle.kv_cache import KVCache
@@ -93,6 +93,7 @@ class MTPDraft(DraftHead):
         """
         options = read_strict(MTPOptions, config.get("msd", {}), f"{where}, section 'msd'")
         check_objects(config, ("text_config",), where)
+        check_keys(config, ("msd", "text_config"), where, MTPOptions)
         text = dict(config.get("text_config") or config)
         kind = text.pop("model_type", None) or f"{config.get('model_type')}_text"
         if kind not in TEXT_MODELS:

@@ -2,7 +2,7 @@
 
 As Qwen2-VL numbers them (arXiv 2409.12191, section 2.1): a text token has the same number in all three rows (time,
 height, width); a picture's features share one time, and their row and column count from there; what follows a picture
-goes on behind its longer side.
+continues after its longer side.
 """
 
 from __future__ import annotations

@@ -164,15 +164,19 @@ class Target(ABC):
         Raises:
             UserError: the prompts have places for another number of features.
         """
-        masks = [self.media_mask(media, input_ids, inputs) for media in self.media]  # [B, S] each
-        image_mask = torch.stack(masks).any(dim=0)
+        image_mask = self.image_mask(input_ids, inputs)
         # an id of media may lie outside of the vocabulary
         embeds = self.model.get_input_embeddings()(input_ids.masked_fill(image_mask, 0))  # [B, S, H]
-        for media, mask in zip(self.media, masks, strict=True):
+        for media in self.media:
             given = {name: inputs.get(name) for name in media.inputs}
             encoded = encode_media(self.model, inputs, media.name, **given)
+            mask = self.media_mask(media, input_ids, inputs)
             embeds = place_features(embeds, mask, None if encoded is None else joined_features(encoded.pooler_output))
         return PromptEmbeds(embeds, image_mask)
+
+    def image_mask(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """[B, S] bool: the places of all features."""
+        return torch.stack([self.media_mask(media, input_ids, inputs) for media in self.media]).any(dim=0)
 
     def media_mask(self, media: Media, input_ids: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         """[B, S] bool: the places of features of this kind."""
@@ -385,7 +389,7 @@ class Target(ABC):
             own_positions = positions[..., index : index + 1, :][..., keep]
             own_next = next_position[index : index + 1]
             if prompt.image_mask[0, -1] and (own_positions[..., -1] + 1 != own_next).any():
-                # transformers goes on from the three numbers of the last token
+                # transformers continues from the three numbers of the last token
                 raise UserError("a prompt ends with a picture or video", fix="write some text behind it")
             part = cache.sequence(index)
             with self.streams(layers) as streams:

@@ -1,7 +1,7 @@
 """On which device a base model goes, if the caller leaves it open.
 
-A model that is spread over several accelerators waits at every border, and cannot be compiled. So it goes on one if
-its weights, a draft, a cache and some room fit there, and is spread only if they do not.
+A model that is spread over several accelerators waits at every border, and cannot be compiled. So it is loaded to one
+if its weights, a draft, a cache and some room fit there, and is spread only if they do not.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class Family:
 
     Args:
         name: what shards, drafts and `Target.family` call it.
-        title, published: the models' name and checkpoints, for `eagle.families.page`.
+        title, published: the models' name and checkpoints, for `python -m eagle.families`.
         model_types: values of ``model_type`` in a base model's config.json.
         target: adapter, ``module:class``.
         template: training template, ``module:class``.
@@ -286,7 +286,7 @@ def load_target(path: str | Path, dtype: Any = "auto", device_map: Any = None, *
 
     Args:
         dtype: a torch dtype or its name, or "auto" for the checkpoint's own (float32 on a CPU that is slow in 16 bit).
-        device_map: as in transformers. With None and "auto" the model goes on one accelerator if it fits there
+        device_map: as in transformers. With None and "auto" the model is loaded to one accelerator if it fits
             (`eagle.families.placement`); "auto" spreads it otherwise. `Target.placement` says what was chosen. "meta"
             opens the weight files and does not read their data.
         kwargs: hub settings (``revision``, ``cache_dir``, ``local_files_only``, ``token``) and other arguments of
@@ -319,7 +319,11 @@ def load_target(path: str | Path, dtype: Any = "auto", device_map: Any = None, *
 
 
 def target_class_of(path: str | Path, **hub: Any) -> type[Target]:
-    """The adapter of a base model, if the installed transformers has its models and the text model is known."""
+    """The adapter of a base model. Reads only its config.json.
+
+    Raises:
+        UserError: the family or the text model is not supported, or not in the installed transformers.
+    """
     from transformers import __version__
 
     from eagle.families.layers import check_text_type

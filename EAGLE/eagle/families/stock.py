@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from eagle.conversations import MARK
 from eagle.families.base import Target
-from llava.checkpoint import quiet_transformers
+from llava.checkpoint import check_quantisation, quiet_transformers
 from llava.device import dtype_for
 from llava.errors import UserError, reason_of
-from llava.generation import check_generation_config
+from llava.generation import check_generation_config, check_special_tokens
 from llava.hub import HUB_KEYS, Source
 from llava.image import load_image
 from llava.inputs import check_text
@@ -48,6 +48,8 @@ class StockTarget(Target):
         processor = load_processor(path, **hub)
         source = Source.of(path, hub, "base model")
         config = load_config(path, **hub)
+        check_quantisation(config, path)
+        check_special_tokens(source, config.get_text_config().vocab_size)
         weights = find_weights(source)
         check_size(cls.model_class, config, read_shapes(weights), path)
         check_unquantised(config, weights)

@@ -23,7 +23,7 @@ from eagle.families.stock import load_processor, parts_of, special_tokens, write
 from llava.errors import UserError
 
 PLACEHOLDER = "OK"
-"""Stands for an answer that is not known yet. Any short word will do: its ids are dropped, and the ids before and after
+"""Stands for an answer that is not known yet. Any short word works: its ids are dropped, and the ids before and after
 it do not depend on it, since an end token separates them."""
 EARLIER = "\ue000answer\ue000"
 """Stands for the answers of earlier turns, to find where the last of them ends."""

@@ -113,12 +113,14 @@ class Extractor(Reader):
             elif isinstance(result, Prepared):
                 prepared[place] = result
         report(len(futures) - len(prepared), 0)
-        for places in batches({place: len(item.input_ids) for place, item in prepared.items()}, self.batch_tokens):
-            items = [prepared.pop(place) for place in places]
-            for place, item, sample in zip(places, items, self.samples(items), strict=True):
+        lengths = {place: len(item.input_ids) for place, item in prepared.items()}
+        groups = list(batches(lengths, self.batch_tokens))
+        made = self.stream([prepared.pop(place) for place in places] for places in groups)
+        for places, samples in zip(groups, made, strict=True):
+            for place, sample in zip(places, samples, strict=True):
                 number = self.selection.number(span[0] + place)
-                outcome[place] = sample or Skipped(number, item.id, "too_large")
-            report(0 if self.regenerator else len(items), sum(len(item.input_ids) for item in items))
+                outcome[place] = sample or Skipped(number, ready[place].id, "too_large")
+            report(0 if self.regenerator else len(places), sum(lengths[place] for place in places))
         return outcome
 
     def _write(self, span: Range, outcome: Sequence[Sample | Skipped | None]) -> ShardInfo:
@@ -135,7 +137,7 @@ class Extractor(Reader):
 
 
 def load_base(name: str, family: str | None, dtype: Any, device: torch.device | str, check: bool) -> Target:
-    """Loads the base model whose hidden states are read.
+    """Loads the base model of data generation or training.
 
     Args:
         family: that of --model_type; None for any.

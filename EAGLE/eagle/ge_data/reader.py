@@ -6,7 +6,12 @@ padding does not change hidden states.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,73 +54,75 @@ class Reader:
         self.target, self.template, self.source, self.layers = target, template, source, layers
         self.batch_tokens = batch_tokens or BATCH_TOKENS["cpu" if target.device.type == "cpu" else "accelerator"]
         self._padding_checked = False
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
-    def read(self, items: Sequence[Prepared]) -> list[Sample]:
-        """The samples of all items, in their order.
+    def read(self, pieces: Iterable[Sequence[Prepared]]) -> Iterator[list[Sample]]:
+        """The samples of each piece, in the order of its items. The next piece is begun before those of one are there.
 
         Raises:
             UserError: a conversation does not fit into the GPU's memory, even alone.
         """
-        lengths = {place: len(item.input_ids) for place, item in enumerate(items)}
+        asked: deque[tuple[Sequence[Prepared], list[list[int]]]] = deque()
+
+        def groups() -> Iterator[list[Prepared]]:
+            for items in pieces:
+                lengths = {place: len(item.input_ids) for place, item in enumerate(items)}
+                asked.append((items, list(batches(lengths, self.batch_tokens))))
+                for places in asked[-1][1]:
+                    yield [items[place] for place in places]
+
         found: dict[int, Sample] = {}
-        for places in batches(lengths, self.batch_tokens):
-            batch = [items[place] for place in places]
-            for place, item, sample in zip(places, batch, self.samples(batch), strict=True):
+        for samples in self.stream(groups()):
+            items, parts = asked[0]
+            for place, sample in zip(parts.pop(0), samples, strict=True):
                 if sample is None:
-                    length = len(item.input_ids)
-                    raise UserError(f"a conversation of {length} tokens does not fit into the GPU's memory", item.id)
+                    what = f"a conversation of {len(items[place].input_ids)} tokens does not fit into the GPU's memory"
+                    raise UserError(what, items[place].id)
                 found[place] = sample
-        return [found[place] for place in range(len(items))]
+            if not parts:
+                yield [found.pop(place) for place in range(len(items))]
+                asked.popleft()
 
-    def samples(self, items: Sequence[Prepared]) -> list[Sample | None]:
-        """One forward over a batch, or over its halves if it does not fit into memory. None for a conversation that
-        does not fit even alone."""
-        return halved_within_memory(self._samples, items)
+    def stream(self, groups: Iterable[Sequence[Prepared]]) -> Iterator[list[Sample | None]]:
+        """The samples of each batch: one forward, or those of its halves if it does not fit into memory. None for a
+        conversation that does not fit even alone. A GPU has the forward of the next batch before the host waits for
+        the copies of one."""
+        waiting: list[Place | None] | None = None
+        for coming in chain((halved_within_memory(self._begin, items) for items in groups), [None]):
+            if waiting is not None:
+                yield [None if place is None else place.forward.samples[place.row] for place in waiting]
+            waiting = coming
 
-    def _samples(self, items: Sequence[Prepared]) -> list[Sample]:
-        samples = self._forward(items)
+    def _begin(self, items: Sequence[Prepared]) -> list[Place]:
+        forward = self._forward(items)
         if not self._padding_checked and len(items) > 1:
-            self._check_padding(items[0], samples[0])
-        return samples
+            self._check_padding(items[0], forward.samples[0])
+        return [Place(forward, row) for row in range(len(items))]
 
     @torch.inference_mode()
-    def _forward(self, items: Sequence[Prepared]) -> list[Sample]:
-        inputs = {name: value.to(self.target.device) for name, value in collate(items).items()}
-        prefill = self.target.prefill(inputs, self.layers)
-        kept, images = inputs["attention_mask"].bool(), prefill.image_mask
+    def _forward(self, items: Sequence[Prepared]) -> Forward:
+        """Begins a forward over a batch, and the copies of its results. All sizes are known on the host, which waits
+        for none of them."""
+        inputs, device = collate(items), self.target.device
+        mask = inputs["attention_mask"].bool()  # [B, S]
+        image_mask = self.target.image_mask(inputs["input_ids"], inputs) & mask
+        kept, images = (part.flatten().nonzero().squeeze(1).to(device) for part in (mask, image_mask))  # [T], [I]
+        prefill = self.target.prefill({name: part.to(device) for name, part in inputs.items()}, self.layers)
         states = DTYPES[self.source.dtype]
-        hidden = prefill.hidden[kept.to(prefill.hidden.device)]  # [T, H] of all sequences without their padding
-        features = prefill.embeds[(images & kept).to(prefill.embeds.device)].to(states)  # [I, H]
-        rows = [images[kept], features]
-        rows += quantise(hidden) if self.source.hidden_dtype == INT8 else [hidden.to(states)]
+        hidden = rows_of(prefill.hidden, kept)  # [T, H] of all sequences without their padding
+        sent = {"image_features": rows_of(prefill.embeds, images).to(states)}  # [I, H]
+        if self.source.hidden_dtype == INT8:
+            sent["hidden"], sent["hidden_scale"] = quantise(hidden)
+        else:
+            sent["hidden"] = hidden.to(states)
         if prefill.streams is not None:
-            rows.append(prefill.streams[kept.to(prefill.streams.device)].to(states))  # [T, n H]
-        image_mask, features, hidden, *more = to_host(rows)
-        streams = None if prefill.streams is None else more.pop()
-        scales = more
-        samples, start, first_image = [], 0, 0
-        for item in items:
-            end = start + len(item.input_ids)
-            last_image = first_image + int(image_mask[start:end].sum())
-            samples.append(
-                Sample(
-                    id=item.id,
-                    input_ids=item.input_ids,
-                    loss_mask=item.loss_mask,
-                    image_mask=image_mask[start:end],
-                    hidden=hidden[start:end],
-                    image_features=features[first_image:last_image],
-                    image_grids=self.template.grids(item.images),
-                    hidden_scale=scales[0][start:end] if scales else None,
-                    streams=None if streams is None else streams[start:end],
-                )
-            )
-            start, first_image = end, last_image
-        return samples
+            sent["streams"] = rows_of(prefill.streams, kept).to(states)  # [T, n H]
+        grids = [self.template.grids(item.images) for item in items]
+        return Forward(items, grids, image_mask, HostCopies(sent, self._streams))
 
     def _check_padding(self, item: Prepared, padded: Sample) -> None:
         """Compares the shortest sequence of a batch, which has the most padding, with its forward alone."""
-        alone, batched = (read.states() for read in (self._forward([item])[0], padded))  # [S, H]
+        alone, batched = self._forward([item]).samples[0].states(), padded.states()  # [S, H]
         difference = (alone - batched).norm() / alone.norm()
         tolerance = max(PADDING_TOLERANCE[self.target.dtype], PADDING_TOLERANCE[DTYPES[self.source.dtype]] / 10)
         if difference > tolerance:
@@ -126,14 +133,74 @@ class Reader:
         self._padding_checked = True
 
 
-def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies in the host's memory; from a GPU, all are sent to pinned memory before the host waits."""
-    copies = [torch.empty(each.shape, dtype=each.dtype, pin_memory=each.is_cuda) for each in tensors]
-    for copy, each in zip(copies, tensors, strict=True):
-        copy.copy_(each, non_blocking=True)
-    for device in {each.device for each in tensors if each.is_cuda}:
-        torch.cuda.current_stream(device).synchronize()
-    return copies
+class HostCopies:
+    """Copies of tensors in the host's memory. Those from a GPU are made beside its next work, in pinned memory.
+
+    Args:
+        tensors: by name.
+        streams: for copies, by device; those of further devices are added.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], streams: dict[torch.device, torch.cuda.Stream]) -> None:
+        self._tensors = list(tensors.values())  # their memory must last until they are copied
+        self._copies: dict[str, Tensor] = {}
+        self._events: list[torch.cuda.Event] = []
+        for device in {each.device for each in self._tensors}:
+            own = {name: each for name, each in tensors.items() if each.device == device}
+            if device.type != "cuda":
+                self._copies |= {name: each.cpu() for name, each in own.items()}
+                continue
+            if device not in streams:
+                streams[device] = torch.cuda.Stream(device)
+            streams[device].wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(streams[device]):
+                for name, each in own.items():
+                    self._copies[name] = torch.empty(each.shape, dtype=each.dtype, pin_memory=True)
+                    self._copies[name].copy_(each, non_blocking=True)
+            self._events.append(streams[device].record_event())
+
+    def wait(self) -> dict[str, Tensor]:
+        """The copies, once they are complete."""
+        for event in self._events:
+            event.synchronize()
+        self._tensors.clear()
+        return self._copies
+
+
+@dataclass
+class Forward:
+    """A forward over a batch that may still run. ``grids``: of the pictures of each item; ``image_mask`` [B, S]."""
+
+    items: Sequence[Prepared]
+    grids: Sequence[Tensor]
+    image_mask: Tensor
+    copies: HostCopies
+
+    @cached_property
+    def samples(self) -> list[Sample]:
+        """The sample of each item, once all are on the host."""
+        copies, samples, start, first_image = self.copies.wait(), [], 0, 0
+        for item, grids, mask in zip(self.items, self.grids, self.image_mask, strict=True):
+            own = mask[: len(item.input_ids)]
+            end, last_image = start + len(own), first_image + int(own.sum())
+            rows = {name: copy[start:end] for name, copy in copies.items() if name != "image_features"}
+            features = copies["image_features"][first_image:last_image]
+            about = (item.id, item.input_ids, item.loss_mask, own, rows.pop("hidden"), features, grids)
+            samples.append(Sample(*about, rows.get("hidden_scale"), rows.get("streams")))
+            start, first_image = end, last_image
+        return samples
+
+
+class Place(NamedTuple):
+    """The row of a conversation in a forward."""
+
+    forward: Forward
+    row: int
+
+
+def rows_of(values: Tensor, rows: Tensor) -> Tensor:
+    """Rows [N, X] of ``values`` [B, S, X], by their numbers [N] in B * S."""
+    return values.flatten(0, 1).index_select(0, rows.to(values.device))
 
 
 def batches(lengths: dict[int, int], batch_tokens: int) -> Iterator[list[int]]:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from eagle.ge_data.selection import Range, Selection, shortened
 from eagle.hidden_states.index import ShardInfo
 from eagle.hidden_states.source import Regeneration, Source, model_name
+from llava.arguments import is_greedy
 from llava.errors import UserError
 
 if TYPE_CHECKING:
@@ -232,7 +233,7 @@ def _extractor(job: Job, device: str) -> Extractor:
             draft=None if answers.msd_model is None else model_name(answers.msd_model),
             draft_fingerprint=None if draft is None else fingerprint(draft.fc.weight),
             temperature=answers.temperature,
-            seed=answers.seed if answers.temperature else None,
+            seed=None if is_greedy(answers.temperature) else answers.seed,
             max_new_tokens=answers.max_new_tokens,
         )
     source = source_of(target, job.model, job.hidden_dtype, regeneration, job.feature_layers)

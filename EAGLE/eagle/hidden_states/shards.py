@@ -105,9 +105,12 @@ class Sample:
         """Values of a row of the streams, and their dtype. None without streams."""
         return None if self.streams is None else (self.streams.shape[1], self.streams.dtype)
 
-    def hidden_into(self, out: Tensor) -> None:
-        """Writes the states of the first tokens to ``out`` [<= S, H]."""
+    def hidden_into(self, out: Tensor, scale: Tensor | None = None) -> None:
+        """Writes the states of the first tokens to ``out`` [<= S, H], and the scales of 8-bit ones to ``scale``."""
         out.copy_(self.hidden[: len(out)])
+        if scale is not None:
+            assert self.hidden_scale is not None
+            scale.copy_(self.hidden_scale[: len(out)])
 
     def streams_into(self, out: Tensor) -> None:
         """Writes the streams of the first tokens to ``out`` [<= S, n * H]."""
@@ -156,10 +159,14 @@ class DiskSample:
         """As of `Sample`."""
         return (len(self.streams) * self.width, self.dtype) if self.streams else None
 
-    def hidden_into(self, out: Tensor) -> None:
-        """Reads the states of the first tokens into ``out`` [<= S, H]."""
+    def hidden_into(self, out: Tensor, scale: Tensor | None = None) -> None:
+        """Reads the states of the first tokens into ``out`` [<= S, H]. 8-bit ones stay as they are if there is a
+        ``scale`` for their scales."""
         if self.hidden_scale is None:
             self.hidden.into(out)
+        elif scale is not None:
+            self.hidden.into(out)
+            self.hidden_scale.into(scale)
         else:
             scales = self.hidden_scale.into(torch.empty(len(out)))
             out.copy_(dequantise(self.hidden.into(torch.empty(out.shape, dtype=torch.int8)), scales, self.dtype))

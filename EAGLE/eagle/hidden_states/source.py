@@ -12,7 +12,9 @@ from typing import Any, ClassVar, Literal
 from pydantic import ConfigDict, StrictInt
 
 from eagle.hidden_states.validation import STRICT, Count, Number, Text, parse
+from llava.arguments import is_greedy
 from llava.errors import UserError
+from llava.hub import cached_folder
 
 SCHEMA = 5
 READABLE = (1, 2, 3, 4, 5)
@@ -42,7 +44,7 @@ class Regeneration:
     max_new_tokens: Count
 
     def __str__(self) -> str:
-        how = f"temperature {self.temperature:g}, seed {self.seed}" if self.temperature else "greedy"
+        how = "greedy" if is_greedy(self.temperature) else f"temperature {self.temperature:g}, seed {self.seed}"
         return f"{how}, at most {self.max_new_tokens} tokens, {f'draft {self.draft}' if self.draft else 'no draft'}"
 
 
@@ -96,17 +98,9 @@ def model_name(model: str) -> str:
 
 def commit_of(model: str) -> str | None:
     """The commit of a model in the hub's cache, given by hub name or snapshot folder; None for other models."""
-    if os.path.isdir(model):
-        snapshot = Path(model).resolve()
-    else:
-        from huggingface_hub import try_to_load_from_cache
-
-        from llava.hub import is_repository_name
-
-        found = try_to_load_from_cache(model, "config.json") if is_repository_name(model) else None
-        if not isinstance(found, str):
-            return None
-        snapshot = Path(found).parent
+    snapshot = Path(model).resolve() if os.path.isdir(model) else cached_folder(model)
+    if snapshot is None:
+        return None
     known = snapshot.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", snapshot.name)
     return snapshot.name if known else None
 

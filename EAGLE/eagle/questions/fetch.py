@@ -37,7 +37,7 @@ from eagle.questions.suites import (
 )  # fmt: skip
 from llava.arguments import OneLineParser
 from llava.errors import UserError, reason_of, run_cli
-from llava.files import atomic_write, read_object, unique_keys, write_json
+from llava.files import atomic_write, read_object, unique_keys, write_json, write_text
 from llava.hub import hub_errors
 from llava.image import MAX_DOWNLOAD, load_image
 from llava.strict import read_strict, strict_dataclass
@@ -65,7 +65,7 @@ def default_folder(suite: str, subset: str) -> Path:
     return Path(constants.HF_HOME) / "msd-suites" / f"{suite}-{subset}"
 
 
-COPIES = "or clone it, and run python -m eagle.questions fetch with --copies"
+COPIES = "or clone the repository, and run python -m eagle.questions fetch with --copies"
 
 
 def fetch(name: str, subset: str = "test", out: Path | None = None, copies: Path | None = None) -> Path:
@@ -77,7 +77,7 @@ def fetch(name: str, subset: str = "test", out: Path | None = None, copies: Path
             may have fewer rows.
 
     Raises:
-        UserError: the folder has another suite, a set cannot be had, or has other rows or columns than published.
+        UserError: the folder has another suite, a set cannot be fetched, or has other rows or columns than published.
     """
     suite, folder = SUITES[name], out or default_folder(name, subset)
     path = folder / QUESTIONS
@@ -89,8 +89,7 @@ def fetch(name: str, subset: str = "test", out: Path | None = None, copies: Path
             lines = [json.dumps(record, ensure_ascii=False) for record in records]
             counts = count_sources(map(json.loads, lines))
             check_counts(counts, suite, SUBSETS[subset], path if copies is None else None)
-            with atomic_write(path) as temporary:
-                temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            write_text(path, "".join(f"{line}\n" for line in lines))
             write_json(folder / RECORD, {**about, "copies": copies is not None, "questions": counts}, indent=1)
     found = read_object(folder / RECORD, "record of a suite")
     for source, (place, licence) in about["sources"].items():
@@ -108,7 +107,11 @@ def origins(suite: Suite) -> dict[str, list[str]]:
 
 
 def is_complete(folder: Path, about: Record) -> bool:
-    """Whether a folder has this suite already, with all its questions and pictures."""
+    """Whether a folder has this suite already, with all its questions and pictures.
+
+    Raises:
+        UserError: it has another suite.
+    """
     path = folder / RECORD
     if not path.exists() or not (folder / QUESTIONS).exists():
         return False
@@ -138,8 +141,16 @@ def check_counts(counts: dict[str, int], suite: Suite, expected: int, where: Pat
 
 
 def read_mmspec(subset: str, copies: Path | None, folder: Path) -> Iterator[Record]:
-    """The samples of MMSpec, whose pictures are written into ``folder``."""
+    """The samples of MMSpec, whose pictures are written into ``folder``.
+
+    Raises:
+        UserError: a file cannot be read, or a sample is damaged.
+    """
+    from huggingface_hub import constants
+
     place = f"{MMSPEC_FOLDER}/{subset}"
+    if copies is None and constants.HF_HUB_OFFLINE:
+        raise UserError("not here, and HF_HUB_OFFLINE is set", f"github.com/{MMSPEC}", f"unset it, {COPIES}")
 
     def get(name: str) -> bytes:
         if copies is None:
@@ -176,6 +187,15 @@ def read_sets(suite: Suite, subset: str, copies: Path | None, folder: Path) -> I
 
 
 def read_set(each: HubSet, count: int, copies: Path | None, folder: Path, cache: str) -> Iterator[Record]:
+    """The questions of one set of the hub.
+
+    Args:
+        count: at most so many.
+        cache: folder for what `datasets` writes.
+
+    Raises:
+        UserError: the set cannot be read, or has other rows than published.
+    """
     rows = load_rows(each, each.files, copies, cache)
     if copies is None and len(rows) != each.rows:
         raise UserError(f"{each.name} has {len(rows)} rows, not {each.rows}", f"{each.repository}@{each.revision}")
@@ -209,7 +229,11 @@ def suffix_of(data: bytes) -> str:
 
 
 def load_rows(each: HubSet, pattern: str, copies: Path | None, cache: str) -> Any:
-    """The rows of the files of a set, as `datasets.Dataset`."""
+    """The rows of the files of a set, as `datasets.Dataset`.
+
+    Raises:
+        UserError: the package is not installed, or the files cannot be fetched or read.
+    """
     require("datasets", extra="suites")
     from datasets import load_dataset
 

@@ -8,15 +8,15 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from eagle.report import charts, page
-from llava.files import atomic_write
+from eagle.report import charts, markdown_table, page
+from llava.files import atomic_write, write_text
 
 Report = Mapping[str, Any]
 CSV_COLUMNS = (
-    "base", "draft", "card", "dtype", "attention", "compiled", "batch", "temperature", "source", "questions",
-    "new_tokens", "tokens_per_second", "baseline_tokens_per_second", "baseline", "first_token_ms",
-    "baseline_first_token_ms", "tau", "accepted_per_cycle", "speedup", "paired_speedup", "paired_low", "paired_high",
-    "identical", "near_ties", "acceptance_by_position",
+    "base", "draft", "card", "dtype", "attention", "compiled", "batch", "temperature", "tree", "max_new_tokens", "data",
+    "source", "questions", "new_tokens", "tokens_per_second", "baseline_tokens_per_second", "baseline",
+    "first_token_ms", "baseline_first_token_ms", "tau", "accepted_per_cycle", "speedup", "paired_speedup",
+    "paired_low", "paired_high", "identical", "near_ties", "acceptance_by_position",
 )  # fmt: skip
 LOSING = 10
 """Questions listed where speculation loses most."""
@@ -84,7 +84,31 @@ def setting(report: Report) -> dict[str, str]:
         report["hardware"].get("gpu") or f"{report['hardware']['cpu']}, {report['hardware']['threads']} threads"
     )
     own["compiled"] = "yes" if report["setting"]["compiled"] else "no"
+    own |= {"tree": tree_text(settings["tree"]), "max_new_tokens": str(settings["max_new_tokens"])}
+    own["data"] = questions_of(settings)
     return {"base": Path(settings["base_model"]).name, "draft": Path(settings["msd_model"]).name, **own}
+
+
+def tree_text(tree: Mapping[str, Any]) -> str:
+    """The bounds of a `TreeConfig`.
+
+    >>> tree_text({"depth": 6, "top_k": 3, "total_tokens": 12, "adaptive": False})
+    '6/3/12'
+    """
+    return "auto" if tree["adaptive"] else "{depth}/{top_k}/{total_tokens}".format(**tree)
+
+
+def questions_of(settings: Mapping[str, Any]) -> str:
+    """Which questions were asked.
+
+    >>> questions_of({"suite": "mmspec", "subset": None, "data": "x/questions.jsonl", "limit": None})
+    'mmspec test'
+    >>> questions_of({"data": "pocket/data/heldout.jsonl", "limit": 4})
+    'heldout.jsonl, first 4'
+    """
+    suite, limit = settings.get("suite"), settings.get("limit")
+    name = f"{suite} {settings.get('subset') or 'test'}" if suite else Path(settings["data"]).name
+    return f"{name}, first {limit}" if limit else name
 
 
 def markdown(report: Report) -> str:
@@ -96,13 +120,11 @@ def markdown(report: Report) -> str:
         "commit": (report["commit"] or "unknown")[:12],
         "date": report["date"][:10],
     }
-    lines = [cells.keys(), ["---"] * len(cells), cells.values()]
-    return "".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in each) + " |\n" for each in lines)
+    return markdown_table(list(cells), [list(cells.values())]) + "\n"
 
 
 def write_markdown(report: Report, path: Path) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(markdown(report), encoding="utf-8")
+    write_text(path, markdown(report))
 
 
 def write_csv(report: Report, path: Path) -> None:
@@ -161,7 +183,8 @@ def write_html(report: Report, path: Path) -> None:
     more = f"({more}" if more else ""
     rows = {part: row(report, figures) for part, figures in parts(report).items()}
     machine = f"{where['card']}, {where['dtype']}, attention {where['attention']}, compiled: {where['compiled']}, "
-    machine += f"batch {where['batch']}, T = {where['temperature']}"
+    machine += f"batch {where['batch']}, T = {where['temperature']}, tree {where['tree']}, "
+    machine += f"up to {where['max_new_tokens']} new tokens; questions: {where['data']}"
     cycles = max(report["cycles"], 1)
     deepest = max(map(int, report["histogram"]), default=0)
     counts = {int(accepted): count for accepted, count in report["histogram"].items()}

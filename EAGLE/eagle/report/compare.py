@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from eagle.published import Published
-from eagle.report import charts, page
+from eagle.report import charts, markdown_table, page
 from eagle.report.intervals import Interval
-from eagle.report.runs import Row, Run, pairs_of
-from llava.files import atomic_write
+from eagle.report.runs import FIRST, PLAIN, SPEED, Row, Run, pairs_of
+from llava.files import write_text
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 HIGHER, LOWER, WITHIN, UNKNOWN, EQUAL = "higher", "lower", "within the spread", "spread unknown", "equal"
+REAL = (HIGHER, LOWER)
 NOT_COMPARED = ("commit", "date")
 """Settings that two runs need not share: they are listed, but explain no difference."""
 NOTE = (
@@ -169,6 +170,10 @@ def notes(runs: Sequence[Run]) -> list[str]:
     lines.append("In common: " + (", ".join(f"{name} {value}" for name, value in shared(runs).items()) or "no setting"))
     if apart := [name for name in differing(runs) if name not in NOT_COMPARED]:
         lines.append(f"The runs differ in {', '.join(apart)}: a difference may come from any of these.")
+    moved = dict.fromkeys(each.runs for each in comparisons(runs) if each.measure == PLAIN and each.verdict in REAL)
+    for first, other in moved:
+        lines.append(f"Plain decoding was not equally fast in {first} and {other}: {SPEED} and {FIRST} may differ for "
+                     "that reason alone. Compare the speed-ups, which are ratios within a run.")  # fmt: skip
     return [*lines, NOTE]
 
 
@@ -193,18 +198,13 @@ def as_json(runs: Sequence[Run], published: Sequence[Published] = ()) -> dict[st
 
 
 def write_markdown(runs: Sequence[Run], path: Path, published: Sequence[Published] = ()) -> None:
+    """The notes and all tables."""
     parts = ["# Comparison", "\n".join(f"- {line}" for line in notes(runs))]
     for title, (header, rows) in tables(runs).items():
         parts += [f"## {title}", markdown_table(header, rows)]
     if published:
         parts += [f"## {PUBLISHED}", markdown_table(*published_table(published, runs)), *published_notes(published)]
-    with atomic_write(path) as temporary:
-        temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
+    write_text(path, "\n\n".join(parts) + "\n")
 
 
 def write_html(runs: Sequence[Run], path: Path, published: Sequence[Published] = ()) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from llava.files import atomic_write
+from llava.files import write_text
 
 STYLE = Path(__file__).with_name("page.css")
 DEEPEST = 10
@@ -31,8 +31,7 @@ def write_page(path: Path, title: str, *sections: str) -> None:
     head = '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
     head += '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
     head += f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n"
-    with atomic_write(path) as temporary:
-        temporary.write_text(head + "\n".join(filter(None, sections)) + "\n</html>\n", encoding="utf-8")
+    write_text(path, head + "\n".join(filter(None, sections)) + "\n</html>\n")
 
 
 def section(title: str, *parts: str) -> str:

@@ -26,7 +26,7 @@ from llava.files import read_json
 
 Content = Mapping[str, Any]
 SPEEDUP, PAIRED, SPEED, FIRST, TAU = "speed-up of totals", "paired speed-up", "tokens/s", "first token ms", "τ"
-SIMULATED = "simulated τ"
+PLAIN, SIMULATED = "plain tokens/s", "simulated τ"
 KINDS = "msd bench, benchmarks.suite, lmms-eval, benchmarks.gpu_check or a training run"
 LMMS_RESULTS = "*_results.json"
 DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
@@ -129,6 +129,7 @@ Read = tuple[dict[str, Any], list[Row]]
 
 
 def read_bench(content: Content) -> Read:
+    """Settings and rows of a file of `msd bench`."""
     settings, setting = content["settings"], content.get("setting", {})
     names = ("max_new_tokens", "data", "limit", "top_p", "top_k", "seed", "tree", "draft_image_tokens")
     found = {
@@ -152,6 +153,7 @@ def bench_row(part: str, figures: Content, answers: Sequence[Content]) -> Row:
         SPEEDUP: plain(figures["speedup"]),
         PAIRED: Interval(paired["mean"], paired["low"], paired["high"]) if paired else None,
         SPEED: plain(figures["tokens_per_second"]["msd"]),
+        PLAIN: plain(figures["tokens_per_second"].get("baseline")),
         TAU: plain(figures["tau"]),
         FIRST: plain(next(iter(first.values()), None)),
     }
@@ -159,7 +161,7 @@ def bench_row(part: str, figures: Content, answers: Sequence[Content]) -> Row:
         tokens = [sum(map(len, each["cycles"])) for each in answers]
         own = [(count, each["seconds"]["msd"]) for count, each in zip(tokens, answers, strict=True)]
         other = [(each["baseline_tokens"], each["seconds"]["baseline"]) for each in answers]
-        texts[SPEEDUP], texts[SPEED] = of_speedup(own, other), of_ratio(own)
+        texts[SPEEDUP], texts[SPEED], texts[PLAIN] = of_speedup(own, other), of_ratio(own), of_ratio(other)
         texts[TAU] = tau_of(answers)
         texts[FIRST] = of_mean([1000 * each["first_token_seconds"]["msd"] for each in answers])
     near = f" ({same['near_ties']} differ at a near tie)" if same and same.get("near_ties") else ""
@@ -172,6 +174,7 @@ def tau_of(answers: Sequence[Content]) -> Interval | None:
 
 
 def read_server(content: Content) -> Read:
+    """Settings and rows of a file of `msd bench --server`."""
     settings = content["settings"]
     found = {
         "engine": "server", "base": content["model"], "draft": "of the server", **made(content),
@@ -193,6 +196,7 @@ def read_server(content: Content) -> Read:
 
 
 def read_suite(content: Content) -> Read:
+    """Settings and rows of a file of `benchmarks.suite`."""
     settings = content["settings"]
     models = {name: [pair.get("base"), pair.get("draft")] for name, pair in settings["models"].items()}
     found = {
@@ -217,6 +221,7 @@ def read_suite(content: Content) -> Read:
 
 
 def read_lmms(content: Content) -> Read:
+    """Settings and rows of a file of lmms-eval."""
     decoding = content["msd"] if "results" in content else content
     found = {
         "engine": "lmms-eval", "base": decoding["base"], "draft": decoding.get("draft"), **made(decoding),
@@ -248,6 +253,7 @@ def scores_of(values: Content) -> dict[str, Interval]:
 
 
 def read_gpu_check(content: Content) -> Read:
+    """Settings and rows of a file of `benchmarks.gpu_check`."""
     settings = content["settings"]
     found = {
         "engine": "benchmarks.gpu_check", "base": settings.get("base"), "draft": settings.get("draft"),
@@ -272,14 +278,16 @@ def read_gpu_check(content: Content) -> Read:
 
 
 def read_training(content: Content) -> Read:
+    """Settings and rows of ``training.json``."""
     losses = {row["step"]: row["loss"] for row in content["steps"]}
     simulated = {
         row["step"]: fmean(values["tau"] for values in row["results"].values()) for row in content["validations"]
     }
     rows = []
     for each in content.get("served", []):
+        validated = max((step for step in simulated if step <= each["step"]), default=None)  # the newest before it
         figures = {
-            TAU: tau_of(each["answers"]), SIMULATED: plain(simulated.get(each["step"])),
+            TAU: tau_of(each["answers"]), SIMULATED: plain(simulated.get(validated)),
             "training loss": plain(losses.get(each["step"])),
         }  # fmt: skip
         rows.append(Row(f"step {each['step']}", "MSD", known(figures)))

@@ -73,18 +73,16 @@ def portable(draft: DraftHead, name: str | Path) -> DraftModel:
     """
     if not isinstance(draft, DraftModel) or draft.block_size > 1:
         message = f"{draft.kind} heads are not exported to vLLM, only MSD drafts and EAGLE-3 heads are"
-        mtp = 'vLLM reads it from the base itself, with "method": "mtp"'
-        raise UserError(message, name, mtp if draft.kind == "MTP" else "serve one of these")
+        itself = {
+            "MTP": 'vLLM reads it from the base itself, with "method": "mtp"',
+            "Gemma 4 assistant": "vLLM reads its checkpoint as it is",
+        }
+        raise UserError(message, name, itself.get(draft.kind, "serve one of these"))
     for family in FAMILIES:
         if family.name == draft.config.model_type and not family.vllm:
             raise not_served(family, name)
     options = draft.config.options
-    if options.image_tokens is not None:
-        raise UserError(
-            f"vLLM cannot merge picture rows (image_tokens {options.image_tokens}): a draft reads all rows there",
-            name,
-            "serve a draft without image_tokens",
-        )
+    check_rows(options.image_tokens, "vLLM", name)
     if options.layer_size is not None:
         raise UserError("vLLM cannot run a draft whose layer has a hidden size of its own (layer_size)", name)
     if options.positions != "plain":
@@ -93,6 +91,16 @@ def portable(draft: DraftHead, name: str | Path) -> DraftModel:
             "serve a draft with plain positions",
         )  # fmt: skip
     return draft
+
+
+def check_rows(image_tokens: int | None, servers: str, where: str | Path) -> None:
+    """Raises `UserError` for a draft with merged image rows, which no server has."""
+    if image_tokens is not None:
+        raise UserError(
+            f"{servers} cannot merge picture rows (image_tokens {image_tokens}): a draft reads all rows there",
+            where,
+            "serve a draft without image_tokens",
+        )
 
 
 def served_families(draft: DraftModel) -> list[Family]:

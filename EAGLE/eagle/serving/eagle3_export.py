@@ -1,7 +1,8 @@
 """Writes an EAGLE-3 head in the layouts that servers read without a plugin.
 
 ``flat``: the keys of a Llama config with those of the head beside them, for vLLM and SGLang. ``speculators``: the
-layout of that library, which vLLM reads too; it also holds the base's token embedding, so it needs the base.
+layout of that library, which vLLM reads too; it also holds the base's token embedding, so it needs the base. SGLang has
+checks and a few keys of its own (`eagle.serving.sglang`), and vLLM reads what is written for it too.
 
 All conventions are written by the publisher's own key, and by name in the section ``"msd"``, so that a head gives equal
 outputs in both layouts whatever it was published as.
@@ -22,45 +23,68 @@ from eagle.drafts.eagle3_config import FEATURES, IDS, Eagle3Config
 from eagle.families.base_weights import BaseTensors, load_base_tensors
 from eagle.families.draft_config import text_config_of
 from eagle.provenance import record
+from eagle.serving.draft import check_rows
+from eagle.serving.sglang import check_sglang, sglang_fields
 from llava.errors import UserError
 from llava.files import atomic_folder, read_object, write_json
 from llava.hub import Source
 
 Layout = Literal["flat", "speculators"]
+Server = Literal["vllm", "sglang"]
 TOKENS = 5
 """Tokens that vLLM drafts in a cycle if nothing else is said."""
 
 
-def export_eagle3(name: str | Path, out: str | Path, layout: Layout = "flat", base: str | Path | None = None) -> Path:
+def export_eagle3(
+    name: str | Path,
+    out: str | Path,
+    layout: Layout = "flat",
+    base: str | Path | None = None,
+    server: Server = "vllm",
+) -> Path:
     """Writes a head into the folder ``out``.
 
     Args:
         name: head: folder or hub name.
         out: must not exist, or be empty.
         base: base model: folder or hub name. Its config and two of its tensors are read.
+        server: SGLang needs the base and the flat layout.
 
     Raises:
-        UserError: it is of another kind; the layout cannot carry it; it does not fit the base; or a base is needed and
-            not given.
+        UserError: it is of another kind; servers cannot run it; the layout cannot carry it; it does not fit the base;
+            or a base is needed and not given.
     """
     draft = load_draft(name)
     if not isinstance(draft, Eagle3Draft):
         raise UserError(f"this is one of the {draft.kind} heads, not an EAGLE-3 head", name)
+    check_rows(draft.config.image_tokens, "vLLM and SGLang", name)
     config, layers, tensors, verifier = draft.config, draft.config.target_layers, None, None
+    if server == "sglang" and layout != "flat":
+        raise UserError("SGLang reads heads in the flat layout only", where="--layout", fix="leave it out")
     if base is not None:
         tensors = load_base_tensors(base)
         check_sizes(config, tensors)
-        layers = config.layers_of(text_config_of(base)[1].num_hidden_layers)
+        family, text = text_config_of(base)
+        layers = config.layers_of(text.num_hidden_layers)
+        if server == "sglang":
+            check_sglang(draft, name, family, text.num_hidden_layers, tensors)
         fields = read_object(Source.of(base, what="base model").require("config.json", "base model config"))
         verifier = {"name_or_path": str(base), "architectures": fields.get("architectures") or []}
+    elif server == "sglang":
+        raise UserError("what SGLang runs depends on the base", name, "name it with --base-model")
     if layout == "speculators":
         check_speculators(config, name, tensors)
     with atomic_folder(out) as folder:
-        if layout == "flat":
+        if server == "sglang" and layers is not None:
+            written = complete_tensors(draft, tensors)
+            del written["embed_tokens.weight"]  # the base's: SGLang takes that itself
+            save_file(written, folder / "model.safetensors", metadata={"format": "pt"})
+            fields = {**flat_fields(config, layers), **sglang_fields(layers)}
+        elif layout == "flat":
             save_draft(draft, folder, dtype=draft.dtype)
             fields = flat_fields(config, layers)
         else:
-            save_file(speculators_tensors(draft, tensors), folder / "model.safetensors", metadata={"format": "pt"})
+            save_file(complete_tensors(draft, tensors), folder / "model.safetensors", metadata={"format": "pt"})
             fields = speculators_fields(config, layers, verifier)
         write_json(folder / "config.json", {**fields, "torch_dtype": str(draft.dtype).removeprefix("torch.")})
         write_json(folder / "provenance.json", {"draft": str(name), "base_model": base and str(base), **record()})
@@ -173,7 +197,7 @@ def speculators_fields(
     }
 
 
-def speculators_tensors(draft: Eagle3Draft, base: BaseTensors | None) -> dict[str, Tensor]:
+def complete_tensors(draft: Eagle3Draft, base: BaseTensors | None) -> dict[str, Tensor]:
     """The head's tensors, with the base's token embedding and ``lm_head`` where it has none of its own."""
     tensors = {name: tensor.contiguous() for name, tensor in draft.state_dict().items()}
     ids = draft.draft_vocab

@@ -1,9 +1,9 @@
 """Training of block heads: cross-entropy of each depth.
 
-One forward reads all certain rows of a sample, and the mask rows behind some of them, the anchors. Three rows, anchors
-0 and 2, and two mask rows of each (columns: certain rows | mask rows 1 | mask rows 2)::
+One forward reads all rows of a sample, and the mask rows behind some of them, the anchors. Three rows, anchors
+0 and 2, and two mask rows of each (columns: sample rows | mask rows 1 | mask rows 2)::
 
-    1 . . | . . | . .        certain rows
+    1 . . | . . | . .        sample rows
     1 1 . | . . | . .
     1 1 1 | . . | . .
     1 . . | 1 . | . .        mask rows 1

@@ -36,7 +36,7 @@ from eagle.provenance import now, record
 from eagle.train.engine import Engine
 from eagle.train.tracking import Meter
 from llava.errors import UserError
-from llava.files import atomic_write, read_json, write_json
+from llava.files import atomic_write, read_json, write_json, write_text
 from llava.memory import is_out_of_memory
 
 TEMPORARY, REPLACED = ".tmp-", ".old-"
@@ -98,6 +98,23 @@ class CheckpointStore:
             stack.enter_context(lock_folder(self.folder))
             self._lock = stack
 
+    def check_shared(self, engine: Engine) -> None:
+        """All processes write parts of a checkpoint into a folder that the main one makes.
+
+        Raises:
+            UserError: some process does not see what the main one writes here.
+        """
+        mark = self.folder / f"{TEMPORARY}shared"
+        if engine.is_main:
+            mark.mkdir(parents=True, exist_ok=True)
+        engine.barrier()
+        blind = int(engine.sum(torch.tensor(float(not mark.is_dir()))))
+        if engine.is_main:
+            mark.rmdir()
+        if blind:
+            what = f"{blind} of {engine.sizes.world} processes do not see the main one's folder of checkpoints"
+            raise UserError(what, self.folder, "put --cpdir on a file system that all machines share")
+
     def close(self) -> None:
         """Unlocks the folder."""
         if self._lock is not None:
@@ -147,8 +164,7 @@ class CheckpointStore:
         if engine.is_main:
             write_json(temporary / "progress.json", {name: getattr(progress, name) for name in SHARED})
             self._finish(engine, temporary, name, progress.step)
-            with atomic_write(self.folder / "latest") as pointer:
-                pointer.write_text(name + "\n", encoding="utf-8")
+            write_text(self.folder / "latest", name + "\n")
             for old in self.step_folders()[: -self.keep_last]:
                 shutil.rmtree(old)
         engine.barrier()

@@ -37,6 +37,7 @@ from torch import Tensor
 
 from eagle.drafts.compression import Compression
 from eagle.drafts.positions import mrope_positions
+from eagle.hidden_states.quantise import dequantise
 from llava.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,8 +53,9 @@ class Batch:
     ``input_ids`` [B, S] (0 at padding, and at image tokens unless the draft reads their ids); ``image_mask`` [B, S];
     ``image_features`` [I, H] of all samples in order; ``hidden`` [B, S, H] true states; ``loss_mask`` [B, S-1] rows in
     the loss; ``positions`` [3, B, S] M-RoPE positions (0 at padding), None for plain ones; ``streams`` [B, S, n * H]
-    those that enter chosen layers, None if the draft does not read them. ``noise`` its strength, ``seeds`` one for each
-    sample, and ``lengths`` the rows of each.
+    those that enter chosen layers, None if the draft does not read them. ``hidden_scale`` [B, S] of 8-bit states, which
+    `to` turns into 16-bit ones on the device; None for others. ``noise`` its strength, ``seeds`` one for each sample,
+    and ``lengths`` the rows of each.
     """
 
     input_ids: Tensor
@@ -63,6 +65,7 @@ class Batch:
     loss_mask: Tensor
     positions: Tensor | None = None
     streams: Tensor | None = None
+    hidden_scale: Tensor | None = None
     noise: float = 0.0
     seeds: Sequence[int] = ()
     lengths: Sequence[int] = ()
@@ -70,6 +73,7 @@ class Batch:
     @property
     def features(self) -> Tensor:
         """[B, S, F] what the draft reads: ``streams``, or ``hidden``."""
+        assert self.hidden_scale is None, "a batch in 8 bit that was not sent to its device"
         return self.hidden if self.streams is None else self.streams
 
     @property
@@ -83,7 +87,12 @@ class Batch:
         return inputs
 
     def to(self, device: torch.device | str) -> Batch:
-        return self._with(lambda part: part.to(device, non_blocking=True))
+        """The batch on a device, with states in 16 bit. 8-bit ones take half the time to read and to send."""
+        moved = self._with(lambda part: part.to(device, non_blocking=True))
+        if moved.hidden_scale is None:
+            return moved
+        hidden = dequantise(moved.hidden, moved.hidden_scale, moved.image_features.dtype)
+        return replace(moved, hidden=hidden, hidden_scale=None)
 
     def pin_memory(self) -> Batch:
         """Moves the tensors to pinned memory that are not there yet."""
@@ -121,7 +130,8 @@ def compressed(
     """The sample with the rows that the draft reads when it decodes with this compression; S becomes S'.
 
     Row t of the draft's input is ``h_t`` with token t+1, and rows are what is merged: row r of the result has the state
-    of its own row t(r) at place r, and the token, or the mean of the image features, at place r+1.
+    of its own row t(r) and the mean of its rows' streams at place r, and the token, or the mean of the image features,
+    at place r+1.
 
     Args:
         position_ids: [3, S] M-RoPE positions, or None; a merged row gets the mean of its rows'.
@@ -143,6 +153,9 @@ def compressed(
     merged = plan.mean(features)[image_mask[1:]].to(sample.image_features.dtype)
     if position_ids is not None:
         position_ids = torch.cat([plan.mean(position_ids[:, :-1].T).T, position_ids[:, -1:]], dim=1)  # [3, S']
+    streams = sample.streams
+    if streams is not None:
+        streams = torch.cat([plan.mean(streams[:-1]).to(streams.dtype), streams[-1:]])
     shorter = replace(
         sample,
         input_ids=tokens(sample.input_ids),
@@ -150,6 +163,7 @@ def compressed(
         image_mask=image_mask,
         hidden=torch.cat([plan.pick(sample.hidden[:-1]), sample.hidden[-1:]]),
         image_features=torch.cat([sample.image_features[:before], merged]),
+        streams=streams,
     )
     return shorter, position_ids
 
@@ -165,7 +179,8 @@ def collate(
     pin_memory: bool = False,
     image_ids: bool = False,
 ) -> Batch:
-    """Pads samples into a `Batch`. States that are still on disk are read to their place in it.
+    """Pads samples into a `Batch`. States that are still on disk are read to their place in it, in 8 bit if all samples
+    are stored so.
 
     Image rows are merged first, so ``max_length`` counts what is left.
 
@@ -191,7 +206,10 @@ def collate(
     ids, image = torch.zeros(size, dtype=torch.long), torch.zeros(size, dtype=torch.bool)
     loss_mask = torch.zeros(size[0], size[1] - 1, dtype=torch.bool)
     width, dtype = samples[0].width, samples[0].dtype
-    hidden, features = (buffer(each, dtype, pin_memory) for each in ((*size, width), (sum(images), width)))
+    scaled = all(sample.hidden_scale is not None for sample, _ in pairs)
+    hidden = buffer((*size, width), torch.int8 if scaled else dtype, pin_memory)
+    features = buffer((sum(images), width), dtype, pin_memory)
+    scale = torch.zeros(size) if scaled else None
     kind = torch.long if compression.tokens is None else torch.float32  # merged rows stand at means
     position_ids = torch.zeros(3, *size, dtype=kind) if positions != "plain" else None
     shape = samples[0].streams_shape
@@ -204,7 +222,7 @@ def collate(
         image[row, :length] = mask
         if length > 1:
             loss_mask[row, : length - 1] = draft_loss_mask(sample.loss_mask[:length].bool())
-        sample.hidden_into(hidden[row, :length])
+        sample.hidden_into(hidden[row, :length], None if scale is None else scale[row, :length])
         hidden[row, length:] = 0
         if streams is not None:
             sample.streams_into(streams[row, :length])
@@ -212,7 +230,7 @@ def collate(
         sample.features_into(parts[row])
         if position_ids is not None and own is not None:
             position_ids[:, row, :length] = own[:, :length]
-    known = (ids, image, features, hidden, loss_mask, position_ids, streams)
+    known = (ids, image, features, hidden, loss_mask, position_ids, streams, scale)
     batch = Batch(*known, noise, tuple(seeds), tuple(lengths))
     return batch.pin_memory() if pin_memory else batch
 

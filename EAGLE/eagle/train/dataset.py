@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, tee
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -25,7 +25,7 @@ from llava.errors import UserError
 
 P = TypeVar("P")
 T = TypeVar("T")
-Read = Callable[[Sequence[Any]], list[Sample]]
+Read = Callable[[Iterable[Sequence[Any]]], Iterator[list[Sample]]]
 WORKERS = 4
 """Threads that load batches for a GPU."""
 FINGERPRINTED = 67  # rows of the embedding, at least, that `fingerprint` reads
@@ -63,7 +63,7 @@ class TrainingData:
 
     Attributes:
         sources: name of a set → (samples, training indices, validation indices).
-        read: turns items of the sets into `Sample`s; None if they are samples already.
+        read: turns pieces, items of the sets, into `Sample`s; None if they are samples already.
         run: values of the data that a resumed run must share, beside the numbers of samples.
     """
 
@@ -196,7 +196,8 @@ def batches(
     Args:
         workers: threads that load samples; 0 for the default, `WORKERS` for a GPU and one for the CPU.
         pin_memory: whether batches are made in pinned memory, for a GPU.
-        read: turns items of ``samples`` into `Sample`s, in the caller's thread; None if they are samples already.
+        read: turns pieces, items of ``samples``, into `Sample`s, in the caller's thread; None if they are samples
+            already.
     """
 
     def load(piece: Sequence[Item]) -> tuple[Sequence[Any], Sequence[int]]:
@@ -209,7 +210,9 @@ def batches(
     threads = workers or (WORKERS if pin_memory else 1)
     if read is None:
         return prefetch(lambda piece: join(*load(piece)), pieces, threads)
-    return (join(read(found), seeds) for found, seeds in prefetch(load, pieces, threads))
+    loaded, again = tee(prefetch(load, pieces, threads))
+    made = read(found for found, _ in loaded)  # may read ahead
+    return (join(found, seeds) for found, (_, seeds) in zip(made, again, strict=True))
 
 
 def prefetch(load: Callable[[P], T], pieces: Iterable[P], threads: int) -> Iterator[T]:

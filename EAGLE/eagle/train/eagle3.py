@@ -22,7 +22,7 @@ from eagle.drafts.modules import capped
 from eagle.families.base_weights import BaseTensors
 from eagle.ge_data.vocabulary import most_frequent
 from eagle.train.collate import Batch
-from eagle.train.objective import TOP, Losses, Objective, best_tokens
+from eagle.train.objective import TOP, Losses, Objective, best_tokens, cast_once
 from eagle.train.settings import TrainConfig
 from llava.errors import UserError
 
@@ -67,8 +67,9 @@ class Eagle3Objective(Objective[Eagle3Draft]):
         rows, wanted = self.draft.head_input(predicted[loss_mask]), target[loss_mask].to(self.dtype)  # [N, H]
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
         hits = torch.zeros(TOP, dtype=torch.long, device=rows.device)
+        head = cast_once(self.head)
         for pair in zip(rows.split(self.config.head_chunk), wanted.split(self.config.head_chunk), strict=True):
-            loss, part_hits = checkpoint(self._chunk, *pair, use_reentrant=False)
+            loss, part_hits = checkpoint(self._chunk, *pair, head, use_reentrant=False)
             total, hits = total + loss, hits + part_hits
         number = loss_mask.sum()
         token = total / number.clamp(min=1) + 0.0 * predicted.sum()  # with a gradient also where no row counts
@@ -79,10 +80,10 @@ class Eagle3Objective(Objective[Eagle3Draft]):
             total = total + self.config.hidden_weight * hidden
         return Losses(total, hidden.detach(), token.detach(), hits, number)
 
-    def _chunk(self, rows: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of cross-entropies, and the hits [3]. ``rows``, ``wanted`` [n, H]."""
+    def _chunk(self, rows: Tensor, wanted: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of cross-entropies, and the hits [3]. ``rows``, ``wanted`` [n, H]; ``head`` [V, H] the base's."""
         with torch.no_grad():
-            logits = F.linear(wanted, self.head).float()  # [n, V]
+            logits = F.linear(wanted, head).float()  # [n, V]
             if self.cap is not None:
                 logits = capped(logits, self.cap)
             best, ids = logits.argmax(dim=-1, keepdim=True), self.draft.draft_vocab
@@ -116,20 +117,9 @@ def check_trainable(config: Eagle3Config, base: BaseTensors, settings: TrainConf
         raise UserError("EAGLE-3 heads without their own lm_head cannot be trained", fix="give a head that has one")
     if config.draft_vocab_size > vocabulary:
         raise UserError(f"draft_vocab_size {config.draft_vocab_size} of a vocabulary of {vocabulary}")
-    sections = config.mrope_section or ()
-    if config.positions == "mrope" and 2 * sum(sections) != config.head_dim:
-        raise UserError(
-            f"positions 'mrope' with mrope_section {list(sections)} for heads of {config.head_dim}",
-            fix="give rope_scaling an mrope_section that adds up to half a head, as the base model's",
-        )
     if settings.token_weight == 0:
         fix = "leave it out: the head's own lm_head has no other loss"
         raise UserError(f"token_weight={settings.token_weight} for an EAGLE-3 head", fix=fix)
-    if settings.draft_image_tokens >= 0:
-        raise UserError(
-            f"draft_image_tokens={settings.draft_image_tokens} for an EAGLE-3 head",
-            fix="leave it out: it keeps all rows",
-        )
 
 
 def trimmed_vocabulary(conversations: Iterable[Any], config: Eagle3Config) -> Tensor:

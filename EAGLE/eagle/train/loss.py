@@ -20,7 +20,7 @@ from eagle.drafts.modules import capped
 from eagle.drafts.msd import DraftModel
 from eagle.families.base_weights import BaseTensors
 from eagle.train.collate import Batch
-from eagle.train.objective import TOP, Losses, Objective, best_tokens
+from eagle.train.objective import TOP, Losses, Objective, best_tokens, cast_once
 from eagle.train.settings import TrainConfig
 from llava.errors import UserError
 
@@ -82,7 +82,7 @@ def soft_cross_entropy(
     Returns:
         the sum (scalar, float32) and hits [3], see `Losses`.
     """
-    return _SoftCrossEntropy.apply(predicted, target, head, chunk, cap)
+    return _SoftCrossEntropy.apply(predicted, target, cast_once(head), chunk, cap)
 
 
 def draft_loss(
@@ -146,17 +146,11 @@ class DraftObjective(Objective[DraftModel]):
 
 
 def check_base(config: DraftConfig, base: BaseTensors) -> None:
-    """Raises `UserError` unless the draft has the base's sizes, and sections for M-RoPE positions."""
+    """Raises `UserError` unless the draft has the base's sizes."""
     vocab, hidden = base.embed.shape
     if (config.vocab_size, config.hidden_size) != (vocab, hidden):
         raise UserError(
             f"the draft config has vocabulary {config.vocab_size} and hidden size {config.hidden_size}, "
             f"the base has {vocab} and {hidden}",
             fix="choose the config made for this base model",
-        )
-    sections = config.mrope_section or ()
-    if config.options.positions == "mrope" and 2 * sum(sections) != config.head_dim:
-        raise UserError(
-            f"positions 'mrope' with mrope_section {list(sections)} for heads of {config.head_dim}",
-            fix="give rope_scaling an mrope_section that adds up to half a head, as the base model's",
         )

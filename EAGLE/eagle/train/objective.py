@@ -97,13 +97,19 @@ class Objective(nn.Module, ABC, Generic[Head]):
         reported beside it are those of step 1."""
         config = self.config
         parts: list[tuple[float, Losses]] = []
-        count = batch.inputs.shape[1] - 1
+        count = batch.hidden.shape[1] - 1
         for step, predicted, rows in self.trained_steps(batch):
             target = shift_left(batch.hidden, step, count)[:, rows]
             losses = self.loss(predicted, target, rollout_loss_mask(batch.loss_mask, step)[:, rows])
             parts.append((config.rollout_decay ** (step - 1), losses))
         total = torch.stack([weight * losses.total for weight, losses in parts]).sum()
         return parts[0][1]._replace(total=total / sum(weight for weight, _ in parts))
+
+
+def cast_once(weight: Tensor) -> Tensor:
+    """A frozen weight as autocast uses it, which would cast it again in each product."""
+    kind = weight.device.type
+    return weight.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else weight
 
 
 @torch.no_grad()

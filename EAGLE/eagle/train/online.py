@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -82,8 +82,9 @@ class OnlineReader:
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
 
-    def __call__(self, items: Sequence[Prepared]) -> list[Sample]:
-        return [sample if sample.finite() else mask_out(sample) for sample in self.reader.read(items)]
+    def __call__(self, pieces: Iterable[Sequence[Prepared]]) -> Iterator[list[Sample]]:
+        for samples in self.reader.read(pieces):
+            yield [sample if sample.finite() else mask_out(sample) for sample in samples]
 
 
 def mask_out(sample: Sample) -> Sample:

@@ -74,6 +74,7 @@ def run(args: argparse.Namespace, stack: ExitStack) -> None:
     stack.callback(store.close)
     objective = build_objective(args, draft_config, base, config, data, main=rank == 0)
     engine = build_engine(objective, config, deepspeed_config, sizes)
+    store.check_shared(engine)
     progress = restore(args, store, engine, data, schedule, config, asked)
     if engine.is_main:
         print(schedule.describe(), flush=True)
@@ -82,7 +83,13 @@ def run(args: argparse.Namespace, stack: ExitStack) -> None:
     served = None
     if questions:
         served = ServedEvaluation(
-            args.basepath, questions, Path(args.cpdir), config.eval_length, engine.device, engine.is_main
+            args.basepath,
+            questions,
+            Path(args.cpdir),
+            config.eval_length,
+            engine.device,
+            engine.is_main,
+            args.self_check,
         )
     settings = {"base": args.basepath, "eval_data": args.eval_data and str(args.eval_data), **asdict(config)}
     tracker = Tracker(Path(args.cpdir), args.tracker, total, progress.step, settings, engine.is_main)

@@ -34,7 +34,11 @@ class BatchSizes:
 
     @classmethod
     def from_deepspeed(cls, config: Mapping[str, Any], world: int, where: str | Path) -> BatchSizes:
-        """DeepSpeed's rule: ``train_batch_size = micro x accumulation x world``; one of the three may be left out."""
+        """DeepSpeed's rule: ``train_batch_size = micro x accumulation x world``; one of the three may be left out.
+
+        Raises:
+            UserError: a size is not a whole number above 0, or they contradict each other.
+        """
         total, micro, steps = (
             config.get(key)
             for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")

@@ -21,7 +21,7 @@ from eagle.decode.msd import MSDModel
 from eagle.decode.stats import Stats
 from eagle.drafts.checkpoint import load_draft, save_draft
 from eagle.drafts.head import TrainedHead
-from eagle.families import load_target
+from eagle.ge_data.extract import load_base
 from eagle.questions import Question
 from eagle.train.checkpoint import TEMPORARY
 
@@ -30,23 +30,31 @@ class ServedEvaluation:
     """Answers questions greedily and with the fixed tree of the device, so that two evaluations of a draft are equal.
 
     Args:
-        base: the base model, as for `load_target`.
+        base: the base model, folder or hub name.
         folder: where the draft is written to be loaded; removed after each evaluation.
         length: new tokens of an answer at most.
         main: False on processes that only wait.
+        check: whether to do the self-check of `eagle.decode.self_check`.
 
     Raises:
-        UserError: the base model cannot be loaded, or a question is too long for it.
+        UserError: the base model cannot be loaded or fails the self-check, or a question is too long for it.
     """
 
     def __init__(
-        self, base: str, questions: Sequence[Question], folder: Path, length: int, device: torch.device, main: bool
+        self,
+        base: str,
+        questions: Sequence[Question],
+        folder: Path,
+        length: int,
+        device: torch.device,
+        main: bool,
+        check: bool = True,
     ) -> None:
         self.questions, self.folder, self.length, self.device, self.main = questions, folder, length, device, main
         if not main:
             return
         with same_random_state(device):
-            self.target = load_target(base, dtype="auto", device_map={"": device})
+            self.target = load_base(base, None, "auto", device, check)
             self.inputs = [question.inputs(self.target) for question in questions]
             for question, inputs in zip(questions, self.inputs, strict=True):
                 self.target.check_length(inputs, length, where=f"question {question.id}")

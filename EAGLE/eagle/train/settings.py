@@ -75,6 +75,9 @@ class TrainConfig:
     head_chunk: int = Field(512, ge=1, description="rows that go through lm_head at a time")
 
     save_every: int = Field(0, ge=0, description="steps between checkpoints; 0 is once an epoch")
+    save_minutes: float = Field(
+        0.0, ge=0, description="minutes between checkpoints, in place of save_every; 0 is by steps"
+    )
     validate_every: int = Field(0, ge=0, description="steps between validations; 0 is once an epoch")
     log_every: int = Field(10, ge=1, description="steps between logged values")
     keep_last: int = Field(2, ge=1, description="checkpoints kept, the newest ones (the best is kept apart)")
@@ -90,16 +93,19 @@ class TrainConfig:
 
     def fingerprint(self) -> dict[str, Any]:
         """The settings that decide the loss curve; a resumed run must have the same."""
-        free = {"save_every", "validate_every", "log_every", "keep_last", "max_steps", "workers", "head_chunk",
-                "simulated_depth", "validation_limit", "eval_every", "eval_limit", "eval_length"}  # fmt: skip
+        free = {"save_every", "save_minutes", "validate_every", "log_every", "keep_last", "max_steps", "workers",
+                "head_chunk", "simulated_depth", "validation_limit", "eval_every", "eval_limit",
+                "eval_length"}  # fmt: skip
         late = {"draft_image_tokens"} if self.draft_image_tokens < 0 else set()  # older runs do not have it
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free | late}
 
 
 def with_draft_settings(draft: AnyDraft, config: TrainConfig) -> AnyDraft:
     """The draft's config with the training settings that decoding needs too."""
-    if config.draft_image_tokens < 0 or isinstance(draft, Eagle3Config):
+    if config.draft_image_tokens < 0:
         return draft
+    if isinstance(draft, Eagle3Config):
+        return cast(AnyDraft, replace(draft, image_tokens=config.draft_image_tokens))
     options = replace(draft.options, image_tokens=config.draft_image_tokens)
     return cast(AnyDraft, replace(draft, options=options))
 
@@ -141,6 +147,8 @@ def read_config(
     eagle3 = is_eagle3_config(draft)
     kind_of_config = Eagle3Config if eagle3 else BlockConfig if BLOCK in draft else DraftConfig
     read = kind_of_config.from_dict(draft, where=path)
+    if kind_of_config is DraftConfig and (layers := draft.get("num_hidden_layers")) not in (None, 1):
+        raise UserError(f"num_hidden_layers={layers!r}", path, "give 1: an MSD draft has one layer")
     section = {**recipe_of(read), **content.get(SECTION, {})}
     return read, read_strict(TrainConfig, section, f"{path}, section '{SECTION}'")
 
@@ -189,9 +197,18 @@ def add_setting_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def override(config: TrainConfig, args: argparse.Namespace) -> TrainConfig:
-    """``config`` with the flags that were given."""
+    """``config`` with the flags that were given.
+
+    Raises:
+        UserError: a value is out of bounds, or checkpoints are asked for both by steps and by time.
+    """
     given = {f.name: getattr(args, f.name) for f in fields(TrainConfig) if getattr(args, f.name) is not None}
-    return replace(config, **given)
+    config = replace(config, **given)
+    if config.save_every and config.save_minutes:
+        raise UserError(
+            f"save_every={config.save_every} and save_minutes={config.save_minutes:g}", fix="give one of them"
+        )
+    return config
 
 
 def check_settings(args: argparse.Namespace) -> None:
@@ -237,7 +254,7 @@ def check_sources(args: argparse.Namespace) -> None:
     files = {"--annotations_t": args.annotations_t, "--annotations_v": args.annotations_v}
     others = {"--image-folder": args.image_folder, "--limit": args.limit, "--model_type": args.model_type}
     others.update({"--dtype": args.dtype, "--batch-tokens": args.batch_tokens})
-    others["--no-self-check"] = None if args.self_check else False
+    others["--no-self-check"] = None if args.self_check or args.eval_data else False
     wanted = files if args.online else stored
     fix = f"give {' or '.join(wanted)}, or both"
     for flag, value in (stored if args.online else {**files, **others}).items():

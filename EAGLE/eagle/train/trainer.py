@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -37,6 +38,7 @@ class Trainer:
     ) -> None:
         self.engine, self.data, self.schedule, self.config = engine, data, schedule, config
         self.store, self.tracker, self.progress, self.served = store, tracker, progress, served
+        self._saved_at = time.monotonic()
 
     def run(self) -> bool:
         """Returns whether training is complete."""
@@ -89,7 +91,7 @@ class Trainer:
         progress.step += 1
         self.tracker.advance()
         last = progress.step == schedule.total_steps
-        saves = last or progress.step % (config.save_every or schedule.steps_per_epoch) == 0
+        saves = last or self._save_is_due()
         if progress.step % config.log_every == 0 or saves:
             self._check_loss()
         if progress.step % config.log_every == 0 or last:
@@ -107,6 +109,17 @@ class Trainer:
             if saves:
                 self._check_weights()
                 self.store.save(self.engine, progress)
+                self._saved_at = time.monotonic()
+
+    def _save_is_due(self) -> bool:
+        """Whether a checkpoint is due, the same in all processes: by time the main process decides, where it logs."""
+        config, step = self.config, self.progress.step
+        if not config.save_minutes:
+            return step % (config.save_every or self.schedule.steps_per_epoch) == 0
+        if step % config.log_every:
+            return False
+        due = self.engine.is_main and time.monotonic() - self._saved_at >= 60 * config.save_minutes
+        return bool(self.engine.sum(torch.tensor(float(due))))
 
     def _check_loss(self) -> None:
         """Raises `UserError` if the loss is NaN or infinite, before such a draft replaces a good one."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import re
 from typing import Any
 
 from PIL import Image
@@ -12,6 +11,7 @@ from pydantic import Field
 from eagle.decode.sampling import SamplingSettings
 from llava.errors import UserError
 from llava.image import load_image
+from llava.inputs import check_text
 from llava.strict import read_strict, strict_dataclass
 
 MAX_QUESTION = 500_000
@@ -22,7 +22,6 @@ MAX_SIDE = 8192
 """Longest side of a picture in pixels; a square of it has 0.2 GB of RGB."""
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")
 """Formats of pictures. Not those for which Pillow starts other programs, such as EPS."""
-HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 @strict_dataclass
@@ -48,8 +47,7 @@ class AnswerRequest:
         """
         if isinstance(given, dict):
             given = {"max_new_tokens": min(cls.max_new_tokens, longest), **given}
-            if HALF_CHARACTER.search(str(given.get("question"))):
-                raise UserError("the question has half of a character (a lone surrogate)", fix="write the character")
+            check_text(str(given.get("question")), "the question")
         request = read_strict(cls, given, None)
         if not request.question.strip():
             raise UserError("no question", fix="write one")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
-from functools import cache
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_draft import make_draft
-from tiny_llava import make_image, make_llava_hf
+from tiny_llava import make_llava_hf
+from tiny_questions import QUESTIONS, answer_alone, prepared
 from tiny_stock import make_qwen
 
 from eagle import MSDModel, TreeConfig
@@ -33,7 +33,6 @@ BASES = {"llava": make_llava_hf, "qwen2_vl": make_qwen}
 SIZE = 4
 MROPE = {"msd": {"positions": "mrope"}, "rope_scaling": {"mrope_section": [1, 1, 2]}}
 TREE, CHAIN = TreeConfig(3, 4, 16), TreeConfig(3, 1, 5)
-QUESTIONS = [("Which is larger?", 2), ("Name two rivers.", 0), ("How many shapes are there?", 1)]
 TOKENS = 20
 
 
@@ -48,19 +47,8 @@ def pair(request, tmp_path_factory):
     return SimpleNamespace(target=target, folder=head, model=MSDModel(target, load_draft(head, torch.float32), TREE))
 
 
-def prepared(target, questions):
-    prompts = [target.chat_prompt(text, num_images=count) for text, count in questions]
-    images = [make_image(seed=seed) for _, count in questions for seed in range(count)]
-    return target.prepare(prompts if len(prompts) > 1 else prompts[0], images)
-
-
-@cache
-def alone(target, question) -> list[int]:
-    """The answer of transformers' `generate`."""
-    inputs = prepared(target, [question])
-    inputs |= target.complete_inputs(inputs["input_ids"], inputs)
-    output = target.model.generate(**inputs, do_sample=False, max_new_tokens=TOKENS)
-    return output[0, inputs["input_ids"].shape[1] :].tolist()
+def alone(target, question):
+    return answer_alone(target, question, TOKENS)
 
 
 TREES = [TREE, CHAIN, TreeConfig(0, 3, 4), TreeConfig(1, 2, 6), TreeConfig(7, 2, 12)]

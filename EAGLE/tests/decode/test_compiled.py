@@ -236,7 +236,7 @@ def recorded(models: list[MSDModel], monkeypatch: pytest.MonkeyPatch) -> SimpleN
 
         def call(*given: object, name: str = name, part: Callable[..., object] = own) -> object:
             shapes = [tuple(each.shape) for each in given if isinstance(each, torch.Tensor)]
-            caches = [(each.capacity, len(each.window.sight)) for each in given if isinstance(each, StaticCache)]
+            caches = [(each.capacity, len(each.window.columns)) for each in given if isinstance(each, StaticCache)]
             seen.add((name, *shapes, *caches))
             return part(*given)
 
@@ -245,7 +245,7 @@ def recorded(models: list[MSDModel], monkeypatch: pytest.MonkeyPatch) -> SimpleN
     def whole(function: Callable[..., object]) -> Callable[..., object]:
         def call(*given: object) -> object:
             shapes = [tuple(each.shape) for each in given if isinstance(each, torch.Tensor)]
-            columns = [each.window.sight.shape[0] for each in given if isinstance(each, StaticCache)]
+            columns = [each.window.columns.shape[0] for each in given if isinstance(each, StaticCache)]
             seen.add((function.__name__, *shapes, *(columns if function.__name__ != "finish" else ())))
             return function(*given)
 

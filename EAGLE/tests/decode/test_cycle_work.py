@@ -65,8 +65,8 @@ def test_heads_of_a_group_see_what_their_row_may_see(kv_heads: int) -> None:
         part = cache.sequence(row)
         model(x[row : row + 1, :prefix], positions[:, :prefix], cache=part)
     cache.truncate([prefix, prefix])
-    sight = torch.ones(3, 3, dtype=torch.bool).tril().expand(2, -1, -1)
-    mask = batch_mask([prefix, prefix], sight, torch.float32)
+    visible = torch.ones(3, 3, dtype=torch.bool).tril().expand(2, -1, -1)
+    mask = batch_mask([prefix, prefix], visible, torch.float32)
     got = model(x[:, prefix:], positions[:, prefix:], mask, cache)
     torch.testing.assert_close(got, expected[:, prefix:], atol=1e-5, rtol=0)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from tiny_eagle3 import make_eagle3
 from tiny_families import make_qwen3_vl
 from tiny_llava import make_image, make_llava_hf
+from tiny_questions import QUESTIONS, answer_alone, prepared
 from tiny_stock import make_qwen
 from torch._dynamo.utils import counters
 
@@ -26,7 +26,6 @@ BASES = {
     "llava": make_llava_hf,
 }
 TREE, CHAIN = TreeConfig(3, 4, 16), TreeConfig(3, 1, 5)
-QUESTIONS = [("Which is larger?", 2), ("Name two rivers.", 0), ("How many shapes are there?", 1)]
 TOKENS = 20
 
 
@@ -45,19 +44,8 @@ def model_of(pair, tree=TREE, **changes) -> MSDModel:
     return MSDModel(pair.target, load_draft(folder, dtype=torch.float32), tree)
 
 
-def prepared(target, questions):
-    prompts = [target.chat_prompt(text, num_images=count) for text, count in questions]
-    images = [make_image(seed=seed) for _, count in questions for seed in range(count)]
-    return target.prepare(prompts if len(prompts) > 1 else prompts[0], images)
-
-
-@cache
-def alone(target, question) -> list[int]:
-    """The answer of transformers' `generate`."""
-    inputs = prepared(target, [question])
-    inputs |= target.complete_inputs(inputs["input_ids"], inputs)
-    output = target.model.generate(**inputs, do_sample=False, max_new_tokens=TOKENS)
-    return output[0, inputs["input_ids"].shape[1] :].tolist()
+def alone(target, question):
+    return answer_alone(target, question, TOKENS)
 
 
 SECTION = {"rope_type": "default", "mrope_section": [2, 1, 1]}
@@ -73,6 +61,8 @@ HEADS = {
         "shapes": {f"fc_norm.{index}.weight": (32,) for index in range(3)},
     },
     "mrope, features": {"rope_scaling": SECTION, "msd": {"image_rows": "feature"}},
+    "mrope, merged features": {"rope_scaling": SECTION, "msd": {"image_rows": "feature", "image_tokens": 2}},
+    "merged placeholders": {"msd": {"image_tokens": 1, "positions": "temporal"}},
     "mrope interleaved": {"rope_scaling": {**SECTION, "mrope_interleaved": True}},
     "temporal": {"msd": {"positions": "temporal"}},
     "target's head": {"drop": ("lm_head.weight",)},
@@ -103,7 +93,7 @@ def test_greedy_answers_equal_generate(pair, head):
     ("pair", "head", "plainly"),
     [
         *(pytest.param(base, head, False, marks=pytest.mark.slow) for base in BASES for head in HEADS),
-        *(("qwen3_vl", head, True) for head in ("flat", "two layers, window", "mrope, features")),
+        *(("qwen3_vl", head, True) for head in ("flat", "two layers, window", "mrope, merged features")),
     ],
     indirect=["pair"],
 )
@@ -184,7 +174,7 @@ def test_the_cache_changes_nothing(pair, head):
     drafter = Drafter(draft, pair.target.head, count + 20, tree)
     drafter.start(0, prefill, inputs["input_ids"], first)
     accepted = [prefill.features[0, :3], first.repeat(3)]
-    drafter.extend([accepted[0]], [accepted[1]])  # any rows: three more certain ones
+    drafter.extend([accepted[0]], [accepted[1]])  # any rows: three more accepted ones
     found = drafter.expand(tree).of(0).tokens
 
     hidden = torch.cat([draft.condense(prefill.features), draft.condense(accepted[0][None])], dim=1)
@@ -280,7 +270,53 @@ def test_an_image_id_without_an_embedding_is_refused(pair):
         config.image_token_id = own
 
 
-def test_what_other_kinds_do_not_have(pair):
-    draft = load_draft(make_eagle3(pair.folder / "plain", pair.target), dtype=torch.float32)
-    with pytest.raises(UserError, match="EAGLE-3 heads read all"):
-        MSDModel(pair.target, draft, draft_image_tokens=4)
+SIZES = [(60, 50), (112, 60), (56, 100)]
+MERGED_SLOW = [("llava", "feature"), ("qwen2_5_vl", "token")]
+
+
+@torch.inference_mode()
+def cached_rows(model, inputs) -> int:
+    """Rows of the draft's cache behind the prompt."""
+    prefill = model.target.prefill(inputs, model.draft.target_layers)
+    length = inputs["input_ids"].shape[1]
+    drafter = Drafter(model.draft, model.target.head, length, TREE)
+    drafter.start(0, prefill, inputs["input_ids"], torch.tensor([7]))
+    return drafter.cache.length
+
+
+@pytest.mark.parametrize(
+    ("pair", "rows"),
+    [
+        pytest.param(base, rows, marks=[pytest.mark.slow] if (base, rows) in MERGED_SLOW else [])
+        for base in BASES
+        for rows in ("token", "feature")
+    ],
+    indirect=["pair"],
+)
+def test_merged_image_rows(pair, rows):
+    """With no, one and three pictures of different sizes: trees, chains, samples and a batch."""
+    options = {"image_rows": rows, "image_tokens": 3}
+    model = model_of(pair, rope_scaling=SECTION, msd=options)
+    whole = model_of(pair, rope_scaling=SECTION, msd={"image_rows": rows})
+    chosen = MSDModel(pair.target, whole.draft, TREE, draft_image_tokens=3)
+    target, expected, accepted, settings = pair.target, [], 0, {"temperature": 0.0, "max_new_tokens": TOKENS}
+    prompts = [target.chat_prompt("Which is larger?", num_images=count) for count in (0, 1, 3)]
+    images = [make_image(width=width, height=height, seed=width) for width, height in SIZES]
+    for prompt, count in zip(prompts, (0, 1, 3), strict=True):
+        inputs = target.prepare(prompt, images[:count])
+        pictures, length = int(target.prefill(inputs).image_mask.sum()), inputs["input_ids"].shape[1]
+        assert cached_rows(model, inputs) == length - pictures + 3 * count
+        assert cached_rows(whole, inputs) == length
+        inputs |= target.complete_inputs(inputs["input_ids"], inputs)
+        answer = target.model.generate(**inputs, do_sample=False, max_new_tokens=TOKENS)[0, length:].tolist()
+        expected.append(answer)
+        for tree in (TREE, CHAIN):
+            found, same = (each.generate(**inputs, tree=tree, **settings) for each in (model, chosen))
+            assert found.tokens[0] == same.tokens[0] == answer
+            assert found.stats.accept_lengths == same.stats.accept_lengths
+            accepted += sum(found.stats.accept_lengths)
+    assert accepted > 0
+    together = target.prepare(prompts, [images[0], *images])
+    assert model.generate(**together, **settings).tokens == expected
+    sampled = {"temperature": 0.8, "top_p": 0.9, "max_new_tokens": TOKENS, "seed": 5}
+    assert model.generate(**together, **sampled).tokens == model.generate(**together, use_msd=False, **sampled).tokens

@@ -9,20 +9,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_families import make_qwen3_5, make_qwen3_vl
-from tiny_llava import make_image
 from tiny_mtp import add_mtp, extract_mtp
+from tiny_questions import QUESTIONS, prepared
 from torch import Tensor
 
 from eagle import MSDModel, TreeConfig
 from eagle.decode.drafter import Drafter
 from eagle.doctor.models import check_draft, check_pair
-from eagle.drafts.checkpoint import kind_of, load_draft
+from eagle.drafts.checkpoint import load_draft
 from eagle.families import family_named, load_target
 from eagle.serving.draft import portable
 from llava.errors import UserError
 
 CHAIN, LENGTH = TreeConfig(4, 1, 6), 24
-QUESTIONS = [("Which is larger?", 2), ("Name two rivers.", 0), ("How many shapes are there?", 1)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,12 +40,6 @@ def pair(request, tmp_path_factory, needs_the_model):
     target = load_target(base, dtype=torch.float32)
     target.model.generation_config.eos_token_id = None
     return SimpleNamespace(base=base, target=target, draft=load_draft(base, dtype=torch.float32), kind=kind)
-
-
-def prepared(target, questions):
-    prompts = [target.chat_prompt(text, num_images=count) for text, count in questions]
-    images = [make_image(seed=seed) for _, count in questions for seed in range(count)]
-    return target.prepare(prompts if len(prompts) > 1 else prompts[0], images)
 
 
 class Plain:
@@ -212,6 +205,12 @@ def test_refusals(tmp_path):
         portable(load_draft(complete), complete)
     with pytest.raises(UserError, match=r"mtp_num_hidden_layers=2"):
         load_draft(config_of(complete, mtp_num_hidden_layers=2))
+    fields = (complete / "config.json").read_text()
+    for changes, said in (({"MSD": {}}, "did you mean 'msd'"), ({"positions": "plain"}, "outside of section 'msd'")):
+        (complete / "config.json").write_text(json.dumps({**json.loads(fields), **changes}))
+        with pytest.raises(UserError, match=said):
+            load_draft(complete)
+    (complete / "config.json").write_text(fields)
     config_of(complete, mtp_num_hidden_layers=1, model_type="qwen3_next")
     with pytest.raises(UserError, match=r"MTP layers of 'qwen3_next' are not supported"):
         load_draft(complete)
@@ -246,9 +245,3 @@ def test_positions_are_an_option(tmp_path):
     (base / "config.json").write_text(json.dumps(config | {"msd": {"position": "plain"}}))
     with pytest.raises(UserError, match=r"unknown key 'position'"):
         load_draft(base)
-
-
-def test_assistants_of_gemma_4_are_refused():
-    """They read the keys and values of the base, not its hidden states."""
-    with pytest.raises(UserError, match=r"Gemma 4 assistant heads are not supported"):
-        kind_of({"model_type": "gemma4_assistant"}, ["pre_projection.weight"], "config.json")

@@ -12,7 +12,8 @@ from packaging.version import Version
 from repository import FULL_PARITY
 from safetensors.torch import load_file
 from tiny_families import make_qwen3_vl
-from tiny_llava import make_image, make_llava_hf
+from tiny_llava import make_llava_hf
+from tiny_questions import QUESTIONS, prepared
 from tiny_stock import make_qwen
 from tiny_vispec import make_vispec
 from torch._dynamo.utils import counters
@@ -119,7 +120,6 @@ BASES = {
     "qwen2_5_vl": lambda folder: make_qwen(folder, version="2.5"),
     "llava": make_llava_hf,
 }
-QUESTIONS = [("Which is larger?", 2), ("Name two rivers.", 0), ("How many shapes are there?", 1)]
 
 
 @pytest.fixture(scope="module", params=BASES)
@@ -128,10 +128,10 @@ def target(request, tmp_path_factory):
     return load_target(BASES[request.param](folder), dtype=torch.float32)
 
 
-def prepared(target, questions):
-    prompts = [target.chat_prompt(text, num_images=count) for text, count in questions]
-    images = [make_image(seed=seed) for _, count in questions for seed in range(count)]
-    return target.prepare(prompts if len(prompts) > 1 else prompts[0], images)
+def test_rows_cannot_be_chosen(target, tmp_path):
+    draft = load_draft(make_vispec(tmp_path, target), dtype=torch.float32)
+    with pytest.raises(UserError, match="draft image tokens 4: ViSpec heads"):
+        MSDModel(target, draft, draft_image_tokens=4)
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,13 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Pair(base, head, host, dict(inputs), dict(several))
 
 
+@pytest.fixture(scope="module")
+def model(pair: Pair) -> MSDModel:
+    """The pair on one pretended GPU."""
+    with PretendedGPU():
+        return pair.on_gpu()
+
+
 @pytest.fixture
 def gpu() -> Iterator[PretendedGPU]:
     with PretendedGPU() as pretended:

@@ -14,7 +14,7 @@ from eagle import MSDModel, TreeConfig
 from eagle.conversations import read_conversation
 from eagle.decode.adaptive.cost import describe, measure
 from eagle.exactness import SETTINGS, check_prompt, first_difference, noise_processors, significant
-from eagle.families import template_of
+from eagle.families import Target, template_of
 from eagle.families.template import Prepared
 from eagle.ge_data.extract import source_of
 from eagle.ge_data.reader import Reader
@@ -25,13 +25,6 @@ from .conftest import GPU, Pair, moved
 
 TREE = TreeConfig(2, 3, 8)
 LONGEST = 400
-
-
-@pytest.fixture(scope="module")
-def model(pair: Pair) -> MSDModel:
-    """The pair on one pretended GPU."""
-    with PretendedGPU():
-        return pair.on_gpu()
 
 
 def test_exactness(pair: Pair, model: MSDModel, gpu: PretendedGPU) -> None:
@@ -99,6 +92,26 @@ def test_regenerated_answers(
         assert torch.equal(one.input_ids, other.input_ids) and torch.equal(one.loss_mask, other.loss_mask)
 
 
+def test_a_batch_of_samples_is_waited_for_once(
+    pair: Pair, model: MSDModel, gpu: PretendedGPU, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copies are sent behind the forward, which the host does not wait for: it knows all sizes."""
+    template, prefill = template_of(model.target), Target.prefill
+    items = [template.prepare(read_conversation(row, n), pictures, LONGEST) for n, row in enumerate(rows())]
+    reader = Reader(model.target, template, source_of(model.target, str(pair.base), "int8"), 2000)
+
+    def launched(*given: Any) -> Any:
+        found = prefill(*given)
+        gpu.forget()
+        return found
+
+    monkeypatch.setattr(Target, "prefill", launched)
+    forward = reader._forward(items)
+    assert gpu.waits == {"to host: reader.py __init__": 3}  # features, states, scales
+    assert len(forward.samples) == len(items)
+    assert gpu.waits == {"to host: reader.py __init__": 3, "stream: reader.py wait": 1}
+
+
 def test_samples_for_training(pair: Pair, model: MSDModel, gpu: PretendedGPU, pictures: Path) -> None:
     """Hidden states of a padded batch, with its check, come to the host as the CPU computes them."""
     template = template_of(pair.host.target)
@@ -106,7 +119,7 @@ def test_samples_for_training(pair: Pair, model: MSDModel, gpu: PretendedGPU, pi
     items, read = [template.prepare(talk, pictures, LONGEST) for talk in talks], []
     for each in (model, pair.host):
         reader = Reader(each.target, template_of(each.target), source_of(each.target, str(pair.base)), 2000)
-        read.append(reader.read(items))
+        read.extend(reader.read([items]))
         assert reader._padding_checked
     for one, other in zip(*read, strict=True):
         for name in ("hidden", "image_features", "image_mask", "input_ids"):

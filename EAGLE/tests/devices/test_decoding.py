@@ -68,13 +68,6 @@ def answer(
 
 
 @pytest.fixture(scope="module")
-def model(pair: Pair) -> MSDModel:
-    """The pair on one pretended GPU."""
-    with PretendedGPU():
-        return pair.on_gpu()
-
-
-@pytest.fixture(scope="module")
 def spread(pair: Pair) -> MSDModel:
     """The pair on two: as accelerate lays out a base that is too large for one."""
 

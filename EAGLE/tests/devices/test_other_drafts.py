@@ -1,4 +1,4 @@
-"""EAGLE-3 and ViSpec heads on pretended GPUs: no devices are mixed, and answers are those of the CPU."""
+"""EAGLE-3 and ViSpec heads and assistants on pretended GPUs: no devices are mixed, answers are those of the CPU."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from pretended_gpu import PretendedGPU
+from tiny_assistant import make_assistant
 from tiny_eagle3 import make_eagle3
+from tiny_families import make_gemma4
+from tiny_llava import make_image
 from tiny_vispec import make_vispec
 
 from eagle import MSDModel, TreeConfig
 from eagle.drafts.checkpoint import load_draft
-from eagle.families import Target, load_target
+from eagle.families import Target, family_named, load_target
 
 from .conftest import GPU, Pair, moved
 
@@ -48,6 +51,24 @@ def test_two_gpus(pair: Pair, tmp_path: Path, head: str) -> None:
         model = MSDModel(target, draft, TREE)
         for given, tokens in zip(prompts, expected, strict=True):
             assert model.generate(**moved(given), max_new_tokens=5, temperature=0.0).tokens == tokens
+
+
+def test_an_assistant_reads_the_cache_of_its_gpu(tmp_path: Path) -> None:
+    try:
+        family_named("gemma4").target_class()
+    except ImportError as error:  # an older transformers
+        pytest.skip(str(error))
+    base = make_gemma4(tmp_path / "base")
+    own = make_assistant(base, tmp_path / "draft")
+    host = MSDModel(load_target(base, dtype=torch.float32), load_draft(own, dtype=torch.float32), TREE)
+    inputs = host.target.prepare(host.target.chat_prompt("How many?", num_images=1), [make_image()])
+    expected = host.generate(**inputs, max_new_tokens=8, temperature=0.0).tokens
+    with PretendedGPU():
+        target = load_target(base, dtype=torch.float32)
+        target.model.to(GPU)
+        model = MSDModel(target, load_draft(own, dtype=torch.float32, device=GPU), TREE)
+        assert "the draft is a Gemma 4 assistant head" in model.compile_note
+        assert model.generate(**moved(inputs), max_new_tokens=8, temperature=0.0).tokens == expected
 
 
 def spread(target: Target) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,12 +12,6 @@ from pretended_tensor import DeviceMix, OnGPU
 from torch import Tensor
 
 GPU = "cuda:0"
-
-
-@pytest.fixture
-def gpu() -> Iterator[PretendedGPU]:
-    with PretendedGPU() as pretended:
-        yield pretended
 
 
 def here() -> Tensor:

@@ -21,13 +21,6 @@ TOKENS = 10
 pytestmark = pytest.mark.parametrize("pair", ["llava"], indirect=True)  # the families share these parts
 
 
-@pytest.fixture(scope="module")
-def model(pair: Pair) -> MSDModel:
-    """The pair on one pretended GPU."""
-    with PretendedGPU():
-        return pair.on_gpu()
-
-
 class Cycles:
     """What the cycles of an answer did. ``waits``: by kind; ``places``: for messages; ``count``: cycles, of all
     sequences together one; ``levels``: of the draft tree that an adapting tree was asked about; ``new``: tokens."""
@@ -40,9 +33,9 @@ class Cycles:
             prefill(decoder)
             gpu.forget()
 
-        def counted_draft(decoder: Decoder) -> Any:
+        def counted_draft(decoder: Decoder, *given: Any) -> Any:
             self.count += 1
-            drafted = draft(decoder)
+            drafted = draft(decoder, *given)
             self.drafted += max(tree.size for tree in drafted.trees) > 1
             return drafted
 
@@ -174,5 +167,5 @@ def test_a_batch(pair: Pair, model: MSDModel, gpu: PretendedGPU, monkeypatch: py
     """Still one copy to the host; more lists of numbers go to the GPU, some for each forward of the draft."""
     cycles = Cycles(gpu, monkeypatch, model, {**moved(pair.several), "temperature": 0.0})
     assert cycles.by_kind("to host", "number", "size") == (cycles.count, 0, 0), cycles.show()
-    forwards = 2 + model.tree.depth  # verification, the certain rows, and the levels
+    forwards = 2 + model.tree.depth  # verification, the accepted rows, and the levels
     assert cycles.waits["to GPU"] <= (8 + 3 * forwards) * cycles.count, cycles.show()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -224,7 +225,8 @@ SEE = """
 import json, sys
 from eagle.doctor.models import check_base, check_draft
 for look, name in ((check_base, "tiny/llava"), (check_draft, "tiny/llava-msd"), (check_base, "tiny/hf"),
-                   (check_draft, "tiny/hf-msd"), (check_draft, "tiny/vispec"), (check_base, "tiny/absent")):
+                   (check_draft, "tiny/hf-msd"), (check_draft, "tiny/vispec"), (check_base, "tiny/absent"),
+                   (check_base, "tiny/gptq")):
     model, checks = look(name, hub=True)
     print(json.dumps([name, [check.state.value for check in checks], " ".join(check.found for check in checks)]))
 """
@@ -238,12 +240,25 @@ def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess
 @pytest.mark.slow
 def test_models_on_the_hub_are_seen_without_a_download(repositories: Path, tmp_path: Path) -> None:
     make_vispec(repositories / "tiny/vispec", load_target(repositories / "tiny/hf", dtype="float32"))
+    shutil.copytree(repositories / "tiny/hf", repositories / "tiny/gptq")
+    fields = json.loads((repositories / "tiny/hf/config.json").read_text())
+    quantised = {**fields, "quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (repositories / "tiny/gptq/config.json").write_text(json.dumps(quantised))
     with HubServer(repositories) as hub:
         done = run(["-c", SEE], **hub.environment(tmp_path))
         rows = [json.loads(line) for line in done.stdout.splitlines()]
-        wanted = [["ok"], ["ok", "ok"], ["ok"], ["ok", "ok"], ["ok", "ok"], ["problem"]]  # a draft's conventions too
+        wanted = [
+            ["ok"],
+            ["ok", "ok"],
+            ["ok"],
+            ["ok", "ok"],
+            ["ok", "ok"],
+            ["problem"],
+            ["problem"],
+        ]  # a draft has conventions
         assert [states for _, states, _ in rows] == wanted, done.stderr
         assert all("M parameters; weights not checked" in found or "tower" in found for *_, found in rows[:5])
+        assert "quantised model cannot be loaded" in rows[6][2]
         assert " MSD: " in rows[3][2] and " ViSpec: " in rows[4][2]
         fetched = [path for method, path in hub.requests if method == "GET" and path.endswith((".bin", ".safetensors"))]
         assert {Path(path).suffix for path in fetched} <= {".safetensors"}  # headers, by range

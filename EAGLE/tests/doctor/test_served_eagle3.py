@@ -44,12 +44,16 @@ def differences(checks: list[Check]) -> dict[str, str]:
     return {check.topic.removeprefix("vLLM: "): check.found for check in checks if check.state is State.PROBLEM}
 
 
-@pytest.mark.parametrize(("family", "runner"), [("llava", "V1"), ("llava", "V2"), ("qwen3_vl", "V1")])
+@pytest.mark.parametrize(
+    ("family", "runner", "msd"),
+    [("llava", "V1", {}), ("llava", "V2", {}), ("qwen3_vl", "V2", {"positions": "plain"})],
+)
 @pytest.mark.parametrize("config", [{}, {"draft_vocab_size": 50}], ids=["whole", "trimmed"])
-def test_a_head_as_it_is_trained_by_default_agrees(
-    bases: dict[str, tuple[Path, Target]], family: str, runner: str, config: dict[str, Any]
+def test_a_head_as_it_is_trained_by_default_or_with_plain_positions_agrees(
+    bases: dict[str, tuple[Path, Target]], family: str, runner: str, msd: dict[str, str], config: dict[str, Any]
 ) -> None:
     base, target = bases[family]
+    config = {**config, "msd": msd}
     checks = check_served_eagle3(head(config, base), target, runner)
     assert {check.state for check in checks} == {State.OK}, checks
     assert any("chains only" in check.found for check in checks)
@@ -67,6 +71,7 @@ TOP = [0, 1, 2]
          "layers", "layers 1, 2, vLLM has the inputs of layers 0, 1"),
         ("llava", "V1", {"eagle_config": {IDS: [-1, 0, 1]}, IDS: None}, "layers", "0, 1, 2, vLLM has .* -1, 0, 1$"),
         ("llava", "V1", {"msd": {"image_rows": "feature"}}, "image rows", "projected image features, vLLM has the"),
+        ("llava", "V1", {"msd": {"image_tokens": 4}}, "image rows", "at most 4 rows of a picture, vLLM has the place"),
         ("llava", "V1", {"msd": {"norm_before_residual": True}}, "norms", "norm_before_residual true.*residual false"),
         ("llava", "V1", {"norm_output": True}, "norms", "norm_output false.*norm_output true"),
         ("llava", "V1", {"msd": {"feedback": "after"}}, "norms", "norm_output true.*norm_output false"),
@@ -89,6 +94,8 @@ def test_each_difference_is_a_line_with_a_fix(
 ) -> None:
     base, target = bases[family]
     told = differences(check_served_eagle3(head(config, base), target, runner))
+    cache = told.pop("cached rows", "")
+    assert ("overwrite rows of the prompt" in cache) == (family != "llava" and runner == "V1")
     assert list(told) == [topic]
     assert re.search(found, told[topic]), told
 
@@ -96,9 +103,9 @@ def test_each_difference_is_a_line_with_a_fix(
 def test_runners_are_told_apart_and_ids_are_compared_without_a_base(bases: dict[str, tuple[Path, Target]]) -> None:
     base, target = bases["qwen3_vl"]
     checks = check_served_eagle3(head({}, base), target, None)
-    assert list(differences(checks)) == ["positions, model runner V2"]
+    assert list(differences(checks)) == ["positions, model runner V2", "cached rows, model runner V1"]
     told = check_served_eagle3(head({"msd": {"target_layers": [0, 1, 3]}}, base), None, "V1")
-    assert list(differences(told)) == ["layers"] and told[0].state is State.WARNING
+    assert list(differences(told)) == ["layers", "cached rows"] and told[0].state is State.WARNING
 
 
 def test_the_layout_of_speculators_has_defaults_of_its_own(bases: dict[str, tuple[Path, Target]]) -> None:

@@ -3,18 +3,22 @@
 import json
 import os
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
+from fault_support import MakesFolder
 from safetensors.torch import load_file, save_file
 
 from eagle.decode.tree_config import TreeConfig
 from eagle.doctor import State
 from eagle.doctor.models import check_draft
 from eagle.drafts.checkpoint import load_draft, save_draft
-from eagle.drafts.config import DraftConfig
+from eagle.drafts.config import KNOWN_KEYS, DraftConfig
 from eagle.drafts.msd import DraftModel
+from eagle.families import FAMILIES
 from llava import UserError
+from llava.strict import similar_key
 
 LLAVA = {"model_type": "llava", "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 40}
 QWEN = {
@@ -115,6 +119,92 @@ def test_a_tensor_that_a_draft_does_not_need_is_left_out(tmp_path, kind, name, c
     assert set(load_file(saved / "model.safetensors")) == COMMON
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type 'linear' in the head: .*only default and M-RoPE"),
+        ({"rope_scaling": {"rope_type": "default", "type": "dynamic"}}, "rotary positions of type 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rotary positions of type 'yarn'"),
+        ({"text_config": {"rope_scaling": {"rope_type": "llama3"}}}, "rotary positions of type 'llama3'"),
+        ({"rope_scaling": {"factor": 2.0}}, "unknown key 'factor': .*section 'rope_scaling'"),
+        ({"rope_scaling": {"type": "mrope", "mrope_sections": [1, 1, 2]}}, "did you mean 'mrope_section'"),
+        ({"rope_scaling": {"full_attention": {"rope_type": "default"}}}, "unknown key 'full_attention'"),
+        ({"partial_rotary_factor": 0.5}, "partial rotary positions"),
+        ({"hidden_act": "silu", "hidden_activation": "gelu"}, "hidden_act='silu' and hidden_activation='gelu'"),
+        ({"MSD": {"decoupled": False}}, "unknown key 'MSD': .*did you mean 'msd'"),
+        ({"msd_": {}}, "did you mean 'msd'"), ({"Block": {"size": 4}}, "did you mean 'block'"),
+        ({"rope-theta": 1e6}, "did you mean 'rope_theta'"), ({"rope_teta": 1e6}, "did you mean 'rope_theta'"),
+        ({"hiden_act": "gelu"}, "did you mean 'hidden_act'"), ({"rms_norm_ep": 1e-5}, "did you mean 'rms_norm_eps'"),
+        ({"decoupled": False}, "'decoupled' is outside of section 'msd'"),
+        ({"positions": "mrope"}, "'positions' is outside of section 'msd'"),
+        ({"msd": {"positions": "mrope"}}, r"with mrope_section \[\] for heads of 8"),
+        (
+            {"msd": {"positions": "mrope"}, "rope_scaling": {"mrope_section": [-4, 4, 4]}},
+            r"with mrope_section \[-4, 4, 4\] for heads of 8",
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_setting_that_would_be_ignored_is_named(tmp_path, more, message):
+    folder = write(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **more}))
+    with pytest.raises(UserError, match=message) as raised:
+        load_draft(folder)
+    assert "config.json" in str(raised.value) and "\n" not in str(raised.value)
+
+
+BASES = {
+    "llava": {
+        "mm_hidden_size": 1024, "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "max_length": 4096,
+        "freeze_mm_mlp_adapter": False, "image_aspect_ratio": "pad", "pretraining_tp": 1, "rope_scaling": None,
+        "use_mm_proj": True, "unfreeze_mm_vision_tower": False, "attention_bias": False, "mlp_bias": False,
+    },
+    "qwen2_5_vl": {
+        "vision_config": {"depth": 32, "hidden_act": "gelu", "window_size": 112}, "sliding_window": 32768,
+        "max_window_layers": 28, "use_sliding_window": False, "vision_token_id": 151654, "num_hidden_layers": 1,
+        "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": [1, 1, 2]},
+    },
+    "qwen3_vl": {
+        "rope_parameters": {"rope_theta": 5e6, "rope_type": "default", "mrope_interleaved": True,
+                            "mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0, "factor": None},
+        "deepstack_visual_indexes": [5], "moe_intermediate_size": 768, "head_dim": 8,
+    },
+    "gemma3": {
+        "hidden_activation": "silu", "query_pre_attn_scalar": 256, "final_logit_softcapping": None,
+        "sliding_window_pattern": 6, "layer_types": ["full_attention"], "rope_local_base_freq": 10000.0,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", BASES)
+def test_keys_of_base_models_are_accepted(tmp_path, family):
+    """Those that a draft does not read change nothing."""
+    path = write(tmp_path) / "config.json"
+    plain = DraftConfig.from_json(path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **BASES[family]}))
+    found = DraftConfig.from_json(path)
+    read = {"rope_theta": found.rope_theta, "mrope_section": found.mrope_section}
+    assert replace(found, mrope_interleaved=plain.mrope_interleaved) == replace(plain, **read)
+
+
+def test_no_key_of_transformers_looks_like_one_of_ours():
+    """Names of the text configs of all families, which a published draft may have."""
+    from transformers import CONFIG_MAPPING
+
+    kinds = [kind for family in FAMILIES for kind in family.model_types if kind in CONFIG_MAPPING]
+    assert len(kinds) > 5
+    for kind in kinds:
+        config = CONFIG_MAPPING[kind]()
+        for key in {*config.to_dict(), *config.get_text_config().to_dict()}:
+            assert similar_key(key, KNOWN_KEYS) is None, (kind, key)
+
+
+def test_gemmas_name_of_the_activation_is_read():
+    assert DraftConfig.from_dict({**LLAVA, "hidden_activation": "gelu"}).hidden_act == "gelu"
+    assert DraftConfig.from_dict({**LLAVA, "hidden_act": "gelu", "hidden_activation": None}).hidden_act == "gelu"
+
+
 @pytest.mark.parametrize("value", [[1], {"a": 1}, "x", -1, 0.5, None])
 @pytest.mark.parametrize("key", ["hidden_size", "rms_norm_eps", "rope_scaling", "text_config", "hidden_act", "msd"])
 def test_any_value_of_a_config_is_a_line_or_a_draft(tmp_path, key, value):
@@ -150,12 +240,8 @@ def test_a_file_of_an_old_torch_loads(tmp_path):
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return (os.mkdir, (str(tmp_path / "ran"),))
-
     folder = write(tmp_path / "draft")
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"fc.weight": Evil()}))
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"fc.weight": MakesFolder(tmp_path / "ran")}))
     with pytest.raises(UserError, match="damaged"):
         load_draft(folder)
     assert not (tmp_path / "ran").exists()

@@ -35,7 +35,7 @@ def plan(compression: Compression, is_image: torch.Tensor = IMAGE) -> Merging:
 def test_pooling_takes_neighbours_and_leaves_short_pictures_alone() -> None:
     features = torch.arange(10.0)[:, None]
     found = plan(Compression(2))
-    assert found.group.tolist() == [0, 1, 1, 1, 2, 2, 3, 4, 5, 6]
+    assert found.rows.tolist() == list(range(10)) and found.first.tolist() == [0, 1, 4, 6, 7, 8, 9]
     assert found.source.tolist() == [0, 3, 5, 6, 7, 8, 9]
     assert found.mean(features).flatten().tolist() == [0, 2, 4.5, 6, 7, 8, 9]
     assert found.pick(IMAGE).tolist() == [False, True, True, False, True, True, False]
@@ -43,8 +43,7 @@ def test_pooling_takes_neighbours_and_leaves_short_pictures_alone() -> None:
 
 def test_no_rows_at_all() -> None:
     found = plan(Compression(0))
-    assert found.group.tolist() == [0, -1, -1, -1, -1, -1, 1, -1, -1, 2]
-    assert found.source.tolist() == [0, 6, 9]
+    assert found.rows.tolist() == found.source.tolist() == [0, 6, 9] and found.first.tolist() == [0, 1, 2]
 
 
 def test_nothing_changes_where_pictures_are_short_enough() -> None:
@@ -60,12 +59,14 @@ def test_every_row_goes_somewhere_and_means_are_kept(tokens: int) -> None:
     image = torch.rand(120, generator=generator) < 0.5
     image[30:100] = True
     found = plan(Compression(tokens), image)
-    assert int(found.group.min()) == 0 and found.group.unique().tolist() == list(range(len(found.source)))
+    assert torch.equal(found.rows, torch.arange(120))  # each row once
+    sizes = found.first.diff(append=torch.tensor([120]))
+    assert int(found.first[0]) == 0 and int(sizes.min()) > 0 and torch.equal(found.source, found.first + sizes - 1)
     assert torch.equal(found.pick(features)[~found.pick(image)], features[~image])  # text as it was, in order
     runs = image_runs(found.pick(image))
     assert len(runs) == len(image_runs(image)) and max(end - start for start, end in runs) <= tokens
-    sizes = found.group.bincount().unsqueeze(1)
-    assert torch.allclose((found.mean(features) * sizes).sum(dim=0), features.sum(dim=0), atol=1e-4)
+    means = torch.stack([part.mean(dim=0) for part in features.split(sizes.tolist())])
+    torch.testing.assert_close(found.mean(features), means)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ from eagle.drafts.checkpoint import load_draft
 from eagle.drafts.config import DRAFT_VOCAB_FILE
 from eagle.drafts.draft_vocab import write_draft_vocab
 from eagle.families import load_target
+from eagle.ge_data import vocabulary
 from eagle.ge_data.vocabulary import most_frequent
-from llava.errors import UserError
+from llava import load_processor
+from llava.errors import UserError, run_cli
 
 
 @pytest.fixture
@@ -58,6 +61,25 @@ def test_the_most_frequent_tokens_that_occur() -> None:
     tokens, share = most_frequent(counts, 2)
     assert tokens.tolist() == [1, 4] and share == pytest.approx(0.8)
     assert most_frequent(counts, 6)[0].tolist() == [1, 4, 2, 5]
+
+
+def test_tokens_of_annotation_files(
+    base: Path, draft: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of answers and their end, without the base's weights; records that cannot be used do not count."""
+    talk = [{"from": "human", "value": "a question"}, {"from": "gpt", "value": "two two rivers"}]
+    (tmp_path / "data.json").write_text(json.dumps([{"conversations": talk}, {"conversations": "broken"}]))
+    tokenizer = load_processor(base).tokenizer
+    for weights in base.glob("*model*.bin"):
+        weights.unlink()
+    flags = ["--draft", str(draft), "--annotations", str(tmp_path / "data.json"), "--base", str(base)]
+    assert run_cli(lambda: vocabulary.main(flags)) == 0
+    wanted = {*tokenizer("two two rivers", add_special_tokens=False).input_ids, tokenizer.eos_token_id}
+    found = load_draft(draft).draft_vocab
+    assert found is not None and set(found.tolist()) == wanted
+    assert f"{len(wanted)} of " in capsys.readouterr().out
+    for wrong in (flags[:2], flags[:4], [*flags[:2], *flags[4:]]):
+        assert run_cli(lambda wrong=wrong: vocabulary.main(wrong)) == 2  # type: ignore[misc]
 
 
 def test_a_packed_head_has_no_rows_to_copy(draft: Path) -> None:

@@ -118,6 +118,10 @@ IDS = "eagle_aux_hidden_state_layer_ids"
         (config(sliding_window=32, use_sliding_window=False).window, None),
         (config("speculators", layer={"layer_types": ["sliding_attention"], "sliding_window": 9}).window, 9),
         (config().image_rows, "token"),
+        (config().image_tokens, None),
+        (config("speculators", msd={"image_tokens": 0}).image_tokens, 0),
+        (config(msd={"image_tokens": 4}).to_dict()["msd"]["image_tokens"], 4),
+        ("image_tokens" in config().to_dict()["msd"], False),
     ],
 )  # fmt: skip
 def test_conventions_by_layout(found, expected):
@@ -129,8 +133,17 @@ def test_conventions_by_layout(found, expected):
     [
         ("flat", {"msd": {"positionz": "plain"}}, "unknown key 'positionz'.*did you mean 'positions'"),
         ("flat", {"msd": {"image_rows": "both"}}, "image_rows='both'"),
-        ("flat", {"msd": {"positions": "mrope"}}, "without mrope_section"),
+        ("flat", {"msd": {"positions": "mrope"}}, r"with mrope_section \[\] for heads of"),
+        ("flat", {"rope_scaling": {"mrope_section": [1, 1, 9]}}, r"with mrope_section \[1, 1, 9\] for heads of"),
+        ("flat", {"msd": {"image_tokens": -1}}, "image_tokens=-1"),
+        ("flat", {"msd": {"image_tokens": "all"}}, "image_tokens='all'"),
+        ("flat", {"msd": {"image_token": 4}}, "unknown key 'image_token'.*did you mean 'image_tokens'"),
         ("flat", {"rope_scaling": {"rope_type": "yarn"}}, "rotary positions of type 'yarn'"),
+        ("speculators", {"layer": {"rope_parameters": {"mrope_sections": [2, 1, 1]}}}, "did you mean 'mrope_section'"),
+        ("flat", {"MSD": {}}, "unknown key 'MSD'.*did you mean 'msd'"),
+        ("flat", {"draft-vocab_size": 8}, "did you mean 'draft_vocab_size'"),
+        ("speculators", {"norm_befor_residual": True}, "did you mean 'norm_before_residual'"),
+        ("flat", {"feedback": "after"}, "'feedback' is outside of section 'msd'"),
         ("flat", {"hidden_size": 0}, "hidden_size=0"),
         ("flat", {"rope_scaling": "yarn"}, "rope_scaling='yarn'"),
         ("flat", {"rope_scaling": {"mrope_section": 4}}, "mrope_section=4"),
@@ -183,10 +196,10 @@ def test_what_push_writes_is_the_head_and_its_card(tmp_path, target, layout):
 
 @pytest.mark.parametrize("layout", ["flat", "speculators"])
 def test_the_doctor_says_which_conventions_it_took(tmp_path, base, target, layout):
-    folder = make_eagle3(tmp_path, target, layout, msd={"positions": "temporal"})
+    folder = make_eagle3(tmp_path, target, layout, msd={"positions": "temporal", "image_tokens": 5})
     contents, checks = check_draft(str(folder), hub=False)
     (found,) = [check.found for check in checks if check.topic == "draft's conventions"]
-    for part in (f"{layout} layout", "inputs of layers 0, 1, 3", "positions temporal", "image rows: token"):
+    for part in (f"{layout} layout", "inputs of layers 0, 1, 3", "positions temporal", "image rows: token, at most 5"):
         assert part in found
     bases, _ = check_base(str(base), hub=False)
     (fits,) = check_pair(bases, contents)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 import torch
+from json_paths import key_paths, replaced
 from tiny_draft import make_draft
 from tiny_llava import make_llava_hf
 from tiny_stock import make_qwen
@@ -40,17 +40,6 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return target, make_draft(folder / "draft", target, agree=1.0)
 
 
-def places(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    for key, inner in value.items() if isinstance(value, dict) else ():
-        yield (*path, key)
-        yield from places(inner, (*path, key))
-
-
-def changed(config: dict[str, Any], place: tuple[str, ...], value: Any) -> dict[str, Any]:
-    first, *rest = place
-    return {**config, first: changed(config[first], tuple(rest), value) if rest else value}
-
-
 def check(pair: tuple[Target, Path], count: int) -> tuple[int, int]:
     target, folder = pair
     path = folder / "config.json"
@@ -58,11 +47,11 @@ def check(pair: tuple[Target, Path], count: int) -> tuple[int, int]:
     config = {**MORE, **json.loads(whole)}
     inputs = target.prepare(target.chat_prompt("Name two rivers."))
     expected = target.model.generate(**inputs, max_new_tokens=6, do_sample=False)
-    choices = [(place, odd) for place in places(config) for odd in ODD]
+    choices = [(place, odd) for place in key_paths(config) for odd in ODD]
     ran = refused = 0
     try:
         for place, odd in Random(0).sample(choices, min(count, len(choices))):
-            path.write_text(json.dumps(changed(config, place, odd)))
+            path.write_text(json.dumps(replaced(config, place, odd)))
             for read in (read_config, load_draft):
                 try:
                     found: Any = read(path if read is read_config else folder)

@@ -13,6 +13,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from packaging.version import Version
+from scripted_drafts import draft_by
 from tiny_families import ALL_MAKERS
 from tiny_llava import make_image, make_liuhaotian, make_llava_hf
 from tiny_text_models import llava_model, text_types, tiny_text_config
@@ -22,8 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from eagle import MSDModel, TreeConfig
 from eagle.conversations import MARK, Conversation
-from eagle.decode.decoder import Decoder
-from eagle.decode.drafter import Drafter
+from eagle.decode.sequence import Sequence
 from eagle.decode.tree import Candidates
 from eagle.drafts.config import DraftConfig
 from eagle.drafts.msd import DraftModel
@@ -58,23 +58,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> LlavaTarget:
 def answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[int]]]:
     """A list for the answers of the sequences of a batch, from which trees are drafted."""
     known: list[list[int]] = []
-    init, draft = Decoder.__init__, Decoder.draft
 
-    def numbered(decoder: Decoder, *arguments: Any) -> None:
-        init(decoder, *arguments)
-        for number, sequence in enumerate(decoder.sequences):
-            sequence.number = number  # type: ignore[attr-defined]
-
-    def with_sequences(decoder: Decoder) -> Any:
-        if decoder.drafter is not None:
-            decoder.drafter.sequences = decoder.active  # type: ignore[attr-defined]
-        return draft(decoder)
-
-    def expand(drafter: Any, tree: TreeConfig, should_deepen: Any = None) -> Candidates:
+    def expand(sequences: list[tuple[int, Sequence]], tree: TreeConfig) -> Candidates:
         rows = []
-        for sequence in drafter.sequences:
+        for number, sequence in sequences:
             done = len(sequence.tokens)
-            right = (known[sequence.number][done : done + RIGHT] + [0] * RIGHT)[:RIGHT]
+            right = (known[number][done : done + RIGHT] + [0] * RIGHT)[:RIGHT]
             if tree.top_k == 1:
                 rows.append([*right[:-1], wrong(right[-1])])
             else:
@@ -84,9 +73,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[int]]]:
         parents = torch.tensor([node - 1 if tree.top_k == 1 else max(2 * (node // 2) - 1, -1) for node in range(nodes)])
         return Candidates(tokens, -torch.arange(1.0, nodes + 1).expand_as(tokens), parents.expand_as(tokens))
 
-    monkeypatch.setattr(Decoder, "__init__", numbered)
-    monkeypatch.setattr(Decoder, "draft", with_sequences)
-    monkeypatch.setattr(Drafter, "expand", expand)
+    draft_by(monkeypatch, expand)
     yield known
 
 

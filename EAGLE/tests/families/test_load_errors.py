@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tiny_families
 import transformers
+from json_paths import key_paths
 from packaging.version import Version
 from PIL import Image
 from tiny_llava import make_liuhaotian, make_llava_hf
@@ -37,6 +38,7 @@ ALL = {
 }  # fmt: skip
 """Makers of the other families and beginnings of their classes."""
 ODD: tuple[Any, ...] = (None, True, -1, 0, 10**7, 0.5, "x", "", [], [1], {}, {"a": 1})
+GPTQ = {"quant_method": "gptq", "bits": 4}
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"
 
 
@@ -113,6 +115,31 @@ def test_a_damaged_generation_config_does_not_lose_the_end_token(folder: Path, c
 
 
 @pytest.mark.parametrize(
+    ("key", "odd"),
+    [("pad_token_id", -1), ("pad_token_id", 10**7), ("pad_token_id", [1]), ("eos_token_id", [2, 10**7]),
+     ("eos_token_id", -1), ("eos_token_id", True)],
+    ids=str,
+)  # fmt: skip
+def test_a_special_token_that_the_model_does_not_have(folder: Path, key: str, odd: Any) -> None:
+    """In each file and section that may have it. Padding of such an id cannot be decoded; such an end never comes."""
+    path = folder / "generation_config.json"
+    whole = path.read_text()
+    path.write_text(json.dumps({**json.loads(whole), key: odd}))
+    assert f"{key}={odd!r}: {path} (give an id from 0 to" in line_of(folder)
+    assert key in problems(folder)[0]
+    path.write_text(json.dumps({**json.loads(whole), key: None}))  # else the end token of config.json is not used
+    whole = (folder / "config.json").read_text()
+    for name in (None, "text_config"):
+        fields = json.loads(whole)
+        if name in (None, *fields):
+            section = fields if name is None else fields[name]
+            section[key] = odd
+            (folder / "config.json").write_text(json.dumps(fields))
+            line = line_of(folder)
+            assert key in line and "config" in line
+
+
+@pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"no_such_option": 1}, "no_such_option"),
@@ -128,8 +155,28 @@ def test_an_argument_that_cannot_be_served(folder: Path, options: dict[str, Any]
 def test_a_package_of_a_quantisation_that_is_not_installed(folder: Path) -> None:
     if "mm_vision_tower" in json.loads((folder / "config.json").read_text()):
         pytest.skip("this layout is not quantised by its config")
-    with_values(folder, quantization_config={"quant_method": "gptq", "bits": 4})
-    assert "cannot be loaded" in line_of(folder)
+    fields = json.loads((folder / "config.json").read_text())
+    text = {"text_config": {**fields.get("text_config", {}), "quantization_config": GPTQ}}
+    for place in ({"quantization_config": GPTQ}, text):
+        (folder / "config.json").write_text(json.dumps({**fields, **place}))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("llava.weights._find_all", lambda *_: pytest.fail("weights were looked for"))
+            line = line_of(folder)
+        assert "cannot be loaded" in line and ("optimum" in line or "gptqmodel" in line or "GPU is required" in line)
+        assert "quantised model cannot be loaded" in problems(folder)[0]
+
+
+def test_a_quantisation_that_transformers_does_not_know(folder: Path) -> None:
+    """transformers would read the packed numbers as weights."""
+    if "mm_vision_tower" in json.loads((folder / "config.json").read_text()):
+        pytest.skip("this layout is not quantised by its config")
+    for odd in ({"quant_method": "fp6_of_tomorrow"}, {}, {"bits": 4}, "gptq"):
+        with_values(folder, quantization_config=odd)
+        line = line_of(folder)
+        assert "quantis" in line or "config is not valid" in line
+    with_values(folder, quantization_config={"quant_method": "fp6_of_tomorrow"})
+    assert "unknown quantisation 'fp6_of_tomorrow'" in line_of(folder)
+    assert "unknown quantisation" in problems(folder)[0]
 
 
 @pytest.mark.parametrize("text", [{"hidden_size": "x"}, [1], {"rope_parameters": 3}])
@@ -251,18 +298,13 @@ def test_ids_and_sections_of_the_other_families(other_folder: Path, monkeypatch:
         assert "config" in line_of(other_folder)
 
 
-def places(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Paths of all keys inside a JSON object."""
-    for key, inner in value.items() if isinstance(value, dict) else ():
-        yield (*path, key)
-        yield from places(inner, (*path, key))
-
-
 def check_any_value(folder: Path, file: str, count: int) -> None:
     """``count`` times another value at some key: a model, or one line; the doctor never fails."""
     path, draw = folder / file, random.Random(0)
+    if not path.is_file():
+        pytest.skip("this layout has no such file")
     whole = path.read_text()
-    choices = [(place, odd) for place in places(json.loads(whole)) for odd in ODD]
+    choices = [(place, odd) for place in key_paths(json.loads(whole)) for odd in ODD]
     for place, odd in draw.sample(choices, min(count, len(choices))):
         content = json.loads(whole)
         inner = content
@@ -285,15 +327,13 @@ CONFIGS = ("config.json", "processor_config.json", "tokenizer_config.json", "gen
 
 @pytest.mark.parametrize("file", CONFIGS)
 def test_any_value_at_any_key_is_a_line_or_a_model(folder: Path, file: str) -> None:
-    if (folder / file).is_file():
-        check_any_value(folder, file, 4)
+    check_any_value(folder, file, 4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", CONFIGS)
 def test_any_value_at_any_key_many_times(folder: Path, file: str) -> None:
-    if (folder / file).is_file():
-        check_any_value(folder, file, 40)
+    check_any_value(folder, file, 40)
 
 
 def with_template(folder: Path, template: str | None) -> None:

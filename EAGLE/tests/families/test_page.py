@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from repository import REPO
 
-from eagle.families.page import page
+from eagle.families.__main__ import page
 
 
 def test_the_page_is_up_to_date() -> None:

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scripted_drafts import draft_by
 from tiny_draft import make_draft
 from tiny_families import make_qwen3_5
 from tiny_llava import make_image
 from transformers.video_utils import VideoMetadata
 
 from eagle import MSDModel, TreeConfig
-from eagle.decode.decoder import Decoder
-from eagle.decode.drafter import Drafter
+from eagle.decode.sequence import Sequence
 from eagle.decode.tree import Candidates
 from eagle.drafts.checkpoint import load_draft
 from eagle.families import family_named, load_target
@@ -42,10 +42,10 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def scripted(answers: list[list[int]], right: Iterator[int], vocabulary: int) -> Callable[..., Candidates]:
     """A draft that knows the answers: in each cycle the first ``next(right)`` tokens of its chain are right."""
 
-    def expand(drafter: Any, tree: TreeConfig, should_deepen: Any = None) -> Candidates:
+    def expand(sequences: list[tuple[int, Sequence]], tree: TreeConfig) -> Candidates:
         rows = []
-        for sequence in drafter.sequences:
-            answer, done, correct = answers[sequence.number], len(sequence.tokens), next(right)
+        for number, sequence in sequences:
+            answer, done, correct = answers[number], len(sequence.tokens), next(right)
             chain = (answer[done : done + tree.depth + 1] + [0] * (tree.depth + 1))[: tree.depth + 1]
             rows.append([token if i < correct else (token + 1) % vocabulary for i, token in enumerate(chain)])
         tokens = torch.tensor(rows)
@@ -60,22 +60,8 @@ def know(model: MSDModel, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[lis
     """Gives the draft the answers and the numbers of right tokens in its chains, over and over."""
 
     def set_up(answers: list[list[int]], right: list[int]) -> None:
-        start, draft = Decoder.__init__, Decoder.draft
-
-        def init(decoder: Decoder, *arguments: Any) -> None:
-            start(decoder, *arguments)
-            for number, sequence in enumerate(decoder.sequences):
-                sequence.number = number  # type: ignore[attr-defined]
-
-        def with_sequences(decoder: Decoder) -> Any:
-            if decoder.drafter is not None:
-                decoder.drafter.sequences = decoder.active  # type: ignore[attr-defined]
-            return draft(decoder)
-
         forever = (count for _ in iter(int, 1) for count in right)
-        monkeypatch.setattr(Decoder, "__init__", init)
-        monkeypatch.setattr(Decoder, "draft", with_sequences)
-        monkeypatch.setattr(Drafter, "expand", scripted(answers, forever, model.target.vocab_size))
+        draft_by(monkeypatch, scripted(answers, forever, model.target.vocab_size))
 
     return set_up
 

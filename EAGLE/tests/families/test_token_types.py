@@ -112,7 +112,7 @@ def test_a_video_of_one_token_a_frame(model: MSDModel, through: str) -> None:
 
 @pytest.mark.parametrize("through_generate", [False, True])
 def test_a_prompt_that_ends_with_a_picture_is_refused(model: MSDModel, through_generate: bool) -> None:
-    """transformers goes on from the three position ids of its last token, which are not those of a text."""
+    """transformers continues from the three position ids of its last token, which are not those of a text."""
     inputs = model.target.prepare("USER: <|vision_start|><|image_pad|>", [make_image(width=112, height=84)])
     with pytest.raises(UserError, match="ends with a picture"):
         if through_generate:

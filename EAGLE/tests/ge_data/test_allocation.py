@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from corpus_support import Write, allocate, command, image_record, rows_of, text_record, turns
+from corpus_support import Write, allocate, command, image_record, rows_of, snapshot, text_record, turns
 from tiny_llava import make_llava_hf
 
 from eagle.conversations import read_conversation
 from eagle.decode.self_check import self_check
 from eagle.families import Target, template_of
-from eagle.ge_data import allocation, extract, inspect, reader
+from eagle.ge_data import allocation, extract, inspect
 from eagle.ge_data.extract import Extractor, source_of
 from eagle.ge_data.folder import locked, missing
-from eagle.ge_data.reader import Reader, batches, collate
+from eagle.ge_data.reader import HostCopies, Reader, batches, collate
 from eagle.ge_data.workers import Events, Failure, Job, _handle, run_here, run_workers
 from eagle.hidden_states.index import ShardInfo, load_index
 from eagle.hidden_states.shards import Sample, ShardDataset
@@ -110,7 +110,7 @@ def test_fewer_records_than_are_stored(
 def test_a_base_that_the_engine_does_not_read_exactly_is_refused(
     base: Path, annotations: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its states would be stored in silence. Here the positions are wrong."""
+    """Its states would be stored without an error. Here the positions are wrong."""
     monkeypatch.setenv("MSD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(extract, "self_check", self_check)
     right = Target.prompt_positions
@@ -150,7 +150,7 @@ def test_padded_batch_equals_single(target: Target, pictures: Path, tmp_path: Pa
     for row, item in enumerate(items):
         alone = target.prefill(collate([item])).hidden[0]
         torch.testing.assert_close(batch.hidden[row, : len(alone)], alone, rtol=1e-4, atol=1e-5)
-    samples = extractor.samples(items)
+    (samples,) = extractor.stream([items])
     assert extractor._padding_checked
     assert [len(sample.hidden) for sample in samples] == [len(item.input_ids) for item in items]
 
@@ -161,13 +161,17 @@ def test_states_leave_the_gpu_as_they_are_stored(
     """Without padding, already in 8 bit, in one copy of each kind for the whole batch."""
     template, copied = template_of(target), []
     items = [template.prepare(read_conversation(text_record(n, n + 1), 0), tmp_path, 400) for n in range(3)]
-    monkeypatch.setattr(reader, "to_host", lambda tensors: copied.extend(tensors) or list(tensors))
+    make = HostCopies.__init__
+    monkeypatch.setattr(
+        HostCopies, "__init__", lambda own, sent, streams: copied.append(sent) or make(own, sent, streams)
+    )
     source = source_of(target, "x", hidden_dtype="int8")
-    samples = Reader(target, template, source, 10_000)._forward(items)
+    samples = Reader(target, template, source, 10_000)._forward(items).samples
     tokens = sum(len(item.input_ids) for item in items)
-    assert [(len(each), each.dtype) for each in copied] == [
-        (tokens, torch.bool), (0, torch.bfloat16), (tokens, torch.int8), (tokens, torch.float32),
-    ]  # fmt: skip
+    (sent,) = copied
+    assert {name: (len(each), each.dtype) for name, each in sent.items()} == {
+        "image_features": (0, torch.bfloat16), "hidden": (tokens, torch.int8), "hidden_scale": (tokens, torch.float32),
+    }  # fmt: skip
     for item, sample in zip(items, samples, strict=True):
         hidden = target.prefill(collate([item])).hidden[0]
         assert (sample.states() - hidden).abs().max() <= 0.51 * hidden.abs().max() / 127 + 1e-3
@@ -202,7 +206,21 @@ def test_padding_that_changes_states_is_found(target: Target, tmp_path: Path, mo
 
     monkeypatch.setattr(type(target), "prefill", shifted)
     with pytest.raises(RuntimeError, match="padding changes"):
-        extractor.samples(items)
+        list(extractor.stream([items]))
+
+
+def test_the_next_forward_begins_before_the_copies_of_one_are_waited_for(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template, order = template_of(target), list[str]()
+    items = [template.prepare(read_conversation(text_record(n), 0), tmp_path, 400) for n in range(3)]
+    forward, wait = Extractor._forward, HostCopies.wait
+    monkeypatch.setattr(Extractor, "_forward", lambda own, batch: order.append("forward") or forward(own, batch))
+    monkeypatch.setattr(HostCopies, "wait", lambda own: order.append("wait") or wait(own))
+    extractor = Extractor(target, template, None, tmp_path, source_of(target, "x"), 1)  # type: ignore[arg-type]
+    samples = list(extractor.read([items[:2], items[2:]]))
+    assert [[sample.id for sample in each] for each in samples] == [[items[0].id, items[1].id], [items[2].id]]
+    assert order == ["forward", "forward", "wait", "forward", "wait", "wait"]
 
 
 def test_memory_of_the_gpu_is_shared_in_halves(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +236,8 @@ def test_memory_of_the_gpu_is_shared_in_halves(target: Target, tmp_path: Path, m
         return forward(self, batch)
 
     monkeypatch.setattr(Extractor, "_forward", small)
-    assert [sample.id for sample in extractor.samples(items) if sample] == [item.id for item in items]
+    (samples,) = extractor.stream([items])
+    assert [sample.id for sample in samples if sample] == [item.id for item in items]
     assert sizes[0] == 5 and max(sizes[1:]) == 3
 
 
@@ -310,10 +329,6 @@ def test_missing_ranges() -> None:
     assert missing(2, 6, 4, [info(0, 4), info(4, 8)]) == []
     assert missing(0, 6, 4, [info(9, 12)]) == [(0, 4), (4, 6)]
     assert missing(8, 10, 4, [info(0, 4)]) == [(8, 10)]
-
-
-def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
-    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("rows-*")}
 
 
 def test_finished_shards_are_not_touched(base: Path, annotations: Write, tmp_path: Path) -> None:

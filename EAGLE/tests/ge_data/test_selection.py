@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from corpus_support import Write, allocate, image_record, rows_of
+from corpus_support import Write, allocate, image_record, rows_of, snapshot
 from tiny_llava import make_image
 
 from eagle.conversations import Unusable, open_picture, picture_is_there
@@ -37,10 +37,6 @@ def own(tmp_path: Path) -> Path:
 
 def rows() -> list[dict[str, Any]]:
     return [image_record(number, f"p{number}.png") for number in range(ROWS)]
-
-
-def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
-    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("rows-*")}
 
 
 def test_the_wrong_folder_is_said_before_the_model_is_loaded(
@@ -139,7 +135,7 @@ def test_again_makes_only_shards_whose_pictures_are_back(
 
     (own / f"p{first}.png").write_bytes(kept[first])
     assert allocate(base, data, out, "v", pictures=own) == 0
-    assert snapshot(out) == begun, "without --again nothing is made anew"
+    assert snapshot(out) == begun, "without --again nothing is made again"
     assert allocate(base, data, out, "v", "--again", "--shard-size", "5", pictures=own) == 0
     assert "--again: 1 shards have records" in capsys.readouterr().err
     then = snapshot(out)

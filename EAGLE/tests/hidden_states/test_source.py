@@ -61,7 +61,7 @@ def forget(path: Path, names: tuple[str, ...]) -> None:
 
 
 def test_what_a_shard_does_not_know_is_no_difference(cached: Path, annotations: Write, tmp_path: Path) -> None:
-    """Every folder of an earlier release is without commit; it goes on, and its index then knows it."""
+    """Every folder of an earlier release is without commit; it is continued, and its index then knows it."""
     data, out = annotations([text_record(n) for n in range(7)]), tmp_path / "out"
     assert allocate(cached, data, out, "t", "--limit", "3") == 0
     forget(next(out.glob("rows-*")), ("commit", "layer_fingerprint"))

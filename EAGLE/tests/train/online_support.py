@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from corpus_support import turns
 from tiny_llava import make_image, make_liuhaotian
 from tiny_stock import make_qwen
 
@@ -18,21 +19,17 @@ SIZES = {"a.png": (60, 60), "b.png": (112, 60), "c.png": (56, 100)}
 LENGTH = 300
 
 
-def said(*texts: str) -> list[dict[str, str]]:
-    return [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(texts)]
-
-
 def annotations() -> list[dict[str, Any]]:
     """Ten usable rows of each kind, of different length, and two that cannot be used."""
     rows: list[dict[str, Any]] = []
     for n in range(10):
         rivers = "The Nile is longer than the Rhine. " * (n % 3 + 1)
-        rows.append({"id": f"t{n}", "conversations": said("Name two rivers.", rivers, "And?", f"Number {n}.")})
+        rows.append({"id": f"t{n}", "conversations": turns("Name two rivers.", rivers, "And?", f"Number {n}.")})
         name = sorted(SIZES)[n % 3]
-        rows.append({"id": n, "image": name, "conversations": said("<image>\nWhat colours?", f"Red, green and {n}.")})
-    several = {"id": "two", "image": ["a.png", "c.png"], "conversations": said("<image> or <image>?", "The second.")}
-    lost = {"id": "lost", "image": "nowhere.png", "conversations": said("<image>\nWhat?", "Nothing.")}
-    return [*rows, several, lost, {"id": "mute", "conversations": said("Well?")}]
+        rows.append({"id": n, "image": name, "conversations": turns("<image>\nWhat colours?", f"Red, green and {n}.")})
+    several = {"id": "two", "image": ["a.png", "c.png"], "conversations": turns("<image> or <image>?", "The second.")}
+    lost = {"id": "lost", "image": "nowhere.png", "conversations": turns("<image>\nWhat?", "Nothing.")}
+    return [*rows, several, lost, {"id": "mute", "conversations": turns("Well?")}]
 
 
 class Case:

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import pickle
+import threading
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fault_support import MakesFolder
 from torch import Tensor
 
-from eagle.train.checkpoint import Progress, check_pickles, check_same_run, mean_state
+from eagle.train.checkpoint import CheckpointStore, Progress, check_pickles, check_same_run, mean_state
+from eagle.train.schedule import BatchSizes
 from llava.errors import UserError
-
-
-class Evil:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (os.mkdir, (str(self.folder),))
 
 
 def test_tensors_and_deepspeeds_own_classes_pass(tmp_path: Path) -> None:
@@ -37,10 +30,10 @@ def test_tensors_and_deepspeeds_own_classes_pass(tmp_path: Path) -> None:
 def test_code_is_refused_and_does_not_run(tmp_path: Path) -> None:
     (tmp_path / "state").mkdir()
     file = tmp_path / "state" / "optim_states.pt"
-    torch.save({"weights": torch.ones(2), "more": Evil(tmp_path / "ran")}, file)
+    torch.save({"weights": torch.ones(2), "more": MakesFolder(tmp_path / "ran")}, file)
     with pytest.raises(pickle.UnpicklingError, match=r"optim_states\.pt names posix\.mkdir"):
         check_pickles(tmp_path)
-    for content in (pickle.dumps(Evil(tmp_path / "ran")), b"", b"PK\x03\x04 cut off"):
+    for content in (pickle.dumps(MakesFolder(tmp_path / "ran")), b"", b"PK\x03\x04 cut off"):
         file.write_bytes(content)
         with pytest.raises(pickle.UnpicklingError, match="not in torch's format"):
             check_pickles(tmp_path)
@@ -82,6 +75,40 @@ def test_what_a_resumed_run_may_change(change: dict[str, Any], step: int, told: 
         return
     with pytest.raises(UserError, match=told):
         check_same_run(progress, {**RUN, **change}, 2, tmp_path)
+
+
+class Together:
+    """The engine of one of two processes, which are threads here."""
+
+    def __init__(self, rank: int, meeting: threading.Barrier, values: dict[int, Tensor]) -> None:
+        self.rank, self.is_main, self.sizes = rank, rank == 0, BatchSizes(1, 1, 2)
+        self.barrier, self.values = meeting.wait, values
+
+    def sum(self, value: Tensor) -> Tensor:
+        self.values[self.rank] = value
+        self.barrier()
+        return self.values[0] + self.values[1]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_all_processes_must_see_the_folder(tmp_path: Path, shared: bool) -> None:
+    meeting, values = threading.Barrier(2, timeout=30), dict[int, Tensor]()
+    folders = [tmp_path / "one", tmp_path / ("one" if shared else "other")]
+
+    def check(rank: int) -> str | None:
+        try:
+            CheckpointStore(folders[rank], 1, {}).check_shared(Together(rank, meeting, values))  # type: ignore[arg-type]
+        except UserError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(2) as pool:
+        said = list(pool.map(check, range(2)))
+    if shared:
+        assert said == [None, None]
+    else:
+        assert all("1 of 2 processes do not see" in (line or "") for line in said)
+    assert list(folders[0].iterdir()) == []
 
 
 def test_sums_since_the_last_log_of_another_number_of_processes() -> None:

@@ -8,6 +8,7 @@ from train_support import make_objective, make_sample
 
 from eagle.drafts.compression import Compression
 from eagle.hidden_states.shards import Sample
+from eagle.train import collate as collating
 from eagle.train.collate import add_noise, collate, draft_loss_mask
 from eagle.train.rollout import predict_steps, rollout_loss_mask, rollout_mask, shift_left
 from llava.errors import UserError
@@ -83,6 +84,16 @@ def test_merged_rows_keep_states_tokens_and_targets_aligned():
         assert [batch.hidden[0, row + 1, 0].item() for row in counted] == [5, 6]
 
 
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [(1, [5, 20, 30, 40, 50, 60, 70, 80]), (0, [20, 40, 50, 60, 70, 80]), (2, [0, 10, 20, 30, 40, 50, 60, 70, 80])],
+)
+def test_a_merged_row_has_the_mean_of_its_streams(tokens, expected):
+    sample = replace(hand_made(), streams=10 * torch.arange(9.0)[:, None])
+    batch = collate([sample], vocab_size=50, max_length=64, compression=Compression(tokens))
+    assert batch.inputs[0, :, 0].tolist() == expected
+
+
 def test_a_sample_that_begins_with_a_picture():
     """The first token is in no row of the draft, so its feature is in no mean."""
     sample = hand_made()
@@ -115,6 +126,14 @@ def test_noise_is_on_the_inputs_only_bounded_and_repeatable():
     change = (noisy.inputs - noisy.hidden).abs()
     assert 0.7 < change.max() / (0.5 * 0.2 * 512 / 64) <= 1
     assert not torch.equal(add_noise(sample.hidden, 0.2, 5), add_noise(sample.hidden, 0.2, 6))
+
+
+def test_noise_is_made_once_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(collating, "add_noise", lambda *given: made.append(given) or add_noise(*given))
+    batch = collate([make_sample(), make_sample()], 40, 64, noise=0.2, seeds=[5, 6])
+    make_objective(rollout_steps=2)(batch).total.backward()
+    assert len(made) == 2
 
 
 def test_token_ids_outside_the_vocabulary_are_refused():

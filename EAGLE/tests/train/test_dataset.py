@@ -167,8 +167,8 @@ def test_batches_read_from_disk_are_those_of_loaded_samples(tmp_path, stored, to
     pieces = [[Item("image", 6, 1), Item("image", 0, 2)], [Item("image", 3, 3)]]
     settings = {"vocab_size": data.meta.vocab_size, "max_length": max_length, "compression": Compression(tokens)}
     found = list(batches(samples, pieces, noise=0.1, workers=2, **settings))
-    for piece, batch in zip(pieces, found, strict=True):
-        expected = collate([data[item.row] for item in piece], noise=0.1, seeds=[1], **settings)
+    for piece, read in zip(pieces, found, strict=True):
+        expected, batch = collate([data[item.row] for item in piece], noise=0.1, seeds=[1], **settings), read.to("cpu")
         assert batch.seeds == tuple(item.noise_seed for item in piece) and batch.lengths == expected.lengths
         for name in ("input_ids", "image_mask", "image_features", "hidden", "loss_mask"):
             assert torch.equal(getattr(batch, name), getattr(expected, name)), name
@@ -178,9 +178,10 @@ def test_batches_read_from_disk_are_those_of_loaded_samples(tmp_path, stored, to
             assert not batch.hidden[row, batch.lengths[row] :].any()
 
 
-def test_states_of_a_batch_are_read_to_their_place(tmp_path, monkeypatch):
-    """No state is read into another tensor first, and nothing but a batch's own rows is read."""
-    data = ShardDataset(write_corpus(tmp_path / "corpus", 5, image=5))
+@pytest.mark.parametrize("stored", [None, "int8"])
+def test_states_of_a_batch_are_read_to_their_place(tmp_path, monkeypatch, stored):
+    """No state is read into another tensor first, nothing but a batch's own rows is read, and as it is stored."""
+    data = ShardDataset(write_corpus(tmp_path / "corpus", 5, image=5, hidden_dtype=stored))
     data.lengths()
     into, read = Rows.into, []
     monkeypatch.setattr(Rows, "into", lambda rows, out: read.append(out) or into(rows, out))
@@ -188,3 +189,18 @@ def test_states_of_a_batch_are_read_to_their_place(tmp_path, monkeypatch):
     wide = [out for out in read if out.dim() == 2]
     assert [out.data_ptr() for out in wide] == [batch.hidden.data_ptr(), batch.image_features.data_ptr()]
     assert sum(out.nbytes for out in wide) == batch.hidden.nbytes + batch.image_features.nbytes
+    assert batch.hidden.dtype == (torch.bfloat16 if stored is None else torch.int8)
+    assert batch.to("cpu").hidden.dtype == torch.bfloat16
+
+
+def test_a_batch_of_both_kinds_of_states(tmp_path):
+    """One sample in 8 bit, one in 16: both are in 16 bit."""
+    kinds = {"text": None, "image": "int8"}
+    sets = {
+        name: ShardDataset(write_corpus(tmp_path / name, 3, image=2, hidden_dtype=kind)) for name, kind in kinds.items()
+    }
+    samples = Samples({name: (data, range(3)) for name, data in sets.items()})
+    (batch,) = batches(samples, [[Item("text", 1, 0), Item("image", 2, 0)]], vocab_size=99, max_length=64)
+    assert batch.hidden_scale is None
+    for row, sample in enumerate((sets["text"][1], sets["image"][2])):
+        assert torch.equal(batch.hidden[row, : batch.lengths[row]], sample.hidden)

@@ -12,20 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from fault_support import MakesFolder
 from online_support import Case
 from train_support import SCRIPT, assert_same_curve, curve, environment, launch
 
 from eagle.drafts.checkpoint import load_draft
-
-
-class Evil:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return (os.mkdir, (str(self.folder),))
 
 
 def launched(processes):
@@ -131,7 +122,7 @@ def test_a_state_that_would_run_code_is_refused(command, tmp_path):
     """DeepSpeed itself would run it."""
     launch(command(1, "parts", "--max-steps", "2"))
     (state,) = (tmp_path / "parts").glob("step-*/state/state/*optim_states.pt")
-    torch.save({**torch.load(state, weights_only=False), "more": Evil(tmp_path / "ran")}, state)
+    torch.save({**torch.load(state, weights_only=False), "more": MakesFolder(tmp_path / "ran")}, state)
     done = subprocess.run(command(1, "parts", "--resume"), cwd=SCRIPT.parent, env=environment(), capture_output=True,
                           text=True, check=False)  # fmt: skip
     assert done.returncode != 0 and "checkpoint is damaged" in done.stderr + done.stdout

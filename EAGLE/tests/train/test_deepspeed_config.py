@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from json_paths import key_paths, replaced
 
 from eagle.train.engine import DEEPSPEED_KEYS, PRECISION_KEYS, PlainEngine, read_deepspeed_config
 from eagle.train.schedule import BatchSizes
@@ -112,30 +113,18 @@ def test_any_json_at_any_key_is_a_config_or_a_line(tmp_path: Path, key: str) -> 
             assert "\n" not in str(error)
 
 
-def places(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Paths of all keys inside a JSON object."""
-    for key, inner in value.items() if isinstance(value, dict) else ():
-        yield (*path, key)
-        yield from places(inner, (*path, key))
-
-
-def changed(config: dict[str, Any], place: Sequence[str], value: Any) -> dict[str, Any]:
-    first, *rest = place
-    return {**config, first: changed(config.get(first, {}), rest, value) if rest else value}
-
-
 @pytest.mark.slow
 def test_any_json_anywhere_is_accepted_by_deepspeed_or_a_line(tmp_path: Path) -> None:
     """Also in keys that only DeepSpeed knows: no traceback, and nothing that it would refuse later."""
     engine = pytest.importorskip("eagle.train.engine_deepspeed")
-    rich = changed(GOOD, ["zero_optimization"], {"stage": 2, "reduce_bucket_size": 1000, "allgather_partitions": True})
+    rich = replaced(GOOD, ["zero_optimization"], {"stage": 2, "reduce_bucket_size": 1000, "allgather_partitions": True})
     rich |= {"fp16": {"enabled": False, "loss_scale": 0}, "flops_profiler": {"enabled": False}, "steps_per_print": 5}
     rich |= {"tensorboard": {"enabled": False}, "activation_checkpointing": {"cpu_checkpointing": False}}
     accepted = refused = 0
-    for place in [*places(rich), ("zero_optimization", "stag"), ("flops_profiler", "enable"), ("wandb", "x")]:
+    for place in [*key_paths(rich), ("zero_optimization", "stag"), ("flops_profiler", "enable"), ("wandb", "x")]:
         for value in VALUES:
             try:
-                engine.check_accepted(read(tmp_path, changed(rich, place, value)))
+                engine.check_accepted(read(tmp_path, replaced(rich, place, value)))
                 accepted += 1
             except UserError as error:
                 assert "\n" not in str(error)

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from train_support import make_objective, make_sample
 
+from eagle.train import loss
 from eagle.train.collate import collate
 from eagle.train.loss import best_tokens, draft_loss
 
@@ -28,6 +30,33 @@ def test_loss_and_gradient_equal_the_full_formula(chunk, cap):
     losses = draft_loss(predicted, target, loss_mask, head, chunk=chunk, cap=cap)
     torch.testing.assert_close((losses.total, losses.hidden, losses.token), wanted)
     torch.testing.assert_close(torch.autograd.grad(losses.total * 3, predicted)[0], gradient * 3)
+
+
+def test_autocast_casts_the_head_once(monkeypatch):
+    """And gives the numbers of a head that is cast in each product."""
+    torch.manual_seed(0)
+    predicted, target, head = torch.randn(2, 9, 8, requires_grad=True), torch.randn(2, 9, 8), torch.randn(30, 8)
+    found = []
+    for cast in (loss.cast_once, lambda weight: weight):
+        monkeypatch.setattr(loss, "cast_once", cast)
+        with torch.autocast("cpu", torch.bfloat16), Casts(head.shape) as casts:
+            losses = draft_loss(predicted, target, torch.ones(2, 9).bool(), head, chunk=4)
+        found.append([casts.count, losses.total, *torch.autograd.grad(losses.total, predicted)])
+    (once, *values), (often, *expected) = found
+    assert once == 1 and often >= 10
+    torch.testing.assert_close(values, expected, rtol=0, atol=0)
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts of tensors of one shape."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ == "_to_copy" and args[0].shape == self.shape
+        return func(*args, **(kwargs or {}))
 
 
 def test_hits_count_top_1_2_3():

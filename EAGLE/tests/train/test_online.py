@@ -145,10 +145,11 @@ def test_states_that_are_not_finite_count_nothing() -> None:
     bad = replace(bad, hidden=bad.hidden.clone().index_fill_(0, torch.tensor([3]), float("inf")))
 
     class Fixed:
-        def read(self, items: Any) -> list[Any]:
-            return list(items)
+        def read(self, pieces: Any) -> Any:
+            return pieces
 
-    batch = collate(OnlineReader(Fixed())([good, bad]), 40, 64)  # type: ignore[arg-type]
+    (samples,) = OnlineReader(Fixed())([[good, bad]])  # type: ignore[arg-type,list-item]
+    batch = collate(samples, 40, 64)
     assert batch.loss_mask[0].any() and not batch.loss_mask[1].any()
     assert batch.inputs.isfinite().all() and torch.equal(batch.hidden[0], good.hidden)
 

@@ -58,7 +58,7 @@ def prepared(target: Target, kind: str, photos: Path) -> Prepared:
 def stored(target: Target, kind: str, photos: Path, folder: Path) -> Sample:
     """A conversation as it comes back from a shard."""
     source = source_of(target, "tiny")
-    (sample,) = Reader(target, template_of(target), source, 1000).read([prepared(target, kind, photos)])
+    ((sample,),) = Reader(target, template_of(target), source, 1000).read([[prepared(target, kind, photos)]])
     write_shard(folder, 0, 1, [(0, sample)], [], source)
     return ShardDataset(folder)[0]
 

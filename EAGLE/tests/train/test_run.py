@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,6 +108,17 @@ def test_killed_and_resumed_gives_the_same_losses(arguments, run, tmp_path, caps
     assert [step for step, _ in curve(tmp_path / "killed")] == list(range(4, 201, 4))
     assert_same_curve(tmp_path / "whole", tmp_path / "killed")
     assert not list((tmp_path / "killed").glob(".tmp-*"))
+
+
+def test_checkpoints_by_time(arguments, run, tmp_path, monkeypatch, capsys):
+    """A minute passes until each log: one at the log at which three minutes are over, and one at the end."""
+    clock = iter(range(0, 10**6, 60))
+    monkeypatch.setattr("eagle.train.trainer.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    settings = {"save_minutes": 3, "log_every": 2, "keep_last": 9}
+    assert run(arguments("ck", "--tracker", "none", **settings)) == 0
+    assert [path.name for path in sorted((tmp_path / "ck").glob("step-*"))] == ["step-00000006", "step-00000008"]
+    assert run(arguments("both", "--save-every", "2", **settings)) == 2
+    assert "save_every=2 and save_minutes=3 (give one of them)" in capsys.readouterr().err
 
 
 def test_a_checkpoint_without_the_sums_since_the_last_log_can_go_on(arguments, run, tmp_path):

@@ -14,6 +14,9 @@ from safetensors.torch import load_file
 
 from eagle.cli import main as msd
 from eagle.decode.msd import MSDModel
+from eagle.decode.self_check import self_check
+from eagle.families import family_named
+from eagle.ge_data import extract
 from eagle.questions import read_questions
 from eagle.train import main_deepspeed, served
 from llava.errors import run_cli
@@ -99,6 +102,22 @@ def test_a_resumed_run_keeps_its_evaluations(case: Case, monkeypatch: pytest.Mon
     assert train(case, monkeypatch, "parts", *flags, "--resume") == 0
     whole, parts = ([(row["step"], row["tau"]) for row in case.history(name)["served"]] for name in ("whole", "parts"))
     assert whole == parts
+
+
+def test_a_base_that_the_engine_does_not_read_exactly_is_not_evaluated_with(
+    case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also on stored states, which were made elsewhere."""
+    case.allocate()
+    monkeypatch.setenv("MSD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(extract, "self_check", self_check)
+    kind = family_named(case.family).target_class()
+    right = kind.prompt_positions
+    monkeypatch.setattr(kind, "prompt_positions", lambda *given: (right(*given)[0] * 2, right(*given)[1] * 2))
+    flags = [*case.stored, "--eval-data", str(case.folder / "q.jsonl"), *EVALUATE, "--max-steps", "1"]
+    assert train(case, monkeypatch, "wrong", *flags) == 2
+    assert "logits of the engine differ" in capsys.readouterr().err
+    assert train(case, monkeypatch, "unchecked", *flags, "--no-self-check") == 0
 
 
 def test_settings_of_an_evaluation_without_questions_are_refused(

@@ -35,6 +35,8 @@ def test_unknown_key_names_the_nearest_known(tmp_path):
     ("Train", r"unknown key 'Train'.*did you mean 'train'"),
     ("training", r"unknown key 'training'.*did you mean 'train'"),
     ("msds", r"unknown key 'msds'.*did you mean 'msd'"),
+    ("MSD", r"unknown key 'MSD'.*did you mean 'msd'"),
+    ("num_hidden_layers", r"num_hidden_layers=\{\}: .*an MSD draft has one layer"),
     ("epochs", r"'epochs' is outside of section 'train'.*move it into"),
     ("learning_rate", r"'learning_rate' is outside of section 'train'"),
 ])  # fmt: skip
@@ -48,7 +50,7 @@ def test_keys_of_published_configs_are_not_taken_for_settings(tmp_path):
     """Those of the pocket bases, of LLaVA-1.5-7B (`max_length`) and of Qwen2-VL."""
     published = {"max_length": 4096, "pretraining_tp": 1, "mm_projector_type": "mlp2x_gelu",
                  "tie_word_embeddings": False, "tune_mm_mlp_adapter": False, "transformers_version": "4.31.0",
-                 "torch_dtype": "float16",
+                 "torch_dtype": "float16", "num_hidden_layers": 1,
                  "attention_dropout": 0.0, "max_window_layers": 28, "unfreeze_mm_vision_tower": True}  # fmt: skip
     for base in ("llava", "qwen2vl"):
         text = json.loads((FOLDER.parents[2] / "pocket" / base / "config.json").read_text())

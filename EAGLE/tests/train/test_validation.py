@@ -25,7 +25,7 @@ def few_choices(objective):
 
 
 def drafted(objective, sample, root):
-    """Predictions of ``h_{root+1}``, ``h_{root+2}``, ...: each forward reads the whole sequence anew."""
+    """Predictions of ``h_{root+1}``, ``h_{root+2}``, ...: each forward reads the whole sequence again."""
     embeds = objective.draft.embed_tokens(sample.input_ids)
     embeds[sample.image_mask] = sample.image_features
     hidden = sample.hidden[: root + 1]

@@ -56,11 +56,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def window(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    programs = chromium.installed()
-    assert programs is not None
-    opened = chromium.open_browser(programs, tmp_path_factory.mktemp("profile"))
-    yield opened
-    opened.quit()
+    with chromium.window(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,9 +36,9 @@ from eagle.decode.masks import MaskBuffer
 from eagle.decode.tree_config import TreeConfig
 from eagle.drafts.head import DraftHead
 from eagle.families.base import Target
-from eagle.provenance import hardware
+from eagle.provenance import hardware, now
 from llava.errors import OutOfMemory, UserError
-from llava.files import atomic_write
+from llava.files import write_json
 from llava.memory import within_memory
 
 NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -68,12 +67,11 @@ def cost_of(target: Target, draft: DraftHead, tree: TreeConfig) -> CostCurve:
     if cost.nodes[-1] < tree.total_tokens:
         return cost  # memory ran out; it may be sufficient next time
     record = {
-        "schema": SCHEMA, "measured": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "schema": SCHEMA, "measured": now(),
         "context": CONTEXT, "rounds": ROUNDS, "described": described, "seconds": asdict(cost),
     }  # fmt: skip
     try:
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_json(path, record, indent=1)
     except (UserError, OSError) as error:
         log.warning("costs are not kept for next time: %s", error)
     return cost
@@ -164,7 +162,8 @@ def measure(
 
         return once
 
-    drafter = drafter_of(draft, target.head, context + 8 * (rounds + WARM_UP), tree)
+    room = context + 8 * (rounds + WARM_UP)
+    drafter = drafter_of(draft, target.head, room, tree, target_cache=lambda: cache)
     drafter.start(0, prefill, ids, ids[0, :1])
     rows = (prefill.features[0, :4].to(draft.device), ids[0, :4].to(draft.device))
 

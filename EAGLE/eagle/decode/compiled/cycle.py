@@ -38,15 +38,15 @@ from eagle.drafts.head import DraftHead
 from eagle.families.base import LayerMasks, Target, within_window
 
 
-class Numbers(NamedTuple):
+class Counters(NamedTuple):
     """What the host knows on other paths, each a tensor without dimensions.
 
-    ``certain``: the draft's rows of accepted tokens, without the ``accepted`` ones of the last cycle; ``shift``:
+    ``draft_past``: cached rows of the draft, without the ``accepted`` ones of the last cycle; ``shift``:
     position minus row of new tokens there; ``past``: cached rows of the target; ``position``: of the root; ``left``:
     tokens that are still wanted; ``answered``: new tokens so far.
     """
 
-    certain: Tensor
+    draft_past: Tensor
     accepted: Tensor
     shift: Tensor
     past: Tensor
@@ -59,13 +59,13 @@ class State(NamedTuple):
     """What a cycle starts from.
 
     ``tokens`` [P]: what follows the rows that the last cycle accepted; the last of them is the root. ``features``
-    [P, F]: the target's features in these rows. ``numbers`` [7]: `Numbers`. Before the first cycle nothing was
+    [P, F]: the target's features in these rows. ``counters`` [7]: `Counters`. Before the first cycle nothing was
     accepted: the root is the first token.
     """
 
     tokens: Tensor
     features: Tensor
-    numbers: Tensor
+    counters: Tensor
 
 
 class PlacedRows:
@@ -75,7 +75,7 @@ class PlacedRows:
         self.cache, self.places = cache, places
 
     def update(self, keys: Tensor, values: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """As `KVCache.update`."""
+        """Writes rows [1, heads, n, head_dim]; returns the columns that are seen."""
         return self.cache.layers[index].write(self.places, keys, values)
 
 
@@ -98,7 +98,7 @@ class CompiledCycle:
     ) -> None:
         self.tree, self.nodes = tree, tree.nodes_within(tree.depth + 2)
         self.longest = min(tree.depth + 2, self.nodes)  # rows that a cycle can accept
-        self.drafted = max(tree.depth * tree.top_k, self.longest)  # rows that the draft writes behind certain ones
+        self.drafted = max(tree.depth * tree.top_k, self.longest)  # rows that the draft writes behind accepted ones
         self.ahead = 1 if target.device.type == "cuda" else 0  # cycles that are launched before a result is looked at
         head = target.head_function()
 
@@ -123,28 +123,28 @@ class CompiledCycle:
         last = torch.zeros(draft.config.hidden_size, dtype=draft.dtype, device=draft.device)
 
         def drafts(width: int) -> tuple[Tensor, Tensor, Tensor]:
-            draft_cache.see(max(width, bucket(self.drafted)))  # no cycle sees fewer
+            draft_cache.set_columns(max(width, bucket(self.drafted)))  # no cycle sees fewer
             return self.draft(*state, last, draft.empty_context(), draft_cache)
 
         def masks(width: int) -> None:
-            cache.see(width)
+            cache.set_columns(width)
             self.masks(*drafts(columns[0]), cache)
 
         def finish() -> None:
-            nodes, sight, numbers = drafts(columns[0])
+            nodes, tree_mask, counters = drafts(columns[0])
             hidden = torch.zeros(self.nodes, target.hidden_size, dtype=target.dtype, device=target.device)
             features = hidden.repeat(1, max(len(draft.target_layers), 1))
-            self.finish(nodes, sight, nodes[0], hidden, features, numbers, cache)
+            self.finish(nodes, tree_mask, nodes[0], hidden, features, counters, cache)
 
         return [*(partial(drafts, width) for width in columns), *(partial(masks, width) for width in columns), finish]
 
-    def state(self, target: Target, draft: DraftHead, numbers: Sequence[int] = (0,) * 7, token: int = 0) -> State:
+    def state(self, target: Target, draft: DraftHead, counters: Sequence[int] = (0,) * 7, token: int = 0) -> State:
         """The state before the first cycle."""
         width = max(len(draft.target_layers), 1) * target.hidden_size
         return State(
             torch.full((self.longest,), token, device=target.device),
             torch.zeros(self.longest, width, dtype=target.dtype, device=target.device),
-            torch.tensor(numbers, device=target.device),
+            torch.tensor(counters, device=target.device),
         )
 
 
@@ -175,9 +175,9 @@ class CycleRun:
     """Consecutive whole cycles of a request.
 
     Args:
-        last: [H] what the draft predicts after its certain rows.
+        last: [H] what the draft predicts after its accepted rows.
         context: [1, C] of the prompt, if the draft has one.
-        state: before the first cycle; its rows are ``past`` in the target and ``certain`` in the draft.
+        state: before the first cycle; its rows are ``past`` in the target and ``draft_past`` in the draft.
     """
 
     def __init__(
@@ -192,9 +192,9 @@ class CycleRun:
     ) -> None:
         self.cycle, self.answer, self.sampler, self.state = cycle, answer, answer.sampler, state
         self.target_cache, self.draft_cache = caches
-        self.past, self.certain = rows
+        self.past, self.draft_past = rows
         self._first = self.past
-        self.accepted = 0  # of the last cycle that the host has seen: rows that are not certain yet
+        self.accepted = 0  # of the last cycle that the host has seen: rows that the draft has not read yet
         self._last, self._context = last, context
         self.flights: list[Result] = []
 
@@ -202,7 +202,7 @@ class CycleRun:
         """The most rows of target and draft that can be in use when the next cycle starts, if there are never more than
         ``limit`` in the target."""
         past = min(self.past + len(self.flights) * self.cycle.longest, limit)
-        return past, self.certain + self.accepted + past - self.past
+        return past, self.draft_past + self.accepted + past - self.past
 
     def launch(self, most: tuple[int, int], stats: Stats) -> bool:
         """Launches the next cycle.
@@ -212,16 +212,16 @@ class CycleRun:
         """
         cycle, cache = self.cycle, self.target_cache
         with stats.phase("draft"):
-            self.draft_cache.see(bucket(most[1] + cycle.drafted))
-            nodes, sight, numbers = cycle.draft(*self.state, self._last, self._context, self.draft_cache)
+            self.draft_cache.set_columns(bucket(most[1] + cycle.drafted))
+            nodes, tree_mask, counters = cycle.draft(*self.state, self._last, self._context, self.draft_cache)
         with stats.phase("verify"):
-            cache.see(bucket(most[0] + cycle.nodes))
-            masks = cycle.masks(nodes, sight, numbers, cache)
+            cache.set_columns(bucket(most[0] + cycle.nodes))
+            masks = cycle.masks(nodes, tree_mask, counters, cache)
             tokens, positions, cache.window.places, _, depths = nodes.unbind()
             hidden, logits, features = (part[0] for part in cycle.verify(tokens, positions, masks, cache))
         with stats.phase("accept"):
-            chosen = self.sampler.sample(logits, self.answer.prompt, self._noise(depths, numbers, logits.shape[-1]))
-            *state, result = cycle.finish(nodes, sight, chosen, hidden, features, numbers, cache)
+            chosen = self.sampler.sample(logits, self.answer.prompt, self._noise(depths, counters, logits.shape[-1]))
+            *state, result = cycle.finish(nodes, tree_mask, chosen, hidden, features, counters, cache)
             self.state = State(*state)
             self.flights.append(Result(result))
         return True
@@ -229,7 +229,11 @@ class CycleRun:
     def wait(self) -> list[int]:
         """The tokens of the oldest cycle in flight."""
         tokens = self.flights.pop(0).tokens()
-        self.past, self.certain, self.accepted = self.past + len(tokens), self.certain + self.accepted, len(tokens)
+        self.past, self.draft_past, self.accepted = (
+            self.past + len(tokens),
+            self.draft_past + self.accepted,
+            len(tokens),
+        )
         return tokens
 
     def ahead(self, asynchronous: bool) -> int:
@@ -239,7 +243,7 @@ class CycleRun:
     def end(self) -> None:
         """`StaticDrafter.end_cycles`, but for the drafter itself."""
         self.target_cache.truncate([self.past])
-        self.draft_cache.truncate([self.certain])
+        self.draft_cache.truncate([self.draft_past])
         if self.answer.finished:
             return
         self.answer.next_position = self.answer.next_position + (self.past - self._first)
@@ -247,14 +251,14 @@ class CycleRun:
             tokens = torch.tensor(self.answer.tokens[-self.accepted :])
             self.answer.add_pending(self.state.features[: self.accepted], tokens)
 
-    def _noise(self, depths: Tensor, numbers: Tensor, vocabulary: int) -> Tensor | None:
+    def _noise(self, depths: Tensor, counters: Tensor, vocabulary: int) -> Tensor | None:
         """[N, V] noise for the token that follows each node. None for greedy decoding. Cycles in flight may have added
         tokens that the host does not know, so more is drawn than this cycle needs."""
         if not self.sampler.do_sample:
             return None
         known, ahead = len(self.answer.tokens), (len(self.flights) + 1) * self.cycle.longest
         rows = self.answer.noise.rows(known, ahead, vocabulary)
-        place = depths + (numbers[Numbers._fields.index("answered")] - known)
+        place = depths + (counters[Counters._fields.index("answered")] - known)
         return rows[place.clamp(max=ahead - 1)]  # nodes deeper than wanted are never accepted
 
 
@@ -264,38 +268,38 @@ def draft_tree(
     tree: TreeConfig,
     tokens: Tensor,
     features: Tensor,
-    numbers: Tensor,
+    counters: Tensor,
     last: Tensor,
     context: Tensor | None,
     cache: StaticCache,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The draft phase: nodes [5, N] (token, position, row in the target's cache, parent, depth), which of them each
-    sees [N, N], and the new numbers. Levels deeper than the tokens that are still wanted have no probability."""
-    known = Numbers(*numbers.unbind())
+    sees [N, N], and the new counters. Levels deeper than the tokens that are still wanted have no probability."""
+    known = Counters(*counters.unbind())
     device, count = tokens.device, tokens.shape[0]
 
     def forward(
-        hidden: Tensor, own: Tensor, block: Tensor, widths: Sequence[int], certain: Tensor, positions: Tensor
+        hidden: Tensor, own: Tensor, block: Tensor, widths: Sequence[int], draft_past: Tensor, positions: Tensor
     ) -> Tensor:
-        """Predicted hidden states [1, n, H] of rows behind ``certain`` ones; a single position serves all."""
-        mask = mask_behind(certain[None], block, cache.window.sight.shape[0], draft.dtype)
+        """Predicted hidden states [1, n, H] of rows behind ``draft_past`` ones; a single position serves all."""
+        mask = mask_behind(draft_past[None], block, cache.window.columns.shape[0], draft.dtype)
         if draft.window is not None:
-            mask = within_window(mask, certain[None], depths_of(widths, device)[None], draft.window)
+            mask = within_window(mask, draft_past[None], depths_of(widths, device)[None], draft.window)
         start = sum(widths) - own.shape[1]
-        rows: Any = PlacedRows(cache, certain + torch.arange(start, start + own.shape[1], device=device))
+        rows: Any = PlacedRows(cache, draft_past + torch.arange(start, start + own.shape[1], device=device))
         x = draft.text_rows(hidden, own, context)  # [1, n, X]
         return draft(x, None, mask, rows, draft.rotary(positions[None], draft.dtype))
 
     causal = torch.ones(1, count, count, dtype=torch.bool, device=device).tril()
-    positions = known.certain + known.shift + torch.arange(count, device=device)
-    output = forward(draft.condense(features[None]), tokens[None], causal, [1] * count, known.certain, positions)
+    positions = known.draft_past + known.shift + torch.arange(count, device=device)
+    output = forward(draft.condense(features[None]), tokens[None], causal, [1] * count, known.draft_past, positions)
     newest = (known.accepted - 1).clamp(min=0)[None]
     last = torch.where(known.accepted > 0, output[:, newest], last)  # [1, 1, H]
-    certain = known.certain + known.accepted
+    draft_past = known.draft_past + known.accepted
 
-    def step(own: Tensor, hidden: Tensor, sight: Tensor, widths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        position = (certain + known.shift + (len(widths) - 1))[None]
-        output = forward(hidden, own, sight, widths, certain, position)
+    def step(own: Tensor, hidden: Tensor, tree_mask: Tensor, widths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        position = (draft_past + known.shift + (len(widths) - 1))[None]
+        output = forward(hidden, own, tree_mask, widths, draft_past, position)
         return output, *draft.likely_next(output, tree.top_k, head)
 
     levels = draft_levels(draft.likely_next(last, tree.top_k, head), last, tree, step)
@@ -308,24 +312,26 @@ def draft_tree(
     drafted = select_nodes(candidates, tokens.index_select(0, newest), tree.total_tokens, tree.depth + 1)
     rows = known.past + torch.arange(drafted.size, device=device)
     nodes = [drafted.tokens, known.position + drafted.depths, rows, drafted.parents, drafted.depths]
-    return torch.stack(nodes), drafted.mask, torch.stack([certain, *known[1:]])
+    return torch.stack(nodes), drafted.mask, torch.stack([draft_past, *known[1:]])
 
 
-def verification_masks(target: Target, nodes: Tensor, sight: Tensor, numbers: Tensor, cache: StaticCache) -> LayerMasks:
-    """The masks of `StaticEngine.verify_nodes`."""
-    past = Numbers(*numbers.unbind()).past[None]
-    mask = mask_behind(past, sight[None], cache.window.sight.shape[0], target.dtype)
+def verification_masks(
+    target: Target, nodes: Tensor, tree_mask: Tensor, counters: Tensor, cache: StaticCache
+) -> LayerMasks:
+    """The masks of `StaticEngine.verify_nodes`, for ``nodes`` [5, N] and ``tree_mask`` [N, N] of `draft_tree`."""
+    past = Counters(*counters.unbind()).past[None]
+    mask = mask_behind(past, tree_mask[None], cache.window.columns.shape[0], target.dtype)
     return target.masks_by_layer(mask, past, nodes[4:])
 
 
 def finish_cycle(
     longest: int,
     nodes: Tensor,
-    sight: Tensor,
+    tree_mask: Tensor,
     chosen: Tensor,
     hidden: Tensor,
     features: Tensor,
-    numbers: Tensor,
+    counters: Tensor,
     cache: StaticCache,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Acceptance and what follows from it: the next `State`, and the values of `Result`.
@@ -334,9 +340,9 @@ def finish_cycle(
         chosen: [N] the target's choice at each node; ``hidden`` [N, H]; ``features`` [N, F].
     """
     tokens, _, rows, parents, depths = nodes.unbind()
-    known = Numbers(*numbers.unbind())
+    known = Counters(*counters.unbind())
     chosen = chosen.masked_fill(hidden.isnan().any(dim=-1), NO_TOKEN)
-    tree = DraftTree(tokens, parents, depths, sight, depths)
+    tree = DraftTree(tokens, parents, depths, tree_mask, depths)
     accepted = accepted_nodes(tree, chosen) & ((depths < known.left) | (depths == 0))  # [N]
     size = tokens.shape[0]
     order = torch.where(accepted, torch.arange(size, device=tokens.device), size)
@@ -346,8 +352,8 @@ def finish_cycle(
         for store in (layer.store_k, layer.store_v):
             store.index_copy_(2, rows[:longest], store.index_select(2, source))
     count, added = accepted.sum(), chosen[path]
-    following = Numbers(
-        certain=known.certain,
+    following = Counters(
+        draft_past=known.draft_past,
         accepted=count,
         shift=known.shift,
         past=known.past + count,

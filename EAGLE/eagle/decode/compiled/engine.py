@@ -412,16 +412,16 @@ class StaticDrafter(Drafter):
             cache: of the target.
         """
         assert isinstance(self.cache, StaticCache)
-        (certain,), (shift,), past = self._lengths, self._shift, cache.length
-        numbers = (certain, 0, shift, past, int(answer.next_position), left, len(answer.tokens))
-        state = cycle.state(self._engine.target, self.draft, numbers, answer.tokens[-1])
-        return CycleRun(cycle, answer, (cache, self.cache), (past, certain), self._last[0], self._context, state)
+        (draft_past,), (shift,), past = self._lengths, self._shift, cache.length
+        counters = (draft_past, 0, shift, past, int(answer.next_position), left, len(answer.tokens))
+        state = cycle.state(self._engine.target, self.draft, counters, answer.tokens[-1])
+        return CycleRun(cycle, answer, (cache, self.cache), (past, draft_past), self._last[0], self._context, state)
 
     def end_cycles(self, run: CycleRun) -> None:
         """Leaves caches and answer as if all cycles had been decoded without `CycleRun`. Cycles in flight are dropped:
         there are some only if the answer has ended."""
         run.end()
-        self._lengths = [run.certain]
+        self._lengths = [run.draft_past]
 
     @property
     def _static_cache(self) -> StaticCache | None:

@@ -55,13 +55,13 @@ def dynamic(tensor: Tensor, *dims: int) -> Tensor:
 
 
 class Window:
-    """Where the next forward writes and reads, the same for all layers. ``places``: [n] columns to write. ``sight``:
+    """Where the next forward writes and reads, the same for all layers. ``places``: [n] columns to write. ``columns``:
     [columns], of which only the size is used: the number of columns to read. A number would be compiled as a
     constant."""
 
     def __init__(self) -> None:
         self.places = torch.zeros(0, dtype=torch.long)
-        self.sight = torch.zeros(0)
+        self.columns = torch.zeros(0)
 
 
 class StaticLayer(CacheLayer):
@@ -77,7 +77,7 @@ class StaticLayer(CacheLayer):
 
     def write(self, places: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """`update` at ``places`` [n]."""
-        columns = self._window.sight.shape[0]
+        columns = self._window.columns.shape[0]
         self.store_k.index_copy_(2, places, keys)
         self.store_v.index_copy_(2, places, values)
         return self.store_k[:, :, :columns], self.store_v[:, :, :columns]
@@ -116,7 +116,7 @@ class StaticCache(KVCache):
     def _mark(self, rows: int) -> None:
         """Tells torch about storage of ``rows`` rows. Without a guard on addresses another storage is recorded, but not
         compiled."""
-        self.capacity, self._sight = rows, torch.empty(rows, device=self._device)
+        self.capacity, self._columns = rows, torch.empty(rows, device=self._device)
         for store in (part for layer in self.layers for part in (layer.store_k, layer.store_v)):
             dynamic(store, 2)
             if self._static_addresses:
@@ -139,13 +139,13 @@ class StaticCache(KVCache):
         start = self.length
         columns = bucket(start + count)
         self.window.places = dynamic(torch.arange(start, start + count, device=self._device), 0)
-        self.see(columns)
+        self.set_columns(columns)
         return columns
 
-    def see(self, columns: int) -> None:
+    def set_columns(self, columns: int) -> None:
         """Sets the number of columns that the next forwards see."""
-        if self.window.sight.shape[0] != columns:
-            self.window.sight = dynamic(self._sight[:columns], 0)
+        if self.window.columns.shape[0] != columns:
+            self.window.columns = dynamic(self._columns[:columns], 0)
 
     def close(self, count: int) -> None:
         """Ends a forward: the first ``count`` rows of the window are now in use."""

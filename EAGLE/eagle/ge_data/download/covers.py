@@ -107,7 +107,7 @@ def _network_works(addresses: Mapping[str, str], folder: Path, workers: int) -> 
 
 
 def _downloads(addresses: Mapping[str, str], workers: int) -> Generator[tuple[str, bytes | UserError], None, None]:
-    """Yields each cover as JPEG, or why it cannot be had, when it is known."""
+    """Yields each cover as JPEG, or why it cannot be downloaded, as soon as that is known."""
 
     def download(item: tuple[str, str]) -> tuple[str, bytes | UserError]:
         name, address = item

@@ -17,7 +17,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".gif")
 COMPLETE = ".complete"
 """File in a folder of pictures: number of pictures in the archive that was unpacked there."""
 GONE_LIST = "gone.txt"
-"""File beside the folder of covers: name, address and reason of those that cannot be had, separated by tabs."""
+"""File beside the folder of covers: name, address and reason of those that cannot be downloaded, separated by tabs."""
 OTHER = "other"
 SHOWN = 5
 """Missing names in a report."""

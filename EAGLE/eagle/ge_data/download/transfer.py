@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 class Refused(UserError):
-    """This file cannot be had from this address; a retry would not help."""
+    """This file cannot be downloaded from this address; a retry would not help."""
 
 
 def fetch(
