@@ -132,7 +132,8 @@ def test_allocation_and_online_training_read_the_same_states(
         stored = ShardDataset(tmp_path / kind[0].replace("i", "v"))
         samples = {stored[index].id: stored[index] for index in range(len(stored))}
         assert len(samples) == len(corpus.sources[kind][0]) == count
-        for sample in corpus.read([corpus.sources[kind][0][index] for index in range(count)]):
+        (read,) = corpus.read([[corpus.sources[kind][0][index] for index in range(count)]])
+        for sample in read:
             same = samples[sample.id]
             assert torch.equal(sample.input_ids, same.input_ids) and torch.equal(sample.loss_mask, same.loss_mask)
             torch.testing.assert_close(sample.hidden.float(), same.hidden.float(), atol=2e-3, rtol=2e-2)

@@ -37,7 +37,8 @@ def changed(draft: Path, folder: Path, **options: object) -> Path:
     """A copy of a draft with a section "msd"."""
     folder.mkdir()
     config = json.loads((draft / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "msd": options}))
+    rope = {"type": "mrope", "mrope_section": [1, 1, 2]}  # of half a head of 8
+    (folder / "config.json").write_text(json.dumps({**config, "rope_scaling": rope, "msd": options}))
     (folder / "model.safetensors").write_bytes((draft / "model.safetensors").read_bytes())
     return folder
 
