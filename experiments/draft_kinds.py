@@ -59,6 +59,12 @@ KINDS = (
     Kind("block", "8 tokens in one forward", "block", {"block": {"size": 8}}),
     Kind("eagle3-decoupled", "image rows are projected features", "eagle3", {"msd": {"image_rows": "feature"}}),
     Kind("eagle3-placeholder", "image rows are the placeholder", "eagle3", {"msd": {"image_rows": "token"}}),
+    Kind(
+        "eagle3-compressed",
+        "16 merged rows of a picture",
+        "eagle3",
+        {"msd": {"image_rows": "feature", "image_tokens": 16}},
+    ),
 )
 
 
