@@ -190,14 +190,20 @@ def test_keys_of_base_models_are_accepted(tmp_path, family):
 
 def test_no_key_of_transformers_looks_like_one_of_ours():
     """Names of the text configs of all families, which a published draft may have."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
 
     kinds = [kind for family in FAMILIES for kind in family.model_types if kind in CONFIG_MAPPING]
-    assert len(kinds) > 5
+    seen = 0
     for kind in kinds:
-        config = CONFIG_MAPPING[kind]()
+        try:
+            config = CONFIG_MAPPING[kind]()
+        except StrictDataclassError:  # an old transformers whose config class refuses its own defaults
+            continue
+        seen += 1
         for key in {*config.to_dict(), *config.get_text_config().to_dict()}:
             assert similar_key(key, KNOWN_KEYS) is None, (kind, key)
+    assert seen > 5
 
 
 def test_gemmas_name_of_the_activation_is_read():
