@@ -121,5 +121,9 @@ def test_keys_of_other_programs_are_accepted(tmp_path: Path) -> None:
     """Those of published files that transformers does not know, too."""
     fields = {"chat_format": "chatml", "max_window_size": 6144, "boi_token_id": 1, "_from_model_config": True,
               "transformers_version": "4.41.0", "attn_implementation": "sdpa", "eos_token_id": 2}  # fmt: skip
-    (tmp_path / "generation_config.json").write_text(json.dumps(fields))
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps(fields))
     check_generation_config(Source(str(tmp_path)), 10)
+    path.write_text(json.dumps({**fields, "temperatur": 0.5}))
+    with pytest.raises(UserError, match="temperatur"):
+        check_generation_config(Source(str(tmp_path)), 10)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from fault_support import MakesFolder
 from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from eagle.train.checkpoint import CheckpointStore, Progress, check_pickles, check_same_run, mean_state
 from eagle.train.schedule import BatchSizes
@@ -23,7 +24,9 @@ def test_tensors_and_deepspeeds_own_classes_pass(tmp_path: Path) -> None:
     loss_scaler = pytest.importorskip("deepspeed.runtime.fp16.loss_scaler")
     (tmp_path / "state").mkdir()
     state = {"step": 3, "sizes": OrderedDict(a=torch.Size([2])), "scaler": loss_scaler.LossScaler(scale=1)}
-    torch.save({**state, "weights": torch.ones(2)}, tmp_path / "state" / "optim_states.pt")
+    file = tmp_path / "state" / "optim_states.pt"
+    torch.save({**state, "weights": torch.ones(2)}, file)
+    assert any("LossScaler" in name for name in get_unsafe_globals_in_checkpoint(file)), "torch alone would refuse it"
     check_pickles(tmp_path)
 
 
