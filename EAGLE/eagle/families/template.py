@@ -264,7 +264,7 @@ class Template:
         """
         pictures = self._open_pictures(conversation, image_root, max_length)
         questions = [question for question, _ in conversation.turns]
-        blank = replace(conversation, turns=tuple((question, PLACEHOLDER) for question in questions))
+        blank = replace(conversation, turns=tuple((question, PLACEHOLDER) for question in questions), cut=frozenset())
         texts: list[str] = []  # question, placeholder, its end; and so on
         for segment in self.segments(blank):
             before, found, end = segment.text.rpartition(PLACEHOLDER) if segment.is_answer else (segment.text, "", "")

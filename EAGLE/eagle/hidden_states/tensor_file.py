@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import math
-import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,10 +28,6 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ALIGNMENT = 8
 BLOCK = 1 << 20
-MAPPED = 1 << 20
-"""Bytes from which on a read is copied from a map of the file, which takes less time than a read call: the copy is made
-with instructions that do not read the memory that they write."""
-POPULATE_READ = 22  # MADV_POPULATE_READ of Linux, since 5.14
 
 
 @dataclass(frozen=True)
@@ -64,8 +56,6 @@ class Rows:
         try:
             file = os.open(self.path, os.O_RDONLY)
             try:
-                if len(rest) >= MAPPED and _copy_from_map(file, rest, offset):
-                    return out
                 while rest:
                     if not (count := os.preadv(file, [rest], offset)):
                         raise UserError("shard ends too early", self.path, "delete it and run the allocation again")
@@ -75,26 +65,6 @@ class Rows:
         except OSError as error:
             raise UserError(f"shard cannot be read ({error.strerror})", self.path, "see the disk or share") from None
         return out
-
-
-def _copy_from_map(file: int, out: memoryview, offset: int) -> bool:
-    """Fills ``out`` with a file's bytes from ``offset`` on, through a map. False if that is not possible, for a reason
-    that a read call reports.
-
-    The pages are mapped by a call that fails if one of them cannot be read; touching such a page would end the process.
-    """
-    before = offset % mmap.ALLOCATIONGRANULARITY
-    with suppress(OSError, ValueError):  # the file ends too early, or cannot be mapped
-        pages = mmap.mmap(file, before + len(out), prot=mmap.PROT_READ, offset=offset - before)
-        mapped = np.frombuffer(pages, np.uint8)
-        if _madvise(mapped.ctypes.data, len(mapped), POPULATE_READ) == 0:
-            np.copyto(np.frombuffer(out, np.uint8), mapped[before:])
-            return True
-    return False
-
-
-_madvise = ctypes.CDLL(None).madvise  # unlike mmap.madvise, this does not hold the interpreter's lock
-_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 def tensor_places(path: Path) -> dict[str, Place]:
