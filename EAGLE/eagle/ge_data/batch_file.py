@@ -12,8 +12,9 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from eagle.conversations import MARK, Conversation, Unusable, read_conversation
 from eagle.ge_data.annotations import Record, iter_records
@@ -76,15 +77,9 @@ class Exchange:
             )
         return cls(frozenset(asked), answers, failures)
 
-    def turns(self, conversation: Conversation, number: int) -> list[Answer]:
-        """The answers to the first questions of a record. ``number``: in the annotation file."""
-        names = (request_id(conversation, number, turn) for turn in range(len(conversation.turns)))
-        found: list[Answer] = []
-        for name in names:
-            if name not in self.answers:
-                break
-            found.append(self.answers[name])
-        return found
+    def first_answers(self, names: Sequence[str]) -> list[Answer]:
+        """The answers to the first requests of a record, up to one without. ``names``: of all its questions."""
+        return [self.answers[name] for name in takewhile(self.answers.__contains__, names)]
 
     def check_file(self, seen: int, path: Path) -> None:
         """Raises `UserError` unless all requests, ``seen`` of which belong to the annotation file ``path``, do so."""
@@ -94,6 +89,16 @@ class Exchange:
                 path,
                 "give the file that the requests were made of, unchanged",
             )
+
+
+class AskedRecord(NamedTuple):
+    """A record, its conversation without answers, and the ids of the requests that ask its questions. ``number``: in
+    the annotation file."""
+
+    number: int
+    record: Record
+    conversation: Conversation
+    names: list[str]
 
 
 @dataclass
@@ -106,17 +111,16 @@ class Questions:
     skipped: Counter[str] = field(default_factory=Counter)
     seen: int = 0
 
-    def __iter__(self) -> Iterator[tuple[int, Record, Conversation]]:
-        """Number and record, and its conversation without answers."""
+    def __iter__(self) -> Iterator[AskedRecord]:
         for number, placed in enumerate(iter_records(self.path)):
             try:
                 conversation = read_conversation(placed.value, number, keep_answers=False)
             except Unusable as unusable:
                 self.skipped[unusable.reason] += 1
                 continue
-            names = (request_id(conversation, number, turn) for turn in range(len(conversation.turns)))
-            self.seen += sum(name in self.exchange.asked for name in names) if self.exchange.asked else 0
-            yield number, placed.value, conversation
+            names = request_ids(conversation, number)
+            self.seen += len(self.exchange.asked.intersection(names))
+            yield AskedRecord(number, placed.value, conversation, names)
         self.exchange.check_file(self.seen, self.path)
 
 
@@ -127,10 +131,11 @@ def check_output(output: Path, inputs: Iterable[Path]) -> None:
             raise UserError("the file to write is one that is read", output, "name another --output")
 
 
-def request_id(conversation: Conversation, number: int, turn: int) -> str:
-    """The id of the request that asks a question of a record. ``number``: in the annotation file."""
+def request_ids(conversation: Conversation, number: int) -> list[str]:
+    """The ids of the requests that ask the questions of a record. ``number``: in the annotation file."""
     about = (conversation.system, [question for question, _ in conversation.turns], conversation.images)
-    return f"{number}-{turn}-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]}"
+    digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
+    return [f"{number}-{turn}-{digest}" for turn in range(len(conversation.turns))]
 
 
 def messages(conversation: Conversation, answers: Sequence[Answer], pictures: Sequence[str]) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from eagle.arguments import positive
 from eagle.conversations import FIX_ACCESS, REASONS, Conversation, Unusable, picture_is_there, picture_path
 from eagle.ge_data.allocation import MAX_NEW_TOKENS
 from eagle.ge_data.annotations import iter_records
-from eagle.ge_data.batch_file import URL, Exchange, Questions, check_output, messages, request_id
+from eagle.ge_data.batch_file import URL, Exchange, Questions, check_output, messages
 from llava.arguments import OneLineParser, is_greedy, temperature
 from llava.errors import UserError, run_cli
 from llava.files import atomic_write
@@ -62,11 +62,10 @@ def export(options: argparse.Namespace, questions: Questions) -> int:
         chosen = set(random.Random(options.seed).sample(range(total), min(options.limit, total)))
     written = 0
     with atomic_write(options.output) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for number, _, conversation in questions:
-            known = questions.exchange.turns(conversation, number)
-            name = request_id(conversation, number, len(known))
+        for number, _, conversation, names in questions:
+            known = questions.exchange.first_answers(names)
             if questions.exchange.asked:
-                skip = not known or len(known) == len(conversation.turns) or name in questions.exchange.failures
+                skip = not known or len(known) == len(names) or names[len(known)] in questions.exchange.failures
             else:
                 skip = chosen is not None and number not in chosen
             if skip:
@@ -80,7 +79,7 @@ def export(options: argparse.Namespace, questions: Questions) -> int:
             body |= {"max_tokens": options.max_new_tokens, "temperature": options.temperature}
             if not is_greedy(options.temperature):
                 body["seed"] = derived_seed(options.seed, number, len(known))
-            file.write(json.dumps({"custom_id": name, "method": "POST", "url": URL, "body": body}) + "\n")
+            file.write(json.dumps({"custom_id": names[len(known)], "method": "POST", "url": URL, "body": body}) + "\n")
             written += 1
         if not written:
             reasons = ", ".join(REASONS[reason] for reason, _ in questions.skipped.most_common())

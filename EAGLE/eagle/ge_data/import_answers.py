@@ -68,8 +68,8 @@ def import_answers(source: Path, exchange: Exchange, output: Path) -> Counts:
     """
     counts, questions = Counts(), Questions(source, exchange)
     with atomic_write(output) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for number, record, conversation in questions:
-            answers = exchange.turns(conversation, number)
+        for _, record, conversation, names in questions:
+            answers = exchange.first_answers(names)
             if not any(answer.text for answer in answers):
                 continue
             file.write(",\n" if counts.records else "[\n")
