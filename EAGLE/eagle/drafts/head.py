@@ -165,6 +165,7 @@ class DraftHead(nn.Module, ABC):
         cache: KVCache | None = None,
         rope: tuple[Tensor, Tensor] | None = None,
         last_only: bool = False,
+        kept: Tensor | None = None,
     ) -> Tensor:
         """Predicted hidden states [B, S, H].
 
@@ -176,13 +177,16 @@ class DraftHead(nn.Module, ABC):
             cache: rows seen before; this call's rows are appended.
             rope: cosines and sines of the rows from `Rotary`, if the caller has them already.
             last_only: caches all rows, but computes only the last one's hidden state, [B, 1, H].
+            kept: [B, R] of a head that is trained, without rows in the cache: caches all rows, but computes only the
+                hidden states of these, [B, R, H].
         """
         if rope is None:
             assert position_ids is not None
             rope = self.rotary(position_ids, x.dtype)
         causal = attention_mask is None and x.shape[1] > 1
         for index, layer in enumerate(self.layers, start=1):
-            x = layer(x, rope, attention_mask, causal, cache, last_only and index == len(self.layers))
+            last = index == len(self.layers)
+            x = layer(x, rope, attention_mask, causal, cache, last and last_only, kept if last else None)
         return self.after_layers(x)
 
     def embed(self, tokens: Tensor) -> Tensor:
