@@ -84,10 +84,11 @@ class BlockObjective(DraftObjective):
         behind = block.transpose(1, 2).flatten(1, 2)  # [B, m * A, X]
         every = torch.arange(rows + behind.shape[1], device=x.device).expand(len(x), -1)
         numbers = torch.cat([every[:, :rows], *(anchors + depth for depth in range(1, steps))], dim=1)
-        output = draft(
+        output = draft.forward_rows(
             torch.cat([x, behind], dim=1),
             places_of(batch.positions, numbers),
             block_mask(anchors, rows, steps - 1),
+            cache=None,
             kept=torch.cat([first, every[:, rows:]], dim=1),
         )  # [B, C + m * A, H]
         parts = output.split([first.shape[1], *[anchors.shape[1]] * (steps - 1)], dim=1)

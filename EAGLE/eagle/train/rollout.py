@@ -114,7 +114,7 @@ def predict_steps(
     plain = torch.arange(true, device=inputs.device).unsqueeze(0)  # [1, S-1]
     mask = None if draft.window is None else rollout_mask(plain, true, 1, draft.window)
     rows = pack(loss_mask)  # [B, R]
-    hidden = draft(x, places_of(positions, plain), mask, cache, kept=rows)  # [B, R, H]
+    hidden = draft.forward_rows(x, places_of(positions, plain), mask, cache, rows)  # [B, R, H]
     yield 1, loss_mask, hidden[take(loss_mask, rows)]
     if steps == 1:
         return
