@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from lmms_eval_msd.report import Run
 
-ALONE = "the base run, whose plain decoding was not compared with other plain ways"
+ALONE = "the base run; other plain ways were not measured"
+"""The baseline of a run that was given none."""
 COLOURS = ("#9aa5b1", "#2f6fb0", "#d98032", "#4b9560", "#8a63a8")
 """Of the base and of each draft in the chart."""
 POSITIONS = 8
@@ -80,8 +81,8 @@ def compare(base: Run, msd: Run) -> dict[str, Any]:
     apart = differences(base.decoding, msd.decoding)
     results = {"base": str(base.path), "msd": str(msd.path)}
     return {
-        "tasks": rows, **setting, "baseline": (baseline or {}).get("name"), "draft_note": partly_trained(msd.decoding["draft"]), "differences": apart,
-        "results": results,
+        "tasks": rows, **setting, "baseline": (baseline or {}).get("name"),
+        "draft_note": partly_trained(msd.decoding["draft"]), "differences": apart, "results": results,
     }  # fmt: skip
 
 
@@ -111,8 +112,8 @@ def tables(comparisons: Sequence[Mapping[str, Any]]) -> list[Table]:
             speed.append(["", name, equal, f"{row['tokens_per_second']['msd']:.1f}", times, f"{row['tau']:.2f}"])
             both = [part for part in (row, row["after_first_token"]) if part and part["paired_speedup"]]
             if len(both) == 2:
-                texts = [text for part in both for text in (f"{part['speedup']:.2f}x", mean_text(part["paired_speedup"]))]
-                faster.append([task, name, *texts])
+                texts = ([f"{part['speedup']:.2f}x", mean_text(part["paired_speedup"])] for part in both)
+                faster.append([task, name, *sum(texts, [])])
             shares = [f"{share:.2f}" for share in row["acceptance_by_position"]]
             accepted.append([task if name == called[0] else "", name, *shares])
         for metric, values in base["metrics"].items():
@@ -122,10 +123,10 @@ def tables(comparisons: Sequence[Mapping[str, Any]]) -> list[Table]:
     deepest = max((len(row) - 2 for row in accepted), default=0)
     accepted = [row + [""] * (deepest + 2 - len(row)) for row in accepted]
     conventions = ["task", "run", "totals", "mean [95 %]", "after first", "mean [95 %]"]
+    both_kinds = Table("Speed-up: totals and mean of requests, whole and after the first token", conventions, faster)
     return [
         Table("Speed", ["task", "run", "equal answers", "tokens/s", "speed-up", "τ"], speed),
-        *([Table("Speed-up: totals and mean of requests, whole and after the first token", conventions, faster)]
-          if faster else []),
+        *([both_kinds] if faster else []),
         Table("Scores", ["task", "metric", "base", *called], scores),
         Table("Accepted drafted tokens by position", ["task", "run", *map(str, range(1, deepest + 1))], accepted),
     ]
@@ -183,8 +184,9 @@ PAGE = """# Base model and MSD
 ![tokens per second](compare.png)
 
 Equal answers: answers that are the base's own, letter by letter. Tokens/s: new tokens by the time of decoding, without
-reading data and scoring; base and MSD ran one after the other. Speed-up: of totals. τ: new tokens for each verification. Accepted: share of
-verifications that accepted the drafted token at this position and all before it. Versions: {versions}.
+reading data and scoring; base and MSD ran one after the other. Speed-up: of totals. τ: new tokens for each verification.
+Accepted: share of verifications that accepted the drafted token at this position and all before it.
+Versions: {versions}.
 {warnings}"""
 
 

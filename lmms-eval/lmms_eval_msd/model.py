@@ -166,7 +166,9 @@ class MSD(lmms):
             raise UserError("use_msd needs a draft", fix="add --msd_model_path DRAFT, a folder or a hub name")
         self.measures = msd_baseline == MEASURE
         if msd_baseline and not self.use_msd and not self.measures:
-            raise UserError("results as msd_baseline without use_msd", msd_baseline, f"add --use_msd, or give {MEASURE}")
+            raise UserError(
+                "results as msd_baseline without use_msd", msd_baseline, f"add --use_msd, or give {MEASURE}"
+            )
         self.baseline_requests = as_count("msd_baseline_requests", msd_baseline_requests)
         self.batch_size_per_gpu = as_batch_size(batch_size)
         own = [each.name for each in fields(self.writer) if each.name in PROMPTS]

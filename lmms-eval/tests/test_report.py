@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -109,7 +110,7 @@ def test_baseline_that_is_none(tmp_path, base, draft):
     found = json.loads(path.read_text())
     del found["msd"]["batches"]
     path.write_text(json.dumps(found))
-    with pytest.raises(UserError, match="did not look for the strongest.*--msd_baseline measure"):
+    with pytest.raises(UserError, match=r"did not look for the strongest.*--msd_baseline measure"):
         load_baseline(path)
     path.write_text('{"results": {}}')
     with pytest.raises(UserError, match="without decoding statistics"):
@@ -123,13 +124,13 @@ def slower(monkeypatch, name, seconds):
         found = baselines(models, settings, compiled)
         for way in found:
             if way.name.startswith(name):
-                answer = way.answer
-                way.answer = lambda work: delayed(answer(work))
+                way.answer = partial(delayed, way.answer)
         return found
 
-    def delayed(answer):
-        answer.stats.seconds += seconds
-        return answer
+    def delayed(answer, work):
+        answered = answer(work)
+        answered.stats.seconds += seconds
+        return answered
 
     monkeypatch.setattr("lmms_eval_msd.turns.baselines", ways)
 
