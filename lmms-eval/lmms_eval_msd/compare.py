@@ -112,8 +112,9 @@ def tables(comparisons: Sequence[Mapping[str, Any]]) -> list[Table]:
             speed.append(["", name, equal, f"{row['tokens_per_second']['msd']:.1f}", times, f"{row['tau']:.2f}"])
             both = [part for part in (row, row["after_first_token"]) if part and part["paired_speedup"]]
             if len(both) == 2:
-                texts = ([f"{part['speedup']:.2f}x", mean_text(part["paired_speedup"])] for part in both)
-                faster.append([task, name, *sum(texts, [])])
+                faster.append([task, name])
+                for part in both:
+                    faster[-1] += [f"{part['speedup']:.2f}x", mean_text(part["paired_speedup"])]
             shares = [f"{share:.2f}" for share in row["acceptance_by_position"]]
             accepted.append([task if name == called[0] else "", name, *shares])
         for metric, values in base["metrics"].items():
@@ -184,8 +185,8 @@ PAGE = """# Base model and MSD
 ![tokens per second](compare.png)
 
 Equal answers: answers that are the base's own, letter by letter. Tokens/s: new tokens by the time of decoding, without
-reading data and scoring; base and MSD ran one after the other. Speed-up: of totals. τ: new tokens for each verification.
-Accepted: share of verifications that accepted the drafted token at this position and all before it.
+reading data and scoring; base and MSD ran one after the other. Speed-up: of totals. τ: new tokens for each
+verification. Accepted: share of verifications that accepted the drafted token at this position and all before it.
 Versions: {versions}.
 {warnings}"""
 

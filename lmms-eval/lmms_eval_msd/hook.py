@@ -155,8 +155,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         type=str,
         default=None,
         metavar="measure|RESULTS",
-        help="For the speed-up: 'measure' decodes by the strongest plain way too, in turn with MSD (without --use_msd: by "
-        "that way alone). Or results of such a plain run (file or folder).",
+        help="For the speed-up: 'measure' decodes by the strongest plain way too, in turn with MSD (without "
+        "--use_msd: by that way alone). Or results of such a plain run (file or folder).",
     )
 
 
