@@ -86,7 +86,7 @@ def run(argv: Sequence[str]) -> int:
         models = loaded[cell.model]
         if number == 0:
             report = header(suite, models[0].device, "benchmarks.suite", argv)
-            if found - {each.title for each in cells}:
+            if (options.only or options.missing) and found - {each.title for each in cells}:
                 report["cells"] = continued(report, earlier, path)
         row = {**measure(cell, suite, models), "date": now(), "commit": report["commit"], "command": report["command"]}
         others = [each for each in report["cells"] if each["title"] != cell.title]

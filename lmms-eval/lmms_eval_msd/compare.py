@@ -54,6 +54,7 @@ def compare(base: Run, msd: Run) -> dict[str, Any]:
         tasks = [", ".join(sorted(run.scores)) for run in (base, msd)]
         raise UserError(f"the runs have different tasks: {tasks[0]} and {tasks[1]}")
     baseline = msd.decoding.get("baseline")
+    unfair = bool(msd.decoding.get("compile")) and not base.decoding.get("compile")
     rows = {}
     for task in sorted(base.scores):
         mine, other = base.answers[task], msd.answers[task]
@@ -69,7 +70,11 @@ def compare(base: Run, msd: Run) -> dict[str, Any]:
             "tau": fast["tau"],
             "tokens_per_second": {"base": plain["tokens_per_second"], "msd": fast["tokens_per_second"]},
             "seconds": {"base": plain["seconds"], "msd": fast["seconds"]},
-            "speedup": fast["speedup"] if baseline else ratio(fast["tokens_per_second"], plain["tokens_per_second"]),
+            "speedup": fast["speedup"]
+            if baseline
+            else None
+            if unfair
+            else ratio(fast["tokens_per_second"], plain["tokens_per_second"]),
             "paired_speedup": fast.get("paired_speedup"),
             "after_first_token": fast.get("after_first_token"),
             "histogram": fast["histogram"],

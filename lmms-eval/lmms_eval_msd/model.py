@@ -203,6 +203,9 @@ class MSD(lmms):
         self.msd = MSDModel.from_pretrained(
             base, draft, dtype=dtype, device_map=placement, tree=self.options.tree, **self.options.loading
         )
+        if self.baseline is not None and self.msd.compiled and not self.baseline.compiled:
+            fix = f"evaluate the base with the same compile and --msd_baseline {MEASURE}, or give {MEASURE} to this run"
+            raise UserError("MSD is compiled, and plain decoding of the baseline was not", self.baseline.path, fix)
         self.turns = Turns(self.msd, self.use_msd, self.measures, self.baseline_requests)
         system = self.system if system_prompt is None else self._resolve_system_prompt(str(system_prompt))
         self.prompts = self.writer(self.msd.target, system, **self.options.prompts)

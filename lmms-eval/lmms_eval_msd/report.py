@@ -52,6 +52,11 @@ class Baseline:
     path: Path
     decoding: dict[str, Any]
 
+    @property
+    def compiled(self) -> bool:
+        """Whether compiled plain decoding was among the ways."""
+        return any(", compiled" in name for speeds in self.decoding["baseline"]["chosen_from"] for name in speeds)
+
     def beside(self, timed: Sequence[Timed]) -> list[Timed]:
         """``timed`` with the plain statistics of each batch, in the tasks that have the same batches in both runs."""
         name, found = self.decoding["baseline"]["name"], []
@@ -154,7 +159,11 @@ def speedups_of(timed: Sequence[Timed]) -> dict[str, Any]:
         return {"speedup": None, "paired_speedup": None, "after_first_token": None}
     name = " and ".join(sorted({each.name for each in timed}))
     own, other = finished("MSD", [each.stats for each in timed]), finished(name, plain)
-    return {**speedups(own, other, other), "baseline_tokens_per_second": other.total.tokens_per_second}
+    figures = {**speedups(own, other, other), "baseline_tokens_per_second": other.total.tokens_per_second}
+    equal = [each.equal for each in timed if each.equal is not None]
+    if len(equal) == len(timed):
+        figures["identical"] = {"answers": sum(equal), "of": own.total.requests}
+    return figures
 
 
 def finished(name: str, rounds: list[Stats]) -> Contestant:
@@ -171,6 +180,7 @@ def summary(stats: Stats) -> dict[str, Any]:
         "tokens": stats.new_tokens,
         "cycles": stats.cycles,
         "tau": stats.tau,
+        "accepted_per_cycle": stats.accepted_per_cycle,
         "seconds": stats.seconds,
         "tokens_per_second": stats.tokens_per_second,
         "histogram": {str(length): count for length, count in stats.histogram.items()},
@@ -260,6 +270,9 @@ def show(report: Mapping[str, Any]) -> None:
     console = Console()
     console.print(table(report))
     for task, row in report["tasks"].items():
+        if report["use_msd"]:
+            with_bonus, without = f"{row['tau']:.2f}", f"{row['accepted_per_cycle']:.2f}"
+            console.print(f"{task}, tokens per verification: {with_bonus} with the bonus token, {without} without")
         if shares := " ".join(f"{share:.2f}" for share in row["acceptance_by_position"]):
             console.print(f"{task}, accepted at position 1, 2, ...: {shares}", highlight=False)
     if "baseline" in report:
@@ -284,6 +297,8 @@ def print_baseline(report: Mapping[str, Any], console: Console) -> None:
         console.print(f"{task}, whole requests: {speedup_text(row)}", highlight=False)
         if row["after_first_token"]["speedup"] is not None:
             console.print(f"{task}, after the first token: {speedup_text(row['after_first_token'])}", highlight=False)
+        if same := row.get("identical"):
+            console.print(f"{task}, identical answers: {same['answers']} of {same['of']}", highlight=False)
 
 
 def speedup_text(figures: Mapping[str, Any]) -> str:

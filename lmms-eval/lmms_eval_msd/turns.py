@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loguru import logger
@@ -31,6 +31,7 @@ class Timed:
     """A batch that counts, with its statistics.
 
     ``docs``: its documents. ``plain``: statistics of the strongest plain way, ``name``, if it was measured beside MSD.
+    ``equal``: MSD's answers that are equal to those of that way; None if they were sampled, or not measured together.
     """
 
     task: str
@@ -38,6 +39,7 @@ class Timed:
     stats: Stats
     plain: Stats | None = None
     name: str = ""
+    equal: int | None = None
 
 
 @dataclass
@@ -63,7 +65,7 @@ class Turns:
         self.own = Contestant(name, with_engine(self.model, self.use_msd, {}))
         self.plain: list[Contestant] = []
         self.answered = 0
-        self.counted: list[tuple[str, tuple[int, ...]]] = []  # task and documents of each round of the contestants
+        self.counted: list[tuple[str, tuple[int, ...], bool]] = []  # task, documents and greediness of each round
 
     def answer(self, given: dict[str, Any], task: str, docs: Sequence[int], counted: bool = True) -> list[list[int]]:
         """The new tokens of each sequence of a batch.
@@ -85,7 +87,7 @@ class Turns:
         for _ in interleave([*ways[shift:], *ways[:shift]], [[work]], warm_up=int(choosing)):
             pass
         tokens = self.own.tokens
-        self.counted.append((task, tuple(docs)))
+        self.counted.append((task, tuple(docs), not given.get("do_sample")))
         self.answered += len(docs)
         if choosing and self.answered >= self.requests:
             self.choose()
@@ -107,10 +109,15 @@ class Turns:
         """All batches that were counted so far."""
         best = strongest(self.plain) if self.plain else None
         own = best if best is not None and not self.use_msd else self.own
-        beside: Sequence[Stats | None] = best.rounds if best is not None and self.use_msd else [None] * len(own.rounds)
-        name = "" if best is None else best.name
-        rounds = zip(self.counted, own.rounds, beside, strict=True)
-        return [Timed(task, docs, stats, plain, name) for (task, docs), stats, plain in rounds]
+        found, start = [], 0
+        for number, (task, docs, greedy) in enumerate(self.counted):
+            timed = Timed(task, docs, own.rounds[number])
+            if best is not None and self.use_msd:
+                rows = slice(start, start := start + len(docs))
+                same = sum(a == b for a, b in zip(own.answers[rows], best.answers[rows], strict=True))
+                timed = replace(timed, plain=best.rounds[number], name=best.name, equal=same if greedy else None)
+            found.append(timed)
+        return found
 
 
 def with_cycles(way: Contestant) -> Contestant:

@@ -102,6 +102,9 @@ def test_the_measured_baseline_is_named(runs, tmp_path, capsys):
     argv = ["--base", str(base), "--out", str(out), "--msd"]
     assert main([*argv, str(msd)]) == 0
     assert "- speed-up: `over the base run; other plain ways were not measured`" in (out / "compare.md").read_text()
+    fast = write_run(tmp_path / "compiled", True, ["a", "b"], 25.0, compile="inductor")
+    assert main([*argv, str(fast)]) == 0
+    assert json.loads((out / "compare.json").read_text())["tasks"]["chartqa"]["speedup"] is None
     other = write_run(tmp_path / "measured", True, ["a", "b"], 25.0, baseline={"name": "loop, compiled"})
     path = other / "model" / "1_results.json"
     results = json.loads(path.read_text())

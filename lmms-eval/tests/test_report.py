@@ -95,6 +95,7 @@ def test_table(tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert "differs in hardware: other" in shown
     assert "strongest plain decoding: generate" in shown and "generate 2.0, loop 1.0" in shown
+    assert "a, tokens per verification: 2.00 with the bonus token, 1.00 without" in shown
     assert "a, whole requests: totals 2.00x, mean of requests 2.00x" in shown
     assert "a, accepted at position 1, 2, ...: 0.67 0.33" in shown.splitlines()
     assert max(len(line) for line in shown.splitlines() if "differs" not in line) <= 80
@@ -152,6 +153,7 @@ def test_the_strongest_plain_way_is_the_baseline(base, draft, tmp_path, monkeypa
         (speeds,) = each.report["baseline"]["chosen_from"]
         assert max(speeds, key=speeds.get) == strong and len(speeds) == 2
     row = model.report["tasks"]["tiny"]
+    assert row["identical"] == {"answers": 3, "of": 3}
     assert row["speedup"] == row["tokens_per_second"] / row["baseline_tokens_per_second"]
     assert row["paired_speedup"]["mean"] > 0 and row["after_first_token"]["baseline_name"] == strong
     assert plain.report["tasks"]["tiny"]["tau"] == 1.0 and "speedup" not in plain.report["tasks"]["tiny"]
@@ -163,6 +165,17 @@ def test_the_strongest_plain_way_is_the_baseline(base, draft, tmp_path, monkeypa
     row, before = later.report["tasks"]["tiny"], plain.report["tasks"]["tiny"]
     assert row["speedup"] == pytest.approx(row["tokens_per_second"] / before["tokens_per_second"])
     assert later.report["baseline"]["name"] == strong and later.report["baseline"]["differences"] == {}
+
+
+def test_compiled_msd_is_not_compared_with_a_baseline_that_was_not(base, draft, tmp_path, monkeypatch):
+    plain = {"a": [([0], 4, 4.0, 1.0)]}
+    path = write_results(tmp_path / "plain", plain)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    with pytest.raises(UserError, match="MSD is compiled, and plain decoding of the baseline was not"):
+        load(LlavaMSD, base, draft, msd_baseline=str(path), compile="eager")
+    chosen = {"name": "loop, compiled", "chosen_from": [{"loop": 1.0, "loop, compiled": 2.0}], "differences": {}}
+    path = write_results(tmp_path / "compiled", plain, baseline=chosen)
+    assert load(LlavaMSD, base, draft, msd_baseline=str(path), compile="eager").msd.compiled
 
 
 def test_plain_ways_end_at_the_tasks_texts_too(base):
