@@ -136,12 +136,13 @@ def slower(monkeypatch, name, seconds):
     monkeypatch.setattr("lmms_eval_msd.turns.baselines", ways)
 
 
-@pytest.mark.parametrize("weak", ["autoregressive", "transformers generate"])
+@pytest.mark.parametrize("weak", ["autoregressive", pytest.param("transformers generate", marks=pytest.mark.slow)])
 def test_the_strongest_plain_way_is_the_baseline(base, draft, tmp_path, monkeypatch, weak):
     """Chosen on two of three requests, beside MSD and in a plain run; the plain run is a baseline of a third one."""
     slower(monkeypatch, weak, 1000.0)
     strong = ({"autoregressive float32", "transformers generate float32"} - {f"{weak} float32"}).pop()
-    requests = [request(text, IMAGES[:1], number) for number, text in enumerate(("How many?", "Which?", "Where?"))]
+    texts, short = ("How many?", "Which?", "Where?"), {"max_new_tokens": 8}
+    requests = [request(text, IMAGES[:1], number, short) for number, text in enumerate(texts)]
     model = load(LlavaMSD, base, draft, msd_baseline="measure", msd_baseline_requests="2", **TREE)
     plain = load(LlavaMSD, base, msd_baseline="measure", msd_baseline_requests="2")
     answers = [[each.text for each in each_model.generate_until(requests)] for each_model in (model, plain)]

@@ -182,6 +182,7 @@ def test_other_cells_of_a_report_are_kept(
         return {"title": cell.title, "baseline_name": "a", "results": {"a": row}, "run": len(measured), **more}
 
     monkeypatch.setattr(suite, "measure", measure)
+    monkeypatch.setattr("benchmarks.plot.draw", lambda report, path: None)
     monkeypatch.setattr("eagle.provenance.source_commit", lambda: f"commit{len(measured)}")
     path, out = suite_of(tmp_path, "one", "two", "three"), tmp_path / "out"
     argv = ["--suite", str(path), "--out", str(out)]
@@ -224,6 +225,7 @@ def test_a_stopped_run_leaves_its_cells(tmp_path: Path, monkeypatch: pytest.Monk
         return measure(cell, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(suite, "measure", stopping)
+    monkeypatch.setattr("benchmarks.plot.draw", lambda report, path: None)
     argv = ["--suite", str(path), "--out", str(out)]
     with pytest.raises(KeyboardInterrupt):
         suite.run(argv)
