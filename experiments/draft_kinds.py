@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,7 +77,7 @@ def choose(names: Sequence[str]) -> list[Kind]:
 
 
 @dataclass(frozen=True)
-class Study:
+class Study(ABC):
     """Kinds of drafts of one base. ``folder``: of the results; ``data``: the folder of hidden states of each set,
     "text" and "image"; ``deepspeed``: the config with the batch sizes; ``config``: a training config of MSD;
     ``kinds``: all that are compared."""
@@ -88,13 +89,13 @@ class Study:
     config: dict[str, Any]
     kinds: Sequence[Kind]
 
+    @abstractmethod
     def shared(self, seed: int) -> dict[str, Any]:
         """Training settings of all kinds."""
-        raise NotImplementedError
 
+    @abstractmethod
     def epochs_of(self, kind: Kind) -> int:
         """The length of a training."""
-        raise NotImplementedError
 
     def cell(self, kind: Kind, seed: int) -> Path:
         """The folder of a training."""
@@ -256,14 +257,16 @@ def rows_of(folder: Path, cells: Sequence[Row], equal: str) -> list[Row]:
 
 
 def table(rows: Sequence[Row], columns: Mapping[str, tuple[str, int]] = COLUMNS) -> str:
-    """One line for each kind: mean over seeds, and their range."""
-    head = ["draft", "seeds", *columns, "equal answers"]
-    lines = [f"| {' | '.join(head)} |", f"|---|---|{'---:|' * (len(columns) + 1)}"]
+    """One line for each kind: mean over seeds, and their range; with the equal answers if there are any figures of
+    them."""
+    titles = [*columns, "equal answers"] if any("identical" in row for row in rows) else [*columns]
+    lines = [f"| {' | '.join(['draft', 'seeds', *titles])} |", f"|---|---|{'---:|' * len(titles)}"]
     for kind in dict.fromkeys(row["kind"] for row in rows):
         own = [row for row in rows if row["kind"] == kind]
         values = [spread([row.get(key) for row in own], digits) for key, digits in columns.values()]
         answers = ", ".join(f"{row['identical']} of {row['answers']}" for row in own if "identical" in row)
-        lines.append(f"| {' | '.join([kind, ', '.join(str(row['seed']) for row in own), *values, answers])} |")
+        cells = [kind, ", ".join(str(row["seed"]) for row in own), *values, answers]
+        lines.append(f"| {' | '.join(cells[: 2 + len(titles)])} |")
     return "\n".join(lines)
 
 

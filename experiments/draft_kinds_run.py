@@ -70,7 +70,8 @@ def train_cell(study: Study, kind: Kind, seed: int) -> None:
     row = {
         "kind": kind.name, "what": kind.what, "seed": seed, "steps": history["steps"][-1]["step"],
         "bytes": sum(file.stat().st_size for file in files),
-        "simulated_tau": {name: values["tau"] for name, values in last.items()}, **run_record(),
+        "simulated_tau": {name: values["tau"] for name, values in last.items()},
+        "top1": {name: values["top1"] for name, values in last.items()}, **run_record(),
     }  # fmt: skip
     write_json(record, row)
 

@@ -133,7 +133,8 @@ def tables(out: Path) -> str:
     rows = {row["kind"]: row for row in [*trainings(out), *(row for each in records.values() for row in each["rows"])]}
     if not rows:
         raise UserError("no trained draft", where=out, fix="run the other parts first, or give --work or --out")
-    found = [table(list(rows.values()), TRAINING)]
+    shown = ("kind", "seed", *(key for key, _ in TRAINING.values()))
+    found = [table([{key: row[key] for key in shown} for row in rows.values()], TRAINING)]
     for name, record in records.items():
         found += [note(name, record), table([totals(row) for row in record["rows"]], DECODING)]
         found.append(acceptance(record["rows"]))
@@ -142,12 +143,11 @@ def tables(out: Path) -> str:
 
 def trainings(out: Path) -> list[Row]:
     """What the records of finished trainings say."""
-    cost = out / "cost.json"
-    seconds = read_json(cost, "costs of a step")["seconds"] if cost.is_file() else {}
     cells = [read_json(file, "record of a training") for file in sorted(out.glob("*/cell.json"))]
+    seconds = read_json(out / "cost.json", "costs of a step")["seconds"] if cells else {}
     return [
-        {**cell, "step": cell["steps"], "simulated": cell["simulated_tau"]["text"],
-         "seconds": cell["steps"] * seconds[cell["kind"]]} for cell in cells
+        {**cell, "step": cell["steps"], "seconds": cell["steps"] * seconds[cell["kind"]], "top1": cell["top1"]["text"],
+         "simulated": cell["simulated_tau"]["text"], "megabytes": cell["bytes"] / 1e6} for cell in cells
     ]  # fmt: skip
 
 

@@ -136,11 +136,12 @@ def evaluated(**more: Any) -> dict[str, Any]:
 def test_the_tables_show_what_is_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no trained draft"):
         kinds.tables(tmp_path)
-    cell = {"kind": "eagle3", "what": "-", "seed": 1, "steps": 7, "bytes": 5, "simulated_tau": {"text": 1.45}}
+    cell = {"kind": "eagle3", "what": "-", "seed": 1, "steps": 7, "bytes": 5e6, "simulated_tau": {"text": 1.45}}
+    cell["top1"] = {"text": 0.25}
     write_json(tmp_path / "eagle3-seed1" / "cell.json", cell)
     write_json(tmp_path / "cost.json", {"seconds": {"eagle3": 3.0, "msd": 1.0}})
     trained = kinds.tables(tmp_path)
-    assert "| eagle3 | 1 | 7 | 21 |  | 1.45 |" in trained and "whole request" not in trained
+    assert "| eagle3 | 1 | 7 | 21 | 0.250 | 1.45 | 5.00 |\n" in f"{trained}\n" and "whole request" not in trained
     write_json(tmp_path / "sampled.json", evaluated(identical_chain=3))
     shown = kinds.tables(tmp_path)
     assert "| eagle3 | 1 | 7 | 21 |" in shown and "| block | 1 | 10 | 20 | 0.500 | 1.60 | 9.00 |" in shown
