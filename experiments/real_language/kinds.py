@@ -134,7 +134,8 @@ def tables(out: Path) -> str:
     if not rows:
         raise UserError("no trained draft", where=out, fix="run the other parts first, or give --work or --out")
     shown = ("kind", "seed", *(key for key, _ in TRAINING.values()))
-    found = [table([{key: row[key] for key in shown} for row in rows.values()], TRAINING)]
+    ordered = [rows[kind.name] for kind in KINDS if kind.name in rows]
+    found = [table([{key: row[key] for key in shown} for row in ordered], TRAINING)]
     for name, record in records.items():
         found += [note(name, record), table([totals(row) for row in record["rows"]], DECODING)]
         found.append(acceptance(record["rows"]))

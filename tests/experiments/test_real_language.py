@@ -160,12 +160,13 @@ def test_kinds_are_trained_for_equal_seconds_and_compared(stock: tuple, tmp_path
     subprocess.run([*script, "--epochs", "4"], env=settings, capture_output=True, check=True)
     layers = {**settings, "FEATURE_LAYERS": "auto", "STATES_ONLY": "1"}
     subprocess.run(script, env=layers, capture_output=True, check=True)
-    command = [sys.executable, "-m", "experiments.real_language.kinds", "--work", str(tmp_path), "--questions", "2"]
-    command += ["--max-new-tokens", str(LENGTH), "--kinds", "eagle3-3", "block-4"]
+    command = [sys.executable, "-m", "experiments.real_language.kinds"]
+    flags = ["--work", str(tmp_path), "--questions", "2", "--max-new-tokens", str(LENGTH)]
+    flags += ["--kinds", "eagle3-3", "block-4"]
 
     def run(*parts: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*command, *parts], env=environment(), cwd=REPO, capture_output=True, text=True, check=False
+            [*command, *parts, *flags], env=environment(), cwd=REPO, capture_output=True, text=True, check=False
         )
 
     assert "the cost of a step of msd is not measured" in run("train").stderr
@@ -190,7 +191,8 @@ def test_kinds_are_trained_for_equal_seconds_and_compared(stock: tuple, tmp_path
     before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("**/*.json") if file.name != "study.json"}
     assert run().returncode == 0
     assert before == {file: file.stat().st_mtime_ns for file in before}, "nothing is done twice"
-    assert "measured with max_new_tokens=12, not 5" in run("evaluate", "--max-new-tokens", "5").stderr
+    flags += ["--max-new-tokens", "5"]
+    assert "measured with max_new_tokens=12, not 5" in run("evaluate").stderr
 
 
 @pytest.mark.slow
