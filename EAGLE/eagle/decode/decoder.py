@@ -24,7 +24,7 @@ from eagle.decode.adaptive.guard import Guard, Pace, Work
 from eagle.decode.adaptive.planner import Floats, Planner
 from eagle.decode.block import drafter_of
 from eagle.decode.compiled.cycle import CycleRun
-from eagle.decode.compiled.engine import StaticDrafter, StaticEngine
+from eagle.decode.compiled.engine import StaticBlockDrafter, StaticDrafter, StaticEngine
 from eagle.decode.compiled.static_cache import StaticCache
 from eagle.decode.drafter import Drafter
 from eagle.decode.masks import MaskBuffer
@@ -34,6 +34,7 @@ from eagle.decode.stats import Stats
 from eagle.decode.stopping import Stopper
 from eagle.decode.tree import DraftTree, prune, root_only, select_nodes
 from eagle.decode.tree_config import TreeConfig
+from eagle.drafts.block import BlockDraft
 from eagle.drafts.compression import Compression
 from eagle.drafts.head import DraftHead
 from eagle.families.base import LayerMasks, Target
@@ -164,7 +165,8 @@ class Decoder:
         cache = engine.target_caches.take(rows)
         if draft is None:
             return cache, None
-        return cache, StaticDrafter(engine, draft, length, self.tree, self.settings.compression)
+        kind = StaticBlockDrafter if isinstance(draft, BlockDraft) else StaticDrafter
+        return cache, kind(engine, draft, length, self.tree, self.settings.compression)
 
     def _leave_compiled(self) -> None:
         """Continues the request without compiled parts, on the rows that it has."""

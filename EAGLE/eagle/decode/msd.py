@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -389,10 +389,12 @@ class MSDModel:
         return MSDOutput(torch.cat([input_ids, padded], dim=1), tokens, decoder.stats)
 
     def _bounds(self, tree: TreeConfig | None, batch: int) -> TreeConfig:
-        """The tree of a request: a chain if the target verifies nothing else."""
+        """The tree of a request: no deeper than a block head drafts; a chain if the target verifies nothing else."""
         if tree is not None and not isinstance(tree, TreeConfig):
             raise UserError(f"tree={tree!r}", fix='give a TreeConfig; MSDModel itself takes "auto" and "fixed"')
         tree = tree or self.tree_for(batch)
+        if self.draft is not None and self.draft.block_size > 1:
+            tree = replace(tree, depth=min(tree.depth, self.draft.block_size - 1))
         return tree if self.target.verifies_trees else tree.as_chain()
 
     def _warn_of_length(self, inputs: Mapping[str, Any], new_tokens: int) -> None:

@@ -221,7 +221,8 @@ def check_settings(args: argparse.Namespace) -> None:
     Raises:
         UserError: one of them is wrong.
     """
-    config = TrainConfig() if args.config == AUTO else read_config(args.config, None, args.draft_kind, args.draft_positions)[1]
+    of_draft = (args.draft_kind, args.draft_positions)
+    config = TrainConfig() if args.config == AUTO else read_config(args.config, None, *of_draft)[1]
     override(config, args)
     check_sources(args)
 

@@ -40,7 +40,7 @@ def plainly(function: Callable[..., object], **settings: object) -> Callable[...
     return function
 
 
-@pytest.fixture(scope="module", params=["llava", "qwen", "qwen mrope"])
+@pytest.fixture(scope="module", params=["llava", "qwen", "qwen mrope", "qwen mrope block"])
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[MSDModel]:
     """The same pair without and with static shapes."""
     folder = tmp_path_factory.mktemp("static")
@@ -49,6 +49,8 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     changes = {"rope_scaling": {"mrope_section": [1, 1, 2]}} if "qwen" in request.param else {}
     if "mrope" in request.param:
         changes["msd"] = {"positions": "mrope"}
+    if "block" in request.param:
+        changes["block"] = {"size": 4, "layers": 2}
     draft = load_draft(make_draft(folder / "draft", target, **changes), dtype=torch.float32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", plainly)
@@ -207,7 +209,9 @@ def test_one_compilation_for_all_sizes(models: list[MSDModel], fresh_dynamo: Non
     compiled.warm_up(progress=False)
     assert sum(counters["graph_break"].values()) == 0, dict(counters["graph_break"])
     before = counters["stats"]["unique_graphs"]
-    assert before == 9, "verify, plain step, extend, step, children and keep; draft, masks and finish of whole cycles"
+    own = ["block"] if plain.draft.block_size > 1 else ["extend", "step"]
+    others = ["verify", "plain step", "children", "keep", "draft", "masks", "finish"]  # the last three: of whole cycles
+    assert before == len(own + others)
     ids = torch.randint(5, 200, (1, 1100), generator=torch.Generator().manual_seed(0))
     accepted = []
     for tree, length in ((TreeConfig(4, 6, 24), 40), (TreeConfig(3, 1, 5), 250), (TreeConfig(2, 3, 9), 1015)):
@@ -215,9 +219,9 @@ def test_one_compilation_for_all_sizes(models: list[MSDModel], fresh_dynamo: Non
         accepted += check_same([plain, compiled], inputs, tree=tree, max_new_tokens=15, temperature=0)
     check_same([plain, compiled], {"input_ids": ids}, max_new_tokens=5, temperature=0, use_msd=False)
     check_same([plain, compiled], inputs_of(plain, TEXTS[:1]), tree=TREES[0], max_new_tokens=25, temperature=0)
-    own = {"tree": TreeConfig(2, 2, 8), "max_new_tokens": 20, "seed": 1}
+    settings = {"tree": TreeConfig(2, 2, 8), "max_new_tokens": 20, "seed": 1}
     for length, temperature in ((240, 0.0), (40, 0.7), (1000, 1.1)):
-        check_same([plain, compiled], {"input_ids": ids[:, :length]}, **own, temperature=temperature)
+        check_same([plain, compiled], {"input_ids": ids[:, :length]}, **settings, temperature=temperature)
     assert sum(counters["graph_break"].values()) == 0, dict(counters["graph_break"])
     assert counters["stats"]["unique_graphs"] == before
 
@@ -231,7 +235,7 @@ def recorded(models: list[MSDModel], monkeypatch: pytest.MonkeyPatch) -> SimpleN
         model = MSDModel(models[0].target, models[0].draft, TREES[1], compile="eager")
     engine = model._compiled
     monkeypatch.setattr(engine, "graphs", True)
-    for name in ("verify_nodes", "_extend", "_step", "_children"):
+    for name in ("verify_nodes", "_extend", "_step", "_children", "_block"):
         own = getattr(engine, name)
 
         def call(*given: object, name: str = name, part: Callable[..., object] = own) -> object:

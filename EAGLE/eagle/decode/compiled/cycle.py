@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from eagle.decode.accept import NO_TOKEN, accepted_nodes
+from eagle.decode.block import block_layout, block_levels, with_mask_rows
 from eagle.decode.compiled.static_cache import StaticCache, bucket
 from eagle.decode.drafter import depths_of, draft_levels
 from eagle.decode.masks import mask_behind
@@ -34,6 +35,7 @@ from eagle.decode.sequence import Sequence as Answer
 from eagle.decode.stats import Stats
 from eagle.decode.tree import Candidates, DraftTree, select_nodes
 from eagle.decode.tree_config import TreeConfig
+from eagle.drafts.block import BlockDraft
 from eagle.drafts.head import DraftHead
 from eagle.families.base import LayerMasks, Target, within_window
 
@@ -99,6 +101,8 @@ class CompiledCycle:
         self.tree, self.nodes = tree, tree.nodes_within(tree.depth + 2)
         self.longest = min(tree.depth + 2, self.nodes)  # rows that a cycle can accept
         self.drafted = max(tree.depth * tree.top_k, self.longest)  # rows that the draft writes behind accepted ones
+        if isinstance(draft, BlockDraft):
+            self.drafted = self.longest + tree.depth
         self.ahead = 1 if target.device.type == "cuda" else 0  # cycles that are launched before a result is looked at
         head = target.head_function()
 
@@ -120,7 +124,7 @@ class CompiledCycle:
         """Calls that compile the functions, for caches of so many ``columns``; `verify` has its own."""
         draft.rotary(torch.zeros(1, 1, device=draft.device), draft.dtype)  # its frequencies are float32 from now on
         state = self.state(target, draft)
-        last = torch.zeros(draft.config.hidden_size, dtype=draft.dtype, device=draft.device)
+        last = torch.zeros(newest_size(draft), dtype=draft.dtype, device=draft.device)
 
         def drafts(width: int) -> tuple[Tensor, Tensor, Tensor]:
             draft_cache.set_columns(max(width, bucket(self.drafted)))  # no cycle sees fewer
@@ -175,7 +179,7 @@ class CycleRun:
     """Consecutive whole cycles of a request.
 
     Args:
-        last: [H] what the draft predicts after its accepted rows.
+        last: [H] what the draft predicts after its accepted rows; of a block head [H + X], with the newest row's input.
         context: [1, C] of the prompt, if the draft has one.
         state: before the first cycle; its rows are ``past`` in the target and ``draft_past`` in the draft.
     """
@@ -262,7 +266,39 @@ class CycleRun:
         return rows[place.clamp(max=ahead - 1)]  # nodes deeper than wanted are never accepted
 
 
-def draft_tree(
+def newest_size(draft: DraftHead) -> int:
+    """Values that a cycle needs of the newest row if the last cycle accepted none."""
+    return draft.config.hidden_size + (draft.fc.out_features if isinstance(draft, BlockDraft) else 0)
+
+
+def drafted_block(
+    draft: BlockDraft,
+    head: Callable[[Tensor], Tensor],
+    tree: TreeConfig,
+    tokens: Tensor,
+    features: Tensor,
+    counters: Tensor,
+    last: Tensor,
+    cache: StaticCache,
+) -> list[Candidates]:
+    """The levels of a block head, by one forward over accepted rows and mask rows."""
+    known, count = Counters(*counters.unbind()), tokens.shape[0]
+    rows = draft.text_rows(draft.condense(features[None]), tokens[None])  # [1, P, X]
+    output, newest = last[None].split([draft.config.hidden_size, rows.shape[-1]], dim=-1)  # [1, H], [1, X]
+    has, end = known.accepted > 0, (known.accepted - 1).clamp(min=0)[None]
+    newest = torch.where(has, rows[:, end][:, 0], newest)
+    x = with_mask_rows(draft, rows, newest, tree.depth)  # [1, P + m, X]
+    visible, offsets = block_layout(known.accepted[None], count, tree.depth)
+    mask = mask_behind(known.draft_past[None], visible, cache.window.columns.shape[0], draft.dtype)
+    places: Any = PlacedRows(cache, known.draft_past + torch.arange(x.shape[1], device=x.device))
+    rope = draft.rotary(known.draft_past + known.shift + offsets, draft.dtype)
+    outputs = draft(x, None, mask, places, rope)  # [1, P + m, H]
+    first = torch.where(has, outputs[:, end], output[:, None])
+    drafted = torch.cat([first, outputs[:, count:]], dim=1)  # [1, levels, H]
+    return block_levels(*draft.likely_next(drafted, tree.top_k, head), tree.top_k)
+
+
+def drafted_levels(
     draft: DraftHead,
     head: Callable[[Tensor], Tensor],
     tree: TreeConfig,
@@ -272,9 +308,8 @@ def draft_tree(
     last: Tensor,
     context: Tensor | None,
     cache: StaticCache,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The draft phase: nodes [5, N] (token, position, row in the target's cache, parent, depth), which of them each
-    sees [N, N], and the new counters. Levels deeper than the tokens that are still wanted have no probability."""
+) -> list[Candidates]:
+    """The levels of another head, by one forward each."""
     known = Counters(*counters.unbind())
     device, count = tokens.device, tokens.shape[0]
 
@@ -302,7 +337,28 @@ def draft_tree(
         output = forward(hidden, own, tree_mask, widths, draft_past, position)
         return output, *draft.likely_next(output, tree.top_k, head)
 
-    levels = draft_levels(draft.likely_next(last, tree.top_k, head), last, tree, step)
+    return draft_levels(draft.likely_next(last, tree.top_k, head), last, tree, step)
+
+
+def draft_tree(
+    draft: DraftHead,
+    head: Callable[[Tensor], Tensor],
+    tree: TreeConfig,
+    tokens: Tensor,
+    features: Tensor,
+    counters: Tensor,
+    last: Tensor,
+    context: Tensor | None,
+    cache: StaticCache,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The draft phase: nodes [5, N] (token, position, row in the target's cache, parent, depth), which of them each
+    sees [N, N], and the new counters. Levels deeper than the tokens that are still wanted have no probability."""
+    known, device = Counters(*counters.unbind()), tokens.device
+    if isinstance(draft, BlockDraft):
+        levels = drafted_block(draft, head, tree, tokens, features, counters, last, cache)
+    else:
+        levels = drafted_levels(draft, head, tree, tokens, features, counters, last, context, cache)
+    newest = (known.accepted - 1).clamp(min=0)[None]
     scores = [torch.where(known.left > level + 1, part.scores[0], -torch.inf) for level, part in enumerate(levels)]
     candidates = Candidates(
         torch.cat([part.tokens[0] for part in levels]),
@@ -312,7 +368,7 @@ def draft_tree(
     drafted = select_nodes(candidates, tokens.index_select(0, newest), tree.total_tokens, tree.depth + 1)
     rows = known.past + torch.arange(drafted.size, device=device)
     nodes = [drafted.tokens, known.position + drafted.depths, rows, drafted.parents, drafted.depths]
-    return torch.stack(nodes), drafted.mask, torch.stack([draft_past, *known[1:]])
+    return torch.stack(nodes), drafted.mask, torch.stack([known.draft_past + known.accepted, *known[1:]])
 
 
 def verification_masks(

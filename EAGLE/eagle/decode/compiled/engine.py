@@ -9,8 +9,9 @@ part        rows
 verify      the nodes of a tree; with CUDA graphs always those of the largest, so that one graph is recorded
 plain step  one: what `verify` does with a root alone, compiled as a constant
 extend      those that a cycle has accepted, at least 2; with CUDA graphs as many as one cycle can accept
+block       the same, and mask rows: what a block head has in place of extend and step
 step        the frontier's width, at least 2
-children    one, the first level's parent; as many children as the frontier is wide
+children    one, the first level's parent, or those of all levels of a block; as many children as the frontier is wide
 keep        as verify; rows that stay where they are included
 ==========  ==================================================================================================
 
@@ -40,11 +41,13 @@ from torch.utils._pytree import tree_map_only
 from torch.utils._triton import has_triton
 from tqdm import tqdm
 
+from eagle.decode.block import BlockDrafter
 from eagle.decode.compiled.cycle import CompiledCycle, CycleRun
 from eagle.decode.compiled.static_cache import StaticCache, bucket, buckets, dynamic, move_rows
 from eagle.decode.drafter import Drafter
 from eagle.decode.sequence import Sequence as Answer
 from eagle.decode.tree_config import TreeConfig
+from eagle.drafts.block import BlockDraft
 from eagle.drafts.compression import Compression
 from eagle.drafts.head import DraftHead
 from eagle.families.base import LayerMasks, Target
@@ -158,7 +161,8 @@ class StaticEngine:
         if draft is not None:
             head = target.head_function()
             self.draft_caches = CachePool(partial(self._draft_cache, draft, move), self.positions)
-            self._extend, self._step, self._children = (compiled(part) for part in draft_parts(draft, head))
+            parts = draft_parts(draft, head)
+            self._extend, self._step, self._children, self._block = (compiled(part) for part in parts)
 
     def serves_this_thread(self) -> bool:
         """Whether a request of this thread may use the compiled parts: CUDA graphs belong to the thread that was
@@ -249,11 +253,29 @@ class StaticEngine:
         cache.close(width)
         return output[:width], ids[:width, :width], logprobs[:width, :width]
 
+    def block(self, x: Tensor, mask: Tensor, rope: tuple[Tensor, Tensor], cache: StaticCache, size: int) -> Tensor:
+        """A block head's forward over accepted rows and mask rows, padded to ``size``.
+
+        Args:
+            x: [n, X]; ``mask``: [1, 1, n, past + n] additive; ``rope``: [1, 1, n, D] each.
+
+        Returns:
+            outputs [n, H].
+        """
+        count, columns = x.shape[0], cache.open(size)
+        cos, sin = (padded_rows(part[0, 0], size) for part in rope)
+        output = self._block(padded_rows(x, size), filled(mask, size, columns), cos, sin, cache)
+        cache.close(count)
+        return output[:count]
+
     def children(self, hidden: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        """Ids and log-probabilities of the ``top_k`` first drafted tokens [k] each, after an output [H]."""
+        """Ids and log-probabilities of the ``top_k`` first drafted tokens [k] each, after an output [H]; or [L, k]
+        each, after outputs [L, H]."""
         count = max(top_k, 2)
-        ids, logprobs = self._children(hidden, dynamic(torch.empty(count, device=hidden.device), 0))
-        return ids[:top_k], logprobs[:top_k]
+        rows = padded_rows(hidden, max(hidden.shape[0], 2)) if hidden.dim() == 2 else hidden
+        ids, logprobs = self._children(rows, dynamic(torch.empty(count, device=hidden.device), 0))
+        ids, logprobs = ids[..., :top_k], logprobs[..., :top_k]
+        return (ids[: len(hidden)], logprobs[: len(hidden)]) if hidden.dim() == 2 else (ids, logprobs)
 
     def extended(self, count: int, longest: int) -> int:
         """Rows of the draft's forward over ``count`` accepted ones of at most ``longest``."""
@@ -340,6 +362,17 @@ class StaticEngine:
         def step(width: int) -> None:
             self.step(*inputs(tree.top_k, width, size), rope(1), cache)
 
+        def block(width: int) -> None:
+            rows = longest + tree.depth
+            cache.truncate([width - rows])
+            x = zeros(rows, draft.fc.out_features)
+            self.block(x, zeros(1, 1, rows, width), rope(rows), cache, rows)
+
+        if isinstance(draft, BlockDraft):
+            levels = tree.depth + 1
+            apart = [levels + 1] if levels == max(tree.top_k, 2) else []  # equal sizes would be compiled as one
+            own = [partial(self.children, zeros(count, size), tree.top_k) for count in (*apart, levels)]
+            return [*own, *(partial(block, width) for width in columns)]
         calls: list[Callable[[], object]] = [partial(self.children, zeros(size), tree.top_k)]
         return calls + [partial(part, width) for part in (extend, step) for width in columns]
 
@@ -415,7 +448,7 @@ class StaticDrafter(Drafter):
         (draft_past,), (shift,), past = self._lengths, self._shift, cache.length
         counters = (draft_past, 0, shift, past, int(answer.next_position), left, len(answer.tokens))
         state = cycle.state(self._engine.target, self.draft, counters, answer.tokens[-1])
-        return CycleRun(cycle, answer, (cache, self.cache), (past, draft_past), self._last[0], self._context, state)
+        return CycleRun(cycle, answer, (cache, self.cache), (past, draft_past), self._ends[0], self._context, state)
 
     def end_cycles(self, run: CycleRun) -> None:
         """Leaves caches and answer as if all cycles had been decoded without `CycleRun`. Cycles in flight are dropped:
@@ -424,8 +457,34 @@ class StaticDrafter(Drafter):
         self._lengths = [run.draft_past]
 
     @property
+    def _ends(self) -> Tensor:
+        """What a cycle needs of the newest rows if the last cycle accepted none, [B, `newest_size`]."""
+        return self._last
+
+    @property
     def _static_cache(self) -> StaticCache | None:
         return self.cache if isinstance(self.cache, StaticCache) else None
+
+
+class StaticBlockDrafter(StaticDrafter, BlockDrafter):
+    """`BlockDrafter` for one sequence on the compiled parts of an engine."""
+
+    def _forward(self, x: Tensor, mask: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        if (cache := self._static_cache) is None:
+            return super()._forward(x, mask, rope)
+        size = self._engine.extended(x.shape[1], self._causal.shape[-1] + self._mask_count)
+        return self._engine.block(x[0], mask, rope, cache, size)[None]
+
+    def _children(self, hidden: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        if self._static_cache is None:
+            return super()._children(hidden, top_k)
+        ids, logprobs = self._engine.children(hidden[0], top_k)
+        return ids[None], logprobs[None]
+
+    @property
+    def _ends(self) -> Tensor:
+        assert self._newest is not None
+        return torch.cat([self._last, self._newest], dim=-1)
 
 
 def filled(mask: Tensor, rows: int, columns: int) -> Tensor:
@@ -465,7 +524,7 @@ def verifier(target: Target, layers: Sequence[int]) -> Callable[..., tuple[Tenso
 
 
 def draft_parts(draft: DraftHead, head: Callable[[Tensor], Tensor]) -> tuple[Callable[..., Any], ...]:
-    """The draft's three forwards as functions to compile: extend, step, children."""
+    """The draft's forwards as functions to compile: extend, step, children, block."""
 
     def forward(tokens: Tensor, hidden: Tensor, context: Tensor | None, *rest: Any) -> Tensor:
         mask, cos, sin, cache = rest
@@ -482,7 +541,10 @@ def draft_parts(draft: DraftHead, head: Callable[[Tensor], Tensor]) -> tuple[Cal
     def children(hidden: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         return draft.likely_next(hidden, places.shape[0], head)
 
-    return extend, step, children
+    def block(x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, cache: Any) -> Tensor:
+        return draft(x[None], None, mask, cache, (cos, sin))[0]
+
+    return extend, step, children, block
 
 
 def obstacle(target: Target) -> str | None:
