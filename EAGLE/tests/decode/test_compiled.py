@@ -22,7 +22,7 @@ from eagle import MSDModel, TreeConfig
 from eagle.arguments import add_model_options
 from eagle.decode import decoder as decoder_module
 from eagle.decode.compiled import engine as engine_module
-from eagle.decode.compiled.engine import StaticEngine, filled
+from eagle.decode.compiled.engine import LARGEST_BATCH, StaticEngine, filled
 from eagle.decode.compiled.static_cache import STEP, StaticCache, bucket, buckets, move_rows
 from eagle.decode.decoder import Decoder
 from eagle.drafts.checkpoint import load_draft
@@ -53,6 +53,11 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", plainly)
         return [MSDModel(target, draft), MSDModel(target, draft, compile="eager")]
+
+
+def forget_caches(engine: StaticEngine) -> None:
+    for pool in (engine.target_caches, engine.draft_caches):
+        pool.single._free = pool.batches._free = None
 
 
 def inputs_of(model: MSDModel, texts: list[str]) -> dict[str, torch.Tensor]:
@@ -114,6 +119,7 @@ def test_two_streams_of_requests_do_not_share_a_cache(models: list[MSDModel]) ->
     first, second = engine.target_caches.take(50), engine.target_caches.take(50)
     assert first is not second
     engine.release(first, None)
+    assert engine.target_caches.take(50, 2) is not first, "that of single sequences"
     assert engine.target_caches.take(50) is first
     assert engine.target_caches.take(first.capacity + 1).capacity == 2 * first.capacity
 
@@ -167,7 +173,8 @@ def test_filled_masks_open_nothing_but_the_first_rows_view() -> None:
     closed = torch.finfo(torch.float32).min
     mask = torch.tensor([[0.0, 0.0, closed], [0.0, closed, 0.0]])[None, None]
     expected = [[1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 1, 0, 0, 0]]
-    assert filled(mask, 3, 5)[0, 0].eq(0).int().tolist() == expected
+    found = filled(mask, 2, 3, 5)
+    assert found[:, 0].eq(0).int().tolist() == [expected, expected]
 
 
 def test_caches_grow_with_the_answer(models: list[MSDModel], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +191,7 @@ def test_caches_grow_with_the_answer(models: list[MSDModel], monkeypatch: pytest
 
     monkeypatch.setattr(decoder_module, "NEW_TOKENS", 4)
     monkeypatch.setattr(KVCache, "grow", look)
-    models[1]._compiled.target_caches._free = models[1]._compiled.draft_caches._free = None
+    forget_caches(models[1]._compiled)
     check_same(models, {"input_ids": ids}, **settings)
     assert torch.equal(models[1].generate(input_ids=ids, **settings).sequences, expected[0])
     assert (KVCache, 1018) in grown and (StaticCache, 1024) in grown
@@ -291,7 +298,7 @@ def test_cuda_graphs_belong_to_one_thread(
 
 
 def test_the_first_request_warms_up(models: list[MSDModel], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once, and not for a batch. If memory runs out it is answered nevertheless."""
+    """Once, and once for batches that are compiled alike. If memory runs out it is answered nevertheless."""
     monkeypatch.setattr(torch, "compile", plainly)
     model, calls = MSDModel(models[0].target, models[0].draft, TREES[1], compile="eager"), 0
 
@@ -301,11 +308,15 @@ def test_the_first_request_warms_up(models: list[MSDModel], monkeypatch: pytest.
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(model._compiled, "warm_up", warm_up)
-    model.generate(**inputs_of(model, TEXTS), max_new_tokens=3, temperature=0)
-    assert calls == 0
+    for texts in (TEXTS, TEXTS[:2]):
+        model.generate(**inputs_of(model, texts), max_new_tokens=3, temperature=0)
+    assert calls == 1
     for text in TEXTS[:2]:
         check_same([models[0], model], inputs_of(model, [text]), tree=TREES[1], max_new_tokens=5, temperature=0)
-    assert calls == 1
+    assert calls == 2
+    many = inputs_of(model, [TEXTS[1]] * (LARGEST_BATCH + 1))
+    model.generate(**many, max_new_tokens=3, temperature=0)
+    assert calls == 2, "larger batches are not compiled"
 
 
 @pytest.mark.parametrize("place", ["verify", "allocation"])
