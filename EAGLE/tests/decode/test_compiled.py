@@ -75,6 +75,11 @@ def check_same(models: list[MSDModel], inputs: dict[str, torch.Tensor], **settin
     return compiled.stats.accept_lengths
 
 
+def check_same_tokens(models: list[MSDModel], inputs: dict[str, torch.Tensor], **settings: object) -> None:
+    plain, compiled = (model.generate(**inputs, **settings) for model in models)
+    assert plain.tokens == compiled.tokens
+
+
 def test_same_tokens_and_cycles(models: list[MSDModel]) -> None:
     accepted = []
     for tree in TREES:
@@ -208,13 +213,18 @@ def fresh_dynamo() -> Iterator[None]:
 
 @pytest.mark.slow
 def test_one_compilation_for_all_sizes(models: list[MSDModel], fresh_dynamo: None) -> None:
-    """After the warm-up nothing is compiled: other trees, contexts, capacities, plain steps, a second cache."""
+    """After the warm-up nothing is compiled: other trees, contexts, capacities, plain steps, a second cache, batches
+    whose sequences end."""
     plain = models[0]
     compiled = MSDModel(plain.target, plain.draft, TreeConfig(2, 2, 8), compile="eager")
     compiled.warm_up(progress=False)
     assert sum(counters["graph_break"].values()) == 0, dict(counters["graph_break"])
     before = counters["stats"]["unique_graphs"]
     assert before == 9, "verify, plain step, extend, step, children and keep; draft, masks and finish of whole cycles"
+    assert compiled.tree_for(2) == compiled.tree_for(4) == compiled.tree
+    compiled.warm_up(progress=False, batch_sizes=[2, 4])
+    before = counters["stats"]["unique_graphs"]
+    assert before == 18, "the same for batches"
     ids = torch.randint(5, 200, (1, 1100), generator=torch.Generator().manual_seed(0))
     accepted = []
     for tree, length in ((TreeConfig(4, 6, 24), 40), (TreeConfig(3, 1, 5), 250), (TreeConfig(2, 3, 9), 1015)):
@@ -225,6 +235,15 @@ def test_one_compilation_for_all_sizes(models: list[MSDModel], fresh_dynamo: Non
     own = {"tree": TreeConfig(2, 2, 8), "max_new_tokens": 20, "seed": 1}
     for length, temperature in ((240, 0.0), (40, 0.7), (1000, 1.1)):
         check_same([plain, compiled], {"input_ids": ids[:, :length]}, **own, temperature=temperature)
+    for texts in (TEXTS[:2], TEXTS, [*TEXTS, *TEXTS[:2]]):
+        inputs = inputs_of(plain, texts)
+        answers = plain.generate(**inputs, temperature=0, max_new_tokens=20).tokens
+        ends = {"eos_token_id": [answers[0][4], answers[1][9]]}
+        for settings in (ends, {"temperature": 0.8, "seed": 2}, {"tree": TREES[0], **ends}, {"tree": TREES[1]},
+                         {"use_msd": False, **ends}, {"repetition_penalty": 1.2, **ends}):  # fmt: skip
+            check_same_tokens([plain, compiled], inputs, **{"temperature": 0, "max_new_tokens": 20, **settings})
+    several = {"input_ids": ids[:, :1050].expand(3, -1)}
+    check_same_tokens([plain, compiled], several, temperature=0, max_new_tokens=10)
     assert sum(counters["graph_break"].values()) == 0, dict(counters["graph_break"])
     assert counters["stats"]["unique_graphs"] == before
 
@@ -336,7 +355,7 @@ def test_out_of_memory_leaves_compiled_decoding(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return verify(*given)
 
-    def fails(rows: int) -> None:
+    def fails(*_: int) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
