@@ -254,6 +254,7 @@ class CycleRun:
             masks = cycle.masks(nodes, tree_mask, counters, cache)
             tokens, positions, cache.window.places, _, depths = nodes.unbind()
             hidden, logits, features = cycle.verify(tokens, positions, masks, cache)
+            features = features.view(features.shape)  # arguments that are one object would be compiled again
         with stats.phase("accept"):
             chosen = self._choices(logits, depths, counters)
             *state, result = cycle.finish(nodes, tree_mask, chosen, hidden, features, counters, cache)
@@ -342,8 +343,7 @@ def draft_tree(
     output = forward(draft.condense(features), tokens, causal, [1] * count, known.draft_past, positions)
     newest = (known.accepted - 1).clamp(min=0).unsqueeze(1)  # [S, 1]
     accepted = (known.accepted > 0)[:, None, None]
-    own_last = output.gather(1, newest.unsqueeze(2).expand(-1, -1, output.shape[2]))
-    last = torch.where(accepted, own_last, last.unsqueeze(1))  # [S, 1, H]
+    last = torch.where(accepted, output[cache.window.slots, newest], last.unsqueeze(1))  # [S, 1, H]
     draft_past = known.draft_past + known.accepted
 
     def step(own: Tensor, hidden: Tensor, tree_mask: Tensor, widths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -408,5 +408,4 @@ def finish_cycle(
         answered=known.answered + count,
     )
     result = torch.cat([added, count.unsqueeze(1)], dim=1)
-    features = features.gather(1, path.unsqueeze(2).expand(-1, -1, features.shape[2]))
-    return added.clamp(min=0), features, torch.stack(following), result
+    return added.clamp(min=0), features[cache.window.slots, path], torch.stack(following), result
