@@ -226,8 +226,9 @@ class Decoder:
     def _whole_cycles(self) -> bool:
         """Decodes in whole cycles on the device (`eagle.decode.compiled.cycle`) until a sequence ends or drafting
         should pause. False if they do not serve this request, or not its next cycle."""
-        usable = self.compiled is not None and self.planner is None
-        cycle = self.compiled.cycle(self.tree, len(self.active)) if usable and self.compiled is not None else None
+        cycle = None
+        if self.compiled is not None and self.planner is None:
+            cycle = self.compiled.cycle(self.tree, len(self.active))
         drafter, cache = self.drafter, self.cache
         if cycle is None or not isinstance(drafter, StaticDrafter) or not isinstance(cache, StaticCache):
             return False

@@ -148,7 +148,8 @@ class StaticCache(KVCache):
         return padded_slots(sequences) if self._pad_slots else sequences
 
     def _set_rows(self, rows: int) -> None:
-        self.capacity, self._columns = rows, torch.empty(rows, device=self._device)
+        """The storage has been replaced, with so many rows."""
+        self.capacity, self._columns, self.slots = rows, torch.empty(rows, device=self._device), 0
 
     def start(self, sequences: int) -> None:
         """Begins a request of so many sequences, without rows."""
@@ -158,7 +159,9 @@ class StaticCache(KVCache):
         """Takes the first slots for sequences of ``lengths`` rows, and tells torch about their storage. Without a guard
         on addresses another storage is recorded, but not compiled."""
         self.truncate(lengths)
-        self.slots = self._slots_for(len(lengths))
+        if (slots := self._slots_for(len(lengths))) == self.slots:
+            return
+        self.slots = slots
         self.window.slots = dynamic(torch.arange(self.slots, device=self._device).unsqueeze(1), 0)
         for layer, (keys, values) in zip(self.layers, self._stores.values(), strict=True):
             layer.store_k, layer.store_v = (dynamic(part[0, : self.slots], 0, 2) for part in (keys, values))
