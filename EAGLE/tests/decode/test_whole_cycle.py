@@ -64,7 +64,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     found = Seen()
     wait = Result.tokens
 
-    def tokens(self: Result) -> list[int]:
+    def tokens(self: Result) -> list[list[int]]:
         found.waits += 1
         return wait(self)
 
@@ -180,7 +180,7 @@ def test_equals_generate_while_columns_and_caches_grow(
     engine = whole._compiled
     monkeypatch.setattr(decoder_module, "NEW_TOKENS", 4)
     for length in (STEP - 30, 990):
-        engine.target_caches._free = engine.draft_caches._free = None
+        engine.target_caches.single._free = engine.draft_caches.single._free = None
         ids = torch.randint(5, 200, (1, length), generator=torch.Generator().manual_seed(0))
         expected = pair.target.model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=45, do_sample=False
