@@ -28,9 +28,12 @@ TEXTS = ["USER: Name two rivers. ASSISTANT:", "USER: [] How many shapes are ther
 TOKENS = 30
 
 
-@pytest.fixture(scope="module", params=["llava", pytest.param("qwen", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module", params=["llava", *(pytest.param(p, marks=pytest.mark.slow) for p in ("qwen", "qwen block"))]
+)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> MSDModel:
-    return make_pair(tmp_path_factory.mktemp(request.param), request.param)
+    family, *block = request.param.split()
+    return make_pair(tmp_path_factory.mktemp(family), family, block=bool(block))
 
 
 @pytest.fixture(scope="module", params=[pytest.param("one slot each", marks=pytest.mark.slow), "padded slots"])
