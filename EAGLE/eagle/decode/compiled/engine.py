@@ -447,10 +447,10 @@ class StaticEngine:
             return tokens, zeros(batch, rows, each), context, zeros(batch, 1, rows, width), rope
 
         def extend(width: int) -> None:
-            self.extend(*inputs(longest, width, features, longest), cache)
+            self.extend(*inputs(longest, width, features, longest), cache=cache)
 
         def step(width: int) -> None:
-            self.step(*inputs(tree.top_k, width, size, 1), cache)
+            self.step(*inputs(tree.top_k, width, size, 1), cache=cache)
 
         def children() -> None:
             batch = count(max(tree.top_k, 2))
