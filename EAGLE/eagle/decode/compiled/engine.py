@@ -73,6 +73,9 @@ RECORDED = 3
 """Calls of a function until its CUDA graph is replayed: the first runs without, the second records."""
 
 
+DraftInputs = tuple[Tensor, Tensor, Tensor | None, Tensor, tuple[Tensor, Tensor]]
+"""Tokens, hidden states, context, mask and angles of a part of the draft."""
+
 log = logging.getLogger(__name__)
 
 
@@ -437,7 +440,7 @@ class StaticEngine:
         features = max(len(draft.target_layers), 1) * self.target.hidden_size
         zeros = partial(torch.zeros, dtype=draft.dtype, device=device)
 
-        def inputs(rows: int, width: int, each: int, angles: int) -> tuple[Any, ...]:
+        def inputs(rows: int, width: int, each: int, angles: int) -> DraftInputs:
             batch, context = count(max(rows, 2)), draft.empty_context()
             cache.start(batch)
             cache.truncate([width - rows] * batch)
@@ -447,10 +450,10 @@ class StaticEngine:
             return tokens, zeros(batch, rows, each), context, zeros(batch, 1, rows, width), rope
 
         def extend(width: int) -> None:
-            self.extend(*inputs(longest, width, features, longest), cache=cache)
+            self.extend(*inputs(longest, width, features, longest), cache)
 
         def step(width: int) -> None:
-            self.step(*inputs(tree.top_k, width, size, 1), cache=cache)
+            self.step(*inputs(tree.top_k, width, size, 1), cache)
 
         def children() -> None:
             batch = count(max(tree.top_k, 2))
