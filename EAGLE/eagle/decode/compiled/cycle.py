@@ -296,7 +296,8 @@ class CycleRun:
         """The target's choice [S, N] at each node, from its logits [S, N, V]; 0 in slots without a sequence."""
         batch, slots = len(self.answers), depths.shape[0]
         noise = self._noise(depths, counters, logits.shape[-1])
-        chosen = self.sampler.sample(logits[:batch].flatten(0, 1), self.prompt, noise).view(batch, -1)
+        own = logits if batch == slots else logits[:batch]
+        chosen = self.sampler.sample(own.flatten(0, 1), self.prompt, noise).view(batch, -1)
         return chosen if batch == slots else F.pad(chosen, (0, 0, 0, slots - batch))
 
     def _noise(self, depths: Tensor, counters: Tensor, vocabulary: int) -> Tensor | None:
@@ -305,13 +306,13 @@ class CycleRun:
         if not self.sampler.do_sample:
             return None
         ahead, parts = (len(self.flights) + 1) * self.cycle.longest, []
-        answered = counters[Counters._fields.index("answered")]
-        for index, answer in enumerate(self.answers):
+        answered = counters[Counters._fields.index("answered")].unbind()
+        for answer, own, count in zip(self.answers, depths.unbind(), answered, strict=False):
             known = len(answer.tokens)
-            place = depths[index] + (answered[index] - known)
+            place = own + (count - known)
             # nodes deeper than wanted are never accepted, and what follows the end of an answer is dropped
             parts.append(answer.noise.rows(known, ahead, vocabulary)[place.clamp(max=ahead - 1)])
-        return torch.cat(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def newest_size(draft: DraftHead) -> int:

@@ -76,6 +76,9 @@ RECORDED = 3
 """Calls of a function until its CUDA graph is replayed: the first runs without, the second records."""
 
 
+DraftInputs = tuple[Tensor, Tensor, Tensor | None, Tensor, tuple[Tensor, Tensor]]
+"""Tokens, hidden states, context, mask and angles of a part of the draft."""
+
 log = logging.getLogger(__name__)
 
 
@@ -458,7 +461,7 @@ class StaticEngine:
         features = max(len(draft.target_layers), 1) * self.target.hidden_size
         zeros = partial(torch.zeros, dtype=draft.dtype, device=device)
 
-        def inputs(rows: int, width: int, each: int, angles: int) -> tuple[Any, ...]:
+        def inputs(rows: int, width: int, each: int, angles: int) -> DraftInputs:
             batch, context = count(max(rows, 2)), draft.empty_context()
             cache.start(batch)
             cache.truncate([width - rows] * batch)
