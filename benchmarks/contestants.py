@@ -9,7 +9,7 @@ from benchmarks.assistant import assistant_for
 from benchmarks.spec import Cell, Suite
 from eagle.arguments import tree_limits
 from eagle.benchmark import Answer, Contestant, Work, with_engine, with_prompt_lookup, with_transformers
-from eagle.decode.compiled.engine import obstacle
+from eagle.decode.compiled.engine import LARGEST_BATCH, obstacle
 from eagle.decode.msd import MSDModel
 from eagle.decode.sampling import SamplingSettings
 from eagle.decode.tree_config import TreeConfig
@@ -71,12 +71,13 @@ def build(
     runners, left_out = [], {}
     for name in cell.contestants:
         if name.endswith(COMPILED):
-            if reason := "batches are not compiled" if cell.batch > 1 else obstacle(model.target):
+            large = f"batches of more than {LARGEST_BATCH} are not compiled" if cell.batch > LARGEST_BATCH else None
+            if reason := large or obstacle(model.target):
                 left_out[name] = reason
                 continue
             way = name.removesuffix(COMPILED)
             use_msd = way != "autoregressive"
-            compiled = compiled_copy(model, way)
+            compiled = compiled_copy(model, way, cell.batch)
             runners.append(Contestant(name, with_engine(compiled, use_msd, settings), plain=not use_msd))
         elif name in PLAIN:
             runners.append(Contestant(name, PLAIN[name](model, settings, suite), plain=True))
@@ -100,13 +101,14 @@ def build(
     return runners, left_out
 
 
-def compiled_copy(model: MSDModel, way: str) -> MSDModel:
+def compiled_copy(model: MSDModel, way: str, batch: int) -> MSDModel:
     """The same pair, sharing its weights, compiled for "autoregressive" or the tree of a name as in `tree_of`, and
-    warmed up."""
-    made = MSDModel(model.target, model.draft, compile=BACKEND)
-    if way != "autoregressive":
+    warmed up for such a batch."""
+    plain = way == "autoregressive"
+    made = MSDModel(model.target, None if plain else model.draft, compile=BACKEND)
+    if not plain:
         made.tree = tree_of(way, made, 1)
-    made.warm_up()
+    made.warm_up(batch_sizes=[batch])
     return made
 
 

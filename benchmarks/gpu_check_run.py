@@ -39,6 +39,8 @@ SHAPES = {
 }
 CONTEXTS = {"7b": (700, 2_000, 4_000, 16_000), "tiny": (100, 300)}
 BATCHES = (1, 4, 8, 16)
+COMPILED_BATCH = 4
+"""Of the part about compiling; that about batches has those of `BATCHES`."""
 PUBLISHED_TAU = 4.75
 """τ of the published LLaVA-1.5-7B draft in a third party's run (MMSpec, 723 turns, T = 0), for the speed to expect."""
 MOST_LAUNCHES = 40
@@ -195,7 +197,7 @@ def check_compiled(
     counters.clear()
     lengths = CONTEXTS[arguments.shape][:3]
     start = time.perf_counter()
-    compiled.warm_up()
+    compiled.warm_up(batch_sizes=[1, COMPILED_BATCH])
     before = counters["stats"]["unique_graphs"]
     part.figures |= {"warm-up s": time.perf_counter() - start, "functions compiled": before}
     rows = []
@@ -212,6 +214,18 @@ def check_compiled(
                 "first request s": time.perf_counter() - start,
             }
         )
+    known, start = counters["stats"]["unique_graphs"], time.perf_counter()
+    batch = RandomPrompt(lengths[0], COMPILED_BATCH).inputs(model.target)
+    answers = compiled.generate(**batch, max_new_tokens=16, temperature=0.0).tokens
+    compiled.generate(**batch, max_new_tokens=16, temperature=0.0, eos_token_id=[answers[0][2], answers[1][6]])
+    rows.append(
+        {
+            "context": lengths[0],
+            "tree": f"batch of {COMPILED_BATCH}, sequences end one by one",
+            "functions compiled": counters["stats"]["unique_graphs"] - known,
+            "first request s": time.perf_counter() - start,
+        }
+    )
     contestants = [
         Contestant("eager", with_engine(model, True, {"max_new_tokens": 32, "temperature": 0.0})),
         Contestant("compiled", with_engine(compiled, True, {"max_new_tokens": 32, "temperature": 0.0})),
@@ -282,18 +296,26 @@ def check_speed(
 
 
 def check_batches(part: Part, arguments: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> None:
-    """Tokens per second of batches with MSD and without."""
-    model = load(ROOT / "pocket" / "llava", ROOT / "pocket" / "llava-msd", dtype, device)
-    model.warm_up()
+    """Tokens per second of batches with MSD and without, eager and on an accelerator also compiled."""
+    model = load(ROOT / "pocket" / "llava", ROOT / "pocket" / "llava-msd", dtype, device, compile=False)
     settings = {"max_new_tokens": min(arguments.new_tokens, 64), "temperature": 0.0}
-    rows = []
-    for size in BATCHES if not arguments.quick else BATCHES[:2]:
+    sizes, rows = BATCHES if not arguments.quick else BATCHES[:2], []
+    models = {"": model}
+    if device.type != "cpu":
+        models[", compiled"] = MSDModel(model.target, model.draft, compile=True)
+        models[", compiled"].warm_up(batch_sizes=sizes)
+    for size in sizes:
         prompts = [RandomPrompt(64 + 8 * number, size, seed=number) for number in range(3)]
-        ways = [Contestant(name, with_engine(model, use, settings)) for name, use in (("MSD", True), ("plain", False))]
+        ways = [
+            Contestant(f"{name}{how}", with_engine(each, not plain, settings), plain=plain)
+            for how, each in models.items()
+            for name, plain in (("MSD", False), ("plain", True))
+        ]
         for _ in interleave(ways, [[prompt] for prompt in prompts], warm_up=1):
             pass
-        msd, plain = (way.total.tokens_per_second for way in ways)
-        rows.append({"batch": size, "MSD tokens/s": msd, "plain tokens/s": plain, "ratio": msd / plain})
+        speeds = {f"{way.name} tokens/s": way.total.tokens_per_second for way in ways}
+        msd, plain = (strongest([way for way in ways if way.plain is kind]).total for kind in (False, True))
+        rows.append({"batch": size, **speeds, "ratio": msd.tokens_per_second / plain.tokens_per_second})
     part.figures["random prompts"] = rows
     worst = min(row["ratio"] for row in rows)
     part.expect("a batch is not slower with MSD than without", worst > 0.95, f"worst ratio {worst:.2f}")

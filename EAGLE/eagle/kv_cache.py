@@ -201,16 +201,22 @@ class KVCache(Cache):
 
     def sequence(self, number: int) -> KVCache:
         """One sequence as a cache of its own, on the same storage. Its lengths are not written back to this cache."""
-        stores = {
-            group: CacheStorage(*(part[:, number : number + 1] for part in store))
-            for group, store in self._stores.items()
-        }
         states = {index: state.sequence(number) for index, state in self._states.items()}
-        return KVCache(stores, self._groups, self.lengths[number : number + 1], states)
+        return KVCache(self._part(number, number + 1), self._groups, self.lengths[number : number + 1], states)
+
+    def _part(self, start: int, end: int) -> dict[Any, CacheStorage]:
+        """The storage of sequences from ``start`` to before ``end``."""
+        return {group: CacheStorage(*(part[:, start:end] for part in store)) for group, store in self._stores.items()}
 
     def select(self, numbers: Sequence[int]) -> KVCache:
         """A cache of the given sequences, in ascending order, on the same storage. Only the rows in use of sequences
         that move are copied. This cache must not be used any more."""
+        lengths = self._move_to_front(numbers)
+        states = {index: state.select(numbers) for index, state in self._states.items()}
+        return KVCache(self._part(0, len(lengths)), self._groups, lengths, states)
+
+    def _move_to_front(self, numbers: Sequence[int]) -> list[int]:
+        """Copies the rows of the given sequences to the first places. Returns their lengths."""
         kept = list(numbers)
         if kept != sorted(set(kept)):
             raise ValueError(f"sequences {kept} are not in ascending order")
@@ -219,8 +225,4 @@ class KVCache(Cache):
                 if place != number:
                     length = self.lengths[number]
                     store[:, place, :, :length] = store[:, number, :, :length]
-        stores = {
-            group: CacheStorage(*(part[:, : len(kept)] for part in store)) for group, store in self._stores.items()
-        }
-        states = {index: state.select(kept) for index, state in self._states.items()}
-        return KVCache(stores, self._groups, [self.lengths[number] for number in kept], states)
+        return [self.lengths[number] for number in kept]

@@ -316,7 +316,7 @@ class MSD(lmms):
         def key(request: Request) -> Hashable:
             return request.task, request.counted, settings[request.index].key
 
-        self.msd.warm_up(progress=self.rank == 0)
+        self.msd.warm_up(progress=self.rank == 0, batch_sizes=sorted({1, self.batch_size}))
         with tqdm(total=len(requests), disable=self.rank != 0, desc="Model Responding") as bar:
             for batch in batches(requests, key, self.batch_size):
                 yield batch, settings[batch[0].index]

@@ -120,13 +120,24 @@ def test_contestants_answer_alike(names: tuple[str, ...], monkeypatch: pytest.Mo
 
 def test_a_batch_leaves_out_what_cannot_take_one() -> None:
     model = random_pair(TINY, torch.float32, torch.device("cpu"))
-    runners, left_out = build(
-        Cell("c", "m", batch=2, new_tokens=4, contestants=(*CONTESTANTS, "msd compiled")), Suite("x", {}, ()), model
-    )
-    assert set(left_out) == {"prompt lookup", "assistant", "msd fixed", "msd compiled"}
+    runners, left_out = build(Cell("c", "m", batch=2, new_tokens=4, contestants=CONTESTANTS), Suite("x", {}, ()), model)
+    assert set(left_out) == {"prompt lookup", "assistant", "msd fixed"}
     dynamic = next(runner for runner in runners if runner.name == "transformers dynamic")
     answer = dynamic.answer(RandomPrompt(20, batch=2))
     assert (answer.stats.requests, answer.stats.new_tokens) == (2, 8)
+    large = Cell("c", "m", batch=17, contestants=("autoregressive", "msd compiled"))
+    assert "more than 16" in build(large, Suite("x", {}, ()), model)[1]["msd compiled"]
+
+
+@pytest.mark.slow
+def test_compiled_contestants_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_pair(TINY, torch.float32, torch.device("cpu"))
+    monkeypatch.setattr("benchmarks.contestants.BACKEND", "eager")
+    names = ("autoregressive", "autoregressive compiled", "msd", "msd compiled", "msd 2/2/6 compiled")
+    runners, left_out = build(Cell("c", "m", batch=3, new_tokens=8, contestants=names), Suite("x", {}, ()), model)
+    answers = [runner.answer(RandomPrompt(20, batch=3)).tokens for runner in runners]
+    assert not left_out and len(answers) == 5 and all(answer == answers[0] for answer in answers)
+    assert [runner.plain for runner in runners] == [True, True, False, False, False]
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     if len(questions) < max(arguments.batch_sizes):
         raise UserError(f"{len(questions)} questions are fewer than a batch of {max(arguments.batch_sizes)}")
     model = load_model(arguments)
-    model.warm_up()
+    model.warm_up(batch_sizes=arguments.batch_sizes)
     rows = []
     for size in arguments.batch_sizes:
         starts = range(0, len(questions) - size + 1, size)

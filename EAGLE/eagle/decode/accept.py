@@ -52,8 +52,10 @@ def accept_all_at_once(trees: Sequence[DraftTree], chosen: Sequence[Tensor]) -> 
 
 
 def accepted_nodes(tree: DraftTree, chosen: Tensor) -> Tensor:
-    """Which nodes are accepted, [..., N] bool, if the target's choices at the nodes are ``chosen`` [..., N]."""
-    match = tree.tokens == chosen[..., tree.parents]  # [..., N]; parents[0] = -1 wraps
+    """Which nodes are accepted, [..., N] bool, if the target's choices at the nodes are ``chosen`` [..., N]. One
+    tree for all, or one for each."""
+    above = tree.parents.clamp(min=0).expand_as(chosen)
+    match = tree.tokens == chosen.gather(-1, above)  # [..., N]
     match[..., 0] = True  # the root is already part of the answer
     return ~(tree.mask & ~match.unsqueeze(-2)).any(dim=-1)
 

@@ -24,7 +24,7 @@ from eagle.decode.adaptive.guard import Guard, Pace, Work
 from eagle.decode.adaptive.planner import Floats, Planner
 from eagle.decode.block import drafter_of
 from eagle.decode.compiled.cycle import CycleRun
-from eagle.decode.compiled.engine import StaticDrafter, StaticEngine
+from eagle.decode.compiled.engine import StaticBlockDrafter, StaticDrafter, StaticEngine
 from eagle.decode.compiled.static_cache import StaticCache
 from eagle.decode.drafter import Drafter
 from eagle.decode.masks import MaskBuffer
@@ -34,6 +34,7 @@ from eagle.decode.stats import Stats
 from eagle.decode.stopping import Stopper
 from eagle.decode.tree import DraftTree, prune, root_only, select_nodes
 from eagle.decode.tree_config import TreeConfig
+from eagle.drafts.block import BlockDraft
 from eagle.drafts.compression import Compression
 from eagle.drafts.head import DraftHead
 from eagle.families.base import LayerMasks, Target
@@ -63,7 +64,7 @@ class DecodingSettings:
         pace: without a planner, the durations of cycles with a number of sequences, which say whether to draft. None
             always drafts.
         compression: of image rows in the draft. None follows the draft's config.
-        compiled: compiled parts of the two models, used for a single sequence.
+        compiled: compiled parts of the two models.
         streamer: a transformers streamer for a single sequence. It gets new tokens as soon as they are verified. If it
             has a method ``put_cycle(tokens, accepted)``, it gets the tokens of a cycle together; the first ``accepted``
             of them were drafted. The prefill's token comes the same way.
@@ -142,8 +143,8 @@ class Decoder:
         self.compiled: StaticEngine | None = None
         self.guard: Guard | None = None
         self.drafter: Drafter | None = None
-        engine = settings.compiled if batch == 1 else None
-        if engine is not None and engine.serves_this_thread():
+        engine = settings.compiled
+        if engine is not None and engine.serves(batch):
             made = within_memory(partial(self._static_parts, engine, draft, rows, length))
             if made is None:
                 log.warning(NOT_COMPILED)
@@ -161,16 +162,19 @@ class Decoder:
         self, engine: StaticEngine, draft: DraftHead | None, rows: int, length: int
     ) -> tuple[KVCache, Drafter | None]:
         """Cache and drafter of a compiled request."""
-        cache = engine.target_caches.take(rows)
+        batch = len(self.active)
+        cache = engine.target_caches.take(rows, batch)
         if draft is None:
             return cache, None
-        return cache, StaticDrafter(engine, draft, length, self.tree, self.settings.compression)
+        kind = StaticBlockDrafter if isinstance(draft, BlockDraft) else StaticDrafter
+        return cache, kind(engine, draft, length, self.tree, batch, self.settings.compression)
 
     def _leave_compiled(self) -> None:
         """Continues the request without compiled parts, on the rows that it has."""
         log.warning(NOT_COMPILED)
         self.compiled = None
-        self.cache = self.cache.sequence(0)
+        if isinstance(self.cache, StaticCache):
+            self.cache = self.cache.growing()
         if isinstance(self.drafter, StaticDrafter):
             self.drafter.leave_compiled()
 
@@ -222,55 +226,72 @@ class Decoder:
         return before_tie is not None
 
     def _whole_cycles(self) -> bool:
-        """Decodes in whole cycles on the device (`eagle.decode.compiled.cycle`) until the answer ends or drafting
+        """Decodes in whole cycles on the device (`eagle.decode.compiled.cycle`) until a sequence ends or drafting
         should pause. False if they do not serve this request, or not its next cycle."""
-        cycle = None if self.compiled is None or self.planner is not None else self.compiled.cycle(self.tree)
-        sequence, drafter, cache = self.active[0], self.drafter, self.cache
+        cycle = None
+        if self.compiled is not None and self.planner is None:
+            cycle = self.compiled.cycle(self.tree, len(self.active))
+        drafter, cache = self.drafter, self.cache
         if cycle is None or not isinstance(drafter, StaticDrafter) or not isinstance(cache, StaticCache):
             return False
-        left = self._left(sequence)
+        left = [self._left(sequence) for sequence in self.active]
         served = self.sampler.row_wise and not self.settings.one_row_ties
-        if left < 2 or not served or not self._should_draft():
+        if max(left) < 2 or not served or not self._should_draft():
             return False
-        if (pending := sequence.take_pending()) is not None:
-            with self.stats.phase("draft"):
-                drafter.extend([pending.hidden], [pending.tokens])
-        run = drafter.start_cycles(cycle, sequence, left, cache)
-        enough_memory = self._follow(run, sequence)
+        with self.stats.phase("draft"):
+            self._read_pending(drafter)
+        run = drafter.start_cycles(cycle, self.active, left, cache)
+        enough_memory = self._follow(run)
         drafter.end_cycles(run)
         if not enough_memory:
             self._leave_compiled()
         return True
 
-    def _follow(self, run: CycleRun, sequence: Sequence) -> bool:
+    def _follow(self, run: CycleRun) -> bool:
         """Launches whole cycles and looks at their results. Before each result, `CycleRun.ahead` further cycles are
         launched. Returns False if memory ran out."""
-        launched = True
+        launched, sequences = True, self.active
         began = time.perf_counter()
-        while not sequence.finished:
+        while not any(sequence.finished for sequence in sequences):
             while launched and len(run.flights) <= run.ahead(self.settings.wait is None) and self._goes_on(run):
                 most = run.most(self._longest)
                 self._make_room(*most)
                 launched = within_memory(partial(run.launch, most, self.stats)) is not None
             if not run.flights:
                 break
-            left = self._left(sequence)
-            with self.stats.phase("accept"):
-                tokens = run.wait()
-            if tokens[-1] == NO_TOKEN:
-                raise nan_error()
+            left = self._most_left()
+            tokens = self._take(run)
             if self.guard is not None and left > 1:
-                self.guard.learn(Work(0.0, time.perf_counter() - began), Work(1.0, 1.0), len(tokens))
-            with self.stats.phase("commit"):
-                self.stats.record_cycle(len(tokens) - 1, self.tree.nodes_within(left))
-                self._emit(sequence, tokens)
+                mean = sum(map(len, tokens)) / len(tokens)
+                self.guard.learn(Work(0.0, time.perf_counter() - began), Work(1.0, 1.0), mean)
             began = time.perf_counter()
+        while run.flights and not all(sequence.finished for sequence in sequences):
+            self._take(run)
         return launched
+
+    def _take(self, run: CycleRun) -> list[list[int]]:
+        """Waits for a cycle and adds its tokens to the answers that have not ended."""
+        with self.stats.phase("accept"):
+            tokens = run.wait()
+        nodes = self.tree.nodes_within(self._most_left())
+        for sequence, own in zip(self.active, tokens, strict=True):
+            if sequence.finished:
+                continue
+            if own[-1] == NO_TOKEN:
+                raise nan_error()
+            with self.stats.phase("commit"):
+                self.stats.record_cycle(len(own) - 1, nodes)
+                self._emit(sequence, own)
+        return tokens
 
     def _goes_on(self, run: CycleRun) -> bool:
         """Whether another whole cycle is launched: tokens may be left for a draft, and drafting pays."""
-        left = self._left(self.active[0]) - len(run.flights)  # those in flight add at least one each
+        left = self._most_left() - len(run.flights)  # those in flight add at least one each
         return left > 1 and (self.guard is None or self.guard.wants_another(len(run.flights)))
+
+    def _most_left(self) -> int:
+        """New tokens that are still wanted, of the sequence that wants most."""
+        return max(self._left(sequence) for sequence in self.active)
 
     def _left(self, sequence: Sequence) -> int:
         """New tokens that are still wanted."""
@@ -301,7 +322,7 @@ class Decoder:
             return
         if in_use and self.drafter is not None:
             for cache, used in zip((self.cache, self.drafter.cache), in_use, strict=True):
-                cache.truncate([used])  # these rows are copied
+                cache.truncate([used] * len(self.active))  # these rows are copied
         self._room = min(2 * self._room, self._longest)
         largest = max(self.settings.tree.total_tokens, self._padded)
         rows = self._room + largest
@@ -323,9 +344,7 @@ class Decoder:
         if self.drafter is None or not decision:
             return Drafted([root_only(root) for root in roots], np.zeros(1), decision)
         with self.stats.phase("draft"):
-            pending = [rows for sequence in self.active if (rows := sequence.take_pending()) is not None]
-            if pending:
-                self.drafter.extend([rows.hidden for rows in pending], [rows.tokens for rows in pending])
+            self._read_pending(self.drafter)
             candidates = self.drafter.expand(deepest, None if self.planner is None else self._should_deepen)
         with self.stats.phase("tree"):
             device, sizes, scores = candidates.tokens.device, [tree.total_tokens for tree in bounds], np.zeros(1)
@@ -338,6 +357,12 @@ class Decoder:
                 for index, (root, size) in enumerate(zip(roots, sizes, strict=True))
             ]
         return Drafted(trees, scores, decision)
+
+    def _read_pending(self, drafter: Drafter) -> None:
+        """The draft reads the rows that were accepted since it last did."""
+        pending = [rows for sequence in self.active if (rows := sequence.take_pending()) is not None]
+        if pending:
+            drafter.extend([rows.hidden for rows in pending], [rows.tokens for rows in pending])
 
     def _should_draft(self) -> bool:
         if self.planner is not None:

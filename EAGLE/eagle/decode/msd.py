@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from eagle.decode.adaptive.cost import CONTEXTS, cost_of, two_part_from
 from eagle.decode.adaptive.guard import Pace
 from eagle.decode.adaptive.planner import Acceptance, CostCurve, Planner
 from eagle.decode.compatibility import check_compatible
-from eagle.decode.compiled.engine import StaticEngine, obstacle_by_default, skipped_graphs
+from eagle.decode.compiled.engine import LARGEST_BATCH, StaticEngine, obstacle_by_default, skipped_graphs
 from eagle.decode.decoder import Decoder, DecodingSettings
 from eagle.decode.generate_settings import check_call, leave_out_unsupported
 from eagle.decode.noise import seeds_of
@@ -41,7 +41,7 @@ from llava.inputs import check_text
 from llava.memory import within_memory
 
 TREE_ATTENTIONS = ("auto", "two-part", "masked")
-COMPILED_NOTE = "decoding of single sequences is compiled (compile=False or --no-compile: without)"
+COMPILED_NOTE = f"decoding of up to {LARGEST_BATCH} sequences is compiled (compile=False or --no-compile: without)"
 log = logging.getLogger(__name__)
 
 
@@ -72,9 +72,10 @@ class MSDModel:
             other bounds.
         draft_image_tokens: input rows that the draft keeps of each picture, 0 for none, "all" for all. The default is
             what the draft's config says, else all. The target always reads all, so answers do not depend on it.
-        compile: run both models through `torch.compile` (`eagle.decode.compiled`) for single sequences, with CUDA
-            graphs on CUDA. A string names the backend; True is "inductor". None compiles on CUDA if the pair can be
-            compiled and the tree is not adaptive; `compile_note` says what was chosen there. See `warm_up`.
+        compile: run both models through `torch.compile` (`eagle.decode.compiled`) for single sequences and batches of
+            at most 16, with CUDA graphs on CUDA. A string names the backend; True is "inductor". None compiles on CUDA
+            if the pair can be compiled and the tree is not adaptive; `compile_note` says what was chosen there. See
+            `warm_up`.
         tree_attention: "two-part" attends to cached rows without the tree's mask (`eagle.attention`), which is faster
             after a long context; "masked" attends to everything with it. "auto" measures once where two parts are
             faster. Compiled parts and layers with sliding windows are always masked.
@@ -98,7 +99,8 @@ class MSDModel:
         self.tree_attention = tree_attention
         self._two_part_from: dict[int, int | None] = {}
         self.target, self.draft = target, draft
-        self.compile_note, self._warmed_up = "", False
+        self.compile_note = ""
+        self._warmed_up: set[tuple[int, TreeConfig]] = set()
         backend = "inductor" if compile is True else compile or None
         apart = None if draft is None or draft.compilable else draft.kind
         if backend and apart:
@@ -207,30 +209,40 @@ class MSDModel:
         return self._compiled is not None
 
     @torch.inference_mode()
-    def warm_up(self, positions: int = 1, progress: bool = True) -> None:
+    def warm_up(self, positions: int = 1, progress: bool = True, batch_sizes: Sequence[int] = (1,)) -> None:
         """Does what otherwise slows the first request: compiles both models if they are compiled, and measures the
-        costs of an adaptive tree. Nothing is compiled later, whatever prompts and trees are asked for. `generate` calls
-        it before its first compiled request.
+        costs of an adaptive tree. Nothing is compiled later, whatever prompts and trees are asked for, and whatever
+        sequences of a batch end. `generate` calls it before its first compiled request of a batch size.
 
         Args:
             positions: of the longest request, prompt and answer. Only CUDA graphs depend on it.
             progress: show a bar.
+            batch_sizes: numbers of sequences of the requests.
         """
-        tree = self._bounds(None, 1)
-        self._costs_of(tree, 1)
+        if not batch_sizes or any(type(size) is not int or size < 1 for size in batch_sizes):
+            raise UserError(f"batch_sizes={batch_sizes!r}", fix="give whole numbers of at least 1")
+        if 1 in batch_sizes:
+            self._costs_of(self._bounds(None, 1), 1)
         if self._compiled is None:
             return
-        self._warmed_up, skipped = True, skipped_graphs()
-        engine = self._compiled
+        engine, skipped = self._compiled, skipped_graphs()
+        trees = {size: self._bounds(None, size) for size in batch_sizes if size <= LARGEST_BATCH}
+        self._warmed_up |= {(engine.sizes_of(size), tree) for size, tree in trees.items()}
 
         def compiled() -> bool:
-            engine.warm_up(tree, positions, progress)
+            engine.warm_up(trees, positions, progress)
             return True
 
         if not within_memory(compiled):
             log.warning("out of memory while compiling: some requests will be answered without")
         if (count := skipped_graphs() - skipped) > 0:
             log.warning("%d CUDA graphs were skipped, so decoding is slow: TORCH_LOGS=cudagraphs says why", count)
+
+    def _is_warm(self, batch: int) -> bool:
+        """Whether `warm_up` has nothing to compile for such a batch."""
+        if self._compiled is None or batch > LARGEST_BATCH:
+            return True
+        return (self._compiled.sizes_of(batch), self._bounds(None, batch)) in self._warmed_up
 
     def generate(
         self,
@@ -299,8 +311,8 @@ class MSDModel:
             bounds = self._bounds(tree, input_ids.shape[0])
             self._costs_of(bounds, input_ids.shape[0])
             self._two_parts_from(bounds, input_ids.shape[1])
-        if self._compiled is not None and not self._warmed_up and input_ids.shape[0] == 1:
-            self.warm_up()
+        if not self._is_warm(input_ids.shape[0]):
+            self.warm_up(batch_sizes=[input_ids.shape[0]])
         start = time.perf_counter()
         output = self.target.model.generate(
             input_ids=input_ids, stopping_criteria=criteria, custom_generate=decode, **settings
@@ -389,10 +401,12 @@ class MSDModel:
         return MSDOutput(torch.cat([input_ids, padded], dim=1), tokens, decoder.stats)
 
     def _bounds(self, tree: TreeConfig | None, batch: int) -> TreeConfig:
-        """The tree of a request: a chain if the target verifies nothing else."""
+        """The tree of a request: no deeper than a block head drafts; a chain if the target verifies nothing else."""
         if tree is not None and not isinstance(tree, TreeConfig):
             raise UserError(f"tree={tree!r}", fix='give a TreeConfig; MSDModel itself takes "auto" and "fixed"')
         tree = tree or self.tree_for(batch)
+        if self.draft is not None and self.draft.block_size > 1:
+            tree = replace(tree, depth=min(tree.depth, self.draft.block_size - 1))
         return tree if self.target.verifies_trees else tree.as_chain()
 
     def _warn_of_length(self, inputs: Mapping[str, Any], new_tokens: int) -> None:

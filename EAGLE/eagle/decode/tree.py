@@ -22,7 +22,8 @@ from torch import Tensor
 
 class DraftTree(NamedTuple):
     """``tokens`` [N] ids; ``parents`` [N] node indices, -1 at the root; ``depths`` [N], root 0; ``mask`` [N, N] bool,
-    row i true at node i and its ancestors; ``scores`` [N] cumulative draft log-probability, root 0."""
+    row i true at node i and its ancestors; ``scores`` [N] cumulative draft log-probability, root 0. Trees of equal size
+    may be joined: [B, N] and [B, N, N]."""
 
     tokens: Tensor
     parents: Tensor
@@ -32,7 +33,7 @@ class DraftTree(NamedTuple):
 
     @property
     def size(self) -> int:
-        return self.tokens.shape[0]
+        return self.tokens.shape[-1]
 
 
 class Candidates(NamedTuple):
@@ -63,22 +64,25 @@ def select_nodes(candidates: Candidates, root: Tensor, total_tokens: int, depth:
     """The root and the ``total_tokens - 1`` best candidates, kept in draft order.
 
     A child never scores above its parent and the sort is stable, so the parent of a selected node is selected too,
-    also if scores are equal. ``depth``: the deepest level drafted, if known.
+    also if scores are equal. ``depth``: the deepest level drafted, if known. Candidates of several sequences, with a
+    ``root`` for each, give trees joined to one.
     """
-    count = min(total_tokens - 1, candidates.tokens.shape[0])
-    order = torch.sort(candidates.scores, descending=True, stable=True).indices[:count]
-    keep = order.sort().values  # [n]
-    parents = torch.searchsorted(keep, candidates.parents[keep]) + 1  # candidate index → node index
-    parents = torch.where(candidates.parents[keep] < 0, 0, parents)
-    minus_one = parents.new_full((1,), -1)
-    parents = torch.cat([minus_one, parents])  # [N]
-    mask = ancestor_mask(parents, depth)  # [N, N]
+    count = min(total_tokens - 1, candidates.tokens.shape[-1])
+    order = torch.sort(candidates.scores, dim=-1, descending=True, stable=True).indices[..., :count]
+    keep = order.sort(dim=-1).values  # [..., n]
+    above = candidates.parents.gather(-1, keep)
+    parents = torch.searchsorted(keep, above) + 1  # candidate index → node index
+    parents = torch.where(above < 0, 0, parents)
+    root = root.reshape(*parents.shape[:-1], 1)
+    parents = torch.cat([torch.full_like(root, -1), parents], dim=-1)  # [..., N]
+    mask = ancestor_mask(parents, depth)  # [..., N, N]
+    scores = candidates.scores.gather(-1, keep)
     return DraftTree(
-        tokens=torch.cat([root.reshape(1), candidates.tokens[keep]]),
+        tokens=torch.cat([root, candidates.tokens.gather(-1, keep)], dim=-1),
         parents=parents,
         depths=mask.sum(dim=-1) - 1,
         mask=mask,
-        scores=torch.cat([candidates.scores.new_zeros(1), candidates.scores[keep]]),
+        scores=torch.cat([torch.zeros_like(root, dtype=scores.dtype), scores], dim=-1),
     )
 
 
@@ -99,7 +103,7 @@ def root_only(root: Tensor) -> DraftTree:
 
 
 def ancestor_mask(parents: Tensor, depth: int | None = None) -> Tensor:
-    """``parents`` [N] (-1 at the root) → [N, N] bool, row i true at i and at each of its ancestors.
+    """``parents`` [..., N] (-1 at the root) → [..., N, N] bool, row i true at i and at each of its ancestors.
 
     By doubling: after r rounds a row reaches 2^r generations up, so a tree of depth d takes log2(d) rounds.
     ``depth`` bounds the tree's depth; without it the number of nodes does.
@@ -107,9 +111,9 @@ def ancestor_mask(parents: Tensor, depth: int | None = None) -> Tensor:
     >>> ancestor_mask(torch.tensor([-1, 0, 0, 1])).int().tolist()
     [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]]
     """
-    size = parents.shape[0]
-    reach = torch.eye(size, device=parents.device)  # [N, N]
-    reach.scatter_(1, parents.clamp(min=0).unsqueeze(1), 1.0)  # the root points at itself
+    size = parents.shape[-1]
+    reach = torch.eye(size, device=parents.device).expand(*parents.shape, size)  # [..., N, N]
+    reach = reach.scatter(-1, parents.clamp(min=0).unsqueeze(-1), 1.0)  # the root points at itself
     for _ in range((size - 1 if depth is None else depth).bit_length()):
         reach = (reach @ reach).clamp_(max=1.0)
     return reach > 0

@@ -149,11 +149,11 @@ def _positions(draft: Eagle3Draft, target: Target | None, served: Served, runner
         own = "plain"  # all kinds are the same
     fix = 'set "mrope_section" and "mrope_interleaved" of its rope settings as in training'
     if runner == "V2" and own != "plain":
-        fix = 'train with "positions": "plain"; prompts without pictures are equal'
+        fix = "train with --draft-positions plain; prompts without pictures are equal"
     elif own in ("plain", "temporal") and served.rope.get("mrope_section"):
         fix = 'leave "mrope_section" out of its rope settings'
     elif own == "plain":
-        fix = 'serve with VLLM_USE_V2_MODEL_RUNNER=1, or train with "positions": "temporal" or "mrope"'
+        fix = "serve with VLLM_USE_V2_MODEL_RUNNER=1, or train with --draft-positions temporal or mrope"
     return _compared(topic, own, theirs, fix)
 
 
@@ -164,7 +164,7 @@ def _cache(draft: Eagle3Draft, target: Target | None, runner: str) -> Check:
     if runner == "V2" or not _mrope_base(draft, target):
         return Check(topic, State.OK, "those of drafted tokens stand behind the prompt's")
     found = "behind a picture, drafted tokens after the first overwrite rows of the prompt (vLLM issue 54498)"
-    fix = 'train with "positions": "plain" and serve with VLLM_USE_V2_MODEL_RUNNER=1; text alone is not affected'
+    fix = "train with --draft-positions plain and serve with VLLM_USE_V2_MODEL_RUNNER=1; text alone is not affected"
     return Check(topic, State.PROBLEM, found, fix)
 
 

@@ -32,7 +32,6 @@ class BlockDraft(DraftModel):
     """A block head. Layers behind the first are ordinary ones, with an input norm."""
 
     kind = "block"
-    compilable = False
     config: BlockConfig
 
     def __init__(self, config: BlockConfig) -> None:

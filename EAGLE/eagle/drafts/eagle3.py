@@ -158,11 +158,13 @@ class Eagle3Draft(TrainedHead):
         return torch.cat([next_embeds, hidden], dim=-1)
 
     def condense(self, features: Tensor) -> Tensor:
-        """``fc`` of the streams, [B, n, features * Ht] → [B, n, H]."""
+        """``fc`` of the streams, [B, n, features * Ht] → [B, n, H]. With both kinds of norms, the one over all streams
+        comes first, as in vLLM and SGLang."""
+        features = self.input_norm(features)
         if len(self.fc_norm):
             parts = features.chunk(len(self.fc_norm), dim=-1)
             features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
-        return self.fc(self.input_norm(features))
+        return self.fc(features)
 
     def head_input(self, hidden: Tensor) -> Tensor:
         return self.norm(hidden) if self.config.head_norm and self.config.feedback == "before" else hidden

@@ -15,7 +15,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from eagle.train.settings import DRAFT_KINDS, TRACKERS, add_setting_flags, add_source_flags, check_settings
+from eagle.train.settings import (
+    DRAFT_KINDS,
+    DRAFT_POSITIONS,
+    TRACKERS,
+    add_setting_flags,
+    add_source_flags,
+    check_settings,
+)
 from llava.arguments import OneLineParser
 from llava.errors import INTERRUPT_STATUS, run_cli
 
@@ -57,6 +64,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="draft's config.json with a 'train' section; a bare name may be a shipped one; auto: the base's sizes",
     )
     parser.add_argument("--draft-kind", choices=DRAFT_KINDS, help="kind of draft by --config auto (default msd)")
+    parser.add_argument(
+        "--draft-positions",
+        choices=DRAFT_POSITIONS,
+        help="position ids of a draft by --config auto (default: mrope for an EAGLE-3 head of a base with M-RoPE, else "
+        "plain, which vLLM's V2 runner gives every EAGLE-3 head)",
+    )
     parser.add_argument("--deepspeed_config", required=True, help="batch sizes, precision, ZeRO (ds_config.json)")
     parser.add_argument("--resume", action="store_true", help="resume from the newest checkpoint in CKPT, if any")
     parser.add_argument("--init", metavar="DRAFT", help="start from this draft's weights, folder or hub name")

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace, stack: ExitStack) -> None:
     """Settings → base tensors → data → engine → resume → train. ``stack`` unlocks the checkpoint folder at the end."""
     require("matplotlib", extra="train")  # draws the plot at the end
     leave_out_cudnn_attention()
-    draft_config, config = read_config(args.config, args.basepath, args.draft_kind)
+    draft_config, config = read_config(args.config, args.basepath, args.draft_kind, args.draft_positions)
     config = override(config, args)
     deepspeed_config = read_deepspeed_config(args.deepspeed_config)
     check_sources(args)

@@ -29,6 +29,7 @@ SECTION = "train"
 SECTIONS = (SECTION, "msd", BLOCK)
 AUTO = "auto"
 DRAFT_KINDS = ("msd", "eagle3", "block")
+DRAFT_POSITIONS = ("plain", "temporal", "mrope")
 EAGLE3_RECIPE: dict[str, Any] = {"rollout_steps": 7, "hidden_weight": 0.0, "token_weight": 1.0, "noise": 0.0}
 """Defaults of a run that trains an EAGLE-3 head (arXiv 2503.01840), where they differ."""
 AnyDraft = TypeVar("AnyDraft", bound=DraftConfig | Eagle3Config)
@@ -117,7 +118,7 @@ def find_config(path: str | Path) -> Path:
 
 
 def read_config(
-    path: str | Path, base: str | None = None, kind: str | None = None
+    path: str | Path, base: str | None = None, kind: str | None = None, positions: str | None = None
 ) -> tuple[DraftConfig | Eagle3Config, TrainConfig]:
     """Reads a training config: the draft's ``config.json`` with a ``"train"`` section (absent: the recipe).
 
@@ -125,6 +126,7 @@ def read_config(
         path: the file, or "auto" for a draft with the sizes of the base model.
         base: the base model.
         kind: one of `DRAFT_KINDS`, of a draft by "auto"; None: "msd".
+        positions: one of `DRAFT_POSITIONS`, of a draft by "auto"; None: the kind's own choice.
 
     Raises:
         UserError: the file cannot be read, or a key or value is wrong; an unknown key names the nearest known one.
@@ -133,11 +135,13 @@ def read_config(
         from eagle.families.draft_config import draft_config_of, eagle3_config_of  # imports torch
 
         made: DraftConfig | Eagle3Config = eagle3_config_of(base) if kind == "eagle3" else draft_config_of(base)
-        if kind == "block":
-            made = BlockConfig.from_dict(made.published)
+        options = {} if positions is None else {"msd": {"positions": positions}}
+        kind_of_draft = BlockConfig if kind == "block" else type(made)
+        made = kind_of_draft.from_dict({**made.published, **options}, where=f"draft for {base}")
         return made, TrainConfig(**recipe_of(made))
-    if kind is not None:
-        raise UserError(f"--draft-kind {kind} with a config file", path, f"leave it out, or give --config {AUTO}")
+    for flag, value in {"--draft-kind": kind, "--draft-positions": positions}.items():
+        if value is not None:
+            raise UserError(f"{flag} {value} with a config file", path, f"leave it out, or give --config {AUTO}")
     path = find_config(path)
     content = read_json(path, "training config")
     if not isinstance(content, dict) or not isinstance(content.get(SECTION, {}), dict):
@@ -217,7 +221,8 @@ def check_settings(args: argparse.Namespace) -> None:
     Raises:
         UserError: one of them is wrong.
     """
-    config = TrainConfig() if args.config == AUTO else read_config(args.config, kind=args.draft_kind)[1]
+    of_draft = (args.draft_kind, args.draft_positions)
+    config = TrainConfig() if args.config == AUTO else read_config(args.config, None, *of_draft)[1]
     override(config, args)
     check_sources(args)
 

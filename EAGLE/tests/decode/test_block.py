@@ -237,8 +237,6 @@ def test_loading_is_strict(pair, tmp_path):
 
 def test_what_other_kinds_have_is_refused(pair):
     draft = load_draft(pair.folder, torch.float32)
-    with pytest.raises(UserError, match="block heads are not compiled"):
-        MSDModel(pair.target, draft, TREE, compile="eager")
     with pytest.raises(UserError, match="block heads are not exported"):
         portable(draft, pair.folder)
     with pytest.raises(UserError, match="msd push takes MSD drafts, not block heads"):

@@ -22,7 +22,7 @@ from eagle import MSDModel, TreeConfig
 from eagle.arguments import add_model_options
 from eagle.decode import decoder as decoder_module
 from eagle.decode.compiled import engine as engine_module
-from eagle.decode.compiled.engine import StaticEngine, filled
+from eagle.decode.compiled.engine import LARGEST_BATCH, StaticEngine, filled
 from eagle.decode.compiled.static_cache import STEP, StaticCache, bucket, buckets, move_rows
 from eagle.decode.decoder import Decoder
 from eagle.drafts.checkpoint import load_draft
@@ -40,7 +40,7 @@ def plainly(function: Callable[..., object], **settings: object) -> Callable[...
     return function
 
 
-@pytest.fixture(scope="module", params=["llava", "qwen", "qwen mrope"])
+@pytest.fixture(scope="module", params=["llava", "qwen", "qwen mrope", "qwen mrope block"])
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[MSDModel]:
     """The same pair without and with static shapes."""
     folder = tmp_path_factory.mktemp("static")
@@ -49,10 +49,21 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     changes = {"rope_scaling": {"mrope_section": [1, 1, 2]}} if "qwen" in request.param else {}
     if "mrope" in request.param:
         changes["msd"] = {"positions": "mrope"}
+    if "block" in request.param:
+        changes.update(block={"size": 4, "layers": 2}, agree=1.0)
     draft = load_draft(make_draft(folder / "draft", target, **changes), dtype=torch.float32)
+    if "block" in request.param:  # tokens of answers alone, so that it is often right
+        plain = MSDModel(target)
+        answers = [plain.generate(**inputs_of(plain, [text]), max_new_tokens=25, temperature=0) for text in TEXTS[:2]]
+        draft.draft_vocab = torch.cat([torch.tensor(answer.tokens[0]) for answer in answers]).unique()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", plainly)
         return [MSDModel(target, draft), MSDModel(target, draft, compile="eager")]
+
+
+def forget_caches(engine: StaticEngine) -> None:
+    for pool in (engine.target_caches, engine.draft_caches):
+        pool.single._free = pool.batches._free = None
 
 
 def inputs_of(model: MSDModel, texts: list[str]) -> dict[str, torch.Tensor]:
@@ -68,6 +79,11 @@ def check_same(models: list[MSDModel], inputs: dict[str, torch.Tensor], **settin
     assert torch.equal(plain.sequences, compiled.sequences)
     assert plain.stats.accept_lengths == compiled.stats.accept_lengths
     return compiled.stats.accept_lengths
+
+
+def check_same_tokens(models: list[MSDModel], inputs: dict[str, torch.Tensor], **settings: object) -> None:
+    plain, compiled = (model.generate(**inputs, **settings) for model in models)
+    assert plain.tokens == compiled.tokens
 
 
 def test_same_tokens_and_cycles(models: list[MSDModel]) -> None:
@@ -114,6 +130,7 @@ def test_two_streams_of_requests_do_not_share_a_cache(models: list[MSDModel]) ->
     first, second = engine.target_caches.take(50), engine.target_caches.take(50)
     assert first is not second
     engine.release(first, None)
+    assert engine.target_caches.take(50, 2) is not first, "that of single sequences"
     assert engine.target_caches.take(50) is first
     assert engine.target_caches.take(first.capacity + 1).capacity == 2 * first.capacity
 
@@ -167,7 +184,8 @@ def test_filled_masks_open_nothing_but_the_first_rows_view() -> None:
     closed = torch.finfo(torch.float32).min
     mask = torch.tensor([[0.0, 0.0, closed], [0.0, closed, 0.0]])[None, None]
     expected = [[1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 1, 0, 0, 0]]
-    assert filled(mask, 3, 5)[0, 0].eq(0).int().tolist() == expected
+    found = filled(mask, 2, 3, 5)
+    assert found[:, 0].eq(0).int().tolist() == [expected, expected]
 
 
 def test_caches_grow_with_the_answer(models: list[MSDModel], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +202,7 @@ def test_caches_grow_with_the_answer(models: list[MSDModel], monkeypatch: pytest
 
     monkeypatch.setattr(decoder_module, "NEW_TOKENS", 4)
     monkeypatch.setattr(KVCache, "grow", look)
-    models[1]._compiled.target_caches._free = models[1]._compiled.draft_caches._free = None
+    forget_caches(models[1]._compiled)
     check_same(models, {"input_ids": ids}, **settings)
     assert torch.equal(models[1].generate(input_ids=ids, **settings).sequences, expected[0])
     assert (KVCache, 1018) in grown and (StaticCache, 1024) in grown
@@ -201,13 +219,20 @@ def fresh_dynamo() -> Iterator[None]:
 
 @pytest.mark.slow
 def test_one_compilation_for_all_sizes(models: list[MSDModel], fresh_dynamo: None) -> None:
-    """After the warm-up nothing is compiled: other trees, contexts, capacities, plain steps, a second cache."""
+    """After the warm-up nothing is compiled: other trees, contexts, capacities, plain steps, a second cache, batches
+    whose sequences end."""
     plain = models[0]
     compiled = MSDModel(plain.target, plain.draft, TreeConfig(2, 2, 8), compile="eager")
     compiled.warm_up(progress=False)
     assert sum(counters["graph_break"].values()) == 0, dict(counters["graph_break"])
     before = counters["stats"]["unique_graphs"]
-    assert before == 9, "verify, plain step, extend, step, children and keep; draft, masks and finish of whole cycles"
+    own = ["block"] if plain.draft.block_size > 1 else ["extend", "step"]
+    others = ["verify", "plain step", "children", "keep", "draft", "masks", "finish"]  # the last three: of whole cycles
+    assert before == len(own + others)
+    assert compiled.tree_for(2) == compiled.tree_for(4) == compiled.tree
+    compiled.warm_up(progress=False, batch_sizes=[2, 4])
+    before = counters["stats"]["unique_graphs"]
+    assert before == 2 * len(own + others), "the same for batches"
     ids = torch.randint(5, 200, (1, 1100), generator=torch.Generator().manual_seed(0))
     accepted = []
     for tree, length in ((TreeConfig(4, 6, 24), 40), (TreeConfig(3, 1, 5), 250), (TreeConfig(2, 3, 9), 1015)):
@@ -215,9 +240,18 @@ def test_one_compilation_for_all_sizes(models: list[MSDModel], fresh_dynamo: Non
         accepted += check_same([plain, compiled], inputs, tree=tree, max_new_tokens=15, temperature=0)
     check_same([plain, compiled], {"input_ids": ids}, max_new_tokens=5, temperature=0, use_msd=False)
     check_same([plain, compiled], inputs_of(plain, TEXTS[:1]), tree=TREES[0], max_new_tokens=25, temperature=0)
-    own = {"tree": TreeConfig(2, 2, 8), "max_new_tokens": 20, "seed": 1}
+    fixed = {"tree": TreeConfig(2, 2, 8), "max_new_tokens": 20, "seed": 1}
     for length, temperature in ((240, 0.0), (40, 0.7), (1000, 1.1)):
-        check_same([plain, compiled], {"input_ids": ids[:, :length]}, **own, temperature=temperature)
+        check_same([plain, compiled], {"input_ids": ids[:, :length]}, **fixed, temperature=temperature)
+    for texts in (TEXTS[:2], TEXTS, [*TEXTS, *TEXTS[:2]]):
+        inputs = inputs_of(plain, texts)
+        answers = plain.generate(**inputs, temperature=0, max_new_tokens=20).tokens
+        ends = {"eos_token_id": [answers[0][4], answers[1][9]]}
+        for settings in (ends, {"temperature": 0.8, "seed": 2}, {"tree": TREES[0], **ends}, {"tree": TREES[1]},
+                         {"use_msd": False, **ends}, {"repetition_penalty": 1.2, **ends}):  # fmt: skip
+            check_same_tokens([plain, compiled], inputs, **{"temperature": 0, "max_new_tokens": 20, **settings})
+    several = {"input_ids": ids[:, :1050].expand(3, -1)}
+    check_same_tokens([plain, compiled], several, temperature=0, max_new_tokens=10)
     assert sum(counters["graph_break"].values()) == 0, dict(counters["graph_break"])
     assert counters["stats"]["unique_graphs"] == before
 
@@ -231,7 +265,7 @@ def recorded(models: list[MSDModel], monkeypatch: pytest.MonkeyPatch) -> SimpleN
         model = MSDModel(models[0].target, models[0].draft, TREES[1], compile="eager")
     engine = model._compiled
     monkeypatch.setattr(engine, "graphs", True)
-    for name in ("verify_nodes", "_extend", "_step", "_children"):
+    for name in ("verify_nodes", "_extend", "_step", "_children", "_block"):
         own = getattr(engine, name)
 
         def call(*given: object, name: str = name, part: Callable[..., object] = own) -> object:
@@ -291,7 +325,7 @@ def test_cuda_graphs_belong_to_one_thread(
 
 
 def test_the_first_request_warms_up(models: list[MSDModel], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once, and not for a batch. If memory runs out it is answered nevertheless."""
+    """Once, and once for batches that are compiled alike. If memory runs out it is answered nevertheless."""
     monkeypatch.setattr(torch, "compile", plainly)
     model, calls = MSDModel(models[0].target, models[0].draft, TREES[1], compile="eager"), 0
 
@@ -301,11 +335,15 @@ def test_the_first_request_warms_up(models: list[MSDModel], monkeypatch: pytest.
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(model._compiled, "warm_up", warm_up)
-    model.generate(**inputs_of(model, TEXTS), max_new_tokens=3, temperature=0)
-    assert calls == 0
+    for texts in (TEXTS, TEXTS[:2]):
+        model.generate(**inputs_of(model, texts), max_new_tokens=3, temperature=0)
+    assert calls == 1
     for text in TEXTS[:2]:
         check_same([models[0], model], inputs_of(model, [text]), tree=TREES[1], max_new_tokens=5, temperature=0)
-    assert calls == 1
+    assert calls == 2
+    many = inputs_of(model, [TEXTS[1]] * (LARGEST_BATCH + 1))
+    model.generate(**many, max_new_tokens=3, temperature=0)
+    assert calls == 2, "larger batches are not compiled"
 
 
 @pytest.mark.parametrize("place", ["verify", "allocation"])
@@ -325,7 +363,7 @@ def test_out_of_memory_leaves_compiled_decoding(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return verify(*given)
 
-    def fails(rows: int) -> None:
+    def fails(*_: int) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:

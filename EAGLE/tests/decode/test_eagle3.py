@@ -106,7 +106,7 @@ def test_compiled_decoding_has_the_same_cycles(pair, head, plainly, monkeypatch)
     if plainly:
         monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     compiled = MSDModel(pair.target, model.draft, model.tree, compile="eager")
-    compiled.warm_up(progress=False)
+    compiled.warm_up(progress=False, batch_sizes=[1, len(QUESTIONS)])
     before = counters["stats"]["unique_graphs"]
     for question in QUESTIONS:
         inputs = prepared(pair.target, [question])
@@ -114,6 +114,8 @@ def test_compiled_decoding_has_the_same_cycles(pair, head, plainly, monkeypatch)
             each.generate(**inputs, temperature=0.0, max_new_tokens=TOKENS, tree=TREE) for each in (model, compiled)
         )
         assert found.tokens == plain.tokens and found.stats.accept_lengths == plain.stats.accept_lengths
+    batch = {**prepared(pair.target, QUESTIONS), "temperature": 0.0, "max_new_tokens": TOKENS}
+    assert compiled.generate(**batch).tokens == model.generate(**batch).tokens
     assert counters["stats"]["unique_graphs"] == before and not counters["graph_break"]
     assert pair.target._streams.traced is None
 

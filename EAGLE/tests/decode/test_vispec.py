@@ -162,12 +162,17 @@ def test_compiled_decoding_has_the_same_cycles(target, tmp_path, monkeypatch, pl
     if plainly:
         monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     model, compiled = MSDModel(target, draft, tree), MSDModel(target, draft, tree, compile="eager")
-    compiled.warm_up(progress=False)
+    compiled.warm_up(progress=False, batch_sizes=[1, len(QUESTIONS)])
     before = counters["stats"]["unique_graphs"]
     for question in QUESTIONS:
         inputs = prepared(target, [question])
         plain, found = (each.generate(**inputs, temperature=0.0, max_new_tokens=16) for each in (model, compiled))
         assert found.tokens == plain.tokens and found.stats.accept_lengths == plain.stats.accept_lengths
+    batch = {**prepared(target, QUESTIONS), "temperature": 0.0, "max_new_tokens": 16}
+    plain, found = (each.generate(**batch) for each in (model, compiled))
+    assert found.tokens == plain.tokens
+    penalty = {**batch, "repetition_penalty": 1.2}  # the parts, not whole cycles
+    assert compiled.generate(**penalty).tokens == model.generate(**penalty).tokens
     assert counters["stats"]["unique_graphs"] == before
 
 

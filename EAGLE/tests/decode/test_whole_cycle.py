@@ -64,7 +64,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     found = Seen()
     wait = Result.tokens
 
-    def tokens(self: Result) -> list[int]:
+    def tokens(self: Result) -> list[list[int]]:
         found.waits += 1
         return wait(self)
 
@@ -91,7 +91,7 @@ def compiled_for(pair: MSDModel, seen: Seen | None = None, tree: TreeConfig = TR
     return model
 
 
-def make_pair(folder: Any, family: str, layers: int = 2, trimmed: bool = True) -> MSDModel:
+def make_pair(folder: Any, family: str, layers: int = 2, trimmed: bool = True, block: bool = False) -> MSDModel:
     if family == "llava":
         base = make_liuhaotian(folder / "base", sizes=TinySizes(layers=layers))
     else:
@@ -100,6 +100,8 @@ def make_pair(folder: Any, family: str, layers: int = 2, trimmed: bool = True) -
     changes: dict[str, Any] = {} if family == "llava" else {"rope_scaling": {"mrope_section": [1, 1, 2]}}
     if family == "qwen":
         changes["msd"] = {"positions": "mrope"}
+    if block:
+        changes["block"] = {"size": TREE.depth + 1, "layers": 2}
     draft = load_draft(make_draft(folder / "draft", target, agree=1.0, **changes), dtype=torch.float32)
     if trimmed:  # to tokens of the answer, so that it is often right, though nobody trained it
         answer = MSDModel(target).generate(**prompt(SimpleNamespace(target=target)), temperature=0.0, max_new_tokens=60)
@@ -107,9 +109,13 @@ def make_pair(folder: Any, family: str, layers: int = 2, trimmed: bool = True) -
     return MSDModel(target, draft, TREE)
 
 
-@pytest.fixture(scope="module", params=["llava", pytest.param("qwen", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module",
+    params=["llava", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen", "qwen block")), "llava block"],
+)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> MSDModel:
-    return make_pair(tmp_path_factory.mktemp(request.param), request.param)
+    family, *block = request.param.split()
+    return make_pair(tmp_path_factory.mktemp(family), family, block=bool(block))
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +180,7 @@ def test_equals_generate_while_columns_and_caches_grow(
     engine = whole._compiled
     monkeypatch.setattr(decoder_module, "NEW_TOKENS", 4)
     for length in (STEP - 30, 990):
-        engine.target_caches._free = engine.draft_caches._free = None
+        engine.target_caches.single._free = engine.draft_caches.single._free = None
         ids = torch.randint(5, 200, (1, length), generator=torch.Generator().manual_seed(0))
         expected = pair.target.model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=45, do_sample=False
@@ -292,15 +298,17 @@ def test_streamed_tokens_arrive_by_cycle(pair: MSDModel, whole: MSDModel, ahead:
     [
         ("llava", 0.0),
         ("qwen", 1.0),
-        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("llava", 1.0), ("qwen", 0.0))),
+        ("llava block", 0.0),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("llava", 1.0), ("qwen", 0.0), ("qwen block", 1.0))),
     ],
 )
 def test_operations_and_waits_of_a_cycle(
     tmp_path: Any, family: str, temperature: float, seen: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At most 40 operations and exactly one wait, for as many layers as the published models have."""
-    pair = make_pair(tmp_path, family, LAYERS[family], trimmed=False)
-    tree = TreeConfig.for_device("cuda")
+    family, *block = family.split()
+    pair = make_pair(tmp_path, family, LAYERS[family], trimmed=False, block=bool(block))
+    tree = replace(TreeConfig.for_device("cuda"), depth=TREE.depth) if block else TreeConfig.for_device("cuda")
     whole, inputs = compiled_for(pair, seen, tree), prompt(pair)
     settings: dict[str, Any] = {"temperature": temperature, "seed": 1, "top_p": 0.9, "max_new_tokens": 40}
     if not temperature:

@@ -21,6 +21,7 @@ from eagle.drafts.eagle3 import Eagle3Draft
 from eagle.drafts.eagle3_config import IDS, Eagle3Config
 from eagle.families import Target, load_target
 from eagle.families.draft_config import eagle3_config_of
+from eagle.train.settings import read_config
 
 MAKERS = {"llava": make_llava_hf, "qwen3_vl": make_qwen3_vl, "qwen2_vl": make_qwen}
 SECTION = {"type": "mrope", "mrope_section": [1, 1, 2], "mrope_interleaved": True}
@@ -106,6 +107,26 @@ def test_runners_are_told_apart_and_ids_are_compared_without_a_base(bases: dict[
     assert list(differences(checks)) == ["positions, model runner V2", "cached rows, model runner V1"]
     told = check_served_eagle3(head({"msd": {"target_layers": [0, 1, 3]}}, base), None, "V1")
     assert list(differences(told)) == ["layers", "cached rows"] and told[0].state is State.WARNING
+
+
+@pytest.mark.parametrize(
+    ("positions", "expected"),
+    [
+        (None, {"V1": ["cached rows"], "V2": ["positions"]}),
+        ("mrope", {"V1": ["cached rows"], "V2": ["positions"]}),
+        ("plain", {"V1": ["positions", "cached rows"], "V2": []}),
+    ],
+)
+def test_heads_of_a_base_with_mrope_by_the_positions_of_the_training_command(
+    bases: dict[str, tuple[Path, Target]], positions: str | None, expected: dict[str, list[str]]
+) -> None:
+    base, target = bases["qwen3_vl"]
+    config, _ = read_config("auto", str(base), "eagle3", positions)
+    assert isinstance(config, Eagle3Config)
+    with torch.device("meta"):
+        draft = Eagle3Draft(config)
+    told = {runner: differences(check_served_eagle3(draft, target, runner)) for runner in expected}
+    assert {runner: list(found) for runner, found in told.items()} == expected
 
 
 def test_the_layout_of_speculators_has_defaults_of_its_own(bases: dict[str, tuple[Path, Target]]) -> None:

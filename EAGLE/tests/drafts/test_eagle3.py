@@ -53,6 +53,23 @@ def test_two_layouts_of_the_same_weights_give_equal_outputs(tmp_path, target):
     assert flat.config.target_layers == other.config.target_layers == (0, 1, 3)
 
 
+@torch.no_grad()
+def test_with_both_kinds_of_norms_the_one_over_all_streams_comes_first(tmp_path, target):
+    shapes = {"input_norm.weight": (96,), **{f"fc_norm.{index}.weight": (32,) for index in range(3)}}
+    draft = load_draft(make_eagle3(tmp_path, target, norm_before_fc=True, fc_norm=True, shapes=shapes), torch.float32)
+    whole, each = torch.rand(96) + 0.5, torch.rand(3, 32) + 0.5
+    draft.input_norm.weight.copy_(whole)
+    for norm, weight in zip(draft.fc_norm, each, strict=True):
+        norm.weight.copy_(weight)
+    streams = torch.randn(1, 5, 96)
+
+    def normed(x):
+        return x / (x.square().mean(dim=-1, keepdim=True) + draft.config.rms_norm_eps).sqrt()
+
+    expected = normed((normed(streams) * whole).view(1, 5, 3, 32)) * each
+    torch.testing.assert_close(draft.condense(streams), draft.fc(expected.flatten(2)))
+
+
 @pytest.mark.parametrize("layout", ["flat", "speculators"])
 @pytest.mark.parametrize(
     ("change", "message"),

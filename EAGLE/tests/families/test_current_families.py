@@ -142,10 +142,15 @@ def test_attention_in_two_parts_gives_the_same(model: MSDModel, monkeypatch: pyt
 def test_compiled_parts_give_the_same(model: MSDModel) -> None:
     torch._dynamo.reset()
     compiled = MSDModel(model.target, model.draft, TREES[1], compile="eager")
-    compiled.warm_up(progress=False)
+    compiled.warm_up(progress=False, batch_sizes=[1, 3])
     before = counters["stats"]["unique_graphs"]
     for count in (0, 2):
         check(compiled, asked(model, "Which of these can you count? " * 4, count), length=40)
+    questions = [("Hi", 0), ("Which of these shapes can you count? " * 3, 1), ("And?", 2)]
+    prompts = [model.target.chat_prompt(question, count) for question, count in questions]
+    batch = {**model.target.prepare(prompts, pictures(3)), "temperature": 0.0, "max_new_tokens": 40}
+    for settings in ({}, {"repetition_penalty": 1.2}, {"use_msd": False}):  # whole cycles, parts, plain steps
+        assert compiled.generate(**batch, **settings).tokens == model.generate(**batch, **settings).tokens
     assert counters["stats"]["unique_graphs"] == before
 
 

@@ -260,6 +260,9 @@ def test_the_command_trains_resumes_and_writes_the_flat_layout(
     capsys.readouterr()
     assert run("parts", "--resume", "--config", "auto") == 2
     assert "had draft_kind=EAGLE-3, this one has MSD" in capsys.readouterr().err
+    made = ("--config", "auto", "--draft-kind", "eagle3", "--draft-positions", "plain", "--max-steps", "1")
+    assert run("plain", *made) == 0
+    assert json.loads((case.folder / "plain" / "final" / "config.json").read_text())["msd"]["positions"] == "plain"
     final = case.folder / "whole" / "final"
     config, tensors = json.loads((final / "config.json").read_text()), load_file(final / "model.safetensors")
     assert config["architectures"] == ["LlamaForCausalLMEagle3"] and config["draft_vocab_size"] == 50
@@ -316,6 +319,25 @@ def test_settings_without_effect_and_unknown_keys_are_refused(base: Path, target
     assert isinstance(made, Eagle3Config) and made.target_layers == (1, 2, 3) and recipe.rollout_steps == 7
     with pytest.raises(UserError, match="--draft-kind eagle3 with a config file"):
         read_config(path, str(base), "eagle3")
+    with pytest.raises(UserError, match="--draft-positions plain with a config file"):
+        read_config(path, str(base), None, "plain")
+
+
+@pytest.mark.parametrize(("kind", "own"), [("eagle3", "mrope"), ("msd", "plain"), ("block", "plain")])
+def test_positions_of_a_draft_made_for_a_base_can_be_chosen(base: Path, tmp_path: Path, kind: str, own: str) -> None:
+    def chosen(base: Path, positions: str | None) -> str:
+        config, _ = read_config("auto", str(base), kind, positions)
+        written = type(config).from_dict(config.to_dict(), "config.json")
+        return written.positions if isinstance(written, Eagle3Config) else written.options.positions
+
+    assert [chosen(base, each) for each in (None, "plain", "mrope")] == [own, "plain", "mrope"]
+    if kind == "eagle3":
+        assert chosen(base, "temporal") == "temporal"
+    else:
+        with pytest.raises(UserError, match="positions='temporal'"):
+            chosen(base, "temporal")
+    with pytest.raises(UserError, match=r"positions 'mrope' with mrope_section \[\]"):
+        chosen(tiny_llava.make_llava_hf(tmp_path / "llava"), "mrope")
 
 
 @pytest.mark.by_hand

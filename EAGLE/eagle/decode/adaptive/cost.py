@@ -97,7 +97,7 @@ def describe(target: Target, draft: DraftHead, tree: TreeConfig) -> dict[str, An
             "intermediate_size": getattr(draft.config, "intermediate_size", None),  # experts have another
             "head_tokens": None if draft.draft_vocab is None else len(draft.draft_vocab),
             **({} if draft.kind == "MSD" else {"kind": draft.kind, "layers": len(draft.layers)}),
-            **({} if draft.block_size == 1 else {"block_size": draft.block_size}),
+            **({} if draft.block_size == 1 else {"block": draft.block_size}),
         },
         "tree": {"depth": tree.depth, "top_k": tree.top_k, "total_tokens": tree.total_tokens},
         "quantisation": str(getattr(target.config, "quantization_config", None)),
@@ -177,10 +177,11 @@ def measure(
         return once
 
     deep = max(1, min(tree.depth, 6))
+    first = tree.depth if draft.block_size > 1 else 0  # levels that are drafted in any case
     verified = list(itertools.takewhile(has_room, map(verify, sizes)))
     if not verified:
         raise OutOfMemory("out of memory with a single token", str(target.device), "try --dtype bfloat16")
-    extend, drafted, *seconds = seconds_of([draft_levels(0), draft_levels(deep), *verified], rounds)
+    extend, drafted, *seconds = seconds_of([draft_levels(first), draft_levels(deep), *verified], rounds)
     return CostCurve(sizes[: len(verified)], monotone(seconds), max((drafted - extend) / deep, 1e-7), extend)
 
 
