@@ -22,7 +22,7 @@ from eagle import MSDModel, TreeConfig
 from eagle.arguments import add_model_options
 from eagle.decode import decoder as decoder_module
 from eagle.decode.compiled import engine as engine_module
-from eagle.decode.compiled.engine import LARGEST_BATCH, StaticEngine, filled
+from eagle.decode.compiled.engine import LARGEST_BATCH, Compiler, StaticEngine, filled
 from eagle.decode.compiled.static_cache import STEP, StaticCache, bucket, buckets, move_rows
 from eagle.decode.decoder import Decoder
 from eagle.drafts.checkpoint import load_draft
@@ -215,6 +215,17 @@ def fresh_dynamo() -> Iterator[None]:
     counters.clear()
     yield
     torch._dynamo.reset()
+
+
+def test_engines_of_a_process_do_not_share_a_limit(fresh_dynamo: None) -> None:
+    """torch compiles the same code for 8 sizes at most."""
+
+    def adder(number: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda values: values + number
+
+    compiler = Compiler("eager", torch.device("cpu"))
+    found = [int(compiler(adder(number))(torch.ones(1))) for number in range(12)]
+    assert found == list(range(1, 13)) and counters["stats"]["unique_graphs"] == 12
 
 
 @pytest.mark.slow

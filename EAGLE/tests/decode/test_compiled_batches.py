@@ -11,15 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from test_whole_cycle import TREE, compiled_for, make_pair
+from test_whole_cycle import TREE, Seen, compiled_for, make_pair
 from tiny_llava import make_image
 
 from eagle import MSDModel, TreeConfig
 from eagle.decode import decoder as decoder_module
 from eagle.decode.adaptive.guard import Guard
-from eagle.decode.compiled.cycle import CycleRun
+from eagle.decode.compiled.cycle import CycleRun, Result
 from eagle.decode.compiled.engine import LARGEST_BATCH, StaticEngine
 from eagle.decode.compiled.static_cache import STEP, StaticCache, move_rows
+from eagle.decode.decoder import Decoder
 from eagle.kv_cache import KVCache
 from llava import UserError
 
@@ -222,6 +223,32 @@ def test_output_that_is_not_a_number(pair: MSDModel, compiled: MSDModel) -> None
     check_same(pair, compiled, inputs_of(pair))  # nothing of it is left in the caches
 
 
+def test_operations_and_waits_of_a_cycle(pair: MSDModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As few as of a single sequence."""
+    seen, wait = Seen(), Result.tokens
+
+    def tokens(self: Result) -> list[list[int]]:
+        seen.waits += 1
+        return wait(self)
+
+    monkeypatch.setattr(Result, "tokens", tokens)
+    model = compiled_for(pair, seen)
+    model.warm_up(progress=False, batch_sizes=[4])
+    follow, counts = Decoder._follow, []
+
+    def counted(self: Decoder, *given: Any) -> bool:
+        before = seen.operations, seen.waits
+        with seen:
+            result = follow(self, *given)
+        counts.append((seen.operations - before[0], seen.waits - before[1]))
+        return result
+
+    monkeypatch.setattr(Decoder, "_follow", counted)
+    model.generate(**inputs_of(pair), temperature=0.0, max_new_tokens=TOKENS)
+    operations, waits = (sum(column) for column in zip(*counts, strict=True))
+    assert waits > 4 and operations <= 20 * waits
+
+
 def test_large_batches_are_not_compiled(pair: MSDModel, compiled: MSDModel, runs: list[int]) -> None:
     check_same(pair, compiled, inputs_of(pair, [TEXTS[2]] * (LARGEST_BATCH + 1)), max_new_tokens=6)
     assert not runs
@@ -234,7 +261,7 @@ def test_wrong_batch_sizes(compiled: MSDModel, sizes: list[int]) -> None:
 
 
 @pytest.fixture
-def seen(pair: MSDModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[MSDModel, set[Any]]]:
+def sizes(pair: MSDModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[MSDModel, set[Any]]]:
     """A model that takes itself for one with CUDA graphs, and the sizes with which its functions are called."""
     found: set[Any] = set()
 
@@ -255,9 +282,9 @@ def seen(pair: MSDModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[MSDM
     yield model, found
 
 
-def test_the_warm_up_calls_all_sizes(pair: MSDModel, seen: tuple[MSDModel, set[Any]]) -> None:
+def test_the_warm_up_calls_all_sizes(pair: MSDModel, sizes: tuple[MSDModel, set[Any]]) -> None:
     """With CUDA graphs each size is a recording: later batches need no other, whatever sequences end."""
-    model, found = seen
+    model, found = sizes
     model.warm_up(positions=900, progress=False, batch_sizes=[3, 4])
     known = set(found)
     assert {each[-1][0] for each in known if each[0] == "verify"} == {1, 2, 4}
