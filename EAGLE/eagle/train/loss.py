@@ -1,6 +1,6 @@
 """The draft's loss: SmoothL1 on hidden states plus soft cross-entropy on the target's ``lm_head`` of them.
 
-`DraftObjective` trains MSD drafts with it.
+`DraftObjective` trains MSD drafts with it, `eagle.train.vispec` ViSpec heads.
 
 Notation: N rows of the loss mask, H hidden size, V vocabulary. Full logits [N, V] never exist: rows go through
 ``lm_head`` in chunks, and a chunk's gradient is computed with its loss, so nothing of size V is kept for the backward
@@ -20,7 +20,7 @@ from eagle.drafts.modules import capped
 from eagle.drafts.msd import DraftModel
 from eagle.families.base_weights import BaseTensors
 from eagle.train.collate import Batch
-from eagle.train.objective import TOP, Losses, Objective, best_tokens, cast_once
+from eagle.train.objective import TOP, Head, Losses, Objective, best_tokens, cast_once
 from eagle.train.settings import TrainConfig
 from llava.errors import UserError
 
@@ -110,11 +110,12 @@ def draft_loss(
     return Losses(hidden_weight * hidden + token_weight * token, hidden.detach(), token.detach(), hits, rows)
 
 
-class DraftObjective(Objective[DraftModel]):
-    """Trains an MSD draft. ``draft.embed_tokens`` is the base's table and frozen."""
+class StateObjective(Objective[Head]):
+    """Trains a draft that predicts the target's hidden states. Its ``embed_tokens`` is the base's table and frozen."""
 
-    def __init__(self, draft: DraftModel, base: BaseTensors, config: TrainConfig) -> None:
+    def __init__(self, draft: Head, base: BaseTensors, config: TrainConfig) -> None:
         super().__init__(draft, base, config)
+        assert draft.embed_tokens is not None
         with torch.no_grad():
             draft.embed_tokens.weight.copy_(base.embed)
         draft.embed_tokens.requires_grad_(False)
@@ -124,7 +125,7 @@ class DraftObjective(Objective[DraftModel]):
         check_base(draft, base)
 
     def embeds(self, batch: Batch) -> Tensor:
-        embeds = self.draft.embed_tokens(batch.input_ids)
+        embeds = self.draft.embed(batch.input_ids)
         return embeds.masked_scatter(batch.image_mask.unsqueeze(-1), batch.image_features.to(embeds.dtype))
 
     def loss(self, predicted: Tensor, target: Tensor, loss_mask: Tensor) -> Losses:
@@ -143,6 +144,10 @@ class DraftObjective(Objective[DraftModel]):
 
     def drafted(self, predicted: Tensor) -> Tensor:
         return best_tokens(predicted, self.head, self.config.head_chunk)
+
+
+class DraftObjective(StateObjective[DraftModel]):
+    """Trains an MSD draft."""
 
 
 def check_base(config: DraftConfig, base: BaseTensors) -> None:
