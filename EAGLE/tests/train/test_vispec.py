@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from online_support import Case
+from online_support import Case, ViSpecCase
 from safetensors.torch import load_file
 from test_eagle3 import sure, train
 from test_overfit import CHAIN, NEW, own_answer
@@ -217,18 +217,6 @@ def test_a_sample_is_not_cut_inside_a_picture(most: int) -> None:
     assert batch.positions[0, 0, :kept].tolist() == [7, 8, 9, 10, 11, 12, 17, 18, 19][:kept]
     second = 1 + len(batch.runs) // 2
     assert batch.pictures[1, :kept].tolist() == [0, *[second] * 6, second + 1, second + 1][:kept]
-
-
-class ViSpecCase(Case):
-    """Training of a ViSpec head by the command."""
-
-    def _write_configs(self) -> None:
-        super()._write_configs()
-        config = json.loads((self.folder / "draft.json").read_text())
-        head = {**vispec_config_of(self.base).to_dict(), "vispec": {"queries": 3}}
-        train = {"epochs": 4, "learning_rate": 1e-3, "log_every": 1, "simulated_depth": 2, "save_every": 2}
-        train |= {key: config["train"][key] for key in ("validation_share", "max_length")}
-        (self.folder / "draft.json").write_text(json.dumps({**head, "train": train}))
 
 
 class Killed(BaseException):
