@@ -148,6 +148,9 @@ def read_config(
     reject_misplaced(content, path)
     draft = {key: value for key, value in content.items() if key != SECTION}
     eagle3 = is_eagle3_config(draft)
+    if eagle3 + (BLOCK in draft) + (VISPEC in draft) > 1:
+        fix = f"leave out all but one of the keys of an EAGLE-3 head and the sections '{BLOCK}' and '{VISPEC}'"
+        raise UserError("a config of two kinds of heads", path, fix)
     with_section = BlockConfig if BLOCK in draft else ViSpecConfig if VISPEC in draft else DraftConfig
     kind_of_config = Eagle3Config if eagle3 else with_section
     read = kind_of_config.from_dict(draft, where=path)

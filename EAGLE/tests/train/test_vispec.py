@@ -314,6 +314,8 @@ def test_settings_without_effect_and_unknown_keys_are_refused(pair: tuple[Path, 
         ({"msd": {"positions": "mrope"}}, r"unknown key 'positions'"),
         ({"num_attention_heads": 5, "num_key_value_heads": 5}, r"5 heads for a hidden size of"),
         ({"num_hidden_layers": 2}, r"num_hidden_layers=2"),
+        ({"block": {}}, r"a config of two kinds of heads"),
+        ({"draft_vocab_size": 9}, r"a config of two kinds of heads"),
     ):
         path.write_text(json.dumps({**shape, **changes}))
         with pytest.raises(UserError, match=message):
