@@ -23,9 +23,11 @@ from eagle.drafts.config import DraftConfig
 from eagle.drafts.msd import DraftModel
 from eagle.families.base_weights import load_base_tensors
 from eagle.hidden_states.shards import ShardDataset
-from eagle.train.collate import collate
+from eagle.train.collate import Batch, collate
 from eagle.train.engine import PlainEngine, read_deepspeed_config
 from eagle.train.loss import TOP, DraftObjective, Losses, draft_loss
+from eagle.train.objective import targets_of
+from eagle.train.rollout import rollout_loss_mask
 from eagle.train.schedule import IMAGE, TEXT, BatchSizes
 from eagle.train.settings import read_config
 from experiments.common import caption, environment, run_record
@@ -49,30 +51,37 @@ def full_logits_loss(
     `eagle.train.loss.draft_loss`.
 
     Args:
-        predicted, target: hidden states [B, S, H].
-        loss_mask: positions that contribute to the loss [B, S].
+        predicted, target: hidden states [..., H].
+        loss_mask: positions that contribute to the loss [...].
         head: weight of ``lm_head`` [V, H].
     """
     mask, rows = loss_mask.float(), loss_mask.sum()
     divisor = rows.clamp(min=1)
-    hidden = F.smooth_l1_loss(predicted.float(), target.float(), reduction="none").mean(dim=-1)  # [B, S]
-    logits = F.linear(predicted.to(head.dtype), head).float()  # [B, S, V]
+    hidden = F.smooth_l1_loss(predicted.float(), target.float(), reduction="none").mean(dim=-1)  # [...]
+    logits = F.linear(predicted.to(head.dtype), head).float()  # [..., V]
     with torch.no_grad():
-        wanted = F.linear(target.to(head.dtype), head).float().softmax(dim=-1)  # [B, S, V]
-        best = logits.topk(TOP, dim=-1).indices  # [B, S, 3]
+        wanted = F.linear(target.to(head.dtype), head).float().softmax(dim=-1)  # [..., V]
+        best = logits.topk(TOP, dim=-1).indices  # [..., 3]
         hits = (best == wanted.argmax(dim=-1, keepdim=True)).cumsum(dim=-1)
-    token = -(wanted * logits.log_softmax(dim=-1)).sum(dim=-1)  # [B, S]
+    token = -(wanted * logits.log_softmax(dim=-1)).sum(dim=-1)  # [...]
     hidden, token = (hidden * mask).sum() / divisor, (token * mask).sum() / divisor
     total = hidden_weight * hidden + token_weight * token
     return Losses(total, hidden.detach(), token.detach(), hits[loss_mask].sum(dim=0), rows)
 
 
 class FullLogitsObjective(DraftObjective):
-    """The training objective with this loss."""
+    """The training objective with this loss, at all rows of a sample."""
 
-    def loss(self, predicted: Tensor, target: Tensor, loss_mask: Tensor) -> Losses:
-        weights = {"hidden_weight": self.config.hidden_weight, "token_weight": self.config.token_weight}
-        return full_logits_loss(predicted, target, loss_mask, self.head, **weights)
+    def forward(self, batch: Batch) -> Losses:
+        every, config = replace(batch, loss_mask=torch.ones_like(batch.loss_mask)), self.config
+        weights = {"hidden_weight": config.hidden_weight, "token_weight": config.token_weight}
+        parts: list[Losses] = []
+        for step, rows, predicted in self.predict(every, batch.inputs, config.rollout_steps):
+            counted = rollout_loss_mask(batch.loss_mask, step)[rows]
+            parts.append(full_logits_loss(predicted, targets_of(batch, step, rows), counted, self.head, **weights))
+        shares = [config.rollout_decay**step for step in range(len(parts))]
+        total = torch.stack([share * part.total for share, part in zip(shares, parts, strict=True)]).sum()
+        return parts[0]._replace(total=total / sum(shares))
 
 
 @dataclass(frozen=True)
@@ -126,7 +135,7 @@ def head_work(way: str, options: argparse.Namespace) -> Work:
     def step() -> None:
         predicted.grad = None
         if way == OURS:
-            losses = draft_loss(predicted, target, loss_mask, head, chunk=CHUNK)
+            losses = draft_loss([predicted[loss_mask]], [target[loss_mask]], head, chunk=CHUNK)
         else:
             losses = full_logits_loss(predicted, target, loss_mask, head)
         losses.total.backward()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from eagle.drafts.compression import Compression
 from eagle.drafts.eagle3_config import Eagle3Config
 from eagle.drafts.head import Prompt, PromptRows, TrainedHead
-from eagle.drafts.modules import MLP, Attention, DraftLayer, RMSNorm, Rotary
+from eagle.drafts.modules import MLP, Attention, DraftLayer, RMSNorm, Rotary, chosen_rows
 from eagle.kv_cache import KVCache
 from llava.errors import UserError
 
@@ -49,14 +49,16 @@ class FirstLayer(nn.Module):
         causal: bool,
         cache: KVCache | None,
         last_only: bool = False,
+        kept: Tensor | None = None,
     ) -> Tensor:
-        """``x`` [B, S, 2 H], embeddings and features → [B, S, H], of the last row alone [B, 1, H]."""
+        """``x`` [B, S, 2 H], embeddings and features → [B, S, H], of the last row alone [B, 1, H], of the rows
+        ``kept`` [B, R] alone [B, R, H]."""
         embeds, features = x.chunk(2, dim=-1)
         normed = self.hidden_norm(features)
         joined = torch.cat([self.input_layernorm(embeds), normed], dim=-1)
-        attended = self.self_attn(joined, rope, mask, causal, cache, last_only)
+        attended = self.self_attn(joined, rope, mask, causal, cache, last_only, kept)
         residual = normed if self.norm_before_residual else features
-        y = (residual[:, -1:] if last_only else residual) + attended
+        y = chosen_rows(residual, last_only, kept) + attended
         return y + self.mlp(self.post_attention_layernorm(y))
 
 

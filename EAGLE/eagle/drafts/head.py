@@ -180,9 +180,21 @@ class DraftHead(nn.Module, ABC):
         if rope is None:
             assert position_ids is not None
             rope = self.rotary(position_ids, x.dtype)
-        causal = attention_mask is None and x.shape[1] > 1
+        return self._through_layers(x, rope, attention_mask, cache, last_only)
+
+    def _through_layers(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KVCache | None,
+        last_only: bool = False,
+        kept: Tensor | None = None,
+    ) -> Tensor:
+        causal = mask is None and x.shape[1] > 1
         for index, layer in enumerate(self.layers, start=1):
-            x = layer(x, rope, attention_mask, causal, cache, last_only and index == len(self.layers))
+            last = index == len(self.layers)
+            x = layer(x, rope, mask, causal, cache, last and last_only, kept if last else None)
         return self.after_layers(x)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -279,3 +291,11 @@ class TrainedHead(DraftHead):
                 vector of the last picture.
             next_is_image: [B, S] bool; None if no row is an image row.
         """
+
+    def forward_rows(
+        self, x: Tensor, position_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None, kept: Tensor
+    ) -> Tensor:
+        """As `forward` on an empty cache: caches all rows of ``x``, but computes only the hidden states of the rows
+        ``kept`` [B, R], [B, R, H]."""
+        rope = self.rotary(position_ids, x.dtype)
+        return self._through_layers(x, rope, attention_mask, cache, kept=kept)

@@ -57,6 +57,11 @@ def top_children(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return ids, logprobs.masked_fill(logprobs.isnan(), -math.inf)
 
 
+def take(x: Tensor, rows: Tensor) -> Tensor:
+    """The rows [B, R] of ``x`` [B, S, ...], [B, R, ...]; the last one where a number is past the end."""
+    return x[torch.arange(len(x), device=x.device).unsqueeze(1), rows.clamp(max=x.shape[1] - 1)]
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm."""
 
@@ -137,6 +142,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
 
 
+def chosen_rows(x: Tensor, last_only: bool, kept: Tensor | None) -> Tensor:
+    """``x`` [B, S, H], its last row alone, or the rows ``kept`` [B, R] alone."""
+    if last_only:
+        return x[:, -1:]
+    return x if kept is None else take(x, kept)
+
+
 class Attention(nn.Module):
     """Grouped-query attention through `scaled_dot_product_attention`.
 
@@ -188,9 +200,10 @@ class Attention(nn.Module):
         causal: bool,
         cache: KVCache | None,
         last_only: bool = False,
+        kept: Tensor | None = None,
     ) -> Tensor:
-        """``x`` [B, S, input size] → [B, S, H], of the last row alone [B, 1, H]. ``mask`` [B or 1, 1, S, past + S],
-        bool or additive."""
+        """``x`` [B, S, input size] → [B, S, H], of the last row alone [B, 1, H], of the rows ``kept`` [B, R] alone
+        [B, R, H]. ``mask`` [B or 1, 1, S, past + S], bool or additive."""
         batch, rows, _ = x.shape
         joined = self.project(x)
         value = joined[:, self.heads + self.kv_heads :]  # [B, KV heads, S, D]
@@ -205,6 +218,12 @@ class Attention(nn.Module):
         if last_only:  # without a mask it sees all rows
             query, rows, causal = query[:, :, -1:], 1, False
             mask = None if mask is None else mask[:, :, -1:]
+        elif kept is not None:
+            query, rows, causal = take(query.transpose(1, 2), kept).transpose(1, 2), kept.shape[1], False
+            if mask is None:
+                mask = (torch.arange(key.shape[2], device=key.device) <= kept.unsqueeze(-1)).unsqueeze(1)
+            else:
+                mask = take(mask.expand(batch, -1, -1, -1).transpose(1, 2), kept).transpose(1, 2)
         if self.groups > 1 and cache is not None and not causal:
             # the heads of a group as further rows, so that a long cache is not copied for each of them
             query = query.reshape(batch, self.kv_heads, self.groups * rows, self.head_dim)
@@ -271,8 +290,10 @@ class DraftLayer(nn.Module):
         causal: bool,
         cache: KVCache | None,
         last_only: bool = False,
+        kept: Tensor | None = None,
     ) -> Tensor:
-        """``x`` [B, S, H] → [B, S, H], of the last row alone [B, 1, H]."""
-        attended = self.self_attn(self.input_layernorm(x), rope, mask, causal, cache, last_only)
-        x = (x[:, -1:] if last_only else x) + attended
+        """``x`` [B, S, H] → [B, S, H], of the last row alone [B, 1, H], of the rows ``kept`` [B, R] alone
+        [B, R, H]."""
+        attended = self.self_attn(self.input_layernorm(x), rope, mask, causal, cache, last_only, kept)
+        x = chosen_rows(x, last_only, kept) + attended
         return x + self.mlp(self.post_attention_layernorm(x))

@@ -1,28 +1,26 @@
 """Training of EAGLE-3 heads: what they read, and their loss, on tokens alone or with feature regression.
 
 The head's own ``lm_head`` is trained against the target's distribution over the same tokens: of a trimmed vocabulary,
-the part of it inside, normalised again. Rows go through the heads in chunks that the backward pass computes again, so
-full logits are never kept. With a ``hidden_weight``, what the ``lm_head`` reads is also regressed on the target's
-hidden states after its final norm.
+the part of it inside, normalised again (`eagle.train.loss`). With a ``hidden_weight``, what the ``lm_head`` reads is
+also regressed on the target's hidden states after its final norm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from eagle.drafts.eagle3 import Eagle3Draft
 from eagle.drafts.eagle3_config import Eagle3Config
-from eagle.drafts.modules import capped
 from eagle.families.base_weights import BaseTensors
 from eagle.ge_data.vocabulary import most_frequent
 from eagle.train.collate import Batch
-from eagle.train.objective import TOP, Losses, Objective, best_tokens, cast_once
+from eagle.train.loss import TargetHead, draft_loss, loss_settings
+from eagle.train.objective import Losses, Objective, best_tokens
 from eagle.train.settings import TrainConfig
 from llava.errors import UserError
 
@@ -63,38 +61,12 @@ class Eagle3Objective(Objective[Eagle3Draft]):
             return embeds
         return embeds.masked_scatter(batch.image_mask.unsqueeze(-1), batch.image_features.to(embeds.dtype))
 
-    def loss(self, predicted: Tensor, target: Tensor, loss_mask: Tensor) -> Losses:
-        rows, wanted = self.draft.head_input(predicted[loss_mask]), target[loss_mask].to(self.dtype)  # [N, H]
-        total = torch.zeros((), dtype=torch.float32, device=rows.device)
-        hits = torch.zeros(TOP, dtype=torch.long, device=rows.device)
-        head = cast_once(self.head)
-        for pair in zip(rows.split(self.config.head_chunk), wanted.split(self.config.head_chunk), strict=True):
-            loss, part_hits = checkpoint(self._chunk, *pair, head, use_reentrant=False)
-            total, hits = total + loss, hits + part_hits
-        number = loss_mask.sum()
-        token = total / number.clamp(min=1) + 0.0 * predicted.sum()  # with a gradient also where no row counts
-        total, hidden = self.config.token_weight * token, torch.zeros((), device=rows.device)
-        if self.config.hidden_weight > 0:
-            each = F.smooth_l1_loss(rows.float(), wanted.float(), reduction="none").mean(dim=-1)  # [N]
-            hidden = each.sum() / number.clamp(min=1)
-            total = total + self.config.hidden_weight * hidden
-        return Losses(total, hidden.detach(), token.detach(), hits, number)
-
-    def _chunk(self, rows: Tensor, wanted: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of cross-entropies, and the hits [3]. ``rows``, ``wanted`` [n, H]; ``head`` [V, H] the base's."""
-        with torch.no_grad():
-            logits = F.linear(wanted, head).float()  # [n, V]
-            if self.cap is not None:
-                logits = capped(logits, self.cap)
-            best, ids = logits.argmax(dim=-1, keepdim=True), self.draft.draft_vocab
-            if ids is not None:
-                ids = ids.to(logits.device)
-                logits = logits[:, ids]
-            soft = logits.softmax(dim=-1)  # [n, K]
-        log_p = F.linear(rows, self.own_head).float().log_softmax(dim=-1)
-        first = log_p.detach().topk(min(TOP, log_p.shape[-1]), dim=-1).indices  # [n, 3]
-        hits = ((first if ids is None else ids[first]) == best).cumsum(dim=-1).sum(dim=0)
-        return -(soft * log_p).sum(), F.pad(hits, (0, TOP - hits.shape[0]))
+    def loss(self, predicted: Sequence[Tensor], target: Sequence[Tensor]) -> Losses:
+        ids = self.draft.draft_vocab
+        base = TargetHead(self.head, self.cap, None if ids is None else ids.to(self.head.device))
+        rows = [self.draft.head_input(part) for part in predicted]
+        losses = draft_loss(rows, target, self.own_head, base, **loss_settings(self.config))
+        return losses if self.config.hidden_weight else losses._replace(hidden=torch.zeros_like(losses.hidden))
 
     def drafted(self, predicted: Tensor) -> Tensor:
         tokens = best_tokens(self.draft.head_input(predicted), self.own_head, self.config.head_chunk)

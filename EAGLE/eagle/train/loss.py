@@ -1,15 +1,17 @@
 """The draft's loss: SmoothL1 on hidden states plus soft cross-entropy on the target's ``lm_head`` of them.
 
-`DraftObjective` trains MSD drafts with it, `eagle.train.vispec` ViSpec heads.
+`DraftObjective` trains MSD drafts with it, `eagle.train.vispec` ViSpec heads. EAGLE-3 heads have an ``lm_head`` of their
+own, which is trained too.
 
-Notation: N rows of the loss mask, H hidden size, V vocabulary. Full logits [N, V] never exist: rows go through
-``lm_head`` in chunks, and a chunk's gradient is computed with its loss, so nothing of size V is kept for the backward
-pass.
+Notation: N rows that count, H hidden size, V vocabulary, K the draft's. Full logits [N, V] never exist: the rows of
+all rollout steps go through ``lm_head`` in chunks, and a chunk's gradients are computed with its loss. Only they are
+kept for the backward pass: [N, H] of the rows, and [K, H] if the head is trained.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,89 +27,143 @@ from eagle.train.settings import TrainConfig
 from llava.errors import UserError
 
 
-def _chunk_terms(predicted: Tensor, target: Tensor, head: Tensor, cap: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    """One chunk: sum of cross-entropies, its gradient [n, H] and the hits [3]."""
-    logits = F.linear(predicted, head).float()  # [n, V]
-    wanted = F.linear(target, head).float()
+class TargetHead(NamedTuple):
+    """What gives the target's distribution over tokens: its ``lm_head`` [V, H], the ``cap`` of its logits, and the
+    ``ids`` [K] of the draft's trimmed vocabulary, over which it is normalised again; None is all of it."""
+
+    head: Tensor
+    cap: float | None = None
+    ids: Tensor | None = None
+
+
+def _chunk_terms(
+    predicted: Tensor, head: Tensor, cap: float | None, target: Tensor, base: TargetHead
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One chunk: cross-entropies [n], their gradients with respect to the draft's logits [n, K], and hits [n, 3]."""
+    logits = F.linear(predicted, head).float()  # [n, K]
+    wanted = F.linear(target, base.head).float()  # [n, V]
     if cap is not None:
-        logits, wanted = capped(logits, cap), capped(wanted, cap)
+        logits = capped(logits, cap)
+    if base.cap is not None:
+        wanted = capped(wanted, base.cap)
+    choice = wanted.argmax(dim=-1, keepdim=True)
     best = logits.topk(min(TOP, logits.shape[-1]), dim=-1).indices  # [n, 3]
-    hits = (best == wanted.argmax(dim=-1, keepdim=True)).cumsum(dim=-1).sum(dim=0)
-    hits = F.pad(hits, (0, TOP - hits.shape[0]), value=0)
+    if base.ids is not None:
+        best, wanted = base.ids[best], wanted[:, base.ids]
+    hits = (best == choice).cumsum(dim=-1)
     log_p = logits.log_softmax(dim=-1)
     q = wanted.softmax(dim=-1)
-    loss = -(q * log_p).sum()
-    slope = log_p.exp_() - q  # d loss / d logits
+    losses = -(q * log_p).sum(dim=-1)
+    slope = log_p.exp_() - q
     if cap is not None:
         slope *= 1 - (logits / cap) ** 2  # through the tanh
-    gradient = slope.to(head.dtype) @ head  # d loss / d predicted
-    return loss, gradient, hits
+    return losses, slope, F.pad(hits, (0, TOP - hits.shape[-1]))
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, predicted: Tensor, target: Tensor, head: Tensor, chunk: int, cap: float | None
-    ) -> tuple[Tensor, Tensor]:
-        loss = torch.zeros((), dtype=torch.float32, device=predicted.device)
-        hits = torch.zeros(TOP, dtype=torch.long, device=predicted.device)
-        gradient = torch.empty_like(predicted)
-        for start in range(0, predicted.shape[0], chunk):
+        ctx: Any,
+        predicted: Tensor,
+        head: Tensor,
+        cap: float | None,
+        target: Tensor,
+        base: TargetHead,
+        weights: Tensor,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        of_rows, of_head, *_ = ctx.needs_input_grad
+        count, device = predicted.shape[0], predicted.device
+        losses = torch.empty(count, dtype=torch.float32, device=device)
+        hits = torch.empty(count, TOP, dtype=torch.long, device=device)
+        to_rows = torch.empty_like(predicted) if of_rows else None
+        to_head = torch.zeros_like(head, dtype=torch.float32) if of_head else None
+        for start in range(0, count, chunk):
             rows = slice(start, start + chunk)
-            own, wanted = predicted[rows].to(head.dtype), target[rows].to(head.dtype)
-            part, gradient[rows], part_hits = _chunk_terms(own, wanted, head, cap)
-            loss += part
-            hits += part_hits
-        ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(hits)
-        return loss, hits
+            own, wanted = predicted[rows].to(head.dtype), target[rows].to(base.head.dtype)
+            losses[rows], slope, hits[rows] = _chunk_terms(own, head, cap, wanted, base)
+            slope = slope.mul_(weights[rows, None]).to(head.dtype)  # [n, K]
+            if to_rows is not None:
+                to_rows[rows] = slope @ head
+            if to_head is not None:
+                to_head += slope.T @ own
+        ctx.save_for_backward(to_rows, None if to_head is None else to_head.to(head.dtype))
+        ctx.mark_non_differentiable(losses, hits)
+        return (weights * losses).sum(), losses, hits
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grads[0].to(gradient.dtype), None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        parts = [None if part is None else part * grads[0].to(part.dtype) for part in ctx.saved_tensors]
+        return (*parts, None, None, None, None, None)
 
 
 def soft_cross_entropy(
-    predicted: Tensor, target: Tensor, head: Tensor, chunk: int, cap: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """Sum over rows of ``-softmax(target @ head.T) . log_softmax(predicted @ head.T)``, and the hits.
+    predicted: Tensor,
+    head: Tensor,
+    target: Tensor,
+    base: TargetHead,
+    weights: Tensor,
+    chunk: int,
+    cap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropies of the draft's distribution against the target's.
 
     Args:
-        predicted, target: [N, H]; ``target`` and ``head`` get no gradient.
-        head: [V, H].
+        predicted: [N, H] what the draft's ``head`` [K, H] reads.
+        target: [N, H] the target's hidden states. ``target`` and ``base`` get no gradient.
+        weights: [N] of the rows.
         chunk: rows at a time.
-        cap: of the logits (`eagle.families.base_weights.BaseTensors`).
+        cap: of the draft's logits.
 
     Returns:
-        the sum (scalar, float32) and hits [3], see `Losses`.
+        the weighted sum (scalar, float32); without gradient, each row's cross-entropy [N] and its hits [N, 3]: whether
+        the target's arg-max is among the draft's first 1, 2, 3 tokens.
     """
-    return _SoftCrossEntropy.apply(predicted, target, cast_once(head), chunk, cap)
+    wide = cast_once(base.head)
+    own = wide if head is base.head else cast_once(head)
+    own = own if torch.is_grad_enabled() else own.detach()
+    return _SoftCrossEntropy.apply(predicted, own, cap, target, base._replace(head=wide), weights, chunk)
 
 
 def draft_loss(
-    predicted: Tensor,
-    target: Tensor,
-    loss_mask: Tensor,
+    predicted: Sequence[Tensor],
+    target: Sequence[Tensor],
     head: Tensor,
+    base: TargetHead | None = None,
     *,
     hidden_weight: float = 1.0,
     token_weight: float = 0.1,
+    decay: float = 1.0,
     chunk: int = 512,
     cap: float | None = None,
 ) -> Losses:
-    """The published loss as means over the rows of the loss mask; 0 if there are none.
+    """The loss of the rollout steps, of which each is the published one; see `Objective.loss`.
 
     Args:
-        predicted, target: [B, R, H]; ``loss_mask`` [B, R] bool; ``head`` [V, H].
+        predicted, target: [N_k, H] of each step.
+        head: [K, H] the draft's; ``cap`` of its logits.
+        base: None for a draft that has the same head.
+        decay: the weight of a step relative to the one before.
     """
-    predicted, target = predicted[loss_mask], target[loss_mask].to(predicted.dtype)  # [N, H]
-    rows = loss_mask.sum()
-    divisor = rows.clamp(min=1)
-    hidden = F.smooth_l1_loss(predicted.float(), target.float(), reduction="none").mean(dim=-1).sum() / divisor
-    token, hits = soft_cross_entropy(predicted, target, head, chunk, cap)
-    token = token / divisor
-    return Losses(hidden_weight * hidden + token_weight * token, hidden.detach(), token.detach(), hits, rows)
+    sizes = [len(part) for part in predicted]
+    first, shares = sizes[0], [decay**step for step in range(len(sizes))]
+    own, wanted = torch.cat(list(predicted)), torch.cat(list(target))  # [N, H]
+    weights = torch.cat(
+        [
+            torch.full((size,), share * first / max(size, 1), device=own.device)
+            for size, share in zip(sizes, shares, strict=True)
+        ]
+    )  # [N] relative to a row of step 1
+    base = TargetHead(head, cap) if base is None else base
+    total, token, hits = soft_cross_entropy(own, head, wanted, base, weights, chunk, cap)
+    total = token_weight * total
+    hidden = F.smooth_l1_loss(own.float(), wanted.float(), reduction="none").mean(dim=-1)  # [N]
+    if hidden_weight:
+        total = total + hidden_weight * (weights * hidden).sum()
+    divisor = max(first, 1)
+    hidden, token = (each[:first].detach().sum() / divisor for each in (hidden, token))
+    rows = torch.full((), first, device=own.device)
+    return Losses(total / (divisor * sum(shares)), hidden, token, hits[:first].sum(dim=0), rows)
 
 
 class StateObjective(Objective[Head]):
@@ -128,19 +184,8 @@ class StateObjective(Objective[Head]):
         embeds = self.draft.embed(batch.input_ids)
         return embeds.masked_scatter(batch.image_mask.unsqueeze(-1), batch.image_features.to(embeds.dtype))
 
-    def loss(self, predicted: Tensor, target: Tensor, loss_mask: Tensor) -> Losses:
-        """`draft_loss` with this run's settings."""
-        config = self.config
-        return draft_loss(
-            predicted,
-            target,
-            loss_mask,
-            self.head,
-            hidden_weight=config.hidden_weight,
-            token_weight=config.token_weight,
-            chunk=config.head_chunk,
-            cap=self.cap,
-        )
+    def loss(self, predicted: Sequence[Tensor], target: Sequence[Tensor]) -> Losses:
+        return draft_loss(predicted, target, self.head, cap=self.cap, **loss_settings(self.config))
 
     def drafted(self, predicted: Tensor) -> Tensor:
         return best_tokens(predicted, self.head, self.config.head_chunk)
@@ -148,6 +193,16 @@ class StateObjective(Objective[Head]):
 
 class DraftObjective(StateObjective[DraftModel]):
     """Trains an MSD draft."""
+
+
+def loss_settings(config: TrainConfig) -> dict[str, Any]:
+    """The arguments of `draft_loss` that are settings of a run."""
+    return {
+        "hidden_weight": config.hidden_weight,
+        "token_weight": config.token_weight,
+        "decay": config.rollout_decay,
+        "chunk": config.head_chunk,
+    }
 
 
 def check_base(config: DraftConfig, base: BaseTensors) -> None:

@@ -1,13 +1,13 @@
 """What an engine trains: a draft and its loss, as one module.
 
 `Objective` walks over the rollout steps. Its classes, one for each kind of draft (`eagle.train.kinds`), say what the
-loss of a step is and how a token is drafted.
+loss of their rows is and how a token is drafted.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from eagle.drafts.head import TrainedHead
 from eagle.families.base_weights import BaseTensors
 from eagle.train.collate import Batch
-from eagle.train.rollout import predict_steps, rollout_loss_mask, shift_left
+from eagle.train.rollout import predict_steps
 from eagle.train.settings import TrainConfig
 
 TOP = 3  # accuracies reported: top-1 .. top-3
@@ -26,7 +26,7 @@ Head = TypeVar("Head", bound=TrainedHead, covariant=True)
 
 class Losses(NamedTuple):
     """``total`` the weighted loss with gradient; the others are detached. ``hits`` [3]: rows whose target arg-max is
-    among the draft's first 1, 2, 3 tokens; ``rows``: those of the loss mask. The other scalars are masked means."""
+    among the draft's first 1, 2, 3 tokens; ``rows``: those that count. The other scalars are masked means."""
 
     total: Tensor
     hidden: Tensor
@@ -66,44 +66,46 @@ class Objective(nn.Module, ABC, Generic[Head]):
         """[B, S, H] what stands for each token in the draft's input rows."""
 
     @abstractmethod
-    def loss(self, predicted: Tensor, target: Tensor, loss_mask: Tensor) -> Losses:
-        """The loss of one step, means over the rows of the loss mask; 0 if there are none.
+    def loss(self, predicted: Sequence[Tensor], target: Sequence[Tensor]) -> Losses:
+        """The mean of the rollout steps' losses, weighted by ``rollout_decay^(k-1)``. The loss of a step is the mean of
+        its rows, 0 if there are none; the values reported beside the total are those of step 1.
 
         Args:
-            predicted: [B, R, H] the draft's hidden states; ``target`` [B, R, H] the base's of the same tokens, after
-                its final norm; ``loss_mask`` [B, R] bool.
+            predicted: [N_k, H] of each step, the draft's hidden states of the rows that count; ``target`` [N_k, H] the
+                base's of the same tokens, after its final norm.
         """
 
     @abstractmethod
     def drafted(self, predicted: Tensor) -> Tensor:
         """The tokens that a chain drafts from predicted hidden states [N, H], [N]."""
 
-    def predict(self, batch: Batch, inputs: Tensor, steps: int) -> Iterator[tuple[int, Tensor]]:
+    def predict(self, batch: Batch, inputs: Tensor, steps: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """`predict_steps` for a batch. ``inputs`` [B, S, F]: its features, with noise or without."""
         positions = batch.positions
         if positions is not None and self.draft.positions == "temporal":
             positions = positions[:1].expand(3, -1, -1)
+        embeds = self.embeds(batch)
         yield from predict_steps(
-            self.draft, inputs.to(self.dtype), self.embeds(batch), batch.image_mask, steps, positions
+            self.draft, inputs.to(self.dtype), embeds, batch.image_mask, batch.loss_mask, steps, positions
         )
 
-    def trained_steps(self, batch: Batch) -> Iterator[tuple[int, Tensor, slice]]:
-        """What a training step predicts: (k, predicted [B, r, H], which of the rows 0..S-2 these are)."""
-        for step, predicted in self.predict(batch, batch.inputs, self.config.rollout_steps):
-            yield step, predicted, slice(None)
+    def trained_steps(self, batch: Batch) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """What a training step predicts, as `predict` gives it."""
+        yield from self.predict(batch, batch.inputs, self.config.rollout_steps)
 
     def forward(self, batch: Batch) -> Losses:
-        """Loss of the batch: the mean of the rollout steps' losses, weighted by ``rollout_decay^(k-1)``; the values
-        reported beside it are those of step 1."""
-        config = self.config
-        parts: list[tuple[float, Losses]] = []
-        count = batch.hidden.shape[1] - 1
-        for step, predicted, rows in self.trained_steps(batch):
-            target = shift_left(batch.hidden, step, count)[:, rows]
-            losses = self.loss(predicted, target, rollout_loss_mask(batch.loss_mask, step)[:, rows])
-            parts.append((config.rollout_decay ** (step - 1), losses))
-        total = torch.stack([weight * losses.total for weight, losses in parts]).sum()
-        return parts[0][1]._replace(total=total / sum(weight for weight, _ in parts))
+        """The loss of a training step."""
+        predicted, target = [], []
+        for step, rows, hidden in self.trained_steps(batch):
+            predicted.append(hidden)
+            target.append(targets_of(batch, step, rows))
+        return self.loss(predicted, target)
+
+
+def targets_of(batch: Batch, step: int, rows: Tensor) -> Tensor:
+    """``h_{t+step}`` of the rows [B, S-1] that count at ``step``, [N, H]."""
+    following = batch.hidden[:, step:]
+    return following[rows[:, : following.shape[1]]]
 
 
 def cast_once(weight: Tensor) -> Tensor:

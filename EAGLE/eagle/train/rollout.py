@@ -1,16 +1,14 @@
-"""The draft fed on its own outputs, at every position of a sample at once, as decoding feeds it.
+"""The draft fed on its own outputs, from every position of an answer at once, as decoding feeds it.
 
-Step k = 1 reads the target's features. At step k row t reads its own prediction of step k-1 in place of those of
-``x_{t+k-1}``, the token ``x_{t+k}``, and sits at position t+k-1; it predicts ``h_{t+k}``. It attends to the true rows
-0..t and to the rows drafted after them from the same root, which are row t of the steps 2..k: one causal block, then
-diagonals.
+Step k = 1 reads the target's features, in all rows of a sample. At step k row t reads its own prediction of step k-1 in
+place of those of ``x_{t+k-1}``, the token ``x_{t+k}``, and sits at position t+k-1; it predicts ``h_{t+k}``. It attends
+to the true rows 0..t and to the rows drafted after them from the same root, which are row t of the steps 2..k. It sees
+no other row's drafts, so only rows that count are computed; of the others, the keys and values of step 1.
 
-Four rows at step 3 (columns: true rows | step 2 | step 3)::
+Rows 1 and 3 of four, at step 3 (columns: true rows | step 2 | step 3)::
 
-    1 . . . | 1 . . . | 1 . . .
-    1 1 . . | . 1 . . | . 1 . .
-    1 1 1 . | . . 1 . | . . 1 .
-    1 1 1 1 | . . . 1 | . . . 1
+    1 1 . . | 1 . | 1 .
+    1 1 1 1 | . 1 | . 1
 """
 
 from __future__ import annotations
@@ -23,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eagle.drafts.head import TrainedHead
+from eagle.drafts.modules import take
 
 
 class GrowingCache:
@@ -39,18 +38,32 @@ class GrowingCache:
         return self.rows[layer]
 
 
-def rollout_mask(rows: int, step: int, device: torch.device | str = "cpu", window: int | None = None) -> Tensor:
-    """[1, 1, R, step * R] bool, true where a row may look; see the picture above.
+def rollout_mask(rows: Tensor, true: int, step: int, window: int | None = None) -> Tensor:
+    """[B, 1, R, true + (step - 1) * R] bool, true where a row may look; see the picture above.
 
     Args:
+        rows: [B, R] the numbers of the rows.
+        true: number of true rows T.
         window: rows that a row sees, itself included. None sees all.
     """
-    causal = torch.ones(rows, rows, dtype=torch.bool, device=device).tril()
-    own = torch.eye(rows, dtype=torch.bool, device=device)
-    if window is None:
-        return torch.cat([causal, *[own] * (step - 1)], dim=1)[None, None]
-    seen = causal.triu(step - window)  # row t stands at place t + step - 1
-    return torch.cat([seen, *[own & (step - earlier < window) for earlier in range(2, step + 1)]], dim=1)[None, None]
+    columns, last = torch.arange(true, device=rows.device), rows.unsqueeze(-1)  # [T], [B, R, 1]
+    seen = columns <= last  # [B, R, T]
+    if window is not None:
+        seen = seen & (columns > last + step - 1 - window)  # row t stands at place t + step - 1
+    own = torch.eye(rows.shape[1], dtype=torch.bool, device=rows.device)
+    drafted = [own & (window is None or step - earlier < window) for earlier in range(2, step + 1)]
+    return torch.cat([seen, *(each.expand(len(rows), -1, -1) for each in drafted)], dim=-1).unsqueeze(1)
+
+
+def pack(mask: Tensor) -> Tensor:
+    """The numbers [B, R'] of the rows that are true in ``mask`` [B, R], ascending, behind them other rows of a sample
+    that has fewer than the batch's largest number R', which is at least 1.
+
+    >>> pack(torch.tensor([[False, True, True], [False, False, True]])).tolist()
+    [[1, 2], [2, 0]]
+    """
+    count = int(mask.sum(dim=1).max())
+    return mask.long().sort(dim=1, descending=True, stable=True).indices[:, : max(count, 1)]
 
 
 def shift_left(x: Tensor, steps: int, rows: int) -> Tensor:
@@ -62,12 +75,6 @@ def shift_left(x: Tensor, steps: int, rows: int) -> Tensor:
     part = x[:, steps : steps + rows]
     padding = [0, 0] * (x.dim() - 2) + [0, rows - part.shape[1]]
     return F.pad(part, padding)
-
-
-def shift_positions_left(positions: Tensor, steps: int, rows: int) -> Tensor:
-    """Position ids [3, B, R] of the rows that are ``steps`` behind each token of ``positions`` [3, B, S]: what
-    decoding gives them where text follows."""
-    return torch.stack([shift_left(row, steps, rows) for row in positions])
 
 
 def rollout_loss_mask(loss_mask: Tensor, step: int) -> Tensor:
@@ -87,25 +94,43 @@ def predict_steps(
     inputs: Tensor,
     embeds: Tensor,
     image_mask: Tensor,
+    loss_mask: Tensor,
     steps: int,
     positions: Tensor | None = None,
-) -> Iterator[tuple[int, Tensor]]:
-    """Yields (k, predicted [B, S-1, H]) for k = 1..steps; row t of ``predicted`` is the prediction of ``h_{t+k}``.
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yields (k, counted [B, S-1], predicted [N, H]) for k = 1..steps: the rows that count at step k
+    (`rollout_loss_mask`), and what they predict of ``h_{t+k}``, in the order of the mask.
 
     Args:
         inputs: [B, S, F] the target's features, for an MSD draft its hidden states (with noise in training).
         embeds: [B, S, H] embeddings of ``x_0..x_{S-1}``, image features at image tokens if the draft reads them;
             ``image_mask`` [B, S].
+        loss_mask: [B, S-1] rows that decoding drafts from.
         positions: [3, B, S] M-RoPE positions of ``x_0..x_{S-1}``; None is plain numbers from 0.
     """
-    rows = inputs.shape[1] - 1
+    true = inputs.shape[1] - 1
     cache: Any = GrowingCache() if steps > 1 else None
-    hidden = draft.condense(inputs[:, :rows])
-    plain = torch.arange(rows, device=inputs.device).unsqueeze(0)  # [1, R]
-    for step in range(1, steps + 1):
-        x = draft.fuse(hidden, shift_left(embeds, step, rows), shift_left(image_mask, step, rows))  # [B, R, H]
-        causal = step == 1 and draft.window is None
-        mask = None if causal else rollout_mask(rows, step, inputs.device, draft.window)
-        position_ids = plain + (step - 1) if positions is None else shift_positions_left(positions, step - 1, rows)
-        hidden = draft(x, position_ids, mask, cache)
-        yield step, hidden
+    x = draft.fuse(draft.condense(inputs[:, :true]), embeds[:, 1:], image_mask[:, 1:])  # [B, S-1, X]
+    plain = torch.arange(true, device=inputs.device).unsqueeze(0)  # [1, S-1]
+    mask = None if draft.window is None else rollout_mask(plain, true, 1, draft.window)
+    rows = pack(loss_mask)  # [B, R]
+    hidden = draft.forward_rows(x, places_of(positions, plain), mask, cache, rows)  # [B, R, H]
+    yield 1, loss_mask, hidden[take(loss_mask, rows)]
+    if steps == 1:
+        return
+    later = pack(take(rollout_loss_mask(loss_mask, 2), rows))  # of the rows, those of the further steps
+    rows, hidden = take(rows, later), take(hidden, later)
+    for step in range(2, steps + 1):
+        x = draft.fuse(hidden, take(embeds, rows + step), take(image_mask, rows + step))  # [B, R, X]
+        mask = rollout_mask(rows, true, step, draft.window)
+        hidden = draft(x, places_of(positions, rows + (step - 1)), mask, cache)
+        counted = rollout_loss_mask(loss_mask, step)
+        yield step, counted, hidden[take(counted, rows)]
+
+
+def places_of(positions: Tensor | None, numbers: Tensor) -> Tensor:
+    """Position ids of rows with plain ``numbers`` [B or 1, R]: the same, or of M-RoPE ``positions`` [3, B, S] those
+    that decoding gives them where text follows, [3, B, R]."""
+    if positions is None:
+        return numbers
+    return torch.stack([take(each, numbers.expand(len(each), -1)) for each in positions])

@@ -79,19 +79,17 @@ def count_cycles(accepted: list[int], loss_mask: list[bool]) -> tuple[int, int]:
 def batch_sums(objective: Objective[TrainedHead], batch: Batch) -> Tensor:
     """Sums of one batch, see `summary` for their order."""
     config, loss_mask = objective.config, batch.loss_mask
-    rows = loss_mask.shape[1]
-    target = batch.hidden[:, 1:]  # [B, R, H]
+    target = batch.hidden[:, 1:][loss_mask]  # [N, H]
     greedy = torch.full_like(loss_mask, -1, dtype=torch.long)
-    greedy[loss_mask] = best_tokens(target[loss_mask], objective.head, config.head_chunk)
+    greedy[loss_mask] = best_tokens(target, objective.head, config.head_chunk)
     losses = []
 
     def drafted_tokens() -> Iterable[tuple[int, Tensor]]:
-        for step, predicted in objective.predict(batch, batch.features, config.simulated_depth):
+        for step, rows, predicted in objective.predict(batch, batch.features, config.simulated_depth):
             if step == 1:
-                losses.append(objective.loss(predicted, target, loss_mask))
-            valid = rollout_loss_mask(loss_mask, step)
-            tokens = torch.full((loss_mask.shape[0], rows), -2, dtype=torch.long, device=loss_mask.device)
-            tokens[valid] = objective.drafted(predicted[valid])
+                losses.append(objective.loss([predicted], [target]))
+            tokens = torch.full_like(greedy, -2)
+            tokens[rows] = objective.drafted(predicted)
             yield step, tokens
 
     result = accepted_lengths(drafted_tokens(), greedy, loss_mask)

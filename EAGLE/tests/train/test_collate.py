@@ -9,8 +9,9 @@ from train_support import make_objective, make_sample
 from eagle.drafts.compression import Compression
 from eagle.hidden_states.shards import Sample
 from eagle.train import collate as collating
-from eagle.train.collate import add_noise, collate, draft_loss_mask
-from eagle.train.rollout import predict_steps, rollout_loss_mask, rollout_mask, shift_left
+from eagle.train.collate import Batch, add_noise, collate, draft_loss_mask
+from eagle.train.loss import DraftObjective
+from eagle.train.rollout import predict_steps, rollout_loss_mask, shift_left
 from llava.errors import UserError
 
 
@@ -49,15 +50,6 @@ def test_rollout_rows_stay_in_one_answer_and_match_their_targets():
     loss_mask = draft_loss_mask(torch.tensor([0, 0, 1, 1, 1, 1, 0, 1, 1]).bool())[None]
     assert [rollout_loss_mask(loss_mask, k)[0].int().tolist() for k in (1, 2, 3, 4)] == [
         [0, 1, 1, 1, 0, 0, 1, 0], [0, 1, 1, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0, 0, 0], [0] * 8]  # fmt: skip
-
-
-def test_rollout_mask_is_the_one_in_the_docstring():
-    assert rollout_mask(4, 3)[0, 0].int().tolist() == [
-        [1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0],
-        [1, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0],
-        [1, 1, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0],
-        [1, 1, 1, 1, 0, 0, 0, 1, 0, 0, 0, 1],
-    ]
 
 
 def test_cut_at_max_length_takes_image_features_along():
@@ -109,12 +101,19 @@ def test_padding_changes_nothing():
     objective = make_objective()
     samples = [make_sample(9, image=2, seed=1), make_sample(14, image=3, seed=2)]
     together = collate(samples, 40, 64)
-    ((_, joint),) = predict_steps(objective.draft, together.inputs, objective.embeds(together), together.image_mask, 1)
+    joint = predictions(objective, together).split([length - 1 for length in together.lengths])
     for row, sample in enumerate(samples):
         alone = collate([sample], 40, 64)
-        ((_, own),) = predict_steps(objective.draft, alone.inputs, objective.embeds(alone), alone.image_mask, 1)
-        torch.testing.assert_close(joint[row, : own.shape[1]], own[0])
+        torch.testing.assert_close(joint[row], predictions(objective, alone))
         assert together.loss_mask[row].sum() == alone.loss_mask.sum()
+
+
+def predictions(objective: DraftObjective, batch: Batch) -> torch.Tensor:
+    """Of all rows of the samples one after the other, [N, H]."""
+    every = torch.arange(batch.loss_mask.shape[1]) < torch.tensor(batch.lengths)[:, None] - 1
+    embeds = objective.embeds(batch)
+    ((_, _, rows),) = predict_steps(objective.draft, batch.inputs, embeds, batch.image_mask, every, 1)
+    return rows
 
 
 def test_noise_is_on_the_inputs_only_bounded_and_repeatable():

@@ -124,7 +124,8 @@ def test_each_root_drafts_as_plain_forwards_do(base: Path, target: Target, chang
     objective = new_objective(base, target, **changes)
     _, sample = answered(target, objective)
     batch, draft, steps = batch_of(objective, [sample]), objective.draft.eval(), 3
-    predicted = [each for _, each in objective.predict(batch, batch.features, steps)]
+    batch.loss_mask[:] = True  # all rows, pictures and prompt included
+    predicted = [each for *_, each in objective.predict(batch, batch.features, steps)]
     true = draft.condense(batch.features)[0]  # [S, H]
     embeds = target.model.get_input_embeddings()(sample.input_ids)
     if draft.config.image_rows == "feature":
@@ -140,7 +141,7 @@ def test_each_root_drafts_as_plain_forwards_do(base: Path, target: Target, chang
             behind = rows[:, None] - rows
             seen = (behind >= 0) & (behind < (draft.window or len(rows)))
             output = draft(x, places[:, None, : len(hidden)], seen[None, None])[0, -1:]
-            torch.testing.assert_close(predicted[step][0, root], output[0], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(predicted[step][root], output[0], atol=1e-5, rtol=1e-4)
             hidden = torch.cat([hidden, output])
 
 
@@ -157,13 +158,14 @@ def test_loss_is_cross_entropy_over_the_kept_tokens_and_regression(
     assert set(sample.input_ids[sample.loss_mask].tolist()) <= set(ids.tolist())
     assert torch.equal(head.weight, objective.head[ids])
     objective.config = replace(objective.config, head_chunk=7, hidden_weight=hidden_weight)
-    (_, predicted), *_ = objective.predict(batch, batch.features, 1)
-    losses = objective.loss(predicted, batch.hidden[:, 1:], batch.loss_mask)
-    logits = (batch.hidden[:, 1:][batch.loss_mask] @ objective.head.T)[:, ids]
-    own = head(objective.draft.norm(predicted[batch.loss_mask]))
+    ((_, rows, predicted),) = objective.predict(batch, batch.features, 1)
+    assert torch.equal(rows, batch.loss_mask)
+    losses = objective.loss([predicted], [batch.hidden[:, 1:][rows]])
+    logits = (batch.hidden[:, 1:][rows] @ objective.head.T)[:, ids]
+    own = head(objective.draft.norm(predicted))
     expected = torch.nn.functional.cross_entropy(own, logits.softmax(-1))
     torch.testing.assert_close(losses.token, expected)
-    read, wanted = objective.draft.norm(predicted[batch.loss_mask]), batch.hidden[:, 1:][batch.loss_mask]
+    read, wanted = objective.draft.norm(predicted), batch.hidden[:, 1:][rows]
     regression = torch.nn.functional.smooth_l1_loss(read, wanted.float())
     torch.testing.assert_close(losses.hidden, regression if hidden_weight else torch.tensor(0.0))
     expected = expected + hidden_weight * regression

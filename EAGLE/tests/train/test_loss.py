@@ -27,7 +27,7 @@ def test_loss_and_gradient_equal_the_full_formula(chunk, cap):
     loss_mask = torch.rand(2, 9) > 0.4
     wanted = naive(predicted, target, loss_mask, head, cap)
     (gradient,) = torch.autograd.grad(wanted[0], predicted)
-    losses = draft_loss(predicted, target, loss_mask, head, chunk=chunk, cap=cap)
+    losses = draft_loss([predicted[loss_mask]], [target[loss_mask]], head, chunk=chunk, cap=cap)
     torch.testing.assert_close((losses.total, losses.hidden, losses.token), wanted)
     torch.testing.assert_close(torch.autograd.grad(losses.total * 3, predicted)[0], gradient * 3)
 
@@ -40,7 +40,7 @@ def test_autocast_casts_the_head_once(monkeypatch):
     for cast in (loss.cast_once, lambda weight: weight):
         monkeypatch.setattr(loss, "cast_once", cast)
         with torch.autocast("cpu", torch.bfloat16), Casts(head.shape) as casts:
-            losses = draft_loss(predicted, target, torch.ones(2, 9).bool(), head, chunk=4)
+            losses = draft_loss([predicted.flatten(0, 1)], [target.flatten(0, 1)], head, chunk=4)
         found.append([casts.count, losses.total, *torch.autograd.grad(losses.total, predicted)])
     (once, *values), (often, *expected) = found
     assert once == 1 and often >= 10
@@ -63,7 +63,7 @@ def test_hits_count_top_1_2_3():
     head = torch.eye(4)
     target = torch.tensor([[[9.0, 0, 0, 0]] * 4])
     predicted = torch.tensor([[[9.0, 1, 2, 3], [2, 9.0, 0, 1], [2, 9.0, 8, 1], [0, 3, 2, 1.0]]])
-    losses = draft_loss(predicted, target, torch.ones(1, 4).bool(), head)
+    losses = draft_loss([predicted[0]], [target[0]], head)
     assert losses.hits.tolist() == [1, 2, 3]
     assert losses.rows == 4
     assert best_tokens(predicted[0], head, chunk=3).tolist() == [0, 1, 1, 1]
@@ -71,17 +71,16 @@ def test_hits_count_top_1_2_3():
 
 def test_no_row_that_counts_gives_zero_loss_and_zero_gradient():
     predicted = torch.randn(1, 3, 8, requires_grad=True)
-    losses = draft_loss(predicted, torch.randn(1, 3, 8), torch.zeros(1, 3).bool(), torch.randn(5, 8))
+    losses = draft_loss([predicted[:, :0].flatten(0, 1)], [torch.randn(0, 8)], torch.randn(5, 8))
     losses.total.backward()
     assert losses.total == 0 and not predicted.grad.any()
 
 
 def test_bf16_is_close():
     torch.manual_seed(0)
-    predicted, target, head = torch.randn(1, 9, 8), torch.randn(1, 9, 8), torch.randn(30, 8)
-    loss_mask = torch.ones(1, 9).bool()
+    predicted, target, head = torch.randn(9, 8), torch.randn(9, 8), torch.randn(30, 8)
     full, half = (
-        draft_loss(*(x.to(dtype) for x in (predicted, target)), loss_mask, head.to(dtype))
+        draft_loss(*([x.to(dtype)] for x in (predicted, target)), head.to(dtype))
         for dtype in (torch.float32, torch.bfloat16)
     )
     torch.testing.assert_close(full.total, half.total, rtol=2e-2, atol=0)

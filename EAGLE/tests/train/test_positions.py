@@ -25,7 +25,7 @@ from eagle.ge_data.reader import Reader
 from eagle.hidden_states.shards import Sample, ShardDataset, write_shard
 from eagle.train.collate import collate, sample_positions
 from eagle.train.loss import DraftObjective
-from eagle.train.rollout import shift_positions_left
+from eagle.train.rollout import places_of
 from eagle.train.settings import TrainConfig
 from llava.errors import UserError
 
@@ -91,7 +91,7 @@ def test_rows_stand_where_decoding_puts_them(
         drafter.start(0, prefill, ids[:, :length], ids[0, length : length + 1])
         assert torch.equal(asked.pop()[:, 0], trained[:, :length])
         for step in range(3):
-            behind = shift_positions_left(trained[:, None], step + 1, ids.shape[1])[:, :, length - 1 : length]
+            behind = places_of(trained[:, None], torch.tensor([[length + step]]))
             torch.testing.assert_close(drafter._rope(step, 1), rotary(behind, draft.dtype))
     assert (trained[:, -1] == trained[0, -1]).all() and (kind == "text") == bool(trained[0, -1] == ids.shape[1] - 1)
 
