@@ -1,7 +1,7 @@
 """The draft's loss: SmoothL1 on hidden states plus soft cross-entropy on the target's ``lm_head`` of them.
 
-`DraftObjective` trains MSD drafts with it, `eagle.train.vispec` ViSpec heads. EAGLE-3 heads have an ``lm_head`` of their
-own, which is trained too.
+`DraftObjective` trains MSD drafts with it, `eagle.train.vispec` ViSpec heads. EAGLE-3 heads have an ``lm_head`` of
+their own, which is trained too.
 
 Notation: N rows that count, H hidden size, V vocabulary, K the draft's. Full logits [N, V] never exist: the rows of
 all rollout steps go through ``lm_head`` in chunks, and a chunk's gradients are computed with its loss. Only they are
