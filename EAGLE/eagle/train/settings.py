@@ -156,7 +156,9 @@ def read_config(
     read = kind_of_config.from_dict(draft, where=path)
     one_layer = kind_of_config in (DraftConfig, ViSpecConfig)
     if one_layer and (layers := draft.get("num_hidden_layers")) not in (None, 1):
-        raise UserError(f"num_hidden_layers={layers!r}", path, "give 1: an MSD draft or a ViSpec head has one layer")
+        raise UserError(
+            f"num_hidden_layers={layers!r}", path, "give 1: an MSD draft has one layer, and a ViSpec head too"
+        )
     section = {**recipe_of(read), **content.get(SECTION, {})}
     return read, read_strict(TrainConfig, section, f"{path}, section '{SECTION}'")
 
