@@ -253,8 +253,10 @@ def test_the_command_trains_resumes_and_writes_the_published_layout(
         curves[way] = case.curve(way)
         assert len(set(curves[way])) == len(curves[way]) > 6
         assert case.curve(f"killed-{way}") == pytest.approx(curves[way], abs=1e-6)
-        final = [load_file(case.folder / name / "final" / "model.safetensors") for name in (way, f"killed-{way}")]
-        assert final[0].keys() == final[1].keys() and all(final[1][name].equal(final[0][name]) for name in final[0])
+        weights = [load_file(case.folder / name / "final" / "model.safetensors") for name in (way, f"killed-{way}")]
+        assert weights[0].keys() == weights[1].keys() and all(
+            weights[1][name].equal(weights[0][name]) for name in weights[0]
+        )
     assert curves["stored"] == pytest.approx(curves["online"], abs=1e-4)
     assert case.history("stored")["validations"][-1]["results"]["image"]["tau"] >= 1
 
