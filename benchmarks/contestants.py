@@ -93,6 +93,10 @@ def build(
             runners.append(Contestant(name, with_engine(model, True, settings, tree_of(name, model, cell.batch))))
     if not any(runner.plain for runner in runners):
         raise UserError(f"cell '{cell.name}' has no plain baseline", suite.where, f"add one of {', '.join(PLAIN)}")
+    through = [runner.name for runner in runners if model.backend is not None or runner.name.endswith(COMPILED)]
+    if any(each.startswith("msd") for each in through) and not any(each.startswith("auto") for each in through):
+        what = f"cell '{cell.name}' has compiled MSD and no compiled plain decoding"
+        raise UserError(what, suite.where, f"add 'autoregressive{COMPILED}'")
     return runners, left_out
 
 

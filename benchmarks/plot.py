@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.report import days
 from llava.files import atomic_write
 
 COLUMNS = 2
@@ -22,7 +23,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
     noisy cell is hatched."""
     figure = panels(report["cells"], [cell["title"] for cell in report["cells"]], WIDTH)
     place = report["hardware"].get("gpu") or f"{report['hardware']['cpu']}, {report['hardware']['threads']} threads"
-    figure.suptitle(f"Speed-up over the strongest plain decoding of the same run\n{place}, {report['date'][:10]}")
+    when = days(report, report["cells"])
+    figure.suptitle(f"Speed-up over the strongest plain decoding of the same run\n{place}, {when}")
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=DPI)
 

@@ -131,7 +131,9 @@ def readme_block(report: Mapping[str, Any], where: str) -> str:
         row("**MSD**, greedy", greedy, lambda cell: "msd"),
         row(f"**MSD**, {how(max(shown))}", sampled, lambda cell: "msd"),
     ]
-    made = f"`{report['command']}`, commit {str(report['commit'])[:12]}."
+    from benchmarks.report import made_by
+
+    made = f"{made_by(report, [*greedy, *sampled])}."
     everything = f"{made} All contestants and settings: [docs/speed.md](docs/speed.md), [report]({where}).\n"
     return f"{''.join(rows)}\n{caption(report, [*greedy, *sampled])} {everything}"
 
@@ -139,6 +141,8 @@ def readme_block(report: Mapping[str, Any], where: str) -> str:
 def speed_block(report: Mapping[str, Any], where: str) -> str:
     """The tables of docs/speed.md: one per temperature, one line per contestant, four columns per pair. The strongest
     plain baseline of a pair is in italics."""
+    from benchmarks.report import made_by
+
     shown = chosen(report)
     tables = []
     for temperature, cells in shown.items():
@@ -148,14 +152,14 @@ def speed_block(report: Mapping[str, Any], where: str) -> str:
         for name in dict.fromkeys(name for cell in cells for name in cell["results"]):
             rows.append(line(label(name), [value for cell in cells for value in values_of(cell, name)]))
         tables.append("".join(rows))
-    everyone = caption(report, [cell for cells in shown.values() for cell in cells])
-    made = f"`{report['command']}`, commit {str(report['commit'])[:12]} ([report](../{where})).\n"
+    every = [cell for cells in shown.values() for cell in cells]
+    everyone, made = caption(report, every), f"{made_by(report, every)} ([report](../{where})).\n"
     return "\n".join([*tables, f"![speed-up of each way to decode]({Path(PLOT).name})\n", f"{everyone} {made}"])
 
 
 def caption(report: Mapping[str, Any], cells: Sequence[Cell]) -> str:
     """When, where and with what the cells were measured."""
-    from benchmarks.report import NOISY
+    from benchmarks.report import NOISY, days
 
     machine, versions, settings = report["hardware"], report["versions"], report["settings"]
     device = machine.get("gpu") or f"{machine['cpu']} ({machine['cores']} cores, {machine['threads']} threads)"
@@ -163,7 +167,7 @@ def caption(report: Mapping[str, Any], cells: Sequence[Cell]) -> str:
     everyone = f", {' and '.join(dtypes)} unless named" if dtypes else ""
     noisy = f" {NOISY}: most rounds were noisy." if any(cell["doubtful"] for cell in cells) else ""
     return (
-        f"{report['date'][:10]}, {device}, torch {versions['torch']}, transformers {versions['transformers']}"
+        f"{days(report, cells)}, {device}, torch {versions['torch']}, transformers {versions['transformers']}"
         f"{everyone}; {settings['rounds']} interleaved rounds of {max(cell['questions'] for cell in cells)} held-out "
         f"questions, up to {max(cell['new_tokens'] for cell in cells)} new tokens; medians. Speed-up is over the "
         f"strongest plain decoding of the same run, of the whole request with its picture and prompt.{noisy}"

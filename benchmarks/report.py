@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -18,8 +20,13 @@ from eagle.benchmark import Contestant, Quiet, find_quiet, speed
 from eagle.decode.stats import Stats
 from eagle.provenance import record
 from llava.arguments import is_greedy
+from llava.errors import UserError
 
 SCHEMA = 1
+ORIGIN = ("date", "commit", "command")
+"""How a cell was measured. A cell of an older report has those of the report."""
+AGREE = ("schema", "suite", "settings", "environment", "hardware", "versions")
+"""What all cells of a report have in common."""
 NOISY = "≈"
 """Mark of a cell whose rounds were noisy for the most part."""
 
@@ -41,6 +48,50 @@ def header(suite: Suite, device: torch.device, module: str, argv: Sequence[str])
         "settings": settings,
         "cells": [],
     }
+
+
+def continued(report: dict[str, Any], earlier: Mapping[str, Any], where: Path) -> list[dict[str, Any]]:
+    """The cells of an ``earlier`` report, to be kept beside those of a new one. Each has its `ORIGIN`.
+
+    Raises:
+        UserError: the reports differ in `AGREE`.
+    """
+    new, apart = json.loads(json.dumps(report)), list[str]()
+    for key in AGREE:
+        one, other = earlier.get(key), new[key]
+        if isinstance(one, dict) and isinstance(other, dict):
+            names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+            apart += [f"{key}.{name} was {one.get(name)}, is {other.get(name)}" for name in names]
+        elif one != other:
+            apart.append(f"{key} was {one}, is {other}")
+    if apart:
+        raise UserError(f"cells of another kind of run are in this report: {'; '.join(apart)}", where, "another --out")
+    return [{**{key: earlier[key] for key in ORIGIN}, **cell} for cell in earlier["cells"]]
+
+
+def days(report: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> str:
+    """The day on which cells were measured, or the first and the last."""
+    found = sorted({str(cell.get("date", report["date"]))[:10] for cell in cells})
+    return found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}"
+
+
+def commits(report: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> str:
+    """The commits of cells, each once."""
+    return ", ".join(dict.fromkeys(str(cell.get("commit", report["commit"]))[:12] for cell in cells))
+
+
+def made_by(report: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> str:
+    """Command and commit of cells; if they differ, those of each group of cells, with its day."""
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for cell in cells:
+        groups.setdefault((cell.get("command", report["command"]), commits(report, [cell])), []).append(cell)
+    texts = {key: f"`{key[0]}`, commit {key[1]}" for key in groups}
+    if len(groups) == 1:
+        return next(iter(texts.values()))
+    return "; ".join(
+        f"{' and '.join(dict.fromkeys(cell['title'] for cell in group))}: {texts[key]}, {days(report, group)}"
+        for key, group in groups.items()
+    )
 
 
 def row_of_cell(
@@ -94,7 +145,7 @@ def result(runner: Contestant, best: Contestant, quiet: Quiet, reference: list[l
 def table_of(report: dict[str, Any]) -> Table:
     """One line a contestant, one section a cell."""
     table = Table(
-        title=f"suite {report['suite']}, {report['hardware']['cpu']}, commit {(report['commit'] or '?')[:12]}"
+        title=f"suite {report['suite']}, {report['hardware']['cpu']}, commit {commits(report, report['cells'])}"
     )
     columns = ("decoding", "tokens/s", "spread", "speed-up", "first token", "decoding tokens/s", "τ", "differ")
     for column in columns:

@@ -23,7 +23,7 @@ from pydantic import AliasPath, BaseModel, ConfigDict, Field, TypeAdapter, Valid
 
 from eagle.published import published_rows
 from eagle.report import markdown_table
-from eagle.report.bench import identical_text, questions_of, tree_text
+from eagle.report.bench import identical_text, lacks_compiled_baseline, questions_of, tree_text
 from eagle.report.runs import kind_of
 from llava.arguments import OneLineParser
 from llava.errors import UserError, run_cli
@@ -146,6 +146,7 @@ def faults_of(given: Mapping[str, Any]) -> list[str]:
         return [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors(include_url=False)]
     same, paired = report.identical, report.paired_speedup
     checks = {
+        "MSD was compiled and no plain baseline was: measure it again": not lacks_compiled_baseline(given),
         "speedup is not the ratio of tokens_per_second": math.isclose(
             report.speedup, report.own_speed / report.plain_speed, rel_tol=1e-6
         ),
@@ -254,11 +255,11 @@ def read_rows(root: Path) -> list[Row]:
 
 def pocket_table(root: Path) -> str:
     from benchmarks.readme import chosen, how, name_of
-    from benchmarks.report import NOISY
+    from benchmarks.report import NOISY, days, made_by
 
     report = read_object(root / POCKET, "report")
-    rows = []
-    for temperature, cells in chosen(report).items():
+    rows, shown = [], chosen(report)
+    for temperature, cells in shown.items():
         for cell in cells:
             own, plain = cell["results"]["msd"], cell["results"][cell["baseline_name"]]
             mark, differ = NOISY if cell["doubtful"] else "", own["answers_that_differ"]
@@ -269,8 +270,9 @@ def pocket_table(root: Path) -> str:
                 f"{own['tau']:.2f}", same,
             ])  # fmt: skip
     head = ("pair", "", "tokens/s", "strongest plain", "speed-up of medians", "τ with bonus", "identical")
-    made = f"{report['date'][:10]}, {report['hardware']['cpu']}, {report['hardware']['cores']} cores, float32, commit"
-    made += f" {report['commit'][:12]}, `{report['command']}`. {NOISY}: noisy rounds.\n"
+    every = [cell for cells in shown.values() for cell in cells]
+    made = f"{days(report, every)}, {report['hardware']['cpu']}, {report['hardware']['cores']} cores, float32, "
+    made += f"{made_by(report, every)}. {NOISY}: noisy rounds.\n"
     return f"{markdown_table(head, rows)}\n\n{made}"
 
 

@@ -2,9 +2,12 @@
 
     python -m benchmarks.suite                                   # benchmarks/suites/pocket.json
     python -m benchmarks.suite --only long --rounds 9            # cells whose name has 'long'
+    python -m benchmarks.suite --missing                         # cells that the report does not have yet
     python -m benchmarks.suite --quick                           # a minute, to see that it runs
 
 Leaves OUT/NAME.json, written after every cell, and OUT/NAME.png; prints one table. docs/speed.md says how to read them.
+With some of the cells, the others of an existing report are kept, if settings, machine and versions are the same. Each
+cell has its own date, commit and command. A run of all cells begins a new report.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from eagle.arguments import positive
 from llava.arguments import OneLineParser
 from llava.errors import UserError, run_cli
-from llava.files import write_json
+from llava.files import read_object, write_json
 
 if TYPE_CHECKING:
     from benchmarks.spec import Cell, Pair, Suite
@@ -39,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     add("--suite", type=Path, default=SUITES / "pocket.json", help="suite file (default: the pocket models)")
     add("--quick", action="store_true", help="the smoke test's suite file")
     add("--only", metavar="TEXT", help="cells whose name has this text")
+    add("--missing", action="store_true", help="cells that the report in --out does not have, such as after a stop")
     add("--rounds", type=positive, help="counted rounds, instead of the suite's")
     add("--assistant", metavar="layers:N|PATH", help="assistant of transformers' assisted decoding, not the suite's")
     add("--out", type=Path, default=Path("outputs/bench"), help="folder of the report (default: outputs/bench)")
@@ -52,8 +56,10 @@ def run(argv: Sequence[str]) -> int:
     from rich.console import Console
 
     from benchmarks.plot import draw
-    from benchmarks.report import header, phase_table, table_of
+    from benchmarks.report import continued, header, phase_table, table_of
     from benchmarks.spec import read_suite
+    from eagle.provenance import now
+    from eagle.report.runs import kind_of
 
     suite = read_suite(SUITES / "quick.json" if options.quick else options.suite)
     given = {"rounds": options.rounds, "assistant": options.assistant}
@@ -64,15 +70,28 @@ def run(argv: Sequence[str]) -> int:
     if options.list:
         print("\n".join(cell.title for cell in cells))
         return 0
-    report: dict[str, Any] = {}
+    path = options.out / f"{suite.name}.json"
+    earlier = read_object(path, "bench report") if path.is_file() else {"cells": []}
+    if path.is_file() and kind_of(earlier) != "suite":
+        raise UserError("not a report of the suite", path, "another --out")
+    found = {cell["title"] for cell in earlier["cells"]}
+    if options.missing:
+        cells = [cell for cell in cells if cell.title not in found]
+    report = earlier
+    places = {cell.title: place for place, cell in enumerate(suite.cells)}
     loaded: dict[str, list[MSDModel]] = {}
-    for cell in cells:
+    for number, cell in enumerate(cells):
         if cell.model not in loaded:
             loaded = {cell.model: load(suite.models[cell.model], suite)}  # one pair in memory at a time
         models = loaded[cell.model]
-        report = report or header(suite, models[0].device, "benchmarks.suite", argv)
-        report["cells"].append(measure(cell, suite, models))
-        write_json(options.out / f"{suite.name}.json", report, indent=1)
+        if number == 0:
+            report = header(suite, models[0].device, "benchmarks.suite", argv)
+            if (options.only or options.missing) and found - {each.title for each in cells}:
+                report["cells"] = continued(report, earlier, path)
+        row = {**measure(cell, suite, models), "date": now(), "commit": report["commit"], "command": report["command"]}
+        others = [each for each in report["cells"] if each["title"] != cell.title]
+        report["cells"] = sorted([*others, row], key=lambda each: places.get(each["title"], len(places)))
+        write_json(path, report, indent=1)
     draw(report, options.out / f"{suite.name}.png")
     console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
     console.print(table_of(report), phase_table(report))

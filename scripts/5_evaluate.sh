@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Step 5: evaluate a base model alone and with MSD on lmms-eval's tasks, then compare scores, answers and speed.
+# Step 5: evaluate a base model alone and with MSD on lmms-eval's tasks, then compare scores, answers and speed. Beside MSD
+# the strongest plain decoding answers each question too: the speed-up is over it.
 #   scripts/5_evaluate.sh                                             pocket/llava with the draft of step 4, else the shipped one
 #   BASE=liuhaotian/llava-v1.5-7b DRAFT=lucylyn/MSD-LLaVA1.5-7B scripts/5_evaluate.sh
 #   scripts/5_evaluate.sh BASE DRAFT chartqa,textvqa_val              the same as arguments
@@ -89,10 +90,10 @@ evaluate() { # folder, then flags
 # results of their own for each call: what an earlier one left behind is not compared; in UTC, as lmms-eval's files below
 stamp="$(date -u +%Y%m%d_%H%M%S)"
 evaluate "$out/$stamp/base"
-evaluate "$out/$stamp/msd" --use_msd --msd_model_path "$draft" --msd_baseline "$out/$stamp/base"
+evaluate "$out/$stamp/msd" --use_msd --msd_model_path "$draft" --msd_baseline measure
 runs=("$out/$stamp/msd")
 if [ -n "$other" ]; then
-    evaluate "$out/$stamp/other" --use_msd --msd_model_path "$other" --msd_baseline "$out/$stamp/base"
+    evaluate "$out/$stamp/other" --use_msd --msd_model_path "$other" --msd_baseline measure
     runs+=("$out/$stamp/other")
 fi
 "$python" -m lmms_eval_msd.compare --base "$out/$stamp/base" --msd "${runs[@]}" --out "$out/$stamp"

@@ -288,6 +288,7 @@ def test_a_draft_alone_is_for_the_pocket_model(commands, tmp_path: Path) -> None
 
 def test_a_second_draft_is_evaluated_too(commands, tmp_path: Path) -> None:
     flags = {"BASE": "owner/base", "DRAFT": "owner/draft", "OTHER": "owner/second", "TASKS": "mme"}
-    _, msd, other, compared = commands("5_evaluate.sh", OUT=str(tmp_path), **flags)
+    base, msd, other, compared = commands("5_evaluate.sh", OUT=str(tmp_path), **flags)
+    assert "--msd_baseline" not in base and all("--msd_baseline measure" in line for line in (msd, other))
     assert "--msd_model_path owner/draft" in msd and "--msd_model_path owner/second" in other
     assert " --msd " in compared and "/msd " in compared and "/other " in compared

@@ -13,20 +13,14 @@ from typing import Any
 
 import torch
 
-from eagle.benchmark import Contestant, identical, paired_speedup, strongest
+from eagle.benchmark import Contestant, decoding_speed, identical, speedups, strongest
 from eagle.decode.cycle_log import logged_answer
 from eagle.decode.msd import MSDModel
 from eagle.decode.stats import Stats
 from eagle.exactness import MANY_STEPS, logit_gap
 from eagle.questions import Conversations, Question
-from eagle.report.intervals import Interval
 
 SCHEMA = 1
-
-
-def decoding_speed(stats: Stats) -> float:
-    """Tokens per second after the first one."""
-    return stats.decoding_speed
 
 
 @dataclass
@@ -105,7 +99,7 @@ class Bench:
     @cached_property
     def best_after_first(self) -> Contestant:
         """The baseline that is strongest after the first token."""
-        return max(self.rivals, key=lambda rival: rival.total.decoding_speed)
+        return strongest(self.rivals, decoding_speed)
 
     def figures(self, numbers: Sequence[int]) -> dict[str, Any]:
         """Figures of the questions with these numbers. The baseline is that of the whole run."""
@@ -119,13 +113,7 @@ class Bench:
             "first_token_ms": {
                 each.name: first_token_ms(each.part(numbers).total) for each in (self.msd, *self.rivals)
             },
-            "speedup": total.tokens_per_second / plain.tokens_per_second,
-            "paired_speedup": as_mean(paired_speedup(msd, best)),
-            "after_first_token": {
-                "speedup": ratio(total.decoding_speed, later.total.decoding_speed),
-                "paired_speedup": as_mean(paired_speedup(msd, later, decoding_speed)),
-                "baseline_name": later.name,
-            },
+            **speedups(msd, best, later),
             "tau": total.tau,
             "accepted_per_cycle": total.accepted_per_cycle,
             "acceptance_by_position": total.acceptance_by_position,
@@ -179,16 +167,6 @@ class Bench:
             "batch": 1,
             "temperature": temperature,
         }
-
-
-def ratio(one: float, other: float) -> float | None:
-    """None if there is nothing to divide by: answers of a single token have no speed after it."""
-    return one / other if other else None
-
-
-def as_mean(interval: Interval | None) -> dict[str, float | None] | None:
-    """An interval under the keys of the report."""
-    return None if interval is None else {"mean": interval.value, "low": interval.low, "high": interval.high}
 
 
 def first_token_ms(total: Stats) -> float:

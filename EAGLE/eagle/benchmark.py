@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria
+from transformers import StoppingCriteria, StopStringCriteria
 
 from eagle.decode.compiled.engine import obstacle
 from eagle.decode.cycle_log import CycleLog
@@ -31,7 +31,7 @@ class Work(Protocol):
     """What a contestant answers: a question or a batch of them."""
 
     def inputs(self, target: Target) -> dict[str, Any]:
-        """Model inputs, [B, S]."""
+        """Model inputs, [B, S]. They may have settings of `generate` too, which replace those of the contestant."""
 
 
 class Answer(NamedTuple):
@@ -46,6 +46,11 @@ class Answer(NamedTuple):
 def speed(stats: Stats) -> float:
     """Tokens per second."""
     return stats.tokens_per_second
+
+
+def decoding_speed(stats: Stats) -> float:
+    """Tokens per second after the first one."""
+    return stats.decoding_speed
 
 
 @dataclass
@@ -158,7 +163,8 @@ def with_engine(
     def answer(work: Work) -> Answer:
         inputs = work.inputs(model.target)
         kept = CycleLog()
-        output = model.generate(**inputs, use_msd=use_msd, tree=tree, streamer=kept if log else None, **settings)
+        given = {**settings, **inputs}
+        output = model.generate(**given, use_msd=use_msd, tree=tree, streamer=kept if log else None)
         return Answer(output.stats, output.tokens, kept.cycles)
 
     return in_conversations(model, answer)
@@ -174,19 +180,23 @@ def with_transformers(model: MSDModel, settings: Mapping[str, Any], **more: Any)
     """Decodes with transformers' own `generate`. ``more``: further settings of it. A seed sets torch's global random
     state, which its sampling uses."""
     given = {key: value for key, value in settings.items() if key not in ("temperature", "seed")} | more
-    given |= with_stop_strings(model)
+    texts = model.target.stop_strings
+    stops = [StopStringCriteria(model.tokenizer, list(texts))] if texts else []
     temperature = settings.get("temperature") or 0.0
     given["do_sample"] = not is_greedy(temperature)
     if given["do_sample"]:
         given["temperature"] = temperature
 
     def answer(work: Work) -> Answer:
-        inputs = work.inputs(model.target)
+        inputs = {**given, **work.inputs(model.target)}
+        if inputs.get("temperature") is None:  # the checkpoint's
+            inputs.pop("temperature", None)
         if settings.get("seed") is not None:
             torch.manual_seed(settings["seed"])
         clock = FirstToken()
+        criteria = [clock, *stops, *inputs.pop("stopping_criteria", ())]
         start = time.perf_counter()
-        sequences = model.target.model.generate(**inputs, stopping_criteria=[clock], **given)
+        sequences = model.target.model.generate(**inputs, stopping_criteria=criteria)
         tokens = new_tokens(sequences, inputs["input_ids"].shape[1], model.target.eos_token_ids)
         seconds, first = time.perf_counter() - start, (clock.at or start) - start
         stats = Stats(sum(map(len, tokens)), requests=len(tokens), seconds=seconds, first_token=first)
@@ -244,6 +254,30 @@ def paired_speedup(own: Contestant, other: Contestant, value: Callable[[Stats], 
     """
     pairs = [(value(one), value(two)) for one, two in zip(own.rounds, other.rounds, strict=True)]
     return of_mean([one / two for one, two in pairs if one > 0 and two > 0])
+
+
+def speedups(own: Contestant, best: Contestant, later: Contestant) -> dict[str, Any]:
+    """The speed-up of ``own`` in both conventions, the ratio of totals and the mean of the ratios of each question: of
+    the whole request over ``best``, and after the first token over ``later``."""
+    return {
+        "speedup": ratio(own.total.tokens_per_second, best.total.tokens_per_second),
+        "paired_speedup": as_mean(paired_speedup(own, best)),
+        "after_first_token": {
+            "speedup": ratio(own.total.decoding_speed, later.total.decoding_speed),
+            "paired_speedup": as_mean(paired_speedup(own, later, decoding_speed)),
+            "baseline_name": later.name,
+        },
+    }
+
+
+def ratio(one: float, other: float) -> float | None:
+    """None if there is nothing to divide by: answers of a single token have no speed after it."""
+    return one / other if other else None
+
+
+def as_mean(interval: Interval | None) -> dict[str, float | None] | None:
+    """An interval under the keys of a report."""
+    return None if interval is None else {"mean": interval.value, "low": interval.low, "high": interval.high}
 
 
 def identical(own: Contestant, other: Contestant) -> int:
@@ -314,6 +348,6 @@ def find_quiet(contestants: Sequence[Contestant], tolerance: float) -> Quiet:
     return Quiet(tuple(range(count)) if doubtful else quiet, tuple(sorted(noisy)), doubtful)
 
 
-def strongest(contestants: Sequence[Contestant]) -> Contestant:
-    """The fastest of them in tokens per second."""
-    return max(contestants, key=lambda contestant: contestant.total.tokens_per_second)
+def strongest(contestants: Sequence[Contestant], value: Callable[[Stats], float] = speed) -> Contestant:
+    """The one with the largest ``value`` of all rounds together: the fastest in tokens per second."""
+    return max(contestants, key=lambda contestant: value(contestant.total))

@@ -4,7 +4,7 @@
     push_to_hub("checkpoints/final", "me/my-draft", private=True, bench="bench.json")
 
 The card is made from files: ``provenance.json`` beside the checkpoint, ``training.json`` of its run, and a report of
-`msd bench`. It says so if one of them is missing. It contains no local paths.
+`msd bench` or results of lmms-eval with a baseline. It says so if one of them is missing. It contains no local paths.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from eagle.drafts.checkpoint import load_draft, save_draft
 from eagle.drafts.head import TrainedHead
+from eagle.report.bench import lacks_compiled_baseline, mean_text
+from eagle.report.runs import kind_of
 from llava.errors import UserError
 from llava.files import read_json
 from llava.hub import is_repository_name
@@ -73,7 +75,7 @@ class About:
     """What is known of a draft; empty where nothing is.
 
     ``base_model``: hub name, or name of the folder. ``license``: of the weights. ``provenance``, ``training``,
-    ``bench``: the content of these files.
+    ``bench``: the content of these files; results of lmms-eval in the form of a report of `msd bench`.
     """
 
     base_model: str = ""
@@ -96,7 +98,8 @@ class About:
             base_model: by default the one that the training data names.
 
         Raises:
-            UserError: a file is damaged, or ``bench`` is not a report of `msd bench`.
+            UserError: a file is damaged, or ``bench`` is neither a report of `msd bench` nor results of lmms-eval with
+                the speed-up over the strongest plain decoding.
         """
         provenance: dict[str, Any] = {}
         training: dict[str, Any] = {}
@@ -107,12 +110,42 @@ class About:
             training = read_json(run, "training record") if run.is_file() else {}
         if bench is not None:
             report = read_json(bench, "bench report")
+            if kind_of(report) == "lmms-eval":
+                report = from_lmms(report.get("msd", report), bench)
             missing = [key for key in BENCH_KEYS if not isinstance(report, dict) or key not in report]
             if missing:
                 message = f"it lacks {', '.join(missing)}; use bench --out"
                 raise UserError("not a report of msd bench", where=bench, fix=message)
+            if lacks_compiled_baseline(report):
+                what = "MSD was compiled in this report, and no plain baseline was"
+                raise UserError(what, bench, "run msd bench again, without --no-compiled-baselines")
         named = [str(source["model"]) for source in provenance.get("data", {}).values() if source.get("model")]
         return cls(_public_name(base_model or next(iter(named), "")), license or "", provenance, training, report)
+
+
+def from_lmms(decoding: Mapping[str, Any], where: str | Path) -> dict[str, Any]:
+    """The decoding statistics of an lmms-eval run with the keys of a report of `msd bench`.
+
+    Raises:
+        UserError: it has no speed-up over the strongest plain decoding.
+    """
+    total, chosen = decoding["total"], decoding.get("baseline", {})
+    if total.get("speedup") is None or "name" not in chosen:
+        raise UserError("results without a speed-up", where, "evaluate with --use_msd --msd_baseline measure")
+    turn = "in two runs" if "results" in chosen else "in turn"
+    return {
+        **{key: total[key] for key in ("speedup", "paired_speedup", "after_first_token", "tau")},
+        "tokens_per_second": {"msd": total["tokens_per_second"], "baseline": total["baseline_tokens_per_second"]},
+        "baseline_name": chosen["name"],
+        "questions": total["answers"],
+        "hardware": {"device": decoding["hardware"]},
+        "versions": decoding["versions"],
+        "settings": {
+            "msd_model": decoding["draft"], "data": ", ".join(decoding["tasks"]), "tree": decoding["tree"],
+            "batch_size": decoding["batch_size"],
+        },
+        "how": f"By lmms-eval, MSD and plain decoding {turn}.",
+    }  # fmt: skip
 
 
 def model_card(repo: str, about: About, kind: str = "MSD") -> ModelCard:
@@ -227,18 +260,30 @@ def _measured(bench: Mapping[str, Any]) -> str:
     if not bench:
         return "Speed and acceptance were not measured."
     settings, hardware, speed = bench["settings"], bench["hardware"], bench["tokens_per_second"]
+    later, asked = bench.get("after_first_token") or {}, ("temperature", "max_new_tokens", "batch_size")
     rows = {
-        "speed-up over plain decoding": f"{bench['speedup']:.2f}x",
-        "τ (new tokens a cycle)": f"{bench['tau']:.2f}",
+        "speed-up over the strongest plain decoding": _both(bench),
+        "speed-up after the first token": _both(later) if later.get("speedup") else "",
+        "τ (new tokens a cycle, with the bonus token)": f"{bench['tau']:.2f}",
         "tokens/s with MSD": f"{speed['msd']:.1f}",
         f"tokens/s of {bench['baseline_name']}, the strongest baseline": f"{speed['baseline']:.1f}",
         "questions": f"{bench['questions']} of {PurePath(str(settings.get('data', ''))).name}",
-        "temperature, new tokens at most": f"{settings.get('temperature')}, {settings.get('max_new_tokens')}",
+        "settings": _pairs({name.replace("_", " "): settings.get(name) for name in asked}),
+        "compiled": {True: "yes", False: "no"}.get(bench.get("setting", {}).get("compiled"), ""),
         "tree": _pairs(settings.get("tree") or {}),
-        "hardware": hardware.get("gpu") or f"{hardware.get('cpu')}, {hardware.get('threads')} threads",
+        "hardware": hardware.get("gpu")
+        or hardware.get("device")
+        or f"{hardware.get('cpu')}, {hardware.get('threads')} threads",
         "versions": _pairs(bench["versions"]),
     }
-    return "By `msd bench`, all in one interleaved run.\n\n" + _table(rows)
+    how = bench.get("how", "By `msd bench`, all in one interleaved run.")
+    return f"{how}\n\n" + _table({name: value for name, value in rows.items() if value})
+
+
+def _both(figures: Mapping[str, Any]) -> str:
+    """A speed-up in both conventions, as far as the report has them."""
+    mean = mean_text(figures.get("paired_speedup"))
+    return f"{figures['speedup']:.2f}x of totals" + (f", {mean} mean of questions" if mean else "")
 
 
 def _training(about: About) -> str:

@@ -223,6 +223,13 @@ def test_bench_compiles_before_it_measures(pair, capsys, tmp_path, monkeypatch):
     )
 
 
+def test_compiled_msd_has_a_compiled_baseline(pair, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    options = ["--data", str(pair / "questions.jsonl"), "--compile", "eager", "--no-compiled-baselines"]
+    assert main(["bench", *models(pair), *options]) == 2
+    assert "MSD is compiled, and its baselines would not be" in capsys.readouterr().err
+
+
 def test_demo_ends_with_a_table(pair, capsys):
     data = ["--data", str(pair / "questions.jsonl"), "--pictures", "2", "--max-new-tokens", "6"]
     assert main(["demo", *models(pair), *data]) == 0

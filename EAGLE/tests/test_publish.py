@@ -79,6 +79,27 @@ def test_card_tells_base_recipe_figures_licence_and_citation(run: Path) -> None:
         assert told in text, told
 
 
+def test_card_of_an_evaluation_names_the_strongest_baseline(run: Path, tmp_path: Path) -> None:
+    """Results of lmms-eval with a baseline; without one they are refused."""
+    paired = {"mean": 1.75, "low": 1.5, "high": 2.0}
+    total = {"speedup": 1.5, "paired_speedup": paired, "tau": 3.25, "tokens_per_second": 60.0, "answers": 20}
+    total |= {"baseline_tokens_per_second": 40.0}
+    total |= {"after_first_token": {"speedup": 1.625, "paired_speedup": paired, "baseline_name": "x"}}
+    decoding = {"use_msd": True, "draft": "final", "tasks": {"chartqa": {}}, "total": total, "hardware": "A CPU"}
+    decoding |= {"versions": {"torch": "2.14"}, "tree": None, "batch_size": 2, "baseline": {"name": "loop, compiled"}}
+    path = write(tmp_path / "1_results.json", {"results": {}, "msd": decoding})
+    text = str(model_card("me/final", About.of(run / "final", bench=path)))
+    for told in (
+        "1.50x of totals, 1.75x [1.50, 2.00] mean of questions", "| 1.62x of totals", "20 of chartqa", "A CPU",
+        "| tokens/s of loop, compiled, the strongest baseline | 40.0 |", "in turn", "batch size 2",
+    ):  # fmt: skip
+        assert told in text, text
+    del decoding["baseline"]
+    write(path, decoding)
+    with pytest.raises(UserError, match=r"without a speed-up.*--msd_baseline measure"):
+        About.of(run / "final", bench=path)
+
+
 def test_card_keeps_paths_of_the_machine_out(run: Path) -> None:
     about = About.of(run / "final", base_model=str(run / "base"), bench=run / "bench.json")
     text = str(model_card("me/my-draft", about))
@@ -112,6 +133,10 @@ def test_card_says_what_is_not_known(tmp_path: Path, run: Path) -> None:
     [
         (lambda report: report.pop("tau"), "not a report of msd bench.*lacks tau"),
         (lambda report: report["settings"].update(msd_model="me/another"), "the report measured another draft"),
+        (
+            lambda report: report.update(setting={"compiled": True}, baselines={"autoregressive float32": 1.0}),
+            "MSD was compiled in this report, and no plain baseline was",
+        ),
     ],
 )
 def test_a_report_that_does_not_belong_is_refused(run: Path, tmp_path: Path, change: Any, message: str) -> None:

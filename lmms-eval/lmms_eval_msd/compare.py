@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from lmms_eval_msd.report import Run
 
+ALONE = "the base run; other plain ways were not measured"
+"""The baseline of a run that was given none."""
 COLOURS = ("#9aa5b1", "#2f6fb0", "#d98032", "#4b9560", "#8a63a8")
 """Of the base and of each draft in the chart."""
 POSITIONS = 8
@@ -44,12 +46,15 @@ def compare(base: Run, msd: Run) -> dict[str, Any]:
     Raises:
         UserError: the runs have different tasks or different questions.
     """
+    from eagle.benchmark import ratio
     from eagle.provenance import partly_trained
-    from lmms_eval_msd.report import differences, speedup
+    from lmms_eval_msd.report import differences
 
     if base.scores.keys() != msd.scores.keys():
         tasks = [", ".join(sorted(run.scores)) for run in (base, msd)]
         raise UserError(f"the runs have different tasks: {tasks[0]} and {tasks[1]}")
+    baseline = msd.decoding.get("baseline")
+    unfair = bool(msd.decoding.get("compile")) and not base.decoding.get("compile")
     rows = {}
     for task in sorted(base.scores):
         mine, other = base.answers[task], msd.answers[task]
@@ -65,7 +70,13 @@ def compare(base: Run, msd: Run) -> dict[str, Any]:
             "tau": fast["tau"],
             "tokens_per_second": {"base": plain["tokens_per_second"], "msd": fast["tokens_per_second"]},
             "seconds": {"base": plain["seconds"], "msd": fast["seconds"]},
-            "speedup": speedup(fast, plain),
+            "speedup": fast["speedup"]
+            if baseline
+            else None
+            if unfair
+            else ratio(fast["tokens_per_second"], plain["tokens_per_second"]),
+            "paired_speedup": fast.get("paired_speedup"),
+            "after_first_token": fast.get("after_first_token"),
             "histogram": fast["histogram"],
             "acceptance_by_position": fast["acceptance_by_position"],
         }
@@ -75,8 +86,8 @@ def compare(base: Run, msd: Run) -> dict[str, Any]:
     apart = differences(base.decoding, msd.decoding)
     results = {"base": str(base.path), "msd": str(msd.path)}
     return {
-        "tasks": rows, **setting, "draft_note": partly_trained(msd.decoding["draft"]), "differences": apart,
-        "results": results,
+        "tasks": rows, **setting, "baseline": (baseline or {}).get("name"),
+        "draft_note": partly_trained(msd.decoding["draft"]), "differences": apart, "results": results,
     }  # fmt: skip
 
 
@@ -91,16 +102,24 @@ def tables(comparisons: Sequence[Mapping[str, Any]]) -> list[Table]:
     Args:
         comparisons: `compare` of the same base with each draft.
     """
+    from eagle.report.bench import mean_text
+
     called = names(comparisons)
-    speed, scores, accepted = [], [], []
+    speed, scores, accepted, faster = [], [], [], []
     for task, base in comparisons[0]["tasks"].items():
         rows = [comparison["tasks"][task] for comparison in comparisons]
         plain = base["tokens_per_second"]["base"]
-        speed.append([task, "base", "", _number(plain, ".1f"), _number(1.0 if plain else None, ".2f", "x"), "1.00"])
+        own = "" if any(one["baseline"] for one in comparisons) else _number(1.0 if plain else None, ".2f", "x")
+        speed.append([task, "base", "", _number(plain, ".1f"), own, "1.00"])
         for name, row in zip(called, rows, strict=True):
             equal = f"{row['answers_equal']}/{row['answers']}"
             times = _number(row["speedup"], ".2f", "x")
             speed.append(["", name, equal, f"{row['tokens_per_second']['msd']:.1f}", times, f"{row['tau']:.2f}"])
+            both = [part for part in (row, row["after_first_token"]) if part and part["paired_speedup"]]
+            if len(both) == 2:
+                faster.append([task, name])
+                for part in both:
+                    faster[-1] += [f"{part['speedup']:.2f}x", mean_text(part["paired_speedup"])]
             shares = [f"{share:.2f}" for share in row["acceptance_by_position"]]
             accepted.append([task if name == called[0] else "", name, *shares])
         for metric, values in base["metrics"].items():
@@ -109,8 +128,11 @@ def tables(comparisons: Sequence[Mapping[str, Any]]) -> list[Table]:
             scores.append([first, metric, *(_number(value, ".4g") for value in (values["base"], *others))])
     deepest = max((len(row) - 2 for row in accepted), default=0)
     accepted = [row + [""] * (deepest + 2 - len(row)) for row in accepted]
+    conventions = ["task", "run", "totals", "mean [95 %]", "after first", "mean [95 %]"]
+    both_kinds = Table("Speed-up: totals and mean of requests, whole and after the first token", conventions, faster)
     return [
         Table("Speed", ["task", "run", "equal answers", "tokens/s", "speed-up", "τ"], speed),
+        *([both_kinds] if faster else []),
         Table("Scores", ["task", "metric", "base", *called], scores),
         Table("Accepted drafted tokens by position", ["task", "run", *map(str, range(1, deepest + 1))], accepted),
     ]
@@ -128,7 +150,8 @@ def runs(comparisons: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
         for name, one in zip(names(comparisons), comparisons, strict=True)
     ]
     machine = f"{first['hardware']}, {first['dtype']}, {first['processes']} process(es)"
-    return [("base", str(first["base"])), *drafts, ("machine", machine)]
+    over = ", ".join(dict.fromkeys(one["baseline"] or ALONE for one in comparisons))
+    return [("base", str(first["base"])), *drafts, ("machine", machine), ("speed-up", f"over {over}")]
 
 
 def warnings(comparisons: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -167,8 +190,9 @@ PAGE = """# Base model and MSD
 ![tokens per second](compare.png)
 
 Equal answers: answers that are the base's own, letter by letter. Tokens/s: new tokens by the time of decoding, without
-reading data and scoring; base and MSD ran one after the other. τ: new tokens for each verification. Accepted: share of
-verifications that accepted the drafted token at this position and all before it. Versions: {versions}.
+reading data and scoring; base and MSD ran one after the other. Speed-up: of totals. τ: new tokens for each
+verification. Accepted: share of verifications that accepted the drafted token at this position and all before it.
+Versions: {versions}.
 {warnings}"""
 
 

@@ -154,8 +154,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         *_spellings("--msd_baseline"),
         type=str,
         default=None,
-        metavar="RESULTS",
-        help="Results of a run without --use_msd (file or folder), to report the speed-up.",
+        metavar="measure|RESULTS",
+        help="For the speed-up: 'measure' decodes by the strongest plain way too, in turn with MSD (without "
+        "--use_msd: by that way alone). Or results of such a plain run (file or folder).",
     )
 
 

@@ -40,7 +40,8 @@ from lmms_eval_msd.prompts import (
     visuals_of,
 )
 from lmms_eval_msd.report import Baseline, load_baseline
-from lmms_eval_msd.settings import PROMPTS, GenerationSettings, ModelArgs, as_batch_size, as_bool
+from lmms_eval_msd.settings import PROMPTS, GenerationSettings, ModelArgs, as_batch_size, as_bool, as_count
+from lmms_eval_msd.turns import MEASURE, Turns
 
 ASSISTANT = "You are a helpful assistant."
 EMPTY_LINE = frozenset({"\n\n"})
@@ -52,8 +53,8 @@ class Request:
     """One request of lmms-eval.
 
     ``index``: among the requests; ``given``: the task's generation settings; ``doc``: reads the document with its
-    pictures; ``counted``: False if it only fills up a distributed run; ``doc_to_text``: how a task of several rounds
-    asks its next question.
+    pictures; ``doc_id``: its number; ``counted``: False if it only fills up a distributed run; ``doc_to_text``: how a
+    task of several rounds asks its next question.
     """
 
     index: int
@@ -62,6 +63,7 @@ class Request:
     given: dict[str, Any]
     doc_to_visual: Callable[[Any], Any]
     doc: Callable[[], Any]
+    doc_id: int
     counted: bool = True
     doc_to_text: Any = None
 
@@ -117,7 +119,9 @@ class MSD(lmms):
         pretrained: base model, folder or hub name.
         use_msd: decode with the draft; otherwise the base decodes alone.
         msd_model_path: the draft, folder or hub name.
-        msd_baseline: results of a run without a draft, to report the speed-up; a file, or a folder with one below it.
+        msd_baseline: for the speed-up. "measure" decodes each request by the strongest plain way too, or, without
+            ``use_msd``, by that way alone. Else the results of such a plain run: a file, or a folder with one below it.
+        msd_baseline_requests: the strongest plain way is chosen on so many requests.
         dtype: "auto" (the checkpoint's own) or a torch dtype's name.
         device: one device; default is the process's GPU, else the CPU.
         device_map: as in transformers, for a base that is spread over devices ("auto").
@@ -145,6 +149,7 @@ class MSD(lmms):
         use_msd: bool | str = False,
         msd_model_path: str | None = None,
         msd_baseline: str | None = None,
+        msd_baseline_requests: int | str = 8,
         dtype: str = "auto",
         device: str | None = None,
         device_map: str | None = None,
@@ -159,18 +164,22 @@ class MSD(lmms):
         self.use_msd = as_bool("use_msd", use_msd)
         if self.use_msd and not msd_model_path:
             raise UserError("use_msd needs a draft", fix="add --msd_model_path DRAFT, a folder or a hub name")
-        if msd_baseline and not self.use_msd:
-            raise UserError("msd_baseline without use_msd", msd_baseline, "add --use_msd: it gives the speed-up")
+        self.measures = msd_baseline == MEASURE
+        if msd_baseline and not self.use_msd and not self.measures:
+            raise UserError(
+                "results as msd_baseline without use_msd", msd_baseline, f"add --use_msd, or give {MEASURE}"
+            )
+        self.baseline_requests = as_count("msd_baseline_requests", msd_baseline_requests)
         self.batch_size_per_gpu = as_batch_size(batch_size)
         own = [each.name for each in fields(self.writer) if each.name in PROMPTS]
         self.options = ModelArgs.parse(options, own, family_named(self.family).eval_model)
         self._check_family(str(pretrained))
-        self.baseline: Baseline | None = load_baseline(Path(msd_baseline)) if msd_baseline else None
+        earlier = None if self.measures else msd_baseline
+        self.baseline: Baseline | None = load_baseline(Path(earlier)) if earlier else None
         self.names = {"base": str(pretrained), "draft": str(msd_model_path) if self.use_msd else None}
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         check_processes(self._world_size)
-        self.stats: dict[str, Stats] = {}
         self.report: dict[str, Any] | None = None
         self._stopping: dict[tuple[str, ...], StopStringCriteria] = {}
         self._load(dtype, device, device_map, system_prompt)
@@ -194,12 +203,21 @@ class MSD(lmms):
         self.msd = MSDModel.from_pretrained(
             base, draft, dtype=dtype, device_map=placement, tree=self.options.tree, **self.options.loading
         )
+        if self.baseline is not None and self.msd.compiled and not self.baseline.compiled:
+            fix = f"evaluate the base with the same compile and --msd_baseline {MEASURE}, or give {MEASURE} to this run"
+            raise UserError("MSD is compiled, and plain decoding of the baseline was not", self.baseline.path, fix)
+        self.turns = Turns(self.msd, self.use_msd, self.measures, self.baseline_requests)
         system = self.system if system_prompt is None else self._resolve_system_prompt(str(system_prompt))
         self.prompts = self.writer(self.msd.target, system, **self.options.prompts)
 
     @property
     def batch_size(self) -> int:
         return self.batch_size_per_gpu
+
+    @property
+    def stats(self) -> dict[str, Stats]:
+        """The statistics of each task in this process."""
+        return report.by_task(self.turns.timed())
 
     @property
     def device(self) -> torch.device:
@@ -220,7 +238,7 @@ class MSD(lmms):
         results: dict[int, GenerationResult] = {}
         for batch, settings in self._batches(requests):
             prompts = [self.prompts.write(request.context, request.visuals()) for request in batch]
-            answers = self._answer(batch[0], prompts, settings)
+            answers = self._answer(batch, prompts, settings)
             results |= {request.index: answer for request, answer in zip(batch, answers, strict=True)}
         return [results[index] for index in range(len(requests))]
 
@@ -232,10 +250,10 @@ class MSD(lmms):
         results: dict[int, list[str]] = {}
         for batch, settings in self._batches(requests, until=None):
             dialogues = [Dialogue(each.doc(), each.doc_to_text, each.context, each.visuals()) for each in batch]
-            while active := [dialogue for dialogue in dialogues if not dialogue.over]:
-                prompts = [self.prompts.write(dialogue.context, dialogue.visuals) for dialogue in active]
-                answers = self._answer(batch[0], prompts, settings)
-                for dialogue, answer in zip(active, answers, strict=True):
+            while active := [pair for pair in zip(batch, dialogues, strict=True) if not pair[1].over]:
+                prompts = [self.prompts.write(dialogue.context, dialogue.visuals) for _, dialogue in active]
+                answers = self._answer([request for request, _ in active], prompts, settings)
+                for (_, dialogue), answer in zip(active, answers, strict=True):
                     dialogue.add_answer(answer.text)
             results |= {request.index: dialogue.answers for request, dialogue in zip(batch, dialogues, strict=True)}
         return [results[index] for index in range(len(requests))]
@@ -265,7 +283,8 @@ class MSD(lmms):
         """Sums the statistics and frees the models; lmms-eval calls it in every process after the last request."""
         if self.msd is None:
             return
-        stats = report.gather(self.stats)
+        self.turns.choose()
+        timed, speeds = report.gather(self.turns.timed(), self.turns.speeds)
         settings: dict[str, Any] = {
             "use_msd": self.use_msd,
             **self.names,
@@ -276,10 +295,12 @@ class MSD(lmms):
             "batch_size": self.batch_size,
             "processes": self.world_size,
         }
-        self.report = report.build(stats, settings, self.device, self.baseline)
+        if self.measures:
+            settings["baseline_requests"] = self.baseline_requests
+        self.report = report.build(timed, settings, self.device, self.baseline, speeds)
         if self.rank == 0:
             report.publish(self.report)
-        self.msd = self.prompts = None  # type: ignore[assignment]
+        self.msd = self.prompts = self.turns = None  # type: ignore[assignment]
         super().clean()
 
     def _batches(
@@ -305,30 +326,28 @@ class MSD(lmms):
         context, given, doc_to_visual, *texts, doc_id, task, split = instance.args
         doc = partial(self._doc, task, split, doc_id)
         counted = not instance.metadata.get("__padding_only__")
-        return Request(index, task, context, given or {}, doc_to_visual, doc, counted, *texts)
+        return Request(index, task, context, given or {}, doc_to_visual, doc, doc_id, counted, *texts)
 
     def _doc(self, task: str, split: str, doc_id: Any) -> Any:
         return self.task_dict[task][split][doc_id]
 
     def _answer(
-        self, request: Request, prompts: Sequence[Prompt], settings: GenerationSettings
+        self, batch: Sequence[Request], prompts: Sequence[Prompt], settings: GenerationSettings
     ) -> list[GenerationResult]:
-        """One batch through the engine: each answer up to the first of the settings' `until`. ``request``: any of it,
-        for the statistics."""
+        """One batch: each answer up to the first of the settings' `until`."""
         inputs = self.prompts.inputs(prompts)
         engine: dict[str, Any] = {**inputs, **settings.engine, "stopping_criteria": self._criteria(settings.until)}
-        output = self.msd.generate(**engine, use_msd=self.use_msd)
+        first = batch[0]
+        answers = self.turns.answer(engine, first.task, [request.doc_id for request in batch], first.counted)
         length = inputs["input_ids"].shape[1]
         mask = inputs.get("attention_mask")
         prompt_lengths = [length] * len(prompts) if mask is None else mask.sum(dim=1).tolist()
         results = []
-        for count, new in zip(prompt_lengths, output.tokens, strict=True):
+        for count, new in zip(prompt_lengths, answers, strict=True):
             text = settings.cut(self.msd.tokenizer.decode(new, skip_special_tokens=True))
             text = self.prompts.finish(text)
             text = text.strip() if self.strips else text
             results.append(GenerationResult(text, TokenCounts(input_tokens=int(count), output_tokens=len(new))))
-        if request.counted:
-            self.stats.setdefault(request.task, Stats.empty()).merge(output.stats)
         return results
 
     def _criteria(self, until: tuple[str, ...]) -> list[StopStringCriteria]:

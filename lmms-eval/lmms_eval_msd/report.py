@@ -7,8 +7,8 @@ and on the screen as a table.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,13 @@ from rich.console import Console
 from rich.table import Table
 
 from eagle import Stats
+from eagle.benchmark import Answer, Contestant, speedups
 from eagle.provenance import record
+from eagle.report.bench import mean_text
 from llava.errors import UserError
 from llava.files import read_json, write_text
 from lmms_eval_msd import MODELS
+from lmms_eval_msd.turns import MEASURE, Timed
 
 RESULTS = "_results.json"
 SETTINGS = ("base", "dtype", "batch_size", "processes", "hardware")
@@ -44,59 +47,128 @@ class Run:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A run without a draft that another one is compared with: its file and its decoding statistics."""
+    """A run of the strongest plain decoding that another one is compared with: its file and its decoding statistics."""
 
     path: Path
     decoding: dict[str, Any]
 
+    @property
+    def compiled(self) -> bool:
+        """Whether compiled plain decoding was among the ways."""
+        return any(", compiled" in name for speeds in self.decoding["baseline"]["chosen_from"] for name in speeds)
 
-def gather(own: Mapping[str, Stats]) -> dict[str, Stats]:
-    """The statistics of each task, summed over the processes. Every process has to call it."""
+    def beside(self, timed: Sequence[Timed]) -> list[Timed]:
+        """``timed`` with the plain statistics of each batch, in the tasks that have the same batches in both runs."""
+        name, found = self.decoding["baseline"]["name"], []
+        own: dict[str, list[list[int]]] = {}
+        for each in timed:
+            own.setdefault(each.task, []).append(list(each.docs))
+        rows = {
+            task: iter(rows)
+            for task, rows in self.decoding["batches"].items()
+            if [row["docs"] for row in rows] == own.get(task)
+        }
+        for each in timed:
+            if each.task in rows:
+                row = next(rows[each.task])
+                times = {"seconds": row["seconds"], "first_token": row["first_token"]}
+                plain = Stats(row["tokens"], requests=len(row["docs"]), **times)
+                each = replace(each, plain=plain, name=name)
+            found.append(each)
+        return found
+
+
+def gather(timed: Sequence[Timed], speeds: Mapping[str, float]) -> tuple[list[Timed], list[dict[str, float]]]:
+    """The batches of all processes, and the speeds by which each chose its baseline. Every process has to call it."""
+    parts = gather_object([(list(timed), dict(speeds))])
+    return [each for part, _ in parts for each in part], [chosen for _, chosen in parts if chosen]
+
+
+def by_task(timed: Sequence[Timed]) -> dict[str, Stats]:
+    """The statistics of each task."""
     total: dict[str, Stats] = {}
-    for part in gather_object([dict(own)]):
-        for task, stats in part.items():
-            total.setdefault(task, Stats.empty()).merge(stats)
+    for each in timed:
+        total.setdefault(each.task, Stats.empty()).merge(each.stats)
     return total
 
 
 def build(
-    stats: Mapping[str, Stats], settings: Mapping[str, Any], device: torch.device, baseline: Baseline | None = None
+    timed: Sequence[Timed],
+    settings: Mapping[str, Any],
+    device: torch.device,
+    baseline: Baseline | None = None,
+    speeds: Sequence[Mapping[str, float]] = (),
 ) -> dict[str, Any]:
     """The report as plain data.
 
     Args:
-        stats: of each task.
+        timed: all batches.
         settings: what the run decoded with.
         device: where it ran.
         baseline: a plain run, for the speed-up.
+        speeds: those of the plain ways among which this run chose the strongest, of each process.
     """
     everything = Stats.empty()
-    for part in stats.values():
-        everything.merge(part)
+    for each in timed:
+        everything.merge(each.stats)
     made = record(device)
     report: dict[str, Any] = {
         **settings,
         **made,
-        "tasks": {task: summary(part) for task, part in sorted(stats.items())},
+        "tasks": {task: summary(part) for task, part in sorted(by_task(timed).items())},
         "total": summary(everything),
         "hardware": made["hardware"].get("gpu", made["hardware"]["cpu"]),
     }
-    return report if baseline is None else with_speedup(report, baseline)
+    if speeds:
+        names = sorted({max(chosen, key=lambda name: chosen[name]) for chosen in speeds})
+        report["baseline"] = {"name": " and ".join(names), "chosen_from": list(map(dict, speeds)), "differences": {}}
+        if not settings["use_msd"]:
+            report["batches"] = {
+                task: [row_of(each) for each in timed if each.task == task] for task in report["tasks"]
+            }
+            return report
+    if baseline is not None:
+        timed = baseline.beside(timed)
+        report["baseline"] = {
+            **baseline.decoding["baseline"],
+            "results": str(baseline.path),
+            "differences": differences(baseline.decoding, report),
+        }
+    if "baseline" in report:
+        for task, row in report["tasks"].items():
+            row |= speedups_of([each for each in timed if each.task == task])
+        report["total"] |= speedups_of(timed)
+    return report
 
 
-def with_speedup(report: Mapping[str, Any], baseline: Baseline) -> dict[str, Any]:
-    """``report`` with the speed-up over a plain run: of each task, and in total where both have the same tasks."""
-    plain = baseline.decoding["tasks"]
-    tasks = {
-        task: {**row, "speedup": speedup(row, plain[task]) if task in plain else None}
-        for task, row in report["tasks"].items()
-    }
-    total = dict(report["total"])
-    total["speedup"] = speedup(total, baseline.decoding["total"]) if tasks.keys() == plain.keys() else None
-    apart = differences(baseline.decoding, report)
+def row_of(timed: Timed) -> dict[str, Any]:
+    """A batch in the results of a plain run."""
+    stats = timed.stats
     return {
-        **report, "tasks": tasks, "total": total, "baseline": {"results": str(baseline.path), "differences": apart}
-    }  # fmt: skip
+        "docs": list(timed.docs),
+        "tokens": stats.new_tokens,
+        "seconds": stats.seconds,
+        "first_token": stats.first_token,
+    }
+
+
+def speedups_of(timed: Sequence[Timed]) -> dict[str, Any]:
+    """`eagle.benchmark.speedups` over the plain way; None everywhere if a batch has no plain times."""
+    plain = [each.plain for each in timed if each.plain is not None]
+    if not plain or len(plain) < len(timed):
+        return {"speedup": None, "paired_speedup": None, "after_first_token": None}
+    name = " and ".join(sorted({each.name for each in timed}))
+    own, other = finished("MSD", [each.stats for each in timed]), finished(name, plain)
+    figures = {**speedups(own, other, other), "baseline_tokens_per_second": other.total.tokens_per_second}
+    equal = [each.equal for each in timed if each.equal is not None]
+    if len(equal) == len(timed):
+        figures["identical"] = {"answers": sum(equal), "of": own.total.requests}
+    return figures
+
+
+def finished(name: str, rounds: list[Stats]) -> Contestant:
+    """A contestant that has answered already."""
+    return Contestant(name, lambda work: Answer(Stats.empty(), []), rounds=rounds)
 
 
 def summary(stats: Stats) -> dict[str, Any]:
@@ -108,6 +180,7 @@ def summary(stats: Stats) -> dict[str, Any]:
         "tokens": stats.new_tokens,
         "cycles": stats.cycles,
         "tau": stats.tau,
+        "accepted_per_cycle": stats.accepted_per_cycle,
         "seconds": stats.seconds,
         "tokens_per_second": stats.tokens_per_second,
         "histogram": {str(length): count for length, count in stats.histogram.items()},
@@ -125,7 +198,8 @@ def table(report: Mapping[str, Any]) -> Table:
     result = Table(title=name, title_justify="left", box=box.SIMPLE, collapse_padding=True)
     result.add_column("task")
     columns = ["answers", "tokens", "τ", "tokens/s", "seconds"]
-    if "baseline" in report:
+    faster = "speedup" in report["total"]
+    if faster:
         columns.append("speed-up")
     for name in columns:
         result.add_column(name, justify="right")
@@ -135,7 +209,7 @@ def table(report: Mapping[str, Any]) -> Table:
     for task, row in rows.items():
         cells = [str(row["answers"]), str(row["tokens"]), f"{row['tau']:.2f}", f"{row['tokens_per_second']:.1f}"]
         cells.append(f"{row['seconds']:.1f}")
-        if "baseline" in report:
+        if faster:
             cells.append("-" if row["speedup"] is None else f"{row['speedup']:.2f}x")
         result.add_row(task, *cells)
     return result
@@ -196,10 +270,40 @@ def show(report: Mapping[str, Any]) -> None:
     console = Console()
     console.print(table(report))
     for task, row in report["tasks"].items():
+        if report["use_msd"]:
+            with_bonus, without = f"{row['tau']:.2f}", f"{row['accepted_per_cycle']:.2f}"
+            console.print(f"{task}, tokens per verification: {with_bonus} with the bonus token, {without} without")
         if shares := " ".join(f"{share:.2f}" for share in row["acceptance_by_position"]):
             console.print(f"{task}, accepted at position 1, 2, ...: {shares}", highlight=False)
+    if "baseline" in report:
+        print_baseline(report, console)
     for name, (plain, fast) in report.get("baseline", {}).get("differences", {}).items():
         console.print(f"the baseline differs in {name}: {plain}, here {fast}; the speeds are not quite comparable")
+
+
+def print_baseline(report: Mapping[str, Any], console: Console) -> None:
+    """Which plain decoding was the strongest, and the speed-up over it in both conventions."""
+    chosen = report["baseline"]
+    console.print(f"strongest plain decoding: {chosen['name']}", highlight=False)
+    for speeds in chosen["chosen_from"]:
+        texts = ", ".join(f"{name} {speed:.1f}" for name, speed in speeds.items())
+        console.print(f"chosen by tokens/s: {texts}", highlight=False)
+    rows = dict(report["tasks"])
+    if len(rows) > 1:
+        rows["all"] = report["total"]
+    for task, row in rows.items():
+        if row.get("speedup") is None:
+            continue
+        console.print(f"{task}, whole requests: {speedup_text(row)}", highlight=False)
+        if row["after_first_token"]["speedup"] is not None:
+            console.print(f"{task}, after the first token: {speedup_text(row['after_first_token'])}", highlight=False)
+        if same := row.get("identical"):
+            console.print(f"{task}, identical answers: {same['answers']} of {same['of']}", highlight=False)
+
+
+def speedup_text(figures: Mapping[str, Any]) -> str:
+    """A speed-up in both conventions."""
+    return f"totals {figures['speedup']:.2f}x, mean of requests {mean_text(figures['paired_speedup'])}"
 
 
 def load_run(folder: Path, use_msd: bool) -> Run:
@@ -222,10 +326,15 @@ def load_baseline(path: Path) -> Baseline:
     """Reads a results file, or the newest below a folder.
 
     Raises:
-        UserError: there is none, or it is not a run of one of our models without a draft.
+        UserError: there is none, or it is not a run of one of our models without a draft, or that run did not look for
+            the strongest plain decoding.
     """
     file = newest_results(path) if path.is_dir() else path
-    return Baseline(file, _read(file, use_msd=False, fix="the baseline is a run without --use_msd")[1])
+    decoding = _read(file, use_msd=False, fix="the baseline is a run without --use_msd")[1]
+    if "batches" not in decoding:
+        fix = f"evaluate it with --msd_baseline {MEASURE}, or give --msd_baseline {MEASURE} to this run"
+        raise UserError("a plain run that did not look for the strongest plain decoding", file, fix)
+    return Baseline(file, decoding)
 
 
 def newest_results(folder: Path) -> Path:
@@ -248,12 +357,6 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, l
     """
     pairs = {name: [one.get(name), other.get(name)] for name in SETTINGS}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def speedup(fast: Mapping[str, Any], plain: Mapping[str, Any]) -> float | None:
-    """Tokens per second of one task's statistics over those of a plain run; None where the plain run has none."""
-    reference = plain["tokens_per_second"]
-    return fast["tokens_per_second"] / reference if reference else None
 
 
 def _read(path: Path, use_msd: bool, fix: str) -> tuple[dict[str, Any], dict[str, Any]]:

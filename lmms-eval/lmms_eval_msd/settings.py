@@ -19,8 +19,8 @@ from llava.hub import HUB_KEYS
 from llava.strict import reject_unknown
 
 OWN = (
-    "pretrained", "use_msd", "msd_model_path", "msd_baseline", "dtype", "device", "device_map", "batch_size",
-    "system_prompt",
+    "pretrained", "use_msd", "msd_model_path", "msd_baseline", "msd_baseline_requests", "dtype", "device",
+    "device_map", "batch_size", "system_prompt",
 )  # fmt: skip
 TREE = {"msd_depth": "depth", "msd_top_k": "top_k", "msd_total_tokens": "total_tokens"}
 LOADING = (

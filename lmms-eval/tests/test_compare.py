@@ -96,6 +96,32 @@ def test_page_has_everything(two_drafts, tmp_path, capsys):
     assert [one["draft"].rsplit("/", 1)[1] for one in (comparison, *comparison["others"])] == ["trained", "shipped"]
 
 
+def test_the_measured_baseline_is_named(runs, tmp_path, capsys):
+    """The speed-up is over what the run with the draft measured, in both conventions; else the page says what it is."""
+    base, msd, out = runs
+    argv = ["--base", str(base), "--out", str(out), "--msd"]
+    assert main([*argv, str(msd)]) == 0
+    assert "- speed-up: `over the base run; other plain ways were not measured`" in (out / "compare.md").read_text()
+    fast = write_run(tmp_path / "compiled", True, ["a", "b"], 25.0, compile="inductor")
+    assert main([*argv, str(fast)]) == 0
+    assert json.loads((out / "compare.json").read_text())["tasks"]["chartqa"]["speedup"] is None
+    other = write_run(tmp_path / "measured", True, ["a", "b"], 25.0, baseline={"name": "loop, compiled"})
+    path = other / "model" / "1_results.json"
+    results = json.loads(path.read_text())
+    paired = {"mean": 1.75, "low": 1.5, "high": 2.0}
+    later = {"speedup": 1.5, "paired_speedup": {"mean": 1.25, "low": None, "high": None}, "baseline_name": "x"}
+    results["msd"]["tasks"]["chartqa"] |= {"speedup": 1.6, "paired_speedup": paired, "after_first_token": later}
+    path.write_text(json.dumps(results))
+    assert main([*argv, str(other)]) == 0
+    text = (out / "compare.md").read_text()
+    for line in (
+        "- speed-up: `over loop, compiled`", "| chartqa | base |  | 10.0 |  | 1.00 |",
+        "|  | MSD | 2/2 | 25.0 | 1.60x | 3.60 |", "| chartqa | MSD | 1.60x | 1.75x [1.50, 2.00] | 1.50x | 1.25x |",
+    ):  # fmt: skip
+        assert line in text.splitlines(), text
+    assert json.loads((out / "compare.json").read_text())["baseline"] == "loop, compiled"
+
+
 def test_a_draft_whose_training_was_stopped(runs, tmp_path, capsys):
     (tmp_path / "draft").mkdir()
     (tmp_path / "draft" / "provenance.json").write_text(json.dumps({"step": 4, "total_steps": 9}))

@@ -140,7 +140,8 @@ CONSOLE_SCRIPT = ("-c", "from lmms_eval.cli.dispatch import main; main()")  # of
 def assert_flags_in_help(data: Path, *command: str) -> None:
     result = python(data, *command, "eval", "--help")
     assert result.returncode == 0, result.stdout
-    assert all(flag in result.stdout for flag in ("--use_msd", "--msd_model_path DRAFT", "--msd_baseline RESULTS"))
+    flags = ("--use_msd", "--msd_model_path DRAFT", "--msd_baseline measure|RESULTS")
+    assert all(flag in result.stdout for flag in flags)
     assert f"({', '.join(MODELS)})" in result.stdout
 
 
@@ -175,7 +176,8 @@ def test_config_file_runs_base_and_msd(base, draft, data):
     common = {"model": "llava_msd", "tasks": "chartqa", "batch_size": 1, "gen_kwargs": "temperature=0"}
     common |= {"model_args": f"pretrained={base},msd_depth=2,msd_top_k=3,msd_total_tokens=8", "log_samples": True}
     flags = {"use_msd": True, "msd_model_path": str(draft), "msd_baseline": str(data / "base")}
-    configs = [common | {"output_path": str(data / "base")}, common | flags | {"output_path": str(data / "msd")}]
+    plain = {"output_path": str(data / "base"), "msd_baseline": "measure"}
+    configs = [common | plain, common | flags | {"output_path": str(data / "msd")}]
     (data / "run.yaml").write_text(yaml.safe_dump(configs))
     result = run(data, "lmms_eval", "--config", "run.yaml")
     assert result.returncode == 0, result.stdout
@@ -186,6 +188,7 @@ def test_config_file_runs_base_and_msd(base, draft, data):
     assert report["tasks"]["chartqa"]["tokens"] <= 3 * 16  # the task's max_new_tokens
     assert report["tasks"]["chartqa"]["speedup"] == report["total"]["speedup"] > 0
     assert report["baseline"]["differences"] == {}
+    assert report["baseline"]["name"] in report["baseline"]["chosen_from"][0]
     saved = json.loads(read(data / "msd", "_results.json"))
     assert saved["msd"] == report
     assert saved["throughput"]["avg_tau"] == report["total"]["tau"]

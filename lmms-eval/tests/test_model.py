@@ -161,7 +161,8 @@ def test_statistics_reach_the_results(base, draft, requests, tmp_path, capsys):
         ({"batch_size": "\u00b2"}, "batch_size"),
         ({"max_pixels": 3}, "unknown key 'max_pixels': --model_args of llava_msd"),
         ({"image_aspect": "wide"}, "image_aspect is none of pad, crop"),
-        ({"msd_baseline": "x"}, "msd_baseline without use_msd"),
+        ({"msd_baseline": "x"}, "results as msd_baseline without use_msd"),
+        ({"msd_baseline_requests": 0}, "msd_baseline_requests: 0 is not at least 1"),
     ],
 )
 def test_bad_model_args(base, options, message):

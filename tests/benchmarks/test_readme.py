@@ -107,6 +107,19 @@ def test_tables_of_the_speed_page() -> None:
     assert "`python -m benchmarks.suite`, commit 0123456789ab ([report](../benchmarks/pocket.json))" in text
 
 
+def test_cells_of_different_runs_say_so() -> None:
+    """Days from first to last; command, commit and day of each group."""
+    given = report()
+    later = {"date": "2026-02-03T00:00:00+00:00", "commit": "fedcba98765432100", "command": "python -m x --only c"}
+    readme.chosen(given)[1.0][1].update(later, title="d")
+    for text in (readme.speed_block(given, "r.json"), readme.readme_block(given, "r.json")):
+        assert "2026-01-02 to 2026-02-03, A CPU" in text
+        assert (
+            "c: `python -m benchmarks.suite`, commit 0123456789ab, 2026-01-02; "
+            "d: `python -m x --only c`, commit fedcba987654, 2026-02-03"
+        ) in text
+
+
 def test_noisy_cells_are_marked_and_missing_contestants_are_empty() -> None:
     given = report()
     shown = readme.chosen(given)[0.0]

@@ -104,6 +104,7 @@ def test_a_report_becomes_one_row_once(root: Path, capsys: pytest.CaptureFixture
         ({"paired_speedup__low": 2.0}, ["outside its interval"]),
         ({"commit": "a" * 40 + "-dirty"}, ["the source had changes"]),
         ({"commit": None}, ["the source had changes"]),
+        ({"setting": {"compiled": True}}, ["MSD was compiled and no plain baseline was"]),
         ({"versions": {}, "cycles": 0}, ["versions.torch: Field required", "cycles: Input should be greater than 0"]),
         (
             {"tokens_per_second": {"msd": 160.0, "baseline": 80.0}, "paired_speedup__mean": 2.0},

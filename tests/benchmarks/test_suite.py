@@ -57,6 +57,22 @@ def test_a_wrong_suite_file_is_refused(tmp_path: Path, changes: dict[str, object
         read_suite(write(tmp_path, **changes))
 
 
+def test_compiled_msd_counts_from_compiled_plain_decoding() -> None:
+    model = random_pair(TINY, torch.float32, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"compiled MSD and no compiled plain decoding.*add 'autoregressive compiled'"):
+        model.backend = "eager"  # as the default is on CUDA
+        build(Cell("c", "m", new_tokens=4, contestants=("transformers dynamic", "msd")), Suite("x", {}, ()), model)
+    runners, _ = build(Cell("c", "m", contestants=("autoregressive", "msd")), Suite("x", {}, ()), model)
+    assert len(runners) == 2
+
+
+@pytest.mark.parametrize("name", ["pocket", "long"])
+def test_cells_of_single_questions_have_compiled_baselines(name: str) -> None:
+    for cell in read_suite(REPO / "benchmarks" / "suites" / f"{name}.json").cells:
+        if cell.batch == 1 and "batches" not in cell.name:
+            assert {"autoregressive compiled", "msd compiled"} <= set(cell.contestants), cell.title
+
+
 @pytest.mark.parametrize("name", ["pocket", "quick"])
 def test_the_suites_here_are_readable(name: str) -> None:
     found = read_suite(REPO / "benchmarks" / "suites" / f"{name}.json")
@@ -143,6 +159,81 @@ def test_quick_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert {"verify", "outside"} <= set(shares) and sum(shares.values()) == pytest.approx(1.0)
     out = capsys.readouterr().out
     assert "costs only" in out and "share of a cycle" in out
+
+
+def suite_of(folder: Path, *names: str, **changes: object) -> Path:
+    cells = [{"name": name, "model": "m", "questions": 1, "contestants": ["autoregressive", "msd"]} for name in names]
+    shape = {"hidden": 32, "layers": 2, "heads": 2, "intermediate": 48, "vocabulary": 128, "positions": 512}
+    return write(folder, cells=cells, models={"m": {"random": shape}}, rounds=1, warm_up=0, **changes)
+
+
+def test_other_cells_of_a_report_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Some cells replace those of an earlier report, also of one without records of each cell; --missing runs the rest;
+    other settings are refused; a run of all cells begins a new report."""
+    measured: list[str] = []
+
+    def measure(cell: Cell, made: Suite, models: object) -> dict[str, object]:
+        measured.append(cell.name)
+        row = {"speedup": 1.0, "tokens_per_second": 1.0, "spread": 0.0, "first_token_ms": 1.0, "tau": None}
+        row |= {"decoding_tokens_per_second": 1.0, "phases_share": {}, "answers_that_differ": 0}
+        more = {"rounds": made.rounds, "noisy_rounds": [], "doubtful": False, "cost_only": True, "left_out": {}}
+        return {"title": cell.title, "baseline_name": "a", "results": {"a": row}, "run": len(measured), **more}
+
+    monkeypatch.setattr(suite, "measure", measure)
+    monkeypatch.setattr("benchmarks.plot.draw", lambda report, path: None)
+    monkeypatch.setattr("eagle.provenance.source_commit", lambda: f"commit{len(measured)}")
+    path, out = suite_of(tmp_path, "one", "two", "three"), tmp_path / "out"
+    argv = ["--suite", str(path), "--out", str(out)]
+
+    def ran(*more: str) -> tuple[list[str], list[tuple[int, str]]]:
+        measured_before = len(measured)
+        assert suite.run([*argv, *more]) == 0
+        cells = json.loads((out / "x.json").read_text())["cells"]
+        return measured[measured_before:], [(cell["run"], cell["commit"]) for cell in cells]
+
+    assert ran("--only", "two") == (["two"], [(1, "commit0")])
+    report = json.loads((out / "x.json").read_text())
+    assert report["cells"][0]["command"] == report["command"] and report["cells"][0]["date"] >= report["date"]
+    for key in ("date", "commit", "command"):  # as an older version wrote it
+        del report["cells"][0][key]
+    (out / "x.json").write_text(json.dumps(report))
+    assert ran("--only", "one") == (["one"], [(2, "commit1"), (1, "commit0")])
+    assert ran("--only", "o", "--missing") == ([], [(2, "commit1"), (1, "commit0")])
+    assert ran("--missing") == (["three"], [(2, "commit1"), (1, "commit0"), (3, "commit2")])
+    assert ran("--only", "two") == (["two"], [(2, "commit1"), (4, "commit3"), (3, "commit2")])
+    capsys.readouterr()
+    suite.run([*argv, "--missing"])
+    assert "commit commit1, commit3, commit2" in capsys.readouterr().out
+    before = (out / "x.json").read_bytes()
+    with pytest.raises(UserError, match=r"settings\.rounds was 1, is 2: .*x.json \(another --out\)") as error:
+        suite.run([*argv, "--only", "one", "--rounds", "2"])
+    assert "\n" not in str(error.value) and (out / "x.json").read_bytes() == before
+    assert ran() == (["one", "two", "three"], [(5, "commit4"), (6, "commit4"), (7, "commit4")])
+    (out / "x.json").write_text('{"steps": [], "validations": []}')
+    with pytest.raises(UserError, match="not a report of the suite"):
+        suite.run([*argv, "--missing"])
+
+
+def test_a_stopped_run_leaves_its_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, out, measure = suite_of(tmp_path, "one", "two"), tmp_path / "out", suite.measure
+
+    def stopping(cell: Cell, *rest: object) -> dict[str, object]:
+        if cell.name == "two" and not (tmp_path / "again").exists():
+            raise KeyboardInterrupt
+        return measure(cell, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(suite, "measure", stopping)
+    monkeypatch.setattr("benchmarks.plot.draw", lambda report, path: None)
+    argv = ["--suite", str(path), "--out", str(out)]
+    with pytest.raises(KeyboardInterrupt):
+        suite.run(argv)
+    first = json.loads((out / "x.json").read_text())["cells"]
+    (tmp_path / "again").touch()
+    assert suite.run([*argv, "--missing"]) == 0
+    cells = json.loads((out / "x.json").read_text())["cells"]
+    assert [cell["name"] for cell in cells] == ["one", "two"] and cells[:1] == first
 
 
 def test_list_and_only(capsys: pytest.CaptureFixture[str]) -> None:

@@ -125,9 +125,14 @@ def test_attention_in_two_parts_is_measured(tmp_path: Path) -> None:
 
 
 def test_windows_beside_a_busy_process(tmp_path: Path) -> None:
-    run("neighbour", "--loads", "0,1", "--questions", "8", "--out", str(tmp_path / "n.json"))
+    """Compiled MSD over the strongest of the plain ways, compiled ones among them."""
+    flags = ["--loads", "1", "--questions", "8", "--compile", "eager", "--out", str(tmp_path / "n.json")]
+    run("neighbour", *flags)
     rows = json.loads((tmp_path / "n.json").read_text())["rows"]
-    assert [row["load"] for row in rows] == [0, 1] and all(row["windows"] for row in rows)
+    (row,) = rows
+    assert row["load"] == 1 and row["windows"]
+    assert row["baseline"] == min(row["plain_ms"], key=lambda name: row["plain_ms"][name])
+    assert len(row["plain_ms"]) == 4 and any(name.endswith(", compiled") for name in row["plain_ms"])
 
 
 def test_kinds_of_drafts_are_trained_once_and_compared(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compiled-baselines", action=argparse.BooleanOptionalAction,
         help="also measure compiled plain decoding, by our loop and by transformers with its static cache (default: on "
-        "an accelerator, and where MSD is compiled)",
+        "an accelerator, and always where MSD is compiled)",
     )  # fmt: skip
     parser.add_argument(
         "--also-tree", action="append", type=tree_limits, default=[], metavar="D/K/N",
@@ -180,6 +180,9 @@ def run(arguments: argparse.Namespace) -> int:
     questions = read_questions(arguments.data, arguments.limit, turns=True)
     settings = {"max_new_tokens": arguments.max_new_tokens, **sampling_settings(arguments)}
     model = load_model(arguments)
+    if model.compiled and arguments.compiled_baselines is False:
+        fix = "leave it out, or give --no-compile"
+        raise UserError("MSD is compiled, and its baselines would not be", "--no-compiled-baselines", fix)
     model.exact_phases = arguments.exact_phases
     own = str(model.dtype).removeprefix("torch.")
     dtypes = [name for name in dict.fromkeys(arguments.baseline_dtype or []) if name != own]

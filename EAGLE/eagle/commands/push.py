@@ -12,7 +12,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repo", required=True, metavar="R", help="hub repository, owner/name; created if needed")
     parser.add_argument("--private", action="store_true", help="make the new repository private")
     parser.add_argument("--base-model", help="its base model (default: the one recorded by training)")
-    parser.add_argument("--bench", type=Path, metavar="FILE.json", help="report of `msd bench --out` on this draft")
+    parser.add_argument(
+        "--bench", type=Path, metavar="FILE.json",
+        help="report of `msd bench --out` on this draft, or results of lmms-eval with --msd_baseline",
+    )  # fmt: skip
     parser.add_argument("--license", help="licence of the weights (default: that of the base model)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the files here and upload nothing")
 

@@ -32,6 +32,12 @@ def own_name(report: Report) -> str:
     return next(iter(report["first_token_ms"]))
 
 
+def lacks_compiled_baseline(report: Report) -> bool:
+    """Whether MSD was compiled and plain decoding was not, so that the speed-up is not over the strongest one."""
+    names = report.get("baselines", {})
+    return bool(report.get("setting", {}).get("compiled")) and not any(", compiled" in name for name in names)
+
+
 def interval_text(paired: Mapping[str, float | None] | None) -> str:
     """The interval of a mean; nothing if it is not known."""
     return "" if paired is None or paired["low"] is None else f" [{paired['low']:.2f}, {paired['high']:.2f}]"

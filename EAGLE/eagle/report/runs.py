@@ -204,6 +204,8 @@ def read_suite(content: Content) -> Read:
         "dtype": settings["dtype"], "data": settings["data"], "rounds": settings["rounds"],
         "seed": settings["seed"], "tolerance": settings["tolerance"],
     }  # fmt: skip
+    commits = [cell.get("commit", content.get("commit")) for cell in content["cells"]]
+    found["commit"] = ", ".join(dict.fromkeys(filter(None, commits))) or None
     rows = []
     for cell in content["cells"]:
         rounds = [n for n in range(cell["rounds"]) if cell["doubtful"] or n not in cell["noisy_rounds"]]
@@ -228,12 +230,16 @@ def read_lmms(content: Content) -> Read:
         "dtype": decoding["dtype"], "compiled": decoding.get("compile"), "batch": decoding["batch_size"],
         "processes": decoding["processes"], "tree": decoding.get("tree"),
         "draft_image_tokens": decoding.get("draft_image_tokens"),
+        "baseline": decoding.get("baseline", {}).get("name"),
     }  # fmt: skip
     way = "MSD" if decoding["use_msd"] else "plain"
     rows = []
     for task, figures in decoding["tasks"].items():
+        paired = figures.get("paired_speedup")
         measured = {
             SPEEDUP: plain(figures.get("speedup")), SPEED: plain(figures["tokens_per_second"]),
+            PAIRED: Interval(paired["mean"], paired["low"], paired["high"]) if paired else None,
+            PLAIN: plain(figures.get("baseline_tokens_per_second")),
             TAU: plain(figures["tau"]) if decoding["use_msd"] else None,
         }  # fmt: skip
         rows.append(Row(task, way, known(measured) | scores_of(content.get("results", {}).get(task, {}))))
