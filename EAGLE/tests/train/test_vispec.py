@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,7 @@ def test_simulated_acceptance_is_that_of_decoding(pair: tuple[Path, Target], tmp
 def test_a_head_trained_on_one_answer_is_accepted(pair: tuple[Path, Target], tmp_path: Path) -> None:
     base, target = pair
     objective, inputs = new_objective(base), question(target, PICTURES[:2])
+    objective.config = replace(objective.config, rollout_steps=6)
     sample = own_answer(target, inputs)
     assert sample.input_ids[-NEW:].unique().numel() > NEW / 8, "an answer in a loop would prove little"
     train(objective, batch_of(objective, [sample]), 300)
