@@ -1,4 +1,4 @@
-"""Which kind of draft is best after the same training: MSD, EAGLE-3 with each kind of image rows, a block head.
+"""Which kind of draft is best after the same training: MSD, EAGLE-3 with each kind of image rows, block, ViSpec.
 
     TARGET=llava BUILD=STATES IMAGES=800 TEXTS=300 FEATURE_LAYERS=auto STATES_ONLY=1 pocket/recipe/train_draft.sh
     python -m experiments.draft_kinds --pair llava --hidden STATES --out OUT
@@ -68,6 +68,7 @@ KINDS = (
         "eagle3",
         {"msd": {"image_rows": "feature", "image_tokens": 16}},
     ),
+    Kind("vispec", "one learnt row of a picture and a global vector", "vispec", {"vispec": {"queries": 2}}),
 )
 
 

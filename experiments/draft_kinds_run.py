@@ -17,14 +17,14 @@ from eagle.decode.msd import MSDModel
 from eagle.decode.tree_config import TreeConfig
 from eagle.drafts.checkpoint import load_draft
 from eagle.families.base_weights import load_base_tensors
-from eagle.families.draft_config import eagle3_config_of
+from eagle.families.draft_config import eagle3_config_of, vispec_config_of
 from eagle.questions import Question, read_questions
 from eagle.train.collate import NO_COMPRESSION, Batch
 from eagle.train.dataset import batches, load_stored
 from eagle.train.engine import Engine, read_deepspeed_config, suit_device
 from eagle.train.run import build_engine, build_objective, read_layers
 from eagle.train.schedule import IMAGE, TEXT, BatchSizes, epoch_items, micro_batches
-from eagle.train.settings import EAGLE3_RECIPE, SECTION, read_config
+from eagle.train.settings import EAGLE3_RECIPE, SECTION, VISPEC_RECIPE, read_config
 from experiments.common import run_record
 from experiments.draft_kinds import Kind, PocketStudy, Study
 from experiments.training_study import launch
@@ -45,8 +45,11 @@ def write_config(study: Study, kind: Kind, seed: int, file: Path, **more: Any) -
     train = study.config[SECTION]
     if kind.head == "eagle3":
         shape = eagle3_config_of(study.base).published
+    if kind.head == "vispec":
+        shape = vispec_config_of(study.base).published
     if kind.head != "msd":
-        train = {key: value for key, value in train.items() if key not in EAGLE3_RECIPE}
+        own = {**EAGLE3_RECIPE, **(VISPEC_RECIPE if kind.head == "vispec" else {})}
+        train = {key: value for key, value in train.items() if key not in own}
     write_json(file, {**shape, **kind.sections, SECTION: {**train, **study.shared(seed), **kind.train, **more}})
     return file
 
@@ -120,6 +123,7 @@ def ready_to_train(study: Study, kind: Kind) -> tuple[Engine, list[Batch]]:
         compression=head.compression or NO_COMPRESSION,
         positions=head.positions,
         image_ids=head.embeds_image_ids,
+        queries=head.image_queries,
     )
     return engine, list(loaded)
 

@@ -7,7 +7,7 @@
 #   HOSTFILE=hosts scripts/4_train.sh                             on several machines (docs/training.md)
 #   scripts/4_train.sh --epochs 2                                 further flags go to main_deepspeed.py
 # Environment: BASE, CONFIG and DS_CONFIG (a path, or the name of one shipped in EAGLE/eagle/train; CONFIG is auto by default,
-# a draft with the sizes of BASE, except for the embedded model), DRAFT_KIND (msd, eagle3 or block: the kind of CONFIG=auto),
+# a draft with the sizes of BASE, except for the embedded model), DRAFT_KIND (msd, eagle3, block or vispec: the kind of CONFIG=auto),
 # DEVICES, HOSTFILE, PORT, WORK as in step 2, CKPT (where checkpoints go; the draft is CKPT/final). With ONLINE also PICTURES and COUNT
 # as in step 3.
 set -euo pipefail

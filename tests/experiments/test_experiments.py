@@ -144,7 +144,7 @@ def test_kinds_of_drafts_are_trained_once_and_compared(tmp_path: Path) -> None:
             "eagle.ge_data.allocation", [*argv, "--json_data_path", str(data / f"train_{kind}.json")], tmp_path / "log"
         )
     words = ["--hidden", str(states), "--out", str(out), "--steps", "2", "--seeds", "0", "--questions", "1"]
-    words += ["--max-new-tokens", "8", "--kinds", *(kinds := ["msd", "eagle3-decoupled", "block"])]
+    words += ["--max-new-tokens", "8", "--kinds", *(kinds := ["msd", "eagle3-decoupled", "block", "vispec"])]
     printed = run("draft_kinds", *words)
     for equal in ("steps", "seconds"):
         assert f"llava, equal {equal}" in printed

@@ -125,7 +125,7 @@ def check_image_ids(target: Target, draft: DraftHead) -> None:
     """Raises `UserError` if the draft reads image tokens as embeddings, and one of the target's has none."""
     if isinstance(draft, Eagle3Draft) and draft.config.image_rows == "token":
         fix = 'set "image_rows": "feature" in section "msd" of its config.json'
-    elif isinstance(draft, ViSpecDraft) and draft.options.image_rows == "token":
+    elif isinstance(draft, ViSpecDraft) and draft.embeds_image_ids:
         fix = 'leave "image_rows" out of section "msd" of its config.json'
     else:
         return

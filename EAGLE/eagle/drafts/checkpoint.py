@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from eagle.drafts.assistant import EMBEDDING, MODELS, ORDERING, AssistantDraft
 from eagle.drafts.block import BlockDraft
-from eagle.drafts.config import BLOCK, DRAFT_VOCAB_FILE, BlockConfig, DraftConfig
+from eagle.drafts.config import BLOCK, DRAFT_VOCAB_FILE, VISPEC, BlockConfig, DraftConfig
 from eagle.drafts.draft_vocab import read_draft_vocab, write_draft_vocab
 from eagle.drafts.eagle3 import Eagle3Draft, draft_vocabulary, vocabulary_tensors
 from eagle.drafts.eagle3_config import Eagle3Config, Shapes, is_eagle3_config
@@ -122,7 +122,7 @@ def build_draft(config: Mapping[str, Any], shapes: Shapes | None, where: str | P
         if kind is Eagle3Draft:
             return Eagle3Draft(Eagle3Config.from_dict(config, where, shapes))
         if kind is ViSpecDraft:
-            return ViSpecDraft.from_dict(config, where, shapes or {})
+            return ViSpecDraft.from_dict(config, where, shapes)
         if kind is BlockDraft:
             return BlockDraft(BlockConfig.from_dict(config, where, shapes))
         if kind is AssistantDraft:
@@ -160,7 +160,7 @@ def kind_of(config: Mapping[str, Any], names: Collection[str] | None, where: str
         fix = "give a draft, or a Qwen3.5 whose checkpoint has its MTP layer"
         raise UserError("a base model without an MTP layer (tensors mtp.*) is not a draft", where, fix)
     by_tensors = "layers.0.hidden_norm.weight" in names or "d2t" in names
-    if QUERIES in names or "img_fc.weight" in names:
+    if VISPEC in config or QUERIES in names or "img_fc.weight" in names:
         return ViSpecDraft
     return Eagle3Draft if is_eagle3_config(config) or by_tensors else DraftModel
 

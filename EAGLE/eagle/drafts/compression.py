@@ -12,7 +12,8 @@ Positions: a draft with plain positions counts the rows that are left, 0, 1, 2, 
 text beyond the positions it was trained on. A draft with M-RoPE positions keeps the target's numbers for text, and a
 merged row gets the mean of the three-row positions that it stands for.
 
-Training merges with the same function (`eagle.train.collate`).
+ViSpec heads compress with learnt queries instead (`query_rows`). Training uses the same functions as decoding
+(`eagle.train.collate`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from __future__ import annotations
 from argparse import ArgumentTypeError
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,3 +113,37 @@ def image_runs(is_image: Tensor) -> list[tuple[int, int]]:
     steps = padded.diff()  # [R + 1]
     starts, ends = (steps == 1).nonzero().flatten().tolist(), (steps == -1).nonzero().flatten().tolist()
     return list(zip(starts, ends, strict=True))
+
+
+class QueryRows(NamedTuple):
+    """The R' rows that a head with learnt queries makes of R input rows.
+
+    ``source`` [R']: the input row itself for text, the last one of its picture for an image row. ``places`` [R']:
+    position numbers. ``pictures`` [R']: number of the last picture up to a row, counted from 1; 0 before the first.
+    ``runs``: (start, end) of each picture's input rows.
+    """
+
+    source: Tensor
+    places: Tensor
+    pictures: Tensor
+    runs: list[tuple[int, int]]
+
+
+def query_rows(is_image: Tensor, queries: int) -> QueryRows:
+    """Each picture in ``is_image`` [R] bool has ``queries - 1`` rows, at the last positions of its input rows.
+
+    >>> source, places, pictures, _ = query_rows(torch.tensor([0, 1, 1, 1, 1, 0]).bool(), 3)
+    >>> source.tolist(), places.tolist(), pictures.tolist()
+    ([0, 4, 4, 5], [0, 3, 4, 5], [0, 1, 1, 1])
+    """
+    count, kept, done, runs = len(is_image), queries - 1, 0, image_runs(is_image)
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for number, (start, end) in enumerate([*runs, (count, count)]):
+        text = torch.arange(done, start)
+        parts.append((text, text, torch.full_like(text, number)))
+        if end > start:
+            picture = torch.arange(end - kept, end)
+            parts.append((torch.full_like(picture, end - 1), picture, torch.full_like(picture, number + 1)))
+        done = end
+    source, places, pictures = (torch.cat(each).to(is_image.device) for each in zip(*parts, strict=True))
+    return QueryRows(source, places, pictures, runs)

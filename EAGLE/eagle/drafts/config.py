@@ -27,13 +27,16 @@ DRAFT_VOCAB_FILE = "head_tokens.safetensors"
 """The file beside a draft with its trimmed vocabulary."""
 BLOCK = "block"
 """The section of ``config.json`` that only block heads have."""
+VISPEC = "vispec"
+"""The section of ``config.json`` of ViSpec heads that were trained here."""
+COMPRESSOR_BIAS = "imadpt.k_proj.bias"
 Size = Annotated[int, Field(ge=1)]
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 """Keys that every draft's config has."""
 KNOWN_KEYS = (
     *SIZES, "model_type", "num_key_value_heads", "head_dim", "num_hidden_layers", "rms_norm_eps", "rope_theta",
     "rope_scaling", "rope_parameters", "partial_rotary_factor", "hidden_act", "hidden_activation", "bias",
-    "text_config", "msd", BLOCK,
+    "text_config", "msd", BLOCK, VISPEC, "qkv_bias",
 )  # fmt: skip
 ROPE_KEYS = ("type", "rope_type", "rope_theta", "mrope_section", "mrope_interleaved", "partial_rotary_factor")
 UNUSED_ROPE_KEYS = (
@@ -239,6 +242,69 @@ class BlockConfig(DraftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "num_hidden_layers": self.block.layers, BLOCK: asdict(self.block)}
+
+
+@strict_dataclass
+class ViSpecOptions:
+    """The ``"msd"`` section of a ViSpec head's ``config.json`` (`eagle.drafts.vispec`).
+
+    Attributes:
+        image_rows: ``compressed`` as described there; ``token`` reads the embeddings of the image ids as text, and no
+            global vector, as the published code does for LLaVA-1.5 alone.
+    """
+
+    image_rows: Literal["compressed", "token"] = "compressed"
+
+
+@strict_dataclass
+class CompressorOptions:
+    """The ``"vispec"`` section of a ViSpec head's ``config.json``. Published heads do not have it: the shape of a
+    tensor says the same.
+
+    Attributes:
+        queries: learnt ones; all of the results but one are rows of a picture.
+    """
+
+    queries: int = Field(2, ge=1, le=64)
+
+
+@strict_dataclass
+class ViSpecConfig(DraftConfig):
+    """Shape of a ViSpec head. ``compressor_bias``: whether keys and values of the compressor have one. As in the
+    published code, ``qkv_bias`` of the config is for the compressor and the layer, which has no input norm."""
+
+    image_rows: Literal["compressed", "token"] = "compressed"
+    queries: Size = 2
+    compressor_bias: bool = False
+
+    @classmethod
+    def from_dict(
+        cls, config: Mapping[str, Any], where: str | Path = "draft config", tensors: Iterable[str] | None = None
+    ) -> Self:
+        layer = {key: value for key, value in config.items() if key not in ("msd", VISPEC)}
+        if tensors is None:
+            biases = ("layers.0.self_attn.q_proj.bias", COMPRESSOR_BIAS) if config.get("qkv_bias") else ()
+            tensors = (*biases, "fc.bias") if config.get("bias", True) else biases
+        names = set(tensors)
+        own = super().from_dict(layer, where, names)
+        if own.hidden_size % own.num_attention_heads:
+            fix = "give a number of heads that divides the hidden size"
+            raise UserError(f"{own.num_attention_heads} heads for a hidden size of {own.hidden_size}", where, fix)
+        return replace(
+            own,
+            image_rows=read_strict(ViSpecOptions, config.get("msd", {}), f"{where}, section 'msd'").image_rows,
+            queries=read_strict(CompressorOptions, config.get(VISPEC, {}), f"{where}, section '{VISPEC}'").queries,
+            compressor_bias=COMPRESSOR_BIAS in names,
+        )
+
+    def training_choices(self) -> dict[str, Any]:
+        return {"image_rows": self.image_rows, "queries": self.queries}
+
+    def to_dict(self) -> dict[str, Any]:
+        out = {**super().to_dict(), "qkv_bias": self.attention_bias, VISPEC: {"queries": self.queries}}
+        if self.image_rows != ViSpecOptions().image_rows:
+            out["msd"] = {"image_rows": self.image_rows}
+        return out
 
 
 def check_objects(config: Mapping[str, Any], keys: Iterable[str], where: str | Path) -> None:

@@ -276,13 +276,19 @@ class TrainedHead(DraftHead):
     def embeds_image_ids(self) -> bool:
         """Whether image rows read the embedding of the image token's id, not the projected image feature."""
 
+    @property
+    def image_queries(self) -> int | None:
+        """The learnt queries of a head whose image rows are their results (`eagle.drafts.compression.query_rows`)."""
+        return None
+
     @abstractmethod
     def fuse(self, hidden: Tensor, next_embeds: Tensor, next_is_image: Tensor | None = None) -> Tensor:
         """Input rows of the layers, [B, S, X].
 
         Args:
             hidden: [B, S, H] predicted hidden states, or `condense` of the target's features.
-            next_embeds: [B, S, H] what stands for the next token.
+            next_embeds: [B, S, H] what stands for the next token; for a ViSpec head [B, S, 2 H], with the global
+                vector of the last picture.
             next_is_image: [B, S] bool; None if no row is an image row.
         """
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from eagle.drafts.config import DraftConfig
+from eagle.drafts.config import VISPEC, DraftConfig, ViSpecConfig
 from eagle.drafts.eagle3_config import Eagle3Config, default_layers
 from eagle.families.layers import FULL
 from eagle.families.registry import family_of
@@ -42,6 +42,16 @@ def eagle3_config_of(base: str | Path, **hub: Any) -> Eagle3Config:
     if layers is not None:
         fields["eagle_aux_hidden_state_layer_ids"] = layers
     return Eagle3Config.from_dict(fields, where=f"draft for {base}")
+
+
+def vispec_config_of(base: str | Path, **hub: Any) -> ViSpecConfig:
+    """The config of a ViSpec head in the published layout: each head has its own keys and values, and a bias if the
+    base's have one; see `draft_config_of`."""
+    family, text = text_config_of(base, **hub)
+    fields = {**draft_fields(family, text), "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    fields |= {"num_key_value_heads": text.num_attention_heads, "qkv_bias": "qwen2" in text.model_type, VISPEC: {}}
+    layout = {key: value for key, value in fields.items() if key not in ("head_dim", "rope_scaling")}
+    return ViSpecConfig.from_dict(layout, where=f"draft for {base}")
 
 
 def eagle3_layers(count: int) -> tuple[int, ...]:

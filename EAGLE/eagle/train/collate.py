@@ -29,13 +29,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from eagle.drafts.compression import Compression
+from eagle.drafts.compression import Compression, query_rows
 from eagle.drafts.positions import mrope_positions
 from eagle.hidden_states.quantise import dequantise
 from llava.errors import UserError
@@ -52,10 +52,14 @@ class Batch:
 
     ``input_ids`` [B, S] (0 at padding, and at image tokens unless the draft reads their ids); ``image_mask`` [B, S];
     ``image_features`` [I, H] of all samples in order; ``hidden`` [B, S, H] true states; ``loss_mask`` [B, S-1] rows in
-    the loss; ``positions`` [3, B, S] M-RoPE positions (0 at padding), None for plain ones; ``streams`` [B, S, n * H]
+    the loss; ``positions`` [3, B, S] M-RoPE positions, or those that compressed pictures leave (0 at padding), None for
+    plain numbers from 0; ``streams`` [B, S, n * H]
     those that enter chosen layers, None if the draft does not read them. ``hidden_scale`` [B, S] of 8-bit states, which
     `to` turns into 16-bit ones on the device; None for others. ``noise`` its strength, ``seeds`` one for each sample,
     and ``lengths`` the rows of each.
+
+    For a head with learnt queries (`queried`): ``pictures`` [B, S] the number of the last picture up to a token, from 1
+    in all samples, 0 for none; ``runs`` the number of features of each picture.
     """
 
     input_ids: Tensor
@@ -69,6 +73,8 @@ class Batch:
     noise: float = 0.0
     seeds: Sequence[int] = ()
     lengths: Sequence[int] = ()
+    pictures: Tensor | None = None
+    runs: Sequence[int] = ()
 
     @property
     def features(self) -> Tensor:
@@ -124,6 +130,27 @@ def add_noise(hidden: Tensor, strength: float, seed: int) -> Tensor:
     return (hidden.float() + (uniform - 0.5) * (strength * 512 / hidden.shape[0])).to(hidden.dtype)
 
 
+class Piece(NamedTuple):
+    """A sample with the rows that the draft reads. ``positions`` [3, S] as of a `Batch`; ``pictures`` [S] and ``runs``
+    too, of this sample alone."""
+
+    sample: Sample | DiskSample
+    positions: Tensor | None = None
+    pictures: Tensor | None = None
+    runs: Sequence[int] = ()
+
+    def length(self, most: int) -> int:
+        """The number of tokens that are kept of it, without a part of a picture's rows."""
+        mask, length = self.sample.image_mask, min(len(self.sample.input_ids), most)
+        while self.pictures is not None and 1 < length < len(mask) and mask[length - 1] and mask[length]:
+            length -= 1
+        return length
+
+    def runs_of(self, length: int) -> Sequence[int]:
+        """The pictures of the first ``length`` tokens."""
+        return self.runs if self.pictures is None else self.runs[: int(self.pictures[length - 1])]
+
+
 def compressed(
     sample: Sample, compression: Compression, position_ids: Tensor | None = None
 ) -> tuple[Sample, Tensor | None]:
@@ -168,6 +195,28 @@ def compressed(
     return shorter, position_ids
 
 
+def queried(sample: Sample, queries: int) -> Piece:
+    """The sample with the rows that a head with learnt queries makes (`eagle.drafts.compression.query_rows`), as
+    `compressed` numbers them. Its image features are all those of the pictures."""
+    rows = sample.image_mask[1:]
+    plan = query_rows(rows, queries)
+
+    def tokens(values: Tensor) -> Tensor:  # [S, ...] → [S', ...]
+        return torch.cat([values[:1], values[1:][plan.source]])
+
+    shorter = replace(
+        sample,
+        input_ids=tokens(sample.input_ids),
+        loss_mask=tokens(sample.loss_mask),
+        image_mask=tokens(sample.image_mask),
+        hidden=torch.cat([sample.hidden[:-1][plan.source], sample.hidden[-1:]]),
+        image_features=sample.image_features[int(sample.image_mask[0]) :],  # the first token is in no row
+    )
+    positions = torch.cat([plan.places, torch.tensor([len(rows)])]).expand(3, -1)
+    pictures = torch.cat([torch.zeros(1, dtype=torch.long), plan.pictures])
+    return Piece(shorter, positions, pictures, [end - start for start, end in plan.runs])
+
+
 def collate(
     samples: Sequence[Sample | DiskSample],
     vocab_size: int,
@@ -178,6 +227,7 @@ def collate(
     positions: str = "plain",
     pin_memory: bool = False,
     image_ids: bool = False,
+    queries: int | None = None,
 ) -> Batch:
     """Pads samples into a `Batch`. States that are still on disk are read to their place in it, in 8 bit if all samples
     are stored so.
@@ -190,32 +240,44 @@ def collate(
         positions: the draft's kind (`DraftOptions`).
         pin_memory: whether the batch is made in pinned memory.
         image_ids: whether to keep the ids of image tokens.
+        queries: learnt ones of a head whose image rows are their results; None for other heads.
 
     Raises:
         UserError: a token id is outside the vocabulary, or M-RoPE positions need grids that the sample does not have.
     """
     for sample in samples:
         check_token_ids(sample, vocab_size, image_ids)
-    pairs: list[tuple[Sample | DiskSample, Tensor | None]] = []
+    pieces: list[Piece] = []
     for sample in samples:
         own = sample_positions(sample) if positions != "plain" else None
-        pairs.append((sample, own) if compression.tokens is None else compressed(sample.load(), compression, own))
-    lengths = [min(sample.input_ids.shape[0], max_length) for sample, _ in pairs]
-    images = [int(sample.image_mask[:length].sum()) for (sample, _), length in zip(pairs, lengths, strict=True)]
+        if queries is not None:
+            pieces.append(queried(sample.load(), queries))
+        elif compression.tokens is None:
+            pieces.append(Piece(sample, own))
+        else:
+            pieces.append(Piece(*compressed(sample.load(), compression, own)))
+    lengths = [piece.length(max_length) for piece in pieces]
+    runs = [piece.runs_of(length) for piece, length in zip(pieces, lengths, strict=True)]
+    images = [
+        int(piece.sample.image_mask[:length].sum()) if queries is None else sum(own_runs)
+        for piece, length, own_runs in zip(pieces, lengths, runs, strict=True)
+    ]
     size = (len(samples), max(3, *lengths))
     ids, image = torch.zeros(size, dtype=torch.long), torch.zeros(size, dtype=torch.bool)
     loss_mask = torch.zeros(size[0], size[1] - 1, dtype=torch.bool)
     width, dtype = samples[0].width, samples[0].dtype
-    scaled = all(sample.hidden_scale is not None for sample, _ in pairs)
+    scaled = all(piece.sample.hidden_scale is not None for piece in pieces)
     hidden = buffer((*size, width), torch.int8 if scaled else dtype, pin_memory)
     features = buffer((sum(images), width), dtype, pin_memory)
     scale = torch.zeros(size) if scaled else None
     kind = torch.long if compression.tokens is None else torch.float32  # merged rows stand at means
-    position_ids = torch.zeros(3, *size, dtype=kind) if positions != "plain" else None
+    given = positions != "plain" or queries is not None
+    position_ids = torch.zeros(3, *size, dtype=kind) if given else None
+    pictures = None if queries is None else torch.zeros(size, dtype=torch.long)
     shape = samples[0].streams_shape
     streams = None if shape is None else buffer((*size, shape[0]), shape[1], pin_memory)
     parts = features.split(images)
-    for row, ((sample, own), length) in enumerate(zip(pairs, lengths, strict=True)):
+    for row, ((sample, own, numbers, _), length) in enumerate(zip(pieces, lengths, strict=True)):
         mask = sample.image_mask[:length]
         kept = sample.input_ids[:length]
         ids[row, :length] = kept if image_ids else kept.masked_fill(mask, 0)
@@ -230,8 +292,11 @@ def collate(
         sample.features_into(parts[row])
         if position_ids is not None and own is not None:
             position_ids[:, row, :length] = own[:, :length]
+        if pictures is not None and numbers is not None:
+            before = sum(len(each) for each in runs[:row])
+            pictures[row, :length] = numbers[:length] + before * (numbers[:length] > 0)
     known = (ids, image, features, hidden, loss_mask, position_ids, streams, scale)
-    batch = Batch(*known, noise, tuple(seeds), tuple(lengths))
+    batch = Batch(*known, noise, tuple(seeds), tuple(lengths), pictures, sum(map(tuple, runs), ()))
     return batch.pin_memory() if pin_memory else batch
 
 

@@ -187,6 +187,7 @@ def batches(
     compression: Compression = NO_COMPRESSION,
     positions: str = "plain",
     image_ids: bool = False,
+    queries: int | None = None,
     workers: int = 0,
     pin_memory: bool = False,
     read: Read | None = None,
@@ -205,7 +206,8 @@ def batches(
         return found, seeds
 
     def join(found: Sequence[Any], seeds: Sequence[int]) -> Batch:
-        return collate(found, vocab_size, max_length, noise, seeds, compression, positions, pin_memory, image_ids)
+        settings = (compression, positions, pin_memory, image_ids, queries)
+        return collate(found, vocab_size, max_length, noise, seeds, *settings)
 
     threads = workers or (WORKERS if pin_memory else 1)
     if read is None:

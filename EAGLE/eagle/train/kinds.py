@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from eagle.drafts.block import BlockDraft
-from eagle.drafts.config import BlockConfig, DraftConfig
+from eagle.drafts.config import BlockConfig, DraftConfig, ViSpecConfig
 from eagle.drafts.eagle3 import Eagle3Draft
 from eagle.drafts.eagle3_config import Eagle3Config
 from eagle.drafts.msd import DraftModel
+from eagle.drafts.vispec import ViSpecDraft
 from eagle.train.block import BlockObjective
 from eagle.train.eagle3 import Eagle3Objective
 from eagle.train.loss import DraftObjective
 from eagle.train.objective import Objective
+from eagle.train.vispec import ViSpecObjective
 
 
 class Kind(NamedTuple):
@@ -26,4 +28,5 @@ KINDS: dict[type, Kind] = {
     DraftConfig: Kind(DraftModel, DraftObjective),
     BlockConfig: Kind(BlockDraft, BlockObjective),
     Eagle3Config: Kind(Eagle3Draft, Eagle3Objective),
+    ViSpecConfig: Kind(ViSpecDraft, ViSpecObjective),
 }

@@ -1,6 +1,7 @@
 """The draft's loss: SmoothL1 on hidden states plus soft cross-entropy on the target's ``lm_head`` of them.
 
-`DraftObjective` trains MSD drafts with it; EAGLE-3 heads have an ``lm_head`` of their own, which is trained too.
+`DraftObjective` trains MSD drafts with it, `eagle.train.vispec` ViSpec heads. EAGLE-3 heads have an ``lm_head`` of
+their own, which is trained too.
 
 Notation: N rows that count, H hidden size, V vocabulary, K the draft's. Full logits [N, V] never exist: the rows of
 all rollout steps go through ``lm_head`` in chunks, and a chunk's gradients are computed with its loss. Only they are
@@ -21,7 +22,7 @@ from eagle.drafts.modules import capped
 from eagle.drafts.msd import DraftModel
 from eagle.families.base_weights import BaseTensors
 from eagle.train.collate import Batch
-from eagle.train.objective import TOP, Losses, Objective, best_tokens, cast_once
+from eagle.train.objective import TOP, Head, Losses, Objective, best_tokens, cast_once
 from eagle.train.settings import TrainConfig
 from llava.errors import UserError
 
@@ -165,11 +166,12 @@ def draft_loss(
     return Losses(total / (divisor * sum(shares)), hidden, token, hits[:first].sum(dim=0), rows)
 
 
-class DraftObjective(Objective[DraftModel]):
-    """Trains an MSD draft. ``draft.embed_tokens`` is the base's table and frozen."""
+class StateObjective(Objective[Head]):
+    """Trains a draft that predicts the target's hidden states. Its ``embed_tokens`` is the base's table and frozen."""
 
-    def __init__(self, draft: DraftModel, base: BaseTensors, config: TrainConfig) -> None:
+    def __init__(self, draft: Head, base: BaseTensors, config: TrainConfig) -> None:
         super().__init__(draft, base, config)
+        assert draft.embed_tokens is not None
         with torch.no_grad():
             draft.embed_tokens.weight.copy_(base.embed)
         draft.embed_tokens.requires_grad_(False)
@@ -179,7 +181,7 @@ class DraftObjective(Objective[DraftModel]):
         check_base(draft, base)
 
     def embeds(self, batch: Batch) -> Tensor:
-        embeds = self.draft.embed_tokens(batch.input_ids)
+        embeds = self.draft.embed(batch.input_ids)
         return embeds.masked_scatter(batch.image_mask.unsqueeze(-1), batch.image_features.to(embeds.dtype))
 
     def loss(self, predicted: Sequence[Tensor], target: Sequence[Tensor]) -> Losses:
@@ -187,6 +189,10 @@ class DraftObjective(Objective[DraftModel]):
 
     def drafted(self, predicted: Tensor) -> Tensor:
         return best_tokens(predicted, self.head, self.config.head_chunk)
+
+
+class DraftObjective(StateObjective[DraftModel]):
+    """Trains an MSD draft."""
 
 
 def loss_settings(config: TrainConfig) -> dict[str, Any]:

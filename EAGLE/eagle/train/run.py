@@ -222,7 +222,7 @@ def build_objective(
 
 FROM_CHECKPOINT = (
     "model_type", "input_layernorm", "attention_bias", "output_bias", "fc_bias", "query_norm", "own_embedding",
-    "options", "head_tokens",
+    "options", "head_tokens", "compressor_bias",
 )  # fmt: skip
 """Fields that follow a draft's tensors and files; options are compared one by one."""
 

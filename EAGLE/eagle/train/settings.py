@@ -18,7 +18,7 @@ from pydantic import Field
 from pydantic.fields import FieldInfo
 
 from eagle.arguments import DTYPES, NO_SELF_CHECK, positive
-from eagle.drafts.config import BLOCK, BlockConfig, DraftConfig
+from eagle.drafts.config import BLOCK, VISPEC, BlockConfig, DraftConfig, ViSpecConfig
 from eagle.drafts.eagle3_config import Eagle3Config, is_eagle3_config
 from eagle.families import TRAINING_NAMES
 from llava.errors import UserError
@@ -26,12 +26,14 @@ from llava.files import read_json
 from llava.strict import read_strict, strict_dataclass
 
 SECTION = "train"
-SECTIONS = (SECTION, "msd", BLOCK)
+SECTIONS = (SECTION, "msd", BLOCK, VISPEC)
 AUTO = "auto"
-DRAFT_KINDS = ("msd", "eagle3", "block")
+DRAFT_KINDS = ("msd", "eagle3", "block", "vispec")
 DRAFT_POSITIONS = ("plain", "temporal", "mrope")
 EAGLE3_RECIPE: dict[str, Any] = {"rollout_steps": 7, "hidden_weight": 0.0, "token_weight": 1.0, "noise": 0.0}
 """Defaults of a run that trains an EAGLE-3 head (arXiv 2503.01840), where they differ."""
+VISPEC_RECIPE: dict[str, Any] = {"rollout_steps": 2, "rollout_decay": 1.0, "image_start": 1.0}
+"""Defaults of a run that trains a ViSpec head (arXiv 2509.15235), where they differ."""
 AnyDraft = TypeVar("AnyDraft", bound=DraftConfig | Eagle3Config)
 TRACKERS = ("tensorboard", "wandb", "none")
 IMAGE_FOLDER = Path("image_data")
@@ -132,9 +134,10 @@ def read_config(
         UserError: the file cannot be read, or a key or value is wrong; an unknown key names the nearest known one.
     """
     if str(path) == AUTO and base is not None:
-        from eagle.families.draft_config import draft_config_of, eagle3_config_of  # imports torch
+        from eagle.families.draft_config import draft_config_of, eagle3_config_of, vispec_config_of  # imports torch
 
-        made: DraftConfig | Eagle3Config = eagle3_config_of(base) if kind == "eagle3" else draft_config_of(base)
+        makers: dict[str | None, Any] = {"eagle3": eagle3_config_of, "vispec": vispec_config_of}
+        made: DraftConfig | Eagle3Config = makers.get(kind, draft_config_of)(base)
         options = {} if positions is None else {"msd": {"positions": positions}}
         kind_of_draft = BlockConfig if kind == "block" else type(made)
         made = kind_of_draft.from_dict({**made.published, **options}, where=f"draft for {base}")
@@ -149,10 +152,17 @@ def read_config(
     reject_misplaced(content, path)
     draft = {key: value for key, value in content.items() if key != SECTION}
     eagle3 = is_eagle3_config(draft)
-    kind_of_config = Eagle3Config if eagle3 else BlockConfig if BLOCK in draft else DraftConfig
+    if eagle3 + (BLOCK in draft) + (VISPEC in draft) > 1:
+        fix = f"leave out all but one of the keys of an EAGLE-3 head and the sections '{BLOCK}' and '{VISPEC}'"
+        raise UserError("a config of two kinds of heads", path, fix)
+    with_section = BlockConfig if BLOCK in draft else ViSpecConfig if VISPEC in draft else DraftConfig
+    kind_of_config = Eagle3Config if eagle3 else with_section
     read = kind_of_config.from_dict(draft, where=path)
-    if kind_of_config is DraftConfig and (layers := draft.get("num_hidden_layers")) not in (None, 1):
-        raise UserError(f"num_hidden_layers={layers!r}", path, "give 1: an MSD draft has one layer")
+    one_layer = kind_of_config in (DraftConfig, ViSpecConfig)
+    if one_layer and (layers := draft.get("num_hidden_layers")) not in (None, 1):
+        raise UserError(
+            f"num_hidden_layers={layers!r}", path, "give 1: an MSD draft has one layer, and a ViSpec head too"
+        )
     section = {**recipe_of(read), **content.get(SECTION, {})}
     return read, read_strict(TrainConfig, section, f"{path}, section '{SECTION}'")
 
@@ -161,6 +171,8 @@ def recipe_of(draft: DraftConfig | Eagle3Config) -> dict[str, Any]:
     """The defaults of a kind of drafts, where they differ."""
     if isinstance(draft, Eagle3Config):
         return EAGLE3_RECIPE
+    if isinstance(draft, ViSpecConfig):
+        return VISPEC_RECIPE
     if not isinstance(draft, BlockConfig):
         return {}
     size = draft.block.size

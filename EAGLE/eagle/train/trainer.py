@@ -79,6 +79,7 @@ class Trainer:
             compression=draft.compression or NO_COMPRESSION,
             positions=draft.positions,
             image_ids=draft.embeds_image_ids,
+            queries=draft.image_queries,
             workers=self.config.workers,
             pin_memory=self.engine.device.type == "cuda",
             read=self.data.read,

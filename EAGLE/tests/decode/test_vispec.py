@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -23,7 +24,6 @@ from eagle.decode.drafter import Drafter
 from eagle.decode.tree import leaf_paths, select_nodes
 from eagle.doctor.models import check_draft
 from eagle.drafts.checkpoint import load_draft
-from eagle.drafts.vispec import ViSpecOptions
 from eagle.families import load_target
 from llava import UserError
 
@@ -106,11 +106,12 @@ def test_image_ids_as_text(published, case):
     """What the published code does for LLaVA-1.5."""
     if "vispec_as_released.chain_ids" not in case.values:
         pytest.skip("no pictures")
-    own, published.draft.options = published.draft.options, ViSpecOptions(image_rows="token")
+    own = published.draft.config
+    published.draft.config = replace(own, image_rows="token")
     try:
         chain = started(published, case, CHAIN, []).expand(CHAIN).of(0)
     finally:
-        published.draft.options = own
+        published.draft.config = own
     assert chain.tokens.tolist() == case.values["vispec_as_released.chain_ids"].tolist()
     close(chain.scores.diff(prepend=torch.zeros(1)), case.values["vispec_as_released.chain_logprobs"])
 

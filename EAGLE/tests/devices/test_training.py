@@ -18,7 +18,7 @@ from eagle.train.engine import PlainEngine
 from eagle.train.trainer import Trainer
 from llava.errors import run_cli
 
-from ..train.online_support import Case
+from ..train.online_support import Case, ViSpecCase
 from .conftest import GPU
 
 ONE_STEP = ["--max-steps", "1", "--validate-every", "1", "--validation-limit", "2", "--rollout-steps", "2"]
@@ -26,7 +26,8 @@ ONE_STEP = ["--max-steps", "1", "--validate-every", "1", "--validation-limit", "
 
 @pytest.fixture
 def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
-    made = Case(request.param, tmp_path)
+    family, *kind = request.param.split()
+    made = (ViSpecCase if kind else Case)(family, tmp_path)
     made.allocate()
     return made
 
@@ -39,7 +40,9 @@ def load_on_gpu(*args: Any, device_map: Any, **kwargs: Any) -> Target:
     return target
 
 
-@pytest.mark.parametrize(("case", "how"), [("llava", "stored"), ("qwen2_vl", "online")], indirect=["case"])
+@pytest.mark.parametrize(
+    ("case", "how"), [("llava", "stored"), ("qwen2_vl", "online"), ("qwen2_vl ViSpec", "stored")], indirect=["case"]
+)
 def test_one_step(case: Case, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     """Losses and validation are the CPU's; the draft that is saved can be loaded without a GPU."""
     flags, devices = [*getattr(case, how), *ONE_STEP], []

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_assistant import make_assistant
 from tiny_draft import make_draft
 from tiny_eagle3 import make_eagle3
-from tiny_families import make_qwen3_vl
+from tiny_families import make_gemma4, make_qwen3_vl
 from tiny_vispec import make_vispec
 
 from eagle.doctor.models import check_base, check_draft, check_pair
@@ -207,8 +208,18 @@ def test_what_push_writes_is_the_head_and_its_card(tmp_path, target, layout):
     assert all(torch.equal(tensor, read.state_dict()[name]) for name, tensor in written.state_dict().items())
     card = (out / "README.md").read_text()
     assert "speculative decoding (EAGLE-3) of owner/base" in card and "- eagle-3" in card
-    with pytest.raises(UserError, match="not ViSpec heads"):
-        write_release(make_vispec(tmp_path / "vispec", target), tmp_path / "other", "owner/name")
+
+
+def test_push_takes_heads_that_are_trained_here(tmp_path, target):
+    folder = make_vispec(tmp_path / "vispec", target)
+    out = write_release(folder, tmp_path / "out", "owner/name", base_model="owner/base")
+    read, written = load_draft(folder), load_draft(out)
+    assert written.config == read.config
+    assert all(torch.equal(tensor, read.state_dict()[name]) for name, tensor in written.state_dict().items())
+    assert "speculative decoding (ViSpec) of owner/base" in (out / "README.md").read_text()
+    assistant = make_assistant(make_gemma4(tmp_path / "base"), tmp_path / "assistant")
+    with pytest.raises(UserError, match="msd push takes heads that are trained here, not Gemma 4"):
+        write_release(assistant, tmp_path / "other", "owner/name")
 
 
 @pytest.mark.parametrize("layout", ["flat", "speculators"])

@@ -10,6 +10,7 @@ from corpus_support import turns
 from tiny_llava import make_image, make_liuhaotian
 from tiny_stock import make_qwen
 
+from eagle.families.draft_config import vispec_config_of
 from eagle.ge_data import allocation
 from llava.errors import run_cli
 
@@ -92,3 +93,15 @@ class Case:
 
     def curve(self, cpdir: str) -> list[float]:
         return [row["loss"] for row in self.history(cpdir)["steps"]]
+
+
+class ViSpecCase(Case):
+    """Training of a ViSpec head by the command."""
+
+    def _write_configs(self) -> None:
+        super()._write_configs()
+        config = json.loads((self.folder / "draft.json").read_text())
+        head = {**vispec_config_of(self.base).to_dict(), "vispec": {"queries": 3}}
+        train = {"epochs": 4, "learning_rate": 1e-3, "log_every": 1, "simulated_depth": 2, "save_every": 2}
+        train |= {key: config["train"][key] for key in ("validation_share", "max_length")}
+        (self.folder / "draft.json").write_text(json.dumps({**head, "train": train}))
