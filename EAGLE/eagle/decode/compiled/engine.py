@@ -104,7 +104,7 @@ class Compiler:
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The compiled ``function``. Its results stay valid after the next call."""
-        compiled = self._compile(function)
+        compiled = self._compile(own_code(function))
         if not self.graphs:
             return compiled
 
