@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,7 @@ from typing import Any
 from eagle.arguments import positive
 from eagle.train.settings import find_config
 from experiments.common import caption
-from experiments.training_study import claim, config_of, plan, spread, write_questions
+from experiments.training_study import DEEPSPEED, claim, config_of, plan, spread, write_questions
 from llava.arguments import OneLineParser
 from llava.errors import UserError, run_cli
 from llava.files import read_json
@@ -46,12 +47,14 @@ MIX = {"text_share": 0.0, "image_start": 0.7, "image_end": 0.7}
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of draft. ``head``: its ``--draft-kind`` in training. ``sections``: of its training config."""
+    """A kind of draft. ``head``: its ``--draft-kind`` in training. ``sections``: further keys of its training config;
+    ``train``: of the section "train"."""
 
     name: str
     what: str
     head: str
-    sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    sections: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)
 
 
 KINDS = (
@@ -75,25 +78,25 @@ def choose(names: Sequence[str]) -> list[Kind]:
 
 
 @dataclass(frozen=True)
-class Study:
-    """Of one pair. ``folder``: of its results; ``states``: with ``hidden_t`` and ``hidden_v``; ``config``: the shipped
-    training config; ``steps``: of every training, ``epochs`` whole ones."""
+class Study(ABC):
+    """Kinds of drafts of one base. ``folder``: of the results; ``data``: the folder of hidden states of each set,
+    "text" and "image"; ``deepspeed``: the config with the batch sizes; ``config``: a training config of MSD;
+    ``kinds``: all that are compared."""
 
     folder: Path
     base: str
-    states: Path
+    data: Mapping[str, Path]
+    deepspeed: str
     config: dict[str, Any]
-    epochs: int
-    steps: int
-    questions: Path
-    tokens: int
+    kinds: Sequence[Kind]
 
+    @abstractmethod
     def shared(self, seed: int) -> dict[str, Any]:
         """Training settings of all kinds."""
-        return {
-            **MIX, "epochs": self.epochs, "seed": seed, "save_every": max(1, self.steps // CHECKPOINTS),
-            "keep_last": self.steps, "validate_every": self.steps, "validation_limit": 24, "log_every": 5,
-        }  # fmt: skip
+
+    @abstractmethod
+    def epochs_of(self, kind: Kind) -> int:
+        """The length of a training."""
 
     def cell(self, kind: Kind, seed: int) -> Path:
         """The folder of a training."""
@@ -102,6 +105,40 @@ class Study:
     @property
     def cost(self) -> Path:
         return self.folder / "cost.json"
+
+    def costs(self) -> dict[str, float]:
+        """Seconds of a training step of each kind that was measured."""
+        return read_json(self.cost, "costs of a step")["seconds"] if self.cost.is_file() else {}
+
+    def cost_of(self, kind: Kind) -> float:
+        """Seconds of a training step.
+
+        Raises:
+            UserError: they are not measured.
+        """
+        if (found := self.costs().get(kind.name)) is None:
+            fix = "run the part 'cost' first"
+            raise UserError(f"the cost of a step of {kind.name} is not measured", where=self.cost, fix=fix)
+        return found
+
+
+@dataclass(frozen=True)
+class PocketStudy(Study):
+    """Of one pocket pair. ``steps``: of every training, ``epochs`` whole ones; ``tokens``: of an answer at most."""
+
+    epochs: int
+    steps: int
+    questions: Path
+    tokens: int
+
+    def shared(self, seed: int) -> dict[str, Any]:
+        return {
+            **MIX, "seed": seed, "save_every": max(1, self.steps // CHECKPOINTS), "keep_last": self.steps,
+            "validate_every": self.steps, "validation_limit": 24, "log_every": 5,
+        }  # fmt: skip
+
+    def epochs_of(self, kind: Kind) -> int:
+        return self.epochs
 
     def evaluation(self, seed: int) -> Path:
         return self.folder / f"evaluation-seed{seed}.json"
@@ -152,7 +189,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def prepare(options: argparse.Namespace) -> Study:
+def prepare(options: argparse.Namespace) -> PocketStudy:
     """Reads the hidden states' sizes, and claims the pair's folder for these settings."""
     if options.hidden is None:
         raise UserError("no hidden states", where="--hidden", fix="name their folder; --help has the command")
@@ -164,7 +201,8 @@ def prepare(options: argparse.Namespace) -> Study:
                 "questions": options.questions, "max_new_tokens": options.max_new_tokens}  # fmt: skip
     claim(folder, settings)
     questions = write_questions(options.questions, folder / "questions.jsonl")
-    return Study(folder, base, options.hidden, config, epochs, steps, questions, options.max_new_tokens)
+    data = {"text": options.hidden / "hidden_t", "image": options.hidden / "hidden_v"}
+    return PocketStudy(folder, base, data, DEEPSPEED, config, KINDS, epochs, steps, questions, options.max_new_tokens)
 
 
 Row = Mapping[str, Any]
@@ -219,15 +257,17 @@ def rows_of(folder: Path, cells: Sequence[Row], equal: str) -> list[Row]:
     return rows
 
 
-def table(rows: Sequence[Row]) -> str:
-    """One line for each kind: mean over seeds, and their range."""
-    head = ["draft", "seeds", *COLUMNS, "equal answers"]
-    lines = [f"| {' | '.join(head)} |", f"|---|---|{'---:|' * (len(COLUMNS) + 1)}"]
+def table(rows: Sequence[Row], columns: Mapping[str, tuple[str, int]] = COLUMNS) -> str:
+    """One line for each kind: mean over seeds, and their range; with the equal answers if there are any figures of
+    them."""
+    titles = [*columns, "equal answers"] if any("identical" in row for row in rows) else [*columns]
+    lines = [f"| {' | '.join(['draft', 'seeds', *titles])} |", f"|---|---|{'---:|' * len(titles)}"]
     for kind in dict.fromkeys(row["kind"] for row in rows):
         own = [row for row in rows if row["kind"] == kind]
-        values = [spread([row.get(key) for row in own], digits) for key, digits in COLUMNS.values()]
+        values = [spread([row.get(key) for row in own], digits) for key, digits in columns.values()]
         answers = ", ".join(f"{row['identical']} of {row['answers']}" for row in own if "identical" in row)
-        lines.append(f"| {' | '.join([kind, ', '.join(str(row['seed']) for row in own), *values, answers])} |")
+        cells = [kind, ", ".join(str(row["seed"]) for row in own), *values, answers]
+        lines.append(f"| {' | '.join(cells[: 2 + len(titles)])} |")
     return "\n".join(lines)
 
 

@@ -19,6 +19,8 @@ MODULES = {
     "llava.chat": ("--imgae_file", "--image-file"),
     "eagle.ge_data.convert": ("--ouput", "--output"),
     "eagle.ge_data.allocation": ("--json_data", "--json_data_path"),
+    "eagle.ge_data.export_questions": ("--reqeusts", "--requests"),
+    "eagle.ge_data.import_answers": ("--anwsers", "--answers"),
     "eagle.ge_data.vocabulary": ("--szie", "--size"),
     "eagle.ge_data.inspect": ("--smaple", "--sample"),
     "eagle.ge_data.download.__main__": ("--chek", "--check"),

@@ -39,7 +39,9 @@ OTHER_MEDIA = ("video", "videos", "audio", "audios")
 """Keys of inputs that the training templates do not write."""
 KNOWN_KEYS = frozenset(("id", "system", *TURN_KEYS, *IMAGE_KEYS, *OTHER_MEDIA, "model", "source"))
 """Keys of a record; the last two say where it comes from."""
-TURN_FIELDS = ("from", "value", "role", "content")
+CUT = "cut"
+"""Key of an answer that ends at a limit of length, without an end token."""
+TURN_FIELDS = ("from", "value", "role", "content", CUT)
 TOOLS = ("tool_calls", "function_call")
 """Keys of a turn that calls tools."""
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -53,6 +55,7 @@ MAX_UNKNOWN, MAX_NAMED = 1000, 8
 REASONS = {
     "no_conversation": "the record has no list of turns, or two of them, or a turn without a known speaker and a text",
     "two_values": "a turn has both from and role, or both value and content, and they differ",
+    "cut": f"a turn's mark '{CUT}' is neither true nor false, or stands at a question",
     "tools": "a turn calls tools, which the training templates do not write",
     "id": f"the record's id is neither an integer nor a text of at most {MAX_ID} characters",
     "system": "the record's system prompt is not a text, or it has two of them",
@@ -91,12 +94,13 @@ class Unusable(Exception):
 @dataclass(frozen=True)
 class Conversation:
     """Turns (question, answer). ``images``: names of the pictures, in the order of the marks; ``system``: None where
-    the record has no system prompt."""
+    the record has no system prompt; ``cut``: numbers of the turns whose answer ends without an end token."""
 
     id: str
     turns: tuple[tuple[str, str], ...]
     images: tuple[str, ...] = ()
     system: str | None = None
+    cut: frozenset[int] = frozenset()
 
 
 def count_unknown_keys(record: Mapping[str, Any], counts: Counter[str]) -> None:
@@ -178,6 +182,8 @@ def check_turn(turn: Any) -> None:
         return
     if any(turn.get(key) for key in TOOLS):
         raise Unusable("tools")
+    if not isinstance(turn.get(CUT), bool | None):
+        raise Unusable("cut")
     speakers = [turn[key] for key in ("from", "role") if turn.get(key) is not None]
     speakers = [ROLES.get(each, each) if isinstance(each, str) else each for each in speakers]
     contents = [turn[key] for key in ("value", "content") if turn.get(key) is not None]
@@ -277,10 +283,12 @@ def read_conversation(record: Mapping[str, Any], number: int, keep_answers: bool
     while turns and turns[0][0] == ASSISTANT:
         turns = turns[1:]
     if turns and turns[-1][0] == USER:
-        turns = turns[:-1] if keep_answers else [*turns, (ASSISTANT, "")]
-    if len(turns) % 2 or any(role != (USER, ASSISTANT)[place % 2] for place, (role, _) in enumerate(turns)):
+        turns = turns[:-1] if keep_answers else [*turns, (ASSISTANT, "", False)]
+    if len(turns) % 2 or any(role != (USER, ASSISTANT)[place % 2] for place, (role, _, _) in enumerate(turns)):
         raise Unusable("not_alternating")
-    texts = [text if keep_answers or role == USER else "" for role, text in turns]
+    if any(cut for role, _, cut in turns if role == USER):
+        raise Unusable("cut")
+    texts = [text if keep_answers or role == USER else "" for role, text, _ in turns]
     pairs = tuple(zip(texts[::2], texts[1::2], strict=True))
     no_answer = keep_answers and not any(answer.strip() for _, answer in pairs)
     if not pairs or no_answer or not all(question.strip() for question, _ in pairs):
@@ -289,14 +297,16 @@ def read_conversation(record: Mapping[str, Any], number: int, keep_answers: bool
         raise Unusable("text")
     images = image_names(record)
     _check_marks(texts, len(images))
-    return Conversation(name, pairs, images, system)
+    cut = frozenset(place // 2 for place, (_, _, is_cut) in enumerate(turns) if is_cut and keep_answers)
+    return Conversation(name, pairs, images, system, cut)
 
 
-def _parse_turns(turns: Sequence[Any] | None) -> tuple[str | None, list[tuple[str, str]]]:
-    """(system prompt, [(USER or ASSISTANT, text)])."""
+def _parse_turns(turns: Sequence[Any] | None) -> tuple[str | None, list[tuple[str, str, bool]]]:
+    """(system prompt, [(USER or ASSISTANT, text, whether it is cut)])."""
     if turns is None:
         raise Unusable("no_conversation")
-    system, parsed = None, []
+    system: str | None = None
+    parsed: list[tuple[str, str, bool]] = []
     for turn in turns:
         check_turn(turn)
         speaker, content = speaker_and_content(turn)
@@ -304,7 +314,7 @@ def _parse_turns(turns: Sequence[Any] | None) -> tuple[str | None, list[tuple[st
             raise Unusable("no_conversation")
         role, text = ROLES[speaker], text_of(content)
         if role != SYSTEM:
-            parsed.append((role, text))
+            parsed.append((role, text, bool(turn.get(CUT))))
         elif system is None and not parsed:
             system = text
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import mimetypes
 import os
 import struct
 import time
@@ -52,6 +53,12 @@ PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 """Values of a pixel, by the colour type of a PNG."""
 PART = 2**20
 """Bytes of a PNG that are unpacked at a time."""
+
+
+def data_url(path: Path) -> str:
+    """A picture's file as a ``data:`` URL."""
+    kind = mimetypes.guess_type(path.name)[0] or "image/png"
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 class PictureUnreachable(UserError):

@@ -13,9 +13,12 @@ from pydantic import Field
 from llava.errors import UserError
 from llava.strict import read_strict, strict_dataclass
 
-BATCH_NODES = {"cpu": 60, "accelerator": 128}
+BATCH_NODES = {"cpu": 60, "accelerator": 128, "large": 256}
 """Nodes of all trees of a batch that one forward verifies fast. On a CPU measured (`msd throughput`, docs/decoding.md);
-for an accelerator estimated: a forward of so many rows still mostly waits for the weights on an A100 or RTX 4090."""
+for accelerators estimated, not measured: a forward of so many rows still mostly waits for the weights on an RTX 4090,
+and on a large GPU such as an A100, H100 or H200."""
+LARGE_PROCESSORS, LARGE_MEMORY = 100, 36 * 2**30
+"""A large GPU has at least so many multiprocessors and so many bytes of memory (an A100 of 40 GB: 108 and 39.4 GiB)."""
 
 
 @strict_dataclass
@@ -76,7 +79,7 @@ class TreeConfig:
     def for_batch(self, batch: int, device: torch.device | str) -> TreeConfig:
         """The tree of each sequence if ``batch`` of them are verified in one forward. Unchanged until all trees
         together have more nodes than this tree or `BATCH_NODES`, then a share of these."""
-        most = BATCH_NODES["cpu" if torch.device(device).type == "cpu" else "accelerator"]
+        most = BATCH_NODES[device_class(device)]
         nodes = max(1, min(self.total_tokens, max(self.total_tokens, most) // batch))
         return TreeConfig(self.depth, -(-self.top_k * nodes // self.total_tokens), nodes) if batch > 1 else self
 
@@ -91,3 +94,13 @@ class TreeConfig:
         if tokens_left <= 1:
             return TreeConfig(depth=0, top_k=self.top_k, total_tokens=1)
         return replace(self, depth=min(self.depth, tokens_left - 2))
+
+
+def device_class(device: torch.device | str) -> str:
+    """The key of `BATCH_NODES` for a device. A part of a GPU (MIG) has the processors and memory of the part."""
+    kind = torch.device(device).type
+    if kind != "cuda" or not torch.cuda.is_available():
+        return "cpu" if kind == "cpu" else "accelerator"
+    about = torch.cuda.get_device_properties(device)
+    large = about.multi_processor_count >= LARGE_PROCESSORS and about.total_memory >= LARGE_MEMORY
+    return "large" if large else "accelerator"

@@ -137,14 +137,14 @@ class Template:
         """The whole prompt in parts: for each turn what is asked, and the answer.
 
         Where the template writes no end token after an answer, the tokenizer's is put there: the draft must learn
-        where an answer ends.
+        where an answer ends. The end of an answer that is cut is a part of its own, which the assistant does not say.
 
         Raises:
             Unusable: the template cannot write the conversation turn after turn.
         """
         turns: list[tuple[str, str]] = []
         segments, before = [], ""
-        for question, answer in conversation.turns:
+        for number, (question, answer) in enumerate(conversation.turns):
             question = mark_first(question)
             asked, written = self._turn(turns, question, answer, conversation.system)
             spoken, added = self._with_end(written, answer)
@@ -153,7 +153,7 @@ class Template:
                 if asked.startswith(before)
                 else self._later_question(turns, question, conversation)
             )
-            segments += [Segment(own, False), Segment(spoken + added, True)]
+            segments += [Segment(own, False), *answer_parts(spoken + added, answer, number in conversation.cut)]
             before = asked + spoken
             turns.append((question, answer))
         return segments
@@ -264,7 +264,7 @@ class Template:
         """
         pictures = self._open_pictures(conversation, image_root, max_length)
         questions = [question for question, _ in conversation.turns]
-        blank = replace(conversation, turns=tuple((question, PLACEHOLDER) for question in questions))
+        blank = replace(conversation, turns=tuple((question, PLACEHOLDER) for question in questions), cut=frozenset())
         texts: list[str] = []  # question, placeholder, its end; and so on
         for segment in self.segments(blank):
             before, found, end = segment.text.rpartition(PLACEHOLDER) if segment.is_answer else (segment.text, "", "")
@@ -299,6 +299,22 @@ class PicturesFirstTemplate(Template):
 
     def first_pictures(self, images: dict[str, Tensor], count: int) -> dict[str, Tensor]:
         return images if count else {}
+
+
+def answer_parts(spoken: str, answer: str, cut: bool) -> list[Segment]:
+    """What the assistant says, with the end token, as one part; without it if the answer is ``cut``.
+
+    >>> answer_parts("Red and</s>", "Red and", cut=True)
+    [Segment(text='Red and', is_answer=True), Segment(text='</s>', is_answer=False)]
+    """
+    if not cut:
+        return [Segment(spoken, True)]
+    if not answer.strip():
+        return [Segment(spoken, False)]
+    before, found, end = spoken.rpartition(answer.strip())
+    if not found:
+        raise Unusable("template")
+    return [Segment(before + found, True), Segment(end, False)]
 
 
 def join_images(images: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:

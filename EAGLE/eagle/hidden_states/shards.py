@@ -50,11 +50,13 @@ from eagle.hidden_states.index import (
 from eagle.hidden_states.quantise import dequantise, quantise
 from eagle.hidden_states.source import GRIDS_SINCE, INT8, SCHEMA, Source
 from eagle.hidden_states.tensor_file import DTYPES as STORED_DTYPES
-from eagle.hidden_states.tensor_file import Rows, tensor_places, write_tensors
+from eagle.hidden_states.tensor_file import Rows, read_into, tensor_places, write_tensors
 from llava.errors import UserError
 from llava.files import atomic_write
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+SMALL = {"input_ids": torch.int32, "loss_mask": torch.uint8, "image_mask": torch.uint8}
+"""Tensors of a sample that are read before its states."""
 
 __all__ = [
     "DTYPES",
@@ -364,17 +366,16 @@ class ShardReader:
         tokens, images = int(self.lengths[index]), int(self.image_lengths[index])
         start, first_image = self._token_starts[index], self._image_starts[index]
 
-        def small(name: str, dtype: torch.dtype) -> Tensor:
-            return self._rows(name, start, dtype).into(torch.empty(tokens, dtype=dtype))
-
+        small = {name: torch.empty(tokens, dtype=dtype) for name, dtype in SMALL.items()}
+        read_into(self._path, ((self._offset(name, start, part.dtype), part) for name, part in small.items()))
         states, scale = DTYPES[self._source.dtype], None
         if self._source.hidden_dtype == INT8:
             scale = self._rows("hidden_scale", start, torch.float32)
         return DiskSample(
             id=self._ids[index],
-            input_ids=small("input_ids", torch.int32).long(),
-            loss_mask=small("loss_mask", torch.uint8).bool(),
-            image_mask=small("image_mask", torch.uint8).bool(),
+            input_ids=small["input_ids"].long(),
+            loss_mask=small["loss_mask"].bool(),
+            image_mask=small["image_mask"].bool(),
             image_grids=self._grids[index],
             width=self._source.hidden_size,
             dtype=states,
@@ -400,8 +401,12 @@ class ShardReader:
         return grids
 
     def _rows(self, name: str, start: int, dtype: torch.dtype) -> Rows:
+        return Rows(self._path, self._offset(name, start, dtype))
+
+    def _offset(self, name: str, start: int, dtype: torch.dtype) -> int:
+        """Where row ``start`` of a tensor begins."""
         place = self._tensors[name]
-        return Rows(self._path, place.offset + start * math.prod(place.shape[1:]) * dtype.itemsize)
+        return place.offset + start * math.prod(place.shape[1:]) * dtype.itemsize
 
     def _whole(self, name: str) -> Tensor:
         place = self._tensors[name]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -52,19 +52,29 @@ class Rows:
         Raises:
             UserError: the file cannot be read, or ends before.
         """
-        rest, offset = _bytes(out), self.offset
+        read_into(self.path, [(self.offset, out)])
+        return out
+
+
+def read_into(path: Path, parts: Iterable[tuple[int, Tensor]]) -> None:
+    """Fills contiguous tensors with the bytes of a file, each from its offset on.
+
+    Raises:
+        UserError: the file cannot be read, or ends before.
+    """
+    try:
+        file = os.open(path, os.O_RDONLY)
         try:
-            file = os.open(self.path, os.O_RDONLY)
-            try:
+            for offset, out in parts:
+                rest = _bytes(out)
                 while rest:
                     if not (count := os.preadv(file, [rest], offset)):
-                        raise UserError("shard ends too early", self.path, "delete it and run the allocation again")
+                        raise UserError("shard ends too early", path, "delete it and run the allocation again")
                     rest, offset = rest[count:], offset + count
-            finally:
-                os.close(file)
-        except OSError as error:
-            raise UserError(f"shard cannot be read ({error.strerror})", self.path, "see the disk or share") from None
-        return out
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise UserError(f"shard cannot be read ({error.strerror})", path, "see the disk or share") from None
 
 
 def tensor_places(path: Path) -> dict[str, Place]:

@@ -6,10 +6,8 @@ Works with any server that has ``/v1/chat/completions`` with streaming. Counters
 
 from __future__ import annotations
 
-import base64
 import http.client
 import json
-import mimetypes
 import random
 import re
 import time
@@ -22,6 +20,7 @@ from urllib.parse import urlsplit
 
 from eagle.questions import Question
 from llava.errors import UserError, reason_of
+from llava.image import data_url
 
 TIMEOUT = 600.0
 COUNTER = re.compile(r"vllm:spec_decode_num_(drafts|accepted_tokens|accepted_tokens_per_pos)_total\{(.*)\} (\S+)")
@@ -154,11 +153,7 @@ def events(response: Iterator[bytes]) -> Iterator[dict[str, Any]]:
 def request_of(question: Question, model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The body of a question's request, pictures as data URLs. In a conversation it has the user's turns so far, the
     pictures in the first one; `after` adds the answers."""
-    content: list[dict[str, Any]] = []
-    for path in question.images:
-        kind = mimetypes.guess_type(path.name)[0] or "image/png"
-        data = base64.b64encode(path.read_bytes()).decode()
-        content.append({"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}})
+    content = [{"type": "image_url", "image_url": {"url": data_url(path)}} for path in question.images]
     first, *later = [{"type": "text", "text": text} for text in (*question.earlier, question.question)]
     messages = [{"role": "user", "content": parts} for parts in ([*content, first], *([text] for text in later))]
     return {

@@ -327,17 +327,25 @@ def sample_positions(sample: Sample | DiskSample) -> Tensor:
 def check_token_ids(sample: Sample | DiskSample, vocab_size: int, image_ids: bool = False) -> None:
     """Raises `UserError` if a text token is outside the vocabulary, with ``image_ids`` also for an image token. Shapes
     are checked where samples are read."""
-    images = sample.input_ids[sample.image_mask]
-    if image_ids and images.numel() and not 0 <= int(images.min()) <= int(images.max()) < vocab_size:
+    ids = sample.input_ids
+    if not ids.numel():
+        return
+    if image_ids and not inside(ids.masked_fill(~sample.image_mask, 0), vocab_size):
         raise UserError(
-            f"the draft reads image tokens as embeddings, but token {int(images.max())} has none",
+            f"the draft reads image tokens as embeddings, but token {int(ids[sample.image_mask].max())} has none",
             where=f"sample {sample.id}",
             fix='set "image_rows": "feature" in section "msd" of --config',
         )
-    text = sample.input_ids[~sample.image_mask]
-    if text.numel() and (int(text.max()) >= vocab_size or int(text.min()) < 0):
+    if not inside(ids.masked_fill(sample.image_mask, 0), vocab_size):
+        text = ids[~sample.image_mask]
         raise UserError(
             f"token ids {int(text.min())}..{int(text.max())} in a vocabulary of {vocab_size}",
             where=f"sample {sample.id}",
             fix="is the data made with this base model?",
         )
+
+
+def inside(ids: Tensor, size: int) -> bool:
+    """Whether all ids, at least one, are from 0 to ``size`` - 1."""
+    low, high = torch.aminmax(ids)
+    return 0 <= int(low) <= int(high) < size

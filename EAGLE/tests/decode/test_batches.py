@@ -1,5 +1,7 @@
 """Batches: every row is what it would be alone, though rows differ in length, pictures, acceptance and end."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_draft import make_draft
@@ -135,6 +137,30 @@ def test_a_batch_shares_the_nodes_of_a_device(tree, device, nodes):
     tree = TreeConfig(*tree)
     assert {batch: tree.for_batch(batch, device).total_tokens for batch in nodes} == nodes
     assert tree.for_batch(1, device) == tree
+
+
+@pytest.mark.parametrize(
+    ("processors", "gib", "nodes"),
+    [
+        (132, 79.1, 32),  # H100
+        (108, 39.4, 32),  # A100 of 40 GB
+        (128, 23.6, 16),  # RTX 4090: many processors, little memory
+        (84, 47.5, 16),  # RTX A6000
+        (60, 46.5, 16),  # a part of an H100
+    ],
+)
+def test_a_large_gpu_verifies_more_nodes_of_a_batch(processors, gib, nodes, monkeypatch):
+    asked = []
+
+    def properties(device):
+        asked.append(torch.device(device))
+        return SimpleNamespace(multi_processor_count=processors, total_memory=int(gib * 2**30))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    assert TreeConfig(5, 10, 60).for_batch(8, "cuda:1").total_tokens == nodes
+    assert asked == [torch.device("cuda:1")]  # of the device that verifies
+    assert TreeConfig(5, 10, 60).for_batch(8, "cpu").total_tokens == 7
 
 
 def test_smaller_trees_are_narrower_too():
