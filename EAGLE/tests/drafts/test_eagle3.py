@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tiny_assistant import make_assistant
 from tiny_draft import make_draft
@@ -217,6 +218,11 @@ def test_push_takes_heads_that_are_trained_here(tmp_path, target):
     assert written.config == read.config
     assert all(torch.equal(tensor, read.state_dict()[name]) for name, tensor in written.state_dict().items())
     assert "speculative decoding (ViSpec) of owner/base" in (out / "README.md").read_text()
+
+
+def test_push_refuses_heads_that_are_not_trained_here(tmp_path):
+    if not hasattr(transformers, "Gemma4Config"):
+        pytest.skip(f"transformers {transformers.__version__} does not have it")
     assistant = make_assistant(make_gemma4(tmp_path / "base"), tmp_path / "assistant")
     with pytest.raises(UserError, match="msd push takes heads that are trained here, not Gemma 4"):
         write_release(assistant, tmp_path / "other", "owner/name")
