@@ -129,6 +129,7 @@ def test_a_batch_leaves_out_what_cannot_take_one() -> None:
     assert "more than 16" in build(large, Suite("x", {}, ()), model)[1]["msd compiled"]
 
 
+@pytest.mark.by_hand  # minutes
 @pytest.mark.slow
 def test_compiled_contestants_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_pair(TINY, torch.float32, torch.device("cpu"))

@@ -150,6 +150,7 @@ def test_the_tables_show_what_is_there(tmp_path: Path) -> None:
     assert "| block, tree | 0.500 | 0.250 |" in shown and "| block, chain | 0.400 |  |" in shown
 
 
+@pytest.mark.by_hand  # minutes
 @pytest.mark.slow
 def test_kinds_are_trained_for_equal_seconds_and_compared(stock: tuple, tmp_path: Path) -> None:
     """With the stand-in in the place of the real model."""
