@@ -186,13 +186,16 @@ def test_plain_ways_end_at_the_tasks_texts_too(base):
     text = plain.generate_until([request("How many?", IMAGES[:1])])[0].text
     model = load(LlavaMSD, base, msd_baseline="measure", batch_size=2)
     model.msd.target.stop_strings = ("nothing of this",)
-    short = {"until": [text[3:5]]}
+    stop = next(each for each in text if each.isascii() and each.isalpha())
+    short = {"until": [stop]}
     requests = [request(ask, IMAGES[:1], number, short) for number, ask in enumerate(("How many?", "Which?", "Where?"))]
     requests.append(request("How many?", IMAGES[:1], 9, short, __padding_only__=True))
     answers = [each.text for each in model.generate_until(requests)]
-    assert answers[0] == answers[3] == text[: text.index(text[3:5])]
+    assert answers[0] == answers[3] == text[: text.index(stop)]
     ours, theirs = model.turns.plain
     assert ours.answers == theirs.answers and len(ours.answers) == 3
+    assert len(ours.answers[0]) < len(ours.answers[1]), "the other one of the batch did not end with it"
+    assert [stats.new_tokens for stats in ours.rounds] == [stats.new_tokens for stats in theirs.rounds]
 
 
 def test_report_of_an_unsaved_run_is_not_another_models(tmp_path, capsys):
