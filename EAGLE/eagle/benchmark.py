@@ -125,8 +125,8 @@ class FirstToken(StoppingCriteria):
 
 
 class Ends(StoppingCriteria):
-    """Criteria of transformers' `generate`. ``lengths`` [B]: of prompt and answer where a sequence met one of them, 0 if
-    it did not. `generate` fills it with padding then, until the others of the batch have ended."""
+    """Criteria of transformers' `generate`. ``lengths`` [B]: of prompt and answer where a sequence met one of them, 0
+    if it did not. `generate` fills it with padding then, until the others of the batch have ended."""
 
     def __init__(self, criteria: Sequence[Any]) -> None:
         self.criteria, self.lengths = StoppingCriteriaList(criteria), torch.zeros(1, dtype=torch.long)
