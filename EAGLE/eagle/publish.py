@@ -122,7 +122,7 @@ class About:
                 raise UserError("not a report of msd bench", where=bench, fix=message)
             if lacks_compiled_baseline(report):
                 what = "MSD was compiled in this report, and no plain baseline was"
-                raise UserError(what, bench, "run msd bench again, without --no-compiled-baselines")
+                raise UserError(what, bench, "measure again, with compiled plain decoding")
         named = [str(source["model"]) for source in provenance.get("data", {}).values() if source.get("model")]
         return cls(_public_name(base_model or next(iter(named), "")), license or "", provenance, training, report)
 
