@@ -213,7 +213,7 @@ def test_bench_compiles_before_it_measures(pair, capsys, tmp_path, monkeypatch):
         return generate(self, *given, **named)
 
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr(MSDModel, "warm_up", lambda self: warm.append(self))
+    monkeypatch.setattr(MSDModel, "warm_up", lambda self, **_: warm.append(self))
     monkeypatch.setattr(MSDModel, "generate", checked)
     options = ["--max-new-tokens", "4", "--warm-up", "0", "--limit", "1", "--compile", "eager", "--out", str(out)]
     assert main(["bench", *models(pair), "--data", str(pair / "questions.jsonl"), *options]) == 0

@@ -53,7 +53,7 @@ def test_same_answers_with_and_without_draft(plain, fast, requests):
 
 def test_models_warm_up_before_they_answer(fast, requests, monkeypatch):
     calls, generate = [], fast.msd.generate
-    monkeypatch.setattr(fast.msd, "warm_up", lambda progress: calls.append(f"warm-up {progress}"))
+    monkeypatch.setattr(fast.msd, "warm_up", lambda progress, **_: calls.append(f"warm-up {progress}"))
     monkeypatch.setattr(fast.msd, "generate", lambda **given: calls.append("answer") or generate(**given))
     fast.generate_until(requests[2:])
     assert calls == ["warm-up True", "answer"]
