@@ -2,7 +2,7 @@
 
     python -m benchmarks.suite                                   # benchmarks/suites/pocket.json
     python -m benchmarks.suite --only long --rounds 9            # cells whose name has 'long'
-    python -m benchmarks.suite --missing                         # cells that the report does not have yet
+    python -m benchmarks.suite --missing                         # cells that the report lacks, as declared
     python -m benchmarks.suite --quick                           # a minute, to see that it runs
 
 Leaves OUT/NAME.json, written after every cell, and OUT/NAME.png; prints one table. docs/speed.md says how to read them.
@@ -13,10 +13,11 @@ cell has its own date, commit and command. A run of all cells begins a new repor
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,11 @@ def parser() -> argparse.ArgumentParser:
     add("--suite", type=Path, default=SUITES / "pocket.json", help="suite file (default: the pocket models)")
     add("--quick", action="store_true", help="the smoke test's suite file")
     add("--only", metavar="TEXT", help="cells whose name has this text")
-    add("--missing", action="store_true", help="cells that the report in --out does not have, such as after a stop")
+    add(
+        "--missing",
+        action="store_true",
+        help="cells that the report in --out does not have as they are declared",
+    )
     add("--rounds", type=positive, help="counted rounds, instead of the suite's")
     add("--assistant", metavar="layers:N|PATH", help="assistant of transformers' assisted decoding, not the suite's")
     add("--out", type=Path, default=Path("outputs/bench"), help="folder of the report (default: outputs/bench)")
@@ -74,9 +79,11 @@ def run(argv: Sequence[str]) -> int:
     earlier = read_object(path, "bench report") if path.is_file() else {"cells": []}
     if path.is_file() and kind_of(earlier) != "suite":
         raise UserError("not a report of the suite", path, "another --out")
+    if not all(isinstance(cell, dict) and "title" in cell for cell in earlier["cells"]):
+        raise UserError("a cell of the report has no title", path, "another --out")
     found = {cell["title"] for cell in earlier["cells"]}
     if options.missing:
-        cells = [cell for cell in cells if cell.title not in found]
+        cells = [cell for cell in cells if not any(declares(cell, each) for each in earlier["cells"])]
     report = earlier
     places = {cell.title: place for place, cell in enumerate(suite.cells)}
     loaded: dict[str, list[MSDModel]] = {}
@@ -96,6 +103,12 @@ def run(argv: Sequence[str]) -> int:
     console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
     console.print(table_of(report), phase_table(report))
     return 0
+
+
+def declares(cell: Cell, row: Mapping[str, Any]) -> bool:
+    """Whether a cell of a report was measured as the suite declares it now: its questions, contestants and so on."""
+    declared = json.loads(json.dumps(asdict(cell)))
+    return row["title"] == cell.title and all(row.get(key, value) == value for key, value in declared.items())
 
 
 def load(pair: Pair, suite: Suite) -> list[MSDModel]:

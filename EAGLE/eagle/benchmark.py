@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StopStringCriteria
+from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
 from eagle.decode.compiled.engine import obstacle
 from eagle.decode.cycle_log import CycleLog
@@ -124,6 +124,20 @@ class FirstToken(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
+class Ends(StoppingCriteria):
+    """Criteria of transformers' `generate`. ``lengths`` [B]: of prompt and answer where a sequence met one of them, 0
+    if it did not. `generate` fills it with padding then, until the others of the batch have ended."""
+
+    def __init__(self, criteria: Sequence[Any]) -> None:
+        self.criteria, self.lengths = StoppingCriteriaList(criteria), torch.zeros(1, dtype=torch.long)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        done = self.criteria(input_ids, scores, **kwargs)  # [B]
+        lengths = self.lengths.to(input_ids.device)
+        self.lengths = torch.where(done & (lengths == 0), input_ids.shape[1], lengths)
+        return done
+
+
 def new_tokens(sequences: Tensor, prompt: int, ends: Sequence[int]) -> list[list[int]]:
     """What transformers' `generate` returns, in the form of `MSDOutput.tokens`.
 
@@ -193,11 +207,14 @@ def with_transformers(model: MSDModel, settings: Mapping[str, Any], **more: Any)
             inputs.pop("temperature", None)
         if settings.get("seed") is not None:
             torch.manual_seed(settings["seed"])
-        clock = FirstToken()
-        criteria = [clock, *stops, *inputs.pop("stopping_criteria", ())]
+        clock, ended = FirstToken(), Ends([*stops, *inputs.pop("stopping_criteria", ())])
+        criteria = [clock, ended] if ended.criteria else [clock]
         start = time.perf_counter()
         sequences = model.target.model.generate(**inputs, stopping_criteria=criteria)
-        tokens = new_tokens(sequences, inputs["input_ids"].shape[1], model.target.eos_token_ids)
+        prompt = inputs["input_ids"].shape[1]
+        tokens = new_tokens(sequences, prompt, model.target.eos_token_ids)
+        limits = ended.lengths.expand(len(tokens)).tolist()
+        tokens = [each[: limit - prompt] if limit else each for each, limit in zip(tokens, limits, strict=True)]
         seconds, first = time.perf_counter() - start, (clock.at or start) - start
         stats = Stats(sum(map(len, tokens)), requests=len(tokens), seconds=seconds, first_token=first)
         return Answer(stats, tokens)

@@ -21,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from eagle.drafts.checkpoint import load_draft, save_draft
 from eagle.drafts.head import TrainedHead
 from eagle.report.bench import lacks_compiled_baseline, mean_text
-from eagle.report.runs import kind_of
+from eagle.report.runs import DAMAGE, kind_of
 from llava.errors import UserError
 from llava.files import read_json
 from llava.hub import is_repository_name
@@ -111,14 +111,18 @@ class About:
         if bench is not None:
             report = read_json(bench, "bench report")
             if kind_of(report) == "lmms-eval":
-                report = from_lmms(report.get("msd", report), bench)
+                try:
+                    report = from_lmms(report.get("msd", report), bench)
+                except DAMAGE as error:
+                    what = f"results of lmms-eval that are not complete ({type(error).__name__}: {error})"
+                    raise UserError(what, bench, "evaluate again") from None
             missing = [key for key in BENCH_KEYS if not isinstance(report, dict) or key not in report]
             if missing:
                 message = f"it lacks {', '.join(missing)}; use bench --out"
                 raise UserError("not a report of msd bench", where=bench, fix=message)
             if lacks_compiled_baseline(report):
                 what = "MSD was compiled in this report, and no plain baseline was"
-                raise UserError(what, bench, "run msd bench again, without --no-compiled-baselines")
+                raise UserError(what, bench, "measure again, with compiled plain decoding")
         named = [str(source["model"]) for source in provenance.get("data", {}).values() if source.get("model")]
         return cls(_public_name(base_model or next(iter(named), "")), license or "", provenance, training, report)
 
@@ -131,7 +135,9 @@ def from_lmms(decoding: Mapping[str, Any], where: str | Path) -> dict[str, Any]:
     """
     total, chosen = decoding["total"], decoding.get("baseline", {})
     if total.get("speedup") is None or "name" not in chosen:
-        raise UserError("results without a speed-up", where, "evaluate with --use_msd --msd_baseline measure")
+        what = "results without a speed-up over the strongest plain decoding"
+        raise UserError(what, where, "evaluate with --use_msd --msd_baseline measure")
+    ways = [name for speeds in chosen.get("chosen_from", ()) for name in speeds]
     turn = "in two runs" if "results" in chosen else "in turn"
     return {
         **{key: total[key] for key in ("speedup", "paired_speedup", "after_first_token", "tau")},
@@ -144,6 +150,8 @@ def from_lmms(decoding: Mapping[str, Any], where: str | Path) -> dict[str, Any]:
             "msd_model": decoding["draft"], "data": ", ".join(decoding["tasks"]), "tree": decoding["tree"],
             "batch_size": decoding["batch_size"],
         },
+        "setting": {"compiled": bool(decoding.get("compile"))},
+        "baselines": ways,
         "how": f"By lmms-eval, MSD and plain decoding {turn}.",
     }  # fmt: skip
 
@@ -261,9 +269,10 @@ def _measured(bench: Mapping[str, Any]) -> str:
         return "Speed and acceptance were not measured."
     settings, hardware, speed = bench["settings"], bench["hardware"], bench["tokens_per_second"]
     later, asked = bench.get("after_first_token") or {}, ("temperature", "max_new_tokens", "batch_size")
+    each = "batches" if (settings.get("batch_size") or 1) > 1 else "questions"
     rows = {
-        "speed-up over the strongest plain decoding": _both(bench),
-        "speed-up after the first token": _both(later) if later.get("speedup") else "",
+        "speed-up over the strongest plain decoding": _both(bench, each),
+        "speed-up after the first token": _both(later, each) if later.get("speedup") else "",
         "τ (new tokens a cycle, with the bonus token)": f"{bench['tau']:.2f}",
         "tokens/s with MSD": f"{speed['msd']:.1f}",
         f"tokens/s of {bench['baseline_name']}, the strongest baseline": f"{speed['baseline']:.1f}",
@@ -280,10 +289,10 @@ def _measured(bench: Mapping[str, Any]) -> str:
     return f"{how}\n\n" + _table({name: value for name, value in rows.items() if value})
 
 
-def _both(figures: Mapping[str, Any]) -> str:
-    """A speed-up in both conventions, as far as the report has them."""
+def _both(figures: Mapping[str, Any], each: str) -> str:
+    """A speed-up in both conventions, as far as the report has them. ``each``: of what the mean is."""
     mean = mean_text(figures.get("paired_speedup"))
-    return f"{figures['speedup']:.2f}x of totals" + (f", {mean} mean of questions" if mean else "")
+    return f"{figures['speedup']:.2f}x of totals" + (f", {mean} mean of {each}" if mean else "")
 
 
 def _training(about: About) -> str:

@@ -86,18 +86,27 @@ def test_card_of_an_evaluation_names_the_strongest_baseline(run: Path, tmp_path:
     total |= {"baseline_tokens_per_second": 40.0}
     total |= {"after_first_token": {"speedup": 1.625, "paired_speedup": paired, "baseline_name": "x"}}
     decoding = {"use_msd": True, "draft": "final", "tasks": {"chartqa": {}}, "total": total, "hardware": "A CPU"}
-    decoding |= {"versions": {"torch": "2.14"}, "tree": None, "batch_size": 2, "baseline": {"name": "loop, compiled"}}
+    decoding |= {"versions": {"torch": "2.14"}, "tree": None, "batch_size": 2, "compile": "inductor"}
+    decoding["baseline"] = {"name": "loop, compiled", "chosen_from": [{"loop": 9.0, "loop, compiled": 40.0}]}
     path = write(tmp_path / "1_results.json", {"results": {}, "msd": decoding})
     text = str(model_card("me/final", About.of(run / "final", bench=path)))
     for told in (
-        "1.50x of totals, 1.75x [1.50, 2.00] mean of questions", "| 1.62x of totals", "20 of chartqa", "A CPU",
+        "1.50x of totals, 1.75x [1.50, 2.00] mean of batches", "| 1.62x of totals", "20 of chartqa", "A CPU",
         "| tokens/s of loop, compiled, the strongest baseline | 40.0 |", "in turn", "batch size 2",
+        "| compiled | yes |",
     ):  # fmt: skip
         assert told in text, text
-    del decoding["baseline"]
-    write(path, decoding)
-    with pytest.raises(UserError, match=r"without a speed-up.*--msd_baseline measure"):
-        About.of(run / "final", bench=path)
+    for change, message in (
+        ({"baseline": {"name": "loop", "chosen_from": [{"loop": 40.0}]}}, r"MSD was compiled .* no plain baseline was"),
+        ({"baseline": {}}, r"without a speed-up over the strongest.*--msd_baseline measure"),
+        (
+            {"total": {"speedup": 1.5}},
+            r"lmms-eval that are not complete \(KeyError: 'paired_speedup'\)",
+        ),
+    ):
+        write(path, {**decoding, **change})
+        with pytest.raises(UserError, match=message):
+            About.of(run / "final", bench=path)
 
 
 def test_card_keeps_paths_of_the_machine_out(run: Path) -> None:

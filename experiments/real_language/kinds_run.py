@@ -26,6 +26,7 @@ from llava.files import atomic_folder, read_json, write_json
 
 CHAIN = TreeConfig(3, 1, 5)
 SAVE_MINUTES = 4.0
+PROVENANCE = "provenance.json"
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,22 @@ class LanguageStudy(Study):
         return self.work / f"{NAME}-{kind.name}"
 
     def trained(self) -> list[Kind]:
-        """The kinds whose draft is there."""
-        return [kind for kind in self.kinds if (self.draft(kind) / "config.json").is_file()]
+        """The kinds whose draft is there; errors as of `is_trained`."""
+        return [kind for kind in self.kinds if self.is_trained(kind)]
+
+    def is_trained(self, kind: Kind) -> bool:
+        """Whether its draft is there.
+
+        Raises:
+            UserError: it is there, but not of the training in ``folder``.
+        """
+        draft, final = self.draft(kind), self.cell(kind, self.seed) / "checkpoints" / "final"
+        if not (draft / "config.json").is_file():
+            return False
+        made = [each.read_bytes() if (each := where / PROVENANCE).is_file() else None for where in (draft, final)]
+        if kind != MSD and (made[0] is None or made[0] != made[1]):
+            raise UserError(f"a draft of another training than the one in {final.parent.parent}", draft, "move it away")
+        return True
 
     def steps_of(self, kind: Kind) -> int:
         """Of a finished training."""
@@ -66,10 +81,10 @@ def prepare(work: Path, out: Path) -> LanguageStudy:
         UserError: something of train.sh is missing, or ``out`` is of another MSD draft.
     """
     base, msd, states = work / NAME, work / f"{NAME}-msd", work / "hidden-layers"
-    for file in (msd / "provenance.json", msd / DRAFT_VOCAB_FILE, states / INDEX):
+    for file in (msd / PROVENANCE, msd / DRAFT_VOCAB_FILE, states / INDEX):
         if not file.is_file():
             raise UserError("no such file", where=file, fix="run experiments/real_language/train.sh as --help says")
-    made = read_json(msd / "provenance.json", "provenance of the MSD draft")
+    made = read_json(msd / PROVENANCE, "provenance of the MSD draft")
     settings: dict[str, Any] = made["settings"]
     if made["step"] < made["total_steps"]:
         fix = "run experiments/real_language/train.sh again"
@@ -97,9 +112,9 @@ def train(study: LanguageStudy, kind: Kind) -> None:
     """Trains a kind and writes its draft, unless that is done. The vocabulary of a block head is that of the MSD draft;
     an EAGLE-3 head chose its own."""
     kind = next(each for each in study.kinds if each.name == kind.name)
-    train_cell(study, kind, study.seed)
-    if kind in study.trained():
+    if study.is_trained(kind):
         return
+    train_cell(study, kind, study.seed)
     with atomic_folder(study.draft(kind)) as temporary:
         shutil.copytree(study.cell(kind, study.seed) / "checkpoints" / "final", temporary, dirs_exist_ok=True)
         if kind.head == "block":

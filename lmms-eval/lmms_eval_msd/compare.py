@@ -53,7 +53,7 @@ def compare(base: Run, msd: Run) -> dict[str, Any]:
     if base.scores.keys() != msd.scores.keys():
         tasks = [", ".join(sorted(run.scores)) for run in (base, msd)]
         raise UserError(f"the runs have different tasks: {tasks[0]} and {tasks[1]}")
-    baseline = msd.decoding.get("baseline")
+    baseline, named = msd.decoding.get("baseline"), msd.decoding.get("baseline") or base.decoding.get("baseline") or {}
     unfair = bool(msd.decoding.get("compile")) and not base.decoding.get("compile")
     rows = {}
     for task in sorted(base.scores):
@@ -86,7 +86,7 @@ def compare(base: Run, msd: Run) -> dict[str, Any]:
     apart = differences(base.decoding, msd.decoding)
     results = {"base": str(base.path), "msd": str(msd.path)}
     return {
-        "tasks": rows, **setting, "baseline": (baseline or {}).get("name"),
+        "tasks": rows, **setting, "baseline": named.get("name"),
         "draft_note": partly_trained(msd.decoding["draft"]), "differences": apart, "results": results,
     }  # fmt: skip
 

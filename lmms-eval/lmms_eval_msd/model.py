@@ -43,6 +43,8 @@ from lmms_eval_msd.report import Baseline, load_baseline
 from lmms_eval_msd.settings import PROMPTS, GenerationSettings, ModelArgs, as_batch_size, as_bool, as_count
 from lmms_eval_msd.turns import MEASURE, Turns
 
+BASELINE_REQUESTS = 8
+"""On which the strongest plain way is chosen."""
 ASSISTANT = "You are a helpful assistant."
 EMPTY_LINE = frozenset({"\n\n"})
 Item = TypeVar("Item")
@@ -121,7 +123,7 @@ class MSD(lmms):
         msd_model_path: the draft, folder or hub name.
         msd_baseline: for the speed-up. "measure" decodes each request by the strongest plain way too, or, without
             ``use_msd``, by that way alone. Else the results of such a plain run: a file, or a folder with one below it.
-        msd_baseline_requests: the strongest plain way is chosen on so many requests.
+        msd_baseline_requests: the strongest plain way is chosen on so many requests; default 8.
         dtype: "auto" (the checkpoint's own) or a torch dtype's name.
         device: one device; default is the process's GPU, else the CPU.
         device_map: as in transformers, for a base that is spread over devices ("auto").
@@ -149,7 +151,7 @@ class MSD(lmms):
         use_msd: bool | str = False,
         msd_model_path: str | None = None,
         msd_baseline: str | None = None,
-        msd_baseline_requests: int | str = 8,
+        msd_baseline_requests: int | str | None = None,
         dtype: str = "auto",
         device: str | None = None,
         device_map: str | None = None,
@@ -169,7 +171,12 @@ class MSD(lmms):
             raise UserError(
                 "results as msd_baseline without use_msd", msd_baseline, f"add --use_msd, or give {MEASURE}"
             )
-        self.baseline_requests = as_count("msd_baseline_requests", msd_baseline_requests)
+        if msd_baseline_requests is not None and not self.measures:
+            fix = f"add --msd_baseline {MEASURE}, or leave it out"
+            raise UserError("msd_baseline_requests without a measured baseline", str(msd_baseline_requests), fix)
+        self.baseline_requests = as_count(
+            "msd_baseline_requests", BASELINE_REQUESTS if msd_baseline_requests is None else msd_baseline_requests
+        )
         self.batch_size_per_gpu = as_batch_size(batch_size)
         own = [each.name for each in fields(self.writer) if each.name in PROMPTS]
         self.options = ModelArgs.parse(options, own, family_named(self.family).eval_model)

@@ -24,7 +24,7 @@ from eagle.benchmark import Answer, Contestant, speedups
 from eagle.provenance import record
 from eagle.report.bench import mean_text
 from llava.errors import UserError
-from llava.files import read_json, write_text
+from llava.files import read_object, write_text
 from lmms_eval_msd import MODELS
 from lmms_eval_msd.turns import MEASURE, Timed
 
@@ -223,6 +223,7 @@ def publish(report: dict[str, Any]) -> None:
     _pending = report
     total = report["total"]
     if not total["answers"]:
+        logger.warning("no decoding statistics: no answer was decoded in this run (cached answers are not counted)")
         return
     log_metrics(total["seconds"], total["tokens"], total["tokens_per_second"], {"tau": total["tau"]})
     try:
@@ -292,7 +293,10 @@ def print_baseline(report: Mapping[str, Any], console: Console) -> None:
     if len(rows) > 1:
         rows["all"] = report["total"]
     for task, row in rows.items():
-        if row.get("speedup") is None:
+        if "speedup" not in row:  # a plain run
+            continue
+        if row["speedup"] is None:
+            console.print(f"{task}, no speed-up: the baseline decoded other requests", highlight=False)
             continue
         console.print(f"{task}, whole requests: {speedup_text(row)}", highlight=False)
         if row["after_first_token"]["speedup"] is not None:
@@ -331,7 +335,7 @@ def load_baseline(path: Path) -> Baseline:
     """
     file = newest_results(path) if path.is_dir() else path
     decoding = _read(file, use_msd=False, fix="the baseline is a run without --use_msd")[1]
-    if "batches" not in decoding:
+    if not {"batches", "baseline"} <= decoding.keys():
         fix = f"evaluate it with --msd_baseline {MEASURE}, or give --msd_baseline {MEASURE} to this run"
         raise UserError("a plain run that did not look for the strongest plain decoding", file, fix)
     return Baseline(file, decoding)
@@ -361,9 +365,9 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, l
 
 def _read(path: Path, use_msd: bool, fix: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The file's results, and the decoding statistics in them."""
-    results = read_json(path, "results file")
+    results = read_object(path, "results file")
     decoding = results.get("msd")
-    if not decoding:
+    if not isinstance(decoding, dict) or "use_msd" not in decoding:
         raise UserError("results without decoding statistics", path, "evaluate with llava_msd or another of our models")
     if decoding["use_msd"] != use_msd:
         kind = "speculative" if decoding["use_msd"] else "plain"

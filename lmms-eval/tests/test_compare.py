@@ -43,6 +43,14 @@ def test_table_json_and_chart(runs, capsys):
     assert main([*argv, "--require-equal"]) == 1
 
 
+def test_a_base_run_that_chose_its_way_is_named(tmp_path):
+    chosen = {"name": "generate", "chosen_from": [{"generate": 10.0}], "differences": {}}
+    base = write_run(tmp_path / "base", False, ["a", "b"], 10.0, baseline=chosen)
+    msd = write_run(tmp_path / "msd", True, ["a", "b"], 25.0)
+    found = compare(load_run(base, use_msd=False), load_run(msd, use_msd=True))
+    assert found["baseline"] == "generate" and found["tasks"]["chartqa"]["speedup"] == 2.5
+
+
 POSITIONS = [0.91, 0.82, 0.73, 0.64, 0.55, 0.46, 0.37, 0.28, 0.19]
 
 

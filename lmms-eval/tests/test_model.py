@@ -162,7 +162,11 @@ def test_statistics_reach_the_results(base, draft, requests, tmp_path, capsys):
         ({"max_pixels": 3}, "unknown key 'max_pixels': --model_args of llava_msd"),
         ({"image_aspect": "wide"}, "image_aspect is none of pad, crop"),
         ({"msd_baseline": "x"}, "results as msd_baseline without use_msd"),
-        ({"msd_baseline_requests": 0}, "msd_baseline_requests: 0 is not at least 1"),
+        ({"msd_baseline": "measure", "msd_baseline_requests": 0}, "msd_baseline_requests: 0 is not at least 1"),
+        (
+            {"msd_baseline_requests": 4},
+            r"msd_baseline_requests without a measured baseline: 4 \(add --msd_baseline measure",
+        ),
     ],
 )
 def test_bad_model_args(base, options, message):

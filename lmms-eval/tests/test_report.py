@@ -59,7 +59,7 @@ def write_results(folder, tasks, **changes):
     return folder / "1_results.json"
 
 
-def test_speedup(tmp_path):
+def test_speedup(tmp_path, capsys):
     """Of totals and of each batch: task a has two batches of 4 tokens, plain in 4 and 8 seconds, by MSD in 2 each."""
     parts = [Timed("a", (number,), stats([1, 0], 1, 2.0)) for number in (0, 1)] + [Timed("b", (0,), stats([3], 1, 1.0))]
     plain = {"a": [([0], 4, 4.0, 1.0), ([1], 4, 8.0, 2.0)], "b": [([0], 5, 2.0, 1.0)]}
@@ -79,6 +79,9 @@ def test_speedup(tmp_path):
     assert [row["speedup"] for row in built["tasks"].values()] == [3.0, None]
     assert built["total"]["speedup"] is None, "not all batches have a plain time"
     assert built["baseline"]["differences"] == {"hardware": ["other", cpu_name()]}
+    report.show(built)
+    shown = capsys.readouterr().out
+    assert "b, no speed-up: the baseline decoded other requests" in shown and "a, no speed-up" not in shown
 
 
 def test_table(tmp_path, capsys, monkeypatch):
@@ -113,9 +116,23 @@ def test_baseline_that_is_none(tmp_path, base, draft):
     path.write_text(json.dumps(found))
     with pytest.raises(UserError, match=r"did not look for the strongest.*--msd_baseline measure"):
         load_baseline(path)
+    path.write_text("[]")
+    with pytest.raises(UserError, match="results file is not a JSON object"):
+        load_baseline(path)
+    path.write_text('{"results": {}, "msd": {"tasks": {}}}')
+    with pytest.raises(UserError, match="without decoding statistics"):
+        load_baseline(path)
     path.write_text('{"results": {}}')
     with pytest.raises(UserError, match="without decoding statistics"):
         load(LlavaMSD, base, draft, msd_baseline=str(path))
+
+
+def test_a_run_without_a_decoded_answer_says_so(monkeypatch):
+    said = []
+    monkeypatch.setattr(report.logger, "warning", said.append)
+    report.publish(report.build([], SETTINGS, CPU))
+    (line,) = said
+    assert "no answer was decoded" in line
 
 
 def slower(monkeypatch, name, seconds):
@@ -186,13 +203,16 @@ def test_plain_ways_end_at_the_tasks_texts_too(base):
     text = plain.generate_until([request("How many?", IMAGES[:1])])[0].text
     model = load(LlavaMSD, base, msd_baseline="measure", batch_size=2)
     model.msd.target.stop_strings = ("nothing of this",)
-    short = {"until": [text[3:5]]}
+    stop = next(each for each in text if each.isascii() and each.isalpha())
+    short = {"until": [stop]}
     requests = [request(ask, IMAGES[:1], number, short) for number, ask in enumerate(("How many?", "Which?", "Where?"))]
     requests.append(request("How many?", IMAGES[:1], 9, short, __padding_only__=True))
     answers = [each.text for each in model.generate_until(requests)]
-    assert answers[0] == answers[3] == text[: text.index(text[3:5])]
+    assert answers[0] == answers[3] == text[: text.index(stop)]
     ours, theirs = model.turns.plain
     assert ours.answers == theirs.answers and len(ours.answers) == 3
+    assert len(ours.answers[0]) < len(ours.answers[1]), "the other one of the batch did not end with it"
+    assert [stats.new_tokens for stats in ours.rounds] == [stats.new_tokens for stats in theirs.rounds]
 
 
 def test_report_of_an_unsaved_run_is_not_another_models(tmp_path, capsys):

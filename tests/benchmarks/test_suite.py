@@ -223,6 +223,13 @@ def test_other_cells_of_a_report_are_kept(
         suite.run([*argv, "--only", "one", "--rounds", "2"])
     assert "\n" not in str(error.value) and (out / "x.json").read_bytes() == before
     assert ran() == (["one", "two", "three"], [(5, "commit4"), (6, "commit4"), (7, "commit4")])
+    report = json.loads((out / "x.json").read_text())
+    report["cells"][1]["questions"], report["cells"][2]["questions"] = 1, 5  # as declared, and as it was before
+    (out / "x.json").write_text(json.dumps(report))
+    assert ran("--missing") == (["three"], [(5, "commit4"), (6, "commit4"), (8, "commit7")])
+    (out / "x.json").write_text(json.dumps({**report, "cells": [{"name": "one"}]}))
+    with pytest.raises(UserError, match="a cell of the report has no title"):
+        suite.run([*argv, "--missing"])
     (out / "x.json").write_text('{"steps": [], "validations": []}')
     with pytest.raises(UserError, match="not a report of the suite"):
         suite.run([*argv, "--missing"])

@@ -22,6 +22,7 @@ from experiments.common import REPO, environment
 from experiments.real_language import kinds
 from experiments.real_language.base import gguf_file
 from experiments.real_language.base_run import UNUSED, different_answers, write_base
+from experiments.real_language.kinds_run import LanguageStudy, train
 from experiments.real_language.prompts import HELD_OUT, TRAIN
 from llava.errors import UserError
 from llava.files import read_json, write_json
@@ -148,6 +149,19 @@ def test_the_tables_show_what_is_there(tmp_path: Path) -> None:
     assert "sampled: 3 held-out prompts" in shown and "T = 1;" in shown
     assert "| 7 of 9 |" in shown, "of all trees"
     assert "| block, tree | 0.500 | 0.250 |" in shown and "| block, chain | 0.400 |  |" in shown
+
+
+def test_a_draft_of_another_training_is_not_measured(tmp_path: Path) -> None:
+    """The drafts of two --out of one --work have one place."""
+    kind = kinds.KINDS[1]
+    study = LanguageStudy(tmp_path / "again", "base", {}, "", {}, kinds.KINDS, tmp_path, 1, 10, 1)
+    assert study.trained() == []
+    for name in ("config.json", "provenance.json"):
+        write_json(study.draft(kind) / name, {"date": "today"})
+    with pytest.raises(UserError, match=r"a draft of another training than the one in .*again.*move it away"):
+        train(study, kind)
+    write_json(study.cell(kind, 1) / "checkpoints" / "final" / "provenance.json", {"date": "today"})
+    assert study.trained() == [kind]
 
 
 @pytest.mark.by_hand  # minutes

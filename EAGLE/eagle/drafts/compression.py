@@ -130,19 +130,20 @@ class QueryRows(NamedTuple):
 
 
 def query_rows(is_image: Tensor, queries: int) -> QueryRows:
-    """Each picture in ``is_image`` [R] bool has ``queries - 1`` rows, at the last positions of its input rows.
+    """Each picture in ``is_image`` [R] bool has ``queries - 1`` rows, but not more than before, at the last positions
+    of its input rows.
 
     >>> source, places, pictures, _ = query_rows(torch.tensor([0, 1, 1, 1, 1, 0]).bool(), 3)
     >>> source.tolist(), places.tolist(), pictures.tolist()
     ([0, 4, 4, 5], [0, 3, 4, 5], [0, 1, 1, 1])
     """
-    count, kept, done, runs = len(is_image), queries - 1, 0, image_runs(is_image)
+    count, done, runs = len(is_image), 0, image_runs(is_image)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for number, (start, end) in enumerate([*runs, (count, count)]):
         text = torch.arange(done, start)
         parts.append((text, text, torch.full_like(text, number)))
         if end > start:
-            picture = torch.arange(end - kept, end)
+            picture = torch.arange(max(start, end - (queries - 1)), end)
             parts.append((torch.full_like(picture, end - 1), picture, torch.full_like(picture, number + 1)))
         done = end
     source, places, pictures = (torch.cat(each).to(is_image.device) for each in zip(*parts, strict=True))

@@ -3,8 +3,9 @@
 Row ``t``, with the target's hidden state ``h_t`` after its final norm:
 
 1. Text: ``fc([E(x_{t+1}) ; img_fc([h_t ; g])])``. ``g`` is a global vector of the last picture, zeros before the first.
-2. The rows of a picture attend to its features with learnt queries. All of the results but the last enter the layer as
-   they are, without ``fc`` and ``h_t``. The last is ``g`` from then on, also for the whole answer.
+2. The rows of a picture attend to its features with learnt queries. All of the results but the last, at most as many as
+   there are features, enter the layer as they are, without ``fc`` and ``h_t``. The last is ``g`` from then on, also for
+   the whole answer.
 
 Pictures without a token between them count as one. Positions are plain and those of the whole prompt: the rows of a
 picture have the last ones of its features. There is no final norm, and the target's ``lm_head`` is used.
@@ -145,7 +146,8 @@ class ViSpecDraft(TrainedHead):
         vectors = self.empty_context()
         if features:
             compressed = torch.stack([self.imadpt(each) for each in features])  # [P, queries, H]
-            embeds = embeds.masked_scatter(is_image.unsqueeze(-1), compressed[:, :-1].to(embeds.dtype))
+            rows = [every[: len(each)] for every, each in zip(compressed[:, :-1], features, strict=True)]
+            embeds = embeds.masked_scatter(is_image.unsqueeze(-1), torch.cat(rows).to(embeds.dtype))
             vectors = torch.cat([vectors, compressed[:, -1].to(vectors.dtype)])
         return torch.cat([embeds, vectors[pictures]], dim=-1)
 

@@ -306,15 +306,19 @@ def answer_parts(spoken: str, answer: str, cut: bool) -> list[Segment]:
 
     >>> answer_parts("Red and</s>", "Red and", cut=True)
     [Segment(text='Red and', is_answer=True), Segment(text='</s>', is_answer=False)]
+    >>> answer_parts("s</s>", "s", cut=True)[0].text
+    's'
     """
     if not cut:
         return [Segment(spoken, True)]
     if not answer.strip():
         return [Segment(spoken, False)]
-    before, found, end = spoken.rpartition(answer.strip())
-    if not found:
+    answer, start = answer.strip(), len(spoken) - len(spoken.lstrip())
+    at = start if spoken.startswith(answer, start) else spoken.rfind(answer)  # behind an empty thought
+    if at < 0:
         raise Unusable("template")
-    return [Segment(before + found, True), Segment(end, False)]
+    end = at + len(answer)
+    return [Segment(spoken[:end], True), Segment(spoken[end:], False)]
 
 
 def join_images(images: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -29,12 +29,14 @@ SHOWN = 10
 
 @dataclass
 class Counts:
-    """What was written: records, answers, those of them that are cut, and questions that wait for another round."""
+    """What was written: records, answers, those of them that are cut, and questions that wait for another round.
+    ``empty``: records that were left out because all of their answers are empty."""
 
     records: int = 0
     answers: int = 0
     cut: int = 0
     waiting: int = 0
+    empty: int = 0
 
 
 def answered_record(record: Record, conversation: Conversation, answers: Sequence[Answer]) -> Record:
@@ -71,16 +73,19 @@ def import_answers(source: Path, exchange: Exchange, output: Path) -> Counts:
         for _, record, conversation, names in questions:
             answers = exchange.first_answers(names)
             if not any(answer.text for answer in answers):
+                counts.empty += bool(answers)
                 continue
             file.write(",\n" if counts.records else "[\n")
             file.write(json.dumps(answered_record(record, conversation, answers)))
             counts.records += 1
             counts.answers += len(answers)
             counts.cut += sum(answer.cut for answer in answers)
-            counts.waiting += len(conversation.turns) - len(answers)
+            if names[len(answers) :] and names[len(answers)] not in exchange.failures:
+                counts.waiting += len(names) - len(answers)
         file.write("\n]\n")
         if not counts.records:
-            raise UserError(f"none of {len(exchange.asked)} requests has an answer", source, first_failure(exchange))
+            reason = first_failure(exchange) or "all answers are empty"
+            raise UserError(f"none of {len(exchange.asked)} requests has an answer", source, reason)
     return counts
 
 
@@ -120,7 +125,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if counts.cut:
         print(f"{counts.cut:>9}  answers are cut at the limit of length")
     if counts.waiting:
-        print(f"{counts.waiting:>9}  later questions have no answer yet; export_questions asks them")
+        print(f"{counts.waiting:>9}  later questions have no answer yet; export_questions asks the next ones")
+    if counts.empty:
+        print(f"{counts.empty:>9}  records left out: all answers are empty")
     list_failures(exchange.failures)
     return 0
 

@@ -137,6 +137,9 @@ def read_config(
         from eagle.families.draft_config import draft_config_of, eagle3_config_of, vispec_config_of  # imports torch
 
         makers: dict[str | None, Any] = {"eagle3": eagle3_config_of, "vispec": vispec_config_of}
+        if kind == "vispec" and positions is not None:
+            fix = "leave it out: its positions are plain"
+            raise UserError(f"--draft-positions {positions} for a ViSpec head", fix=fix)
         made: DraftConfig | Eagle3Config = makers.get(kind, draft_config_of)(base)
         options = {} if positions is None else {"msd": {"positions": positions}}
         kind_of_draft = BlockConfig if kind == "block" else type(made)

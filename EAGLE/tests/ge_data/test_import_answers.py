@@ -178,6 +178,21 @@ def test_a_failed_request_is_listed_and_ends_its_conversation(
     assert [(record["id"], len(record["conversations"])) for record in records] == [("text0", 2), ("text2", 4)]
     shown = capsys.readouterr().out
     assert "2  requests failed" in shown and f"{asked[1]['custom_id']}: " in shown and reason in shown
+    assert "no answer yet" not in shown, "nothing is left to ask"
+
+
+def test_records_with_empty_answers_are_counted(
+    annotations: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, requests, own = annotations([text_record(0), text_record(1)]), tmp_path / "q", tmp_path / "own.json"
+    assert export(data, requests) == 0
+    asked = lines_of(requests)
+    answers = write_lines(tmp_path / "a", [answered(asked[0], " "), answered(asked[1], "B")])
+    assert import_(data, own, [requests], [answers]) == 0
+    assert "1  records left out: all answers are empty" in capsys.readouterr().out
+    write_lines(answers, [answered(line, "") for line in asked])
+    assert import_(data, own, [requests], [answers]) == 2
+    assert "none of 2 requests has an answer: " in (shown := capsys.readouterr().err) and "answers are empty" in shown
 
 
 def test_a_batch_without_any_answer_is_refused_and_names_a_reason(

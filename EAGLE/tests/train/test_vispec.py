@@ -221,6 +221,23 @@ def test_a_sample_is_not_cut_inside_a_picture(most: int) -> None:
     assert batch.pictures[1, :kept].tolist() == [0, *[second] * 6, second + 1, second + 1][:kept]
 
 
+@torch.no_grad()
+def test_pictures_smaller_than_the_queries_have_no_more_rows_than_before(pair: tuple[Path, Target]) -> None:
+    """Else their positions would be below 0 and the rows would not fit into the cache of the request."""
+    base, target = pair
+    _, sample = read(target, ((28, 28),) * 3)
+    objective = new_objective(base, queries=64)
+    batch = batch_of(objective, [sample])
+    assert int(batch.image_mask.sum()) == sum(min(63, run) for run in batch.runs) and batch.positions is not None
+    numbers = batch.positions[0, 0, : batch.lengths[0]].diff()
+    assert bool((numbers > 0).all()), numbers
+    assert objective.embeds(batch).isfinite().all()
+    inputs = question(target, ((28, 28),) * 3)
+    output = MSDModel(target, objective.draft, CHAIN).generate(**inputs, max_new_tokens=4, temperature=0)
+    plain = target.model.generate(**inputs, do_sample=False, max_new_tokens=4)
+    assert torch.equal(output.sequences, plain)
+
+
 class Killed(BaseException):
     """Ends a run as a signal would: no handler of errors sees it."""
 
@@ -303,6 +320,8 @@ def test_config_of_a_base(pair: tuple[Path, Target], tmp_path: Path) -> None:
     again, settings = read_config(path)
     assert again == made and settings == TrainConfig(**{**VISPEC_RECIPE, "epochs": 3})
     assert type(read_config("auto", str(base))[0]) is DraftConfig
+    with pytest.raises(UserError, match=r"--draft-positions plain for a ViSpec head \(leave it out"):
+        read_config("auto", str(base), "vispec", "plain")
 
 
 def test_settings_without_effect_and_unknown_keys_are_refused(pair: tuple[Path, Target], tmp_path: Path) -> None:
