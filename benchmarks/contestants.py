@@ -79,11 +79,13 @@ def build(
             use_msd = way != "autoregressive"
             compiled = compiled_copy(model, way, cell.batch)
             runners.append(Contestant(name, with_engine(compiled, use_msd, settings), plain=not use_msd))
+            for other in () if use_msd else others:
+                compiled = compiled_copy(other, way, cell.batch)
+                runners.append(Contestant(f"{name} {dtype_of(other)}", with_engine(compiled, False, settings), plain=True))
         elif name in PLAIN:
             runners.append(Contestant(name, PLAIN[name](model, settings, suite), plain=True))
             for other in others:
-                dtype = str(other.dtype).removeprefix("torch.")
-                runners.append(Contestant(f"{name} {dtype}", PLAIN[name](other, settings, suite), plain=True))
+                runners.append(Contestant(f"{name} {dtype_of(other)}", PLAIN[name](other, settings, suite), plain=True))
         elif name in SINGLE and cell.batch > 1:
             left_out[name] = "transformers supports it for one sequence only"
         elif name in SINGLE:
@@ -99,6 +101,11 @@ def build(
         what = f"cell '{cell.name}' has compiled MSD and no compiled plain decoding"
         raise UserError(what, suite.where, f"add 'autoregressive{COMPILED}'")
     return runners, left_out
+
+
+def dtype_of(model: MSDModel) -> str:
+    """The name of its dtype, without "torch."."""
+    return str(model.dtype).removeprefix("torch.")
 
 
 def compiled_copy(model: MSDModel, way: str, batch: int) -> MSDModel:

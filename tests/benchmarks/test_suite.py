@@ -106,13 +106,16 @@ def test_first_layers_share_weights_and_are_the_same_function() -> None:
     ids=["eager", "compiled"],
 )
 def test_contestants_answer_alike(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Greedy, in float32, on a random pair: nobody's speculation changes an answer."""
+    """Greedy, in float32, on a random pair: nobody's speculation changes an answer. Plain ways run in each dtype."""
     model = random_pair(TINY, torch.float32, torch.device("cpu"))
     made = Suite("x", {}, (), assistant="layers:1")
     monkeypatch.setattr("benchmarks.contestants.BACKEND", "eager")  # torch.compile without its code generator
-    runners, left_out = build(Cell("c", "m", new_tokens=8, contestants=names), made, model)
+    runners, left_out = build(Cell("c", "m", new_tokens=8, contestants=names), made, model, [model])
     answers = {runner.name: runner.answer(RandomPrompt(40)) for runner in runners}
-    assert set(answers) == set(names) and not left_out
+    plain = {name for name in names if name.startswith(("autoregressive", "transformers"))}
+    others = {f"{name} float32" for name in plain}
+    assert set(answers) == {*names, *others} and not left_out
+    assert {runner.name for runner in runners if runner.plain} == plain | others
     assert {len(answer.tokens[0]) for answer in answers.values()} == {8}
     assert all(answer.tokens == answers["autoregressive"].tokens for answer in answers.values())
     assert all(0 < answer.stats.first_token < answer.stats.seconds for answer in answers.values())

@@ -229,6 +229,11 @@ def test_engines_of_a_process_do_not_share_a_limit(fresh_dynamo: None) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "models",
+    ["llava", "qwen mrope block", *(pytest.param(name, marks=pytest.mark.by_hand) for name in ("qwen", "qwen mrope"))],
+    indirect=True,
+)
 def test_one_compilation_for_all_sizes(models: list[MSDModel], fresh_dynamo: None) -> None:
     """After the warm-up nothing is compiled: other trees, contexts, capacities, plain steps, a second cache, batches
     whose sequences end."""
@@ -435,6 +440,7 @@ def test_options(given: list[str], expected: object) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("models", ["llava", "qwen mrope block"], indirect=True)
 def test_inductor(models: list[MSDModel], fresh_dynamo: None) -> None:
     """The real compiler; needs a C++ compiler on a CPU."""
     plain = models[0]
