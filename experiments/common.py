@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,17 @@ def parser(module: str, description: str | None) -> argparse.ArgumentParser:
     )
     made.add_argument("--out", type=Path, metavar="FILE.json", help="write the figures here")
     return made
+
+
+def add_parts(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    """``PART ...``, some of these names; ``options.parts`` is empty without any, which means all."""
+
+    def part(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"no part '{text}': there are {', '.join(names)}")
+        return text
+
+    parser.add_argument("parts", nargs="*", type=part, metavar="PART", help=f"{', '.join(names)} (default: all)")
 
 
 def run_record(options: argparse.Namespace | None = None, device: torch.device | None = None) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from typing import Any
 
 from eagle.arguments import positive
 from eagle.train.settings import find_config
-from experiments.common import caption
+from experiments.common import add_parts, caption
 from experiments.training_study import DEEPSPEED, claim, config_of, plan, spread, write_questions
 from llava.arguments import OneLineParser
 from llava.errors import UserError, run_cli
@@ -162,13 +162,6 @@ def main() -> None:
         print(tables(options.out))
 
 
-def part(text: str) -> str:
-    """An argparse type: one of `PARTS`."""
-    if text not in PARTS:
-        raise argparse.ArgumentTypeError(f"no part '{text}': there are {', '.join(PARTS)}")
-    return text
-
-
 def parse_args() -> argparse.Namespace:
     parser = OneLineParser(
         prog="python -m experiments.draft_kinds", description=__doc__,
@@ -176,7 +169,7 @@ def parse_args() -> argparse.Namespace:
     )  # fmt: skip
     names = [kind.name for kind in KINDS]
     add = parser.add_argument
-    add("parts", nargs="*", type=part, metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
+    add_parts(parser, PARTS)
     add("--pair", choices=PAIRS, default="llava", help="pocket pair (default %(default)s)")
     add("--hidden", type=Path, metavar="DIR", help="hidden states in DIR/hidden_t and DIR/hidden_v, with those that "
         "enter the layers of an EAGLE-3 head; for all parts but table")  # fmt: skip

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from eagle.arguments import positive
-from experiments.common import caption
+from experiments.common import add_parts, caption
 from experiments.draft_kinds import Kind, Row, table
 from llava.arguments import OneLineParser
 from llava.errors import UserError, run_cli
@@ -72,13 +72,6 @@ def main() -> None:
         print(tables(out))
 
 
-def part(text: str) -> str:
-    """An argparse type: one of `PARTS`."""
-    if text not in PARTS:
-        raise argparse.ArgumentTypeError(f"no part '{text}': there are {', '.join(PARTS)}")
-    return text
-
-
 def parse_args() -> argparse.Namespace:
     parser = OneLineParser(
         prog="python -m experiments.real_language.kinds", description=__doc__,
@@ -86,7 +79,7 @@ def parse_args() -> argparse.Namespace:
     )  # fmt: skip
     names = [kind.name for kind in KINDS if kind is not MSD]
     add = parser.add_argument
-    add("parts", nargs="*", type=part, metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
+    add_parts(parser, PARTS)
     add("--work", type=Path, default=Path("outputs/smollm2"), metavar="W", help="of train.sh (default %(default)s)")
     add("--out", type=Path, metavar="DIR", help="of the results (default: W/kinds)")
     add("--kinds", nargs="+", choices=names, default=names, help="to train: these alone (default: all)")
