@@ -280,10 +280,30 @@ def test_large_batches_are_not_compiled(pair: MSDModel, compiled: MSDModel, runs
     assert not runs
 
 
-@pytest.mark.parametrize("sizes", [[], [0], [2.0]])
-def test_wrong_batch_sizes(compiled: MSDModel, sizes: list[int]) -> None:
-    with pytest.raises(UserError, match="batch_sizes"):
-        compiled.warm_up(batch_sizes=sizes)
+@pytest.mark.parametrize(
+    ("sizes", "what"),
+    [([], "no size"), ([0], "0 is no batch size"), ([2, -1], "-1 is no"), ([2.0], "2.0 is no"), ([True], "True is no"),
+     (["4"], "'4' is no batch size"), ("4", "'4' is no list"), (4, "4 is no list"), (None, "None is no list"),
+     ([4, LARGEST_BATCH + 1], f"17 is more than {LARGEST_BATCH}, the largest batch that is compiled")],
+)  # fmt: skip
+def test_wrong_batch_sizes(pair: MSDModel, compiled: MSDModel, sizes: Any, what: str) -> None:
+    for model in (pair, compiled):
+        with pytest.raises(UserError, match=rf"^{what}.*: batch_sizes of warm_up \(.+\)$"):
+            model.warm_up(batch_sizes=sizes)
+
+
+@pytest.mark.parametrize("positions", [0, -3, 100.0, True, "100", None])
+def test_wrong_positions(compiled: MSDModel, positions: Any) -> None:
+    with pytest.raises(UserError, match=f"positions={positions!r}"):
+        compiled.warm_up(positions=positions)
+
+
+def test_batch_sizes_may_be_any_collection(compiled: MSDModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Any] = []
+    monkeypatch.setattr(compiled._compiled, "warm_up", lambda trees, *_: found.append(list(trees)))
+    for sizes in ((each for each in (1, LARGEST_BATCH)), [1, LARGEST_BATCH, 1], {1: 0, LARGEST_BATCH: 0}):
+        compiled.warm_up(progress=False, batch_sizes=sizes)
+    assert found == [[1, LARGEST_BATCH]] * 3
 
 
 @pytest.fixture
