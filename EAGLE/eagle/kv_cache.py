@@ -114,7 +114,7 @@ class KVCache(Cache):
             layer_views.update(views)
         super().__init__(layers=[layer_views[index] for index in range(len(groups))])
         self._rows = [layer for index, layer in enumerate(self.layers) if index not in self._states]
-        self.capacity = next(iter(stores.values())).keys.shape[3]
+        self.capacity = min(store.keys.shape[3] for store in stores.values())  # a growth may have failed
 
     def _layers_of(self, group: Hashable) -> Iterator[tuple[int, int]]:
         """Index in the group's storage and in the model of each of its layers."""
@@ -162,17 +162,19 @@ class KVCache(Cache):
         return max(self.lengths)
 
     def grow(self, capacity: int) -> None:
-        """Makes room for ``capacity`` rows of each sequence. Rows in use are copied."""
+        """Makes room for ``capacity`` rows of each sequence. Rows in use are copied. If memory runs out, some layers
+        may have grown, but not the capacity."""
         if capacity <= self.capacity:
             return
-        used, self.capacity = self.length, -(-capacity // BLOCK) * BLOCK
+        used, rows = self.length, -(-capacity // BLOCK) * BLOCK
         for group, old in self._stores.items():
-            store = CacheStorage(*(part.new_zeros(*part.shape[:3], self.capacity, part.shape[4]) for part in old))
+            store = CacheStorage(*(part.new_zeros(*part.shape[:3], rows, part.shape[4]) for part in old))
             for new, part in zip(store, old, strict=True):
                 new[:, :, :, :used] = part[:, :, :, :used]
             self._stores[group] = store
             for own, index in self._layers_of(group):
                 self.layers[index].store_k, self.layers[index].store_v = store.keys[own], store.values[own]
+        self.capacity = rows
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Removes all rows from ``lengths[b]`` on from sequence ``b``, and drafted tokens from states."""

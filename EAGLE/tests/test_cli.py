@@ -193,6 +193,16 @@ def test_throughput_of_each_batch_size(pair, capsys, tmp_path):
     assert "--batch-sizes: 0 is not at least 1" in capsys.readouterr().err
 
 
+def test_throughput_of_batches_that_are_not_compiled(pair, tmp_path):
+    """They are measured, but no warm-up knows them."""
+    row, out = json.loads((pair / "questions.jsonl").read_text().splitlines()[-1]), tmp_path / "report.json"
+    (tmp_path / "q.jsonl").write_text("\n".join(json.dumps({**row, "id": str(number)}) for number in range(17)))
+    options = ["--max-new-tokens", "2", "--out", str(out), "--batch-sizes"]
+    for sizes in (["1", "17"], ["17"]):
+        assert main(["throughput", *models(pair), "--data", str(tmp_path / "q.jsonl"), *options, *sizes]) == 0
+        assert [str(row["batch"]) for row in json.loads(out.read_text())["rows"]] == sizes
+
+
 def test_bench_takes_more_contestants(pair, capsys, tmp_path):
     out = tmp_path / "report.json"
     more = ["--also-tree", "2/2/6", "--also-tree", "1/1/2", "--prompt-lookup", "3", "--out", str(out)]

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from eagle.kv_cache import KVCache
+from eagle import kv_cache
+from eagle.kv_cache import CacheStorage, KVCache
 
 CPU = torch.device("cpu")
 
@@ -106,3 +107,30 @@ def test_layers_with_keys_of_other_shapes():
         keys, values = cache.update(rows[layer][:, :, :1], rows[layer][:, :, :1], layer)
         assert torch.equal(keys[:, :, :4], rows[layer][:, :, [0, 1, 2, 4]])
         assert torch.equal(values[:, :, :4], -rows[layer][:, :, [0, 1, 2, 4]])
+
+
+def test_a_growth_that_fails_can_be_tried_again(monkeypatch):
+    """Layers that have grown before memory ran out do not make the cache larger."""
+    shapes = [(2, 4), (1, 8)]
+    cache = KVCache.allocate([CPU] * 2, 1, shapes, capacity=8, dtype=torch.float32)
+    rows = [torch.randn(1, heads, 5, size) for heads, size in shapes]
+    for layer in range(2):
+        cache.update(rows[layer], -rows[layer], layer)
+    made = []
+
+    def first_alone(*parts):
+        if made:
+            raise MemoryError
+        made.append(CacheStorage(*parts))
+        return made[0]
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(kv_cache, "CacheStorage", first_alone)
+        cache.grow(9)
+    assert cache.capacity == 8 == KVCache(cache._stores, cache._groups, cache.lengths).capacity
+    cache.grow(9)
+    assert cache.capacity >= 9
+    for layer in range(2):
+        keys, values = cache.update(rows[layer], rows[layer], layer)
+        assert torch.equal(keys, rows[layer].repeat(1, 1, 2, 1))
+        assert torch.equal(values[:, :, :5], -rows[layer])

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import StopStringCriteria
 
 from eagle import MSDModel, Stats
+from eagle.decode.compiled.engine import LARGEST_BATCH
 from eagle.families import Target, family_named, family_of
 from llava.errors import UserError
 from lmms_eval_msd import report
@@ -323,7 +324,8 @@ class MSD(lmms):
         def key(request: Request) -> Hashable:
             return request.task, request.counted, settings[request.index].key
 
-        self.msd.warm_up(progress=self.rank == 0, batch_sizes=sorted({1, self.batch_size}))
+        sizes = [size for size in sorted({1, self.batch_size}) if size <= LARGEST_BATCH]
+        self.msd.warm_up(progress=self.rank == 0, batch_sizes=sizes)
         with tqdm(total=len(requests), disable=self.rank != 0, desc="Model Responding") as bar:
             for batch in batches(requests, key, self.batch_size):
                 yield batch, settings[batch[0].index]

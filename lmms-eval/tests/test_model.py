@@ -53,10 +53,14 @@ def test_same_answers_with_and_without_draft(plain, fast, requests):
 
 def test_models_warm_up_before_they_answer(fast, requests, monkeypatch):
     calls, generate = [], fast.msd.generate
-    monkeypatch.setattr(fast.msd, "warm_up", lambda progress, **_: calls.append(f"warm-up {progress}"))
+    monkeypatch.setattr(fast.msd, "warm_up", lambda progress, batch_sizes: calls.append((progress, batch_sizes)))
     monkeypatch.setattr(fast.msd, "generate", lambda **given: calls.append("answer") or generate(**given))
     fast.generate_until(requests[2:])
-    assert calls == ["warm-up True", "answer"]
+    assert calls == [(True, [1]), "answer"]
+    for size, sizes in ((4, [1, 4]), (17, [1])):  # larger batches are not compiled
+        monkeypatch.setattr(fast, "batch_size_per_gpu", size)
+        fast.generate_until(requests[2:])
+        assert calls[-2:] == [(True, sizes), "answer"]
 
 
 def test_settings_of_the_task_count(plain):

@@ -43,6 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out:
         check_writable(arguments.out)
     from eagle.benchmark import Contestant, interleave_with_bar, with_engine
+    from eagle.decode.compiled.engine import LARGEST_BATCH
     from eagle.loading import load_model
     from eagle.provenance import record
 
@@ -50,7 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     if len(questions) < max(arguments.batch_sizes):
         raise UserError(f"{len(questions)} questions are fewer than a batch of {max(arguments.batch_sizes)}")
     model = load_model(arguments)
-    model.warm_up(batch_sizes=arguments.batch_sizes)
+    if sizes := [size for size in arguments.batch_sizes if size <= LARGEST_BATCH]:
+        model.warm_up(batch_sizes=sizes)
     rows = []
     for size in arguments.batch_sizes:
         starts = range(0, len(questions) - size + 1, size)

@@ -148,6 +148,7 @@ class Decoder:
             made = within_memory(partial(self._static_parts, engine, draft, rows, length))
             if made is None:
                 log.warning(NOT_COMPILED)
+                engine.drop_idle()
             else:
                 self.compiled, (self.cache, self.drafter) = engine, made
         if self.compiled is None:
@@ -170,8 +171,10 @@ class Decoder:
         return cache, kind(engine, draft, length, self.tree, batch, self.settings.compression)
 
     def _leave_compiled(self) -> None:
-        """Continues the request without compiled parts, on the rows that it has."""
+        """Continues the request without compiled parts, on the rows that it has. Idle caches are freed."""
+        assert self.compiled is not None
         log.warning(NOT_COMPILED)
+        self.compiled.drop_idle()
         self.compiled = None
         if isinstance(self.cache, StaticCache):
             self.cache = self.cache.growing()
@@ -255,8 +258,8 @@ class Decoder:
         while not any(sequence.finished for sequence in sequences):
             while launched and len(run.flights) <= run.ahead(self.settings.wait is None) and self._goes_on(run):
                 most = run.most(self._longest)
-                self._make_room(*most)
-                launched = within_memory(partial(run.launch, most, self.stats)) is not None
+                launch = partial(run.launch, most, self.stats)
+                launched = self._make_room(*most) and within_memory(launch) is not None
             if not run.flights:
                 break
             left = self._most_left()
@@ -311,29 +314,40 @@ class Decoder:
             if self.drafter is not None and not sequence.finished:
                 self.drafter.start(index, prefill, sequence.prompt, first.to(sequence.prompt.device))
 
-    def _make_room(self, *in_use: int) -> None:
+    def _make_room(self, *in_use: int) -> bool:
         """Makes room for the rows of the next cycle, in caches and masks. It doubles, until the longest answer fits.
 
         Args:
             in_use: rows of target and draft, if the host does not know them exactly.
+
+        Returns:
+            False if memory ran out: the request must leave compiled decoding.
         """
         rows = in_use[0] if in_use else self.cache.length
         if rows + self.tree.depth + 2 <= self._room or self._room == self._longest:
-            return
+            return True
         if in_use and self.drafter is not None:
             for cache, used in zip((self.cache, self.drafter.cache), in_use, strict=True):
                 cache.truncate([used] * len(self.active))  # these rows are copied
-        self._room = min(2 * self._room, self._longest)
+        grow = partial(self._grow, min(2 * self._room, self._longest))
+        return grow() if self.compiled is None else within_memory(grow) is not None
+
+    def _grow(self, room: int) -> bool:
+        """Makes room for so many accepted rows. Returns True."""
         largest = max(self.settings.tree.total_tokens, self._padded)
-        rows = self._room + largest
+        rows = room + largest
         self.cache.grow(rows)
         self.masks = MaskBuffer(largest, rows, self.target.dtype, self.target.device)
         if self.drafter is not None:
-            self.drafter.grow(self._room)
+            self.drafter.grow(room)
+        self._room = room
+        return True
 
     def draft(self, root_alone: bool = False) -> Drafted:
         """A tree below each newest token, no deeper than the tokens that are still wanted. ``root_alone``: its root."""
-        self._make_room()
+        if not self._make_room():
+            self._leave_compiled()
+            self._make_room()
         roots = torch.tensor([[s.tokens[-1]] for s in self.active], device=self.target.device)  # [B, 1]
         bounds = [self.tree.shortened(self._left(sequence)) for sequence in self.active]
         deepest = max(bounds, key=lambda tree: tree.depth)

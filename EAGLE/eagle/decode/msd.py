@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -209,7 +209,7 @@ class MSDModel:
         return self._compiled is not None
 
     @torch.inference_mode()
-    def warm_up(self, positions: int = 1, progress: bool = True, batch_sizes: Sequence[int] = (1,)) -> None:
+    def warm_up(self, positions: int = 1, progress: bool = True, batch_sizes: Iterable[int] = (1,)) -> None:
         """Does what otherwise slows the first request: compiles both models if they are compiled, and measures the
         costs of an adaptive tree. Nothing is compiled later, whatever prompts and trees are asked for, and whatever
         sequences of a batch end. `generate` calls it before its first compiled request of a batch size.
@@ -217,16 +217,20 @@ class MSDModel:
         Args:
             positions: of the longest request, prompt and answer. Only CUDA graphs depend on it.
             progress: show a bar.
-            batch_sizes: numbers of sequences of the requests.
+            batch_sizes: numbers of sequences of the requests, at most 16. Larger batches are not compiled.
+
+        Raises:
+            UserError: ``positions`` or a size is not a whole number in its range, or there is no size.
         """
-        if not batch_sizes or any(type(size) is not int or size < 1 for size in batch_sizes):
-            raise UserError(f"batch_sizes={batch_sizes!r}", fix="give whole numbers of at least 1")
-        if 1 in batch_sizes:
+        if type(positions) is not int or positions < 1:
+            raise UserError(f"warm_up: positions={positions!r}", fix="give a whole number of at least 1")
+        sizes = checked_sizes(batch_sizes)
+        if 1 in sizes:
             self._costs_of(self._bounds(None, 1), 1)
         if self._compiled is None:
             return
         engine, skipped = self._compiled, skipped_graphs()
-        trees = {size: self._bounds(None, size) for size in batch_sizes if size <= LARGEST_BATCH}
+        trees = {size: self._bounds(None, size) for size in sizes}
         self._warmed_up |= {(engine.sizes_of(size), tree) for size, tree in trees.items()}
 
         def compiled() -> bool:
@@ -459,3 +463,24 @@ class MSDModel:
         if tree.total_tokens not in self._two_part_from:
             self._two_part_from[tree.total_tokens] = two_part_from(self.target, tree.total_tokens)
         return self._two_part_from[tree.total_tokens]
+
+
+def checked_sizes(given: Any) -> list[int]:
+    """The batch sizes of `MSDModel.warm_up`, as a list.
+
+    Raises:
+        UserError: they are no collection of whole numbers from 1 to `LARGEST_BATCH`, or none.
+    """
+    where, fix = "batch_sizes of warm_up", f"give a list of whole numbers from 1 to {LARGEST_BATCH}"
+    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+        raise UserError(f"{given!r} is no list", where, fix)
+    sizes = list(given)
+    if not sizes:
+        raise UserError("no size", where, fix)
+    for size in sizes:
+        if type(size) is not int or size < 1:
+            raise UserError(f"{size!r} is no batch size", where, fix)
+        if size > LARGEST_BATCH:
+            fix = "leave it out: such batches are decoded without"
+            raise UserError(f"{size} is more than {LARGEST_BATCH}, the largest batch that is compiled", where, fix)
+    return sizes

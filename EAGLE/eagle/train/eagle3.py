@@ -65,8 +65,7 @@ class Eagle3Objective(Objective[Eagle3Draft]):
         ids = self.draft.draft_vocab
         base = TargetHead(self.head, self.cap, None if ids is None else ids.to(self.head.device))
         rows = [self.draft.head_input(part) for part in predicted]
-        losses = draft_loss(rows, target, self.own_head, base, **loss_settings(self.config))
-        return losses if self.config.hidden_weight else losses._replace(hidden=torch.zeros_like(losses.hidden))
+        return draft_loss(rows, target, self.own_head, base, **loss_settings(self.config))
 
     def drafted(self, predicted: Tensor) -> Tensor:
         tokens = best_tokens(self.draft.head_input(predicted), self.own_head, self.config.head_chunk)

@@ -60,6 +60,11 @@ def _chunk_terms(
     return losses, slope, F.pad(hits, (0, TOP - hits.shape[-1]))
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """float32 in place of float16, which sums over rows and scaled losses exceed. Others are kept."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -76,18 +81,19 @@ class _SoftCrossEntropy(torch.autograd.Function):
         count, device = predicted.shape[0], predicted.device
         losses = torch.empty(count, dtype=torch.float32, device=device)
         hits = torch.empty(count, TOP, dtype=torch.long, device=device)
-        to_rows = torch.empty_like(predicted) if of_rows else None
+        to_rows = torch.empty_like(predicted, dtype=_wide(predicted.dtype)) if of_rows else None
         to_head = torch.zeros_like(head, dtype=torch.float32) if of_head else None
         for start in range(0, count, chunk):
             rows = slice(start, start + chunk)
             own, wanted = predicted[rows].to(head.dtype), target[rows].to(base.head.dtype)
             losses[rows], slope, hits[rows] = _chunk_terms(own, head, cap, wanted, base)
-            slope = slope.mul_(weights[rows, None]).to(head.dtype)  # [n, K]
+            share = weights[rows, None]  # [n, 1]
             if to_rows is not None:
-                to_rows[rows] = slope @ head
+                to_rows[rows] = (slope.to(head.dtype) @ head) * share
             if to_head is not None:
-                to_head += slope.T @ own
-        ctx.save_for_backward(to_rows, None if to_head is None else to_head.to(head.dtype))
+                with torch.autocast(device.type, enabled=False):  # it would cast to 16 bit again
+                    to_head += slope.mul_(share).to(_wide(head.dtype)).T @ own.to(_wide(head.dtype))
+        ctx.save_for_backward(to_rows, None if to_head is None else to_head.to(_wide(head.dtype)))
         ctx.mark_non_differentiable(losses, hits)
         return (weights * losses).sum(), losses, hits
 
@@ -157,8 +163,9 @@ def draft_loss(
     base = TargetHead(head, cap) if base is None else base
     total, token, hits = soft_cross_entropy(own, head, wanted, base, weights, chunk, cap)
     total = token_weight * total
-    hidden = F.smooth_l1_loss(own.float(), wanted.float(), reduction="none").mean(dim=-1)  # [N]
+    hidden = torch.zeros(len(own), device=own.device)  # [N]
     if hidden_weight:
+        hidden = F.smooth_l1_loss(own.float(), wanted.float(), reduction="none").mean(dim=-1)
         total = total + hidden_weight * (weights * hidden).sum()
     divisor = max(first, 1)
     hidden, token = (each[:first].detach().sum() / divisor for each in (hidden, token))

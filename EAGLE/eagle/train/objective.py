@@ -26,7 +26,8 @@ Head = TypeVar("Head", bound=TrainedHead, covariant=True)
 
 class Losses(NamedTuple):
     """``total`` the weighted loss with gradient; the others are detached. ``hits`` [3]: rows whose target arg-max is
-    among the draft's first 1, 2, 3 tokens; ``rows``: those that count. The other scalars are masked means."""
+    among the draft's first 1, 2, 3 tokens; ``rows``: those that count. The other scalars are masked means; ``hidden``
+    is 0 without a ``hidden_weight``."""
 
     total: Tensor
     hidden: Tensor

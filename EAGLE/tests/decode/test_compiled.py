@@ -6,6 +6,7 @@ CUDA graphs are not recorded here: a test counts the sizes for which they would 
 
 from __future__ import annotations
 
+import gc
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_whole_cycle import fail_growth, idle_caches
 from tiny_draft import make_draft
 from tiny_llava import make_image, make_liuhaotian
 from tiny_stock import make_qwen
@@ -59,11 +61,6 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", plainly)
         return [MSDModel(target, draft), MSDModel(target, draft, compile="eager")]
-
-
-def forget_caches(engine: StaticEngine) -> None:
-    for pool in (engine.target_caches, engine.draft_caches):
-        pool.single._free = pool.batches._free = None
 
 
 def inputs_of(model: MSDModel, texts: list[str]) -> dict[str, torch.Tensor]:
@@ -202,7 +199,7 @@ def test_caches_grow_with_the_answer(models: list[MSDModel], monkeypatch: pytest
 
     monkeypatch.setattr(decoder_module, "NEW_TOKENS", 4)
     monkeypatch.setattr(KVCache, "grow", look)
-    forget_caches(models[1]._compiled)
+    models[1]._compiled.drop_idle()
     check_same(models, {"input_ids": ids}, **settings)
     assert torch.equal(models[1].generate(input_ids=ids, **settings).sequences, expected[0])
     assert (KVCache, 1018) in grown and (StaticCache, 1024) in grown
@@ -268,6 +265,10 @@ def test_one_compilation_for_all_sizes(models: list[MSDModel], fresh_dynamo: Non
             check_same_tokens([plain, compiled], inputs, **{"temperature": 0, "max_new_tokens": 20, **settings})
     several = {"input_ids": ids[:, :1050].expand(3, -1)}
     check_same_tokens([plain, compiled], several, temperature=0, max_new_tokens=10)
+    engine = compiled._compiled
+    for pools in (engine.draft_caches, engine.target_caches):  # one of them is larger than the other
+        pools.drop_idle()
+        compiled.warm_up(progress=False, batch_sizes=[1, 2, 4])
     assert sum(counters["graph_break"].values()) == 0, dict(counters["graph_break"])
     assert counters["stats"]["unique_graphs"] == before
 
@@ -324,6 +325,31 @@ def test_the_warm_up_records_all_graphs(
     assert recorded.seen == known
 
 
+@pytest.mark.parametrize("grown", ["target_caches", "draft_caches"])
+def test_the_warm_up_after_one_cache_has_grown(models: list[MSDModel], recorded: SimpleNamespace, grown: str) -> None:
+    """It calls all sizes of each cache."""
+    recorded.model.warm_up(progress=False)
+    ids = torch.randint(5, 200, (1, 1200), generator=torch.Generator().manual_seed(0))
+    alone = {"max_new_tokens": 5, "temperature": 0, "use_msd": False}
+    if grown == "target_caches":
+        check_same([models[0], recorded.model], {"input_ids": ids}, **alone)
+    else:
+        pools = recorded.model._compiled.draft_caches
+        with torch.inference_mode():
+            pools.give_back(pools.take(1500))
+    recorded.seen.clear()
+    recorded.model.warm_up(progress=False)
+    capacities = {"target_caches": (2048, 1024), "draft_caches": (1024, 2048)}[grown]
+    for name, capacity in zip(("masks", "draft_phase"), capacities, strict=True):
+        assert {each[-1] for each in recorded.seen if each[0] == name} == set(buckets(capacity))
+    known = set(recorded.seen)
+    if grown == "target_caches":
+        check_same([models[0], recorded.model], {"input_ids": ids}, **alone)
+    inputs = {"input_ids": ids[:, : 900 if grown == "target_caches" else 990]}
+    check_same([models[0], recorded.model], inputs, tree=TREES[1], max_new_tokens=20, temperature=0)
+    assert recorded.seen == known
+
+
 def test_cuda_graphs_belong_to_one_thread(
     models: list[MSDModel], recorded: SimpleNamespace, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -368,8 +394,8 @@ def test_out_of_memory_leaves_compiled_decoding(
 ) -> None:
     """The request has the same answer, with whole trees; the next one is compiled again."""
     plain, compiled = models
-    compiled.warm_up(progress=False)
-    engine, calls = compiled._compiled, 0
+    compiled.warm_up(progress=False, batch_sizes=[1, 2])
+    engine, calls, idle = compiled._compiled, 0, idle_caches(compiled)
     verify, inputs, settings = engine.verify, inputs_of(plain, TEXTS[:1]), {"tree": TREES[0], "max_new_tokens": 25}
 
     def third_fails(*given: object) -> object:
@@ -388,12 +414,42 @@ def test_out_of_memory_leaves_compiled_decoding(
         else:
             patch.setattr(engine.draft_caches, "take", fails)
         check_same(models, inputs, **settings, temperature=0)
-        assert calls == (3 if place == "verify" else 0)
+        assert calls == (3 if place == "verify" else 0) and idle and not idle_caches(compiled)
         assert caplog.text.count("this request is answered without") == 1
     monkeypatch.setattr(engine, "verify", third_fails)
     calls = 3
     check_same(models, inputs, **settings, temperature=0)
     assert calls > 3
+
+
+@pytest.mark.parametrize("spared", [0, 1], ids=["target", "draft"])
+def test_out_of_memory_while_caches_grow(
+    models: list[MSDModel], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, spared: int
+) -> None:
+    """The rest of the answer comes without compiled parts, and the cache is dropped."""
+    models[1]._compiled.drop_idle()
+    ids = torch.randint(5, 200, (1, 970), generator=torch.Generator().manual_seed(0))
+    settings = {"tree": TREES[0], "max_new_tokens": 45, "temperature": 0}
+    with monkeypatch.context() as patch:
+        found = fail_growth(patch, spared)
+        check_same(models, {"input_ids": ids}, **settings)
+    assert caplog.text.count("this request is answered without") == 1 and not idle_caches(models[1])
+    gc.collect()
+    assert [each() for each in found] == [None]
+    check_same(models, {"input_ids": ids}, **settings)
+    assert caplog.text.count("this request is answered without") == 1
+
+
+def test_a_cache_whose_growth_failed_is_not_used_again(models: list[MSDModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is it after another error in the same request."""
+    pools = models[1]._compiled.target_caches
+    with torch.inference_mode():
+        cache = pools.take(50)
+        fail_growth(monkeypatch, 0)
+        with pytest.raises(torch.OutOfMemoryError):
+            cache.grow(cache.capacity + 1)
+        pools.give_back(cache)
+        assert pools.take(50) is not cache
 
 
 @pytest.fixture

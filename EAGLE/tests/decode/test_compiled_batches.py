@@ -6,12 +6,13 @@ power of two of slots: a test takes that path and counts the sizes.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from test_whole_cycle import TREE, Seen, compiled_for, make_pair
+from test_whole_cycle import TREE, Seen, compiled_for, fail_growth, idle_caches, make_pair
 from tiny_llava import make_image
 
 from eagle import MSDModel, TreeConfig
@@ -19,7 +20,7 @@ from eagle.decode import decoder as decoder_module
 from eagle.decode.adaptive.guard import Guard
 from eagle.decode.compiled.cycle import CycleRun, Result
 from eagle.decode.compiled.engine import LARGEST_BATCH, StaticEngine
-from eagle.decode.compiled.static_cache import STEP, StaticCache, move_rows
+from eagle.decode.compiled.static_cache import STEP, StaticCache, buckets, move_rows
 from eagle.decode.decoder import Decoder
 from eagle.kv_cache import KVCache
 from llava import UserError
@@ -191,6 +192,8 @@ def test_out_of_memory(
 ) -> None:
     """The rest of the answers comes without compiled parts; the next batch is compiled again."""
     calls, launch = 0, CycleRun.launch
+    compiled.generate(**inputs_of(pair, TEXTS[:1]), temperature=0.0, max_new_tokens=3)
+    idle = idle_caches(compiled)  # also of single sequences
 
     def fails(self: CycleRun, *given: Any) -> bool:
         nonlocal calls
@@ -202,9 +205,32 @@ def test_out_of_memory(
     with monkeypatch.context() as patch:
         patch.setattr(CycleRun, "launch", fails)
         check_same(pair, compiled, inputs_of(pair))
+        assert idle and not idle_caches(compiled)
     assert calls == failing + 1 and caplog.text.count("answered without") == 1
     check_same(pair, compiled, inputs_of(pair))
     assert caplog.text.count("answered without") == 1
+
+
+@pytest.mark.parametrize("spared", [0, 1], ids=["target", "draft"])
+@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.2}], ids=["whole cycles", "parts"])
+def test_out_of_memory_while_caches_grow(
+    pair: MSDModel,
+    compiled: MSDModel,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    settings: Any,
+    spared: int,
+) -> None:
+    """The rest of the answers comes without compiled parts, and the cache is dropped."""
+    compiled._compiled.drop_idle()
+    ids = torch.randint(5, 200, (3, 970), generator=torch.Generator().manual_seed(0))
+    settings = {**settings, "max_new_tokens": 45}
+    with monkeypatch.context() as patch:
+        found = fail_growth(patch, spared)
+        check_same(pair, compiled, {"input_ids": ids}, **settings)
+    assert caplog.text.count("answered without") == 1 and not idle_caches(compiled)
+    gc.collect()
+    assert [each() for each in found] == [None]
 
 
 def test_output_that_is_not_a_number(pair: MSDModel, compiled: MSDModel) -> None:
@@ -255,10 +281,30 @@ def test_large_batches_are_not_compiled(pair: MSDModel, compiled: MSDModel, runs
     assert not runs
 
 
-@pytest.mark.parametrize("sizes", [[], [0], [2.0]])
-def test_wrong_batch_sizes(compiled: MSDModel, sizes: list[int]) -> None:
-    with pytest.raises(UserError, match="batch_sizes"):
-        compiled.warm_up(batch_sizes=sizes)
+@pytest.mark.parametrize(
+    ("sizes", "what"),
+    [([], "no size"), ([0], "0 is no batch size"), ([2, -1], "-1 is no"), ([2.0], "2.0 is no"), ([True], "True is no"),
+     (["4"], "'4' is no batch size"), ("4", "'4' is no list"), (4, "4 is no list"), (None, "None is no list"),
+     ([4, LARGEST_BATCH + 1], f"17 is more than {LARGEST_BATCH}, the largest batch that is compiled")],
+)  # fmt: skip
+def test_wrong_batch_sizes(pair: MSDModel, compiled: MSDModel, sizes: Any, what: str) -> None:
+    for model in (pair, compiled):
+        with pytest.raises(UserError, match=rf"^{what}.*: batch_sizes of warm_up \(.+\)$"):
+            model.warm_up(batch_sizes=sizes)
+
+
+@pytest.mark.parametrize("positions", [0, -3, 100.0, True, "100", None])
+def test_wrong_positions(compiled: MSDModel, positions: Any) -> None:
+    with pytest.raises(UserError, match=f"positions={positions!r}"):
+        compiled.warm_up(positions=positions)
+
+
+def test_batch_sizes_may_be_any_collection(compiled: MSDModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Any] = []
+    monkeypatch.setattr(compiled._compiled, "warm_up", lambda trees, *_: found.append(list(trees)))
+    for sizes in ((each for each in (1, LARGEST_BATCH)), [1, LARGEST_BATCH, 1], {1: 0, LARGEST_BATCH: 0}):
+        compiled.warm_up(progress=False, batch_sizes=sizes)
+    assert found == [[1, LARGEST_BATCH]] * 3
 
 
 @pytest.fixture
@@ -296,6 +342,28 @@ def test_the_warm_up_calls_all_sizes(pair: MSDModel, sizes: tuple[MSDModel, set[
         check_same(pair, model, given, eos_token_id=[free[0][3], free[1][8], free[2][15]])
         check_same(pair, model, given, eos_token_id=[free[0][3], free[1][8]], use_msd=False)
         check_same(pair, model, given, eos_token_id=[free[0][3], free[1][8]], repetition_penalty=1.2)
+    assert found == known, found - known
+
+
+@pytest.mark.parametrize("grown", ["target_caches", "draft_caches"])
+def test_the_warm_up_after_one_cache_has_grown(pair: MSDModel, sizes: tuple[MSDModel, set[Any]], grown: str) -> None:
+    """It calls all sizes of each cache."""
+    model, found = sizes
+    model.warm_up(progress=False, batch_sizes=[3, 4])
+    pools = getattr(model._compiled, grown)
+    with torch.inference_mode():
+        pools.give_back(pools.take(1500, 4))
+    found.clear()
+    model.warm_up(progress=False, batch_sizes=[3, 4])
+    columns = {name: {each[-1][1] for each in found if each[0] == name} for name in ("verify", "draft_phase")}
+    large, small = set(buckets(2048)), set(buckets(1024))
+    assert columns == {
+        "verify": large if grown == "target_caches" else small,
+        "draft_phase": small if grown == "target_caches" else large,
+    }
+    known = set(found)
+    for given in (inputs_of(pair), inputs_of(pair, TEXTS[:3])):
+        check_same(pair, model, given)
     assert found == known, found - known
 
 

@@ -6,6 +6,8 @@ cycle is launched before the result of the last one is looked at.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -19,12 +21,12 @@ from tiny_stock import make_qwen
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import MaxTimeCriteria
 
-from eagle import MSDModel, TreeConfig
+from eagle import MSDModel, TreeConfig, kv_cache
 from eagle.decode import decoder as decoder_module
 from eagle.decode import sampling
 from eagle.decode.adaptive.guard import Guard
 from eagle.decode.compiled.cycle import CycleRun, Result
-from eagle.decode.compiled.static_cache import STEP
+from eagle.decode.compiled.static_cache import STEP, StaticCache
 from eagle.decode.decoder import Decoder
 from eagle.drafts.checkpoint import load_draft
 from eagle.families import load_target
@@ -141,6 +143,42 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(CycleRun, "launch", counted)
     return found
+
+
+def fail_growth(patch: pytest.MonkeyPatch, spared: int) -> list[weakref.ref[StaticCache]]:
+    """Memory runs out at the last layer of a static cache that grows, after so many caches have grown. The result gets
+    the cache."""
+    failed, grow, storage = list[weakref.ref[StaticCache]](), StaticCache.grow, kv_cache.CacheStorage
+    grown = 0
+
+    def fails(self: StaticCache, capacity: int) -> None:
+        nonlocal grown
+        made, grows = 0, capacity > self.capacity
+
+        def last_fails(*parts: torch.Tensor) -> kv_cache.CacheStorage:
+            nonlocal made
+            made += 1
+            if made == len(self.layers):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return storage(*parts)
+
+        with pytest.MonkeyPatch.context() as inner:
+            if grows and grown == spared:
+                failed.append(weakref.ref(self))
+                inner.setattr(kv_cache, "CacheStorage", last_fails)
+            grow(self, capacity)
+        grown += grows
+
+    patch.setattr(decoder_module, "NEW_TOKENS", 4)
+    patch.setattr(StaticCache, "grow", fails)
+    return failed
+
+
+def idle_caches(model: MSDModel) -> list[StaticCache]:
+    """Those that are kept for later requests."""
+    engine = model._compiled
+    pools = [pool for part in (engine.target_caches, engine.draft_caches) for pool in (part.single, part.batches)]
+    return [pool._free for pool in pools if pool._free is not None]
 
 
 def prompt(model: Any, text: str = "USER: [] Which? ASSISTANT:") -> dict[str, torch.Tensor]:
@@ -264,6 +302,28 @@ def test_out_of_memory(
     monkeypatch.setattr(CycleRun, "launch", fails)
     check_same(pair, whole, prompt(pair), max_new_tokens=24)
     assert calls == failing + 1 and caplog.text.count("answered without") == 1
+
+
+@pytest.mark.parametrize("spared", [0, 1], ids=["target", "draft"])
+def test_out_of_memory_while_caches_grow(
+    pair: MSDModel,
+    whole: MSDModel,
+    ahead: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    spared: int,
+) -> None:
+    """The rest of the answer comes without compiled parts, and the cache is dropped."""
+    whole._compiled.drop_idle()
+    inputs = {"input_ids": torch.randint(5, 200, (1, 970), generator=torch.Generator().manual_seed(0))}
+    with monkeypatch.context() as patch:
+        found = fail_growth(patch, spared)
+        check_same(pair, whole, inputs, max_new_tokens=45)
+    assert caplog.text.count("answered without") == 1 and not idle_caches(whole)
+    gc.collect()
+    assert [each() for each in found] == [None]
+    check_same(pair, whole, inputs, max_new_tokens=45)
+    assert caplog.text.count("answered without") == 1 and len(idle_caches(whole)) == 2
 
 
 def test_output_that_is_not_a_number(pair: MSDModel, whole: MSDModel, ahead: int) -> None:

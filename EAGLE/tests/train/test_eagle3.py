@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -177,6 +178,30 @@ def test_loss_is_cross_entropy_over_the_kept_tokens_and_regression(
         strict=True,
     ):
         torch.testing.assert_close(got, wanted)
+
+
+def test_float16_weights_have_the_gradients_of_float32(base: Path, target: Target) -> None:
+    """The sum over the rows of a step exceeds float16, their mean does not."""
+    objective = new_objective(base, target, draft_vocab_size=40)
+    _, sample = answered(target, objective)
+    objective.begin([sample])
+    batch, scale = batch_of(objective, [sample]), 2000.0
+    with torch.no_grad():
+        objective.draft.norm.weight.mul_(scale)
+        objective.own_head.div_(scale)
+        for part in (*objective.parameters(), objective.head, objective.table):
+            part.copy_(part.half())
+    names = [name for name, part in objective.named_parameters() if part.requires_grad]
+
+    def gradients(kind: torch.dtype) -> list[torch.Tensor]:
+        own = deepcopy(objective).to(kind)
+        losses = own(batch)
+        assert losses.total.dtype == torch.float32 and float(losses.rows) * scale > torch.finfo(torch.float16).max
+        return list(torch.autograd.grad(losses.total, [own.get_parameter(name) for name in names]))
+
+    for name, found, wanted in zip(names, gradients(torch.float16), gradients(torch.float32), strict=True):
+        close = {"rtol": 0.05, "atol": 0.05 * float(wanted.abs().max())}
+        torch.testing.assert_close(found.float(), wanted, **close, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize(

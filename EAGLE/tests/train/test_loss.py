@@ -8,7 +8,7 @@ from train_support import make_objective, make_sample
 
 from eagle.train import loss
 from eagle.train.collate import collate
-from eagle.train.loss import best_tokens, draft_loss
+from eagle.train.loss import TargetHead, best_tokens, draft_loss
 
 
 def naive(predicted, target, loss_mask, head, cap=None):
@@ -84,6 +84,43 @@ def test_bf16_is_close():
         for dtype in (torch.float32, torch.bfloat16)
     )
     torch.testing.assert_close(full.total, half.total, rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["weights", "autocast"])
+@pytest.mark.parametrize(("count", "size", "scale"), [(3000, 200.0, 2.0**7), (1, 0.1, 2.0**17)], ids=["sum", "scale"])
+def test_float16_gradients_are_those_of_float32(count, size, scale, autocast):
+    """Neither a sum over many rows nor the scale of a loss over few rows exceeds float16."""
+    torch.manual_seed(0)
+    predicted, head = size * (1 + 0.05 * torch.randn(count, 8)), 0.01 * torch.randn(30, 8)
+    target, base = torch.randn(count, 8), TargetHead(torch.randn(30, 8))
+
+    def gradients(kind):
+        own, weight, wanted, frozen = (each.half().to(kind) for each in (predicted, head, target, base.head))
+        leaves = own.requires_grad_(), weight.requires_grad_()
+        settings = {"hidden_weight": 0.0, "token_weight": 1.0, "chunk": 1000}
+        losses = draft_loss([own], [wanted], weight, TargetHead(frozen), **settings)
+        return torch.autograd.grad(scale * losses.total, leaves)
+
+    expected = gradients(torch.float32)
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        found = gradients(torch.float32 if autocast else torch.float16)
+    for own, wanted in zip(found, expected, strict=True):
+        assert wanted.abs().max() < torch.finfo(torch.float16).max, "such a gradient would overflow"
+        torch.testing.assert_close(own.float(), wanted, rtol=2e-2, atol=2e-2 * float(wanted.abs().max()))
+
+
+def test_no_regression_without_its_weight(monkeypatch):
+    """It is not computed; loss and gradients are those of the tokens."""
+    torch.manual_seed(0)
+    predicted, target, head = torch.randn(2, 9, 8, requires_grad=True), torch.randn(2, 9, 8), torch.randn(30, 8)
+    loss_mask = torch.rand(2, 9) > 0.4
+    *_, token = naive(predicted, target, loss_mask, head)
+    (gradient,) = torch.autograd.grad(0.3 * token, predicted)
+    monkeypatch.setattr(F, "smooth_l1_loss", lambda *_, **__: pytest.fail("regression on hidden states"))
+    settings = {"hidden_weight": 0.0, "token_weight": 0.3}
+    losses = draft_loss([predicted[loss_mask]], [target[loss_mask]], head, **settings)
+    torch.testing.assert_close((losses.total, losses.hidden, losses.token), (0.3 * token, torch.tensor(0.0), token))
+    torch.testing.assert_close(torch.autograd.grad(losses.total, predicted)[0], gradient)
 
 
 def test_stored_value():

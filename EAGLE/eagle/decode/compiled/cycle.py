@@ -132,14 +132,14 @@ class CompiledCycle:
         target: Target,
         draft: DraftHead,
         caches: tuple[StaticCache, StaticCache],
-        columns: Sequence[int],
+        columns: tuple[Sequence[int], Sequence[int]],
         sequences: int,
     ) -> list[Callable[[], object]]:
-        """Calls that compile the functions for so many sequences, for caches of so many ``columns``; `verify` has its
-        own."""
+        """Calls that compile the functions for so many sequences, for ``caches`` of target and draft with so many
+        ``columns``; `verify` has its own."""
         self.compiled_for.add(min(sequences, 2))
         draft.rotary(torch.zeros(1, 1, device=draft.device), draft.dtype)  # its frequencies are float32 from now on
-        cache, draft_cache = caches
+        (cache, draft_cache), (own_columns, draft_columns) = caches, columns
 
         def drafts(width: int) -> list[Tensor]:
             cache.start(sequences)
@@ -154,17 +154,21 @@ class CompiledCycle:
             return [dynamic(nodes, 1), dynamic(mask, 0), dynamic(counters, 1)]
 
         def masks(width: int) -> None:
-            made = drafts(columns[0])
+            made = drafts(draft_columns[0])
             cache.set_columns(width)
             self.masks(*made, cache)
 
         def finish() -> None:
-            nodes, tree_mask, counters = drafts(columns[0])
+            nodes, tree_mask, counters = drafts(draft_columns[0])
             hidden = torch.zeros(cache.slots, self.nodes, target.hidden_size, dtype=target.dtype, device=target.device)
             features = dynamic(hidden.repeat(1, 1, max(len(draft.target_layers), 1)), 0)
             self.finish(nodes, tree_mask, dynamic(nodes[0].clone(), 0), dynamic(hidden, 0), features, counters, cache)
 
-        return [*(partial(drafts, width) for width in columns), *(partial(masks, width) for width in columns), finish]
+        return [
+            *(partial(drafts, width) for width in draft_columns),
+            *(partial(masks, width) for width in own_columns),
+            finish,
+        ]
 
     def state(
         self,

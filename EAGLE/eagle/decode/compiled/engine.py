@@ -157,6 +157,11 @@ class CachePool:
             if self._free is None or size(cache) >= size(self._free):
                 self._free = cache
 
+    def drop_idle(self) -> None:
+        """Frees the cache that is kept for a later request."""
+        with self._lock:
+            self._free = None
+
 
 class Pools:
     """The caches of one model: of single sequences and of batches, since graphs are bound to their memory.
@@ -172,8 +177,14 @@ class Pools:
         return (self.single if sequences == 1 else self.batches).take(rows, sequences)
 
     def give_back(self, cache: KVCache) -> None:
-        if isinstance(cache, StaticCache):
+        """As `CachePool.give_back`. A cache whose growth failed is dropped."""
+        if isinstance(cache, StaticCache) and cache.slots:
             (self.single if cache.room == 1 else self.batches).give_back(cache)
+
+    def drop_idle(self) -> None:
+        """As `CachePool.drop_idle`."""
+        self.single.drop_idle()
+        self.batches.drop_idle()
 
 
 class StaticEngine:
@@ -382,13 +393,13 @@ class StaticEngine:
             taken.append((self.draft_caches, draft_cache))
         calls = []
         for count, tree in trees.items():
-            columns = buckets(cache.capacity) if self.graphs else [bucket(tree.total_tokens)]
-            caches = (cache, draft_cache)
+            caches, least = (cache, draft_cache), [bucket(tree.total_tokens)]
+            columns, draft_columns = (buckets(each.capacity) if self.graphs else least for each in caches)
             if batches:
-                calls += self._calls_of(None, tree, cycles[tree], *caches, columns[:1])
+                calls += self._calls_of(None, tree, cycles[tree], caches, (columns[:1], draft_columns[:1]))
             recorded = {1, *(padded_slots(part) for part in range(2, count + 1))} if self.graphs else {1}
             for sequences in sorted(recorded):
-                calls += self._calls_of(sequences, tree, cycles[tree], *caches, columns)
+                calls += self._calls_of(sequences, tree, cycles[tree], caches, (columns, draft_columns))
         return calls
 
     def _calls_of(
@@ -396,24 +407,24 @@ class StaticEngine:
         sequences: int | None,
         tree: TreeConfig,
         cycle: CompiledCycle | None,
-        cache: StaticCache,
-        draft_cache: StaticCache,
-        columns: Sequence[int],
+        caches: tuple[StaticCache, StaticCache],
+        columns: tuple[Sequence[int], Sequence[int]],
     ) -> list[Callable[[], object]]:
         """Calls for so many sequences; None: for a number that differs from the other dynamic sizes, because torch
-        compiles sizes that are equal in the first call as one."""
+        compiles sizes that are equal in the first call as one. ``caches`` of target and draft, and the ``columns`` of
+        each."""
 
         def count(rows: int) -> int:
             return sequences or next(apart for apart in SET_APART if apart != rows)
 
         sizes, calls = {1}, list[Callable[[], object]]()
         if self.draft is not None:
-            calls += self._draft_calls(self.draft, draft_cache, tree, columns, count)
+            calls += self._draft_calls(self.draft, caches[1], tree, columns[1], count)
             sizes.add(tree.total_tokens)
             if cycle is not None:
                 sizes.add(cycle.nodes)
-                calls += cycle.calls(self.target, self.draft, (cache, draft_cache), columns, count(1))
-        return calls + self._target_calls(cache, sizes, columns, count)
+                calls += cycle.calls(self.target, self.draft, caches, columns, count(1))
+        return calls + self._target_calls(caches[0], sizes, columns[0], count)
 
     def _new_cycle(self, draft: DraftHead, tree: TreeConfig) -> CompiledCycle | None:
         """Whole cycles with this tree. None if it has no fixed size, or is too deep to be compiled as one function."""
@@ -505,6 +516,12 @@ class StaticEngine:
             if clear and isinstance(part, StaticCache):
                 part.clear()
             pool.give_back(part)
+
+    def drop_idle(self) -> None:
+        """Frees the caches that are kept for later requests, of single sequences and of batches."""
+        self.target_caches.drop_idle()
+        if self.draft is not None:
+            self.draft_caches.drop_idle()
 
     def _target_cache(self, move: Callable[..., None], rows: int, sequences: int) -> StaticCache:
         target = self.target

@@ -118,7 +118,7 @@ class StaticCache(KVCache):
         sequences: that there is room for.
 
     Attributes:
-        room: slots; ``slots``: those that forwards compute.
+        room: slots; ``slots``: those that forwards compute, 0 if a growth failed: such a cache serves no forward.
     """
 
     def __init__(
@@ -172,6 +172,7 @@ class StaticCache(KVCache):
     def grow(self, capacity: int) -> None:
         if capacity > self.capacity:
             rows = rounded(capacity)
+            self.slots = 0
             super().grow(rows + SPARE)
             self._set_rows(rows)
             self._use(self.lengths)
