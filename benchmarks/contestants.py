@@ -81,7 +81,9 @@ def build(
             runners.append(Contestant(name, with_engine(compiled, use_msd, settings), plain=not use_msd))
             for other in () if use_msd else others:
                 compiled = compiled_copy(other, way, cell.batch)
-                runners.append(Contestant(f"{name} {dtype_of(other)}", with_engine(compiled, False, settings), plain=True))
+                runners.append(
+                    Contestant(f"{name} {dtype_of(other)}", with_engine(compiled, False, settings), plain=True)
+                )
         elif name in PLAIN:
             runners.append(Contestant(name, PLAIN[name](model, settings, suite), plain=True))
             for other in others:

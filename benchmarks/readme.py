@@ -4,10 +4,10 @@
     python -m benchmarks.readme --report benchmarks/pocket.json  # from another report, which the pages name afterwards
     python -m benchmarks.readme --check                          # exit status 1 if the pages have other figures
 
-In each page the figures stand between two markers; the first one names the report. README has four lines: the strongest
-plain decoding, the best other speculation, and MSD greedy and at T = 1. docs/speed.md has every contestant. Both show
-the cells of one question at a time without further context: for each pair and temperature the one with the longest
-answers.
+In each page the figures stand between two markers; the first one names the report. README has the strongest plain
+decoding, the best other speculation, and MSD greedy and at T = 1, also compiled where it was measured. docs/speed.md
+has every contestant. Both show the cells of one question at a time without further context: for each pair and
+temperature the one with the longest answers.
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ NAMES = {
     "msd fixed": "MSD, fixed tree",
 }
 OTHERS = ("prompt lookup", "assistant")
+PLAIN = ("autoregressive", "transformers")
+"""How the names of plain ways begin."""
+COMPILED = "msd compiled"
 DTYPES = ("float32", "bfloat16", "float16")
 Cell = Mapping[str, Any]
 Shown = Mapping[float, Sequence[Cell]]
@@ -91,14 +94,15 @@ def label(contestant: str) -> str:
 
 
 def values_of(cell: Cell, name: str) -> list[str]:
-    """Tokens per second, τ and speed-up of the whole request, and the speed-up after the first token; empty where the
-    contestant did not run."""
+    """Tokens per second, τ and speed-up of the whole request, and the speed-up after the first token, each over the
+    strongest plain way for it; empty where the contestant did not run."""
     from benchmarks.report import NOISY
 
     row = cell["results"].get(name)
     if row is None:
         return ["", "", "", ""]
-    later = row["decoding_tokens_per_second"] / cell["results"][cell["baseline_name"]]["decoding_tokens_per_second"]
+    plain = [each for way, each in cell["results"].items() if way.startswith(PLAIN)]
+    later = row["decoding_tokens_per_second"] / max(each["decoding_tokens_per_second"] for each in plain)
     mark = NOISY if cell["doubtful"] else ""
     style = "*" if name == cell["baseline_name"] else "**" if name == "msd" else ""
     tau = f"{row['tau']:.2f}" if row["phases_share"] and row["tau"] > 1 else ""
@@ -129,8 +133,12 @@ def readme_block(report: Mapping[str, Any], where: str) -> str:
         row("strongest plain decoding, greedy", greedy, lambda cell: cell["baseline_name"]),
         row("best other speculation, greedy", greedy, best_other),
         row("**MSD**, greedy", greedy, lambda cell: "msd"),
+        row("**MSD**, compiled, greedy", greedy, lambda cell: COMPILED),
         row(f"**MSD**, {how(max(shown))}", sampled, lambda cell: "msd"),
+        row(f"**MSD**, compiled, {how(max(shown))}", sampled, lambda cell: COMPILED),
     ]
+    if not any(COMPILED in cell["results"] for cell in [*greedy, *sampled]):
+        rows = [each for each in rows if "MSD**, compiled" not in each]
     from benchmarks.report import made_by
 
     made = f"{made_by(report, [*greedy, *sampled])}."

@@ -81,13 +81,14 @@ def commits(report: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> st
 
 
 def made_by(report: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> str:
-    """Command and commit of cells; if they differ, those of each group of cells, with its day."""
+    """Commands and commit of cells; if commits or days differ, those of each group of cells, with its day."""
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for cell in cells:
         groups.setdefault((cell.get("command", report["command"]), commits(report, [cell])), []).append(cell)
     texts = {key: f"`{key[0]}`, commit {key[1]}" for key in groups}
-    if len(groups) == 1:
-        return next(iter(texts.values()))
+    if len({(commit, days(report, group)) for (_, commit), group in groups.items()}) == 1:
+        commit = next(iter(groups))[1]
+        return f"{' and '.join(f'`{command}`' for command, _ in groups)}, commit {commit}"
     return "; ".join(
         f"{' and '.join(dict.fromkeys(cell['title'] for cell in group))}: {texts[key]}, {days(report, group)}"
         for key, group in groups.items()
