@@ -112,10 +112,10 @@ def dtype_of(model: MSDModel) -> str:
 
 def compiled_copy(model: MSDModel, way: str, batch: int) -> MSDModel:
     """The same pair, sharing its weights, compiled for "autoregressive" or the tree of a name as in `tree_of`, and
-    warmed up for such a batch."""
+    warmed up for such a batch. "msd" is the default of compiled decoding, which pauses where drafting loses."""
     plain = way == "autoregressive"
     made = MSDModel(model.target, None if plain else model.draft, compile=BACKEND)
-    if not plain:
+    if way not in ("autoregressive", "msd"):
         made.tree = tree_of(way, made, 1)
     made.warm_up(batch_sizes=[batch])
     return made

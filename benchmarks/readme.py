@@ -43,7 +43,8 @@ NAMES = {
 OTHERS = ("prompt lookup", "assistant")
 PLAIN = ("autoregressive", "transformers")
 """How the names of plain ways begin."""
-COMPILED = "msd compiled"
+COMPILED = ("msd compiled", "msd fixed compiled")
+"""The first one of them that was measured is in README."""
 DTYPES = ("float32", "bfloat16", "float16")
 Cell = Mapping[str, Any]
 Shown = Mapping[float, Sequence[Cell]]
@@ -132,13 +133,11 @@ def readme_block(report: Mapping[str, Any], where: str) -> str:
         line("---", ["---:"] * len(head)).replace(" ", ""),
         row("strongest plain decoding, greedy", greedy, lambda cell: cell["baseline_name"]),
         row("best other speculation, greedy", greedy, best_other),
-        row("**MSD**, greedy", greedy, lambda cell: "msd"),
-        row("**MSD**, compiled, greedy", greedy, lambda cell: COMPILED),
-        row(f"**MSD**, {how(max(shown))}", sampled, lambda cell: "msd"),
-        row(f"**MSD**, compiled, {how(max(shown))}", sampled, lambda cell: COMPILED),
     ]
-    if not any(COMPILED in cell["results"] for cell in [*greedy, *sampled]):
-        rows = [each for each in rows if "MSD**, compiled" not in each]
+    measured = [name for name in COMPILED if any(name in cell["results"] for cell in [*greedy, *sampled])]
+    for text, cells in (("greedy", greedy), (how(max(shown)), sampled)):
+        rows += [line(f"{label(name)}, {text}", [value for cell in cells for value in values_of(cell, name)[:3]])
+                 for name in ("msd", *measured[:1])]  # fmt: skip
     from benchmarks.report import made_by
 
     made = f"{made_by(report, [*greedy, *sampled])}."

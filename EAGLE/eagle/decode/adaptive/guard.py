@@ -8,7 +8,8 @@ in different ways. From them and from the recent tokens per cycle follows the sp
   Then one cycle drafts, and if that does not pay, the next pause begins. A pause ends early if plain decoding has
   become faster, because then the machine has changed, or so slow that drafting should pay.
 - Now and then a single plain cycle measures what plain decoding costs now: when the drafting cycles have become slower
-  or faster since it was last measured, and otherwise the more often, the closer the speed-up is to 1.
+  or faster since it was last measured (a few cycles later if the speed-up is high), and otherwise the more often, the
+  closer the speed-up is to 1.
 
 Answers do not depend on these decisions. This module does arithmetic on the host only and knows no model.
 """
@@ -34,6 +35,9 @@ FORGET = 0.5
 """Weight of these sums after a pause."""
 CHANGE = 1.25
 """Factor by which durations change before older ones are out of date."""
+FAST, SETTLED = 1.6, 6
+"""From this speed-up on, a change is measured only after so many drafting cycles: on a shared core durations change all
+the time."""
 PROBES = ((1.2, 24), (1.6, 96), (float("inf"), 384))
 """Drafting cycles between two measurements of a plain cycle, for speed-ups below a limit."""
 FIRST_TOKENS, FIRST_CYCLES = 7.0, 2.0
@@ -169,7 +173,7 @@ class Guard:
         self._lost += real.sum / (self.plain * ratio(pace.plain)) - tokens
         if self.speedup >= LOSS:
             self._lost = min(self._lost, 0.0) if self.speedup < 1 else 0.0
-        elif not self._probe_due():
+        elif pace.since_probe <= 1 or not self._probe_due():  # plain decoding was measured just now, or is known well
             self._pause = max(PAUSES[0], min(round(self._lost / ALLOWED), PAUSES[1]))
             self._paused, self._plain_at_pause = 0, ratio(pace.plain)
 
@@ -192,6 +196,9 @@ class Guard:
         pace = self.pace
         if not pace.verify or self._resumed:
             return False
-        if not pace.plain or not 1 / CHANGE < pace.drafting / pace.drafting_at_probe < CHANGE:
+        if not pace.plain:
+            return True
+        changed = not 1 / CHANGE < pace.drafting / pace.drafting_at_probe < CHANGE
+        if changed and pace.since_probe >= (SETTLED if self.speedup >= FAST else 1):
             return True
         return pace.since_probe >= next(cycles for limit, cycles in PROBES if self.speedup < limit)
